@@ -1,0 +1,3128 @@
+#!/usr/bin/env python3
+"""proxy_to_gemini.py: an OpenAI or Ollama server in one file, answered by Google's Gemini.
+
+    GEMINI_API_KEY=... python3 proxy_to_gemini.py                # an OpenAI server at 127.0.0.1:5555
+    GEMINI_API_KEY=... python3 proxy_to_gemini.py -api=ollama    # an Ollama server
+
+It needs Python 3.9 or newer and nothing else. How a request goes through this file:
+
+    client JSON --parse--> Fields --route.request--> Ask(GeminiCall, ...) --Gemini--> chunks of Gemini JSON
+                                                                                         | read_gemini
+                                                             Text | Call | Media | End <-'
+    whole answer <--route.response--|
+    wire events  <--route.stream----'     a whole answer is a stream of one chunk
+
+Where to look
+    1. Vocabulary       the nouns everything else is written in: errors, fields, calls, routes, framings
+    2. Writing Gemini   parts, turns, thinking by model, functions and schemas, whole requests
+    3. Reading Gemini   from bytes to chunks, from chunks to events; refusals, usage, citations
+    4. OpenAI           chat completions, embeddings, models
+    6. Routing          which route answers a path, and in which protocol an error is told
+    7. Client           the only code that talks to Gemini: pooled connections, waiting, retries, memory
+    8. Server           the only code that talks to clients: HTTP, who may call, answers, streams, log
+    9. Command line     flags, environment, start and end
+
+Sections 1 to 6 are pure: they know no socket, clock, randomness, environment or log; time, ids and
+memory come in as arguments. Gemini's JSON is the only intermediate form between the protocols.
+
+Words
+    body       the client's JSON, as Fields: it knows the place of each value, and which were read
+    call       one HTTP request to Gemini, not yet sent; a Call is a function call that Gemini makes
+    chunk      one GenerateContentResponse of Gemini's; a plain answer is a single chunk
+    content    one turn of Gemini's history: a role and its parts
+    event      what read_gemini makes of chunks, and what a stream says to the client
+    exchange   one request of a client's and its answer
+    signature  Gemini 3's opaque `thoughtSignature`, without which it refuses its own function calls
+
+Declined, and why: fetching what a client names (a proxy with a key is no place for that), guessing
+vectors for token numbers (they are OpenAI's), several providers (there are good routers), a page to
+look at, plug-ins.
+"""
+from __future__ import annotations
+
+import argparse
+import array
+import base64
+import collections
+import contextlib
+import email.utils
+import errno
+import fnmatch
+import functools
+import hashlib
+import hmac
+import http.client
+import http.server
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import secrets
+import select
+import signal
+import socket
+import socketserver
+import ssl
+import sys
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.parse
+import urllib.request
+import wave
+import zlib
+from operator import itemgetter
+from typing import (
+    Any, Callable, Deque, Dict, FrozenSet, List, NamedTuple, Optional, Tuple, Union,
+)
+from re import Pattern
+from collections.abc import Iterable, Iterator, Mapping
+
+# ======================================================================================
+# 1. Vocabulary: the nouns everything else is written in
+# ======================================================================================
+
+VERSION = "1.0.0"
+JSON = Dict[str, Any]
+
+
+class ProxyError(Exception):
+    """A failure that the client is to hear about; a Protocol puts it into its own words."""
+
+    def __init__(self, status: int, message: str, *, code: Optional[str] = None, place: Optional[str] = None,
+                 headers: Optional[Dict[str, str]] = None, upstream: bool = False, again: Optional[float] = None):
+        super().__init__(message)
+        self.status = status            # of the HTTP answer
+        self.message = message
+        self.code = code                # what is wrong, as one of OpenAI's words
+        self.place = place              # the field it is about, such as "messages[2].role"
+        self.headers = headers or {}    # such as Retry-After
+        self.upstream = upstream        # whether Gemini said so
+        self.again = again              # seconds after which the same call may go well; None: it will not
+
+
+KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", dict: "an object", list: "an array"}
+
+
+def kind_of(value: Any) -> str:
+    return KINDS.get(type(value), "null")
+
+
+def wrong_type(place: str, wanted: Iterable[type], value: Any) -> ProxyError:
+    names = " or ".join(KINDS[kind] for kind in wanted)
+    return ProxyError(400, f"Invalid type for '{place}': expected {names}, but got {kind_of(value)} instead.",
+                      code="invalid_type", place=place)
+
+
+def wrong_value(place: str, message: str) -> ProxyError:
+    return ProxyError(400, message, code="invalid_value", place=place)
+
+
+# What an unread field may hold without anything being lost: these, and the defaults of OpenAI and Ollama.
+NOTHING = (None, False, "", [], {})
+DEFAULTS = {"n": 1, "best_of": 1, "modalities": ["text"], "service_tier": ("auto", "default"), "verbosity": "medium",
+            "parallel_tool_calls": True, "truncation": ("disabled", "auto"), "truncate": True, "shift": True, "detail": "auto",
+            "presence_penalty": 0, "frequency_penalty": 0}
+
+
+class Fields:
+    """An object of the client's JSON, which knows its place in the body and which of its keys were read.
+
+    null counts as absent: client libraries send it for whatever was not set. What nobody ever read is
+    what the client is told was ignored.
+    """
+
+    __slots__ = ("data", "place", "read", "family")
+
+    def __init__(self, data: Any, place: str = "", family: Optional[list] = None):
+        if type(data) is not dict:
+            raise wrong_type(place, (dict,), data)
+        self.data, self.place, self.read = data, place, set()
+        self.family = [] if family is None else family      # every Fields of this body, and names to be told
+        self.family.append(self)
+
+    def at(self, key: str) -> str:
+        """The place of a key in the body, such as "tools[0].function"."""
+        return f"{self.place}.{key}" if self.place else key
+
+    def get(self, key: str, *kinds: type) -> Any:
+        """The value, which must be of one of these kinds; None where it is absent or null."""
+        self.read.add(key)
+        value = self.data.get(key)
+        if value is None or type(value) in kinds:
+            return value
+        if type(value) is int and float in kinds:
+            return value
+        if type(value) is float and int in kinds and value.is_integer():
+            return int(value)
+        raise wrong_type(self.at(key), kinds, value)
+
+    def need(self, key: str, *kinds: type) -> Any:
+        value = self.get(key, *kinds)
+        if value is None:
+            raise ProxyError(400, f"Missing required parameter: '{self.at(key)}'.", code="missing_required_parameter",
+                             place=self.at(key))
+        return value
+
+    def number(self, key: str, low: float, high: float, kind: type = float) -> Any:
+        """A number within these bounds, or None."""
+        value = self.get(key, kind)
+        if value is not None and not low <= value <= high:
+            side = "decimal_below_min_value" if value < low else "decimal_above_max_value"
+            raise ProxyError(400, f"Invalid value for '{self.at(key)}': it must be between {low} and {high}.",
+                             code=side.replace("decimal", "integer") if kind is int else side, place=self.at(key))
+        return value
+
+    def word(self, key: str, *allowed: str) -> Optional[str]:
+        """One of these words, in any case, or None."""
+        value = self.get(key, str)
+        if value is not None and value.lower() not in allowed:
+            raise self.unknown(key, value, allowed)
+        return value and value.lower()
+
+    def unknown(self, key: str, value: str, allowed: Iterable[str]) -> ProxyError:
+        names = ", ".join(f"'{word}'" for word in allowed)
+        return wrong_value(self.at(key), f"Invalid value for '{self.at(key)}': {value[:80]!r}. Supported values are: {names}.")
+
+    def inner(self, key: str) -> Optional[Fields]:
+        """The object under this key, or None."""
+        value = self.get(key, dict)
+        return None if value is None else Fields(value, self.at(key), self.family)
+
+    def objects(self, key: str) -> List[Fields]:
+        """The objects of the list under this key."""
+        place, family = self.at(key), self.family
+        return [Fields(item, f"{place}[{i}]", family) for i, item in enumerate(self.get(key, list) or ())]
+
+    def strings(self, key: str) -> List[str]:
+        """The strings under this key, which may be a list of them or a single one."""
+        value = self.get(key, str, list)
+        for i, item in enumerate(value if type(value) is list else ()):
+            if type(item) is not str:
+                raise wrong_type(f"{self.at(key)}[{i}]", (str,), item)
+        return [value] if type(value) is str else value or []
+
+    def pass_over(self, *keys: str) -> None:
+        """These keys say nothing that could be lost."""
+        self.read.update(keys)
+
+    def ignore(self, name: str) -> None:
+        """Tell the client that this was ignored, although it was read."""
+        self.family.append(name)
+
+    def ignored(self) -> List[str]:
+        """Whatever the client sent and nobody read, by its place without the indexes: "messages[].name"."""
+        names = {}
+        for fields in self.family:
+            if type(fields) is str:
+                names[fields] = True
+                continue
+            for key in fields.data.keys() - fields.read:
+                value, default = fields.data[key], DEFAULTS.get(key)
+                if value not in NOTHING and value != default and not (type(default) is tuple and value in default):
+                    names[re.sub(r"\[\d+\]", "[]", fields.at(key))] = True
+        return sorted(names)
+
+
+def finite(text: str) -> float:
+    number = float(text)
+    if number - number:         # infinite: json.loads makes that of 1e999
+        raise ValueError(f"{text[:20]} is beyond any number")
+    return number
+
+
+def no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+# Strict: neither NaN nor Infinity, in either direction. The text is ASCII, since some clients split lines at U+2028.
+decode_json = json.JSONDecoder(parse_float=finite, parse_constant=no_constant).decode
+encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+def parse_body(raw: bytes) -> Fields:
+    """The client's body as Fields, whatever its Content-Type claims; a 400 where it is no JSON object."""
+    if not raw.strip():
+        raise ProxyError(400, "missing request body")
+    try:
+        data = decode_json(raw.decode("utf-8-sig"))
+    except RecursionError:
+        raise ProxyError(400, "We could not parse the JSON body of your request: it is nested too deeply.") from None
+    except ValueError as error:
+        raise ProxyError(400, f"We could not parse the JSON body of your request: {str(error)[:200]}.") from None
+    if type(data) is not dict:
+        raise ProxyError(400, f"We could not parse the body of your request: expected a JSON object, but got {kind_of(data)}.")
+    return Fields(data)
+
+
+def parsed_object(text: str) -> Optional[JSON]:
+    """The JSON object that a text holds, or None: for arguments and results, which are JSON inside JSON."""
+    try:
+        value = decode_json(text) if text.lstrip()[:1] == "{" else None
+    except (ValueError, RecursionError):
+        return None
+    return value if type(value) is dict else None
+
+
+class GeminiCall(NamedTuple):
+    """One HTTP request to Gemini, not yet sent: a POST where it has a body."""
+    path: str                               # below /v1beta/, such as "models/gemini-2.5-flash:generateContent"
+    body: Optional[JSON] = None
+    model: Optional[Model] = None
+    streaming: bool = False
+    optional: bool = False                  # the answer can do without it: a failure is an empty chunk
+
+
+class Ask(NamedTuple):
+    """What a client's request comes to."""
+    calls: Tuple[GeminiCall, ...] = ()      # sent at once, answered in order
+    stream: bool = False                    # whether the client wants events
+    wants: Any = None                       # what only the reply can fulfil; the endpoint knows its type
+    model: str = ""                         # as the client spelt it
+
+
+class Setting(NamedTuple):
+    """What a request may depend on besides its body."""
+    aliases: Tuple[Tuple[str, str], ...] = ()               # (name or glob, Gemini's model)
+    ollama: bool = False                                    # whether the OpenAI routes stand in for Ollama's own
+    params: Dict[str, str] = {}                             # captured from the path
+    query: Dict[str, str] = {}
+
+
+class Usage(NamedTuple):
+    """Tokens, of one call or of several."""
+    prompt: int = 0         # went in, with the results of Gemini's own tools
+    cached: int = 0         # of these, from Gemini's cache
+    output: int = 0         # came out, thoughts included
+    thoughts: int = 0       # of these, thoughts
+    heard: int = 0          # of the prompt, sound
+    spoken: int = 0         # of the output, sound
+
+    def plus(self, other: Usage) -> Usage:
+        return Usage(*map(sum, zip(self, other)))
+
+
+class Exchange:
+    """What a reply may depend on besides Gemini's answer."""
+
+    def __init__(self, ask: Ask, created: float, new_id: Callable[[str], str],
+                 remember: Callable[[List[Call]], List[str]], gemini_model: str = ""):
+        self.model, self.wants, self.ask = ask.model, ask.wants, ask
+        self.created = created                  # seconds since 1970
+        self.new_id = new_id                    # a new id with this prefix
+        self.remember = remember                # gives the calls of an answer their ids, and keeps their signatures
+        self.gemini_model = gemini_model
+        self.usage = Usage()                    # of all that was read so far
+
+
+class Payload(NamedTuple):
+    """A whole answer that is not JSON."""
+    data: bytes
+    content_type: str = "text/plain; charset=utf-8"
+
+
+class Framing(NamedTuple):
+    """How the events of a stream become bytes."""
+    content_type: str
+    encode: Callable[[JSON], bytes]
+    end: bytes = b""                        # after the last event of a stream that went well
+    beat: bytes = b": keep-alive\n\n"       # says that the stream is alive; routes may have a beat of their own
+
+
+def encode_sse(event: JSON) -> bytes:
+    return b"data: %b\n\n" % encode_json(event).encode()
+
+
+SSE = Framing("text/event-stream; charset=utf-8", encode_sse, b"data: [DONE]\n\n")
+
+
+class Route(NamedTuple):
+    """One endpoint. Path segments in braces are captured; the last one may hold slashes."""
+    method: str
+    path: str
+    request: Callable[[Fields, Setting], Ask]
+    response: Callable[[Exchange, Iterator[Iterator[JSON]]], Any]
+    stream: Optional[Callable[[Exchange, Iterator[Iterator[JSON]]], Iterator[JSON]]] = None
+    framing: Framing = SSE
+
+
+class Protocol(NamedTuple):
+    """The routes that speak one protocol, and its form of an error."""
+    name: str
+    routes: Tuple[Route, ...]
+    error: Callable[[ProxyError], Tuple[int, JSON]]         # (status, body)
+    stream_error: Callable[[ProxyError], JSON]              # the last event of a stream that failed
+
+# ======================================================================================
+# 2. Writing Gemini: parts, turns, thinking by model, functions and schemas, whole requests
+# ======================================================================================
+
+# ---- models ----
+
+
+class Levels(NamedTuple):
+    """A model that thinks by level."""
+    names: Tuple[str, ...]
+
+
+class Budget(NamedTuple):
+    """A model that thinks by budget, in tokens."""
+    low: int
+    high: int
+    stops: bool             # whether it can be told not to think
+
+
+LOW_TO_HIGH = Levels(("LOW", "MEDIUM", "HIGH"))
+
+# The first pattern that fits the beginning of a name tells how the model thinks; None means that it does not,
+# or refuses to be told. From ai.google.dev/gemini-api/docs/thinking. A new family is a new row; a name that
+# fits no row is taken for the newest kind.
+THINKING = (
+    (r".*(image|banana|tts|embedding|audio)|gemma|learnlm|aqa", None),
+    (r"gemini-2\.5-pro", Budget(128, 32768, stops=False)),
+    (r"gemini-2\.5-flash-lite", Budget(512, 24576, stops=True)),
+    (r"gemini-2\.5-flash", Budget(1, 24576, stops=True)),
+    (r"gemini-[12]\b", None),
+    (r"gemini-3-pro", Levels(("LOW", "HIGH"))),
+    (r"gemini-3(\.[1-6])?-flash", Levels(("MINIMAL", "LOW", "MEDIUM", "HIGH"))),
+    (r"", LOW_TO_HIGH),
+)
+NEWEST = 99.0       # the generation of a name that does not tell it
+
+
+class Model(NamedTuple):
+    """A Gemini model, and what its name tells of its ways."""
+    path: str                                       # in URLs: "models/gemini-2.5-flash"
+    generation: float
+    thinking: Union[Levels, Budget, None]
+    prefills: bool                                  # goes on with a history that ends in its own turn
+    signs: bool                                     # refuses its own calls without their signatures
+
+    @property
+    def name(self) -> str:
+        return self.path.partition("/")[2]
+
+
+@functools.lru_cache(maxsize=256)
+def model_of(name: str) -> Model:
+    """The traits of a model by this (valid) name, which may begin with "tunedModels/"."""
+    short = name.rpartition("/")[2]
+    told = re.match(r"gemini-(\d+(?:\.\d+)?)", short)
+    generation = float(told.group(1)) if told else 2.0 if re.match(r"gemma|learnlm", short) else NEWEST
+    return Model(path=name if "/" in name else "models/" + name, generation=generation,
+                 thinking=next(thinking for pattern, thinking in THINKING if re.match(pattern, short)),
+                 prefills=generation < 3.5 or bool(re.match(r"gemini-3\.5-flash(?!-lite)", short)),
+                 signs=generation >= 3 and "image" not in short and "banana" not in short)
+
+
+def no_such_model(name: str) -> ProxyError:
+    return ProxyError(404, f"The model `{name[:200]}` does not exist or you do not have access to it.",
+                      code="model_not_found", place="model")
+
+
+def model_named(asked: str, aliases: Iterable[Tuple[str, str]]) -> Model:
+    """The model that a client means: through the aliases, an exact name before a glob, and without prefixes.
+
+    A name can never change the URL: whatever is not plain is a model that does not exist.
+    """
+    name = next((to for name, to in aliases if name == asked), None) \
+        or next((to for glob, to in aliases if fnmatch.fnmatchcase(asked, glob)), asked)
+    name = re.sub(r"^(models|google|gemini)/", "", name)
+    if len(name) > 128 or not re.fullmatch(r"(tunedModels/)?[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*", name):
+        raise no_such_model(asked)
+    return model_of(name)
+
+
+# ---- parts ----
+
+Part = JSON
+PLACEHOLDER = base64.b64encode(b"skip_thought_signature_validator").decode()    # Google's documented bypass
+
+
+def text_part(text: str) -> Part:
+    return {"text": text}
+
+
+def texts_of(parts: Iterable[Part]) -> str:
+    return "".join(part.get("text", "") for part in parts)
+
+
+# The first bytes of a file, and what it is. Ollama's clients send bare base64, and some name a wrong type.
+MAGIC = ((rb"\xff\xd8\xff", "image/jpeg"), (rb"\x89PNG", "image/png"), (rb"GIF8", "image/gif"), (rb"RIFF....WEBP", "image/webp"),
+         (rb"....ftyp(hei[cfmsx]|mif1|hevc)", "image/heic"), (rb"BM", "image/bmp"), (rb"%PDF", "application/pdf"),
+         (rb"RIFF....WAVE", "audio/wav"), (rb"ID3|\xff[\xf2\xf3\xfb]", "audio/mp3"), (rb"fLaC", "audio/flac"), (rb"OggS", "audio/ogg"),
+         (rb"....ftypM4A", "audio/mp4"), (rb"....ftyp", "video/mp4"), (rb"\x1a\x45\xdf\xa3", "video/webm"))
+MIME_SPELLINGS = {"image/jpg": "image/jpeg", "audio/x-wav": "audio/wav", "audio/wave": "audio/wav", "audio/m4a": "audio/mp4",
+                  "application/x-pdf": "application/pdf"}
+TEXT_TYPES = re.compile(r"text/|application/(json|xml|yaml|x-yaml|javascript|typescript|toml|sql|x-sh|x-python|csv)\b|.*\+(json|xml)$")
+EXTENSIONS = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp", "heic": "image/heic",
+              "gif": "image/gif", "pdf": "application/pdf", "mp3": "audio/mp3", "wav": "audio/wav", "flac": "audio/flac", "ogg": "audio/ogg",
+              "m4a": "audio/mp4", "aac": "audio/aac", "mp4": "video/mp4", "webm": "video/webm", "mov": "video/mov",
+              "txt": "text/plain", "md": "text/markdown", "csv": "text/csv", "json": "application/json", "html": "text/html",
+              "xml": "text/xml", "py": "text/x-python", "js": "text/javascript", "ts": "text/plain", "yaml": "text/plain", "yml": "text/plain"}
+
+
+def sniffed(data: str) -> Optional[str]:
+    """The MIME type that the first bytes of base64 data tell, or None."""
+    head = base64.b64decode(data[:32].replace("-", "+").replace("_", "/") + "==")
+    return next((mime for pattern, mime in MAGIC if re.match(pattern, head, re.S)), None)
+
+
+def extension_type(name: Optional[str]) -> Optional[str]:
+    return EXTENSIONS.get((name or "").rpartition(".")[2].lower())
+
+
+def base64_data(text: str, place: str) -> str:
+    """Base64 in either alphabet, padded or not, with or without line breaks, as Gemini takes it; else a 400."""
+    if not re.fullmatch(r"[A-Za-z0-9+/_-]*={0,2}", text, re.ASCII):
+        text = re.sub(r"\s+", "", text)
+    data = text.rstrip("=")
+    if not data or len(data) % 4 == 1 or not re.fullmatch(r"[A-Za-z0-9+/_-]+", data, re.ASCII):
+        raise wrong_value(place, f"Invalid value for '{place}': it must be valid base64-encoded data.")
+    return data + "=" * (-len(data) % 4)
+
+
+def media_part(data: str, mime: Optional[str], place: str, name: Optional[str] = None) -> Part:
+    """A part of base64 data or of a data: URL; a text file becomes text, which every model reads."""
+    if data[:5].lower() == "data:":
+        head, comma, data = data[5:].partition(",")
+        if not comma:
+            raise wrong_value(place, f"Invalid value for '{place}': expected a base64-encoded data URL.")
+        mime = head.partition(";")[0].strip().lower() or mime
+        if "base64" not in [word.strip().lower() for word in head.split(";")[1:]]:
+            data = base64.b64encode(urllib.parse.unquote_to_bytes(data.encode("utf-8", "replace"))).decode()
+    data = base64_data(data, place)
+    mime = MIME_SPELLINGS.get(mime or "", mime)
+    if not mime or mime == "application/octet-stream":
+        mime = sniffed(data) or extension_type(name) or mime or "application/octet-stream"
+    if TEXT_TYPES.match(mime):
+        try:
+            text = base64.b64decode(data.replace("-", "+").replace("_", "/")).decode()
+            return text_part(f"{name}:\n{text}" if name else text)
+        except UnicodeDecodeError:
+            pass            # not UTF-8 after all: Gemini may still know what it is
+    return {"inlineData": {"mimeType": mime, "data": data}}
+
+
+def local_host(host: str) -> bool:
+    """Whether a host name or address is on this machine or in a private network, in any spelling of it."""
+    import ipaddress
+    host = host.strip("[]").rstrip(".").lower()
+    if "." not in host and ":" not in host or re.search(r"(^|\.)(localhost|local|internal|lan|home|arpa)$", host):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:      # 127.1, 0x7f.1 and the like are addresses to some programs
+        return bool(re.fullmatch(r"0x[0-9a-f]*|\d+", host.rpartition(".")[2]))
+    return not (getattr(address, "ipv4_mapped", None) or address).is_global
+
+
+def link_part(url: str, place: str, name: Optional[str] = None) -> Part:
+    """A part that Gemini fetches itself: this proxy fetches nothing that a client names."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+    except ValueError:
+        parts, host = None, ""
+    if not host or parts.scheme not in ("https", "http", "gs"):
+        raise wrong_value(place, f"Invalid value for '{place}': expected a data URL or a public https URL.")
+    if parts.scheme != "gs" and (local_host(host) or "@" in parts.netloc):
+        raise wrong_value(place, f"Invalid value for '{place}': Gemini fetches this URL, and cannot reach {host[:80]!r}.")
+    mime = extension_type(parts.path) or extension_type(name)
+    return {"fileData": {**({"mimeType": mime} if mime else {}), "fileUri": url}}
+
+
+def source_part(source: str, mime: Optional[str], place: str, name: Optional[str] = None) -> Part:
+    """The part for what a client calls a URL: a data URL, or the address of something public."""
+    if source[:5].lower() == "data:":
+        return media_part(source, mime, place, name)
+    return link_part(source, place, name)
+
+
+def call_part(name: str, args: JSON, id: Optional[str] = None, signature: Optional[str] = None) -> Part:
+    return {"functionCall": {**({"id": id} if id else {}), "name": gemini_name(name), "args": args},
+            **({"thoughtSignature": signature} if signature else {})}
+
+
+def result_part(name: Optional[str], content: Union[str, JSON], id: Optional[str] = None, media: List[Part] = (),
+                failed: bool = False) -> Part:
+    """A functionResponse; settled_turns finds the call that it answers. `media` needs Gemini 3 and goes beside elsewhere."""
+    if type(content) is str:
+        # Gemini reads every number as a double, so long ones are safe in a text only
+        told = None if failed or re.search(r"\d{16}", content) else parsed_object(content)
+        content = told if told is not None else {"error" if failed else "output": content}
+    return {"functionResponse": {**({"id": id} if id else {}), "name": gemini_name(name) if name else "", "response": content,
+                                 **({"parts": list(media)} if media else {})}}
+
+
+def call_arguments(text: Any) -> JSON:
+    """The arguments of a call in a client's history, where they are JSON in a string, or nearly so."""
+    if type(text) is dict:
+        return text
+    told = parsed_object(text or "{}")
+    if told is not None:
+        return told
+    return {} if text.strip() in ("", "null") else {"_raw": text}
+
+
+def gemini_name(name: str) -> str:
+    """A function name as Gemini takes it; the same name always gives the same one."""
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}", name):
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"_{re.sub('[^A-Za-z0-9_.:-]', '_', name)[:50]}_{digest}"
+
+
+# ---- turns ----
+
+MISSING_RESULT = {"error": "There is no result: the call was interrupted."}
+RESULT_MEDIA = ("image/png", "image/jpeg", "image/webp", "application/pdf", "text/plain")     # what functionResponse.parts takes
+
+
+def user_turn(*parts: Part) -> JSON:
+    return {"role": "user", "parts": list(parts)}
+
+
+def model_turn(*parts: Part) -> JSON:
+    return {"role": "model", "parts": list(parts)}
+
+
+def says_something(part: Part) -> bool:
+    return part.get("text") != "" or "thoughtSignature" in part
+
+
+def settled_turns(contents: Iterable[JSON], model: Model) -> List[JSON]:
+    """The history in the order that Gemini accepts, with nothing lost.
+
+    Neighbours of one role are one turn; the results of a turn's calls follow it in one turn of their own, in
+    the order of the calls, with a stand-in for each missing one, and whatever else was said comes after; a
+    result without a call becomes text. The first turn is the user's, and so is the last, unless the model
+    goes on with its own. (ai.google.dev/gemini-api/docs/function-calling; each rule is a 400 of Gemini's.)
+    """
+    turns: List[JSON] = []
+    for role, group in itertools.groupby(contents, key=itemgetter("role")):
+        parts = [part for content in group for part in content["parts"] if says_something(part)]
+        if not parts:
+            continue
+        if role == "model" and turns and turns[-1]["role"] == "model":
+            turns[-1]["parts"] += parts
+        elif role == "model":
+            turns.append(model_turn(*parts))
+        elif turns and turns[-1]["role"] == "user":
+            turns[-1]["parts"] += parts
+        else:
+            turns += answered(turns[-1]["parts"] if turns else [], parts, model)
+    if turns and turns[-1]["role"] == "model":
+        turns += answered(turns[-1]["parts"], [], model)
+    if turns and turns[0]["role"] == "model":
+        turns.insert(0, user_turn(text_part(" ")))
+    if turns and turns[-1]["role"] == "model" and not model.prefills:
+        turns.append(user_turn(text_part("Continue.")))
+    return turns
+
+
+def answered(asked: List[Part], said: List[Part], model: Model) -> List[JSON]:
+    """The user's turns after a model's turn: the results of its calls, then the rest of what was said."""
+    calls = [part["functionCall"] for part in asked if "functionCall" in part]
+    results = [part["functionResponse"] for part in said if "functionResponse" in part]
+    matched, rest = match_results(calls, results), []
+    for part in said:
+        result = part.get("functionResponse")
+        if result is None:
+            rest.append(part)
+        elif not any(result is found for found in matched):
+            rest += [text_part(f"Result of {result['name'] or 'a function'}: {encode_json(result['response'])}"), *result.get("parts", ())]
+    answers, media = [], []
+    for call, result in zip(calls, matched):
+        result = {**({"id": call["id"]} if "id" in call else {}), "name": call["name"],
+                  "response": MISSING_RESULT if result is None else result["response"],
+                  "parts": [] if result is None else result.get("parts", [])}
+        inside = result["parts"] if model.generation >= 3 else []
+        inside = [part for part in inside if part.get("inlineData", {}).get("mimeType") in RESULT_MEDIA]
+        media += [part for part in result.pop("parts") if part not in inside]
+        answers.append({"functionResponse": {**result, **({"parts": inside} if inside else {})}})
+    return [user_turn(*parts) for parts in (answers, media + rest) if parts]
+
+
+def match_results(calls: List[JSON], results: List[JSON]) -> List[Optional[JSON]]:
+    """For each call its result: by id, else by name among those without a known id, else by order; or None."""
+    matched: List[Optional[JSON]] = [None] * len(calls)
+    left = list(results)
+    known = {call.get("id") for call in calls} - {None}
+
+    def by_id(call: JSON, result: JSON) -> bool:
+        return bool(call.get("id")) and result.get("id") == call["id"]
+
+    def by_name(call: JSON, result: JSON) -> bool:
+        return result.get("id") not in known and result["name"] == call["name"]
+
+    def by_order(call: JSON, result: JSON) -> bool:
+        return not result.get("id") and not result["name"]
+
+    for fits in (by_id, by_name, by_order):
+        for i, call in enumerate(calls):
+            found = None if matched[i] else next((result for result in left if fits(call, result)), None)
+            if found is not None:
+                matched[i] = found
+                left = [result for result in left if result is not found]
+    return matched
+
+
+# ---- thinking and settings ----
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")      # OpenAI's words, from little to much
+BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768)))     # tokens; Google's own table for its OpenAI endpoint
+LEVEL_EFFORTS = {"MINIMAL": "minimal", "LOW": "low", "MEDIUM": "medium", "HIGH": "high"}
+
+
+def thinking_config(model: Model, effort: Optional[str], thoughts: bool) -> JSON:
+    """The thinkingConfig for an effort (None: the model's own), and whether its thoughts are to be told.
+
+    Every effort is legal on every model: the nearest level that is not less, or a budget within bounds. A
+    model that cannot stop thinking thinks as little as it can.
+    """
+    if model.thinking is None:
+        return {}
+    config: JSON = {}
+    if effort is not None and isinstance(model.thinking, Budget):
+        low, high, stops = model.thinking
+        config["thinkingBudget"] = 0 if effort == "none" and stops else min(max(BUDGETS[effort], low), high)
+    elif effort is not None:
+        names = model.thinking.names
+        enough = [name for name in names if EFFORTS.index(LEVEL_EFFORTS[name]) >= EFFORTS.index(effort)]
+        config["thinkingLevel"] = (enough or names[-1:])[0]
+    if thoughts and effort != "none":
+        config["includeThoughts"] = True
+    return config
+
+
+def int32(value: int) -> int:
+    """Gemini's numbers have 32 bits; the same number always gives the same one."""
+    return value if -2**31 <= value < 2**31 else value % 2**31
+
+
+def stop_sequences(body: Fields, key: str = "stop") -> List[str]:
+    """At most five that are not empty, which is all that Gemini takes."""
+    stops = [text for text in body.strings(key) if text]
+    if len(stops) > 5:
+        body.ignore(body.at(key))
+    return stops[:5]
+
+
+# ---- functions and schemas ----
+
+SUBSCHEMAS = ("items", "prefixItems", "anyOf", "oneOf", "allOf", "not", "additionalProperties", "if", "then", "else", "contains")
+NAMED_SUBSCHEMAS = ("properties", "$defs", "patternProperties", "dependentSchemas")
+
+
+def gemini_schema(schema: Any) -> Any:
+    """A JSON Schema in the dialect of parametersJsonSchema and responseJsonSchema, which mean the same.
+
+    Gemini has no `const`, no null in `enum`, and lets nothing stand beside a `$ref`; what it does not know it
+    passes over. Properties keep their names, whatever these are.
+    """
+    if type(schema) is list:
+        return [gemini_schema(item) for item in schema]
+    if type(schema) is not dict:
+        return schema
+    out = {}
+    for key, value in schema.items():
+        key = "$defs" if key == "definitions" else key
+        if key in NAMED_SUBSCHEMAS and type(value) is dict:
+            out[key] = {**out.get(key, {}), **{name: gemini_schema(inner) for name, inner in value.items()}}
+        elif key in SUBSCHEMAS:
+            out[key] = gemini_schema(value)
+        elif key not in ("$schema", "strict"):
+            out[key] = value
+    if "const" in out:
+        out["enum"] = [out.pop("const")]
+    if type(out.get("enum")) is list and None in out["enum"]:
+        out = nullable_enum(out)
+    return lone_reference(out) if type(out.get("$ref")) is str else out
+
+
+def nullable_enum(schema: JSON) -> JSON:
+    """An enum with null, as a choice between the rest of it and null."""
+    kinds, values = schema.get("type"), [value for value in schema["enum"] if value is not None]
+    kinds = [kind for kind in kinds if kind != "null"] if type(kinds) is list else kinds
+    rest = {key: value for key, value in schema.items() if key not in ("enum", "type")}
+    if not values:
+        return {**rest, "type": "null"}
+    kind = {"type": kinds[0] if type(kinds) is list and len(kinds) == 1 else kinds} if kinds else {}
+    return {**rest, "anyOf": [{**kind, "enum": values}, {"type": "null"}]}
+
+
+def lone_reference(schema: JSON) -> JSON:
+    """A $ref without neighbours: they go outside of a choice of one."""
+    rest = {key: value for key, value in schema.items() if key != "$ref"}
+    reference = {"$ref": schema["$ref"].replace("#/definitions/", "#/$defs/", 1)}
+    return {"anyOf": [reference], **rest} if any(not key.startswith("$") for key in rest) else {**rest, **reference}
+
+
+class Tools(NamedTuple):
+    """What Gemini may call."""
+    declarations: List[JSON] = []
+    names: Dict[str, str] = {}              # Gemini's name of each function -> the client's
+    custom: FrozenSet[str] = frozenset()    # the client's names of functions that take plain text
+    strict: bool = False                    # whether a call must keep to its schema
+    search: str = ""                        # what the client calls Google Search, where it asks for it
+    code: str = ""                          # and code execution
+
+
+def function_declaration(name: str, description: Optional[str], schema: Optional[JSON]) -> JSON:
+    """Without parameters where there are none: Gemini refuses an object without properties."""
+    bare = not schema or not (schema.get("properties") or schema.keys() & {"$ref", "anyOf", "oneOf", "allOf", "additionalProperties"})
+    return {"name": gemini_name(name), **({"description": description} if description else {}),
+            **({} if bare else {"parametersJsonSchema": gemini_schema(schema)})}
+
+
+CUSTOM_INPUT = "input"      # the one parameter of a function that takes plain text
+
+
+def custom_declaration(name: str, description: Optional[str], grammar: str = "") -> JSON:
+    told = "\n".join(text for text in (description, grammar) if text)
+    return function_declaration(name, told, {"type": "object", "required": [CUSTOM_INPUT],
+                                             "properties": {CUSTOM_INPUT: {"type": "string", "description": "The text, and nothing else."}}})
+
+
+def tool_fields(tools: Tools, mode: Optional[str], allowed: List[str], body: Fields, model: Model) -> JSON:
+    """The request's `tools` and `toolConfig`. `mode` None is Gemini's own choice; `allowed` are the client's names."""
+    out: JSON = {}
+    listed: List[JSON] = [{"functionDeclarations": tools.declarations}] if tools.declarations else []
+    own = [{key: {}} for key, wanted in (("googleSearch", tools.search), ("codeExecution", tools.code)) if wanted]
+    config: JSON = {}
+    if own and listed and model.generation < 3:
+        body.ignore(tools.search or tools.code)         # the older models take one or the other
+    elif own:
+        listed += own
+        if tools.declarations:
+            config["includeServerSideToolInvocations"] = True
+    if tools.declarations and (mode or tools.strict):
+        config["functionCallingConfig"] = {"mode": mode or "VALIDATED",
+                                           **({"allowedFunctionNames": [gemini_name(name) for name in allowed]} if allowed else {})}
+    if listed:
+        out["tools"] = listed
+    if config:
+        out["toolConfig"] = config
+    return out
+
+
+# ---- whole requests ----
+
+ANY_JSON: JSON = {}         # the schema of an answer that may be any JSON
+
+
+def json_config(schema: Optional[JSON]) -> JSON:
+    """The settings for an answer in JSON; None is an answer in plain text."""
+    if schema is None:
+        return {}
+    return {"responseMimeType": "application/json", **({"responseJsonSchema": gemini_schema(schema)} if schema else {})}
+
+
+def json_instruction(schema: JSON) -> str:
+    """The same as words, for models that refuse functions beside an answer in JSON."""
+    told = f" that conforms to this JSON Schema:\n{encode_json(schema)}" if schema else "."
+    return "When you answer without calling a function, answer with nothing but JSON, without a code fence" + (
+        "," + told if schema else told)
+
+
+def generate_call(model: Model, streaming: bool, system: List[Part], contents: List[JSON], config: JSON, **fields: Any) -> GeminiCall:
+    """The call for a history, which is settled here. Without any turn, the system's words are the user's."""
+    turns = settled_turns(contents, model)
+    system = [part for part in system if says_something(part)]
+    if not turns:
+        turns, system = [user_turn(*(system or [text_part(" ")]))], []
+    body: JSON = {"contents": turns}
+    if system and model.path.startswith("models/gemma"):        # which knows no system instruction
+        turns.insert(0, user_turn(*system))
+    elif system:
+        body["systemInstruction"] = {"parts": system}
+    if config:
+        body["generationConfig"] = config
+    body.update(fields)
+    verb = "streamGenerateContent?alt=sse" if streaming else "generateContent"
+    return GeminiCall(f"{model.path}:{verb}", body, model, streaming)
+
+
+EMBED_BATCH = 100           # inputs that Gemini takes in one call
+
+
+def embed_calls(model: Model, texts: List[str], dimensions: Optional[int]) -> Tuple[GeminiCall, ...]:
+    """The calls for the vectors of these texts; and one that counts their tokens, where the vectors come without a count."""
+    size = {"outputDimensionality": dimensions} if dimensions else {}
+    requests = [{"model": model.path, "content": {"parts": [text_part(text)]}, **size} for text in texts]
+    batches = [GeminiCall(f"{model.path}:batchEmbedContents", {"requests": requests[i:i + EMBED_BATCH]}, model)
+               for i in range(0, len(requests), EMBED_BATCH)]
+    if re.search(r"embedding-00\d$", model.path):
+        contents = [user_turn(*map(text_part, texts))]
+        batches.append(GeminiCall(f"{model.path}:countTokens", {"contents": contents}, model, optional=True))
+    return tuple(batches)
+
+
+MODELS_CALL = GeminiCall("models")      # Gemini's whole list, which the client keeps for a few minutes
+
+
+# ---- repairs ----
+
+def without(*path: str) -> Callable[[JSON], Optional[str]]:
+    """A repair that takes a field out of a request, and tells its name where it was there."""
+    def repair(body: JSON) -> Optional[str]:
+        for key in path[:-1]:
+            body = body.get(key) or {}
+        return path[-1] if body.pop(path[-1], None) is not None else None
+    return repair
+
+
+def forget_signatures(body: JSON) -> Optional[str]:
+    """Signatures of another model or key are refused: the first call of each turn gets the placeholder."""
+    found = None
+    for content in body["contents"]:
+        for part in content["parts"]:
+            if part.get("thoughtSignature", PLACEHOLDER) != PLACEHOLDER:
+                found = "thoughtSignature"
+                part["thoughtSignature"] = PLACEHOLDER
+                if "functionCall" not in part:
+                    del part["thoughtSignature"]
+    return found
+
+
+# What Gemini's 400 says, and what can be left out for a second try. Models change faster than this file.
+REPAIRS = (
+    (r"thinking.?(level|budget)|thinking is not|thinking_config", without("generationConfig", "thinkingConfig")),
+    (r"penalty is not enabled|presence_?penalty", without("generationConfig", "presencePenalty")),
+    (r"penalty is not enabled|frequency_?penalty", without("generationConfig", "frequencyPenalty")),
+    (r"service.?tier", without("serviceTier")),
+    (r"media.?resolution", without("generationConfig", "mediaResolution")),
+    (r"(invalid|corrupted) thought.?signature", forget_signatures),
+    (r"must not end with|ending with a model turn", lambda body: body["contents"].append(user_turn(text_part("Continue."))) or "prefill"),
+)
+
+
+def repaired(call: GeminiCall, message: str) -> Tuple[Optional[GeminiCall], List[str]]:
+    """The call without the fields that Gemini's message complains of, and their names; (None, []) if there are none."""
+    if not call.body or "contents" not in call.body:
+        return None, []
+    body = json.loads(encode_json(call.body))
+    names = [name for pattern, repair in REPAIRS if re.search(pattern, message, re.I) for name in [repair(body)] if name]
+    return (call._replace(body=body), names) if names else (None, [])
+
+
+# ---- signatures ----
+
+def canonical(value: Any) -> Any:
+    """A value whose JSON is the same whoever wrote it: some clients turn 1.0 into 1."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if type(value) is dict:
+        return {key: canonical(inner) for key, inner in value.items()}
+    return [canonical(item) for item in value] if type(value) is list else value
+
+
+def plain_part(part: Part) -> JSON:
+    """A part without what clients drop or rename: ids and signatures."""
+    out = {key: value for key, value in part.items() if key != "thoughtSignature"}
+    for key in ("functionCall", "functionResponse"):
+        if key in out:
+            out[key] = {name: value for name, value in out[key].items() if name != "id"}
+    return out
+
+
+class Trail:
+    """Digests that tie each call to the conversation that led to it: system, all turns before, name, arguments."""
+
+    def __init__(self, body: JSON, scope: str):
+        system = [plain_part(part) for part in body.get("systemInstruction", {}).get("parts", ())]
+        self.hash = hashlib.sha256(json.dumps([scope, system]).encode())
+        self.seen: Dict[str, int] = {}
+
+    def turn(self, content: JSON) -> None:
+        """Go on past a turn."""
+        parts = [plain_part(part) for part in content["parts"]]
+        self.hash.update(json.dumps([content["role"], canonical(parts)], sort_keys=True).encode())
+        self.seen = {}
+
+    def call(self, name: str, args: JSON) -> str:
+        """The digest of the next call of the turn that comes now. Equal calls of one turn are told apart by order."""
+        digest = self.hash.copy()
+        call = json.dumps([name, canonical(args)], sort_keys=True)
+        self.seen[call] = self.seen.get(call, -1) + 1
+        digest.update(f"{call}{self.seen[call]}".encode())
+        return digest.hexdigest()
+
+
+def restore_signatures(call: GeminiCall, scope: str, recall: Callable[[Optional[str], Callable[[], str]], Optional[str]]) -> GeminiCall:
+    """The call with the signatures that its history lost.
+
+    `recall` is given a call's id and a function that makes its digest, and tells the signature or None. The
+    first call of a turn must have one on Gemini 3: what nobody knows gets Google's placeholder.
+    """
+    turns = (call.body or {}).get("contents", ())
+    if not any("functionCall" in part for content in turns for part in content["parts"]):
+        return call
+    trail, contents = Trail(call.body, scope), []
+    for content in turns:
+        first, parts = True, []
+        for part in content["parts"]:
+            if "functionCall" in part:
+                made = part["functionCall"]
+                digest = trail.call(made["name"], made["args"])
+                signature = part.get("thoughtSignature") or recall(made.get("id"), digest)
+                if not signature and first and call.model.signs:
+                    signature = PLACEHOLDER
+                part = {**part, "thoughtSignature": signature} if signature else part
+                first = False
+            parts.append(part)
+        trail.turn(content)
+        contents.append({**content, "parts": parts})
+    return call._replace(body={**call.body, "contents": contents})
+
+# ======================================================================================
+# 3. Reading Gemini: from bytes to chunks, from chunks to events; refusals, usage, citations
+# ======================================================================================
+
+# ---- refusals ----
+
+
+def inside(value: Any, key: str, kind: type) -> Any:
+    """The value under a key if both are what they should be, else an empty one: for error bodies, which may be anything."""
+    inner = value.get(key) if type(value) is dict else None
+    return inner if type(inner) is kind else kind()
+
+
+def gemini_refusal(status: int, said: Any, raw: bytes = b"") -> ProxyError:
+    """What a refusal of Gemini's means to the client. `said` is its JSON, or None where it is none; `raw` its bytes.
+
+    The class of the status and Gemini's own words survive. (The forms of errors: google.rpc.Status.)
+    """
+    said = said[0] if type(said) is list and said else said
+    error = inside(said, "error", dict)
+    message = inside(error, "message", str) or inside(said, "error", str) or inside(said, "message", str)
+    details = [detail for detail in inside(error, "details", list) if type(detail) is dict]
+    if not message:
+        text = " ".join(raw[:200].decode("utf-8", "replace").split())
+        message = f"Gemini, or something on the way to it, answered with status {status}" + (f": {text}" if text else ".")
+    message = message[:8000]
+    again = retry_delay(details, message) if status == 429 else 0.0 if status in (500, 502, 503, 504) else None
+    headers = {"Retry-After": str(max(1, math.ceil(again)))} if again is not None and status == 429 else {}
+    code = None
+    if any(inside(detail, "reason", str) == "API_KEY_INVALID" for detail in details) or status == 401 \
+            or (status == 400 and re.search(r"API key (not valid|not found|expired)", message, re.I)):
+        status, code = 401, "invalid_api_key"
+    elif status == 404:
+        code = "model_not_found"
+    elif status == 429 and final_quota(details, message):
+        code, again, headers["x-should-retry"] = "insufficient_quota", None, "false"
+    elif status == 429:
+        code = "rate_limit_exceeded"
+    elif "exceeds the maximum number of tokens" in message:
+        code = "context_length_exceeded"
+    if not 400 <= status <= 599:
+        status, code = 502, None
+    return ProxyError(status, message, code=code, headers=headers, upstream=True, again=again)
+
+
+def retry_delay(details: List[JSON], message: str) -> Optional[float]:
+    """The seconds after which Gemini wants to be asked again: from RetryInfo, else from the words; None where it does not say."""
+    for detail in details:
+        told = re.fullmatch(r"(\d{1,6}(?:\.\d{1,12})?)s", inside(detail, "retryDelay", str))
+        if told:
+            return float(told.group(1))
+    told = re.search(r"retry in (\d{1,6}(?:\.\d{1,12})?)(m?)s", message)
+    return float(told.group(1)) / (1000 if told.group(2) else 1) if told else None
+
+
+def final_quota(details: List[JSON], message: str) -> bool:
+    """Whether waiting does not help: a quota per day, or one of zero."""
+    quotas = [inside(violation, "quotaId", str) for detail in details for violation in inside(detail, "violations", list)]
+    return any("PerDay" in quota for quota in quotas) or bool(re.search(r"limit: 0\b", message))
+
+
+def nonsense(what: str) -> ProxyError:
+    return ProxyError(502, f"Gemini's answer makes no sense: {what}.", upstream=True)
+
+
+# ---- chunks ----
+
+
+def read_json(data: bytes) -> Any:
+    """The JSON that Gemini sent, or None where it is none."""
+    try:
+        return decode_json(data.decode("utf-8-sig", "replace"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_chunk(data: bytes) -> JSON:
+    """A GenerateContentResponse, or the answer of another method; Gemini may say an error in its place."""
+    chunk = read_json(data)
+    if type(chunk) is not dict:
+        if type(chunk) is list and inside(chunk and chunk[0], "error", dict):
+            raise in_stream_refusal(chunk[0])
+        raise nonsense(f"expected a JSON object, but got {data[:80].decode('utf-8', 'replace')!r}")
+    if "error" in chunk:
+        raise in_stream_refusal(chunk)
+    return chunk
+
+
+def in_stream_refusal(said: JSON) -> ProxyError:
+    """A refusal inside of a 200: its status is in the error itself."""
+    code = inside(inside(said, "error", dict), "code", int)
+    return gemini_refusal(code if 400 <= code <= 599 else 502, said)
+
+
+def read_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines in blocks of bytes, cut anywhere. CR, LF or both end a line, and nothing else does (U+2028 does not)."""
+    pieces: List[bytes] = []        # of a line that has not ended yet; it may be megabytes long
+    after_cr = False
+    for block in blocks:
+        if after_cr and block[:1] == b"\n":
+            block = block[1:]
+        after_cr = block[-1:] == b"\r" if block else after_cr
+        lines = block.splitlines()
+        if not lines:
+            continue
+        open_end = block[-1] not in b"\r\n"
+        pieces.append(lines[0])
+        if len(lines) == 1 and open_end:
+            continue
+        yield b"".join(pieces)
+        yield from lines[1:-1] if open_end else lines[1:]
+        pieces = [lines[-1]] if open_end and len(lines) > 1 else []
+    if pieces:
+        yield b"".join(pieces)
+
+
+def read_events(blocks: Iterable[bytes]) -> Iterator[JSON]:
+    """The chunks in Gemini's event stream, decoded from blocks of bytes.
+
+    An error in mid-stream comes as an event, or as bare JSON lines outside of any; both are raised.
+    """
+    data: List[bytes] = []
+    stray: List[bytes] = []
+    for line in read_lines(blocks):
+        if line[:5] == b"data:":
+            data.append(line[5:])
+        elif not line:
+            if data:
+                yield read_chunk(b"\n".join(data))
+                data = []
+        elif line.startswith(b"\xef\xbb\xbfdata:"):
+            data.append(line[8:])
+        elif line.partition(b":")[0] not in (b"", b"event", b"id", b"retry"):
+            stray.append(line)
+    if data:
+        yield read_chunk(b"\n".join(data))
+    if stray:
+        raise in_stream_refusal(read_chunk(b"\n".join(stray)))
+
+
+# ---- events ----
+
+
+class Text(NamedTuple):
+    text: str
+    thought: bool = False       # a summary of the model's thoughts, not its answer
+
+
+class Call(NamedTuple):
+    """A function call; its id is ours."""
+    name: str                   # Gemini's
+    args: JSON
+    signature: Optional[str] = None
+    id: str = ""
+
+
+class Media(NamedTuple):
+    mime: str
+    data: str                   # base64
+
+
+class Citation(NamedTuple):
+    """A source, and the characters of the answer that rest on it."""
+    start: int
+    end: int
+    url: str
+    title: str
+
+
+class End(NamedTuple):
+    """How an answer ended; always the last event, and the only one of its kind."""
+    finish: str                 # "stop", "length", "filter" or "failed"
+    calls: bool                 # whether functions were called
+    reason: str                 # Gemini's own word
+    message: str                # and what it says about it
+    usage: Usage
+    citations: List[Citation]
+
+
+# Gemini's finish reasons in four words. What is not here is "stop": the list grows every few months.
+FINISHES = {
+    "STOP": "stop", "MAX_TOKENS": "length", "CONTINUATION": "length",
+    **dict.fromkeys(("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR", "IMAGE_SAFETY",
+                     "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "IMAGE_OTHER", "NO_IMAGE"), "filter"),
+    **dict.fromkeys(("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS", "MALFORMED_RESPONSE",
+                     "MISSING_THOUGHT_SIGNATURE"), "failed"),
+}
+
+
+def inner(value: JSON, key: str, kind: type) -> Any:
+    """The value under a key of Gemini's, an empty one where it is absent; a 502 where it is something else."""
+    found = value.get(key)
+    if found is None:
+        return kind()
+    if type(found) is not kind:
+        raise nonsense(f"{key} is {kind_of(found)}")
+    return found
+
+
+def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Union[Text, Call, Media, End]]:
+    """What Gemini says, in order, and one End; a 502 where it never ends.
+
+    Calls come last, when the answer is complete: a client must not act on one that Gemini takes back, or has
+    answered itself (its own servers do that). A STOP is not always the end, so the last one counts; the
+    token counts are running figures, so the last ones are true.
+    """
+    usage: JSON = {}
+    grounding: JSON = {}
+    reason, message, blocked = "", "", ""
+    pieces: List[Tuple[str, bool]] = []         # the answer's text, and whether it is Gemini's own or our rendering of a part
+    calls: List[Call] = []
+    done: set = set()                           # functions that Gemini's servers have answered
+    for chunk in chunks:
+        usage = inner(chunk, "usageMetadata", dict) or usage
+        blocked = inner(inner(chunk, "promptFeedback", dict), "blockReason", str) or blocked
+        for candidate in inner(chunk, "candidates", list):
+            if type(candidate) is not dict:
+                raise nonsense("a candidate is no object")
+            if candidate.get("index"):
+                continue
+            reason = inner(candidate, "finishReason", str) or reason
+            message = inner(candidate, "finishMessage", str) or message
+            for key in ("groundingMetadata", "citationMetadata"):
+                if key in candidate:
+                    grounding.update({name: value for name, value in inner(candidate, key, dict).items() if value})
+            for part in inner(inner(candidate, "content", dict), "parts", list):
+                event = read_part(part, done)
+                if type(event) is Call:
+                    calls.append(event)
+                elif event is not None:
+                    if type(event) is Text and not event.thought:
+                        pieces.append((event.text, "text" in part))
+                    yield event
+    if not reason and not blocked:
+        raise ProxyError(502, "Gemini's answer broke off: it has no finish reason.", upstream=True)
+    calls = [call for call in calls if call.name not in done]
+    if calls:
+        yield from (call._replace(id=id) for call, id in zip(calls, exchange.remember(calls)))
+    counted = read_usage(usage)
+    exchange.usage = exchange.usage.plus(counted)
+    finish = FINISHES.get(reason, "stop") if reason else "filter"
+    yield End(finish, bool(calls), reason or blocked, message, counted, read_citations(pieces, grounding) if grounding else [])
+
+
+def read_part(part: Any, done: set) -> Union[Text, Call, Media, None]:
+    """The event of one part; None where it has nothing for the client."""
+    if type(part) is not dict:
+        raise nonsense("a part is no object")
+    if "text" in part:
+        text = inner(part, "text", str)
+        return Text(text, part.get("thought") is True) if text else None
+    if "functionCall" in part:
+        call = inner(part, "functionCall", dict)
+        return Call(inner(call, "name", str), inner(call, "args", dict), inner(part, "thoughtSignature", str) or None)
+    if "functionResponse" in part:
+        done.add(inner(inner(part, "functionResponse", dict), "name", str))
+    elif part.get("thought"):
+        return None
+    elif "inlineData" in part:
+        data = inner(part, "inlineData", dict)
+        return Media(inner(data, "mimeType", str), inner(data, "data", str))
+    elif "executableCode" in part:
+        code = inner(part, "executableCode", dict)
+        return Text(fenced(inner(code, "code", str), inner(code, "language", str).lower()))
+    elif "codeExecutionResult" in part:
+        output = inner(inner(part, "codeExecutionResult", dict), "output", str)
+        return Text(fenced(output)) if output else None
+    return None
+
+
+def fenced(text: str, language: str = "") -> str:
+    """Code that Gemini ran, or what it printed, as Markdown: the protocols have no part for it."""
+    return "\n```{}\n{}\n```\n".format(language, text.rstrip("\n"))
+
+
+def read_usage(usage: JSON) -> Usage:
+    """The token counts of a usageMetadata. Thoughts are output, and results of Gemini's own tools are prompt."""
+    def count(key: str) -> int:
+        value = usage.get(key)
+        return value if type(value) is int and value > 0 else 0
+
+    def of_sound(key: str) -> int:
+        details = [detail for detail in inside(usage, key, list) if inside(detail, "modality", str) == "AUDIO"]
+        return sum(max(0, inside(detail, "tokenCount", int)) for detail in details)
+
+    thoughts = count("thoughtsTokenCount")
+    return Usage(prompt=count("promptTokenCount") + count("toolUsePromptTokenCount"), cached=count("cachedContentTokenCount"),
+                 output=count("candidatesTokenCount") + thoughts, thoughts=thoughts,
+                 heard=of_sound("promptTokensDetails"), spoken=of_sound("candidatesTokensDetails"))
+
+
+def read_citations(pieces: List[Tuple[str, bool]], grounding: JSON) -> List[Citation]:
+    """The sources of an answer. Gemini counts in UTF-8 bytes of its own text; a Citation counts in characters of ours."""
+    said = "".join(text for text, own in pieces if own).encode("utf-8", "surrogatepass")
+    sources = [next((source for source in chunk.values() if inside(source, "uri", str)), {}) if type(chunk) is dict else {}
+               for chunk in inside(grounding, "groundingChunks", list)]
+    spans = [(inside(support, "segment", dict), sources[i]) for support in inside(grounding, "groundingSupports", list)
+             for i in inside(support, "groundingChunkIndices", list) if type(i) is int and 0 <= i < len(sources)]
+    spans += [(source, source) for source in inside(grounding, "citationSources", list)]
+    found = []
+    for span, source in spans:
+        url, (start, end) = inside(source, "uri", str), span_of(span, said)
+        if url:
+            title = inside(source, "title", str) or url
+            found.append(Citation(character(start, said, pieces), character(end, said, pieces), url, title))
+    return found
+
+
+def span_of(span: JSON, said: bytes) -> Tuple[int, int]:
+    """Where a segment begins and ends in the text, in bytes; by its own words where the numbers do not fit them."""
+    start, end = inside(span, "startIndex", int), inside(span, "endIndex", int)
+    words = inside(span, "text", str).encode("utf-8", "surrogatepass")
+    if words and said[start:end] != words and words in said:
+        start = said.index(words)
+        end = start + len(words)
+    return max(0, start), max(0, end)
+
+
+def character(offset: int, said: bytes, pieces: List[Tuple[str, bool]]) -> int:
+    """The character of the answer that stands at a byte of Gemini's own text."""
+    left, at = len(said[:offset].decode("utf-8", "ignore")), 0
+    for text, own in pieces:
+        if own and left <= len(text):
+            return at + left
+        at += len(text)
+        left -= len(text) if own else 0
+    return at
+
+# ======================================================================================
+# 4. OpenAI: chat completions, embeddings, models
+# ======================================================================================
+
+# ---- content parts, which chat and responses share ----
+
+DETAILS = {"low": "MEDIA_RESOLUTION_LOW", "high": "MEDIA_RESOLUTION_HIGH", "original": "MEDIA_RESOLUTION_HIGH"}
+
+
+def openai_text_part(part: Fields, model: Model) -> Part:
+    return text_part(part.need("refusal" if part.data["type"] == "refusal" else "text", str))
+
+
+def openai_link_part(part: Fields, model: Model) -> Part:
+    """A picture or a video: its URL stands bare or in an object, and `detail` beside it."""
+    key = part.data["type"].replace("input_", "").replace("_url", "") + "_url"
+    no_file_store(part)
+    link = part.inner(key) if type(part.data.get(key)) is dict else part
+    at = "url" if link is not part else key
+    found = source_part(link.need(at, str), None, link.at(at))
+    level = DETAILS.get(link.data.get("detail"), "") if type(link.data.get("detail")) is str else ""
+    if level and model.generation >= 3:
+        link.pass_over("detail")
+        found["mediaResolution"] = {"level": level}
+    return found
+
+
+def openai_audio_part(part: Fields, model: Model) -> Part:
+    audio = part.inner("input_audio") if "input_audio" in part.data else part
+    if audio is None:
+        raise wrong_type(part.at("input_audio"), (dict,), None)
+    kind = (audio.get("format", str) or "wav").lower()
+    return media_part(audio.need("data", str), extension_type("." + kind) or "audio/" + kind, audio.at("data"))
+
+
+def openai_file_part(part: Fields, model: Model) -> Part:
+    file = part.inner("file") if "file" in part.data else part
+    if file is None:
+        raise wrong_type(part.at("file"), (dict,), None)
+    no_file_store(file)
+    name, url = file.get("filename", str), file.get("file_url", str)
+    if url:
+        return source_part(url, None, file.at("file_url"), name)
+    return media_part(file.need("file_data", str), extension_type(name), file.at("file_data"), name)
+
+
+def no_file_store(part: Fields) -> None:
+    if part.get("file_id", str):
+        raise wrong_value(part.at("file_id"), f"Invalid value for '{part.at('file_id')}': there is no file store behind this "
+                                              "server; send the file itself, as base64 in a data URL.")
+
+
+OPENAI_PARTS = {
+    "text": openai_text_part, "input_text": openai_text_part, "output_text": openai_text_part, "refusal": openai_text_part,
+    "image_url": openai_link_part, "input_image": openai_link_part, "video_url": openai_link_part, "input_video": openai_link_part,
+    "input_audio": openai_audio_part, "file": openai_file_part, "input_file": openai_file_part,
+}
+
+
+def openai_parts(message: Fields, key: str, model: Model) -> List[Part]:
+    """The parts of a message's content: a string, a list of typed parts, one such part, or nothing."""
+    content = message.get(key, str, list, dict)
+    if not content:
+        return []
+    if type(content) is str:
+        return [text_part(content)]
+    parts = []
+    for part in [message.inner(key)] if type(content) is dict else message.objects(key):
+        kind = part.need("type", str)
+        if kind not in OPENAI_PARTS:
+            raise part.unknown("type", kind, OPENAI_PARTS)
+        part.pass_over("annotations", "logprobs", "prompt_cache_breakpoint", "cache_control")
+        parts.append(OPENAI_PARTS[kind](part, model))
+    return parts
+
+
+# ---- chat: the history ----
+
+OPENAI_ROLES = ("developer", "system", "user", "assistant", "tool", "function")
+
+
+def openai_turns(body: Fields, model: Model) -> Tuple[List[Part], List[JSON]]:
+    """(the system's parts, the turns) of the messages, still in the client's order."""
+    system: List[Part] = []
+    contents: List[JSON] = []
+    for message in body.objects("messages"):
+        role = message.need("role", str).lower()
+        if role == "user":
+            contents.append(user_turn(*openai_parts(message, "content", model)))
+        elif role in ("assistant", "model"):
+            contents.append(model_turn(*openai_assistant_parts(message, model)))
+        elif role in ("system", "developer"):
+            system += openai_parts(message, "content", model)
+        elif role in ("tool", "function"):
+            contents.append(user_turn(openai_result_part(message, model)))
+        else:
+            raise message.unknown("role", role, OPENAI_ROLES)
+    return system, contents
+
+
+def openai_assistant_parts(message: Fields, model: Model) -> List[Part]:
+    """What the model said earlier. Its thoughts do not go back; its signatures do the job."""
+    message.pass_over("reasoning_content", "reasoning", "reasoning_details", "annotations", "audio")
+    parts = openai_parts(message, "content", model)
+    refusal = message.get("refusal", str)
+    if refusal and not parts:
+        parts = [text_part(refusal)]
+    parts += [openai_link_part(image, model) for image in message.objects("images") if image.data.get("type") == "image_url"]
+    parts += [openai_call_part(call) for call in message.objects("tool_calls")]
+    legacy = message.inner("function_call")
+    if legacy is not None:
+        parts.append(call_part(legacy.need("name", str), call_arguments(legacy.get("arguments", str, dict))))
+    return parts
+
+
+def openai_call_part(call: Fields) -> Part:
+    call.pass_over("type", "index")
+    id = call.get("id", str)
+    custom = call.inner("custom")
+    if custom is not None:
+        return call_part(custom.need("name", str), {CUSTOM_INPUT: custom.get("input", str) or ""}, plain_id(id), carried_signature(call, custom))
+    function = call.inner("function")
+    if function is None:
+        raise wrong_type(call.at("function"), (dict,), None)
+    args = call_arguments(function.get("arguments", str, dict))
+    return call_part(function.need("name", str), args, plain_id(id), carried_signature(call, function))
+
+
+# Ids that LiteLLM and Bifrost left in histories: the signature rides behind the id itself.
+LADEN_ID = re.compile(r"(.*?)(?:__thought__|_ts_)([A-Za-z0-9+/_-]{40,}=*)$", re.S)
+
+
+def plain_id(id: Optional[str]) -> Optional[str]:
+    laden = LADEN_ID.match(id or "")
+    return laden.group(1) if laden else id
+
+
+def carried_signature(call: Fields, function: Fields) -> Optional[str]:
+    """The thought signature that the client kept for us, in Google's form or in one of other proxies'."""
+    call.pass_over("extra_content", "provider_specific_fields")
+    function.pass_over("thought_signature", "provider_specific_fields")
+    google = inside(inside(call.data, "extra_content", dict), "google", dict)
+    laden = LADEN_ID.match(inside(call.data, "id", str))
+    for found in (inside(google, "thought_signature", str), inside(function.data, "thought_signature", str),
+                  inside(inside(call.data, "provider_specific_fields", dict), "thought_signature", str),
+                  inside(inside(function.data, "provider_specific_fields", dict), "thought_signature", str),
+                  laden.group(2) if laden else ""):
+        if len(found) > 8 and re.fullmatch(r"[A-Za-z0-9+/_-]+={0,2}", found):
+            return found
+    return None
+
+
+def openai_result_part(message: Fields, model: Model) -> Part:
+    """A tool's result: text, JSON in a text, or parts; pictures go beside the text."""
+    parts = openai_parts(message, "content", model)
+    media = [part for part in parts if "text" not in part]
+    return result_part(message.get("name", str), texts_of(parts), plain_id(message.get("tool_call_id", str)), media)
+
+
+# ---- chat: tools ----
+
+
+def openai_tools(body: Fields) -> Tools:
+    """`tools` and the older `functions`; also the flat form of the Responses API, which some clients send here."""
+    declared: Dict[str, JSON] = {}
+    names, custom, strict, search = {}, set(), False, ""
+    for tool in body.objects("tools"):
+        kind = tool.get("type", str) or "function"
+        if kind.startswith("web_search"):
+            search = "tools[].web_search"
+            continue
+        if kind not in ("function", "custom"):
+            body.ignore(f"tools[].{kind}")
+            tool.pass_over(*tool.data)
+            continue
+        function = tool.inner(kind) or tool
+        name = openai_function_name(function)
+        if kind == "custom":
+            custom.add(name)
+            function.pass_over("format")
+            declaration = custom_declaration(name, function.get("description", str), openai_grammar(function))
+        else:
+            strict = function.get("strict", bool) or strict
+            declaration = function_declaration(name, function.get("description", str), function.get("parameters", dict))
+        declared.setdefault(declaration["name"], declaration)
+        names[declaration["name"]] = name
+    for function in body.objects("functions"):
+        name = openai_function_name(function)
+        declaration = function_declaration(name, function.get("description", str), function.get("parameters", dict))
+        declared.setdefault(declaration["name"], declaration)
+        names[declaration["name"]] = name
+    return Tools(list(declared.values()), names, frozenset(custom), bool(strict), search)
+
+
+def openai_function_name(function: Fields) -> str:
+    name = function.need("name", str)
+    if not name:
+        raise wrong_value(function.at("name"), f"Invalid '{function.at('name')}': empty string.")
+    return name
+
+
+def openai_grammar(function: Fields) -> str:
+    """The grammar of a custom tool's text, in words: Gemini cannot be held to it."""
+    grammar = inside(function.data, "format", dict)
+    grammar = inside(grammar, "grammar", dict) or grammar
+    definition = inside(grammar, "definition", str)
+    return f"The text must conform to this {inside(grammar, 'syntax', str) or ''} grammar:\n{definition}" if definition else ""
+
+
+# OpenAI's words for the choice of a tool, and what clients write instead; Gemini's mode for each.
+TOOL_CHOICES = {"auto": None, "none": "NONE", "required": "ANY", "any": "ANY", "validated": "VALIDATED"}
+
+
+def openai_tool_choice(body: Fields, key: str, tools: Tools) -> Tuple[Optional[str], List[str]]:
+    """(Gemini's mode, the client's names of the functions that it may call); (None, []) leaves it to Gemini."""
+    choice = body.get(key, str, dict)
+    if choice is None or (type(choice) is str and not tools.declarations):
+        if choice not in (None, "auto", "none"):
+            body.ignore(key)
+        return None, []
+    if type(choice) is str:
+        return TOOL_CHOICES[body.word(key, *TOOL_CHOICES)], []
+    fields = body.inner(key)
+    kind = fields.get("type", str) or "function"
+    if kind == "allowed_tools":
+        allowed = fields.inner("allowed_tools") or fields
+        mode = "ANY" if allowed.word("mode", "auto", "required") == "required" else "VALIDATED"
+        return mode, [openai_chosen(tool, tools) for tool in allowed.objects("tools")]
+    if kind not in ("function", "custom"):
+        body.ignore(key)
+        fields.pass_over(*fields.data)
+        return None, []
+    return "ANY", [openai_chosen(fields, tools)]
+
+
+def openai_chosen(choice: Fields, tools: Tools) -> str:
+    """The name of a function that must be among the tools."""
+    kind = choice.get("type", str) or "function"
+    function = (choice.inner(kind) if type(choice.data.get(kind)) is dict else None) or choice
+    name = function.need("name", str)
+    if name not in tools.names.values():
+        raise wrong_value(function.at("name"), f"Invalid value for '{function.at('name')}': no function {name[:80]!r} is among the tools.")
+    return name
+
+
+# ---- chat: the request ----
+
+
+class ChatWants(NamedTuple):
+    """What a chat's reply has to mind."""
+    names: Dict[str, str]           # Gemini's names of functions -> the client's
+    custom: FrozenSet[str]          # the client's names of tools that take plain text
+    legacy: bool = False            # functions instead of tools
+    one_call: bool = False          # no parallel calls
+    usage: bool = False             # a last chunk with the token counts
+    unfence: bool = False           # JSON was asked for in words, and may come in a code fence
+    thoughts: str = "reasoning_content"
+    wav: bool = False               # sound is wanted as WAV
+
+
+def openai_chat_request(body: Fields, setting: Setting) -> Ask:
+    """Chat completions: https://platform.openai.com/docs/api-reference/chat/create"""
+    asked = body.need("model", str)
+    model = model_named(asked, setting.aliases)
+    if not body.need("messages", list):
+        raise wrong_value("messages", "Invalid 'messages': empty array. Expected an array with minimum length 1, but got an empty array instead.")
+    stream = bool(body.get("stream", bool))
+    system, contents = openai_turns(body, model)
+    tools = openai_tools(body)
+    legacy = not body.data.get("tools") and bool(body.data.get("functions"))
+    mode, allowed = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
+    if body.inner("web_search_options") is not None:
+        tools = tools._replace(search="web_search_options")
+    schema = openai_response_format(body)
+    unfence = schema is not None and bool(tools.declarations) and model.generation < 3
+    if unfence:             # the older models take functions or an answer in JSON, not both
+        system = system + [text_part("\n\n" + json_instruction(schema))]
+    config = {**openai_config(body, model, setting), **json_config(None if unfence else schema)}
+    modalities, wav = openai_modalities(body)
+    fields = {**tool_fields(tools, mode, allowed, body, model), **openai_google_fields(body, config)}
+    call = generate_call(model, stream, system, contents, {**config, **modalities}, **fields)
+    options = body.inner("stream_options")
+    wants = ChatWants(names=tools.names, custom=tools.custom, legacy=legacy, unfence=unfence, wav=wav,
+                      one_call=body.get("parallel_tool_calls", bool) is False,
+                      usage=bool(options and options.get("include_usage", bool)),
+                      thoughts="reasoning" if setting.ollama else "reasoning_content")
+    return Ask((call,) * (body.number("n", 1, 128, int) or 1), stream, wants, asked)
+
+
+def openai_config(body: Fields, model: Model, setting: Setting) -> JSON:
+    """The generationConfig that chat completions and legacy completions share."""
+    limit = body.number("max_completion_tokens", 1, math.inf, int)
+    older = body.number("max_tokens", 1, math.inf, int)
+    seed, top_k = body.get("seed", int), body.get("top_k", int)
+    config = {
+        "temperature": body.number("temperature", 0, 2), "topP": body.number("top_p", 0, 1),
+        "topK": top_k if top_k and 0 < top_k < 2**31 else None,
+        "maxOutputTokens": min(limit or older or 0, 2**31 - 1) or None,
+        "seed": None if seed is None else int32(seed), "stopSequences": stop_sequences(body) or None,
+    }
+    if model.generation < 2.5:          # the newer ones refuse any penalty
+        config["presencePenalty"] = body.number("presence_penalty", -2, 2) or None
+        config["frequencyPenalty"] = body.number("frequency_penalty", -2, 2) or None
+    effort = openai_effort(body)
+    config["thinkingConfig"] = thinking_config(model, effort, effort is not None or setting.ollama) or None
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def openai_effort(body: Fields) -> Optional[str]:
+    """The effort to think with: OpenAI's `reasoning_effort`, or OpenRouter's and Ollama's `reasoning.effort`."""
+    effort = body.word("reasoning_effort", *EFFORTS)
+    reasoning = body.inner("reasoning") if effort is None else None
+    if reasoning is not None:
+        effort = reasoning.word("effort", *EFFORTS)
+        if effort is None and reasoning.get("enabled", bool) is not None:
+            effort = "medium" if reasoning.data["enabled"] else "none"
+    return effort
+
+
+def openai_response_format(body: Fields) -> Optional[JSON]:
+    """The schema of the answer; ANY_JSON where it may be any JSON; None where it is text."""
+    wanted = body.inner("response_format")
+    if wanted is None:
+        return None
+    kind = wanted.need("type", str)
+    if kind == "json_schema":
+        schema = wanted.inner("json_schema")
+        if schema is None:
+            raise wrong_type(wanted.at("json_schema"), (dict,), None)
+        schema.pass_over("name", "strict", "description")
+        return schema.get("schema", dict) or ANY_JSON
+    if kind not in ("text", "json_object"):
+        raise wanted.unknown("type", kind, ("text", "json_object", "json_schema"))
+    return ANY_JSON if kind == "json_object" else None
+
+
+# OpenAI's voices, each with one of Gemini's that comes near it; Gemini's own names are taken too.
+VOICES = {"alloy": "Kore", "ash": "Orus", "ballad": "Algieba", "cedar": "Iapetus", "coral": "Aoede", "echo": "Charon", "fable": "Puck",
+          "marin": "Leda", "nova": "Zephyr", "onyx": "Alnilam", "sage": "Vindemiatrix", "shimmer": "Autonoe", "verse": "Fenrir"}
+GEMINI_VOICES = frozenset((
+    "Zephyr Puck Charon Kore Fenrir Leda Orus Aoede Callirrhoe Autonoe Enceladus Iapetus Umbriel Algieba Despina Erinome Algenib "
+    "Rasalgethi Laomedeia Achernar Alnilam Schedar Gacrux Pulcherrima Achird Zubenelgenubi Vindemiatrix Sadachbia Sadaltager Sulafat").split())
+
+
+def speech_config(fields: Fields, key: str) -> JSON:
+    """The settings for an answer in sound, in the voice under this key; a strange voice is the default one."""
+    voice = fields.get(key, str, dict)
+    voice = inside(voice, "id", str) if type(voice) is dict else voice or "alloy"
+    name = VOICES.get(voice.lower()) or (voice.capitalize() if voice.capitalize() in GEMINI_VOICES else None)
+    if name is None:
+        fields.ignore(fields.at(key))
+    return {"responseModalities": ["AUDIO"],
+            "speechConfig": {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": name or VOICES["alloy"]}}}}
+
+
+def openai_modalities(body: Fields) -> Tuple[JSON, bool]:
+    """(the settings for an answer in other forms than text, whether sound is wanted as WAV)."""
+    wanted = [word.lower() for word in body.strings("modalities")]
+    for word in wanted:
+        if word not in ("text", "audio", "image"):
+            raise body.unknown("modalities", word, ("text", "audio", "image"))
+    if "audio" in wanted:
+        audio = body.inner("audio") or Fields({}, "audio", body.family)
+        kind = audio.word("format", "wav", "aac", "mp3", "flac", "opus", "pcm16", "pcm") or "wav"
+        if kind not in ("wav", "pcm16", "pcm"):
+            body.ignore("audio.format")
+        return speech_config(audio, "voice"), kind not in ("pcm16", "pcm")
+    return ({"responseModalities": ["TEXT", "IMAGE"] if "text" in wanted else ["IMAGE"]} if "image" in wanted else {}), False
+
+
+THINKING_KEYS = {"thinking_budget": "thinkingBudget", "thinking_level": "thinkingLevel", "include_thoughts": "includeThoughts"}
+
+
+def openai_google_fields(body: Fields, config: JSON) -> JSON:
+    """Google's own settings, as its OpenAI endpoint takes them (`extra_body.google`, or `google`), and the service tier."""
+    fields: JSON = {}
+    extra = body.inner("extra_body")
+    google = (extra or body).inner("google")
+    if google is not None:
+        cached, safety = google.get("cached_content", str), google.get("safety_settings", list)
+        fields.update({key: value for key, value in (("cachedContent", cached), ("safetySettings", safety)) if value})
+        thinking = google.inner("thinking_config")
+        if thinking is not None:
+            told = {"thinkingBudget": google_key(thinking, "thinking_budget", int), "thinkingLevel": google_key(thinking, "thinking_level", str),
+                    "includeThoughts": google_key(thinking, "include_thoughts", bool)}
+            told = {key: value.upper() if type(value) is str else value for key, value in told.items() if value is not None}
+            config["thinkingConfig"] = {**config.get("thinkingConfig", {}), **told}
+    tier = body.get("service_tier", str)
+    if tier in ("flex", "priority"):
+        fields["serviceTier"] = tier
+    elif tier not in (None, "auto", "default"):
+        body.ignore("service_tier")
+    return fields
+
+
+def google_key(fields: Fields, key: str, kind: type) -> Any:
+    """A setting of Google's in snake_case or in camelCase."""
+    value = fields.get(key, kind)
+    return fields.get(THINKING_KEYS[key], kind) if value is None else value
+
+
+# ---- chat: the answer ----
+
+OPENAI_FINISH = {"length": "length", "filter": "content_filter"}        # else "stop", or "tool_calls"
+
+
+def openai_finish(end: End, legacy: bool = False) -> str:
+    return OPENAI_FINISH.get(end.finish) or (("function_call" if legacy else "tool_calls") if end.calls else "stop")
+
+
+def openai_odd_end(end: End) -> JSON:
+    """Gemini's own words for an end that OpenAI has no word for, under OpenRouter's key for it."""
+    if end.finish in ("stop", "length") and end.reason in ("STOP", "MAX_TOKENS"):
+        return {}
+    return {"native_finish_reason": end.reason, **({"finish_message": end.message} if end.message else {})}
+
+
+def openai_usage(usage: Usage) -> JSON:
+    return {"prompt_tokens": usage.prompt, "completion_tokens": usage.output, "total_tokens": usage.prompt + usage.output,
+            "prompt_tokens_details": {"cached_tokens": usage.cached, "audio_tokens": usage.heard},
+            "completion_tokens_details": {"reasoning_tokens": usage.thoughts, "audio_tokens": usage.spoken,
+                                          "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}}
+
+
+def openai_call(call: Call, wants: ChatWants) -> JSON:
+    """A call as OpenAI tells it, with its signature in Google's field for clients that keep what they do not know."""
+    name = wants.names.get(call.name, call.name)
+    if name in wants.custom:
+        made = {"id": call.id, "type": "custom", "custom": {"name": name, "input": custom_input(call)}}
+    else:
+        made = {"id": call.id, "type": "function", "function": {"name": name, "arguments": encode_json(call.args)}}
+    return {**made, "extra_content": {"google": {"thought_signature": call.signature}}} if call.signature else made
+
+
+def custom_input(call: Call) -> str:
+    """The text for a custom tool; a model that made up parameters of its own is quoted."""
+    text = call.args.get(CUSTOM_INPUT)
+    return text if type(text) is str else encode_json(call.args)
+
+
+def openai_annotation(citation: Citation) -> JSON:
+    return {"type": "url_citation", "url_citation": {"start_index": citation.start, "end_index": citation.end,
+                                                     "url": citation.url, "title": citation.title}}
+
+
+def openai_image(media: Media, index: int) -> JSON:
+    """A picture, as OpenRouter and LiteLLM tell it; OpenAI has no form for one in a chat."""
+    return {"type": "image_url", "image_url": {"url": f"data:{media.mime};base64,{media.data}"}, "index": index}
+
+
+def chat_events(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[Union[Text, Call, Media, End]]:
+    """read_gemini's events, with what the client wants of them as a whole: one call, JSON without a fence."""
+    text: List[str] = []
+    called = False
+    for event in read_gemini(chunks, exchange):
+        if type(event) is Call and exchange.wants.one_call:
+            if called:
+                continue
+            called = True
+        if exchange.wants.unfence:
+            if type(event) is Text and not event.thought:
+                text.append(event.text)
+                continue
+            if type(event) is End and text:
+                yield Text(unfenced("".join(text)))
+        yield event
+
+
+def unfenced(text: str) -> str:
+    """The JSON in a code fence, where a model could not leave it away."""
+    fence = re.fullmatch(r"\s*```\w*\s*\n(.*?)\n?\s*```\s*", text, re.S)
+    return fence.group(1) if fence else text
+
+
+def openai_chat_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    choices = [openai_choice(i, chunks, exchange) for i, chunks in enumerate(answers)]
+    return {"id": exchange.new_id("chatcmpl-"), "object": "chat.completion", "created": int(exchange.created), "model": exchange.model,
+            "choices": choices, "usage": openai_usage(exchange.usage)}
+
+
+def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSON:
+    """One answer as a choice of a whole completion."""
+    texts, thoughts, calls, images, sound = [], [], [], [], []
+    end = None
+    for event in chat_events(chunks, exchange):
+        if type(event) is Text:
+            (thoughts if event.thought else texts).append(event.text)
+        elif type(event) is Call:
+            calls.append(event)
+        elif type(event) is Media:
+            (sound if event.mime.startswith("audio/") else images).append(event)
+        else:
+            end = event
+    wants = exchange.wants
+    content = "".join(texts)
+    message: JSON = {"role": "assistant", "content": content or (None if calls or sound else ""), "refusal": None,
+                     "annotations": [openai_annotation(citation) for citation in end.citations]}
+    if thoughts:
+        message[wants.thoughts] = "".join(thoughts)
+    if calls and wants.legacy:
+        message["function_call"] = openai_call(calls[0], wants)["function"]
+    elif calls:
+        message["tool_calls"] = [openai_call(call, wants) for call in calls]
+    if images:
+        message["images"] = [openai_image(image, i) for i, image in enumerate(images)]
+    if sound:
+        message["audio"] = openai_audio(sound, exchange, content)
+    return {"index": index, "message": message, "logprobs": None, "finish_reason": openai_finish(end, wants.legacy), **openai_odd_end(end)}
+
+
+def sound_bytes(sound: List[Media]) -> bytes:
+    """The samples of Gemini's speech: 16 bits, little-endian, mono (whatever "audio/L16" says)."""
+    return b"".join(base64.b64decode(piece.data) for piece in sound)
+
+
+def sound_rate(mime: str) -> int:
+    told = re.search(r"rate=(\d{4,6})", mime)
+    return int(told.group(1)) if told else 24000
+
+
+def wav_file(samples: bytes, rate: int) -> bytes:
+    out = io.BytesIO()
+    with wave.open(out, "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes(samples)
+    return out.getvalue()
+
+
+def openai_audio(sound: List[Media], exchange: Exchange, transcript: str) -> JSON:
+    data = sound_bytes(sound)
+    data = wav_file(data, sound_rate(sound[0].mime)) if exchange.wants.wav else data
+    return {"id": exchange.new_id("audio_"), "data": base64.b64encode(data).decode(), "expires_at": int(exchange.created) + 3600,
+            "transcript": transcript}
+
+
+def openai_chat_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+    """Chunks, choice after choice; nothing before Gemini's first word."""
+    wants = exchange.wants
+    base = {"id": exchange.new_id("chatcmpl-"), "object": "chat.completion.chunk", "created": int(exchange.created), "model": exchange.model}
+    more = {"usage": None} if wants.usage else {}
+    for index, chunks in enumerate(answers):
+        for delta, finish, odd in openai_deltas(chunks, exchange):
+            yield {**base, "choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish, **odd}], **more}
+    if wants.usage:
+        yield {**base, "choices": [], "usage": openai_usage(exchange.usage)}
+
+
+def openai_deltas(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[Tuple[JSON, Optional[str], JSON]]:
+    """(delta, finish_reason, more of the choice) for each event of one answer; the role comes first, and once."""
+    wants, nothing = exchange.wants, {}
+    count, images, started = 0, 0, False
+    for event in chat_events(chunks, exchange):
+        kind = type(event)
+        if not started:
+            started = True
+            yield {"role": "assistant", "content": None if kind is Call else ""}, None, nothing
+        if kind is Text:
+            yield {wants.thoughts if event.thought else "content": event.text}, None, nothing
+        elif kind is Call and wants.legacy:
+            if count == 0:
+                yield {"function_call": openai_call(event, wants)["function"]}, None, nothing
+            count += 1
+        elif kind is Call:
+            yield {"tool_calls": [{"index": count, **openai_call(event, wants)}]}, None, nothing
+            count += 1
+        elif kind is Media and event.mime.startswith("audio/"):
+            yield {"audio": {"data": event.data}}, None, nothing
+        elif kind is Media:
+            yield {"images": [openai_image(event, images)]}, None, nothing
+            images += 1
+        else:
+            if event.citations:
+                yield {"annotations": [openai_annotation(citation) for citation in event.citations]}, None, nothing
+            yield {}, openai_finish(event, wants.legacy), openai_odd_end(event)
+
+
+# ---- embeddings ----
+
+
+class EmbedWants(NamedTuple):
+    count: int              # vectors
+    base64: bool = False
+
+
+def openai_embeddings_request(body: Fields, setting: Setting) -> Ask:
+    """Embeddings: https://platform.openai.com/docs/api-reference/embeddings/create"""
+    asked = body.need("model", str)
+    model = model_named(asked, setting.aliases)
+    texts = openai_inputs(body)
+    form = body.word("encoding_format", "float", "base64")
+    dimensions = body.number("dimensions", 1, 2**31 - 1, int)
+    return Ask(embed_calls(model, texts, dimensions), False, EmbedWants(len(texts), form == "base64"), asked)
+
+
+def openai_inputs(body: Fields) -> List[str]:
+    """The texts to embed. OpenAI's token numbers mean nothing to Gemini."""
+    value = body.need("input", str, list)
+    texts = [value] if type(value) is str else value
+    if not texts:
+        raise wrong_value("input", "Invalid 'input': empty array. Expected an array with minimum length 1.")
+    for i, text in enumerate(texts):
+        place = "input" if type(value) is str else f"input[{i}]"
+        if type(text) is int or (type(text) is list and all(type(token) is int for token in text)):
+            raise wrong_value("input", "Invalid 'input': arrays of tokens cannot be embedded here, since the numbers are OpenAI's; send "
+                                       "strings (in LangChain: check_embedding_ctx_length=False).")
+        if type(text) is not str:
+            raise wrong_type(place, (str,), text)
+        if not text:
+            raise wrong_value(place, f"Invalid '{place}': input cannot be an empty string.")
+    return texts
+
+
+def read_vectors(answers: Iterator[Iterator[JSON]], exchange: Exchange) -> List[List[float]]:
+    """The vectors of all batches in order, each of unit length; a 502 where one is missing."""
+    vectors: List[List[float]] = []
+    for chunks in answers:
+        for chunk in chunks:
+            for embedding in inner(chunk, "embeddings", list):
+                vectors.append(unit_vector(inside(embedding, "values", list)))
+            usage = inside(chunk, "usageMetadata", dict)
+            counted = inside(usage, "promptTokenCount", int) or inside(chunk, "totalTokens", int)
+            exchange.usage = exchange.usage.plus(Usage(prompt=max(0, counted)))
+    if len(vectors) != exchange.wants.count:
+        raise nonsense(f"{len(vectors)} vectors for {exchange.wants.count} texts")
+    return vectors
+
+
+def unit_vector(values: List[Any]) -> List[float]:
+    """The same direction with length 1: OpenAI's are so, and Gemini's are not when they are cut short."""
+    try:
+        length = math.hypot(*values)
+    except (TypeError, OverflowError):
+        raise nonsense("a vector that is not made of numbers") from None
+    if not values or not 0 < length < math.inf:
+        raise nonsense("an empty vector")
+    return values if abs(length - 1) < 1e-6 else [value / length for value in values]
+
+
+def packed(vector: List[float]) -> str:
+    """A vector as base64 of little-endian 32-bit floats, which OpenAI's libraries ask for by default."""
+    floats = array.array("f", vector)
+    if sys.byteorder == "big":
+        floats.byteswap()
+    return base64.b64encode(floats.tobytes()).decode()
+
+
+def openai_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    vectors = read_vectors(answers, exchange)
+    tokens = exchange.usage.prompt
+    data = [{"object": "embedding", "index": i, "embedding": packed(vector) if exchange.wants.base64 else vector} for i, vector in enumerate(vectors)]
+    return {"object": "list", "data": data, "model": exchange.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+
+# ---- models ----
+
+GEMINI_OPENED = 1702425600      # 13 December 2023: Gemini's API opened; it tells no dates of its models
+
+
+class ModelsWants(NamedTuple):
+    aliases: Tuple[Tuple[str, str], ...]
+    name: str = ""
+    ollama: bool = False
+
+
+def usable_models(answers: Iterator[Iterator[JSON]], aliases: Iterable[Tuple[str, str]]) -> Dict[str, JSON]:
+    """Gemini's models that can chat or embed, by their plain names; then the aliases of these."""
+    found: Dict[str, JSON] = {}
+    for chunks in answers:
+        for chunk in chunks:
+            for entry in inner(chunk, "models", list):
+                methods = inside(entry, "supportedGenerationMethods", list)
+                name = inside(entry, "name", str)
+                if name and ("generateContent" in methods or "embedContent" in methods):
+                    found[name[7:] if name.startswith("models/") else name] = entry
+    found.update({name: found[target] for name, target in aliases if target in found})
+    return found
+
+
+def openai_models_request(body: Fields, setting: Setting) -> Ask:
+    return Ask((MODELS_CALL,), False, ModelsWants(setting.aliases, setting.params.get("model", ""), setting.ollama), setting.params.get("model", ""))
+
+
+def openai_model_entry(id: str) -> JSON:
+    return {"id": id, "object": "model", "created": GEMINI_OPENED, "owned_by": "google"}
+
+
+def openai_models_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    models = usable_models(answers, exchange.wants.aliases)
+    return {"object": "list", "data": [openai_model_entry(name) for name in models]}
+
+
+def openai_model_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    wants = exchange.wants
+    name = model_named(wants.name, wants.aliases).path
+    if (name[7:] if name.startswith("models/") else name) not in usable_models(answers, ()):
+        raise no_such_model(wants.name)
+    return openai_model_entry(re.sub(r"^(models|google|gemini)/", "", wants.name))
+
+
+# ---- errors and routes ----
+
+OPENAI_TYPES = {403: "permission_error", 429: "requests"}
+
+
+def openai_error(error: ProxyError) -> Tuple[int, JSON]:
+    """OpenAI's form of an error: https://platform.openai.com/docs/guides/error-codes"""
+    kind = OPENAI_TYPES.get(error.status) or ("server_error" if error.status >= 500 else "invalid_request_error")
+    kind = error.code if error.code == "insufficient_quota" else kind
+    code = error.code or ("server_error" if error.status >= 500 else None)
+    return error.status, {"error": {"message": error.message, "type": kind, "param": error.place, "code": code}}
+
+
+# To add an endpoint: a request, a response and perhaps a stream function above, and a row here; the README's
+# table wants a line too, and a test says so.
+OPENAI = Protocol("openai", (
+    Route("POST", "/v1/chat/completions", openai_chat_request, openai_chat_response, openai_chat_stream, SSE),
+    Route("POST", "/v1/embeddings", openai_embeddings_request, openai_embeddings_response),
+    Route("GET", "/v1/models", openai_models_request, openai_models_response),
+    Route("GET", "/v1/models/{model}", openai_models_request, openai_model_response),
+), openai_error, lambda error: openai_error(error)[1])
+
+# ======================================================================================
+# 6. Routing: which route answers a path, and in which protocol an error is told
+# ======================================================================================
+
+# What each -api mounts; the first protocol whose beginning fits a path tells of errors there.
+MOUNTS: Dict[str, Tuple[Tuple[str, Protocol], ...]] = {
+    "openai": (("/", OPENAI),),
+}
+
+
+class Found(NamedTuple):
+    """A route for a path, and what the path holds."""
+    protocol: Protocol
+    route: Route
+    params: Dict[str, str]
+
+
+@functools.cache
+def path_pattern(path: str) -> Pattern[str]:
+    """A route's path as a pattern; the last captured segment may hold slashes, as model names do."""
+    pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(path))
+    return re.compile(re.sub(r"\[\^/\]\+\)$", ".+)", pattern) + r"\Z")
+
+
+def plain_path(path: str, api: str) -> str:
+    """The path as the routes spell it: users put /v1 into base URLs twice, or leave it out, or add slashes."""
+    path = re.sub(r"/{2,}", "/", "/" + path)
+    path = path.rstrip("/") or "/"
+    path = re.sub(r"^(/v1)+(?=/|$)", "/v1", path)
+    if api == "openai" and not path.startswith("/v1/") and path not in ("/", "/healthz", "/metrics"):
+        path = "/v1" + path
+    return path
+
+
+def protocol_of(api: str, path: str) -> Protocol:
+    """The protocol in which an error at this path is told."""
+    return next(protocol for beginning, protocol in MOUNTS[api] if path.startswith(beginning))
+
+
+@functools.lru_cache(maxsize=64)
+def exact_routes(api: str) -> Dict[Tuple[str, str], Tuple[Protocol, Route]]:
+    return {(route.method, route.path): (protocol, route) for _, protocol in reversed(MOUNTS[api]) for route in protocol.routes}
+
+
+def find_route(api: str, method: str, path: str) -> Found:
+    """The route for a method and a plain_path; a 404, or a 405 with Allow, where there is none. HEAD is served as GET."""
+    method = "GET" if method == "HEAD" else method
+    exact = exact_routes(api).get((method, path))
+    if exact:
+        return Found(*exact, {})
+    allowed = []
+    for _, protocol in MOUNTS[api]:
+        for route in protocol.routes:
+            match = path_pattern(route.path).match(path)
+            if match and route.method == method:
+                return Found(protocol, route, {key: urllib.parse.unquote(value) for key, value in match.groupdict().items()})
+            allowed += [route.method] if match else []
+    if allowed:
+        allowed += ["HEAD"] if "GET" in allowed else []
+        raise ProxyError(405, f"Not allowed to {method[:20]} on {path[:200]}.", code="method_not_supported",
+                         headers={"Allow": ", ".join(dict.fromkeys(allowed))})
+    raise ProxyError(404, f"Invalid URL ({method[:20]} {path[:200]})")
+
+# ======================================================================================
+# 7. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
+# ======================================================================================
+
+CONNECT_TIMEOUT = 10.0      # seconds for a TCP connection and its TLS handshake
+IDLE_CONNECTION = 55.0      # seconds that an unused connection is kept: the far end and middleboxes give up at 60 and more
+MOST_IDLE = 128             # connections that are kept unused
+BEAT = 10.0                 # seconds of silence after which a stream says that it is alive
+TRIES = 3                   # of one call in all
+SHORT_DELAY = 2.0           # seconds that Gemini may ask to wait before a call is tried again here and not by the client
+AT_ONCE = 8                 # calls of one request that are under way at the same time
+MODELS_KEPT = 300.0         # seconds that Gemini's list of models is kept
+ERROR_BODY = 1 << 20        # bytes that are read of a refusal
+HEADERS = {"Content-Type": "application/json", "User-Agent": f"proxy-to-gemini/{VERSION}"}
+
+# Linux tells at once that the far end hung up, even behind unread bytes; PyPy 3.9 lacks the name but not the thing.
+HUNG_UP = getattr(select, "POLLRDHUP", 0x2000 if sys.platform.startswith("linux") else 0)
+
+
+class ClientGone(Exception):
+    """The client has left, so its call to Gemini is not worth going on with."""
+
+
+class Watch:
+    """The one place that waits: for Gemini, with an eye on the client that Gemini's answer is for.
+
+    While Gemini is silent, the client's thread sleeps here. Bytes from Gemini wake it; so do a client that leaves, the
+    time-out, the end of the server (`stopping` becomes readable), and the beat of a stream.
+    """
+
+    def __init__(self, client: Optional[socket.socket], silence: float, stopping: int = -1, beat: Optional[Callable[[], None]] = None):
+        self.client, self.silence, self.stopping = client, silence, stopping
+        self.beat = beat                # called every BEAT seconds of silence
+        self.spoken = False             # whether the client has been sent anything yet
+
+    def poll(self, gemini: Optional[socket.socket], event: int = 0) -> Any:
+        poll = select.poll()
+        if gemini is not None:
+            poll.register(gemini, event or select.POLLIN)
+        if self.client is not None:
+            poll.register(self.client, HUNG_UP or select.POLLIN)
+        if self.stopping >= 0:
+            poll.register(self.stopping, select.POLLIN)
+        return poll
+
+    def wait(self, gemini: Optional[socket.socket], event: int = 0, seconds: Optional[float] = None) -> None:
+        """Return when Gemini's socket is ready, or when the seconds of a pause are over (None: the time-out, a 504)."""
+        poll, mine = self.poll(gemini, event), -1 if gemini is None else gemini.fileno()
+        began = time.monotonic()
+        over, beats = began + (self.silence if seconds is None else seconds), began + BEAT
+        while True:
+            now = time.monotonic()
+            until = min(over, beats) if self.beat else over
+            ready = poll.poll(max(0, math.ceil((until - now) * 1000)))
+            for fd, _ in ready:
+                if fd == self.stopping:
+                    raise ProxyError(503, "The server is shutting down.")
+                if fd != mine and self.client_left(poll):
+                    raise ClientGone
+            if any(fd == mine for fd, _ in ready):
+                return
+            now = time.monotonic()
+            if now >= over and seconds is not None:
+                return
+            if now >= over:
+                raise ProxyError(504, f"Gemini has been silent for {self.silence:g} seconds.", upstream=True)
+            if self.beat and now >= beats:
+                self.beat()
+                beats = now + BEAT
+
+    def client_left(self, poll: Any) -> bool:
+        """Whether the client hung up; where the system only tells that there is something to read, look at it."""
+        if HUNG_UP:
+            return True
+        try:
+            if self.client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                poll.modify(self.client, 0)         # its next request came early: it is still there
+                return False
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+
+class Response(http.client.HTTPResponse):
+    """An answer of Gemini's, and the connection that it comes over; begin() reads its head."""
+
+    def __init__(self, connection: http.client.HTTPConnection, watch: Watch, kept: bool, method: str):
+        self.line = Line(connection.sock, watch)
+        super().__init__(self.line, method=method)
+        self.connection, self.kept = connection, kept       # kept: it was used before, and may have gone stale
+
+    def send(self, data: bytes) -> None:
+        """The request, as far as the socket takes it at a time."""
+        view = memoryview(data)
+        while view:
+            view = view[self.line.patiently(self.line.sock.send, view):]
+
+    @property
+    def spoken(self) -> bool:
+        """Whether a single byte of it has come."""
+        return self.line.spoken
+
+    @property
+    def reusable(self) -> bool:
+        """Whether it was read to its end, and the connection stays open."""
+        return self.isclosed() and not self.will_close
+
+
+class Line(io.RawIOBase):
+    """A (non-blocking) socket to Gemini as a file for http.client; it waits in its Watch."""
+
+    def __init__(self, sock: socket.socket, watch: Watch):
+        self.sock, self.watch, self.spoken = sock, watch, False
+
+    def readable(self) -> bool:
+        return True
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readinto(self, buffer: Any) -> int:
+        count = self.patiently(self.sock.recv_into, buffer)
+        self.spoken = self.spoken or count > 0
+        return count
+
+    def patiently(self, act: Callable[[Any], int], buffer: Any) -> int:
+        """What the socket's method gives, as soon as it gives something."""
+        while True:
+            try:
+                return act(buffer)
+            except ssl.SSLWantReadError:
+                event = select.POLLIN
+            except ssl.SSLWantWriteError:
+                event = select.POLLOUT
+            except BlockingIOError:
+                event = select.POLLIN if act == self.sock.recv_into else select.POLLOUT
+            self.watch.wait(self.sock, event)
+
+
+class TLSConnection(http.client.HTTPSConnection):
+    """A connection that takes up the TLS session of an earlier one, which saves half of the handshake."""
+
+    session: Optional[ssl.SSLSession] = None
+
+    def connect(self) -> None:
+        http.client.HTTPConnection.connect(self)
+        self.sock = self._context.wrap_socket(self.sock, server_hostname=self._tunnel_host or self.host, session=self.session)
+
+
+class Pool(urllib.request.BaseHandler):
+    """urllib's way to Gemini: http.client connections that are used again. It sends; the Response is read later."""
+
+    def __init__(self, upstream: str):
+        parts = urllib.parse.urlsplit(upstream)
+        self.secure, self.host = parts.scheme == "https", parts.hostname or ""
+        self.port = parts.port or (443 if self.secure else 80)
+        self.idle: Deque[Tuple[float, http.client.HTTPConnection]] = collections.deque()
+        self.session: Optional[ssl.SSLSession] = None
+        self.proxy = proxy_for(parts.scheme, parts.netloc.rpartition("@")[2])
+        self.context = tls_context() if self.secure else None
+        self.opened = 0             # connections so far
+
+    def https_open(self, request: urllib.request.Request) -> Response:
+        """Send the request, and give its Response, of which nothing is read yet."""
+        kept = None if request.anew else self.take()
+        connection = kept or self.connect()
+        try:
+            body, method = request.data, request.get_method()
+            lines = [f"{method} {self.target(request.selector)} HTTP/1.1", f"Host: {request.host}"]
+            lines += [f"{name}: {value}" for name, value in request.header_items()]
+            lines += [] if body is None else [f"Content-Length: {len(body)}"]
+            response = Response(connection, request.watch, kept is not None, method)
+            response.send("\r\n".join(lines + ["", ""]).encode("latin-1") + (body or b""))
+            return response
+        except BaseException:
+            connection.close()
+            raise
+
+    http_open = https_open
+
+    def target(self, selector: str) -> str:
+        """What the request line asks for: a proxy on the way to plain HTTP wants the whole URL."""
+        return f"http://{self.host}:{self.port}{selector}" if self.proxy and not self.secure else selector
+
+    def connect(self) -> http.client.HTTPConnection:
+        self.opened += 1
+        host, port = (self.proxy.host, self.proxy.port) if self.proxy else (self.host, self.port)
+        if not self.secure:
+            connection = http.client.HTTPConnection(host, port, timeout=CONNECT_TIMEOUT)
+        else:
+            connection = TLSConnection(host, port, timeout=CONNECT_TIMEOUT, context=self.context)
+            connection.session = self.session
+            if self.proxy:
+                connection.set_tunnel(self.host, self.port, self.proxy.headers)
+        try:
+            connection.connect()
+        except BaseException:
+            connection.close()
+            raise
+        connection.sock.setblocking(False)
+        return connection
+
+    def take(self) -> Optional[http.client.HTTPConnection]:
+        """A connection that is idle and still open, the one used last, or None."""
+        while True:
+            try:
+                since, connection = self.idle.pop()
+            except IndexError:
+                return None
+            poll = select.poll()
+            poll.register(connection.sock, select.POLLIN)
+            if time.monotonic() - since < IDLE_CONNECTION and not poll.poll(0):     # readable means closed, or out of step
+                return connection
+            connection.close()
+
+    def give(self, connection: http.client.HTTPConnection) -> None:
+        """Keep a connection whose answer has been read to its end."""
+        if self.secure:
+            self.session = connection.sock.session
+        self.idle.append((time.monotonic(), connection))
+        while len(self.idle) > MOST_IDLE:
+            self.drop_oldest()
+
+    def drop_oldest(self) -> None:
+        with contextlib.suppress(IndexError):
+            self.idle.popleft()[1].close()
+
+    def tidy(self) -> None:
+        """Close what has been idle for too long."""
+        with contextlib.suppress(IndexError):
+            while time.monotonic() - self.idle[0][0] > IDLE_CONNECTION:
+                self.drop_oldest()
+
+
+class WayThrough(NamedTuple):
+    """An HTTP proxy on the way to Gemini."""
+    host: str
+    port: int
+    headers: Dict[str, str]
+
+
+def proxy_for(scheme: str, host: str) -> Optional[WayThrough]:
+    """The proxy that the environment names for this scheme and host, with or without a scheme of its own and credentials."""
+    url = urllib.request.getproxies().get(scheme)
+    if not url or urllib.request.proxy_bypass(host):
+        return None
+    parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+    if not parts.hostname:
+        raise ValueError(f"{scheme.upper()}_PROXY is not the address of a proxy")
+    headers = {}
+    if parts.username:
+        login = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        headers["Proxy-Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+    return WayThrough(parts.hostname, parts.port or 80, headers)
+
+
+def tls_context() -> ssl.SSLContext:
+    """The one TLS context. OpenSSL reads SSL_CERT_FILE and SSL_CERT_DIR by itself, but not what `requests` uses."""
+    context = ssl.create_default_context()
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE")
+    if bundle:
+        context.load_verify_locations(**{"capath" if os.path.isdir(bundle) else "cafile": bundle})
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def unreachable(trouble: BaseException) -> ProxyError:
+    """What it means to the client that Gemini could not be reached, or broke off."""
+    if isinstance(trouble, urllib.error.URLError) and isinstance(trouble.reason, BaseException):
+        trouble = trouble.reason
+    if isinstance(trouble, (TimeoutError, socket.timeout)):
+        return ProxyError(504, "Gemini could not be reached in time.", upstream=True)
+    if isinstance(trouble, http.client.IncompleteRead):
+        return ProxyError(502, "Gemini's answer broke off.", upstream=True)
+    words = getattr(trouble, "strerror", None) or str(trouble) or type(trouble).__name__
+    return ProxyError(502, f"Gemini could not be reached, or does not speak HTTP: {words}", upstream=True)
+
+
+TROUBLES = (OSError, http.client.HTTPException)
+
+
+class Flight:
+    """One call to Gemini: sent when it is made, read by chunks()."""
+
+    def __init__(self, gemini: Gemini, call: GeminiCall, watch: Watch, key: str, ignored: List[str]):
+        self.gemini, self.call, self.watch, self.key = gemini, call, watch, key
+        self.ignored = ignored          # names of what had to be left out for Gemini to take it
+        self.response: Optional[Response] = None
+        self.trouble: Optional[BaseException] = None        # why it could not be sent
+        self.tries = 0
+        self.send()
+
+    def send(self, anew: bool = False) -> None:
+        """Send it, on a new connection if need be; trouble is for chunks() to tell."""
+        self.tries += 1
+        body = None if self.call.body is None else encode_json(self.call.body).encode()
+        request = urllib.request.Request(self.gemini.base + self.call.path, body, {"x-goog-api-key": self.key, **HEADERS})
+        request.watch, request.anew = self.watch, anew
+        try:
+            self.response, self.trouble = self.gemini.opener.open(request), None
+        except TROUBLES as trouble:
+            self.response, self.trouble = None, trouble
+
+    def chunks(self) -> Iterator[JSON]:
+        """What Gemini answers: one chunk, or those of a stream. Whatever goes wrong is a ProxyError, or ClientGone."""
+        try:
+            self.answered()
+            if self.call.streaming:
+                yield from read_events(iter(functools.partial(self.response.read1, 65536), b""))
+            else:
+                yield read_chunk(self.response.read())
+        except TROUBLES as trouble:
+            raise unreachable(trouble) from None
+        except ProxyError as error:
+            if not self.call.optional:
+                raise masked(error, self.key) from None
+            yield {}
+        finally:
+            self.release()
+
+    def answered(self) -> None:
+        """Go on until Gemini has said 200, with what is worth another try; raises its refusal."""
+        while True:
+            error = self.begin()
+            if error is None:
+                return
+            lost = self.response is None or not self.response.spoken
+            stale = lost and self.response is not None and self.response.kept
+            self.release()
+            mended, names = repaired(self.call, error.message) if error.status == 400 else (None, [])
+            hopeless = mended is None and (error.again is None or error.again > SHORT_DELAY)
+            if hopeless or self.tries >= TRIES or self.watch.spoken:
+                raise error
+            if mended is not None:
+                self.call = mended
+                self.ignored += names
+            elif not stale:
+                self.watch.wait(None, seconds=max(error.again, 0.2 * 2 ** self.tries * random.uniform(0.5, 1)))
+            self.send(anew=lost)
+
+    def begin(self) -> Optional[ProxyError]:
+        """Read the head of the answer; None if it is a 200, else what it means."""
+        if self.trouble is None:
+            try:
+                self.response.begin()
+                if self.response.status == 200:
+                    return None
+                raw = self.response.read(ERROR_BODY)
+                return gemini_refusal(self.response.status, read_json(raw), raw)
+            except TROUBLES as trouble:
+                self.trouble = trouble
+        error = unreachable(self.trouble)
+        lost = self.response is None or not self.response.spoken
+        if lost and isinstance(self.trouble, ConnectionError) and not isinstance(self.trouble, ConnectionRefusedError):
+            error.again = 0.0           # nothing was said yet, so nothing is asked twice that was begun to be answered
+        return error
+
+    def release(self) -> None:
+        """Keep the connection if its answer was read to the end; else hang up, which is what stops the bill."""
+        response, self.response = self.response, None
+        if response is None:
+            return
+        if response.reusable:
+            self.gemini.pool.give(response.connection)
+        else:
+            response.close()
+            response.connection.close()
+
+
+def masked(error: ProxyError, key: str) -> ProxyError:
+    """The error without the key, should Gemini have quoted it."""
+    error.message = error.message.replace(key, "[the Gemini key]")
+    return error
+
+
+class Answers:
+    """The answers to the calls of one request, in order. Leaving it hangs up on what is unread."""
+
+    def __init__(self, gemini: Gemini, calls: Iterable[GeminiCall], watch: Watch, key: str):
+        self.ignored: List[str] = []
+        self.calls = (Flight(gemini, gemini.signed(call, key), watch, key, self.ignored) if call is not MODELS_CALL
+                      else ModelList(gemini, watch, key) for call in calls)
+        self.flights: Deque[Flight] = collections.deque()
+
+    def __iter__(self) -> Iterator[Iterator[JSON]]:
+        self.flights.extend(itertools.islice(self.calls, AT_ONCE))
+        while self.flights:
+            yield self.flights[0].chunks()
+            self.flights.popleft().release()
+            self.flights.extend(itertools.islice(self.calls, 1))
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        for flight in self.flights:
+            flight.release()
+
+
+class ModelList:
+    """Gemini's whole list of models as one chunk; it is kept for a few minutes, and longer while Gemini is in trouble."""
+
+    def __init__(self, gemini: Gemini, watch: Watch, key: str):
+        self.gemini, self.watch, self.key = gemini, watch, key
+
+    def chunks(self) -> Iterator[JSON]:
+        since, models = self.gemini.models.get(self.key, (-math.inf, None))
+        if time.monotonic() - since > MODELS_KEPT:
+            try:
+                models = self.pages()
+                self.gemini.models[self.key] = time.monotonic(), models
+            except ProxyError:
+                if models is None:
+                    raise
+        yield {"models": models}
+
+    def pages(self) -> List[JSON]:
+        models: List[JSON] = []
+        token = ""
+        while True:
+            call = GeminiCall("models?pageSize=1000" + (f"&pageToken={urllib.parse.quote(token)}" if token else ""))
+            page, = Flight(self.gemini, call, self.watch, self.key, []).chunks()
+            models += inner(page, "models", list)
+            token = inner(page, "nextPageToken", str)
+            if not token:
+                return models
+
+    def release(self) -> None:
+        """It holds nothing back."""
+
+
+class Memory:
+    """The one place that remembers: texts by a key, and by an alias that several may share; the oldest go first.
+
+    It is bounded by rows and by bytes. (SQLite gives it the index, the order and, in a file, the sharing.)
+    """
+
+    ROWS, SIZE = 20_000, 32 << 20       # at most, but for what came since it was last looked at
+    LOOK = 256, 4 << 20                 # rows and bytes after which it is looked at
+
+    def __init__(self, path: str = ":memory:"):
+        self.path, self.lock = path, threading.Lock()
+        self.database: Any = None
+        self.rows = self.size = 0           # that came since it was last looked at
+
+    def open(self) -> Any:
+        """The database, made when it is first needed: most exchanges have nothing to remember."""
+        if self.database is None:
+            import sqlite3
+            self.database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+            self.database.execute("CREATE TABLE IF NOT EXISTS memory (key TEXT PRIMARY KEY, alias TEXT, value TEXT)")
+            self.database.execute("CREATE INDEX IF NOT EXISTS aliases ON memory (alias)")
+        return self.database
+
+    def put(self, key: str, alias: str, value: str) -> None:
+        with self.lock:
+            self.open().execute("INSERT OR REPLACE INTO memory VALUES (?, ?, ?)", (key, alias, value))
+            self.rows, self.size = self.rows + 1, self.size + len(value)
+            if self.rows >= self.LOOK[0] or self.size >= self.LOOK[1]:
+                self.rows = self.size = 0
+                self.forget()
+
+    def get(self, key: Optional[str], alias: str) -> Optional[str]:
+        """What was put under this key, else what was put last under this alias."""
+        if self.database is None and self.path == ":memory:":
+            return None
+        with self.lock:
+            row = self.open().execute("SELECT value FROM memory WHERE key = ?", (key,)).fetchone() or self.open().execute(
+                "SELECT value FROM memory WHERE alias = ? ORDER BY rowid DESC LIMIT 1", (alias,)).fetchone()
+        return row and row[0]
+
+    def forget(self) -> None:
+        """Delete the oldest rows until the bounds hold."""
+        self.database.execute(
+            "DELETE FROM memory WHERE rowid IN (SELECT row FROM (SELECT rowid AS row, ROW_NUMBER() OVER newest AS n, "
+            "SUM(LENGTH(value)) OVER newest AS size FROM memory WINDOW newest AS (ORDER BY rowid DESC)) WHERE n > ? OR size > ?)",
+            (self.ROWS, self.SIZE))
+
+
+class Gemini:
+    """The service: its connections, its models, and what it must be reminded of."""
+
+    def __init__(self, upstream: str):
+        self.base = upstream.rstrip("/") + "/v1beta/"
+        self.pool, self.memory = Pool(upstream), Memory()
+        self.opener = urllib.request.OpenerDirector()
+        self.opener.add_handler(self.pool)          # and no other: no redirect is followed, and a refusal is an answer
+        self.models: Dict[str, Tuple[float, List[JSON]]] = {}       # by key
+
+    def ask(self, calls: Iterable[GeminiCall], watch: Watch, key: str) -> Answers:
+        return Answers(self, calls, watch, key)
+
+    def signed(self, call: GeminiCall, key: str) -> GeminiCall:
+        """The call with the signatures that its history lost; those of another generation of models stay out."""
+        def recall(id: Optional[str], digest: str) -> Optional[str]:
+            generation, _, signature = (self.memory.get(id, digest) or "").partition(" ")
+            return signature if generation == str(int(call.model.generation)) else None
+        return restore_signatures(call, scope_of(key), recall) if call.model else call
+
+    def remember(self, call: GeminiCall, key: str, calls: List[Call]) -> List[str]:
+        """Ids for the function calls in the answer to this call; their signatures are kept under them."""
+        ids = ["call_" + secrets.token_hex(12) for _ in calls]
+        if any(made.signature for made in calls):
+            trail = Trail(call.body, scope_of(key))
+            for content in call.body["contents"]:
+                trail.turn(content)
+            for id, made in zip(ids, calls):
+                digest = trail.call(made.name, made.args)
+                if made.signature:
+                    self.memory.put(id, digest, f"{int(call.model.generation)} {made.signature}")
+        return ids
+
+
+def scope_of(key: str) -> str:
+    """What a Gemini key adds to digests: signatures of one key are nothing to another."""
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+# ======================================================================================
+# 8. Server: the only code that talks to clients: HTTP, who may call, answers, streams, log
+# ======================================================================================
+
+MOST_BODY = 128 << 20       # bytes; Gemini takes 100 MB
+MOST_HEAD = 64 << 10        # bytes of a request's line and headers
+CLIENT_TIMEOUT = 60.0       # seconds without a byte from a client, or without it taking one
+LINGER = 1.0                # seconds for a client to read a refusal of what it still sends
+MOST_IGNORED = 4000         # characters of x-proxy-ignored: nginx takes 8 KB of headers in all
+
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f]+) HTTP/1\.([0-9])\r\n".encode())
+HEADER_LINE = re.compile(rf"({TOKEN}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n".encode())
+APP_ORIGINS = r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?|(app|file|tauri|vscode-webview|vscode-file)://[\w.-]*"
+LOCAL_HOSTS = r"(localhost|[\w.-]+\.(localhost|local|internal)|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
+
+
+def log(line: str) -> None:
+    """A line to standard error, which may be closed or full: that stops no answer."""
+    line = line.encode("ascii", "backslashreplace").decode()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(re.sub(r"[\x00-\x1f\x7f]", "?", line) + "\n")
+        sys.stderr.flush()
+
+
+@functools.lru_cache(maxsize=2)
+def http_date(second: int) -> str:
+    return email.utils.formatdate(second, usegmt=True)
+
+
+def origin_allowed(origin: str, added: Tuple[str, ...]) -> bool:
+    """Whether a web page from there may call: pages of this machine, apps, and what -origins names."""
+    return "*" in added or origin in added or re.fullmatch(APP_ORIGINS, origin) is not None
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection of a client's: a request, its answer, and again."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    timeout = CLIENT_TIMEOUT
+    server: Server
+
+    # ---- requests ----
+
+    def handle_one_request(self) -> None:
+        self.close_connection, self.command, self.path, self.headers = True, "", "", {}
+        self.begun = self.framed = self.body_left = False
+        self.status, self.exchange, self.framing = 0, None, None
+        self.protocol = protocol_of(self.server.config.api, "/")
+        try:
+            line = self.rfile.readline(MOST_HEAD)
+            line = self.rfile.readline(MOST_HEAD) if line == b"\r\n" else line       # RFC 9112, section 2.2
+            if not line:
+                return
+            began = time.monotonic()
+            try:
+                self.answer(line)
+            finally:
+                self.log_access(time.monotonic() - began)
+        except (ClientGone, OSError):
+            self.close_connection = True
+
+    def answer(self, line: bytes) -> None:
+        """Read the rest of the request, and answer it, whatever it is."""
+        self.request_id = "req_" + secrets.token_hex(12)
+        try:
+            self.read_head(line)
+            self.serve()
+        except ProxyError as error:
+            self.fail(error)
+        except RecursionError:
+            self.fail(ProxyError(400, "We could not parse the JSON body of your request: it is nested too deeply."))
+        except (ClientGone, OSError):
+            self.status = self.status or 499
+            raise
+        except Exception:
+            log(f"{self.request_id}: this is a bug in proxy-to-gemini; please report it")
+            traceback.print_exc()
+            self.fail(ProxyError(500, "proxy-to-gemini has a bug here; its log tells more.", code="internal_error"))
+
+    def read_head(self, line: bytes) -> None:
+        """The request line and headers, strictly: what another server might read differently is refused."""
+        match = REQUEST_LINE.fullmatch(line)
+        if not match:
+            raise ProxyError(414 if len(line) >= MOST_HEAD else 400, "This is not an HTTP/1.1 request line.")
+        self.command, self.path = match.group(1).decode(), match.group(2).decode("latin-1")
+        self.request_version = "HTTP/1.0" if match.group(3) == b"0" else "HTTP/1.1"
+        left, headers = MOST_HEAD - len(line), {}
+        while True:
+            line = self.rfile.readline(left + 1)
+            left -= len(line)
+            if line == b"\r\n":
+                break
+            match = HEADER_LINE.fullmatch(line)
+            if left < 0:
+                raise ProxyError(431, "The headers of this request are too large.")
+            if not match:
+                raise ProxyError(400, "This is not an HTTP header line: " + ascii(line[:60]))
+            name, value = match.group(1).decode().lower(), match.group(2).decode("latin-1")
+            if name in headers and name in ("host", "content-length", "transfer-encoding"):
+                raise ProxyError(400, f"The header {name} comes twice.")
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        self.headers = headers
+        self.body_left = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        connection = headers.get("connection", "").lower()
+        self.close_connection = "close" in connection or (self.request_version == "HTTP/1.0" and "keep-alive" not in connection)
+
+    def read_body(self) -> bytes:
+        """The whole body, however it is framed and coded."""
+        coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length")
+        if coding is not None and (coding.lower() != "chunked" or length is not None or self.request_version == "HTTP/1.0"):
+            raise ProxyError(400, "The framing of this request's body is ambiguous.")
+        if coding is None and length is not None and not re.fullmatch(r"[0-9]{1,15}", length):
+            raise ProxyError(400, "Content-Length is not a number.")
+        if coding is None and int(length or 0) > MOST_BODY:
+            raise too_large()
+        if self.body_left and self.headers.get("expect", "").lower() == "100-continue":
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = self.read_chunked() if coding else self.read_exactly(int(length or 0))
+        self.body_left = False
+        return decoded_body(body, self.headers.get("content-encoding", "identity").lower())
+
+    def read_exactly(self, size: int) -> bytes:
+        data = self.rfile.read(size)
+        if len(data) < size:
+            raise ClientGone
+        return data
+
+    def read_chunked(self) -> bytes:
+        pieces, left = [], MOST_BODY
+        while True:
+            line = self.rfile.readline(1024)
+            match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n", line)
+            if not match:
+                raise ProxyError(400, "This is not a chunk of a body.")
+            size = int(match.group(1), 16)
+            left -= size
+            if left < 0:
+                raise too_large()
+            if not size:
+                break
+            pieces.append(self.read_exactly(size))
+            if self.read_exactly(2) != b"\r\n":
+                raise ProxyError(400, "A chunk of the body is longer than it says.")
+        trailers = MOST_HEAD
+        while line != b"\r\n":
+            line = self.rfile.readline(trailers + 1)
+            trailers -= len(line)
+            if not line or trailers < 0:
+                raise ProxyError(400, "The body does not end.")
+        return b"".join(pieces)
+
+    # ---- who may call ----
+
+    def gate(self, path: str) -> None:
+        """Refuse foreign web pages, foreign names for this machine, and clients without the key."""
+        config, headers = self.server.config, self.headers
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self.server.loopback and host and not re.fullmatch(LOCAL_HOSTS, host, re.I | re.A):
+            raise ProxyError(403, "This server is called by another name: " + ascii(host[:80]))     # DNS rebinding
+        if origin is not None and not origin_allowed(origin, config.origins):
+            raise ProxyError(403, f"Pages from {ascii(origin[:80])} may not call this server; -origins can allow it.")
+        if config.proxy_key and self.command != "OPTIONS" and path not in ("/", "/healthz") \
+                and not any(hmac.compare_digest(key, config.proxy_key.encode()) for key in self.client_keys()):
+            raise ProxyError(401, "Incorrect API key provided: this server wants its own key (PROXY_API_KEY).", code="invalid_api_key")
+
+    def client_keys(self) -> Iterator[bytes]:
+        """What the client sent as a key, in any of the usual headers."""
+        for name in ("authorization", "x-api-key", "api-key", "x-goog-api-key"):
+            value = self.headers.get(name, "")
+            yield re.sub(r"^bearer +", "", value, flags=re.I).encode("latin-1")
+
+    def cors(self) -> List[Tuple[str, str]]:
+        """The headers that let a web page read the answer."""
+        origin = self.headers.get("origin")
+        if origin is None or not origin_allowed(origin, self.server.config.origins):
+            return []
+        return [("Access-Control-Allow-Origin", re.sub(r"[^!-~]", "", origin)), ("Vary", "Origin"),
+                ("Access-Control-Expose-Headers", "x-request-id, retry-after, x-proxy-ignored")]
+
+    def preflight(self) -> None:
+        asked = self.headers.get("access-control-request-headers", "")
+        names = [name.strip() for name in asked.split(",") if re.fullmatch(TOKEN, name.strip())]
+        self.send(204, b"", headers=[("Access-Control-Allow-Methods", "GET, POST, DELETE, HEAD, OPTIONS"),
+                                     ("Access-Control-Allow-Headers", ", ".join(names[:100])), ("Access-Control-Max-Age", "86400")])
+
+    # ---- answers ----
+
+    def serve(self) -> None:
+        """Find the route, ask Gemini, and answer."""
+        server, api = self.server, self.server.config.api
+        target, _, query = re.sub(r"^https?://[^/?]*", "", self.path, flags=re.I).partition("?")
+        path = plain_path(target, api)
+        self.protocol = protocol_of(api, path)
+        self.gate(path)
+        if self.command == "OPTIONS":
+            return self.preflight()
+        if path in server.own_pages and self.command in ("GET", "HEAD"):
+            return self.send_payload(*server.own_pages[path]())
+        found = find_route(api, self.command, path)
+        self.protocol = found.protocol
+        body = Fields({}) if self.command in ("GET", "HEAD") and not self.body_left else parse_body(self.read_body())
+        setting = server.setting._replace(params=found.params, query=dict(urllib.parse.parse_qsl(query)))
+        ask = found.route.request(body, setting)
+        self.ignored = body.ignored()
+        beat = functools.partial(self.beat, found.route) if ask.stream else None
+        watch = Watch(self.connection, server.config.timeout, server.stopping, beat)
+        self.watch, self.framing = watch, found.route.framing
+        with server.gemini.ask(ask.calls, watch, server.config.key) as answers:
+            self.exchange = Exchange(ask, time.time(), lambda prefix: prefix + secrets.token_hex(12),
+                                     lambda calls: server.gemini.remember(ask.calls[0], server.config.key, calls))
+            self.answers = answers
+            if ask.stream:
+                self.send_stream(found.route.stream(self.exchange, iter(answers)))
+            else:
+                self.send_answer(found.route.response(self.exchange, iter(answers)))
+
+    def send_answer(self, answer: Any) -> None:
+        """A whole answer: JSON, or a Payload."""
+        if type(answer) is Payload:
+            self.send_payload(200, answer)
+        else:
+            self.send(200, encode_json(answer).encode(), headers=self.ignored_header())
+
+    def send_payload(self, status: int, payload: Payload) -> None:
+        self.send(status, payload.data, payload.content_type, headers=self.ignored_header())
+
+    def send_stream(self, events: Iterator[JSON]) -> None:
+        """A stream; its status waits for the first event, so that a refusal has a status of its own."""
+        encode = self.framing.encode
+        for event in events:
+            self.emit(encode(event))
+        self.emit(self.framing.end, last=True)
+
+    def beat(self, route: Route) -> None:
+        """Say that the stream is alive."""
+        self.emit(route.framing.beat)
+
+    def fail(self, error: ProxyError) -> None:
+        """Tell an error: as an answer, or in mid-stream as the last event."""
+        if self.begun and not self.framed:
+            self.close_connection = True            # nothing that could be said would be understood
+        elif self.begun:
+            self.emit(self.framing.encode(self.protocol.stream_error(error)), last=True)
+        else:
+            status, body = self.protocol.error(error)
+            self.close_connection = self.close_connection or self.body_left or not self.command
+            self.send(status, encode_json(body).encode(), headers=list(error.headers.items()))
+
+    def ignored_header(self) -> List[Tuple[str, str]]:
+        """What was ignored of the request, by name, in a header; or none."""
+        names = [re.sub(r"[^!-+\--~]", "?", name)[:200] for name in getattr(self, "ignored", []) + getattr(self.answers, "ignored", [])]
+        text = ", ".join(dict.fromkeys(names))
+        if len(text) > MOST_IGNORED:
+            text = text[:MOST_IGNORED].rpartition(", ")[0] + ", ..."
+        return [("x-proxy-ignored", text)] if text else []
+
+    def head(self, status: int, content_type: str, headers: List[Tuple[str, str]]) -> bytes:
+        """Status line and headers, up to the empty line."""
+        self.status, self.begun = status, True
+        phrase = http.HTTPStatus(status).phrase if status in http.HTTPStatus._value2member_map_ else "Error"
+        lines = [f"HTTP/1.1 {status} {phrase}", f"Date: {http_date(int(time.time()))}", f"Server: proxy-to-gemini/{VERSION}",
+                 f"x-request-id: {self.request_id}"]
+        lines += [f"Content-Type: {content_type}"] if content_type else []
+        lines += [f"{name}: {value}" for name, value in (*headers, *self.cors())]
+        if self.close_connection:
+            lines.append("Connection: close")
+        elif self.request_version == "HTTP/1.0":
+            lines.append("Connection: keep-alive")
+        return "\r\n".join(lines + ["", ""]).encode("latin-1", "replace")
+
+    def send(self, status: int, body: bytes, content_type: str = "application/json", headers: List[Tuple[str, str]] = ()) -> None:
+        """A whole answer in one write."""
+        length = [] if status == 204 else [("Content-Length", str(len(body)))]
+        head = self.head(status, content_type if status != 204 else "", [*headers, *length])
+        self.write(head + b"\r\n" if self.command == "HEAD" else head + b"\r\n" + body)
+
+    def emit(self, data: bytes, last: bool = False) -> None:
+        """An event of a stream in one write, with the head before the first one."""
+        head = b""
+        if not self.begun:
+            self.chunked = self.request_version != "HTTP/1.0"
+            self.close_connection = self.close_connection or not self.chunked
+            framing = [("Transfer-Encoding", "chunked")] if self.chunked else []
+            head = self.head(200, self.framing.content_type, [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"),
+                                                              *framing, *self.ignored_header()]) + b"\r\n"
+            self.framed = self.watch.spoken = True
+        if self.chunked:
+            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
+        self.write(head + data)
+
+    def write(self, data: bytes) -> None:
+        try:
+            self.wfile.write(data)
+        except OSError:
+            raise ClientGone from None
+
+    # ---- the rest ----
+
+    def finish(self) -> None:
+        """After a refusal of what the client still sends: let it read that before the connection ends."""
+        if self.body_left:
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_WR)
+                self.connection.settimeout(LINGER)
+                until = time.monotonic() + LINGER
+                while time.monotonic() < until and self.connection.recv(1 << 16):
+                    pass
+        super().finish()
+
+    def log_access(self, seconds: float) -> None:
+        """One line per request, without its query (which may hold keys) and without its content."""
+        usage = self.exchange.usage if self.exchange else None
+        model = f" {self.exchange.model[:100]!a} {usage.prompt}+{usage.output} tokens" if usage and self.exchange.model else ""
+        path = self.path.partition("?")[0][:200]
+        log(f"{self.command or '-'} {path.encode('latin-1', 'replace').decode('ascii', 'backslashreplace') or '-'} "
+            f"{self.status} {seconds * 1000:.0f} ms{model}")
+
+    ignored: List[str] = []
+    answers: Any = None
+    body_left = False
+
+
+def too_large() -> ProxyError:
+    return ProxyError(413, f"The body of this request is larger than {MOST_BODY >> 20} MiB.")
+
+
+def decoded_body(body: bytes, coding: str) -> bytes:
+    """The body without its Content-Encoding, if that is one that the library knows; a bomb is a 413."""
+    if coding in ("identity", ""):
+        return body
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise ProxyError(415, f"Content-Encoding {coding[:40]!a} is not known here; send the body as it is, or in gzip.")
+    machine = zlib.decompressobj(wbits=47)          # gzip or zlib, by its head
+    try:
+        data = machine.decompress(body, MOST_BODY)
+    except zlib.error as error:
+        raise ProxyError(400, f"The body is not {coding}: {error}") from None
+    if machine.unconsumed_tail:
+        raise too_large()
+    if not machine.eof:
+        raise ProxyError(400, f"The {coding} body breaks off.")
+    return data
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Accepts clients, and gives each connection a thread."""
+
+    daemon_threads = True
+    request_queue_size = 1024
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.gemini = Gemini(config.upstream)
+        self.setting = Setting(config.aliases, config.api == "ollama")
+        self.stopping = -1
+        self.own_pages = {"/": self.front_page, "/healthz": lambda: (200, Payload(b"ok"))}
+        host, port = config.listen
+        self.loopback = host in ("localhost", "::1") or host.startswith("127.")
+        self.address_family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
+        try:
+            super().__init__((host or "::", port), Handler)
+        except OSError as error:
+            if host or error.errno == errno.EADDRINUSE:
+                raise
+            self.address_family = socket.AF_INET        # a machine without IPv6
+            super().__init__(("0.0.0.0", port), Handler)
+
+    def server_bind(self) -> None:
+        """Without http.server's reverse look-up of the host's name, which can take half a minute."""
+        if self.address_family == socket.AF_INET6 and not self.config.listen[0]:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    @property
+    def url(self) -> str:
+        host, port = self.server_address[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def front_page(self) -> Tuple[int, Payload]:
+        text = f"You are running proxy-to-gemini at {self.url}; api = {self.config.api}\n"
+        return 200, Payload(text.encode())
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log(f"this is a bug in proxy-to-gemini; please report it: {traceback.format_exc()}")
+
+    def service_actions(self) -> None:
+        self.gemini.pool.tidy()
+
+# ======================================================================================
+# 9. Command line: flags, environment, start and end
+# ======================================================================================
+
+GEMINI = "https://generativelanguage.googleapis.com"
+NO_KEY = """proxy-to-gemini: there is no Gemini key. Get one at https://aistudio.google.com/apikey (free), and then:
+
+    GEMINI_API_KEY=<your key> python3 proxy_to_gemini.py
+"""
+
+
+class Config(NamedTuple):
+    """What the command line and the environment decide."""
+    api: str
+    listen: Tuple[str, int]                     # an empty host is every interface
+    upstream: str
+    key: str                                    # Gemini's
+    aliases: Tuple[Tuple[str, str], ...] = ()
+    origins: Tuple[str, ...] = ()
+    timeout: float = 600.0                      # seconds that Gemini may be silent
+    proxy_key: str = ""                         # what clients must send
+
+
+def listen_address(text: str) -> Tuple[str, int]:
+    """("127.0.0.1", 5555) from HOST:PORT, :PORT or [::1]:PORT."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(\d{1,5})", text)
+    if not match or int(match.group(2)) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return match.group(1).strip("[]"), int(match.group(2))
+
+
+def base_url(text: str) -> str:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.query
+    except ValueError:
+        fits = False
+    if not fits:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the URL of a server")
+    return text.rstrip("/")
+
+
+def alias(text: str) -> Tuple[str, str]:
+    name, _, model = text.partition("=")
+    if not name or not model:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MODEL")
+    return name, re.sub("^models/", "", model)
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e7:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value
+
+
+def flag_parser() -> argparse.ArgumentParser:
+    """The flags, spelt as Go does (-api=ollama), or with two dashes."""
+    parser = argparse.ArgumentParser(prog="proxy_to_gemini.py", allow_abbrev=False, description=__doc__.splitlines()[0])
+
+    def flag(name: str, **how: Any) -> None:
+        parser.add_argument("-" + name, "--" + name, **how)
+    flag("api", choices=sorted(MOUNTS), default="openai", help="the protocol to serve")
+    flag("listen", type=listen_address, default=("127.0.0.1", 5555), metavar="HOST:PORT", help=":PORT is every interface")
+    flag("upstream", type=base_url, default=None, metavar="URL", help=f"base URL of the Gemini API; {GEMINI} unless $GOOGLE_GEMINI_BASE_URL is set")
+    flag("alias", type=alias, action="append", default=[], metavar="NAME=MODEL", help="another name for a model; NAME may be a glob; repeatable")
+    flag("origins", type=lambda text: tuple(filter(None, text.split(","))), default=(), metavar="ORIGIN,...",
+         help="browser origins that may call besides this machine's and apps'; * is any")
+    flag("timeout", type=seconds, default=600.0, metavar="SECONDS", help="how long Gemini may be silent")
+    flag("version", action="store_true", help="version, and the SHA-256 of this file")
+    return parser
+
+
+def gemini_key(env: Mapping[str, str]) -> str:
+    """The key from the environment or from systemd's credentials; "" where there is none."""
+    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
+        if env.get(name, "").strip():
+            return env[name].strip()
+    with contextlib.suppress(OSError, KeyError):
+        with open(os.path.join(env["CREDENTIALS_DIRECTORY"], "gemini_api_key"), encoding="utf-8") as file:
+            return file.read().strip()
+    return ""
+
+
+def configured(arguments: List[str], env: Mapping[str, str]) -> Config:
+    """The configuration; ends the program where it is told wrongly (2), or has no usable key (1)."""
+    parser = flag_parser()
+    flags = parser.parse_args(arguments)
+    if flags.version:
+        with open(__file__, "rb") as file:
+            print(f"proxy-to-gemini {VERSION}, SHA-256 {hashlib.sha256(file.read()).hexdigest()}")
+        sys.exit(0)
+    try:
+        upstream = flags.upstream or base_url(env.get("GOOGLE_GEMINI_BASE_URL", "").strip() or GEMINI)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"GOOGLE_GEMINI_BASE_URL: {error}")
+    key = gemini_key(env)
+    if not key:
+        sys.exit(NO_KEY)
+    if not re.fullmatch(r"[!-~]+", key):
+        sys.exit("proxy-to-gemini: the key in GEMINI_API_KEY has characters that no key has; it cannot be sent.")
+    return Config(flags.api, flags.listen, upstream, key, tuple(flags.alias), flags.origins, flags.timeout, env.get("PROXY_API_KEY", "").strip())
+
+
+def main() -> None:
+    config = configured(sys.argv[1:], os.environ)
+    try:
+        server = Server(config)
+    except (OSError, ValueError) as error:
+        host, port = config.listen
+        sys.exit(f"proxy-to-gemini: cannot listen on {host or '*'}:{port}: {getattr(error, 'strerror', None) or error}")
+    log(f"proxy-to-gemini {VERSION}: api {config.api} at {server.url}, answered by {config.upstream}")
+    if not server.loopback and not config.proxy_key:
+        log("warning: whoever reaches this port can spend the Gemini key; set PROXY_API_KEY, or listen on 127.0.0.1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
