@@ -75,26 +75,24 @@ import urllib.parse
 import urllib.request
 import wave
 import zlib
-from operator import itemgetter
-from typing import (
-    Any, Callable, Deque, Dict, FrozenSet, List, NamedTuple, Optional, Tuple, Union,
-)
-from re import Pattern
 from collections.abc import Iterable, Iterator, Mapping
+from operator import itemgetter
+from re import Pattern
+from typing import Any, Callable, NamedTuple
 
 # ======================================================================================
 # 1. Vocabulary: the nouns everything else is written in
 # ======================================================================================
 
 VERSION = "1.0.0"
-JSON = Dict[str, Any]
+JSON = dict[str, Any]
 
 
 class ProxyError(Exception):
     """A failure that the client is to hear about; a Protocol puts it into its own words."""
 
-    def __init__(self, status: int, message: str, *, code: Optional[str] = None, place: Optional[str] = None,
-                 headers: Optional[Dict[str, str]] = None, upstream: bool = False, again: Optional[float] = None):
+    def __init__(self, status: int, message: str, *, code: str | None = None, place: str | None = None,
+                 headers: dict[str, str] | None = None, upstream: bool = False, again: float | None = None):
         super().__init__(message)
         self.status = status            # of the HTTP answer
         self.message = message
@@ -138,7 +136,7 @@ class Fields:
 
     __slots__ = ("data", "place", "read", "family")
 
-    def __init__(self, data: Any, place: str = "", family: Optional[list] = None):
+    def __init__(self, data: Any, place: str = "", family: list | None = None):
         if type(data) is not dict:
             raise wrong_type(place, (dict,), data)
         self.data, self.place, self.read = data, place, set()
@@ -177,7 +175,7 @@ class Fields:
                              code=side.replace("decimal", "integer") if kind is int else side, place=self.at(key))
         return value
 
-    def word(self, key: str, *allowed: str) -> Optional[str]:
+    def word(self, key: str, *allowed: str) -> str | None:
         """One of these words, in any case, or None."""
         value = self.get(key, str)
         if value is not None and value.lower() not in allowed:
@@ -188,17 +186,17 @@ class Fields:
         names = ", ".join(f"'{word}'" for word in allowed)
         return wrong_value(self.at(key), f"Invalid value for '{self.at(key)}': {value[:80]!r}. Supported values are: {names}.")
 
-    def inner(self, key: str) -> Optional[Fields]:
+    def inner(self, key: str) -> Fields | None:
         """The object under this key, or None."""
         value = self.get(key, dict)
         return None if value is None else Fields(value, self.at(key), self.family)
 
-    def objects(self, key: str) -> List[Fields]:
+    def objects(self, key: str) -> list[Fields]:
         """The objects of the list under this key."""
         place, family = self.at(key), self.family
         return [Fields(item, f"{place}[{i}]", family) for i, item in enumerate(self.get(key, list) or ())]
 
-    def strings(self, key: str) -> List[str]:
+    def strings(self, key: str) -> list[str]:
         """The strings under this key, which may be a list of them or a single one."""
         value = self.get(key, str, list)
         for i, item in enumerate(value if type(value) is list else ()):
@@ -214,7 +212,7 @@ class Fields:
         """Tell the client that this was ignored, although it was read."""
         self.family.append(name)
 
-    def ignored(self) -> List[str]:
+    def ignored(self) -> list[str]:
         """Whatever the client sent and nobody read, by its place without the indexes: "messages[].name"."""
         names = {}
         for fields in self.family:
@@ -259,7 +257,7 @@ def parse_body(raw: bytes) -> Fields:
     return Fields(data)
 
 
-def parsed_object(text: str) -> Optional[JSON]:
+def parsed_object(text: str) -> JSON | None:
     """The JSON object that a text holds, or None: for arguments and results, which are JSON inside JSON."""
     try:
         value = decode_json(text) if text.lstrip()[:1] == "{" else None
@@ -271,15 +269,15 @@ def parsed_object(text: str) -> Optional[JSON]:
 class GeminiCall(NamedTuple):
     """One HTTP request to Gemini, not yet sent: a POST where it has a body."""
     path: str                               # below /v1beta/, such as "models/gemini-2.5-flash:generateContent"
-    body: Optional[JSON] = None
-    model: Optional[Model] = None
+    body: JSON | None = None
+    model: Model | None = None
     streaming: bool = False
     optional: bool = False                  # the answer can do without it: a failure is an empty chunk
 
 
 class Ask(NamedTuple):
     """What a client's request comes to."""
-    calls: Tuple[GeminiCall, ...] = ()      # sent at once, answered in order
+    calls: tuple[GeminiCall, ...] = ()      # sent at once, answered in order
     stream: bool = False                    # whether the client wants events
     wants: Any = None                       # what only the reply can fulfil; the endpoint knows its type
     model: str = ""                         # as the client spelt it
@@ -287,10 +285,10 @@ class Ask(NamedTuple):
 
 class Setting(NamedTuple):
     """What a request may depend on besides its body."""
-    aliases: Tuple[Tuple[str, str], ...] = ()               # (name or glob, Gemini's model)
+    aliases: tuple[tuple[str, str], ...] = ()               # (name or glob, Gemini's model)
     ollama: bool = False                                    # whether the OpenAI routes stand in for Ollama's own
-    params: Dict[str, str] = {}                             # captured from the path
-    query: Dict[str, str] = {}
+    params: dict[str, str] = {}                             # captured from the path
+    query: dict[str, str] = {}
 
 
 class Usage(NamedTuple):
@@ -310,7 +308,7 @@ class Exchange:
     """What a reply may depend on besides Gemini's answer."""
 
     def __init__(self, ask: Ask, created: float, new_id: Callable[[str], str],
-                 remember: Callable[[List[Call]], List[str]], gemini_model: str = ""):
+                 remember: Callable[[list[Call]], list[str]], gemini_model: str = ""):
         self.model, self.wants, self.ask = ask.model, ask.wants, ask
         self.created = created                  # seconds since 1970
         self.new_id = new_id                    # a new id with this prefix
@@ -346,15 +344,15 @@ class Route(NamedTuple):
     path: str
     request: Callable[[Fields, Setting], Ask]
     response: Callable[[Exchange, Iterator[Iterator[JSON]]], Any]
-    stream: Optional[Callable[[Exchange, Iterator[Iterator[JSON]]], Iterator[JSON]]] = None
+    stream: Callable[[Exchange, Iterator[Iterator[JSON]]], Iterator[JSON]] | None = None
     framing: Framing = SSE
 
 
 class Protocol(NamedTuple):
     """The routes that speak one protocol, and its form of an error."""
     name: str
-    routes: Tuple[Route, ...]
-    error: Callable[[ProxyError], Tuple[int, JSON]]         # (status, body)
+    routes: tuple[Route, ...]
+    error: Callable[[ProxyError], tuple[int, JSON]]         # (status, body)
     stream_error: Callable[[ProxyError], JSON]              # the last event of a stream that failed
 
 # ======================================================================================
@@ -366,7 +364,7 @@ class Protocol(NamedTuple):
 
 class Levels(NamedTuple):
     """A model that thinks by level."""
-    names: Tuple[str, ...]
+    names: tuple[str, ...]
 
 
 class Budget(NamedTuple):
@@ -398,7 +396,7 @@ class Model(NamedTuple):
     """A Gemini model, and what its name tells of its ways."""
     path: str                                       # in URLs: "models/gemini-2.5-flash"
     generation: float
-    thinking: Union[Levels, Budget, None]
+    thinking: Levels | Budget | None
     prefills: bool                                  # goes on with a history that ends in its own turn
     signs: bool                                     # refuses its own calls without their signatures
 
@@ -424,7 +422,7 @@ def no_such_model(name: str) -> ProxyError:
                       code="model_not_found", place="model")
 
 
-def model_named(asked: str, aliases: Iterable[Tuple[str, str]]) -> Model:
+def model_named(asked: str, aliases: Iterable[tuple[str, str]]) -> Model:
     """The model that a client means: through the aliases, an exact name before a glob, and without prefixes.
 
     A name can never change the URL: whatever is not plain is a model that does not exist.
@@ -466,13 +464,13 @@ EXTENSIONS = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "we
               "xml": "text/xml", "py": "text/x-python", "js": "text/javascript", "ts": "text/plain", "yaml": "text/plain", "yml": "text/plain"}
 
 
-def sniffed(data: str) -> Optional[str]:
+def sniffed(data: str) -> str | None:
     """The MIME type that the first bytes of base64 data tell, or None."""
     head = base64.b64decode(data[:32].replace("-", "+").replace("_", "/") + "==")
     return next((mime for pattern, mime in MAGIC if re.match(pattern, head, re.S)), None)
 
 
-def extension_type(name: Optional[str]) -> Optional[str]:
+def extension_type(name: str | None) -> str | None:
     return EXTENSIONS.get((name or "").rpartition(".")[2].lower())
 
 
@@ -486,7 +484,7 @@ def base64_data(text: str, place: str) -> str:
     return data + "=" * (-len(data) % 4)
 
 
-def media_part(data: str, mime: Optional[str], place: str, name: Optional[str] = None) -> Part:
+def media_part(data: str, mime: str | None, place: str, name: str | None = None) -> Part:
     """A part of base64 data or of a data: URL; a text file becomes text, which every model reads."""
     if data[:5].lower() == "data:":
         head, comma, data = data[5:].partition(",")
@@ -521,7 +519,7 @@ def local_host(host: str) -> bool:
     return not (getattr(address, "ipv4_mapped", None) or address).is_global
 
 
-def link_part(url: str, place: str, name: Optional[str] = None) -> Part:
+def link_part(url: str, place: str, name: str | None = None) -> Part:
     """A part that Gemini fetches itself: this proxy fetches nothing that a client names."""
     try:
         parts = urllib.parse.urlsplit(url)
@@ -536,27 +534,35 @@ def link_part(url: str, place: str, name: Optional[str] = None) -> Part:
     return {"fileData": {**({"mimeType": mime} if mime else {}), "fileUri": url}}
 
 
-def source_part(source: str, mime: Optional[str], place: str, name: Optional[str] = None) -> Part:
+def source_part(source: str, mime: str | None, place: str, name: str | None = None) -> Part:
     """The part for what a client calls a URL: a data URL, or the address of something public."""
     if source[:5].lower() == "data:":
         return media_part(source, mime, place, name)
     return link_part(source, place, name)
 
 
-def call_part(name: str, args: JSON, id: Optional[str] = None, signature: Optional[str] = None) -> Part:
+def call_part(name: str, args: JSON, id: str | None = None, signature: str | None = None) -> Part:
     return {"functionCall": {**({"id": id} if id else {}), "name": gemini_name(name), "args": args},
             **({"thoughtSignature": signature} if signature else {})}
 
 
-def result_part(name: Optional[str], content: Union[str, JSON], id: Optional[str] = None, media: List[Part] = (),
+def result_part(name: str | None, content: str | JSON, id: str | None = None, media: list[Part] = (),
                 failed: bool = False) -> Part:
     """A functionResponse; settled_turns finds the call that it answers. `media` needs Gemini 3 and goes beside elsewhere."""
     if type(content) is str:
-        # Gemini reads every number as a double, so long ones are safe in a text only
-        told = None if failed or re.search(r"\d{16}", content) else parsed_object(content)
-        content = told if told is not None else {"error" if failed else "output": content}
+        told = None if failed else parsed_object(content)
+        content = {"error" if failed else "output": content} if told is None or loses_digits(told) else told
     return {"functionResponse": {**({"id": id} if id else {}), "name": gemini_name(name) if name else "", "response": content,
                                  **({"parts": list(media)} if media else {})}}
+
+
+def loses_digits(value: Any) -> bool:
+    """Whether there is an integer that Gemini would round: it reads every number as a double. A text keeps it."""
+    if type(value) is int:
+        return abs(value) > 2**53
+    if type(value) is dict:
+        value = list(value.values())
+    return type(value) is list and any(map(loses_digits, value))
 
 
 def call_arguments(text: Any) -> JSON:
@@ -595,7 +601,7 @@ def says_something(part: Part) -> bool:
     return part.get("text") != "" or "thoughtSignature" in part
 
 
-def settled_turns(contents: Iterable[JSON], model: Model) -> List[JSON]:
+def settled_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     """The history in the order that Gemini accepts, with nothing lost.
 
     Neighbours of one role are one turn; the results of a turn's calls follow it in one turn of their own, in
@@ -603,7 +609,7 @@ def settled_turns(contents: Iterable[JSON], model: Model) -> List[JSON]:
     result without a call becomes text. The first turn is the user's, and so is the last, unless the model
     goes on with its own. (ai.google.dev/gemini-api/docs/function-calling; each rule is a 400 of Gemini's.)
     """
-    turns: List[JSON] = []
+    turns: list[JSON] = []
     for role, group in itertools.groupby(contents, key=itemgetter("role")):
         parts = [part for content in group for part in content["parts"] if says_something(part)]
         if not parts:
@@ -625,7 +631,7 @@ def settled_turns(contents: Iterable[JSON], model: Model) -> List[JSON]:
     return turns
 
 
-def answered(asked: List[Part], said: List[Part], model: Model) -> List[JSON]:
+def answered(asked: list[Part], said: list[Part], model: Model) -> list[JSON]:
     """The user's turns after a model's turn: the results of its calls, then the rest of what was said."""
     calls = [part["functionCall"] for part in asked if "functionCall" in part]
     results = [part["functionResponse"] for part in said if "functionResponse" in part]
@@ -648,9 +654,9 @@ def answered(asked: List[Part], said: List[Part], model: Model) -> List[JSON]:
     return [user_turn(*parts) for parts in (answers, media + rest) if parts]
 
 
-def match_results(calls: List[JSON], results: List[JSON]) -> List[Optional[JSON]]:
+def match_results(calls: list[JSON], results: list[JSON]) -> list[JSON | None]:
     """For each call its result: by id, else by name among those without a known id, else by order; or None."""
-    matched: List[Optional[JSON]] = [None] * len(calls)
+    matched: list[JSON | None] = [None] * len(calls)
     left = list(results)
     known = {call.get("id") for call in calls} - {None}
 
@@ -679,7 +685,7 @@ BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768)))     # to
 LEVEL_EFFORTS = {"MINIMAL": "minimal", "LOW": "low", "MEDIUM": "medium", "HIGH": "high"}
 
 
-def thinking_config(model: Model, effort: Optional[str], thoughts: bool) -> JSON:
+def thinking_config(model: Model, effort: str | None, thoughts: bool) -> JSON:
     """The thinkingConfig for an effort (None: the model's own), and whether its thoughts are to be told.
 
     Every effort is legal on every model: the nearest level that is not less, or a budget within bounds. A
@@ -705,7 +711,7 @@ def int32(value: int) -> int:
     return value if -2**31 <= value < 2**31 else value % 2**31
 
 
-def stop_sequences(body: Fields, key: str = "stop") -> List[str]:
+def stop_sequences(body: Fields, key: str = "stop") -> list[str]:
     """At most five that are not empty, which is all that Gemini takes."""
     stops = [text for text in body.strings(key) if text]
     if len(stops) > 5:
@@ -765,15 +771,15 @@ def lone_reference(schema: JSON) -> JSON:
 
 class Tools(NamedTuple):
     """What Gemini may call."""
-    declarations: List[JSON] = []
-    names: Dict[str, str] = {}              # Gemini's name of each function -> the client's
-    custom: FrozenSet[str] = frozenset()    # the client's names of functions that take plain text
+    declarations: list[JSON] = []
+    names: dict[str, str] = {}              # Gemini's name of each function -> the client's
+    custom: frozenset[str] = frozenset()    # the client's names of functions that take plain text
     strict: bool = False                    # whether a call must keep to its schema
     search: str = ""                        # what the client calls Google Search, where it asks for it
     code: str = ""                          # and code execution
 
 
-def function_declaration(name: str, description: Optional[str], schema: Optional[JSON]) -> JSON:
+def function_declaration(name: str, description: str | None, schema: JSON | None) -> JSON:
     """Without parameters where there are none: Gemini refuses an object without properties."""
     bare = not schema or not (schema.get("properties") or schema.keys() & {"$ref", "anyOf", "oneOf", "allOf", "additionalProperties"})
     return {"name": gemini_name(name), **({"description": description} if description else {}),
@@ -783,16 +789,16 @@ def function_declaration(name: str, description: Optional[str], schema: Optional
 CUSTOM_INPUT = "input"      # the one parameter of a function that takes plain text
 
 
-def custom_declaration(name: str, description: Optional[str], grammar: str = "") -> JSON:
+def custom_declaration(name: str, description: str | None, grammar: str = "") -> JSON:
     told = "\n".join(text for text in (description, grammar) if text)
     return function_declaration(name, told, {"type": "object", "required": [CUSTOM_INPUT],
                                              "properties": {CUSTOM_INPUT: {"type": "string", "description": "The text, and nothing else."}}})
 
 
-def tool_fields(tools: Tools, mode: Optional[str], allowed: List[str], body: Fields, model: Model) -> JSON:
+def tool_fields(tools: Tools, mode: str | None, allowed: list[str], body: Fields, model: Model) -> JSON:
     """The request's `tools` and `toolConfig`. `mode` None is Gemini's own choice; `allowed` are the client's names."""
     out: JSON = {}
-    listed: List[JSON] = [{"functionDeclarations": tools.declarations}] if tools.declarations else []
+    listed: list[JSON] = [{"functionDeclarations": tools.declarations}] if tools.declarations else []
     own = [{key: {}} for key, wanted in (("googleSearch", tools.search), ("codeExecution", tools.code)) if wanted]
     config: JSON = {}
     if own and listed and model.generation < 3:
@@ -816,7 +822,7 @@ def tool_fields(tools: Tools, mode: Optional[str], allowed: List[str], body: Fie
 ANY_JSON: JSON = {}         # the schema of an answer that may be any JSON
 
 
-def json_config(schema: Optional[JSON]) -> JSON:
+def json_config(schema: JSON | None) -> JSON:
     """The settings for an answer in JSON; None is an answer in plain text."""
     if schema is None:
         return {}
@@ -830,12 +836,10 @@ def json_instruction(schema: JSON) -> str:
         "," + told if schema else told)
 
 
-def generate_call(model: Model, streaming: bool, system: List[Part], contents: List[JSON], config: JSON, **fields: Any) -> GeminiCall:
-    """The call for a history, which is settled here. Without any turn, the system's words are the user's."""
-    turns = settled_turns(contents, model)
+def generate_call(model: Model, streaming: bool, system: list[Part], contents: list[JSON], config: JSON, **fields: Any) -> GeminiCall:
+    """The call for a history, which is settled here. Gemini wants one turn at least, which may be empty."""
+    turns = settled_turns(contents, model) or [user_turn(text_part(""))]
     system = [part for part in system if says_something(part)]
-    if not turns:
-        turns, system = [user_turn(*(system or [text_part(" ")]))], []
     body: JSON = {"contents": turns}
     if system and model.path.startswith("models/gemma"):        # which knows no system instruction
         turns.insert(0, user_turn(*system))
@@ -851,7 +855,7 @@ def generate_call(model: Model, streaming: bool, system: List[Part], contents: L
 EMBED_BATCH = 100           # inputs that Gemini takes in one call
 
 
-def embed_calls(model: Model, texts: List[str], dimensions: Optional[int]) -> Tuple[GeminiCall, ...]:
+def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple[GeminiCall, ...]:
     """The calls for the vectors of these texts; and one that counts their tokens, where the vectors come without a count."""
     size = {"outputDimensionality": dimensions} if dimensions else {}
     requests = [{"model": model.path, "content": {"parts": [text_part(text)]}, **size} for text in texts]
@@ -868,16 +872,16 @@ MODELS_CALL = GeminiCall("models")      # Gemini's whole list, which the client 
 
 # ---- repairs ----
 
-def without(*path: str) -> Callable[[JSON], Optional[str]]:
+def without(*path: str) -> Callable[[JSON], str | None]:
     """A repair that takes a field out of a request, and tells its name where it was there."""
-    def repair(body: JSON) -> Optional[str]:
+    def repair(body: JSON) -> str | None:
         for key in path[:-1]:
             body = body.get(key) or {}
         return path[-1] if body.pop(path[-1], None) is not None else None
     return repair
 
 
-def forget_signatures(body: JSON) -> Optional[str]:
+def forget_signatures(body: JSON) -> str | None:
     """Signatures of another model or key are refused: the first call of each turn gets the placeholder."""
     found = None
     for content in body["contents"]:
@@ -902,7 +906,7 @@ REPAIRS = (
 )
 
 
-def repaired(call: GeminiCall, message: str) -> Tuple[Optional[GeminiCall], List[str]]:
+def repaired(call: GeminiCall, message: str) -> tuple[GeminiCall | None, list[str]]:
     """The call without the fields that Gemini's message complains of, and their names; (None, []) if there are none."""
     if not call.body or "contents" not in call.body:
         return None, []
@@ -937,7 +941,7 @@ class Trail:
     def __init__(self, body: JSON, scope: str):
         system = [plain_part(part) for part in body.get("systemInstruction", {}).get("parts", ())]
         self.hash = hashlib.sha256(json.dumps([scope, system]).encode())
-        self.seen: Dict[str, int] = {}
+        self.seen: dict[str, int] = {}
 
     def turn(self, content: JSON) -> None:
         """Go on past a turn."""
@@ -954,7 +958,7 @@ class Trail:
         return digest.hexdigest()
 
 
-def restore_signatures(call: GeminiCall, scope: str, recall: Callable[[Optional[str], Callable[[], str]], Optional[str]]) -> GeminiCall:
+def restore_signatures(call: GeminiCall, scope: str, recall: Callable[[str | None, Callable[[], str]], str | None]) -> GeminiCall:
     """The call with the signatures that its history lost.
 
     `recall` is given a call's id and a function that makes its digest, and tells the signature or None. The
@@ -1025,7 +1029,7 @@ def gemini_refusal(status: int, said: Any, raw: bytes = b"") -> ProxyError:
     return ProxyError(status, message, code=code, headers=headers, upstream=True, again=again)
 
 
-def retry_delay(details: List[JSON], message: str) -> Optional[float]:
+def retry_delay(details: list[JSON], message: str) -> float | None:
     """The seconds after which Gemini wants to be asked again: from RetryInfo, else from the words; None where it does not say."""
     for detail in details:
         told = re.fullmatch(r"(\d{1,6}(?:\.\d{1,12})?)s", inside(detail, "retryDelay", str))
@@ -1035,7 +1039,7 @@ def retry_delay(details: List[JSON], message: str) -> Optional[float]:
     return float(told.group(1)) / (1000 if told.group(2) else 1) if told else None
 
 
-def final_quota(details: List[JSON], message: str) -> bool:
+def final_quota(details: list[JSON], message: str) -> bool:
     """Whether waiting does not help: a quota per day, or one of zero."""
     quotas = [inside(violation, "quotaId", str) for detail in details for violation in inside(detail, "violations", list)]
     return any("PerDay" in quota for quota in quotas) or bool(re.search(r"limit: 0\b", message))
@@ -1076,7 +1080,7 @@ def in_stream_refusal(said: JSON) -> ProxyError:
 
 def read_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """The lines in blocks of bytes, cut anywhere. CR, LF or both end a line, and nothing else does (U+2028 does not)."""
-    pieces: List[bytes] = []        # of a line that has not ended yet; it may be megabytes long
+    pieces: list[bytes] = []        # of a line that has not ended yet; it may be megabytes long
     after_cr = False
     for block in blocks:
         if after_cr and block[:1] == b"\n":
@@ -1101,8 +1105,8 @@ def read_events(blocks: Iterable[bytes]) -> Iterator[JSON]:
 
     An error in mid-stream comes as an event, or as bare JSON lines outside of any; both are raised.
     """
-    data: List[bytes] = []
-    stray: List[bytes] = []
+    data: list[bytes] = []
+    stray: list[bytes] = []
     for line in read_lines(blocks):
         if line[:5] == b"data:":
             data.append(line[5:])
@@ -1132,7 +1136,7 @@ class Call(NamedTuple):
     """A function call; its id is ours."""
     name: str                   # Gemini's
     args: JSON
-    signature: Optional[str] = None
+    signature: str | None = None
     id: str = ""
 
 
@@ -1156,7 +1160,7 @@ class End(NamedTuple):
     reason: str                 # Gemini's own word
     message: str                # and what it says about it
     usage: Usage
-    citations: List[Citation]
+    citations: list[Citation]
 
 
 # Gemini's finish reasons in four words. What is not here is "stop": the list grows every few months.
@@ -1166,6 +1170,7 @@ FINISHES = {
                      "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "IMAGE_OTHER", "NO_IMAGE"), "filter"),
     **dict.fromkeys(("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS", "MALFORMED_RESPONSE",
                      "MISSING_THOUGHT_SIGNATURE"), "failed"),
+    "1": "stop", "2": "length", "3": "filter", "4": "filter",       # the enum's numbers, which some recorders write
 }
 
 
@@ -1179,7 +1184,7 @@ def inner(value: JSON, key: str, kind: type) -> Any:
     return found
 
 
-def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Union[Text, Call, Media, End]]:
+def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | Call | Media | End]:
     """What Gemini says, in order, and one End; a 502 where it never ends.
 
     Calls come last, when the answer is complete: a client must not act on one that Gemini takes back, or has
@@ -1189,8 +1194,8 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Union[Te
     usage: JSON = {}
     grounding: JSON = {}
     reason, message, blocked = "", "", ""
-    pieces: List[Tuple[str, bool]] = []         # the answer's text, and whether it is Gemini's own or our rendering of a part
-    calls: List[Call] = []
+    pieces: list[tuple[str, bool]] = []         # the answer's text, and whether it is Gemini's own or our rendering of a part
+    calls: list[Call] = []
     done: set = set()                           # functions that Gemini's servers have answered
     for chunk in chunks:
         usage = inner(chunk, "usageMetadata", dict) or usage
@@ -1200,7 +1205,7 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Union[Te
                 raise nonsense("a candidate is no object")
             if candidate.get("index"):
                 continue
-            reason = inner(candidate, "finishReason", str) or reason
+            reason = str(candidate.get("finishReason") or "") or reason
             message = inner(candidate, "finishMessage", str) or message
             for key in ("groundingMetadata", "citationMetadata"):
                 if key in candidate:
@@ -1224,7 +1229,7 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Union[Te
     yield End(finish, bool(calls), reason or blocked, message, counted, read_citations(pieces, grounding) if grounding else [])
 
 
-def read_part(part: Any, done: set) -> Union[Text, Call, Media, None]:
+def read_part(part: Any, done: set) -> Text | Call | Media | None:
     """The event of one part; None where it has nothing for the client."""
     if type(part) is not dict:
         raise nonsense("a part is no object")
@@ -1271,7 +1276,7 @@ def read_usage(usage: JSON) -> Usage:
                  heard=of_sound("promptTokensDetails"), spoken=of_sound("candidatesTokensDetails"))
 
 
-def read_citations(pieces: List[Tuple[str, bool]], grounding: JSON) -> List[Citation]:
+def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Citation]:
     """The sources of an answer. Gemini counts in UTF-8 bytes of its own text; a Citation counts in characters of ours."""
     said = "".join(text for text, own in pieces if own).encode("utf-8", "surrogatepass")
     sources = [next((source for source in chunk.values() if inside(source, "uri", str)), {}) if type(chunk) is dict else {}
@@ -1288,7 +1293,7 @@ def read_citations(pieces: List[Tuple[str, bool]], grounding: JSON) -> List[Cita
     return found
 
 
-def span_of(span: JSON, said: bytes) -> Tuple[int, int]:
+def span_of(span: JSON, said: bytes) -> tuple[int, int]:
     """Where a segment begins and ends in the text, in bytes; by its own words where the numbers do not fit them."""
     start, end = inside(span, "startIndex", int), inside(span, "endIndex", int)
     words = inside(span, "text", str).encode("utf-8", "surrogatepass")
@@ -1298,7 +1303,7 @@ def span_of(span: JSON, said: bytes) -> Tuple[int, int]:
     return max(0, start), max(0, end)
 
 
-def character(offset: int, said: bytes, pieces: List[Tuple[str, bool]]) -> int:
+def character(offset: int, said: bytes, pieces: list[tuple[str, bool]]) -> int:
     """The character of the answer that stands at a byte of Gemini's own text."""
     left, at = len(said[:offset].decode("utf-8", "ignore")), 0
     for text, own in pieces:
@@ -1367,7 +1372,7 @@ OPENAI_PARTS = {
 }
 
 
-def openai_parts(message: Fields, key: str, model: Model) -> List[Part]:
+def openai_parts(message: Fields, key: str, model: Model) -> list[Part]:
     """The parts of a message's content: a string, a list of typed parts, one such part, or nothing."""
     content = message.get(key, str, list, dict)
     if not content:
@@ -1389,10 +1394,10 @@ def openai_parts(message: Fields, key: str, model: Model) -> List[Part]:
 OPENAI_ROLES = ("developer", "system", "user", "assistant", "tool", "function")
 
 
-def openai_turns(body: Fields, model: Model) -> Tuple[List[Part], List[JSON]]:
+def openai_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
     """(the system's parts, the turns) of the messages, still in the client's order."""
-    system: List[Part] = []
-    contents: List[JSON] = []
+    system: list[Part] = []
+    contents: list[JSON] = []
     for message in body.objects("messages"):
         role = message.need("role", str).lower()
         if role == "user":
@@ -1408,7 +1413,7 @@ def openai_turns(body: Fields, model: Model) -> Tuple[List[Part], List[JSON]]:
     return system, contents
 
 
-def openai_assistant_parts(message: Fields, model: Model) -> List[Part]:
+def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
     """What the model said earlier. Its thoughts do not go back; its signatures do the job."""
     message.pass_over("reasoning_content", "reasoning", "reasoning_details", "annotations", "audio")
     parts = openai_parts(message, "content", model)
@@ -1440,12 +1445,12 @@ def openai_call_part(call: Fields) -> Part:
 LADEN_ID = re.compile(r"(.*?)(?:__thought__|_ts_)([A-Za-z0-9+/_-]{40,}=*)$", re.S)
 
 
-def plain_id(id: Optional[str]) -> Optional[str]:
+def plain_id(id: str | None) -> str | None:
     laden = LADEN_ID.match(id or "")
     return laden.group(1) if laden else id
 
 
-def carried_signature(call: Fields, function: Fields) -> Optional[str]:
+def carried_signature(call: Fields, function: Fields) -> str | None:
     """The thought signature that the client kept for us, in Google's form or in one of other proxies'."""
     call.pass_over("extra_content", "provider_specific_fields")
     function.pass_over("thought_signature", "provider_specific_fields")
@@ -1472,7 +1477,7 @@ def openai_result_part(message: Fields, model: Model) -> Part:
 
 def openai_tools(body: Fields) -> Tools:
     """`tools` and the older `functions`; also the flat form of the Responses API, which some clients send here."""
-    declared: Dict[str, JSON] = {}
+    declared: dict[str, JSON] = {}
     names, custom, strict, search = {}, set(), False, ""
     for tool in body.objects("tools"):
         kind = tool.get("type", str) or "function"
@@ -1521,7 +1526,7 @@ def openai_grammar(function: Fields) -> str:
 TOOL_CHOICES = {"auto": None, "none": "NONE", "required": "ANY", "any": "ANY", "validated": "VALIDATED"}
 
 
-def openai_tool_choice(body: Fields, key: str, tools: Tools) -> Tuple[Optional[str], List[str]]:
+def openai_tool_choice(body: Fields, key: str, tools: Tools) -> tuple[str | None, list[str]]:
     """(Gemini's mode, the client's names of the functions that it may call); (None, []) leaves it to Gemini."""
     choice = body.get(key, str, dict)
     if choice is None or (type(choice) is str and not tools.declarations):
@@ -1558,8 +1563,8 @@ def openai_chosen(choice: Fields, tools: Tools) -> str:
 
 class ChatWants(NamedTuple):
     """What a chat's reply has to mind."""
-    names: Dict[str, str]           # Gemini's names of functions -> the client's
-    custom: FrozenSet[str]          # the client's names of tools that take plain text
+    names: dict[str, str]           # Gemini's names of functions -> the client's
+    custom: frozenset[str]          # the client's names of tools that take plain text
     legacy: bool = False            # functions instead of tools
     one_call: bool = False          # no parallel calls
     usage: bool = False             # a last chunk with the token counts
@@ -1616,7 +1621,7 @@ def openai_config(body: Fields, model: Model, setting: Setting) -> JSON:
     return {key: value for key, value in config.items() if value is not None}
 
 
-def openai_effort(body: Fields) -> Optional[str]:
+def openai_effort(body: Fields) -> str | None:
     """The effort to think with: OpenAI's `reasoning_effort`, or OpenRouter's and Ollama's `reasoning.effort`."""
     effort = body.word("reasoning_effort", *EFFORTS)
     reasoning = body.inner("reasoning") if effort is None else None
@@ -1627,7 +1632,7 @@ def openai_effort(body: Fields) -> Optional[str]:
     return effort
 
 
-def openai_response_format(body: Fields) -> Optional[JSON]:
+def openai_response_format(body: Fields) -> JSON | None:
     """The schema of the answer; ANY_JSON where it may be any JSON; None where it is text."""
     wanted = body.inner("response_format")
     if wanted is None:
@@ -1663,7 +1668,7 @@ def speech_config(fields: Fields, key: str) -> JSON:
             "speechConfig": {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": name or VOICES["alloy"]}}}}
 
 
-def openai_modalities(body: Fields) -> Tuple[JSON, bool]:
+def openai_modalities(body: Fields) -> tuple[JSON, bool]:
     """(the settings for an answer in other forms than text, whether sound is wanted as WAV)."""
     wanted = [word.lower() for word in body.strings("modalities")]
     for word in wanted:
@@ -1758,9 +1763,9 @@ def openai_image(media: Media, index: int) -> JSON:
     return {"type": "image_url", "image_url": {"url": f"data:{media.mime};base64,{media.data}"}, "index": index}
 
 
-def chat_events(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[Union[Text, Call, Media, End]]:
+def chat_events(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[Text | Call | Media | End]:
     """read_gemini's events, with what the client wants of them as a whole: one call, JSON without a fence."""
-    text: List[str] = []
+    text: list[str] = []
     called = False
     for event in read_gemini(chunks, exchange):
         if type(event) is Call and exchange.wants.one_call:
@@ -1818,7 +1823,7 @@ def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSO
     return {"index": index, "message": message, "logprobs": None, "finish_reason": openai_finish(end, wants.legacy), **openai_odd_end(end)}
 
 
-def sound_bytes(sound: List[Media]) -> bytes:
+def sound_bytes(sound: list[Media]) -> bytes:
     """The samples of Gemini's speech: 16 bits, little-endian, mono (whatever "audio/L16" says)."""
     return b"".join(base64.b64decode(piece.data) for piece in sound)
 
@@ -1836,7 +1841,7 @@ def wav_file(samples: bytes, rate: int) -> bytes:
     return out.getvalue()
 
 
-def openai_audio(sound: List[Media], exchange: Exchange, transcript: str) -> JSON:
+def openai_audio(sound: list[Media], exchange: Exchange, transcript: str) -> JSON:
     data = sound_bytes(sound)
     data = wav_file(data, sound_rate(sound[0].mime)) if exchange.wants.wav else data
     return {"id": exchange.new_id("audio_"), "data": base64.b64encode(data).decode(), "expires_at": int(exchange.created) + 3600,
@@ -1855,7 +1860,7 @@ def openai_chat_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) ->
         yield {**base, "choices": [], "usage": openai_usage(exchange.usage)}
 
 
-def openai_deltas(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[Tuple[JSON, Optional[str], JSON]]:
+def openai_deltas(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[tuple[JSON, str | None, JSON]]:
     """(delta, finish_reason, more of the choice) for each event of one answer; the role comes first, and once."""
     wants, nothing = exchange.wants, {}
     count, images, started = 0, 0, False
@@ -1902,7 +1907,7 @@ def openai_embeddings_request(body: Fields, setting: Setting) -> Ask:
     return Ask(embed_calls(model, texts, dimensions), False, EmbedWants(len(texts), form == "base64"), asked)
 
 
-def openai_inputs(body: Fields) -> List[str]:
+def openai_inputs(body: Fields) -> list[str]:
     """The texts to embed. OpenAI's token numbers mean nothing to Gemini."""
     value = body.need("input", str, list)
     texts = [value] if type(value) is str else value
@@ -1920,22 +1925,21 @@ def openai_inputs(body: Fields) -> List[str]:
     return texts
 
 
-def read_vectors(answers: Iterator[Iterator[JSON]], exchange: Exchange) -> List[List[float]]:
+def read_vectors(answers: Iterator[Iterator[JSON]], exchange: Exchange) -> list[list[float]]:
     """The vectors of all batches in order, each of unit length; a 502 where one is missing."""
-    vectors: List[List[float]] = []
-    for chunks in answers:
+    vectors: list[list[float]] = []
+    for call, chunks in zip(exchange.ask.calls, answers):
         for chunk in chunks:
-            for embedding in inner(chunk, "embeddings", list):
-                vectors.append(unit_vector(inside(embedding, "values", list)))
-            usage = inside(chunk, "usageMetadata", dict)
-            counted = inside(usage, "promptTokenCount", int) or inside(chunk, "totalTokens", int)
+            if not call.optional:
+                vectors += [unit_vector(inside(embedding, "values", list)) for embedding in inner(chunk, "embeddings", list)]
+            counted = inside(inside(chunk, "usageMetadata", dict), "promptTokenCount", int) or inside(chunk, "totalTokens", int)
             exchange.usage = exchange.usage.plus(Usage(prompt=max(0, counted)))
     if len(vectors) != exchange.wants.count:
         raise nonsense(f"{len(vectors)} vectors for {exchange.wants.count} texts")
     return vectors
 
 
-def unit_vector(values: List[Any]) -> List[float]:
+def unit_vector(values: list[Any]) -> list[float]:
     """The same direction with length 1: OpenAI's are so, and Gemini's are not when they are cut short."""
     try:
         length = math.hypot(*values)
@@ -1946,7 +1950,7 @@ def unit_vector(values: List[Any]) -> List[float]:
     return values if abs(length - 1) < 1e-6 else [value / length for value in values]
 
 
-def packed(vector: List[float]) -> str:
+def packed(vector: list[float]) -> str:
     """A vector as base64 of little-endian 32-bit floats, which OpenAI's libraries ask for by default."""
     floats = array.array("f", vector)
     if sys.byteorder == "big":
@@ -1967,14 +1971,14 @@ GEMINI_OPENED = 1702425600      # 13 December 2023: Gemini's API opened; it tell
 
 
 class ModelsWants(NamedTuple):
-    aliases: Tuple[Tuple[str, str], ...]
+    aliases: tuple[tuple[str, str], ...]
     name: str = ""
     ollama: bool = False
 
 
-def usable_models(answers: Iterator[Iterator[JSON]], aliases: Iterable[Tuple[str, str]]) -> Dict[str, JSON]:
+def usable_models(answers: Iterator[Iterator[JSON]], aliases: Iterable[tuple[str, str]]) -> dict[str, JSON]:
     """Gemini's models that can chat or embed, by their plain names; then the aliases of these."""
-    found: Dict[str, JSON] = {}
+    found: dict[str, JSON] = {}
     for chunks in answers:
         for chunk in chunks:
             for entry in inner(chunk, "models", list):
@@ -2012,7 +2016,7 @@ def openai_model_response(exchange: Exchange, answers: Iterator[Iterator[JSON]])
 OPENAI_TYPES = {403: "permission_error", 429: "requests"}
 
 
-def openai_error(error: ProxyError) -> Tuple[int, JSON]:
+def openai_error(error: ProxyError) -> tuple[int, JSON]:
     """OpenAI's form of an error: https://platform.openai.com/docs/guides/error-codes"""
     kind = OPENAI_TYPES.get(error.status) or ("server_error" if error.status >= 500 else "invalid_request_error")
     kind = error.code if error.code == "insufficient_quota" else kind
@@ -2034,7 +2038,7 @@ OPENAI = Protocol("openai", (
 # ======================================================================================
 
 # What each -api mounts; the first protocol whose beginning fits a path tells of errors there.
-MOUNTS: Dict[str, Tuple[Tuple[str, Protocol], ...]] = {
+MOUNTS: dict[str, tuple[tuple[str, Protocol], ...]] = {
     "openai": (("/", OPENAI),),
 }
 
@@ -2043,7 +2047,7 @@ class Found(NamedTuple):
     """A route for a path, and what the path holds."""
     protocol: Protocol
     route: Route
-    params: Dict[str, str]
+    params: dict[str, str]
 
 
 @functools.cache
@@ -2069,7 +2073,7 @@ def protocol_of(api: str, path: str) -> Protocol:
 
 
 @functools.lru_cache(maxsize=64)
-def exact_routes(api: str) -> Dict[Tuple[str, str], Tuple[Protocol, Route]]:
+def exact_routes(api: str) -> dict[tuple[str, str], tuple[Protocol, Route]]:
     return {(route.method, route.path): (protocol, route) for _, protocol in reversed(MOUNTS[api]) for route in protocol.routes}
 
 
@@ -2122,12 +2126,12 @@ class Watch:
     time-out, the end of the server (`stopping` becomes readable), and the beat of a stream.
     """
 
-    def __init__(self, client: Optional[socket.socket], silence: float, stopping: int = -1, beat: Optional[Callable[[], None]] = None):
+    def __init__(self, client: socket.socket | None, silence: float, stopping: int = -1, beat: Callable[[], None] | None = None):
         self.client, self.silence, self.stopping = client, silence, stopping
         self.beat = beat                # called every BEAT seconds of silence
         self.spoken = False             # whether the client has been sent anything yet
 
-    def poll(self, gemini: Optional[socket.socket], event: int = 0) -> Any:
+    def poll(self, gemini: socket.socket | None, event: int = 0) -> Any:
         poll = select.poll()
         if gemini is not None:
             poll.register(gemini, event or select.POLLIN)
@@ -2137,7 +2141,7 @@ class Watch:
             poll.register(self.stopping, select.POLLIN)
         return poll
 
-    def wait(self, gemini: Optional[socket.socket], event: int = 0, seconds: Optional[float] = None) -> None:
+    def wait(self, gemini: socket.socket | None, event: int = 0, seconds: float | None = None) -> None:
         """Return when Gemini's socket is ready, or when the seconds of a pause are over (None: the time-out, a 504)."""
         poll, mine = self.poll(gemini, event), -1 if gemini is None else gemini.fileno()
         began = time.monotonic()
@@ -2236,7 +2240,7 @@ class Line(io.RawIOBase):
 class TLSConnection(http.client.HTTPSConnection):
     """A connection that takes up the TLS session of an earlier one, which saves half of the handshake."""
 
-    session: Optional[ssl.SSLSession] = None
+    session: ssl.SSLSession | None = None
 
     def connect(self) -> None:
         http.client.HTTPConnection.connect(self)
@@ -2250,8 +2254,8 @@ class Pool(urllib.request.BaseHandler):
         parts = urllib.parse.urlsplit(upstream)
         self.secure, self.host = parts.scheme == "https", parts.hostname or ""
         self.port = parts.port or (443 if self.secure else 80)
-        self.idle: Deque[Tuple[float, http.client.HTTPConnection]] = collections.deque()
-        self.session: Optional[ssl.SSLSession] = None
+        self.idle: collections.deque[tuple[float, http.client.HTTPConnection]] = collections.deque()
+        self.session: ssl.SSLSession | None = None
         self.proxy = proxy_for(parts.scheme, parts.netloc.rpartition("@")[2])
         self.context = tls_context() if self.secure else None
         self.opened = 0             # connections so far
@@ -2296,7 +2300,7 @@ class Pool(urllib.request.BaseHandler):
         connection.sock.setblocking(False)
         return connection
 
-    def take(self) -> Optional[http.client.HTTPConnection]:
+    def take(self) -> http.client.HTTPConnection | None:
         """A connection that is idle and still open, the one used last, or None."""
         while True:
             try:
@@ -2332,10 +2336,10 @@ class WayThrough(NamedTuple):
     """An HTTP proxy on the way to Gemini."""
     host: str
     port: int
-    headers: Dict[str, str]
+    headers: dict[str, str]
 
 
-def proxy_for(scheme: str, host: str) -> Optional[WayThrough]:
+def proxy_for(scheme: str, host: str) -> WayThrough | None:
     """The proxy that the environment names for this scheme and host, with or without a scheme of its own and credentials."""
     url = urllib.request.getproxies().get(scheme)
     if not url or urllib.request.proxy_bypass(host):
@@ -2378,11 +2382,11 @@ TROUBLES = (OSError, http.client.HTTPException)
 class Flight:
     """One call to Gemini: sent when it is made, read by chunks()."""
 
-    def __init__(self, gemini: Gemini, call: GeminiCall, watch: Watch, key: str, ignored: List[str]):
+    def __init__(self, gemini: Gemini, call: GeminiCall, watch: Watch, key: str, ignored: list[str]):
         self.gemini, self.call, self.watch, self.key = gemini, call, watch, key
         self.ignored = ignored          # names of what had to be left out for Gemini to take it
-        self.response: Optional[Response] = None
-        self.trouble: Optional[BaseException] = None        # why it could not be sent
+        self.response: Response | None = None
+        self.trouble: BaseException | None = None        # why it could not be sent
         self.tries = 0
         self.send()
 
@@ -2434,7 +2438,7 @@ class Flight:
                 self.watch.wait(None, seconds=max(error.again, 0.2 * 2 ** self.tries * random.uniform(0.5, 1)))
             self.send(anew=lost)
 
-    def begin(self) -> Optional[ProxyError]:
+    def begin(self) -> ProxyError | None:
         """Read the head of the answer; None if it is a 200, else what it means."""
         if self.trouble is None:
             try:
@@ -2473,10 +2477,10 @@ class Answers:
     """The answers to the calls of one request, in order. Leaving it hangs up on what is unread."""
 
     def __init__(self, gemini: Gemini, calls: Iterable[GeminiCall], watch: Watch, key: str):
-        self.ignored: List[str] = []
+        self.ignored: list[str] = []
         self.calls = (Flight(gemini, gemini.signed(call, key), watch, key, self.ignored) if call is not MODELS_CALL
                       else ModelList(gemini, watch, key) for call in calls)
-        self.flights: Deque[Flight] = collections.deque()
+        self.flights: collections.deque[Flight] = collections.deque()
 
     def __iter__(self) -> Iterator[Iterator[JSON]]:
         self.flights.extend(itertools.islice(self.calls, AT_ONCE))
@@ -2510,8 +2514,8 @@ class ModelList:
                     raise
         yield {"models": models}
 
-    def pages(self) -> List[JSON]:
-        models: List[JSON] = []
+    def pages(self) -> list[JSON]:
+        models: list[JSON] = []
         token = ""
         while True:
             call = GeminiCall("models?pageSize=1000" + (f"&pageToken={urllib.parse.quote(token)}" if token else ""))
@@ -2556,7 +2560,7 @@ class Memory:
                 self.rows = self.size = 0
                 self.forget()
 
-    def get(self, key: Optional[str], alias: str) -> Optional[str]:
+    def get(self, key: str | None, alias: str) -> str | None:
         """What was put under this key, else what was put last under this alias."""
         if self.database is None and self.path == ":memory:":
             return None
@@ -2581,19 +2585,19 @@ class Gemini:
         self.pool, self.memory = Pool(upstream), Memory()
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(self.pool)          # and no other: no redirect is followed, and a refusal is an answer
-        self.models: Dict[str, Tuple[float, List[JSON]]] = {}       # by key
+        self.models: dict[str, tuple[float, list[JSON]]] = {}       # by key
 
     def ask(self, calls: Iterable[GeminiCall], watch: Watch, key: str) -> Answers:
         return Answers(self, calls, watch, key)
 
     def signed(self, call: GeminiCall, key: str) -> GeminiCall:
         """The call with the signatures that its history lost; those of another generation of models stay out."""
-        def recall(id: Optional[str], digest: str) -> Optional[str]:
+        def recall(id: str | None, digest: str) -> str | None:
             generation, _, signature = (self.memory.get(id, digest) or "").partition(" ")
             return signature if generation == str(int(call.model.generation)) else None
         return restore_signatures(call, scope_of(key), recall) if call.model else call
 
-    def remember(self, call: GeminiCall, key: str, calls: List[Call]) -> List[str]:
+    def remember(self, call: GeminiCall, key: str, calls: list[Call]) -> list[str]:
         """Ids for the function calls in the answer to this call; their signatures are kept under them."""
         ids = ["call_" + secrets.token_hex(12) for _ in calls]
         if any(made.signature for made in calls):
@@ -2641,7 +2645,7 @@ def http_date(second: int) -> str:
     return email.utils.formatdate(second, usegmt=True)
 
 
-def origin_allowed(origin: str, added: Tuple[str, ...]) -> bool:
+def origin_allowed(origin: str, added: tuple[str, ...]) -> bool:
     """Whether a web page from there may call: pages of this machine, apps, and what -origins names."""
     return "*" in added or origin in added or re.fullmatch(APP_ORIGINS, origin) is not None
 
@@ -2784,7 +2788,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             value = self.headers.get(name, "")
             yield re.sub(r"^bearer +", "", value, flags=re.I).encode("latin-1")
 
-    def cors(self) -> List[Tuple[str, str]]:
+    def cors(self) -> list[tuple[str, str]]:
         """The headers that let a web page read the answer."""
         origin = self.headers.get("origin")
         if origin is None or not origin_allowed(origin, self.server.config.origins):
@@ -2861,7 +2865,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = self.close_connection or self.body_left or not self.command
             self.send(status, encode_json(body).encode(), headers=list(error.headers.items()))
 
-    def ignored_header(self) -> List[Tuple[str, str]]:
+    def ignored_header(self) -> list[tuple[str, str]]:
         """What was ignored of the request, by name, in a header; or none."""
         names = [re.sub(r"[^!-+\--~]", "?", name)[:200] for name in getattr(self, "ignored", []) + getattr(self.answers, "ignored", [])]
         text = ", ".join(dict.fromkeys(names))
@@ -2869,7 +2873,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             text = text[:MOST_IGNORED].rpartition(", ")[0] + ", ..."
         return [("x-proxy-ignored", text)] if text else []
 
-    def head(self, status: int, content_type: str, headers: List[Tuple[str, str]]) -> bytes:
+    def head(self, status: int, content_type: str, headers: list[tuple[str, str]]) -> bytes:
         """Status line and headers, up to the empty line."""
         self.status, self.begun = status, True
         phrase = http.HTTPStatus(status).phrase if status in http.HTTPStatus._value2member_map_ else "Error"
@@ -2881,13 +2885,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             lines.append("Connection: close")
         elif self.request_version == "HTTP/1.0":
             lines.append("Connection: keep-alive")
-        return "\r\n".join(lines + ["", ""]).encode("latin-1", "replace")
+        return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
-    def send(self, status: int, body: bytes, content_type: str = "application/json", headers: List[Tuple[str, str]] = ()) -> None:
+    def send(self, status: int, body: bytes, content_type: str = "application/json", headers: list[tuple[str, str]] = ()) -> None:
         """A whole answer in one write."""
         length = [] if status == 204 else [("Content-Length", str(len(body)))]
         head = self.head(status, content_type if status != 204 else "", [*headers, *length])
-        self.write(head + b"\r\n" if self.command == "HEAD" else head + b"\r\n" + body)
+        self.write(head if self.command == "HEAD" else head + body)
 
     def emit(self, data: bytes, last: bool = False) -> None:
         """An event of a stream in one write, with the head before the first one."""
@@ -2897,7 +2901,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = self.close_connection or not self.chunked
             framing = [("Transfer-Encoding", "chunked")] if self.chunked else []
             head = self.head(200, self.framing.content_type, [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"),
-                                                              *framing, *self.ignored_header()]) + b"\r\n"
+                                                              *framing, *self.ignored_header()])
             self.framed = self.watch.spoken = True
         if self.chunked:
             data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
@@ -2930,7 +2934,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         log(f"{self.command or '-'} {path.encode('latin-1', 'replace').decode('ascii', 'backslashreplace') or '-'} "
             f"{self.status} {seconds * 1000:.0f} ms{model}")
 
-    ignored: List[str] = []
+    ignored: list[str] = []
     answers: Any = None
     body_left = False
 
@@ -2992,7 +2996,7 @@ class Server(http.server.ThreadingHTTPServer):
         host, port = self.server_address[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def front_page(self) -> Tuple[int, Payload]:
+    def front_page(self) -> tuple[int, Payload]:
         text = f"You are running proxy-to-gemini at {self.url}; api = {self.config.api}\n"
         return 200, Payload(text.encode())
 
@@ -3016,16 +3020,16 @@ NO_KEY = """proxy-to-gemini: there is no Gemini key. Get one at https://aistudio
 class Config(NamedTuple):
     """What the command line and the environment decide."""
     api: str
-    listen: Tuple[str, int]                     # an empty host is every interface
+    listen: tuple[str, int]                     # an empty host is every interface
     upstream: str
     key: str                                    # Gemini's
-    aliases: Tuple[Tuple[str, str], ...] = ()
-    origins: Tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    origins: tuple[str, ...] = ()
     timeout: float = 600.0                      # seconds that Gemini may be silent
     proxy_key: str = ""                         # what clients must send
 
 
-def listen_address(text: str) -> Tuple[str, int]:
+def listen_address(text: str) -> tuple[str, int]:
     """("127.0.0.1", 5555) from HOST:PORT, :PORT or [::1]:PORT."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(\d{1,5})", text)
     if not match or int(match.group(2)) > 65535:
@@ -3044,7 +3048,7 @@ def base_url(text: str) -> str:
     return text.rstrip("/")
 
 
-def alias(text: str) -> Tuple[str, str]:
+def alias(text: str) -> tuple[str, str]:
     name, _, model = text.partition("=")
     if not name or not model:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MODEL")
@@ -3089,7 +3093,7 @@ def gemini_key(env: Mapping[str, str]) -> str:
     return ""
 
 
-def configured(arguments: List[str], env: Mapping[str, str]) -> Config:
+def configured(arguments: list[str], env: Mapping[str, str]) -> Config:
     """The configuration; ends the program where it is told wrongly (2), or has no usable key (1)."""
     parser = flag_parser()
     flags = parser.parse_args(arguments)
