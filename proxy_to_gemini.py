@@ -2313,11 +2313,11 @@ class Pool(urllib.request.BaseHandler):
                 return connection
             connection.close()
 
-    def give(self, connection: http.client.HTTPConnection) -> None:
-        """Keep a connection whose answer has been read to its end."""
-        if self.secure:
-            self.session = connection.sock.session
-        self.idle.append((time.monotonic(), connection))
+    def give(self, response: Response) -> None:
+        """Keep the connection of an answer that has been read to its end, and its TLS session."""
+        if self.secure and not response.kept:
+            self.session = response.connection.sock.session
+        self.idle.append((time.monotonic(), response.connection))
         while len(self.idle) > MOST_IDLE:
             self.drop_oldest()
 
@@ -2461,7 +2461,7 @@ class Flight:
         if response is None:
             return
         if response.reusable:
-            self.gemini.pool.give(response.connection)
+            self.gemini.pool.give(response)
         else:
             response.close()
             response.connection.close()
