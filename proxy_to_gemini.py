@@ -13,7 +13,7 @@ It needs Python 3.9 or newer and nothing else. How a request goes through this f
     wire events  <--route.stream----'     a whole answer is a stream of one chunk
 
 Where to look
-    1. Vocabulary       the nouns everything else is written in: errors, fields, calls, routes, framings
+    1. Vocabulary       the nouns everything else is written in
     2. Writing Gemini   parts, turns, thinking by model, functions and schemas, whole requests
     3. Reading Gemini   from bytes to chunks, from chunks to events; refusals, usage, citations
     4. OpenAI           chat completions, embeddings, models
@@ -43,6 +43,7 @@ from __future__ import annotations
 import argparse
 import array
 import base64
+import codecs
 import collections
 import contextlib
 import email.utils
@@ -123,7 +124,8 @@ def wrong_value(place: str, message: str) -> ProxyError:
 # What an unread field may hold without anything being lost: these, and the defaults of OpenAI and Ollama.
 NOTHING = (None, False, "", [], {})
 DEFAULTS = {"n": 1, "best_of": 1, "modalities": ["text"], "service_tier": ("auto", "default"), "verbosity": "medium",
-            "parallel_tool_calls": True, "truncation": ("disabled", "auto"), "truncate": True, "shift": True, "detail": "auto",
+            "parallel_tool_calls": True, "truncation": ("disabled", "auto"), "truncate": True, "shift": True,
+            "detail": "auto",
             "presence_penalty": 0, "frequency_penalty": 0}
 
 
@@ -184,7 +186,8 @@ class Fields:
 
     def unknown(self, key: str, value: str, allowed: Iterable[str]) -> ProxyError:
         names = ", ".join(f"'{word}'" for word in allowed)
-        return wrong_value(self.at(key), f"Invalid value for '{self.at(key)}': {value[:80]!r}. Supported values are: {names}.")
+        return wrong_value(self.at(key),
+                           f"Invalid value for '{self.at(key)}': {value[:80]!r}. Supported values are: {names}.")
 
     def inner(self, key: str) -> Fields | None:
         """The object under this key, or None."""
@@ -253,7 +256,8 @@ def parse_body(raw: bytes) -> Fields:
     except ValueError as error:
         raise ProxyError(400, f"We could not parse the JSON body of your request: {str(error)[:200]}.") from None
     if type(data) is not dict:
-        raise ProxyError(400, f"We could not parse the body of your request: expected a JSON object, but got {kind_of(data)}.")
+        raise ProxyError(400, "We could not parse the JSON body of your request: expected an object, but got "
+                              f"{kind_of(data)}.")
     return Fields(data)
 
 
@@ -450,18 +454,25 @@ def texts_of(parts: Iterable[Part]) -> str:
 
 
 # The first bytes of a file, and what it is. Ollama's clients send bare base64, and some name a wrong type.
-MAGIC = ((rb"\xff\xd8\xff", "image/jpeg"), (rb"\x89PNG", "image/png"), (rb"GIF8", "image/gif"), (rb"RIFF....WEBP", "image/webp"),
+MAGIC = ((rb"\xff\xd8\xff", "image/jpeg"), (rb"\x89PNG", "image/png"), (rb"GIF8", "image/gif"),
+         (rb"RIFF....WEBP", "image/webp"),
          (rb"....ftyp(hei[cfmsx]|mif1|hevc)", "image/heic"), (rb"BM", "image/bmp"), (rb"%PDF", "application/pdf"),
-         (rb"RIFF....WAVE", "audio/wav"), (rb"ID3|\xff[\xf2\xf3\xfb]", "audio/mp3"), (rb"fLaC", "audio/flac"), (rb"OggS", "audio/ogg"),
+         (rb"RIFF....WAVE", "audio/wav"), (rb"ID3|\xff[\xf2\xf3\xfb]", "audio/mp3"), (rb"fLaC", "audio/flac"),
+         (rb"OggS", "audio/ogg"),
          (rb"....ftypM4A", "audio/mp4"), (rb"....ftyp", "video/mp4"), (rb"\x1a\x45\xdf\xa3", "video/webm"))
-MIME_SPELLINGS = {"image/jpg": "image/jpeg", "audio/x-wav": "audio/wav", "audio/wave": "audio/wav", "audio/m4a": "audio/mp4",
+MIME_SPELLINGS = {"image/jpg": "image/jpeg", "audio/x-wav": "audio/wav", "audio/wave": "audio/wav",
+                  "audio/m4a": "audio/mp4",
                   "application/x-pdf": "application/pdf"}
-TEXT_TYPES = re.compile(r"text/|application/(json|xml|yaml|x-yaml|javascript|typescript|toml|sql|x-sh|x-python|csv)\b|.*\+(json|xml)$")
+TEXT_TYPES = re.compile(r"text/|application/(json|xml|yaml|x-yaml|javascript|typescript|toml|sql|x-sh|csv)\b|"
+                        r".*\+(json|xml)$")
 EXTENSIONS = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp", "heic": "image/heic",
-              "gif": "image/gif", "pdf": "application/pdf", "mp3": "audio/mp3", "wav": "audio/wav", "flac": "audio/flac", "ogg": "audio/ogg",
+              "gif": "image/gif", "pdf": "application/pdf", "mp3": "audio/mp3", "wav": "audio/wav",
+              "flac": "audio/flac", "ogg": "audio/ogg",
               "m4a": "audio/mp4", "aac": "audio/aac", "mp4": "video/mp4", "webm": "video/webm", "mov": "video/mov",
-              "txt": "text/plain", "md": "text/markdown", "csv": "text/csv", "json": "application/json", "html": "text/html",
-              "xml": "text/xml", "py": "text/x-python", "js": "text/javascript", "ts": "text/plain", "yaml": "text/plain", "yml": "text/plain"}
+              "txt": "text/plain", "md": "text/markdown", "csv": "text/csv", "json": "application/json",
+              "html": "text/html",
+              "xml": "text/xml", "py": "text/x-python", "js": "text/javascript", "ts": "text/plain",
+              "yaml": "text/plain", "yml": "text/plain"}
 
 
 def sniffed(data: str) -> str | None:
@@ -529,7 +540,8 @@ def link_part(url: str, place: str, name: str | None = None) -> Part:
     if not host or parts.scheme not in ("https", "http", "gs"):
         raise wrong_value(place, f"Invalid value for '{place}': expected a data URL or a public https URL.")
     if parts.scheme != "gs" and (local_host(host) or "@" in parts.netloc):
-        raise wrong_value(place, f"Invalid value for '{place}': Gemini fetches this URL, and cannot reach {host[:80]!r}.")
+        raise wrong_value(place,
+                          f"Invalid value for '{place}': Gemini fetches this URL, and cannot reach {host[:80]!r}.")
     mime = extension_type(parts.path) or extension_type(name)
     return {"fileData": {**({"mimeType": mime} if mime else {}), "fileUri": url}}
 
@@ -548,11 +560,12 @@ def call_part(name: str, args: JSON, id: str | None = None, signature: str | Non
 
 def result_part(name: str | None, content: str | JSON, id: str | None = None, media: list[Part] = (),
                 failed: bool = False) -> Part:
-    """A functionResponse; settled_turns finds the call that it answers. `media` needs Gemini 3 and goes beside elsewhere."""
+    """A functionResponse, whose call settled_turns finds; `media` goes inside on Gemini 3 and beside elsewhere."""
     if type(content) is str:
         told = None if failed else parsed_object(content)
         content = {"error" if failed else "output": content} if told is None or loses_digits(told) else told
-    return {"functionResponse": {**({"id": id} if id else {}), "name": gemini_name(name) if name else "", "response": content,
+    return {"functionResponse": {**({"id": id} if id else {}), "name": gemini_name(name) if name else "",
+                                 "response": content,
                                  **({"parts": list(media)} if media else {})}}
 
 
@@ -586,7 +599,8 @@ def gemini_name(name: str) -> str:
 # ---- turns ----
 
 MISSING_RESULT = {"error": "There is no result: the call was interrupted."}
-RESULT_MEDIA = ("image/png", "image/jpeg", "image/webp", "application/pdf", "text/plain")     # what functionResponse.parts takes
+RESULT_MEDIA = ("image/png", "image/jpeg", "image/webp", "application/pdf",
+                "text/plain")     # what functionResponse.parts takes
 
 
 def user_turn(*parts: Part) -> JSON:
@@ -641,7 +655,8 @@ def answered(asked: list[Part], said: list[Part], model: Model) -> list[JSON]:
         if result is None:
             rest.append(part)
         elif not any(result is found for found in matched):
-            rest += [text_part(f"Result of {result['name'] or 'a function'}: {encode_json(result['response'])}"), *result.get("parts", ())]
+            rest += [text_part(f"Result of {result['name'] or 'a function'}: {encode_json(result['response'])}"),
+                     *result.get("parts", ())]
     answers, media = [], []
     for call, result in zip(calls, matched):
         result = {**({"id": call["id"]} if "id" in call else {}), "name": call["name"],
@@ -681,7 +696,8 @@ def match_results(calls: list[JSON], results: list[JSON]) -> list[JSON | None]:
 # ---- thinking and settings ----
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")      # OpenAI's words, from little to much
-BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768)))     # tokens; Google's own table for its OpenAI endpoint
+BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768,
+                             32768)))     # tokens; Google's own table for its OpenAI endpoint
 LEVEL_EFFORTS = {"MINIMAL": "minimal", "LOW": "low", "MEDIUM": "medium", "HIGH": "high"}
 
 
@@ -721,7 +737,8 @@ def stop_sequences(body: Fields, key: str = "stop") -> list[str]:
 
 # ---- functions and schemas ----
 
-SUBSCHEMAS = ("items", "prefixItems", "anyOf", "oneOf", "allOf", "not", "additionalProperties", "if", "then", "else", "contains")
+SUBSCHEMAS = ("items", "prefixItems", "anyOf", "oneOf", "allOf", "not", "additionalProperties", "if", "then", "else",
+              "contains")
 NAMED_SUBSCHEMAS = ("properties", "$defs", "patternProperties", "dependentSchemas")
 
 
@@ -779,9 +796,12 @@ class Tools(NamedTuple):
     code: str = ""                          # and code execution
 
 
+OPEN_ENDED = ("$ref", "anyOf", "oneOf", "allOf", "additionalProperties")    # say something without properties
+
+
 def function_declaration(name: str, description: str | None, schema: JSON | None) -> JSON:
     """Without parameters where there are none: Gemini refuses an object without properties."""
-    bare = not schema or not (schema.get("properties") or schema.keys() & {"$ref", "anyOf", "oneOf", "allOf", "additionalProperties"})
+    bare = not schema or not (schema.get("properties") or schema.keys() & set(OPEN_ENDED))
     return {"name": gemini_name(name), **({"description": description} if description else {}),
             **({} if bare else {"parametersJsonSchema": gemini_schema(schema)})}
 
@@ -791,8 +811,9 @@ CUSTOM_INPUT = "input"      # the one parameter of a function that takes plain t
 
 def custom_declaration(name: str, description: str | None, grammar: str = "") -> JSON:
     told = "\n".join(text for text in (description, grammar) if text)
+    text = {"type": "string", "description": "The text, and nothing else."}
     return function_declaration(name, told, {"type": "object", "required": [CUSTOM_INPUT],
-                                             "properties": {CUSTOM_INPUT: {"type": "string", "description": "The text, and nothing else."}}})
+                                             "properties": {CUSTOM_INPUT: text}})
 
 
 def tool_fields(tools: Tools, mode: str | None, allowed: list[str], body: Fields, model: Model) -> JSON:
@@ -808,8 +829,8 @@ def tool_fields(tools: Tools, mode: str | None, allowed: list[str], body: Fields
         if tools.declarations:
             config["includeServerSideToolInvocations"] = True
     if tools.declarations and (mode or tools.strict):
-        config["functionCallingConfig"] = {"mode": mode or "VALIDATED",
-                                           **({"allowedFunctionNames": [gemini_name(name) for name in allowed]} if allowed else {})}
+        names = {"allowedFunctionNames": [gemini_name(name) for name in allowed]} if allowed else {}
+        config["functionCallingConfig"] = {"mode": mode or "VALIDATED", **names}
     if listed:
         out["tools"] = listed
     if config:
@@ -836,7 +857,8 @@ def json_instruction(schema: JSON) -> str:
         "," + told if schema else told)
 
 
-def generate_call(model: Model, streaming: bool, system: list[Part], contents: list[JSON], config: JSON, **fields: Any) -> GeminiCall:
+def generate_call(model: Model, streaming: bool, system: list[Part], contents: list[JSON], config: JSON,
+                  **fields: Any) -> GeminiCall:
     """The call for a history, which is settled here. Gemini wants one turn at least, which may be empty."""
     turns = settled_turns(contents, model) or [user_turn(text_part(""))]
     system = [part for part in system if says_something(part)]
@@ -856,7 +878,7 @@ EMBED_BATCH = 100           # inputs that Gemini takes in one call
 
 
 def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple[GeminiCall, ...]:
-    """The calls for the vectors of these texts; and one that counts their tokens, where the vectors come without a count."""
+    """The calls for the vectors of these texts; and one to count the tokens, where the vectors come without a count."""
     size = {"outputDimensionality": dimensions} if dimensions else {}
     requests = [{"model": model.path, "content": {"parts": [text_part(text)]}, **size} for text in texts]
     batches = [GeminiCall(f"{model.path}:batchEmbedContents", {"requests": requests[i:i + EMBED_BATCH]}, model)
@@ -902,7 +924,8 @@ REPAIRS = (
     (r"service.?tier", without("serviceTier")),
     (r"media.?resolution", without("generationConfig", "mediaResolution")),
     (r"(invalid|corrupted) thought.?signature", forget_signatures),
-    (r"must not end with|ending with a model turn", lambda body: body["contents"].append(user_turn(text_part("Continue."))) or "prefill"),
+    (r"must not end with|ending with a model turn",
+     lambda body: body["contents"].append(user_turn(text_part("Continue."))) or "prefill"),
 )
 
 
@@ -911,7 +934,8 @@ def repaired(call: GeminiCall, message: str) -> tuple[GeminiCall | None, list[st
     if not call.body or "contents" not in call.body:
         return None, []
     body = json.loads(encode_json(call.body))
-    names = [name for pattern, repair in REPAIRS if re.search(pattern, message, re.I) for name in [repair(body)] if name]
+    names = [name for pattern, repair in REPAIRS if re.search(pattern, message, re.I) for name in [repair(body)]
+             if name]
     return (call._replace(body=body), names) if names else (None, [])
 
 
@@ -958,11 +982,12 @@ class Trail:
         return digest.hexdigest()
 
 
-def restore_signatures(call: GeminiCall, scope: str, recall: Callable[[str | None, Callable[[], str]], str | None]) -> GeminiCall:
+def restore_signatures(call: GeminiCall, scope: str,
+                       recall: Callable[[str | None, str], str | None]) -> GeminiCall:
     """The call with the signatures that its history lost.
 
-    `recall` is given a call's id and a function that makes its digest, and tells the signature or None. The
-    first call of a turn must have one on Gemini 3: what nobody knows gets Google's placeholder.
+    `recall` is given a function call's id and its digest, and tells the signature or None. The first call
+    of a turn must have one on Gemini 3: what nobody knows gets Google's placeholder.
     """
     turns = (call.body or {}).get("contents", ())
     if not any("functionCall" in part for content in turns for part in content["parts"]):
@@ -992,7 +1017,7 @@ def restore_signatures(call: GeminiCall, scope: str, recall: Callable[[str | Non
 
 
 def inside(value: Any, key: str, kind: type) -> Any:
-    """The value under a key if both are what they should be, else an empty one: for error bodies, which may be anything."""
+    """The value under a key if both are what they should be, else an empty one: for what may be anything."""
     inner = value.get(key) if type(value) is dict else None
     return inner if type(inner) is kind else kind()
 
@@ -1008,7 +1033,8 @@ def gemini_refusal(status: int, said: Any, raw: bytes = b"") -> ProxyError:
     details = [detail for detail in inside(error, "details", list) if type(detail) is dict]
     if not message:
         text = " ".join(raw[:200].decode("utf-8", "replace").split())
-        message = f"Gemini, or something on the way to it, answered with status {status}" + (f": {text}" if text else ".")
+        text = f": {text}" if text else "."
+        message = f"Gemini, or something on the way to it, answered with status {status}{text}"
     message = message[:8000]
     again = retry_delay(details, message) if status == 429 else 0.0 if status in (500, 502, 503, 504) else None
     headers = {"Retry-After": str(max(1, math.ceil(again)))} if again is not None and status == 429 else {}
@@ -1030,7 +1056,7 @@ def gemini_refusal(status: int, said: Any, raw: bytes = b"") -> ProxyError:
 
 
 def retry_delay(details: list[JSON], message: str) -> float | None:
-    """The seconds after which Gemini wants to be asked again: from RetryInfo, else from the words; None where it does not say."""
+    """The seconds that Gemini wants to be left alone: from RetryInfo, else from its words; None if it does not say."""
     for detail in details:
         told = re.fullmatch(r"(\d{1,6}(?:\.\d{1,12})?)s", inside(detail, "retryDelay", str))
         if told:
@@ -1041,7 +1067,8 @@ def retry_delay(details: list[JSON], message: str) -> float | None:
 
 def final_quota(details: list[JSON], message: str) -> bool:
     """Whether waiting does not help: a quota per day, or one of zero."""
-    quotas = [inside(violation, "quotaId", str) for detail in details for violation in inside(detail, "violations", list)]
+    violations = [violation for detail in details for violation in inside(detail, "violations", list)]
+    quotas = [inside(violation, "quotaId", str) for violation in violations]
     return any("PerDay" in quota for quota in quotas) or bool(re.search(r"limit: 0\b", message))
 
 
@@ -1079,7 +1106,7 @@ def in_stream_refusal(said: JSON) -> ProxyError:
 
 
 def read_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines in blocks of bytes, cut anywhere. CR, LF or both end a line, and nothing else does (U+2028 does not)."""
+    """The lines in blocks of bytes, cut anywhere. CR, LF or both end a line, and nothing else (not U+2028)."""
     pieces: list[bytes] = []        # of a line that has not ended yet; it may be megabytes long
     after_cr = False
     for block in blocks:
@@ -1108,14 +1135,13 @@ def read_events(blocks: Iterable[bytes]) -> Iterator[JSON]:
     data: list[bytes] = []
     stray: list[bytes] = []
     for line in read_lines(blocks):
+        line = line[3:] if line[:3] == codecs.BOM_UTF8 else line
         if line[:5] == b"data:":
             data.append(line[5:])
         elif not line:
             if data:
                 yield read_chunk(b"\n".join(data))
                 data = []
-        elif line.startswith(b"\xef\xbb\xbfdata:"):
-            data.append(line[8:])
         elif line.partition(b":")[0] not in (b"", b"event", b"id", b"retry"):
             stray.append(line)
     if data:
@@ -1166,7 +1192,8 @@ class End(NamedTuple):
 # Gemini's finish reasons in four words. What is not here is "stop": the list grows every few months.
 FINISHES = {
     "STOP": "stop", "MAX_TOKENS": "length", "CONTINUATION": "length",
-    **dict.fromkeys(("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR", "IMAGE_SAFETY",
+    **dict.fromkeys(("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR",
+                     "IMAGE_SAFETY",
                      "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "IMAGE_OTHER", "NO_IMAGE"), "filter"),
     **dict.fromkeys(("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS", "MALFORMED_RESPONSE",
                      "MISSING_THOUGHT_SIGNATURE"), "failed"),
@@ -1184,6 +1211,19 @@ def inner(value: JSON, key: str, kind: type) -> Any:
     return found
 
 
+GROUNDING = {"groundingMetadata", "citationMetadata"}
+
+
+def first_candidate(chunk: JSON) -> JSON:
+    """The candidate of a chunk, or an empty one: every call asks for one only."""
+    for candidate in inner(chunk, "candidates", list):
+        if type(candidate) is not dict:
+            raise nonsense("a candidate is no object")
+        if not candidate.get("index"):
+            return candidate
+    return {}
+
+
 def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | Call | Media | End]:
     """What Gemini says, in order, and one End; a 502 where it never ends.
 
@@ -1194,30 +1234,25 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
     usage: JSON = {}
     grounding: JSON = {}
     reason, message, blocked = "", "", ""
-    pieces: list[tuple[str, bool]] = []         # the answer's text, and whether it is Gemini's own or our rendering of a part
+    pieces: list[tuple[str, bool]] = []         # the answer's text, and whether it is Gemini's own or our rendering
     calls: list[Call] = []
-    done: set = set()                           # functions that Gemini's servers have answered
+    done: set[str] = set()                      # functions that Gemini's servers have answered
     for chunk in chunks:
         usage = inner(chunk, "usageMetadata", dict) or usage
         blocked = inner(inner(chunk, "promptFeedback", dict), "blockReason", str) or blocked
-        for candidate in inner(chunk, "candidates", list):
-            if type(candidate) is not dict:
-                raise nonsense("a candidate is no object")
-            if candidate.get("index"):
-                continue
-            reason = str(candidate.get("finishReason") or "") or reason
-            message = inner(candidate, "finishMessage", str) or message
-            for key in ("groundingMetadata", "citationMetadata"):
-                if key in candidate:
-                    grounding.update({name: value for name, value in inner(candidate, key, dict).items() if value})
-            for part in inner(inner(candidate, "content", dict), "parts", list):
-                event = read_part(part, done)
-                if type(event) is Call:
-                    calls.append(event)
-                elif event is not None:
-                    if type(event) is Text and not event.thought:
-                        pieces.append((event.text, "text" in part))
-                    yield event
+        candidate = first_candidate(chunk)
+        reason = str(candidate.get("finishReason") or "") or reason
+        message = inner(candidate, "finishMessage", str) or message
+        for key in GROUNDING & candidate.keys():
+            grounding.update({name: value for name, value in inner(candidate, key, dict).items() if value})
+        for part in inner(inner(candidate, "content", dict), "parts", list):
+            event = read_part(part, done)
+            if type(event) is Call:
+                calls.append(event)
+            elif event is not None:
+                if type(event) is Text and not event.thought:
+                    pieces.append((event.text, "text" in part))
+                yield event
     if not reason and not blocked:
         raise ProxyError(502, "Gemini's answer broke off: it has no finish reason.", upstream=True)
     calls = [call for call in calls if call.name not in done]
@@ -1226,7 +1261,8 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
     counted = read_usage(usage)
     exchange.usage = exchange.usage.plus(counted)
     finish = FINISHES.get(reason, "stop") if reason else "filter"
-    yield End(finish, bool(calls), reason or blocked, message, counted, read_citations(pieces, grounding) if grounding else [])
+    yield End(finish, bool(calls), reason or blocked, message, counted, read_citations(pieces, grounding) if grounding
+              else [])
 
 
 def read_part(part: Any, done: set) -> Text | Call | Media | None:
@@ -1271,15 +1307,17 @@ def read_usage(usage: JSON) -> Usage:
         return sum(max(0, inside(detail, "tokenCount", int)) for detail in details)
 
     thoughts = count("thoughtsTokenCount")
-    return Usage(prompt=count("promptTokenCount") + count("toolUsePromptTokenCount"), cached=count("cachedContentTokenCount"),
+    return Usage(prompt=count("promptTokenCount") + count("toolUsePromptTokenCount"),
+                 cached=count("cachedContentTokenCount"),
                  output=count("candidatesTokenCount") + thoughts, thoughts=thoughts,
                  heard=of_sound("promptTokensDetails"), spoken=of_sound("candidatesTokensDetails"))
 
 
 def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Citation]:
-    """The sources of an answer. Gemini counts in UTF-8 bytes of its own text; a Citation counts in characters of ours."""
+    """The sources of an answer. Gemini counts in bytes of its own text, a Citation in characters of ours."""
     said = "".join(text for text, own in pieces if own).encode("utf-8", "surrogatepass")
-    sources = [next((source for source in chunk.values() if inside(source, "uri", str)), {}) if type(chunk) is dict else {}
+    sources = [next((source for source in chunk.values() if inside(source, "uri", str)), {}) if type(chunk) is dict
+               else {}
                for chunk in inside(grounding, "groundingChunks", list)]
     spans = [(inside(support, "segment", dict), sources[i]) for support in inside(grounding, "groundingSupports", list)
              for i in inside(support, "groundingChunkIndices", list) if type(i) is int and 0 <= i < len(sources)]
@@ -1361,13 +1399,16 @@ def openai_file_part(part: Fields, model: Model) -> Part:
 
 def no_file_store(part: Fields) -> None:
     if part.get("file_id", str):
-        raise wrong_value(part.at("file_id"), f"Invalid value for '{part.at('file_id')}': there is no file store behind this "
+        raise wrong_value(part.at("file_id"),
+                          f"Invalid value for '{part.at('file_id')}': there is no file store behind this "
                                               "server; send the file itself, as base64 in a data URL.")
 
 
 OPENAI_PARTS = {
-    "text": openai_text_part, "input_text": openai_text_part, "output_text": openai_text_part, "refusal": openai_text_part,
-    "image_url": openai_link_part, "input_image": openai_link_part, "video_url": openai_link_part, "input_video": openai_link_part,
+    "text": openai_text_part, "input_text": openai_text_part, "output_text": openai_text_part,
+                "refusal": openai_text_part,
+    "image_url": openai_link_part, "input_image": openai_link_part, "video_url": openai_link_part,
+                "input_video": openai_link_part,
     "input_audio": openai_audio_part, "file": openai_file_part, "input_file": openai_file_part,
 }
 
@@ -1420,7 +1461,8 @@ def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
     refusal = message.get("refusal", str)
     if refusal and not parts:
         parts = [text_part(refusal)]
-    parts += [openai_link_part(image, model) for image in message.objects("images") if image.data.get("type") == "image_url"]
+    parts += [openai_link_part(image, model) for image in message.objects("images")
+              if image.data.get("type") == "image_url"]
     parts += [openai_call_part(call) for call in message.objects("tool_calls")]
     legacy = message.inner("function_call")
     if legacy is not None:
@@ -1433,7 +1475,8 @@ def openai_call_part(call: Fields) -> Part:
     id = call.get("id", str)
     custom = call.inner("custom")
     if custom is not None:
-        return call_part(custom.need("name", str), {CUSTOM_INPUT: custom.get("input", str) or ""}, plain_id(id), carried_signature(call, custom))
+        return call_part(custom.need("name", str), {CUSTOM_INPUT: custom.get("input", str) or ""}, plain_id(id),
+                         carried_signature(call, custom))
     function = call.inner("function")
     if function is None:
         raise wrong_type(call.at("function"), (dict,), None)
@@ -1519,7 +1562,8 @@ def openai_grammar(function: Fields) -> str:
     grammar = inside(function.data, "format", dict)
     grammar = inside(grammar, "grammar", dict) or grammar
     definition = inside(grammar, "definition", str)
-    return f"The text must conform to this {inside(grammar, 'syntax', str) or ''} grammar:\n{definition}" if definition else ""
+    syntax = inside(grammar, "syntax", str)
+    return f"The text must conform to this {syntax} grammar:\n{definition}" if definition else ""
 
 
 # OpenAI's words for the choice of a tool, and what clients write instead; Gemini's mode for each.
@@ -1554,7 +1598,8 @@ def openai_chosen(choice: Fields, tools: Tools) -> str:
     function = (choice.inner(kind) if type(choice.data.get(kind)) is dict else None) or choice
     name = function.need("name", str)
     if name not in tools.names.values():
-        raise wrong_value(function.at("name"), f"Invalid value for '{function.at('name')}': no function {name[:80]!r} is among the tools.")
+        raise wrong_value(function.at("name"),
+                          f"Invalid value for '{function.at('name')}': no function {name[:80]!r} is among the tools.")
     return name
 
 
@@ -1578,7 +1623,8 @@ def openai_chat_request(body: Fields, setting: Setting) -> Ask:
     asked = body.need("model", str)
     model = model_named(asked, setting.aliases)
     if not body.need("messages", list):
-        raise wrong_value("messages", "Invalid 'messages': empty array. Expected an array with minimum length 1, but got an empty array instead.")
+        raise wrong_value("messages", "Invalid 'messages': empty array. Expected an array with minimum length 1, "
+                                      "but got an empty array instead.")
     stream = bool(body.get("stream", bool))
     system, contents = openai_turns(body, model)
     tools = openai_tools(body)
@@ -1650,11 +1696,13 @@ def openai_response_format(body: Fields) -> JSON | None:
 
 
 # OpenAI's voices, each with one of Gemini's that comes near it; Gemini's own names are taken too.
-VOICES = {"alloy": "Kore", "ash": "Orus", "ballad": "Algieba", "cedar": "Iapetus", "coral": "Aoede", "echo": "Charon", "fable": "Puck",
-          "marin": "Leda", "nova": "Zephyr", "onyx": "Alnilam", "sage": "Vindemiatrix", "shimmer": "Autonoe", "verse": "Fenrir"}
+VOICES = {"alloy": "Kore", "ash": "Orus", "ballad": "Algieba", "cedar": "Iapetus", "coral": "Aoede", "echo": "Charon",
+          "fable": "Puck", "marin": "Leda", "nova": "Zephyr", "onyx": "Alnilam", "sage": "Vindemiatrix",
+          "shimmer": "Autonoe", "verse": "Fenrir"}
 GEMINI_VOICES = frozenset((
-    "Zephyr Puck Charon Kore Fenrir Leda Orus Aoede Callirrhoe Autonoe Enceladus Iapetus Umbriel Algieba Despina Erinome Algenib "
-    "Rasalgethi Laomedeia Achernar Alnilam Schedar Gacrux Pulcherrima Achird Zubenelgenubi Vindemiatrix Sadachbia Sadaltager Sulafat").split())
+    "Zephyr Puck Charon Kore Fenrir Leda Orus Aoede Callirrhoe Autonoe Enceladus Iapetus Umbriel Algieba Despina "
+    "Erinome Algenib Rasalgethi Laomedeia Achernar Alnilam Schedar Gacrux Pulcherrima Achird Zubenelgenubi "
+    "Vindemiatrix Sadachbia Sadaltager Sulafat").split())
 
 
 def speech_config(fields: Fields, key: str) -> JSON:
@@ -1680,14 +1728,16 @@ def openai_modalities(body: Fields) -> tuple[JSON, bool]:
         if kind not in ("wav", "pcm16", "pcm"):
             body.ignore("audio.format")
         return speech_config(audio, "voice"), kind not in ("pcm16", "pcm")
-    return ({"responseModalities": ["TEXT", "IMAGE"] if "text" in wanted else ["IMAGE"]} if "image" in wanted else {}), False
+    return ({"responseModalities": ["TEXT", "IMAGE"] if "text" in wanted else ["IMAGE"]} if "image" in wanted
+            else {}), False
 
 
-THINKING_KEYS = {"thinking_budget": "thinkingBudget", "thinking_level": "thinkingLevel", "include_thoughts": "includeThoughts"}
+THINKING_KEYS = {"thinking_budget": "thinkingBudget", "thinking_level": "thinkingLevel",
+                 "include_thoughts": "includeThoughts"}
 
 
 def openai_google_fields(body: Fields, config: JSON) -> JSON:
-    """Google's own settings, as its OpenAI endpoint takes them (`extra_body.google`, or `google`), and the service tier."""
+    """Google's own settings, as its OpenAI endpoint takes them (`extra_body.google` or `google`); the service tier."""
     fields: JSON = {}
     extra = body.inner("extra_body")
     google = (extra or body).inner("google")
@@ -1696,9 +1746,11 @@ def openai_google_fields(body: Fields, config: JSON) -> JSON:
         fields.update({key: value for key, value in (("cachedContent", cached), ("safetySettings", safety)) if value})
         thinking = google.inner("thinking_config")
         if thinking is not None:
-            told = {"thinkingBudget": google_key(thinking, "thinking_budget", int), "thinkingLevel": google_key(thinking, "thinking_level", str),
+            told = {"thinkingBudget": google_key(thinking, "thinking_budget", int),
+                    "thinkingLevel": google_key(thinking, "thinking_level", str),
                     "includeThoughts": google_key(thinking, "include_thoughts", bool)}
-            told = {key: value.upper() if type(value) is str else value for key, value in told.items() if value is not None}
+            told = {key: value.upper() if type(value) is str else value for key, value in told.items()
+                    if value is not None}
             config["thinkingConfig"] = {**config.get("thinkingConfig", {}), **told}
     tier = body.get("service_tier", str)
     if tier in ("flex", "priority"):
@@ -1731,7 +1783,8 @@ def openai_odd_end(end: End) -> JSON:
 
 
 def openai_usage(usage: Usage) -> JSON:
-    return {"prompt_tokens": usage.prompt, "completion_tokens": usage.output, "total_tokens": usage.prompt + usage.output,
+    return {"prompt_tokens": usage.prompt, "completion_tokens": usage.output,
+            "total_tokens": usage.prompt + usage.output,
             "prompt_tokens_details": {"cached_tokens": usage.cached, "audio_tokens": usage.heard},
             "completion_tokens_details": {"reasoning_tokens": usage.thoughts, "audio_tokens": usage.spoken,
                                           "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}}
@@ -1789,7 +1842,8 @@ def unfenced(text: str) -> str:
 
 def openai_chat_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     choices = [openai_choice(i, chunks, exchange) for i, chunks in enumerate(answers)]
-    return {"id": exchange.new_id("chatcmpl-"), "object": "chat.completion", "created": int(exchange.created), "model": exchange.model,
+    return {"id": exchange.new_id("chatcmpl-"), "object": "chat.completion", "created": int(exchange.created),
+            "model": exchange.model,
             "choices": choices, "usage": openai_usage(exchange.usage)}
 
 
@@ -1820,7 +1874,8 @@ def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSO
         message["images"] = [openai_image(image, i) for i, image in enumerate(images)]
     if sound:
         message["audio"] = openai_audio(sound, exchange, content)
-    return {"index": index, "message": message, "logprobs": None, "finish_reason": openai_finish(end, wants.legacy), **openai_odd_end(end)}
+    return {"index": index, "message": message, "logprobs": None, "finish_reason": openai_finish(end, wants.legacy),
+            **openai_odd_end(end)}
 
 
 def sound_bytes(sound: list[Media]) -> bytes:
@@ -1844,18 +1899,21 @@ def wav_file(samples: bytes, rate: int) -> bytes:
 def openai_audio(sound: list[Media], exchange: Exchange, transcript: str) -> JSON:
     data = sound_bytes(sound)
     data = wav_file(data, sound_rate(sound[0].mime)) if exchange.wants.wav else data
-    return {"id": exchange.new_id("audio_"), "data": base64.b64encode(data).decode(), "expires_at": int(exchange.created) + 3600,
+    return {"id": exchange.new_id("audio_"), "data": base64.b64encode(data).decode(),
+            "expires_at": int(exchange.created) + 3600,
             "transcript": transcript}
 
 
 def openai_chat_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
     """Chunks, choice after choice; nothing before Gemini's first word."""
     wants = exchange.wants
-    base = {"id": exchange.new_id("chatcmpl-"), "object": "chat.completion.chunk", "created": int(exchange.created), "model": exchange.model}
+    base = {"id": exchange.new_id("chatcmpl-"), "object": "chat.completion.chunk", "created": int(exchange.created),
+            "model": exchange.model}
     more = {"usage": None} if wants.usage else {}
     for index, chunks in enumerate(answers):
         for delta, finish, odd in openai_deltas(chunks, exchange):
-            yield {**base, "choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish, **odd}], **more}
+            yield {**base, "choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish,
+                                        **odd}], **more}
     if wants.usage:
         yield {**base, "choices": [], "usage": openai_usage(exchange.usage)}
 
@@ -1916,8 +1974,8 @@ def openai_inputs(body: Fields) -> list[str]:
     for i, text in enumerate(texts):
         place = "input" if type(value) is str else f"input[{i}]"
         if type(text) is int or (type(text) is list and all(type(token) is int for token in text)):
-            raise wrong_value("input", "Invalid 'input': arrays of tokens cannot be embedded here, since the numbers are OpenAI's; send "
-                                       "strings (in LangChain: check_embedding_ctx_length=False).")
+            raise wrong_value("input", "Invalid 'input': arrays of tokens cannot be embedded here, since the numbers "
+                                       "are OpenAI's; send strings (LangChain: check_embedding_ctx_length=False).")
         if type(text) is not str:
             raise wrong_type(place, (str,), text)
         if not text:
@@ -1930,9 +1988,10 @@ def read_vectors(answers: Iterator[Iterator[JSON]], exchange: Exchange) -> list[
     vectors: list[list[float]] = []
     for call, chunks in zip(exchange.ask.calls, answers):
         for chunk in chunks:
-            if not call.optional:
-                vectors += [unit_vector(inside(embedding, "values", list)) for embedding in inner(chunk, "embeddings", list)]
-            counted = inside(inside(chunk, "usageMetadata", dict), "promptTokenCount", int) or inside(chunk, "totalTokens", int)
+            embeddings = [] if call.optional else inner(chunk, "embeddings", list)
+            vectors += [unit_vector(inside(embedding, "values", list)) for embedding in embeddings]
+            counted = inside(inside(chunk, "usageMetadata", dict), "promptTokenCount", int)
+            counted = counted or inside(chunk, "totalTokens", int)
             exchange.usage = exchange.usage.plus(Usage(prompt=max(0, counted)))
     if len(vectors) != exchange.wants.count:
         raise nonsense(f"{len(vectors)} vectors for {exchange.wants.count} texts")
@@ -1961,8 +2020,10 @@ def packed(vector: list[float]) -> str:
 def openai_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     vectors = read_vectors(answers, exchange)
     tokens = exchange.usage.prompt
-    data = [{"object": "embedding", "index": i, "embedding": packed(vector) if exchange.wants.base64 else vector} for i, vector in enumerate(vectors)]
-    return {"object": "list", "data": data, "model": exchange.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+    data = [{"object": "embedding", "index": i, "embedding": packed(vector) if exchange.wants.base64 else vector}
+            for i, vector in enumerate(vectors)]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": exchange.model, "usage": usage}
 
 
 # ---- models ----
@@ -1986,12 +2047,14 @@ def usable_models(answers: Iterator[Iterator[JSON]], aliases: Iterable[tuple[str
                 name = inside(entry, "name", str)
                 if name and ("generateContent" in methods or "embedContent" in methods):
                     found[name[7:] if name.startswith("models/") else name] = entry
-    found.update({name: found[target] for name, target in aliases if target in found})
+    plain = [(name, target) for name, target in aliases if not re.search(r"[*?\[]", name)]
+    found.update({name: found[target] for name, target in plain if target in found})
     return found
 
 
 def openai_models_request(body: Fields, setting: Setting) -> Ask:
-    return Ask((MODELS_CALL,), False, ModelsWants(setting.aliases, setting.params.get("model", ""), setting.ollama), setting.params.get("model", ""))
+    name = setting.params.get("model", "")
+    return Ask((MODELS_CALL,), False, ModelsWants(setting.aliases, name, setting.ollama), name)
 
 
 def openai_model_entry(id: str) -> JSON:
@@ -2074,11 +2137,12 @@ def protocol_of(api: str, path: str) -> Protocol:
 
 @functools.lru_cache(maxsize=64)
 def exact_routes(api: str) -> dict[tuple[str, str], tuple[Protocol, Route]]:
-    return {(route.method, route.path): (protocol, route) for _, protocol in reversed(MOUNTS[api]) for route in protocol.routes}
+    return {(route.method, route.path): (protocol, route) for _, protocol in reversed(MOUNTS[api])
+            for route in protocol.routes}
 
 
 def find_route(api: str, method: str, path: str) -> Found:
-    """The route for a method and a plain_path; a 404, or a 405 with Allow, where there is none. HEAD is served as GET."""
+    """The route for a method and a plain_path; a 404, or a 405 with Allow, where there is none. HEAD is like GET."""
     method = "GET" if method == "HEAD" else method
     exact = exact_routes(api).get((method, path))
     if exact:
@@ -2088,7 +2152,8 @@ def find_route(api: str, method: str, path: str) -> Found:
         for route in protocol.routes:
             match = path_pattern(route.path).match(path)
             if match and route.method == method:
-                return Found(protocol, route, {key: urllib.parse.unquote(value) for key, value in match.groupdict().items()})
+                params = {key: urllib.parse.unquote(value) for key, value in match.groupdict().items()}
+                return Found(protocol, route, params)
             allowed += [route.method] if match else []
     if allowed:
         allowed += ["HEAD"] if "GET" in allowed else []
@@ -2101,12 +2166,12 @@ def find_route(api: str, method: str, path: str) -> Found:
 # ======================================================================================
 
 CONNECT_TIMEOUT = 10.0      # seconds for a TCP connection and its TLS handshake
-IDLE_CONNECTION = 55.0      # seconds that an unused connection is kept: the far end and middleboxes give up at 60 and more
+IDLE_CONNECTION = 55.0      # seconds that an unused connection is kept: middleboxes give up at 60 and more
 MOST_IDLE = 128             # connections that are kept unused
 BEAT = 10.0                 # seconds of silence after which a stream says that it is alive
 TRIES = 3                   # of one call in all
-SHORT_DELAY = 2.0           # seconds that Gemini may ask to wait before a call is tried again here and not by the client
-AT_ONCE = 8                 # calls of one request that are under way at the same time
+SHORT_DELAY = 2.0           # seconds that Gemini may ask for, for a call to be tried again here and not by the client
+AT_ONCE = 4                 # calls of one request that are under way at the same time
 MODELS_KEPT = 300.0         # seconds that Gemini's list of models is kept
 ERROR_BODY = 1 << 20        # bytes that are read of a refusal
 HEADERS = {"Content-Type": "application/json", "User-Agent": f"proxy-to-gemini/{VERSION}"}
@@ -2126,7 +2191,8 @@ class Watch:
     time-out, the end of the server (`stopping` becomes readable), and the beat of a stream.
     """
 
-    def __init__(self, client: socket.socket | None, silence: float, stopping: int = -1, beat: Callable[[], None] | None = None):
+    def __init__(self, client: socket.socket | None, silence: float, stopping: int = -1,
+                 beat: Callable[[], None] | None = None):
         self.client, self.silence, self.stopping = client, silence, stopping
         self.beat = beat                # called every BEAT seconds of silence
         self.spoken = False             # whether the client has been sent anything yet
@@ -2244,7 +2310,8 @@ class TLSConnection(http.client.HTTPSConnection):
 
     def connect(self) -> None:
         http.client.HTTPConnection.connect(self)
-        self.sock = self._context.wrap_socket(self.sock, server_hostname=self._tunnel_host or self.host, session=self.session)
+        self.sock = self._context.wrap_socket(self.sock, server_hostname=self._tunnel_host or self.host,
+                                              session=self.session)
 
 
 class Pool(urllib.request.BaseHandler):
@@ -2308,8 +2375,8 @@ class Pool(urllib.request.BaseHandler):
             except IndexError:
                 return None
             poll = select.poll()
-            poll.register(connection.sock, select.POLLIN)
-            if time.monotonic() - since < IDLE_CONNECTION and not poll.poll(0):     # readable means closed, or out of step
+            poll.register(connection.sock, select.POLLIN)       # readable means closed, or out of step
+            if time.monotonic() - since < IDLE_CONNECTION and not poll.poll(0):
                 return connection
             connection.close()
 
@@ -2340,7 +2407,7 @@ class WayThrough(NamedTuple):
 
 
 def proxy_for(scheme: str, host: str) -> WayThrough | None:
-    """The proxy that the environment names for this scheme and host, with or without a scheme of its own and credentials."""
+    """The proxy that the environment names for this scheme and host, in any of the usual spellings."""
     url = urllib.request.getproxies().get(scheme)
     if not url or urllib.request.proxy_bypass(host):
         return None
@@ -2394,7 +2461,8 @@ class Flight:
         """Send it, on a new connection if need be; trouble is for chunks() to tell."""
         self.tries += 1
         body = None if self.call.body is None else encode_json(self.call.body).encode()
-        request = urllib.request.Request(self.gemini.base + self.call.path, body, {"x-goog-api-key": self.key, **HEADERS})
+        request = urllib.request.Request(self.gemini.base + self.call.path, body,
+                                         {"x-goog-api-key": self.key, **HEADERS})
         request.watch, request.anew = self.watch, anew
         try:
             self.response, self.trouble = self.gemini.opener.open(request), None
@@ -2498,7 +2566,7 @@ class Answers:
 
 
 class ModelList:
-    """Gemini's whole list of models as one chunk; it is kept for a few minutes, and longer while Gemini is in trouble."""
+    """Gemini's whole list of models as one chunk; kept for a few minutes, and longer while Gemini is in trouble."""
 
     def __init__(self, gemini: Gemini, watch: Watch, key: str):
         self.gemini, self.watch, self.key = gemini, watch, key
@@ -2537,6 +2605,10 @@ class Memory:
 
     ROWS, SIZE = 20_000, 32 << 20       # at most, but for what came since it was last looked at
     LOOK = 256, 4 << 20                 # rows and bytes after which it is looked at
+    FIND = "SELECT value FROM memory WHERE key = ?1 OR alias = ?2 ORDER BY key = ?1 DESC, rowid DESC LIMIT 1"
+    FORGET = ("DELETE FROM memory WHERE rowid IN (SELECT row FROM (SELECT rowid AS row, ROW_NUMBER() OVER newest AS n, "
+              "SUM(LENGTH(value)) OVER newest AS size FROM memory WINDOW newest AS (ORDER BY rowid DESC)) "
+              "WHERE n > ? OR size > ?)")
 
     def __init__(self, path: str = ":memory:"):
         self.path, self.lock = path, threading.Lock()
@@ -2565,16 +2637,12 @@ class Memory:
         if self.database is None and self.path == ":memory:":
             return None
         with self.lock:
-            row = self.open().execute("SELECT value FROM memory WHERE key = ?", (key,)).fetchone() or self.open().execute(
-                "SELECT value FROM memory WHERE alias = ? ORDER BY rowid DESC LIMIT 1", (alias,)).fetchone()
+            row = self.open().execute(self.FIND, (key, alias)).fetchone()
         return row and row[0]
 
     def forget(self) -> None:
         """Delete the oldest rows until the bounds hold."""
-        self.database.execute(
-            "DELETE FROM memory WHERE rowid IN (SELECT row FROM (SELECT rowid AS row, ROW_NUMBER() OVER newest AS n, "
-            "SUM(LENGTH(value)) OVER newest AS size FROM memory WINDOW newest AS (ORDER BY rowid DESC)) WHERE n > ? OR size > ?)",
-            (self.ROWS, self.SIZE))
+        self.database.execute(self.FORGET, (self.ROWS, self.SIZE))
 
 
 class Gemini:
@@ -2620,6 +2688,7 @@ def scope_of(key: str) -> str:
 # ======================================================================================
 
 MOST_BODY = 128 << 20       # bytes; Gemini takes 100 MB
+MOST_UNPACKED = 32 << 20    # bytes of a compressed body, once unpacked: pictures and sound do not shrink
 MOST_HEAD = 64 << 10        # bytes of a request's line and headers
 CLIENT_TIMEOUT = 60.0       # seconds without a byte from a client, or without it taking one
 LINGER = 1.0                # seconds for a client to read a refusal of what it still sends
@@ -2628,7 +2697,8 @@ MOST_IGNORED = 4000         # characters of x-proxy-ignored: nginx takes 8 KB of
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f]+) HTTP/1\.([0-9])\r\n".encode())
 HEADER_LINE = re.compile(rf"({TOKEN}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n".encode())
-APP_ORIGINS = r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?|(app|file|tauri|vscode-webview|vscode-file)://[\w.-]*"
+APP_ORIGINS = (r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?|"
+               r"(app|file|tauri|vscode-webview|vscode-file)://[\w.-]*")
 LOCAL_HOSTS = r"(localhost|[\w.-]+\.(localhost|local|internal)|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
 
 
@@ -2721,12 +2791,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.headers = headers
         self.body_left = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         connection = headers.get("connection", "").lower()
-        self.close_connection = "close" in connection or (self.request_version == "HTTP/1.0" and "keep-alive" not in connection)
+        self.close_connection = "close" in connection or (self.request_version == "HTTP/1.0"
+                                                          and "keep-alive" not in connection)
 
     def read_body(self) -> bytes:
         """The whole body, however it is framed and coded."""
         coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length")
-        if coding is not None and (coding.lower() != "chunked" or length is not None or self.request_version == "HTTP/1.0"):
+        if coding is not None and (coding.lower() != "chunked" or length is not None
+                                   or self.request_version == "HTTP/1.0"):
             raise ProxyError(400, "The framing of this request's body is ambiguous.")
         if coding is None and length is not None and not re.fullmatch(r"[0-9]{1,15}", length):
             raise ProxyError(400, "Content-Length is not a number.")
@@ -2780,7 +2852,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ProxyError(403, f"Pages from {ascii(origin[:80])} may not call this server; -origins can allow it.")
         if config.proxy_key and self.command != "OPTIONS" and path not in ("/", "/healthz") \
                 and not any(hmac.compare_digest(key, config.proxy_key.encode()) for key in self.client_keys()):
-            raise ProxyError(401, "Incorrect API key provided: this server wants its own key (PROXY_API_KEY).", code="invalid_api_key")
+            raise ProxyError(401, "Incorrect API key provided: this server wants its own key (PROXY_API_KEY).",
+                             code="invalid_api_key")
 
     def client_keys(self) -> Iterator[bytes]:
         """What the client sent as a key, in any of the usual headers."""
@@ -2800,7 +2873,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = self.headers.get("access-control-request-headers", "")
         names = [name.strip() for name in asked.split(",") if re.fullmatch(TOKEN, name.strip())]
         self.send(204, b"", headers=[("Access-Control-Allow-Methods", "GET, POST, DELETE, HEAD, OPTIONS"),
-                                     ("Access-Control-Allow-Headers", ", ".join(names[:100])), ("Access-Control-Max-Age", "86400")])
+                                     ("Access-Control-Allow-Headers", ", ".join(names[:100])),
+                                     ("Access-Control-Max-Age", "86400")])
 
     # ---- answers ----
 
@@ -2867,7 +2941,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def ignored_header(self) -> list[tuple[str, str]]:
         """What was ignored of the request, by name, in a header; or none."""
-        names = [re.sub(r"[^!-+\--~]", "?", name)[:200] for name in getattr(self, "ignored", []) + getattr(self.answers, "ignored", [])]
+        names = self.ignored + (self.answers.ignored if self.answers else [])
+        names = [re.sub(r"[^!-+\--~]", "?", name)[:200] for name in names]
         text = ", ".join(dict.fromkeys(names))
         if len(text) > MOST_IGNORED:
             text = text[:MOST_IGNORED].rpartition(", ")[0] + ", ..."
@@ -2877,7 +2952,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Status line and headers, up to the empty line."""
         self.status, self.begun = status, True
         phrase = http.HTTPStatus(status).phrase if status in http.HTTPStatus._value2member_map_ else "Error"
-        lines = [f"HTTP/1.1 {status} {phrase}", f"Date: {http_date(int(time.time()))}", f"Server: proxy-to-gemini/{VERSION}",
+        lines = [f"HTTP/1.1 {status} {phrase}", f"Date: {http_date(int(time.time()))}",
+                 f"Server: proxy-to-gemini/{VERSION}",
                  f"x-request-id: {self.request_id}"]
         lines += [f"Content-Type: {content_type}"] if content_type else []
         lines += [f"{name}: {value}" for name, value in (*headers, *self.cors())]
@@ -2887,7 +2963,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             lines.append("Connection: keep-alive")
         return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
-    def send(self, status: int, body: bytes, content_type: str = "application/json", headers: list[tuple[str, str]] = ()) -> None:
+    def send(self, status: int, body: bytes, content_type: str = "application/json",
+             headers: list[tuple[str, str]] = ()) -> None:
         """A whole answer in one write."""
         length = [] if status == 204 else [("Content-Length", str(len(body)))]
         head = self.head(status, content_type if status != 204 else "", [*headers, *length])
@@ -2900,7 +2977,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.chunked = self.request_version != "HTTP/1.0"
             self.close_connection = self.close_connection or not self.chunked
             framing = [("Transfer-Encoding", "chunked")] if self.chunked else []
-            head = self.head(200, self.framing.content_type, [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"),
+            head = self.head(200, self.framing.content_type,
+                             [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"),
                                                               *framing, *self.ignored_header()])
             self.framed = self.watch.spoken = True
         if self.chunked:
@@ -2928,8 +3006,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_access(self, seconds: float) -> None:
         """One line per request, without its query (which may hold keys) and without its content."""
-        usage = self.exchange.usage if self.exchange else None
-        model = f" {self.exchange.model[:100]!a} {usage.prompt}+{usage.output} tokens" if usage and self.exchange.model else ""
+        model, usage = "", self.exchange and self.exchange.usage
+        if usage and self.exchange.model:
+            model = f" {self.exchange.model[:100]!a} {usage.prompt}+{usage.output} tokens"
         path = self.path.partition("?")[0][:200]
         log(f"{self.command or '-'} {path.encode('latin-1', 'replace').decode('ascii', 'backslashreplace') or '-'} "
             f"{self.status} {seconds * 1000:.0f} ms{model}")
@@ -2948,14 +3027,15 @@ def decoded_body(body: bytes, coding: str) -> bytes:
     if coding in ("identity", ""):
         return body
     if coding not in ("gzip", "x-gzip", "deflate"):
-        raise ProxyError(415, f"Content-Encoding {coding[:40]!a} is not known here; send the body as it is, or in gzip.")
+        raise ProxyError(415,
+                         f"Content-Encoding {coding[:40]!a} is not known here; send the body as it is, or in gzip.")
     machine = zlib.decompressobj(wbits=47)          # gzip or zlib, by its head
     try:
-        data = machine.decompress(body, MOST_BODY)
+        data = machine.decompress(body, MOST_UNPACKED)
     except zlib.error as error:
         raise ProxyError(400, f"The body is not {coding}: {error}") from None
     if machine.unconsumed_tail:
-        raise too_large()
+        raise ProxyError(413, f"The body of this request unpacks to more than {MOST_UNPACKED >> 20} MiB.")
     if not machine.eof:
         raise ProxyError(400, f"The {coding} body breaks off.")
     return data
@@ -3072,9 +3152,12 @@ def flag_parser() -> argparse.ArgumentParser:
     def flag(name: str, **how: Any) -> None:
         parser.add_argument("-" + name, "--" + name, **how)
     flag("api", choices=sorted(MOUNTS), default="openai", help="the protocol to serve")
-    flag("listen", type=listen_address, default=("127.0.0.1", 5555), metavar="HOST:PORT", help=":PORT is every interface")
-    flag("upstream", type=base_url, default=None, metavar="URL", help=f"base URL of the Gemini API; {GEMINI} unless $GOOGLE_GEMINI_BASE_URL is set")
-    flag("alias", type=alias, action="append", default=[], metavar="NAME=MODEL", help="another name for a model; NAME may be a glob; repeatable")
+    flag("listen", type=listen_address, default=("127.0.0.1", 5555), metavar="HOST:PORT",
+         help=":PORT is every interface")
+    flag("upstream", type=base_url, default=None, metavar="URL",
+         help=f"base URL of the Gemini API; {GEMINI} unless $GOOGLE_GEMINI_BASE_URL is set")
+    flag("alias", type=alias, action="append", default=[], metavar="NAME=MODEL",
+         help="another name for a model; NAME may be a glob; repeatable")
     flag("origins", type=lambda text: tuple(filter(None, text.split(","))), default=(), metavar="ORIGIN,...",
          help="browser origins that may call besides this machine's and apps'; * is any")
     flag("timeout", type=seconds, default=600.0, metavar="SECONDS", help="how long Gemini may be silent")
@@ -3110,7 +3193,8 @@ def configured(arguments: list[str], env: Mapping[str, str]) -> Config:
         sys.exit(NO_KEY)
     if not re.fullmatch(r"[!-~]+", key):
         sys.exit("proxy-to-gemini: the key in GEMINI_API_KEY has characters that no key has; it cannot be sent.")
-    return Config(flags.api, flags.listen, upstream, key, tuple(flags.alias), flags.origins, flags.timeout, env.get("PROXY_API_KEY", "").strip())
+    return Config(flags.api, flags.listen, upstream, key, tuple(flags.alias), flags.origins, flags.timeout,
+                  env.get("PROXY_API_KEY", "").strip())
 
 
 def main() -> None:

@@ -1,0 +1,44 @@
+# Everything here needs Python 3.9 and make; `test` needs pytest as well, and fetches it when it is missing.
+
+PYTHON ?= python3
+PORT ?= 5555
+API ?= openai
+STAND_IN_PORT ?= 5556
+VENV = .venv
+
+.PHONY: run test demo lint clean
+
+# The server itself, in the foreground: make run API=ollama PORT=11434 GEMINI_API_KEY=...
+run:
+	$(PYTHON) proxy_to_gemini.py -api=$(API) -listen=127.0.0.1:$(PORT)
+
+# The tests as CI runs them: warnings are errors. Without pytest, a virtual environment of its own gets it.
+test:
+	@if $(PYTHON) -c 'import pytest' 2>/dev/null; then $(PYTHON) -m pytest -W error -q test_proxy.py; \
+	else $(MAKE) --no-print-directory $(VENV)/bin/pytest && $(VENV)/bin/python -m pytest -W error -q test_proxy.py; fi
+
+$(VENV)/bin/pytest:
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet pytest
+
+# The proxy in front of the stand-in Gemini, to try it without a key; it says which line to paste.
+demo:
+	@echo "Try it from another terminal:"; \
+	if [ $(API) = ollama ]; then \
+	  echo "  curl http://127.0.0.1:$(PORT)/api/chat -d '{\"model\": \"gemini-2.5-flash\", \"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}'"; \
+	else \
+	  echo "  curl http://127.0.0.1:$(PORT)/v1/chat/completions -d '{\"model\": \"gemini-2.5-flash\", \"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}'"; \
+	fi; \
+	$(PYTHON) test_proxy.py $(STAND_IN_PORT) & stand_in=$$!; trap "kill $$stand_in 2>/dev/null" EXIT INT TERM; \
+	GEMINI_API_KEY=demo $(PYTHON) proxy_to_gemini.py -api=$(API) -listen=127.0.0.1:$(PORT) -upstream=http://127.0.0.1:$(STAND_IN_PORT)
+
+# Names that are not there, and Python that 3.9 does not know: with ruff if it is there, else the compiler alone.
+lint:
+	@if $(PYTHON) -m ruff --version >/dev/null 2>&1; then \
+	  $(PYTHON) -m ruff check --isolated --target-version py39 --line-length 120 --select E,F,B,UP,SIM,C4,RET \
+	    --ignore E402,SIM105,SIM117,RET503,RET505,B904,SIM905 proxy_to_gemini.py; \
+	else $(PYTHON) -W error -c "compile(open('proxy_to_gemini.py').read(), 'proxy_to_gemini.py', 'exec')"; fi
+
+# What the other targets left behind.
+clean:
+	rm -rf __pycache__ .pytest_cache .ruff_cache $(VENV)

@@ -1,0 +1,1819 @@
+"""Tests of proxy_to_gemini.py, in the order of its sections; and the stand-in Gemini that they talk to.
+
+    python3 -m pytest -W error test_proxy.py     the tests; they need pytest and no network
+    python3 test_proxy.py PORT                   the stand-in alone, to try things without a key
+
+The stand-in is as strict as the real service: it refuses unknown fields, wrong turn order, unsigned
+calls, and settings that a model does not take, each with Google's own kind of message.
+"""
+from __future__ import annotations
+
+import base64
+import json
+import re
+import socket
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+# ======================================================================================
+# The stand-in Gemini
+# ======================================================================================
+
+ANY = object()                  # any JSON
+SCHEMA = ANY
+BLOB = {"mimeType": ANY, "data": ANY}
+PART = {"text": ANY, "thought": ANY, "thoughtSignature": ANY, "mediaResolution": {"level": ANY}, "inlineData": BLOB,
+        "fileData": {"fileUri": ANY, "mimeType": ANY}, "functionCall": {"id": ANY, "name": ANY, "args": ANY},
+        "functionResponse": {"id": ANY, "name": ANY, "response": ANY, "parts": [{"inlineData": BLOB}]}}
+CONTENT = {"role": ANY, "parts": [PART]}
+GENERATE = {
+    "contents": [CONTENT], "systemInstruction": CONTENT, "cachedContent": ANY, "serviceTier": ANY,
+    "safetySettings": [{"category": ANY, "threshold": ANY}],
+    "tools": [{"functionDeclarations": [{"name": ANY, "description": ANY, "parametersJsonSchema": SCHEMA}],
+               "googleSearch": {}, "codeExecution": {}}],
+    "toolConfig": {"functionCallingConfig": {"mode": ANY, "allowedFunctionNames": ANY}, "includeServerSideToolInvocations": ANY},
+    "generationConfig": {
+        **dict.fromkeys(("temperature", "topP", "topK", "maxOutputTokens", "candidateCount", "stopSequences", "seed", "presencePenalty",
+                         "frequencyPenalty", "responseMimeType", "responseJsonSchema", "responseModalities"), ANY),
+        "thinkingConfig": {"thinkingBudget": ANY, "thinkingLevel": ANY, "includeThoughts": ANY},
+        "imageConfig": {"aspectRatio": ANY, "imageSize": ANY},
+        "speechConfig": {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": ANY}}}},
+}
+EMBED = {"requests": [{"model": ANY, "content": CONTENT, "outputDimensionality": ANY}]}
+COUNT = {"contents": [CONTENT], "generateContentRequest": {"model": ANY, **GENERATE}}
+SHAPES = {"generateContent": GENERATE, "streamGenerateContent": GENERATE, "batchEmbedContents": EMBED, "countTokens": COUNT}
+
+
+def unknown_field(value, shape, place=""):
+    """Google's complaint of the first field that it does not know; None where it knows all."""
+    if shape is ANY:
+        return None
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"Invalid value at '{place}': not a list"
+        return next(filter(None, (unknown_field(item, shape[0], f"{place}[{i}]") for i, item in enumerate(value))), None)
+    if not isinstance(value, dict):
+        return f"Invalid value at '{place}': not an object"
+    for key, inner in value.items():
+        if key not in shape:
+            return f"Invalid JSON payload received. Unknown name \"{key}\" at '{place}': Cannot find field."
+        found = unknown_field(inner, shape[key], f"{place}.{key}".lstrip("."))
+        if found:
+            return found
+    return None
+
+
+def generation(model):
+    told = re.match(r"gemini-(\d+(?:\.\d+)?)", model)
+    return float(told.group(1)) if told else 99.0
+
+
+def refused_turns(model, contents):
+    """Why Gemini would refuse the order of these turns, or None."""
+    if not contents:
+        return "contents is not specified"
+    for i, content in enumerate(contents):
+        parts = content.get("parts") or []
+        if not parts:
+            return f"contents[{i}].parts must not be empty."
+        if content.get("role") not in ("user", "model"):
+            return "Please use a valid role: user, model."
+        calls = [part["functionCall"] for part in parts if "functionCall" in part]
+        if calls and (i == 0 or contents[i - 1]["role"] != "user"):
+            return "Please ensure that function call turn comes immediately after a user turn or after a function response turn."
+        after = contents[i + 1]["parts"] if i + 1 < len(contents) else []
+        answers = [part["functionResponse"] for part in after if "functionResponse" in part]
+        if calls and [call["name"] for call in calls] != [answer["name"] for answer in answers]:
+            return ("Please ensure that the number of function response parts is equal to the number of function call parts "
+                    "of the function call turn.")
+    if contents[0]["role"] != "user":
+        return "Please ensure that the first turn is the user's."
+    if contents[-1]["role"] == "model" and (generation(model) >= 3.6 or "3.5-flash-lite" in model):
+        return "Requests ending with a model turn are not supported."
+    return unsigned_call(contents) if generation(model) >= 3 and "image" not in model else None
+
+
+def unsigned_call(contents):
+    """Gemini 3's complaint of a call in the current turn without its signature."""
+    start = max((i for i, content in enumerate(contents) if content["role"] == "user"
+                 and not any("functionResponse" in part for part in content["parts"])), default=0)
+    for content in contents[start:]:
+        calls = [part for part in content["parts"] if "functionCall" in part]
+        if calls and not calls[0].get("thoughtSignature"):
+            return (f"Function call is missing a thought_signature in functionCall parts. Additional data, function call "
+                    f"`default_api:{calls[0]['functionCall']['name']}`.")
+    return None
+
+
+def refused_settings(model, body):
+    """Why Gemini would refuse these settings, or None."""
+    config, new = body.get("generationConfig", {}), generation(model)
+    thinking = config.get("thinkingConfig", {})
+    names = [d["name"] for tool in body.get("tools", []) for d in tool.get("functionDeclarations", [])]
+    own = {key for tool in body.get("tools", []) for key in tool} - {"functionDeclarations"}
+    tool_config = body.get("toolConfig", {})
+    rules = (
+        ("thinkingBudget" in thinking and "thinkingLevel" in thinking, "You can only set only one of thinking budget and thinking level."),
+        ("thinkingLevel" in thinking and new < 3, "Thinking level is not supported for this model."),
+        (thinking and new < 2.5, "Thinking is not supported for this model."),
+        (thinking.get("thinkingLevel") == "MINIMAL" and (new in (3.7, 3.8, 4) or "pro" in model),
+         "Thinking level MINIMAL is not supported for this model."),
+        (thinking.get("thinkingBudget") == 0 and "2.5-pro" in model, "Budget 0 is invalid. This model only works in thinking mode."),
+        (new >= 2.5 and (config.get("presencePenalty") or config.get("frequencyPenalty")), "Penalty is not enabled for this model"),
+        (new >= 3 and config.get("candidateCount", 1) > 1, "Multiple candidates is not enabled for this model"),
+        (config.get("maxOutputTokens", 1) < 1, "max_output_tokens must be positive."),
+        (not 0 <= config.get("temperature", 0) <= 2, "temperature must be within [0, 2]."),
+        (not -2**31 <= config.get("seed", 0) < 2**31, "Invalid value at 'generation_config.seed'"),
+        (len(config.get("stopSequences", [])) > 5 or "" in config.get("stopSequences", []), "Invalid stop sequences."),
+        ("responseJsonSchema" in config and config.get("responseMimeType") != "application/json", "A schema needs a JSON mime type."),
+        (names and config.get("responseMimeType") == "application/json" and new < 3,
+         "Function calling with a response mime type: 'application/json' is unsupported"),
+        (names and own and not (new >= 3 and tool_config.get("includeServerSideToolInvocations")),
+         "Tool use with function calling is unsupported"),
+        (tool_config.get("functionCallingConfig") and not names, "Function calling config is set without function_declarations."),
+        (set(tool_config.get("functionCallingConfig", {}).get("allowedFunctionNames", [])) - set(names), "Undeclared function."),
+        (len(set(names)) < len(names), "Duplicate function declaration found"),
+        (any(not re.fullmatch(r"[A-Za-z_][\w.:-]{0,127}", name, re.ASCII) for name in names), "Invalid function name."),
+    )
+    return next((message for wrong, message in rules if wrong), None)
+
+
+def refusal_of(path, body):
+    """The message with which Gemini would refuse this request, or None."""
+    model, _, verb = path.partition("?")[0].rpartition("/")[2].partition(":")
+    shape = SHAPES.get(verb)
+    if shape is None:
+        return None if body is None else f"unknown method {verb}"
+    return unknown_field(body, shape) or (
+        refused_turns(model, body.get("contents", [])) or refused_settings(model, body) if shape is GENERATE else None)
+
+
+class Say:
+    """What the stand-in says to one request."""
+
+    def __init__(self, *chunks, status=200, raw=None, headers=(), delay=0.0, gap=0.0, cut=None):
+        self.chunks, self.status, self.raw, self.headers = list(chunks), status, raw, list(headers)
+        self.delay, self.gap = delay, gap       # seconds before the answer, and after each chunk
+        self.cut = cut                          # hang up after this many chunks
+
+
+def chunk(*parts, finish=None, usage=None, **candidate):
+    """A chunk of an answer; plain strings are text parts."""
+    made = [{"text": part} if isinstance(part, str) else part for part in parts]
+    out = {"candidates": [{"content": {"role": "model", "parts": made}, "index": 0, **({"finishReason": finish} if finish else {}), **candidate}]}
+    return {**out, "usageMetadata": usage} if usage else out
+
+
+USAGE = {"promptTokenCount": 4, "candidatesTokenCount": 5, "thoughtsTokenCount": 2, "totalTokenCount": 11}
+
+
+def whole(*parts, finish="STOP", usage=USAGE, **candidate):
+    return chunk(*parts, finish=finish, usage=usage, **candidate)
+
+
+def call(name, args=None, signature=None):
+    part = {"functionCall": {"name": name, "args": args or {}}}
+    return {**part, "thoughtSignature": sign(signature)} if signature else part
+
+
+def sign(word):
+    return base64.b64encode(b"\x12" + word.encode() * 8).decode()
+
+
+def gemini_error(status, message, word="INVALID_ARGUMENT", *details):
+    return Say({"error": {"code": status, "message": message, "status": word, "details": list(details)}}, status=status)
+
+
+def joined(chunks):
+    """The plain answer that the chunks of a stream amount to."""
+    out = {}
+    for one in chunks:
+        parts = out["candidates"][0]["content"]["parts"] if "candidates" in out else []
+        out = {**out, **one}
+        for candidate in out.get("candidates", [])[:1]:
+            parts = parts + candidate.get("content", {}).get("parts", [])
+            out["candidates"] = [{**candidate, "content": {"role": "model", "parts": parts}}]
+    return out
+
+
+def obliging(path, body):
+    """An answer for whoever tries things: it calls the first function that it is offered, and tells of its result."""
+    verb = path.partition("?")[0].partition(":")[2]
+    if verb == "batchEmbedContents":
+        return Say({"embeddings": [{"values": [0.6, 0.8]} for _ in body["requests"]]})
+    if verb == "countTokens":
+        return Say({"totalTokens": 7})
+    said = [part for content in body["contents"] for part in content["parts"]]
+    functions = [d for tool in body.get("tools", []) for d in tool.get("functionDeclarations", [])]
+    results = [part["functionResponse"] for part in said if "functionResponse" in part]
+    if functions and not results:
+        wanted = functions[0].get("parametersJsonSchema", {}).get("properties", {})
+        args = {name: "Oslo" if schema.get("type") == "string" else 1 for name, schema in wanted.items()}
+        return Say(chunk(call(functions[0]["name"], args, "stand-in")), whole(""))
+    if results:
+        return Say(chunk("The function said: "), whole(json.dumps(results[-1]["response"])))
+    question = next((part["text"] for part in reversed(said) if part.get("text")), "")
+    return Say(chunk("Hello from the stand-in "), chunk("for Gemini. You said: "), whole(question[:200]))
+
+
+MODELS = [{"name": f"models/{name}", "version": "1", "displayName": name, "description": name, "inputTokenLimit": 1048576,
+           "outputTokenLimit": 65536, "supportedGenerationMethods": methods}
+          for name, methods in (("gemini-2.5-flash", ["generateContent", "countTokens"]), ("gemini-3.8-flash", ["generateContent"]),
+                                ("gemini-embedding-001", ["embedContent"]), ("veo-3.1", ["predictLongRunning"]))]
+
+
+class StandIn(ThreadingHTTPServer):
+    """The stand-in: it says what it was told to say, and else obliges; `asked` are the bodies that it was asked with."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, port=0, log=False):
+        super().__init__(("127.0.0.1", port), StandInHandler)
+        self.said, self.asked, self.paths, self.headers, self.refused = [], [], [], [], []
+        self.opened, self.gone, self.log = 0, threading.Event(), log
+        self.lock = threading.Lock()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def say(self, *answers):
+        """Say these in turn: Say, a chunk, or a list of chunks."""
+        self.said = [one if isinstance(one, Say) else Say(*one) if isinstance(one, list) else Say(one) for one in answers]
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exc):
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request, client_address):
+        self.gone.set()
+
+
+class StandInHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *args):
+        if self.server.log:
+            super().log_message(*args)
+
+    def setup(self):
+        super().setup()
+        self.server.opened += 1
+
+    def do_GET(self):
+        self.whole(Say(raw=json.dumps({"models": MODELS}).encode()))
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        verb = self.path.partition("?")[0].partition(":")[2]
+        message = refusal_of(self.path, body)
+        with self.server.lock:
+            if verb != "countTokens":
+                self.server.asked.append(body)
+                self.server.paths.append(self.path)
+                self.server.headers.append(dict(self.headers))
+            said = self.server.said.pop(0) if self.server.said and verb != "countTokens" else obliging
+        if not self.headers["x-goog-api-key"]:
+            said = gemini_error(403, "Method doesn't allow unregistered callers.", "PERMISSION_DENIED")
+        elif message:
+            self.server.refused.append(message)
+            said = gemini_error(400, message)
+        said = said(self.path, body) if callable(said) else said
+        if said.delay:
+            self.pause(said.delay)
+        if "alt=sse" in self.path and said.status == 200 and said.raw is None:
+            self.stream(said)
+        else:
+            self.whole(said)
+
+    def pause(self, seconds):
+        """Wait, but notice a client that leaves."""
+        self.connection.settimeout(seconds)
+        try:
+            if not self.connection.recv(1, socket.MSG_PEEK):
+                raise ConnectionAbortedError
+        except TimeoutError:
+            pass
+        except socket.timeout:      # another class before Python 3.10
+            pass
+        self.connection.settimeout(None)
+
+    def whole(self, said):
+        if said.cut == 0:
+            return self.hang_up()
+        data = json.dumps(joined(said.chunks), indent=2).encode() if said.raw is None else said.raw
+        self.send_response(said.status)
+        for name, value in [("Content-Type", "application/json; charset=UTF-8"), *said.headers, ("Content-Length", str(len(data)))]:
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def stream(self, said):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for i, one in enumerate(said.chunks):
+            if said.cut == i:
+                return self.hang_up()
+            data = one if isinstance(one, bytes) else b"data: " + json.dumps(one).encode() + b"\r\n\r\n"
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+            if said.gap:
+                self.pause(said.gap)
+        self.wfile.write(b"0\r\n\r\n")
+
+    def hang_up(self):
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+
+if __name__ == "__main__":
+    with StandIn(int(sys.argv[1]) if len(sys.argv) > 1 else 0, log=True) as alone:
+        print(f"the stand-in for Gemini listens at {alone.url}; any key will do", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            sys.exit(0)
+
+# ======================================================================================
+# Words for the tests
+# ======================================================================================
+
+import ast
+import contextlib
+import hashlib
+import http.client
+import itertools
+import os
+import select
+import signal
+import struct
+import subprocess
+import urllib.parse
+from pathlib import Path
+
+import pytest
+
+import proxy_to_gemini as proxy
+from proxy_to_gemini import Call, End, Exchange, Fields, ProxyError, Setting, Text, Usage
+
+HERE = Path(__file__).resolve().parent
+FLASH, NEWEST, EMBEDDER = "gemini-2.5-flash", "gemini-3.8-flash", "gemini-embedding-001"
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+SCRIPTS = "Ærlig – 日本語 👩‍👩‍👧 line\u2028paragraph\u2029next\x85end \"quoted\" \\ </script>\ttab\nnewline"
+for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+    del os.environ[name]
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+def tool_call(id, name, arguments):
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def function(name, **properties):
+    return {"type": "function", "function": {"name": name, "description": f"The {name}", "parameters": {
+        "type": "object", "properties": {key: {"type": kind} for key, kind in properties.items()}, "required": list(properties)}}}
+
+
+WEATHER, CLOCK = function("weather", city="string"), function("clock", city="string")
+
+
+def exchange(ask=None, wants=None):
+    """An exchange at a fixed time, whose ids count up."""
+    count = itertools.count(1)
+    ask = ask or proxy.Ask(model="m", wants=wants)
+    return Exchange(ask, 1700000000.5, lambda prefix: f"{prefix}{next(count)}", lambda calls: [f"call_{next(count)}" for _ in calls])
+
+
+def chat(*messages, model=FLASH, **more):
+    return {"model": model, "messages": list(messages) or [user("Hi")], **more}
+
+
+def asked(body, request=proxy.openai_chat_request, setting=Setting()):
+    """(the Ask, what was ignored) for a body."""
+    fields = Fields(body)
+    ask = request(fields, setting)
+    return ask, fields.ignored()
+
+
+def gemini_body(body, **how):
+    """What Gemini is asked for a body; the stand-in must find nothing wrong with it."""
+    call = asked(body, **how)[0].calls[0]
+    assert refusal_of("/v1beta/" + call.path, proxy.restore_signatures(call, "", lambda id, digest: None).body) is None
+    return call.body
+
+
+def refused(body, request=proxy.openai_chat_request):
+    """The error that a body gets."""
+    with pytest.raises(ProxyError) as caught:
+        asked(body, request)
+    return caught.value
+
+
+def read(*chunks):
+    return list(proxy.read_gemini(iter(chunks), exchange()))
+
+
+def respond(body, *answers, setting=Setting()):
+    """(the whole answer, the streamed events) to a body, when Gemini says this: a list of chunks for each call."""
+    ask = asked(body, setting=setting)[0]
+    return (proxy.openai_chat_response(exchange(ask), map(iter, answers)), list(proxy.openai_chat_stream(exchange(ask), map(iter, answers))))
+
+
+def deltas(events, index=0):
+    return [choice["delta"] for event in events for choice in event["choices"] if choice["index"] == index]
+
+
+# ======================================================================================
+# 1. Vocabulary
+# ======================================================================================
+
+
+def test_fields_know_the_place_of_every_value():
+    body = Fields({"a": [{"b": 7}], "n": 3.0, "s": "Yes", "none": None, "t": ["x", 1]})
+    assert body.objects("a")[0].need("b", int) == 7
+    assert body.get("n", int) == 3 and body.get("none", str) is None and body.word("s", "yes", "no") == "yes"
+    for act, place in ((lambda: body.objects("a")[0].get("b", str), "a[0].b"), (lambda: body.need("none", str), "none"),
+                       (lambda: body.objects("a")[0].need("c", str), "a[0].c"), (lambda: body.word("s", "no"), "s"),
+                       (lambda: body.number("n", 0, 2), "n"), (lambda: body.objects("t"), "t[0]"), (lambda: body.strings("t"), "t[1]")):
+        with pytest.raises(ProxyError) as caught:
+            act()
+        assert (caught.value.status, caught.value.place) == (400, place) and place in caught.value.message
+
+
+@pytest.mark.parametrize("value, kind", [(True, int), (True, float), (1, bool), ("1", int), (1.5, int), ([], dict), ({}, list), (1, str)])
+def test_a_value_of_another_kind_is_refused(value, kind):
+    with pytest.raises(ProxyError, match="Invalid type for 'k'"):
+        Fields({"k": value}).get("k", kind)
+
+
+def test_what_nobody_read_was_ignored():
+    body = Fields({"read": 1, "user": "me", "messages": [{"name": "a", "role": "user"}, {"name": "b"}], "n": 1, "store": False,
+                   "logit_bias": {}, "none": None, "service_tier": "auto", "metadata": {"a": "b"}})
+    body.get("read", int)
+    for message in body.objects("messages"):
+        message.get("role", str)
+    body.ignore("told")
+    assert body.ignored() == ["messages[].name", "metadata", "told", "user"]
+
+
+RUBBISH = [b"", b" \r\n ", b"hello", b"[]", b"null", b'"s"', b"7", b"NaN", b"{}{}", b'{"a": 1,}', b'{"a": NaN}', b'{"a": 1e999}',
+           b'{"a": ' + b"[" * 100_000, b'{"a": "\xff"}', b'{"a": "\n"}', b"\0" * 9]
+
+
+@pytest.mark.parametrize("raw", RUBBISH)
+def test_a_body_that_is_no_json_object_is_a_400(raw):
+    with pytest.raises(ProxyError) as caught:
+        proxy.parse_body(raw)
+    assert caught.value.status == 400
+
+
+def test_what_is_sent_is_ascii_and_never_nan():
+    assert proxy.encode_json({"t": SCRIPTS}).isascii()
+    with pytest.raises(ValueError):
+        proxy.encode_json({"x": float("inf")})
+
+
+# ======================================================================================
+# 2. Writing Gemini
+# ======================================================================================
+
+
+@pytest.mark.parametrize("asked_for, path", [
+    (FLASH, "models/gemini-2.5-flash"), ("models/" + FLASH, "models/gemini-2.5-flash"), ("google/" + FLASH, "models/gemini-2.5-flash"),
+    ("tunedModels/mine-1", "tunedModels/mine-1"), ("gpt-4o-mini", "models/gemini-3.8-flash"), ("gpt-exact", "models/gemma-4"), ("o3", "models/o3")])
+def test_model_names(asked_for, path):
+    assert proxy.model_named(asked_for, (("gpt-*", NEWEST), ("gpt-exact", "gemma-4"))).path == path
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a:b", "a?b", "a#b", "a b", "a%2fb", "a\r\nb", "\0", "ключ", "x" * 200,
+                                  "models/models/x", "tunedModels/../x", "a..b", "@evil", "http://evil/x"])
+def test_a_name_never_changes_the_url(name):
+    with pytest.raises(ProxyError) as caught:
+        proxy.model_named(name, ())
+    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+
+
+THINKERS = {    # what each model may be told, by Google's documentation
+    "gemini-2.5-pro": (128, 32768), "gemini-2.5-flash": (0, 24576), "gemini-2.5-flash-lite": (0, 24576), "gemini-2.5-flash-preview-09-2025": (0, 24576),
+    "gemini-3-pro-preview": ("LOW", "HIGH"), "gemini-3.1-pro-preview": ("LOW", "MEDIUM", "HIGH"),
+    "gemini-3-flash-preview": ("MINIMAL", "LOW", "MEDIUM", "HIGH"), "gemini-3.1-flash-lite": ("MINIMAL", "LOW", "MEDIUM", "HIGH"),
+    "gemini-3.5-flash": ("MINIMAL", "LOW", "MEDIUM", "HIGH"), "gemini-3.6-flash": ("MINIMAL", "LOW", "MEDIUM", "HIGH"),
+    "gemini-3.7-flash": ("LOW", "MEDIUM", "HIGH"), "gemini-3.8-flash": ("LOW", "MEDIUM", "HIGH"), "gemini-4-argon": ("LOW", "MEDIUM", "HIGH"),
+    "gemini-flash-latest": ("LOW", "MEDIUM", "HIGH"), "gemini-9-unheard-of": ("LOW", "MEDIUM", "HIGH"),
+}
+
+
+@pytest.mark.parametrize("name", THINKERS)
+def test_every_effort_is_legal_on_every_model(name):
+    allowed, amounts = THINKERS[name], []
+    for effort in proxy.EFFORTS:
+        config = proxy.thinking_config(proxy.model_of(name), effort, True)
+        assert config.pop("includeThoughts", None) is (None if effort == "none" else True)
+        (key, value), = config.items()
+        if isinstance(allowed[0], int):
+            assert key == "thinkingBudget" and allowed[0] <= value <= allowed[1]
+            amounts.append(value)
+        else:
+            assert key == "thinkingLevel" and value in allowed
+            amounts.append(allowed.index(value))
+    assert amounts == sorted(amounts) and amounts[2] < amounts[4]
+    assert proxy.thinking_config(proxy.model_of(name), None, True) == {"includeThoughts": True}
+
+
+@pytest.mark.parametrize("name", ["gemini-2.0-flash", "gemini-1.5-pro", "gemini-2.5-flash-image", "gemini-3.8-flash-tts", "gemma-4-31b-it"])
+def test_models_that_do_not_think_are_not_told_to(name):
+    assert proxy.thinking_config(proxy.model_of(name), "high", True) == {}
+
+
+@pytest.mark.parametrize("source, part", [
+    (f"data:image/png;base64,{PNG}", {"inlineData": {"mimeType": "image/png", "data": PNG}}),
+    (f"data:;base64,{PNG}", {"inlineData": {"mimeType": "image/png", "data": PNG}}),
+    (f"data:image/jpg;charset=x;base64,{PNG}", {"inlineData": {"mimeType": "image/jpeg", "data": PNG}}),
+    ("data:image/png;base64,_-8", {"inlineData": {"mimeType": "image/png", "data": "_-8="}}),
+    ("data:image/png;base64,AA\r\nAA", {"inlineData": {"mimeType": "image/png", "data": "AAAA"}}),
+    ("data:text/plain;base64,aGk=", {"text": "hi"}), ("data:text/plain,a%20b", {"text": "a b"}),
+    ("https://example.com/a/cat.webp?x=1", {"fileData": {"mimeType": "image/webp", "fileUri": "https://example.com/a/cat.webp?x=1"}}),
+    ("https://example.com/cat", {"fileData": {"fileUri": "https://example.com/cat"}})])
+def test_media(source, part):
+    assert proxy.source_part(source, None, "p") == part
+
+
+@pytest.mark.parametrize("source", [
+    "data:image/png;base64,@@@@", "data:image/png;base64,A", "data:image/png;base64,", "data:image/png", "cat.png", "ftp://example.com/x", "file:///etc/passwd",
+    "http://127.0.0.1/x", "http://localhost:8080/x", "http://[::1]/", "http://[::ffff:10.0.0.1]/", "http://10.0.0.1/", "http://169.254.169.254/latest",
+    "http://2130706433/", "http://0x7f.1/", "http://127.1/", "http://printer/", "http://nas.local/", "http://user@example.com/", "http://["])
+def test_media_that_nobody_can_fetch_is_refused(source):
+    with pytest.raises(ProxyError) as caught:
+        proxy.source_part(source, None, "messages[0].content[1].image_url")
+    assert (caught.value.status, caught.value.place) == (400, "messages[0].content[1].image_url")
+
+
+def u(*parts):
+    return proxy.user_turn(*[{"text": part} if isinstance(part, str) else part for part in parts])
+
+
+def m(*parts):
+    return proxy.model_turn(*[{"text": part} if isinstance(part, str) else part for part in parts])
+
+
+def fc(name, id=None):
+    return proxy.call_part(name, {}, id)
+
+
+def fr(name, result, id=None):
+    return proxy.result_part(name, result, id)
+
+
+def answer_to(name, output, id=None):
+    return {"functionResponse": {**({"id": id} if id else {}), "name": name, "response": output}}
+
+
+HISTORIES = {
+    "neighbours are one turn": ([u("a"), u("b"), m("c"), m("d"), u("e")], [u("a", "b"), m("c", "d"), u("e")]),
+    "nothing empty": ([u(""), m(""), u("a"), m(), u("", "b")], [u("a", "b")]),
+    "the model first": ([m("Hello"), u("Hi")], [u(" "), m("Hello"), u("Hi")]),
+    "results in call order": (
+        [u("q"), m(fc("f", "1"), fc("g", "2")), u(fr(None, "G", "2")), u(fr(None, "F", "1"))],
+        [u("q"), m(fc("f", "1"), fc("g", "2")), u(answer_to("f", {"output": "F"}, "1"), answer_to("g", {"output": "G"}, "2"))]),
+    "results by name": ([u("q"), m(fc("f"), fc("g")), u(fr("g", "G"), fr("f", "F"))],
+                        [u("q"), m(fc("f"), fc("g")), u(answer_to("f", {"output": "F"}), answer_to("g", {"output": "G"}))]),
+    "results by order": ([u("q"), m(fc("f"), fc("f")), u(fr(None, "1"), fr(None, "2"))],
+                         [u("q"), m(fc("f"), fc("f")), u(answer_to("f", {"output": "1"}), answer_to("f", {"output": "2"}))]),
+    "a missing result": ([u("q"), m(fc("f")), u("never mind")], [u("q"), m(fc("f")), u(answer_to("f", proxy.MISSING_RESULT)), u("never mind")]),
+    "no results at all": ([u("q"), m("look", fc("f"))], [u("q"), m("look", fc("f")), u(answer_to("f", proxy.MISSING_RESULT))]),
+    "text among results": ([u("q"), m(fc("f", "1")), u("and"), u(fr(None, "F", "1"))],
+                           [u("q"), m(fc("f", "1")), u(answer_to("f", {"output": "F"}, "1")), u("and")]),
+    "an orphaned result": ([u("q"), m("a"), u(fr("f", "F", "9"))], [u("q"), m("a"), u('Result of f: {"output":"F"}')]),
+    "calls in messages of their own": ([u("q"), m(fc("f", "1")), m(fc("g", "2")), u(fr(None, "F", "1")), u(fr(None, "G", "2"))],
+                                       [u("q"), m(fc("f", "1"), fc("g", "2")), u(answer_to("f", {"output": "F"}, "1"), answer_to("g", {"output": "G"}, "2"))]),
+}
+
+
+@pytest.mark.parametrize("history, settled", HISTORIES.values(), ids=list(HISTORIES))
+def test_turns_are_settled(history, settled):
+    before = json.dumps(history)
+    assert proxy.settled_turns(history, proxy.model_of(FLASH)) == settled
+    assert json.dumps(history) == before
+
+
+def test_only_the_newer_models_refuse_to_go_on_with_their_own_turn():
+    for name, ends in ((FLASH, "model"), ("gemini-3-pro-preview", "model"), ("gemini-3.5-flash", "model"), ("gemini-3.5-flash-lite", "user"),
+                       ("gemini-3.6-flash", "user"), (NEWEST, "user"), ("gemini-flash-latest", "user")):
+        assert proxy.settled_turns([u("q"), m("Once")], proxy.model_of(name))[-1]["role"] == ends
+
+
+@pytest.mark.parametrize("content, response", [
+    ("rain", {"output": "rain"}), ('{"temp": 3}', {"temp": 3}), ("[1, 2]", {"output": "[1, 2]"}), ("3.5", {"output": "3.5"}), ("", {"output": ""}),
+    ("null", {"output": "null"}), ("{oops", {"output": "{oops"}), ('{"a": NaN}', {"output": '{"a": NaN}'}),
+    ('{"id": 12345678901234567890}', {"output": '{"id": 12345678901234567890}'}), ('{"id": "12345678901234567890"}', {"id": "12345678901234567890"})])
+def test_results_become_objects_and_lose_no_digit(content, response):
+    assert proxy.result_part("f", content)["functionResponse"]["response"] == response
+
+
+@pytest.mark.parametrize("text, args", [('{"a": 1}', {"a": 1}), ("", {}), (" ", {}), ("null", {}), ("{oops", {"_raw": "{oops"}), ("7", {"_raw": "7"}),
+                                        ({"a": 1}, {"a": 1}), (None, {})])
+def test_arguments_of_every_kind(text, args):
+    assert proxy.call_arguments(text) == args
+
+
+@pytest.mark.parametrize("schema, wanted", [
+    ({"$schema": "x", "strict": True, "type": "object", "properties": {"$schema": {"type": "string"}, "const": {"const": 1}}},
+     {"type": "object", "properties": {"$schema": {"type": "string"}, "const": {"enum": [1]}}}),
+    ({"type": ["string", "null"], "enum": ["a", None], "title": "T"}, {"title": "T", "anyOf": [{"type": "string", "enum": ["a"]}, {"type": "null"}]}),
+    ({"const": None}, {"type": "null"}),
+    ({"$ref": "#/definitions/A", "description": "d", "definitions": {"A": {"type": "string"}}},
+     {"anyOf": [{"$ref": "#/$defs/A"}], "description": "d", "$defs": {"A": {"type": "string"}}}),
+    ({"items": {"$ref": "#/$defs/A"}}, {"items": {"$ref": "#/$defs/A"}}),
+    ({"anyOf": [{"const": "x"}, True], "additionalProperties": False}, {"anyOf": [{"enum": ["x"]}, True], "additionalProperties": False})])
+def test_schemas_keep_their_meaning(schema, wanted):
+    before = json.dumps(schema)
+    assert proxy.gemini_schema(schema) == wanted
+    assert json.dumps(schema) == before
+
+
+def test_names_that_gemini_would_refuse_are_mapped_and_stay_apart():
+    names = ["3d_map", "a b", "a.b", "a b!", "x" * 65, "x" * 66, "ключ", "ok_name"]
+    mapped = [proxy.gemini_name(name) for name in names]
+    assert len(set(mapped)) == len(names) and mapped[-1] == "ok_name" and mapped[2] == "a.b"
+    assert all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}", name) for name in mapped)
+
+
+def test_a_refused_setting_is_left_out_for_a_second_try():
+    call = proxy.generate_call(proxy.model_of("gemini-9"), False, [], [u("q"), m(call_with("old"))], {"thinkingConfig": {"thinkingLevel": "LOW"}, "topK": 3})
+    mended, names = proxy.repaired(call, "Thinking level LOW is not supported for this model.")
+    assert names == ["thinkingConfig"] and mended.body["generationConfig"] == {"topK": 3} and "thinkingConfig" in call.body["generationConfig"]
+    mended, names = proxy.repaired(call, "Invalid thought signature.")
+    assert names == ["thoughtSignature"] and mended.body["contents"][1]["parts"][0]["thoughtSignature"] == proxy.PLACEHOLDER
+    assert proxy.repaired(call, "Request contains an invalid argument.") == (None, [])
+
+
+def call_with(signature):
+    return proxy.call_part("f", {}, None, sign(signature))
+
+
+def trail_of(*contents, system="", scope="key"):
+    trail = proxy.Trail({"systemInstruction": {"parts": [{"text": system}]}}, scope)
+    for content in contents:
+        trail.turn(content)
+    return trail
+
+
+def test_a_trail_ties_a_call_to_its_conversation():
+    digest = trail_of(u("q")).call("f", {"a": 1.0, "b": [2]})
+    assert digest == trail_of(u("q")).call("f", {"b": [2.0], "a": 1})
+    assert digest != trail_of(u("other")).call("f", {"a": 1, "b": [2]})
+    assert digest != trail_of(u("q"), system="s").call("f", {"a": 1, "b": [2]})
+    assert digest != trail_of(u("q"), scope="another key").call("f", {"a": 1, "b": [2]})
+    twice = trail_of(u("q"))
+    assert twice.call("f", {}) != twice.call("f", {})
+    with_ids = [u("q"), m(fc("f", "id-1")), u(answer_to("f", {}, "id-1"))], [u("q"), m(call_with("s")), u(answer_to("f", {}))]
+    assert trail_of(*with_ids[0]).call("f", {}) == trail_of(*with_ids[1]).call("f", {})
+
+
+# ======================================================================================
+# 3. Reading Gemini
+# ======================================================================================
+
+EVENTS = [chunk("Straße €"), chunk("a\u2028b\x85c"), whole("!")]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n", "\r\r"])
+def test_an_event_stream_may_be_cut_anywhere(size, end):
+    raw = "".join(f": hi{end[:len(end) // 2]}event: x{end[:len(end) // 2]}data:{json.dumps(one, ensure_ascii=False)}{end}" for one in EVENTS).encode()
+    blocks = [raw[i:i + size] for i in range(0, len(raw), size)]
+    assert list(proxy.read_events(blocks)) == EVENTS
+    assert list(proxy.read_events([b"\xef\xbb\xbf" + raw.rstrip()])) == EVENTS
+    assert list(proxy.read_events([raw.replace(b", ", b",\ndata: ", 1)])) == EVENTS
+
+
+SHED = {"error": {"code": 503, "message": "shed", "status": "UNAVAILABLE"}}
+
+
+@pytest.mark.parametrize("tail, status, words", [
+    (b"data: " + json.dumps(SHED).encode() + b"\n\n", 503, "shed"), (json.dumps(SHED, indent=2).encode(), 503, "shed"),
+    (b"[" + json.dumps(SHED, indent=2).encode() + b"]", 503, "shed"), (b"data: {oops\n\n", 502, "no sense"), (b"data: null\n\n", 502, "no sense"),
+    (b"<html>", 502, "no sense"), (b'data: {"candidates": [{"con', 502, "no sense")])
+def test_an_error_in_a_stream_is_raised_after_what_came_before(tail, status, words):
+    events = proxy.read_events([b"data: " + json.dumps(EVENTS[0]).encode() + b"\n\n", tail])
+    assert next(events) == EVENTS[0]
+    with pytest.raises(ProxyError, match=words) as caught:
+        list(events)
+    assert caught.value.status == status
+
+
+def detail(kind, **fields):
+    return {"@type": f"type.googleapis.com/google.rpc.{kind}", **fields}
+
+
+def error_body(code, message, *details):
+    return {"error": {"code": code, "message": message, "status": "X", "details": list(details)}}
+
+
+@pytest.mark.parametrize("status, said, wanted", [
+    (400, error_body(400, "API key not valid. Please pass a valid API key.", detail("ErrorInfo", reason="API_KEY_INVALID")), (401, "invalid_api_key", {})),
+    (400, error_body(400, "Bad field"), (400, None, {})), (401, error_body(401, "no"), (401, "invalid_api_key", {})), (403, error_body(403, "no"), (403, None, {})),
+    (404, error_body(404, "models/x is not found"), (404, "model_not_found", {})), (302, None, (502, None, {})), (503, error_body(503, "busy"), (503, None, {})),
+    (429, error_body(429, "Quota", detail("RetryInfo", retryDelay="6.2s")), (429, "rate_limit_exceeded", {"Retry-After": "7"})),
+    (429, error_body(429, "Please retry in 48.9s."), (429, "rate_limit_exceeded", {"Retry-After": "49"})),
+    (429, error_body(429, "Please retry in 120.5ms."), (429, "rate_limit_exceeded", {"Retry-After": "1"})),
+    (429, error_body(429, "Q", detail("RetryInfo", retryDelay="1e9s")), (429, "rate_limit_exceeded", {})),
+    (429, error_body(429, "Q", detail("QuotaFailure", violations=[{"quotaId": "RequestsPerDayPerModel"}])), (429, "insufficient_quota", {"x-should-retry": "false"})),
+    (400, error_body(400, "The input token count exceeds the maximum number of tokens allowed"), (400, "context_length_exceeded", {})),
+    (400, [error_body(400, "in a list")], (400, None, {})), (500, "text", (500, None, {})), (418, {"error": {"message": 7}}, (418, None, {}))])
+def test_refusals(status, said, wanted):
+    error = proxy.gemini_refusal(status, said)
+    assert (error.status, error.code, error.headers) == wanted and error.message
+
+
+def test_text_thoughts_and_calls_come_in_order_and_calls_last():
+    events = read(chunk({"text": "Hm", "thought": True}, "A"), chunk(call("f", {"a": 1}, "s"), "B"), chunk("", finish="STOP", usage=USAGE))
+    assert events == [Text("Hm", True), Text("A"), Text("B"), Call("f", {"a": 1}, sign("s"), "call_1"),
+                      End("stop", True, "STOP", "", Usage(prompt=4, output=7, thoughts=2), [])]
+
+
+def test_a_whole_answer_is_a_stream_of_one_chunk():
+    one = read(whole({"text": "Hm", "thought": True}, "A", call("f")))
+    many = read(chunk({"text": "Hm", "thought": True}), chunk("A", finish="STOP"), chunk(call("f"), usage={"promptTokenCount": 9}), whole(""))
+    assert one == many
+
+
+def test_a_call_that_geminis_servers_answered_is_not_the_clients():
+    events = read(chunk(call("theirs"), {"functionResponse": {"name": "theirs", "response": {}}}), whole("Done."))
+    assert [type(event) for event in events] == [Text, End] and not events[-1].calls
+
+
+@pytest.mark.parametrize("reason, finish", [("STOP", "stop"), ("MAX_TOKENS", "length"), ("SAFETY", "filter"), ("MALFORMED_FUNCTION_CALL", "failed"),
+                                            ("SOMETHING_NEW", "stop"), (2, "length")])
+def test_finish_reasons(reason, finish):
+    end = read({"candidates": [{"finishReason": reason, "finishMessage": "why"}]})[-1]
+    assert (end.finish, end.message) == (finish, "why")
+
+
+def test_a_blocked_prompt_is_a_filtered_end():
+    assert read({"promptFeedback": {"blockReason": "OTHER"}})[-1][:3] == ("filter", False, "OTHER")
+
+
+@pytest.mark.parametrize("chunks", [[], [{}], [{"candidates": []}], [chunk("half")], [{"candidates": [7]}], [{"candidates": {}}],
+                                    [chunk(7, finish="STOP")], [whole({"text": 7})], [whole({"functionCall": []})]])
+def test_an_answer_without_end_or_sense_is_a_502(chunks):
+    with pytest.raises(ProxyError) as caught:
+        read(*chunks)
+    assert caught.value.status == 502
+
+
+def test_usage_counts_thoughts_as_output_and_tool_results_as_prompt():
+    usage = proxy.read_usage({"promptTokenCount": 100, "cachedContentTokenCount": 60, "toolUsePromptTokenCount": 5, "candidatesTokenCount": 7,
+                              "thoughtsTokenCount": 30, "promptTokensDetails": [{"modality": "AUDIO", "tokenCount": 9}]})
+    assert usage == Usage(prompt=105, cached=60, output=37, thoughts=30, heard=9)
+
+
+def test_citations_count_characters_and_not_bytes():
+    text, cited = "Blåbær er blå. Røde roser også. Å ja!", "Røde roser også."
+    begin = len(text[:text.index(cited)].encode())
+    grounding = {"groundingChunks": [{"web": {"uri": "https://a.example/", "title": "a"}}, {"web": {}}],
+                 "groundingSupports": [{"segment": {"startIndex": begin, "endIndex": begin + len(cited.encode())}, "groundingChunkIndices": [0, 1, 9]}]}
+    code = {"executableCode": {"language": "PYTHON", "code": "1"}}
+    events = read(chunk(text[:5], groundingMetadata={}), chunk(code, text[5:]), chunk("", finish="STOP", groundingMetadata=grounding))
+    told = "".join(event.text for event in events[:-1])
+    citation, = events[-1].citations
+    assert told[citation.start:citation.end] == cited and (citation.url, citation.title) == ("https://a.example/", "a")
+    assert told == text[:5] + "\n```python\n1\n```\n" + text[5:]
+
+
+# ======================================================================================
+# 4. OpenAI
+# ======================================================================================
+
+
+def test_a_chat_becomes_a_request():
+    body = chat({"role": "system", "content": "Be brief."}, {"role": "developer", "content": [{"type": "text", "text": "And kind."}]},
+                user([{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}", "detail": "high"}}]),
+                assistant("A dot."), user("Sure?"), model=NEWEST, temperature=0, top_p=0.5, top_k=40, seed=2**40 + 17, stop="END",
+                max_completion_tokens=100, reasoning_effort="low")
+    ask, ignored = asked(body)
+    assert ask.calls[0].path == "models/gemini-3.8-flash:generateContent" and not ask.stream and ignored == []
+    assert gemini_body(body) == {
+        "contents": [
+            {"role": "user", "parts": [{"text": "What is this?"}, {"inlineData": {"mimeType": "image/png", "data": PNG},
+                                                                   "mediaResolution": {"level": "MEDIA_RESOLUTION_HIGH"}}]},
+            {"role": "model", "parts": [{"text": "A dot."}]}, {"role": "user", "parts": [{"text": "Sure?"}]}],
+        "systemInstruction": {"parts": [{"text": "Be brief."}, {"text": "And kind."}]},
+        "generationConfig": {"temperature": 0, "topP": 0.5, "topK": 40, "maxOutputTokens": 100, "seed": 17, "stopSequences": ["END"],
+                             "thinkingConfig": {"thinkingLevel": "LOW", "includeThoughts": True}}}
+
+
+def test_tools_become_declarations():
+    body = chat(tools=[WEATHER, {"type": "function", "function": {"name": "now"}}, {"type": "custom", "custom": {"name": "sql"}}, CLOCK["function"], WEATHER])
+    declared = gemini_body(body)["tools"][0]["functionDeclarations"]
+    assert declared[0] == {"name": "weather", "description": "The weather", "parametersJsonSchema": WEATHER["function"]["parameters"]}
+    assert declared[1] == {"name": "now"} and [d["name"] for d in declared] == ["weather", "now", "sql", "clock"]
+
+
+@pytest.mark.parametrize("choice, config", [
+    ("auto", None), ("none", {"mode": "NONE"}), ("required", {"mode": "ANY"}), ("any", {"mode": "ANY"}), ("validated", {"mode": "VALIDATED"}),
+    ({"type": "function", "function": {"name": "clock"}}, {"mode": "ANY", "allowedFunctionNames": ["clock"]}),
+    ({"type": "function", "name": "clock"}, {"mode": "ANY", "allowedFunctionNames": ["clock"]}),
+    ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "clock"}}]}},
+     {"mode": "ANY", "allowedFunctionNames": ["clock"]}),
+    ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "clock"}]}, {"mode": "VALIDATED", "allowedFunctionNames": ["clock"]})])
+def test_tool_choices(choice, config):
+    assert gemini_body(chat(tools=[WEATHER, CLOCK], tool_choice=choice)).get("toolConfig", {}).get("functionCallingConfig") == config
+
+
+def test_a_tool_choice_without_tools_is_no_error():
+    for choice in ("auto", "none", "required"):
+        assert "toolConfig" not in gemini_body(chat(tools=[], tool_choice=choice))
+    assert asked(chat(tool_choice="required"))[1] == ["tool_choice"]
+
+
+def test_search_and_functions_go_together_only_on_gemini_3():
+    new = gemini_body(chat(model=NEWEST, tools=[WEATHER], web_search_options={}))
+    assert new["tools"][1] == {"googleSearch": {}} and new["toolConfig"] == {"includeServerSideToolInvocations": True}
+    assert asked(chat(tools=[WEATHER], web_search_options={}))[1] == ["web_search_options"]
+    assert gemini_body(chat(web_search_options={}))["tools"] == [{"googleSearch": {}}]
+
+
+def test_an_answer_in_json():
+    schema = {"type": "object", "properties": {"kind": {"const": "a"}}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    config = {"responseMimeType": "application/json", "responseJsonSchema": {"type": "object", "properties": {"kind": {"enum": ["a"]}}}}
+    assert gemini_body(chat(response_format=wanted))["generationConfig"] == config
+    assert gemini_body(chat(response_format={"type": "json_object"}))["generationConfig"] == {"responseMimeType": "application/json"}
+    assert gemini_body(chat(model=NEWEST, tools=[WEATHER], response_format=wanted))["generationConfig"] == config
+    old = gemini_body(chat(tools=[WEATHER], response_format=wanted))
+    assert "generationConfig" not in old and '"kind"' in old["systemInstruction"]["parts"][0]["text"]
+    answer, events = respond(chat(tools=[WEATHER], response_format=wanted, stream=True), [chunk("```json\n"), whole('{"kind":"a"}\n```')])
+    assert answer["choices"][0]["message"]["content"] == '{"kind":"a"}'
+    assert [d["content"] for d in deltas(events) if d.get("content")] == ['{"kind":"a"}']
+
+
+def test_googles_own_settings_pass():
+    google = {"thinking_config": {"thinking_budget": 800, "include_thoughts": True}, "cached_content": "cachedContents/x"}
+    for more in ({"extra_body": {"google": google}}, {"google": google}):
+        body = gemini_body(chat(**more))
+        assert body["generationConfig"] == {"thinkingConfig": {"thinkingBudget": 800, "includeThoughts": True}} and body["cachedContent"] == "cachedContents/x"
+
+
+def test_a_history_with_tools():
+    body = chat(user("q"), assistant(None, tool_calls=[tool_call("a", "weather", '{"city": "Oslo"}'), tool_call("b", "3d map", "")]),
+                {"role": "tool", "tool_call_id": "b", "content": [{"type": "text", "text": "map"}]}, {"role": "tool", "tool_call_id": "a", "content": "rain"},
+                model=NEWEST, tools=[WEATHER])
+    call, = asked(body)[0].calls
+    signed = proxy.restore_signatures(call, "", lambda id, digest: sign("known") if id == "b" else None)
+    assert signed.body["contents"][1:] == [
+        {"role": "model", "parts": [
+            {"functionCall": {"id": "a", "name": "weather", "args": {"city": "Oslo"}}, "thoughtSignature": proxy.PLACEHOLDER},
+            {"functionCall": {"id": "b", "name": proxy.gemini_name("3d map"), "args": {}}, "thoughtSignature": sign("known")}]},
+        {"role": "user", "parts": [answer_to("weather", {"output": "rain"}, "a"), answer_to(proxy.gemini_name("3d map"), {"output": "map"}, "b")]}]
+
+
+@pytest.mark.parametrize("carrier", [
+    {"extra_content": {"google": {"thought_signature": sign("s")}}}, {"provider_specific_fields": {"thought_signature": sign("s")}},
+    {"id": "call_1__thought__" + sign("a longer one")}, {"id": "call_1_ts_" + sign("a longer one")},
+    {"function": {"name": "weather", "arguments": "{}", "thought_signature": sign("s")}}])
+def test_signatures_that_clients_and_other_proxies_kept(carrier):
+    made = {**tool_call("call_1", "weather", "{}"), **carrier}
+    part = gemini_body(chat(user("q"), assistant(None, tool_calls=[made]), {"role": "tool", "tool_call_id": made["id"], "content": "ok"}))["contents"][1]["parts"][0]
+    assert part["thoughtSignature"] in (sign("s"), sign("a longer one")) and part["functionCall"]["id"] == "call_1"
+
+
+def test_a_picture_from_a_tool():
+    def body(model):
+        return chat(user("q"), assistant(None, tool_calls=[tool_call("a", "look", "{}")]), {"role": "tool", "tool_call_id": "a", "content": [
+            {"type": "text", "text": "Here:"}, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}]}, model=model)
+    picture = {"inlineData": {"mimeType": "image/png", "data": PNG}}
+    assert gemini_body(body(NEWEST))["contents"][2]["parts"][0]["functionResponse"]["parts"] == [picture]
+    assert gemini_body(body(FLASH))["contents"][3]["parts"] == [picture]
+
+
+REFUSED = {     # what is wrong: (the place that the error names, the body)
+    "no model": ("model", {"messages": [user("Hi")]}), "no messages": ("messages", {"model": FLASH}), "empty messages": ("messages", chat() | {"messages": []}),
+    "a string": ("messages", chat() | {"messages": "Hi"}), "a number for a message": ("messages[1]", chat(user("Hi"), 7)),
+    "an unknown role": ("messages[0].role", chat({"role": "wizard", "content": ""})), "no role": ("messages[0].role", chat({"content": "x"})),
+    "content as a number": ("messages[0].content", chat(user(7))), "a part as a number": ("messages[0].content[1]", chat(user([{"type": "text", "text": "x"}, 7]))),
+    "an unknown part": ("messages[0].content[0].type", chat(user([{"type": "smell"}]))),
+    "text that is none": ("messages[0].content[0].text", chat(user([{"type": "text", "text": {}}]))),
+    "bad base64": ("messages[0].content[0].image_url.url", chat(user([{"type": "image_url", "image_url": {"url": "data:image/png;base64,@"}}]))),
+    "a file id": ("messages[0].content[0].file.file_id", chat(user([{"type": "file", "file": {"file_id": "file-1"}}]))),
+    "calls as a number": ("messages[0].tool_calls", chat(assistant(None, tool_calls=7))),
+    "a function as a number": ("messages[0].tool_calls[0].function", chat(assistant(None, tool_calls=[{"id": "a", "function": 7}]))),
+    "tools as a number": ("tools", chat(tools=7)), "a nameless function": ("tools[0].function.name", chat(tools=[{"type": "function", "function": {}}])),
+    "an unknown choice": ("tool_choice", chat(tools=[WEATHER], tool_choice="perhaps")),
+    "a choice of nobody": ("tool_choice.function.name", chat(tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "nobody"}})),
+    "an unknown format": ("response_format.type", chat(response_format={"type": "poem"})), "temperature as a word": ("temperature", chat(temperature="hot")),
+    "too hot": ("temperature", chat(temperature=2.5)), "n of none": ("n", chat(n=0)), "stop as an object": ("stop", chat(stop={})), "yes": ("stream", chat(stream="yes")),
+    "seed as a word": ("seed", chat(seed="x")), "effort as a number": ("reasoning_effort", chat(reasoning_effort=7)),
+    "an unknown effort": ("reasoning_effort", chat(reasoning_effort="extreme")), "no tokens": ("max_tokens", chat(max_tokens=0)),
+    "an unknown modality": ("modalities", chat(modalities=["smell"])),
+}
+
+
+@pytest.mark.parametrize("place, body", REFUSED.values(), ids=list(REFUSED))
+def test_bad_input_is_a_400_that_names_the_place(place, body):
+    error = refused(body)
+    assert (error.status, error.place) == (400, place) and place in error.message
+    status, told = proxy.openai_error(error)
+    assert status == 400 and told["error"]["param"] == place and told["error"]["type"] == "invalid_request_error"
+
+
+def test_a_whole_completion():
+    answer, _ = respond(chat(tools=[WEATHER], reasoning_effort="low"),
+                        [whole({"text": "Hm", "thought": True}, "Let me ", "look.", call("weather", {"city": "Oslo"}, "s"))])
+    assert answer == {
+        "id": "chatcmpl-2", "object": "chat.completion", "created": 1700000000, "model": FLASH,
+        "choices": [{"index": 0, "message": {
+            "role": "assistant", "content": "Let me look.", "refusal": None, "annotations": [], "reasoning_content": "Hm",
+            "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Oslo"}'},
+                            "extra_content": {"google": {"thought_signature": sign("s")}}}]}, "logprobs": None, "finish_reason": "tool_calls"}],
+        "usage": {"prompt_tokens": 4, "completion_tokens": 7, "total_tokens": 11, "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+                  "completion_tokens_details": {"reasoning_tokens": 2, "audio_tokens": 0, "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}}}
+
+
+def test_a_streamed_completion():
+    _, events = respond(chat(stream=True, tools=[WEATHER, CLOCK], stream_options={"include_usage": True}),
+                        [chunk({"text": "Hm", "thought": True}), chunk("Hel"), chunk(call("weather", {}, "s")), chunk(call("clock")), whole("")])
+    base = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1700000000, "model": FLASH}
+
+    def event(delta, finish=None):
+        return {**base, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}], "usage": None}
+    assert events[:-1] == [
+        event({"role": "assistant", "content": ""}), event({"reasoning_content": "Hm"}), event({"content": "Hel"}),
+        event({"tool_calls": [{"index": 0, "id": "call_2", "type": "function", "function": {"name": "weather", "arguments": "{}"},
+                               "extra_content": {"google": {"thought_signature": sign("s")}}}]}),
+        event({"tool_calls": [{"index": 1, "id": "call_3", "type": "function", "function": {"name": "clock", "arguments": "{}"}}]}),
+        event({}, "tool_calls")]
+    assert events[-1]["choices"] == [] and events[-1]["usage"]["total_tokens"] == 11
+
+
+@pytest.mark.parametrize("said, content, finish", [
+    (whole("Once", finish="MAX_TOKENS"), "Once", "length"), (whole(finish="MAX_TOKENS"), "", "length"), (whole("Take", finish="SAFETY"), "Take", "content_filter"),
+    ({"promptFeedback": {"blockReason": "SAFETY"}}, "", "content_filter"), (whole(finish="MALFORMED_FUNCTION_CALL", finishMessage="f("), "", "stop"),
+    (whole("x", finish="OTHER"), "x", "stop")])
+def test_ends(said, content, finish):
+    answer, events = respond(chat(stream=True), [said])
+    choice = answer["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (content, finish)
+    assert "".join(d.get("content") or "" for d in deltas(events)) == content and events[-1]["choices"][0]["finish_reason"] == finish
+    assert choice.get("finish_message") == ("f(" if "f(" in str(said) else None)
+
+
+def test_several_choices_are_several_calls():
+    assert len(asked(chat(n=3))[0].calls) == 3
+    answer, events = respond(chat(n=2, stream=True), [whole("One")], [whole("Two")])
+    assert [choice["message"]["content"] for choice in answer["choices"]] == ["One", "Two"] and answer["usage"]["total_tokens"] == 22
+    assert [event["choices"][0]["index"] for event in events] == [0, 0, 0, 1, 1, 1]
+
+
+def test_no_parallel_calls_is_one_call():
+    answer, events = respond(chat(tools=[WEATHER], parallel_tool_calls=False, stream=True), [whole(call("weather"), call("weather"))])
+    assert len(answer["choices"][0]["message"]["tool_calls"]) == 1 and len([d for d in deltas(events) if "tool_calls" in d]) == 1
+
+
+def test_legacy_functions():
+    body = chat(functions=[WEATHER["function"]], function_call={"name": "weather"}, stream=True)
+    assert gemini_body(body)["toolConfig"]["functionCallingConfig"] == {"mode": "ANY", "allowedFunctionNames": ["weather"]}
+    answer, events = respond(body, [whole(call("weather", {"city": "Oslo"}))])
+    assert answer["choices"][0]["message"]["function_call"] == {"name": "weather", "arguments": '{"city":"Oslo"}'}
+    assert answer["choices"][0]["finish_reason"] == events[-1]["choices"][0]["finish_reason"] == "function_call"
+    history = chat(user("q"), assistant(None, function_call={"name": "weather", "arguments": "{}"}), {"role": "function", "name": "weather", "content": "rain"})
+    assert gemini_body(history)["contents"][2]["parts"] == [answer_to("weather", {"output": "rain"})]
+
+
+def test_custom_tools():
+    body = chat(tools=[{"type": "custom", "custom": {"name": "sql", "format": {"type": "grammar", "grammar": {"syntax": "lark", "definition": "start: X"}}}}])
+    assert "start: X" in gemini_body(body)["tools"][0]["functionDeclarations"][0]["description"]
+    made = respond(body, [whole(call("sql", {"input": "select 1"}))])[0]["choices"][0]["message"]["tool_calls"][0]
+    assert made == {"id": "call_1", "type": "custom", "custom": {"name": "sql", "input": "select 1"}}
+    part = gemini_body(chat(user("q"), assistant(None, tool_calls=[made])))["contents"][1]["parts"][0]
+    assert part["functionCall"]["args"] == {"input": "select 1"}
+
+
+def test_pictures_and_sound_in_a_chat():
+    answer, events = respond(chat(stream=True, modalities=["text", "image"]), [whole("Here", {"inlineData": {"mimeType": "image/png", "data": PNG}})])
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}, "index": 0}
+    assert answer["choices"][0]["message"]["images"] == [image] and {"images": [image]} in deltas(events)
+    assert gemini_body(chat(assistant("", images=[image]), user("Redder")))["contents"][1]["parts"] == [{"inlineData": {"mimeType": "image/png", "data": PNG}}]
+    body = chat(modalities=["text", "audio"], audio={"voice": "alloy", "format": "wav"})
+    assert gemini_body(body)["generationConfig"] == {"responseModalities": ["AUDIO"], "speechConfig": {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": "Kore"}}}}
+    sound = respond(body, [whole({"inlineData": {"mimeType": "audio/L16;rate=24000", "data": base64.b64encode(b"\1\2").decode()}})])[0]
+    assert base64.b64decode(sound["choices"][0]["message"]["audio"]["data"]).startswith(b"RIFF")
+
+
+def test_every_script_survives():
+    answer, events = respond(chat(user(SCRIPTS), stream=True), [*map(chunk, SCRIPTS), whole("")])
+    assert answer["choices"][0]["message"]["content"] == "".join(d.get("content") or "" for d in deltas(events)) == SCRIPTS
+    assert gemini_body(chat(user(SCRIPTS)))["contents"] == [u(SCRIPTS)]
+
+
+def embed(body, *answers):
+    ask = asked(body, proxy.openai_embeddings_request)[0]
+    return proxy.openai_embeddings_response(exchange(ask), map(iter, answers))
+
+
+def test_embeddings():
+    body = {"model": EMBEDDER, "input": ["one", "two"], "dimensions": 2}
+    ask = asked(body, proxy.openai_embeddings_request)[0]
+    assert [call.path.partition(":")[2] for call in ask.calls] == ["batchEmbedContents", "countTokens"]
+    assert ask.calls[0].body["requests"][1] == {"model": "models/gemini-embedding-001", "content": {"parts": [{"text": "two"}]}, "outputDimensionality": 2}
+    vectors = [{"embeddings": [{"values": [3, 4]}, {"values": [0.6, 0.8]}]}]
+    assert embed(body, vectors, [{"totalTokens": 7}]) == {
+        "object": "list", "model": EMBEDDER, "usage": {"prompt_tokens": 7, "total_tokens": 7},
+        "data": [{"object": "embedding", "index": 0, "embedding": [0.6, 0.8]}, {"object": "embedding", "index": 1, "embedding": [0.6, 0.8]}]}
+    packed = embed({**body, "encoding_format": "base64"}, vectors, [{}])["data"][0]["embedding"]
+    assert struct.unpack("<2f", base64.b64decode(packed)) == pytest.approx((0.6, 0.8))
+    with pytest.raises(ProxyError, match="1 vectors for 2"):
+        embed(body, [{"embeddings": [{"values": [1]}]}], [{}])
+
+
+def test_many_texts_go_in_batches_in_order():
+    ask = asked({"model": "gemini-embedding-2", "input": [str(i) for i in range(250)]}, proxy.openai_embeddings_request)[0]
+    sent = [request["content"]["parts"][0]["text"] for call in ask.calls for request in call.body["requests"]]
+    assert [len(call.body["requests"]) for call in ask.calls] == [100, 100, 50] and sent == [str(i) for i in range(250)]
+
+
+@pytest.mark.parametrize("place, more", [("input", {"input": []}), ("input", {"input": [1, 2]}), ("input", {"input": [[1], [2]]}), ("input[1]", {"input": ["a", {}]}),
+                                         ("input", {"input": ""}), ("encoding_format", {"encoding_format": "hex"}), ("dimensions", {"dimensions": -1}),
+                                         ("input", {"input": None}), ("model", {"model": None})])
+def test_what_cannot_be_embedded(place, more):
+    assert refused({"model": EMBEDDER, "input": "x", **more}, proxy.openai_embeddings_request).place == place
+
+
+def test_models():
+    answers = [[{"models": MODELS}]]
+    ask = asked({}, proxy.openai_models_request, Setting(aliases=(("gpt-4o", FLASH), ("gpt-*", FLASH))))[0]
+    listed = proxy.openai_models_response(exchange(ask), map(iter, answers))
+    assert [entry["id"] for entry in listed["data"]] == [FLASH, NEWEST, EMBEDDER, "gpt-4o"]
+    assert listed["data"][0] == {"id": FLASH, "object": "model", "created": proxy.GEMINI_OPENED, "owned_by": "google"}
+    for name, found in ((FLASH, True), ("models/" + FLASH, True), ("gpt-5", True), ("gemini-9", False), ("veo-3.1", False)):
+        one = exchange(asked({}, proxy.openai_models_request, Setting(aliases=(("gpt-*", FLASH),), params={"model": name}))[0])
+        if found:
+            assert proxy.openai_model_response(one, map(iter, answers))["id"] == name.replace("models/", "")
+        else:
+            with pytest.raises(ProxyError):
+                proxy.openai_model_response(one, map(iter, answers))
+
+
+@pytest.mark.parametrize("error, kind, code", [
+    (ProxyError(401, "m", code="invalid_api_key"), "invalid_request_error", "invalid_api_key"), (ProxyError(429, "m", code="insufficient_quota"), "insufficient_quota", "insufficient_quota"),
+    (ProxyError(429, "m", code="rate_limit_exceeded"), "requests", "rate_limit_exceeded"), (ProxyError(502, "m"), "server_error", "server_error")])
+def test_openais_errors(error, kind, code):
+    assert proxy.openai_error(error) == (error.status, {"error": {"message": "m", "type": kind, "param": None, "code": code}})
+
+
+# ======================================================================================
+# 6. Routing
+# ======================================================================================
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions", "/v1/v1/chat/completions", "/v1/chat/completions/", "//v1//chat//completions", "chat/completions/"])
+def test_the_usual_misspellings_of_a_base_url(path):
+    assert proxy.find_route("openai", "POST", proxy.plain_path(path, "openai")).route.request is proxy.openai_chat_request
+
+
+def test_a_captured_segment_is_unquoted_after_it_was_found():
+    for path in ("/v1/models/models%2Fgemini-x", "/v1/models/models/gemini-x"):
+        assert proxy.find_route("openai", "HEAD", proxy.plain_path(path, "openai")).params == {"model": "models/gemini-x"}
+
+
+def test_no_route():
+    with pytest.raises(ProxyError) as caught:
+        proxy.find_route("openai", "GET", "/v1/chat/completions")
+    assert (caught.value.status, caught.value.headers) == (405, {"Allow": "POST"})
+    with pytest.raises(ProxyError) as caught:
+        proxy.find_route("openai", "GET", "/v1/nonsense")
+    assert caught.value.status == 404
+
+
+def all_routes():
+    return {(protocol.name, route.method, route.path): route for mounts in proxy.MOUNTS.values() for _, protocol in mounts for route in protocol.routes}
+
+
+@pytest.mark.parametrize("route", [route for route in all_routes().values() if route.stream], ids=lambda route: route.path)
+def test_no_stream_says_a_word_before_gemini_does(route):
+    body = {"model": FLASH, "messages": [user("Hi")], "input": "Hi", "prompt": "Hi", "max_tokens": 9, "stream": True}
+    ask = route.request(Fields(body), Setting())
+    read = []
+
+    def chunks():
+        read.append(True)
+        yield whole("Hello")
+    events = route.stream(exchange(ask), iter([chunks()]))
+    assert not read
+    next(events)
+    assert read
+
+# ======================================================================================
+# 7. Client
+# ======================================================================================
+
+
+@pytest.fixture
+def gemini():
+    with StandIn() as stand_in:
+        yield stand_in
+        assert not stand_in.refused, stand_in.refused
+
+
+class Nobody:
+    """A client that is there."""
+
+    def __init__(self):
+        self.here, self.there = socket.socketpair()
+
+    def leave(self):
+        self.there.close()
+
+
+@contextlib.contextmanager
+def service(url, timeout=5.0, beat=None):
+    """(ask, the service, the client) of a Gemini service at that URL; `ask` gives the chunks of one call."""
+    gemini, client = proxy.Gemini(url), Nobody()
+
+    def ask(call, **how):
+        watch = proxy.Watch(client.here, how.pop("timeout", timeout), beat=how.pop("beat", beat))
+        with gemini.ask((call,), watch, "the-key") as answers:
+            return [list(chunks) for chunks in answers][0]
+    yield ask, gemini, client
+    while gemini.pool.idle:
+        gemini.pool.drop_oldest()
+    client.here.close()
+    client.there.close()
+
+
+PLAIN = proxy.generate_call(proxy.model_of(FLASH), False, [], [u("Hi")], {})
+STREAM = proxy.generate_call(proxy.model_of(FLASH), True, [], [u("Hi")], {})
+
+
+def test_connections_are_used_again_and_replaced_when_stale(gemini):
+    with service(gemini.url) as (ask, service_, client):
+        for call in (PLAIN, STREAM) * 5:
+            assert "Hello" in json.dumps(ask(call))
+        assert service_.pool.opened == 1 and len(gemini.asked) == 10
+        gemini.say(Say(cut=0), whole("At last."))
+        assert ask(PLAIN) == [whole("At last.")] and service_.pool.opened == 2
+
+
+def test_the_request_is_what_gemini_wants_and_nothing_more(gemini):
+    with service(gemini.url) as (ask, service_, client):
+        ask(PLAIN)
+    headers = {name.lower(): value for name, value in gemini.headers[0].items()}
+    assert set(headers) == {"host", "content-type", "user-agent", "x-goog-api-key", "content-length"} and headers["x-goog-api-key"] == "the-key"
+    assert gemini.paths == ["/v1beta/models/gemini-2.5-flash:generateContent"]
+
+
+def refusal_by(ask, call=PLAIN, **how):
+    with pytest.raises(ProxyError) as caught:
+        ask(call, **how)
+    return caught.value
+
+
+@pytest.mark.parametrize("said, tries", [
+    (gemini_error(503, "overloaded", "UNAVAILABLE"), 3), (gemini_error(400, "bad"), 1), (gemini_error(403, "no"), 1), (Say(status=302, raw=b"", headers=[("Location", "/x")]), 1),
+    (gemini_error(429, "slow", "RESOURCE_EXHAUSTED", detail("RetryInfo", retryDelay="30s")), 1), (gemini_error(429, "slow", "X", detail("RetryInfo", retryDelay="0.01s")), 3),
+    (gemini_error(429, "limit: 0", "X", detail("RetryInfo", retryDelay="0.01s")), 1), (Say(raw=b"<html>"), 1)])
+def test_only_what_may_go_well_is_tried_again(gemini, monkeypatch, said, tries):
+    monkeypatch.setattr(proxy.random, "uniform", lambda low, high: 0.01)
+    gemini.say(*[said] * 9)
+    with service(gemini.url) as (ask, service_, client):
+        error = refusal_by(ask)
+    assert len(gemini.asked) == tries and error.status == (502 if said.raw is not None else said.status)
+    gemini.refused.clear()
+
+
+def test_a_short_trouble_is_not_noticed(gemini):
+    gemini.say(gemini_error(503, "overloaded"), gemini_error(429, "slow", "X", detail("RetryInfo", retryDelay="0.1s")), whole("Fine."))
+    with service(gemini.url) as (ask, service_, client):
+        assert ask(PLAIN) == [whole("Fine.")]
+
+
+def test_a_setting_that_is_refused_is_left_out_and_told(gemini):
+    gemini.say(gemini_error(400, "Thinking level LOW is not supported for this model."), whole("Fine."))
+    call = proxy.generate_call(proxy.model_of(NEWEST), False, [], [u("Hi")], {"thinkingConfig": {"thinkingLevel": "LOW"}})
+    with service(gemini.url) as (_, service_, client):
+        with service_.ask((call,), proxy.Watch(client.here, 5), "k") as answers:
+            assert [list(chunks) for chunks in answers] == [[whole("Fine.")]] and answers.ignored == ["thinkingConfig"]
+    assert "thinkingConfig" not in gemini.asked[1]["generationConfig"]
+
+
+def test_after_the_first_byte_nothing_is_asked_again(gemini):
+    gemini.say(Say(chunk("Once "), chunk("upon"), cut=1), whole("again"))
+    with service(gemini.url) as (ask, service_, client):
+        assert "broke off" in refusal_by(ask, STREAM).message
+    assert len(gemini.asked) == 1
+
+
+def test_silence_is_a_504_and_hangs_up(gemini):
+    gemini.say(Say(whole("late"), delay=30))
+    with service(gemini.url) as (ask, service_, client):
+        assert refusal_by(ask, timeout=0.1).status == 504 and gemini.gone.wait(5)
+
+
+def test_silence_in_a_stream_beats(gemini, monkeypatch):
+    monkeypatch.setattr(proxy, "BEAT", 0.05)
+    beats = []
+    gemini.say(Say(chunk("a"), whole("b"), delay=0.3, gap=0.3))
+    with service(gemini.url) as (ask, service_, client):
+        assert ask(STREAM, beat=lambda: beats.append(1)) == [chunk("a"), whole("b")]
+    assert len(beats) >= 4
+
+
+@pytest.mark.parametrize("how", [{"delay": 30}, {"gap": 30}])
+def test_a_client_that_leaves_stops_gemini(gemini, how):
+    gemini.say(Say(chunk("Once "), whole("upon"), **how))
+    with service(gemini.url) as (ask, service_, client):
+        threading.Timer(0.1, client.leave).start()
+        with pytest.raises(proxy.ClientGone):
+            ask(STREAM)
+        assert gemini.gone.wait(5)
+
+
+def test_a_client_that_says_the_next_thing_early_is_still_there(gemini):
+    gemini.say(Say(whole("Hello"), delay=0.2))
+    with service(gemini.url) as (ask, service_, client):
+        client.there.sendall(b"GET / HTTP/1.1\r\n")
+        assert ask(PLAIN) == [whole("Hello")]
+
+
+def test_nobody_there():
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        with service(f"http://127.0.0.1:{nobody.getsockname()[1]}") as (ask, service_, client):
+            error = refusal_by(ask)
+    assert error.status == 502 and "refused" in error.message
+
+
+def test_the_key_is_masked_where_gemini_quotes_it(gemini):
+    gemini.say(gemini_error(403, "Consumer the-key is suspended"))
+    with service(gemini.url) as (ask, service_, client):
+        assert refusal_by(ask).message == "Consumer [the Gemini key] is suspended"
+
+
+def test_the_list_of_models_is_kept(gemini):
+    with service(gemini.url) as (ask, service_, client):
+        assert ask(proxy.MODELS_CALL) == [{"models": MODELS}]
+        gemini.shutdown()
+        assert ask(proxy.MODELS_CALL) == [{"models": MODELS}]
+        since, models = service_.models["the-key"]
+        service_.models["the-key"] = since - 1e6, models
+        gemini.server_close()
+        service_.pool.drop_oldest()
+        assert ask(proxy.MODELS_CALL, timeout=0.1) == [{"models": MODELS}], "better an old list than none"
+
+
+@pytest.mark.parametrize("env, way", [
+    ({"https_proxy": "http://proxy.example:3128"}, ("proxy.example", 3128, {})), ({"HTTPS_PROXY": "proxy.example:3128"}, ("proxy.example", 3128, {})),
+    ({"https_proxy": "http://a%40b:c@proxy.example"}, ("proxy.example", 80, {"Proxy-Authorization": "Basic " + base64.b64encode(b"a@b:c").decode()})),
+    ({"https_proxy": "http://p:1", "no_proxy": "example.com,gemini.example"}, None), ({"http_proxy": "http://p:1"}, None), ({}, None)])
+def test_the_proxy_on_the_way(monkeypatch, env, way):
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    assert proxy.proxy_for("https", "gemini.example") == way
+
+
+def test_memory_by_key_and_alias_within_bounds(monkeypatch):
+    memory = proxy.Memory()
+    assert memory.get("a", "x") is None
+    memory.put("a", "x", "1")
+    memory.put("b", "x", "2")
+    assert (memory.get("a", "y"), memory.get("b", "y"), memory.get(None, "x"), memory.get("c", "y")) == ("1", "2", "2", None)
+    monkeypatch.setattr(proxy.Memory, "ROWS", 10)
+    monkeypatch.setattr(proxy.Memory, "LOOK", (1, 1 << 20))
+    for i in range(30):
+        memory.put(f"k{i}", "z", str(i))
+    assert memory.get("k19", "") is None and memory.get("k20", "") == "20"
+    monkeypatch.setattr(proxy.Memory, "SIZE", 1000)
+    for i in range(30):
+        memory.put(f"l{i}", "z", "x" * 400)
+    assert memory.get("l27", "") is None and memory.get("l28", "") and memory.get("l29", "")
+
+
+# ======================================================================================
+# 8. Server
+# ======================================================================================
+
+
+@contextlib.contextmanager
+def serving(url, api="openai", **config):
+    """A proxy in front of the Gemini at that URL."""
+    server = proxy.Server(proxy.Config(api=api, listen=("127.0.0.1", 0), upstream=url, key="the-key", **{"timeout": 5.0, **config}))
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)
+        while server.gemini.pool.idle:
+            server.gemini.pool.drop_oldest()
+
+
+@pytest.fixture
+def server(gemini):
+    with serving(gemini.url) as server:
+        yield server
+
+
+class Line:
+    """A client's connection, for requests that no library would send."""
+
+    def __init__(self, server):
+        self.socket = socket.create_connection(("127.0.0.1", server.server_port), 5)
+        self.file = self.socket.makefile("rb")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.file.close()
+        self.socket.close()
+
+    def send(self, data):
+        self.socket.sendall(data)
+        return self
+
+    def ask(self, method, path, body=None, version="1.1", **headers):
+        data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        fields = {"Host": "localhost", **({"Content-Length": str(len(data))} if body is not None else {}), **headers}
+        lines = [f"{method} {path} HTTP/{version}"] + [f"{name.replace('_', '-')}: {value}" for name, value in fields.items() if value is not None]
+        return self.send("\r\n".join([*lines, "", ""]).encode("latin-1") + data).reply(method)
+
+    def reply(self, method="GET"):
+        """(status, headers, body) of the next answer."""
+        status = int(self.file.readline().split()[1])
+        headers = {}
+        for line in iter(self.file.readline, b"\r\n"):
+            name, _, value = line.decode("latin-1").partition(":")
+            headers[name.lower()] = value.strip()
+        if status == 100:
+            return self.reply(method)
+        if method == "HEAD" or status == 204:
+            return status, headers, b""
+        if "content-length" in headers:
+            return status, headers, self.file.read(int(headers["content-length"]))
+        body = b""
+        while "transfer-encoding" in headers:
+            size = int(self.file.readline(), 16)
+            body += self.file.read(size)
+            assert self.file.readline() == b"\r\n"
+            if not size:
+                return status, headers, body
+        return status, headers, self.file.read()
+
+    def ended(self):
+        """Whether the server hung up, and said nothing more."""
+        return self.file.read() == b""
+
+
+def post(server, path="/v1/chat/completions", body=None, **headers):
+    with Line(server) as line:
+        return line.ask("POST", path, chat() if body is None else body, **headers)
+
+
+def error_of(reply):
+    error = json.loads(reply[2])["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def test_a_question_is_answered(server):
+    status, headers, body = post(server)
+    assert status == 200 and headers["content-type"] == "application/json" and headers["x-request-id"].startswith("req_")
+    assert json.loads(body)["choices"][0]["message"]["content"] == "Hello from the stand-in for Gemini. You said: Hi"
+    assert "x-proxy-ignored" not in headers and "connection" not in headers
+
+
+def test_a_stream_on_the_wire(server, gemini):
+    gemini.say([chunk("Hel"), whole("lo")])
+    status, headers, body = post(server, body=chat(stream=True))
+    events = body.decode().split("\n\n")
+    assert headers["content-type"] == "text/event-stream; charset=utf-8" and events[-2:] == ["data: [DONE]", ""]
+    assert [json.loads(event[6:])["choices"][0]["delta"].get("content") for event in events[:-2]] == ["", "Hel", "lo", None]
+
+
+def test_what_was_ignored_is_told(server):
+    headers = post(server, body=chat(user="me", logit_bias={"1": 2}, **{"a\r\nX-Injected: yes": 1, "ключ": 1}))[1]
+    assert headers["x-proxy-ignored"] == "a??X-Injected:?yes, logit_bias, user, ????" and "x-injected" not in headers
+    long = post(server, body=chat(**{f"unknown_{i}": i for i in range(2000)}))[1]["x-proxy-ignored"]
+    assert len(long) < 4010 and long.endswith("...")
+
+
+def test_keep_alive_pipelining_and_http_1_0(server, gemini):
+    with Line(server) as line:
+        one = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
+        for i in range(3):
+            data = json.dumps(chat(user(f"number {i}"), stream=i == 1)).encode()
+            line.send(one % (len(data), data))
+        for i in range(3):
+            assert f"number {i}" in line.reply()[2].decode()
+        assert line.ask("GET", "/healthz", Connection="close")[1]["connection"] == "close" and line.ended()
+    for stream in (False, True):
+        with Line(server) as line:
+            status, headers, body = line.ask("POST", "/v1/chat/completions", chat(stream=stream), version="1.0")
+            assert status == 200 and "transfer-encoding" not in headers and b"Hello" in body and line.ended()
+
+
+def test_chunked_bodies_and_expectations(server):
+    data = json.dumps(chat()).encode()
+    with Line(server) as line:
+        for size in (1, 7, 4096):
+            pieces = b"".join(b"%x;a=b\r\n%b\r\n" % (len(data[i:i + size]), data[i:i + size]) for i in range(0, len(data), size))
+            line.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" + pieces + b"0\r\nX-Sum: 1\r\n\r\n")
+            assert line.reply()[0] == 200
+        line.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(data))
+        assert line.file.readline() == b"HTTP/1.1 100 Continue\r\n" and line.file.readline() == b"\r\n"
+        assert line.send(data).reply()[0] == 200
+
+
+BAD_FRAMING = [
+    b"Content-Length: -1", b"Content-Length: +5", b"Content-Length: 5_0", b"Content-Length: 5, 5", b"Content-Length: 5\r\nContent-Length: 5",
+    b"Content-Length: \xd9\xa3", b"Content-Length:", b"Content-Length: 5\r\nTransfer-Encoding: chunked", b"Transfer-Encoding: identity",
+    b"Transfer-Encoding: chunked, identity", b"Transfer-Encoding : chunked", b"Transfer-Encoding:\x0bchunked", b"Transfer-Encoding:\r\n chunked",
+    b"X: y\rContent-Length: 5", b"no colon\r\nContent-Length: 5", b": x\r\nContent-Length: 5", b"Content-Length\0: 5", b"Host: other", b"X-A: \0",
+    b"X-Long: " + b"x" * 100_000]
+
+
+@pytest.mark.parametrize("field", BAD_FRAMING, ids=lambda field: repr(field[:40]))
+def test_a_request_that_could_be_read_in_two_ways_is_refused_and_ends_the_connection(server, gemini, field):
+    with Line(server) as line:
+        line.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n" + field + b"\r\n\r\n")
+        reply = line.reply()
+        assert 400 <= reply[0] < 500 and error_of(reply) and reply[1]["connection"] == "close" and line.ended()
+    assert not gemini.asked
+
+
+@pytest.mark.parametrize("chunks", [b"zz\r\n", b"-5\r\n", b"0x5\r\n", b"5 5\r\n", b"f" * 17 + b"\r\n", b"\r\n", b"2\r\n{}XX\r\n", b"1;" + b"x" * 5000, b"fffffff0\r\n"])
+def test_broken_chunks(server, chunks):
+    with Line(server) as line:
+        line.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
+        assert 400 <= line.reply()[0] < 500 and line.ended()
+
+
+@pytest.mark.parametrize("line_", [b"GARBAGE\r\n", b"GET /healthz HTTP/9\r\n", b"GET  /healthz HTTP/1.1\r\n", b"\0\1\2\r\n", b"get /x http/1.1\r\n", b"GET /" + b"x" * 99999])
+def test_bad_request_lines(server, line_):
+    with Line(server) as line:
+        assert line.send(line_ + b"\r\n").reply()[0] in (400, 414) and line.ended()
+
+
+def test_bodies_that_are_too_large_or_bombs(server, monkeypatch):
+    monkeypatch.setattr(proxy, "MOST_BODY", 1000)
+    monkeypatch.setattr(proxy, "MOST_UNPACKED", 1000)
+    import gzip
+    assert post(server, body=b"x" * 2000)[0] == 413
+    assert post(server, body=gzip.compress(b" " * 2000), Content_Encoding="gzip")[0] == 413
+    assert post(server, body=gzip.compress(json.dumps(chat()).encode()), Content_Encoding="gzip")[0] == 200
+    for body, coding in ((b"{}", "gzip"), (gzip.compress(b"{}")[:-9], "gzip")):
+        assert post(server, body=body, Content_Encoding=coding)[0] == 400
+    assert post(server, body=b"{}", Content_Encoding="zstd")[0] == 415
+
+
+@pytest.mark.parametrize("raw", [raw for raw in RUBBISH if raw])
+def test_rubbish_in_a_body_is_a_400_and_the_connection_goes_on(server, gemini, raw):
+    with Line(server) as line:
+        assert error_of(line.ask("POST", "/v1/chat/completions", raw))["type"] == "invalid_request_error"
+        assert line.ask("POST", "/v1/chat/completions", chat())[0] == 200
+
+
+def test_refusals_have_a_status_also_for_streams(server, gemini):
+    for stream in (False, True):
+        gemini.say(gemini_error(429, "Slow down.", "RESOURCE_EXHAUSTED", detail("RetryInfo", retryDelay="6.2s")))
+        reply = post(server, body=chat(stream=stream))
+        assert reply[0] == 429 and reply[1]["retry-after"] == "7" and error_of(reply)["code"] == "rate_limit_exceeded"
+
+
+def test_a_failure_in_mid_stream_is_the_last_event(server, gemini):
+    for trouble in (Say(chunk("Once "), SHED), Say(chunk("Once "), chunk("upon"), cut=1), Say(chunk("Once "))):
+        gemini.say(trouble)
+        status, headers, body = post(server, body=chat(stream=True))
+        events = [json.loads(event[6:]) for event in body.decode().split("\n\n")[:-1]]
+        assert status == 200 and [d.get("content") for d in deltas(events[:-1])] == ["", "Once "]
+        assert set(events[-1]) == {"error"} and set(events[-1]["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_silent_stream_is_kept_alive(server, gemini, monkeypatch):
+    monkeypatch.setattr(proxy, "BEAT", 0.05)
+    gemini.say(Say(whole("Hello"), delay=0.3))
+    assert re.match(rb"(: keep-alive\n\n){2,}data: {", post(server, body=chat(stream=True))[2])
+    gemini.say(Say({"error": {"code": 429, "message": "Slow"}}, delay=0.3, status=429))
+    status, _, body = post(server, body=chat(stream=True))
+    assert status == 200 and b'data: {"error":{"message":"Slow"' in body and not body.endswith(b"[DONE]\n\n")
+
+
+def test_a_client_that_leaves_is_noticed(server, gemini):
+    for stream in (False, True):
+        gemini.gone.clear()
+        gemini.say(Say(chunk("Once "), whole("upon"), delay=30))
+        with Line(server) as line:
+            data = json.dumps(chat(stream=stream)).encode()
+            line.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data))
+            while len(gemini.asked) < 1 + stream:
+                time.sleep(0.01)
+        assert gemini.gone.wait(2)
+
+
+def test_a_bug_of_ours_is_a_500_with_a_traceback_in_the_log_only(server, monkeypatch, capfd):
+    monkeypatch.setattr(proxy, "openai_usage", lambda usage: 1 // 0)
+    reply = post(server)
+    assert reply[0] == 500 and "ZeroDivision" not in str(reply) and "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_the_log_tells_neither_keys_nor_content(server, capfd):
+    post(server, path="/v1/chat/completions?key=secret", body=chat(user("secret words")), Authorization="Bearer secret")
+    with Line(server) as line:
+        line.ask("GET", "/\x1b[31m%0aFORGED", User_Agent="\x1b[2J")
+    said, deadline = "", time.monotonic() + 5
+    while said.count("\n") < 2 and time.monotonic() < deadline:        # a line is written after its answer
+        said += capfd.readouterr().err
+    assert "secret" not in said and "\x1b" not in said and "the-key" not in said and len(said.splitlines()) == 2
+    assert re.search(r"^POST /v1/chat/completions 200 \d+ ms 'gemini-2.5-flash' 4\+7 tokens$", said, re.M)
+
+
+def test_methods_and_paths(server):
+    with Line(server) as line:
+        assert line.ask("HEAD", "/healthz")[0] == 200 and line.ask("GET", "/healthz")[2] == b"ok"
+        assert "api = openai" in line.ask("GET", "/")[2].decode()
+        assert line.ask("GET", "http://localhost/healthz")[0] == 200
+        status, headers, _ = line.ask("GET", "/v1/chat/completions")
+        assert status == 405 and headers["allow"] == "POST"
+        assert error_of(line.ask("GET", "/v1/nonsense"))["message"] == "Invalid URL (GET /v1/nonsense)"
+
+
+ORIGINS = {"http://localhost:3000": True, "https://127.0.0.1": True, "app://obsidian.md": True, "vscode-webview://1k": True, "file://": True,
+           "https://evil.example": False, "http://localhost.evil.example": False, "http://localhost@evil.example": False, "null": False}
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_foreign_pages_may_not_call(server, gemini, origin):
+    status, headers, _ = post(server, Origin=origin)
+    assert (status == 200, headers.get("access-control-allow-origin") == origin, len(gemini.asked)) == (ORIGINS[origin],) * 2 + (int(ORIGINS[origin]),)
+    with Line(server) as line:
+        status, headers, _ = line.ask("OPTIONS", "/v1/chat/completions", Origin=origin, Access_Control_Request_Headers="authorization, x-new")
+    if ORIGINS[origin]:
+        assert status == 204 and headers["access-control-allow-headers"] == "authorization, x-new" and headers["vary"] == "Origin"
+
+
+def test_added_origins_and_the_star(gemini):
+    for added, origin, allowed in ((("https://chat.example",), "https://chat.example", True), (("https://chat.example",), "https://evil.chat.example", False),
+                                   (("*",), "null", True)):
+        with serving(gemini.url, origins=added) as server:
+            assert (post(server, Origin=origin)[0] == 200) is allowed
+
+
+@pytest.mark.parametrize("host, allowed", [("localhost", True), ("LOCALHOST:80", True), ("127.0.0.2:80", True), ("[::1]:5555", True), ("host.docker.internal", True),
+                                           ("evil.example", False), ("127.0.0.1.evil.example", False), ("127.0.0.1@evil.example", False), ("localhost:1:2", False)])
+def test_another_name_for_this_machine_is_refused(server, host, allowed):
+    assert (post(server, Host=host)[0] == 200) is allowed
+
+
+def test_the_clients_key(gemini):
+    with serving(gemini.url, proxy_key="px-1") as server:
+        for headers, allowed in (({"Authorization": "Bearer px-1"}, True), ({"Authorization": "bearer  px-1"}, True), ({"x-api-key": "px-1"}, True),
+                                 ({"api-key": "px-1", "Authorization": "Bearer no"}, True), ({"x-goog-api-key": "px-1"}, True),
+                                 ({}, False), ({"Authorization": "Bearer px-2"}, False), ({"x-api-key": "px-11"}, False), ({"api-key": "PX-1"}, False), ({"x-api-key": "\xe9"}, False)):
+            reply = post(server, **headers)
+            assert reply[0] == (200 if allowed else 401), headers
+            assert allowed or error_of(reply)["code"] == "invalid_api_key"
+        with Line(server) as line:
+            assert line.ask("GET", "/healthz")[0] == line.ask("GET", "/")[0] == 200
+            assert line.ask("OPTIONS", "/v1/models", Origin="http://localhost")[0] == 204
+            assert line.ask("GET", "/v1/models")[0] == 401
+    assert "px-1" not in str(gemini.headers)
+
+
+def kept(message):
+    """An assistant's message as most clients keep it."""
+    return assistant(message["content"], tool_calls=[{key: made[key] for key in ("id", "type", "function")} for made in message["tool_calls"]])
+
+
+def test_signatures_come_back_to_their_own_conversation_only(server, gemini):
+    first = {}
+    for who in ("Ann", "Bob"):
+        gemini.say(whole(call("weather", {"city": "Oslo"}, who), call("weather", {"city": "Oslo"})))
+        first[who] = json.loads(post(server, body=chat(user(f"I am {who}"), model=NEWEST, tools=[WEATHER]))[2])["choices"][0]["message"]
+
+    def signatures(who, message):
+        results = [{"role": "tool", "tool_call_id": made["id"], "content": "rain"} for made in message["tool_calls"]]
+        post(server, body=chat(user(f"I am {who}"), message, *results, model=NEWEST, tools=[WEATHER]))
+        return [part.get("thoughtSignature") for part in gemini.asked[-1]["contents"][1]["parts"]]
+    for who in ("Ann", "Bob"):
+        other_ids = kept(first[who])
+        for i, made in enumerate(other_ids["tool_calls"]):
+            made["id"] = f"framework-{i}"
+        assert signatures(who, kept(first[who])) == signatures(who, other_ids) == [sign(who), None]
+        assert signatures("Carl", other_ids) == [proxy.PLACEHOLDER, None]
+
+
+def test_a_second_user_at_the_same_time(server, gemini):
+    def one(i, out):
+        out[i] = json.loads(post(server, body=chat(user(f"user {i}")))[2])["choices"][0]["message"]["content"]
+    out = {}
+    threads = [threading.Thread(target=one, args=(i, out)) for i in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert all(out[i].endswith(f"You said: user {i}") for i in range(20))
+
+
+# ======================================================================================
+# 9. Command line
+# ======================================================================================
+
+ENV = {"GEMINI_API_KEY": "AIza-1"}
+
+
+def test_flags_in_both_spellings():
+    config = proxy.configured(["-api=openai", "-listen", ":8080", "--timeout=7", "-alias=gpt-*=" + NEWEST, "-alias", "a=models/b", "-origins=x,y"], ENV)
+    assert config == proxy.Config("openai", ("", 8080), proxy.GEMINI, "AIza-1", (("gpt-*", NEWEST), ("a", "b")), ("x", "y"), 7.0, "")
+    assert proxy.configured(["-listen=[::1]:5"], {**ENV, "GOOGLE_GEMINI_BASE_URL": "http://h:1/", "PROXY_API_KEY": " k "})[1:3] == (("::1", 5), "http://h:1")
+
+
+@pytest.mark.parametrize("flag", ["-nonsense", "-api=gopher", "-timeout=soon", "-timeout=-1", "-listen=nonsense", "-listen=127.0.0.1:99999", "-listen=127.0.0.1:http",
+                                  "-alias=nonsense", "-upstream=gopher://x", "-upstream=nonsense", "extra"])
+def test_a_bad_flag_is_a_usage_error(flag, capsys):
+    with pytest.raises(SystemExit) as caught:
+        proxy.configured([flag], ENV)
+    assert caught.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+def test_where_the_key_comes_from(tmp_path):
+    (tmp_path / "gemini_api_key").write_text("AIza-3\n")
+    for env, key in (({"GEMINI_API_KEY": " AIza-1\n", "GOOGLE_API_KEY": "AIza-2"}, "AIza-1"), ({"GEMINI_API_KEY": "", "GOOGLE_API_KEY": "AIza-2"}, "AIza-2"),
+                     ({"CREDENTIALS_DIRECTORY": str(tmp_path)}, "AIza-3")):
+        assert proxy.configured([], env).key == key
+    for env in ({}, {"GEMINI_API_KEY": " ", "CREDENTIALS_DIRECTORY": "/nonexistent"}):
+        with pytest.raises(SystemExit, match="aistudio.google.com"):
+            proxy.configured([], env)
+    with pytest.raises(SystemExit, match="GEMINI_API_KEY") as caught:
+        proxy.configured([], {"GEMINI_API_KEY": "AIza\r\nX: y"})
+    assert "AIza" not in str(caught.value)
+
+
+def start(*arguments, **env):
+    return subprocess.Popen([sys.executable, str(HERE / "proxy_to_gemini.py"), *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**{key: value for key, value in os.environ.items() if "KEY" not in key}, **env})
+
+
+def test_the_program_starts_says_where_it_is_and_ends(gemini):
+    with start("-listen=127.0.0.1:0", "-upstream", gemini.url, **ENV) as process:
+        first = process.stdout.readline()
+        port = int(re.search(r"127\.0\.0\.1:(\d+)", first).group(1))
+        assert "openai" in first and "AIza" not in first
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.request("POST", "/v1/chat/completions", json.dumps(chat()))
+        assert "Hello" in connection.getresponse().read().decode()
+        connection.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0 and "Traceback" not in process.stdout.read()
+
+
+def test_errands():
+    with start("-version") as process:
+        assert hashlib.sha256((HERE / "proxy_to_gemini.py").read_bytes()).hexdigest() in process.stdout.read() and process.wait(5) == 0
+    with socket.create_server(("127.0.0.1", 0)) as other, start(f"-listen=127.0.0.1:{other.getsockname()[1]}", **ENV) as process:
+        said = process.stdout.read()
+        assert process.wait(5) == 1 and "in use" in said and len(said.splitlines()) == 1
+
+
+# ======================================================================================
+# The file itself
+# ======================================================================================
+
+SOURCE = (HERE / "proxy_to_gemini.py").read_text()
+README = (HERE / "README.md").read_text()
+TREE = ast.parse(SOURCE)
+BANNER = re.compile(r"^# =+\n# (\d)\. ([^:]+): (.+)\n# =+$", re.M)
+
+
+def test_the_docstrings_map_is_true():
+    banners = [(number, name, words) for number, name, words in BANNER.findall(SOURCE)]
+    assert re.findall(r"^    (\d)\. (\S.*?)  +(.+)$", ast.get_docstring(TREE, clean=False), re.M) == banners
+
+
+def section_of(line):
+    return max((int(match[1]) for match in BANNER.finditer(SOURCE) if SOURCE.count("\n", 0, match.start()) < line), default=0)
+
+
+def test_the_pure_sections_are_pure():
+    """Sections 1 to 6 know no socket, clock, randomness, environment or log."""
+    impure = {"socket", "select", "ssl", "os", "sys", "time", "random", "secrets", "threading", "signal", "log", "open", "print", "input", "sqlite3",
+              "http", "socketserver", "subprocess", "tempfile"}
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Name) and node.id in impure and 1 <= section_of(node.lineno) <= 6:
+            assert (node.id, ast.get_source_segment(SOURCE, node)) and f"{node.id}" == "sys" and "byteorder" in SOURCE.splitlines()[node.lineno - 1], node.lineno
+        if isinstance(node, ast.Attribute) and 1 <= section_of(node.lineno) <= 6:
+            assert not (node.attr == "request" and isinstance(node.value, ast.Name) and node.value.id == "urllib"), node.lineno
+
+
+def test_only_the_standard_library_is_imported():
+    names = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
+    known = getattr(sys, "stdlib_module_names", None)
+    assert known is None or {name.partition(".")[0] for name in names} <= set(known)
+
+
+def test_the_file_is_python_3_9():
+    ast.parse(SOURCE, feature_version=(3, 9))
+    for node in ast.walk(TREE):
+        assert not isinstance(node, getattr(ast, "Match", ())), node.lineno
+    evaluated = [node for node in ast.walk(TREE) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr)
+                 and any(isinstance(side, ast.Constant) and side.value is None for side in (node.left, node.right))]
+    annotations = {id(inner) for node in ast.walk(TREE) for field in ("annotation", "returns") if getattr(node, field, None) is not None
+                   for inner in ast.walk(getattr(node, field))}
+    assert all(id(node) in annotations for node in evaluated)
+
+
+def depth(node, level=0):
+    inside = isinstance(node, (ast.If, ast.For, ast.While, ast.With, ast.Try)) and not (isinstance(node, ast.If) and getattr(node, "is_elif", False))
+    for child in ast.iter_child_nodes(node):
+        if isinstance(node, ast.If) and isinstance(child, ast.If) and child in node.orelse and len(node.orelse) == 1:
+            child.is_elif = True
+    return max([level + inside] + [depth(child, level + inside) for child in ast.iter_child_nodes(node)])
+
+
+def test_functions_fit_on_a_screen():
+    lengths = []
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.FunctionDef):
+            lengths.append(node.end_lineno - node.lineno + 1)
+            assert lengths[-1] <= 45, f"{node.name} has {lengths[-1]} lines"
+            assert depth(node) <= 4, f"{node.name} is nested {depth(node)} deep"
+    assert sorted(lengths)[int(len(lengths) * 0.9)] <= 25
+
+
+def test_lines_are_not_too_long():
+    assert [i for i, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 120] == []
+
+
+def readme_table(heading):
+    """The rows of the first table under a heading, as lists of cells."""
+    rows = re.search(rf"^#+ {re.escape(heading)}\n(?:(?!#).*\n)*?((?:\|.*\n)+)", README, re.M).group(1).splitlines()
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def test_the_readmes_routes_are_the_programs():
+    told = {(api, *cell.strip("`").split(" ", 1)) for route, apis, *_ in readme_table("Routes") for cell in route.split(", ") for api in apis.split(", ")}
+    own = {(api, "GET", path) for api in proxy.MOUNTS for path in ("/", "/healthz")}
+    mounted = {(api, route.method, route.path) for api, mounts in proxy.MOUNTS.items() for _, protocol in mounts for route in protocol.routes}
+    assert told == mounted | own
+
+
+SAMPLES = {     # a value for each parameter of chat completions that is not OpenAI's default
+    "model": FLASH, "messages": [user("Hi")], "stream": True, "stream_options": {"include_usage": True}, "max_completion_tokens": 9, "max_tokens": 9, "temperature": 0.5,
+    "top_p": 0.5, "top_k": 5, "n": 2, "stop": ["a"], "seed": 7, "tools": [WEATHER], "tool_choice": "auto", "parallel_tool_calls": False, "functions": [WEATHER["function"]],
+    "function_call": "auto", "response_format": {"type": "json_object"}, "reasoning_effort": "low", "reasoning": {"effort": "low"}, "modalities": ["text", "image"],
+    "audio": {"voice": "alloy", "format": "wav"}, "web_search_options": {}, "service_tier": "flex", "extra_body": {"google": {"thinking_config": {"thinking_budget": 1}}},
+    "google": {"thinking_config": {"thinking_budget": 1}}, "presence_penalty": 1, "frequency_penalty": 1, "logit_bias": {"1": 1}, "logprobs": True, "top_logprobs": 2, "user": "u",
+    "metadata": {"a": "b"}, "store": True, "prediction": {"type": "content", "content": "x"}, "verbosity": "low", "safety_identifier": "x", "prompt_cache_key": "x",
+    "prompt_cache_retention": "24h",
+}
+
+
+def test_the_readmes_parameters_are_treated_as_it_says():
+    table = {name.strip("`"): kind for names, kind, *_ in readme_table("Parameters of chat completions") for name in names.split(", ")}
+    assert set(table) == set(SAMPLES)
+    for name, kind in table.items():
+        more = {"audio": {"modalities": ["text", "audio"]}, "function_call": {"functions": [WEATHER["function"]]}}.get(name, {})
+        ignored = asked({**chat(), **more, name: SAMPLES[name]})[1]
+        assert (name in ignored) is (kind == "ignored"), (name, ignored)
+
+
+# ======================================================================================
+# The official libraries
+# ======================================================================================
+
+
+def test_openais_own_library(server, gemini):
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0, _strict_response_validation=True) as client:
+        assert "You said: Hi" in client.chat.completions.create(model=FLASH, messages=[user("Hi")]).choices[0].message.content
+        with client.chat.completions.stream(model=NEWEST, messages=[user("Hi")], tools=[WEATHER]) as stream:
+            message = stream.get_final_completion().choices[0].message
+        assert message.tool_calls[0].function.name == "weather"
+        history = [user("Hi"), kept(message.model_dump()), {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": '{"temp": 3}'}]
+        text = "".join(choice.delta.content or "" for event in client.chat.completions.create(model=NEWEST, messages=history, tools=[WEATHER], stream=True)
+                       for choice in event.choices)
+        assert text == 'The function said: {"temp": 3}' and gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
+        gemini.say(gemini_error(429, "Slow down.", "X", detail("RetryInfo", retryDelay="9s")))
+        with pytest.raises(openai.RateLimitError):
+            client.chat.completions.create(model=FLASH, messages=[user("Hi")], stream=True)
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="any") as client:      # its type of a vector knows no base64
+        assert client.embeddings.create(model=EMBEDDER, input=["a", "b"]).data[1].embedding == pytest.approx([0.6, 0.8])
+        assert FLASH in [model.id for model in client.models.list()]
