@@ -17,6 +17,7 @@ Where to look
     2. Writing Gemini   parts, turns, thinking by model, functions and schemas, whole requests
     3. Reading Gemini   from bytes to chunks, from chunks to events; refusals, usage, citations
     4. OpenAI           chat completions, embeddings, models
+    5. Ollama           chat, generate, embeddings, models and their management
     6. Routing          which route answers a path, and in which protocol an error is told
     7. Client           the only code that talks to Gemini: pooled connections, waiting, retries, memory
     8. Server           the only code that talks to clients: HTTP, who may call, answers, streams, log
@@ -46,6 +47,7 @@ import base64
 import codecs
 import collections
 import contextlib
+import datetime
 import email.utils
 import errno
 import fnmatch
@@ -102,6 +104,12 @@ class ProxyError(Exception):
         self.headers = headers or {}    # such as Retry-After
         self.upstream = upstream        # whether Gemini said so
         self.again = again              # seconds after which the same call may go well; None: it will not
+        self.model = ""                 # the model it is about, as the client spelt it
+        self.listed: bool | None = None     # whether Gemini lists that model; None if that is not known
+
+
+class NoRoute(ProxyError):
+    """Nothing is served under this path."""
 
 
 KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", dict: "an object", list: "an array"}
@@ -245,7 +253,7 @@ decode_json = json.JSONDecoder(parse_float=finite, parse_constant=no_constant).d
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
-def parse_body(raw: bytes) -> Fields:
+def parse_body(raw: bytes, content_type: str = "") -> Fields:
     """The client's body as Fields, whatever its Content-Type claims; a 400 where it is no JSON object."""
     if not raw.strip():
         raise ProxyError(400, "missing request body")
@@ -288,10 +296,16 @@ class Ask(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a request may depend on besides its body."""
-    aliases: tuple[tuple[str, str], ...] = ()               # (name or glob, Gemini's model)
-    ollama: bool = False                                    # whether the OpenAI routes stand in for Ollama's own
-    params: dict[str, str] = {}                             # captured from the path
+    """What a request and its answer may depend on besides its body: the server's, but for params and query."""
+    aliases: tuple[tuple[str, str], ...] = ()                   # (name or glob, Gemini's model)
+    ollama: bool = False                                        # whether this is to pass for an Ollama server
+    now: Callable[[], float] = float                            # seconds since 1970
+    new_id: Callable[[str], str] = str                          # a new id with this prefix
+    recall: Callable[[str], str | None] = lambda key: None      # what was kept under a key
+    keep: Callable[[str, str], None] = lambda key, text: None   # keep a text under a key; "" forgets it
+    kept: Callable[[], dict[str, str]] = dict                   # all recipes that were kept, by name
+    loaded: dict[str, float] = {}                               # models in use, and until when (Ollama's ps)
+    params: dict[str, str] = {}                                 # captured from the path
     query: dict[str, str] = {}
 
 
@@ -311,13 +325,11 @@ class Usage(NamedTuple):
 class Exchange:
     """What a reply may depend on besides Gemini's answer."""
 
-    def __init__(self, ask: Ask, created: float, new_id: Callable[[str], str],
-                 remember: Callable[[list[Call]], list[str]], gemini_model: str = ""):
-        self.model, self.wants, self.ask = ask.model, ask.wants, ask
-        self.created = created                  # seconds since 1970
-        self.new_id = new_id                    # a new id with this prefix
+    def __init__(self, ask: Ask, setting: Setting, remember: Callable[[list[Call]], list[str]]):
+        self.ask, self.model, self.wants = ask, ask.model, ask.wants
+        self.setting, self.now, self.new_id = setting, setting.now, setting.new_id
+        self.created = setting.now()            # seconds since 1970
         self.remember = remember                # gives the calls of an answer their ids, and keeps their signatures
-        self.gemini_model = gemini_model
         self.usage = Usage()                    # of all that was read so far
 
 
@@ -342,6 +354,11 @@ def encode_sse(event: JSON) -> bytes:
 SSE = Framing("text/event-stream; charset=utf-8", encode_sse, b"data: [DONE]\n\n")
 
 
+def no_body(raw: bytes, content_type: str) -> Fields:
+    """For routes that read none."""
+    return Fields({})
+
+
 class Route(NamedTuple):
     """One endpoint. Path segments in braces are captured; the last one may hold slashes."""
     method: str
@@ -350,13 +367,16 @@ class Route(NamedTuple):
     response: Callable[[Exchange, Iterator[Iterator[JSON]]], Any]
     stream: Callable[[Exchange, Iterator[Iterator[JSON]]], Iterator[JSON]] | None = None
     framing: Framing = SSE
+    beat: Callable[[Exchange],
+                   JSON] | None = None              # an event that says nothing, where framing.beat will not do
+    takes: Callable[[bytes, str], Fields] = parse_body          # reads the body, given its Content-Type
 
 
 class Protocol(NamedTuple):
     """The routes that speak one protocol, and its form of an error."""
     name: str
     routes: tuple[Route, ...]
-    error: Callable[[ProxyError], tuple[int, JSON]]         # (status, body)
+    error: Callable[[ProxyError], tuple[int, Any]]          # (status, body: JSON or a Payload)
     stream_error: Callable[[ProxyError], JSON]              # the last event of a stream that failed
 
 # ======================================================================================
@@ -422,18 +442,43 @@ def model_of(name: str) -> Model:
 
 
 def no_such_model(name: str) -> ProxyError:
-    return ProxyError(404, f"The model `{name[:200]}` does not exist or you do not have access to it.",
-                      code="model_not_found", place="model")
+    error = ProxyError(404, f"The model `{name[:200]}` does not exist or you do not have access to it.",
+                       code="model_not_found", place="model")
+    error.model = name
+    return error
 
 
-def model_named(asked: str, aliases: Iterable[tuple[str, str]]) -> Model:
-    """The model that a client means: through the aliases, an exact name before a glob, and without prefixes.
+class Recipe(NamedTuple):
+    """A name for a model that a client of Ollama made, with words and options of its own."""
+    source: str = ""
+    system: str = ""
+    options: JSON = {}
+
+
+def plain_name(asked: str, ollama: bool) -> str:
+    """A model's name without prefixes, and without what Ollama lets clients write around it: registry, tag, capitals."""
+    if not ollama:
+        return re.sub(r"^(models|google|gemini)/", "", asked)
+    name = re.sub(r"^(registry\.ollama\.ai/)?(library|ollama|models|google|gemini)/", "", asked, flags=re.I)
+    name = re.sub(r":(latest|local)$", "", name, flags=re.I)
+    return name if name.startswith("tunedModels/") else name.lower()
+
+
+def recipe_named(asked: str, setting: Setting) -> Recipe:
+    """What a client made under this name; an empty Recipe where the name is Gemini's own."""
+    told = setting.recall("model:" + plain_name(asked, True)) if setting.ollama else None
+    return Recipe(**json.loads(told)) if told else Recipe()
+
+
+def model_named(asked: str, setting: Setting) -> Model:
+    """The model that a client means: through recipes and aliases, an exact name before a glob, and without prefixes.
 
     A name can never change the URL: whatever is not plain is a model that does not exist.
     """
-    name = next((to for name, to in aliases if name == asked), None) \
-        or next((to for glob, to in aliases if fnmatch.fnmatchcase(asked, glob)), asked)
-    name = re.sub(r"^(models|google|gemini)/", "", name)
+    plain = plain_name(asked, setting.ollama)
+    name = recipe_named(asked, setting).source \
+        or next((to for name, to in setting.aliases if name in (asked, plain)), "") \
+        or next((to for glob, to in setting.aliases if fnmatch.fnmatchcase(plain, glob)), plain)
     if len(name) > 128 or not re.fullmatch(r"(tunedModels/)?[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*", name):
         raise no_such_model(asked)
     return model_of(name)
@@ -872,6 +917,18 @@ def generate_call(model: Model, streaming: bool, system: list[Part], contents: l
     body.update(fields)
     verb = "streamGenerateContent?alt=sse" if streaming else "generateContent"
     return GeminiCall(f"{model.path}:{verb}", body, model, streaming)
+
+
+def gap_instruction(system: str) -> str:
+    """What to do with a gap_prompt, after the client's own instruction."""
+    return (f"{system}\n\n" if system else "") + (
+        "You fill a gap in a text, as an editor's completion does. You get what stands before the gap and what stands "
+        "after it. Answer with what belongs into the gap and with nothing else: no explanation, no code fence, and "
+        "nothing that is there already.")
+
+
+def gap_prompt(before: str, after: str) -> str:
+    return f"<before>{before}</before><gap/><after>{after}</after>"
 
 
 EMBED_BATCH = 100           # inputs that Gemini takes in one call
@@ -1621,7 +1678,7 @@ class ChatWants(NamedTuple):
 def openai_chat_request(body: Fields, setting: Setting) -> Ask:
     """Chat completions: https://platform.openai.com/docs/api-reference/chat/create"""
     asked = body.need("model", str)
-    model = model_named(asked, setting.aliases)
+    model = model_named(asked, setting)
     if not body.need("messages", list):
         raise wrong_value("messages", "Invalid 'messages': empty array. Expected an array with minimum length 1, "
                                       "but got an empty array instead.")
@@ -1775,7 +1832,7 @@ def openai_finish(end: End, legacy: bool = False) -> str:
     return OPENAI_FINISH.get(end.finish) or (("function_call" if legacy else "tool_calls") if end.calls else "stop")
 
 
-def openai_odd_end(end: End) -> JSON:
+def odd_end(end: End) -> JSON:
     """Gemini's own words for an end that OpenAI has no word for, under OpenRouter's key for it."""
     if end.finish in ("stop", "length") and end.reason in ("STOP", "MAX_TOKENS"):
         return {}
@@ -1875,7 +1932,7 @@ def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSO
     if sound:
         message["audio"] = openai_audio(sound, exchange, content)
     return {"index": index, "message": message, "logprobs": None, "finish_reason": openai_finish(end, wants.legacy),
-            **openai_odd_end(end)}
+            **odd_end(end)}
 
 
 def sound_bytes(sound: list[Media]) -> bytes:
@@ -1944,7 +2001,7 @@ def openai_deltas(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[tuple[
         else:
             if event.citations:
                 yield {"annotations": [openai_annotation(citation) for citation in event.citations]}, None, nothing
-            yield {}, openai_finish(event, wants.legacy), openai_odd_end(event)
+            yield {}, openai_finish(event, wants.legacy), odd_end(event)
 
 
 # ---- embeddings ----
@@ -1958,7 +2015,7 @@ class EmbedWants(NamedTuple):
 def openai_embeddings_request(body: Fields, setting: Setting) -> Ask:
     """Embeddings: https://platform.openai.com/docs/api-reference/embeddings/create"""
     asked = body.need("model", str)
-    model = model_named(asked, setting.aliases)
+    model = model_named(asked, setting)
     texts = openai_inputs(body)
     form = body.word("encoding_format", "float", "base64")
     dimensions = body.number("dimensions", 1, 2**31 - 1, int)
@@ -2031,14 +2088,8 @@ def openai_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JS
 GEMINI_OPENED = 1702425600      # 13 December 2023: Gemini's API opened; it tells no dates of its models
 
 
-class ModelsWants(NamedTuple):
-    aliases: tuple[tuple[str, str], ...]
-    name: str = ""
-    ollama: bool = False
-
-
-def usable_models(answers: Iterator[Iterator[JSON]], aliases: Iterable[tuple[str, str]]) -> dict[str, JSON]:
-    """Gemini's models that can chat or embed, by their plain names; then the aliases of these."""
+def usable_models(answers: Iterator[Iterator[JSON]], setting: Setting) -> dict[str, JSON]:
+    """Gemini's models that can chat or embed, by their plain names; then the names that stand for one of these."""
     found: dict[str, JSON] = {}
     for chunks in answers:
         for chunk in chunks:
@@ -2047,31 +2098,32 @@ def usable_models(answers: Iterator[Iterator[JSON]], aliases: Iterable[tuple[str
                 name = inside(entry, "name", str)
                 if name and ("generateContent" in methods or "embedContent" in methods):
                     found[name[7:] if name.startswith("models/") else name] = entry
-    plain = [(name, target) for name, target in aliases if not re.search(r"[*?\[]", name)]
-    found.update({name: found[target] for name, target in plain if target in found})
+    names = [name for name, _ in setting.aliases if not re.search(r"[*?\[]", name)] + list(setting.kept())
+    found.update({name: found[to] for name in names for to in [model_named(name, setting).name] if to in found})
     return found
 
 
 def openai_models_request(body: Fields, setting: Setting) -> Ask:
-    name = setting.params.get("model", "")
-    return Ask((MODELS_CALL,), False, ModelsWants(setting.aliases, name, setting.ollama), name)
+    return Ask((MODELS_CALL,), model=setting.params.get("model", ""))
 
 
-def openai_model_entry(id: str) -> JSON:
-    return {"id": id, "object": "model", "created": GEMINI_OPENED, "owned_by": "google"}
+def openai_model_entry(id: str, setting: Setting) -> JSON:
+    return {"id": id, "object": "model", "created": GEMINI_OPENED, "owned_by": "library" if setting.ollama
+            else "google"}
 
 
 def openai_models_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    models = usable_models(answers, exchange.wants.aliases)
-    return {"object": "list", "data": [openai_model_entry(name) for name in models]}
+    setting = exchange.setting
+    names = [name for name in usable_models(answers, setting) if not setting.ollama or not UNLISTED.search(name)]
+    return {"object": "list", "data": [openai_model_entry(tagged(name) if setting.ollama else name, setting)
+                                       for name in names]}
 
 
 def openai_model_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    wants = exchange.wants
-    name = model_named(wants.name, wants.aliases).path
-    if (name[7:] if name.startswith("models/") else name) not in usable_models(answers, ()):
-        raise no_such_model(wants.name)
-    return openai_model_entry(re.sub(r"^(models|google|gemini)/", "", wants.name))
+    asked, setting = exchange.model, exchange.setting
+    if model_named(asked, setting).name not in usable_models(answers, setting):
+        raise no_such_model(asked)
+    return openai_model_entry(asked if setting.ollama else plain_name(asked, False), setting)
 
 
 # ---- errors and routes ----
@@ -2097,12 +2149,654 @@ OPENAI = Protocol("openai", (
 ), openai_error, lambda error: openai_error(error)[1])
 
 # ======================================================================================
+# 5. Ollama: chat, generate, embeddings, models and their management
+# ======================================================================================
+
+OLLAMA_VERSION = "0.33.0"       # plain and recent: clients compare it by its numbers
+
+
+def ollama_time(seconds: float) -> str:
+    """RFC 3339 in UTC with six digits, which every client's parser takes."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+# ---- what chat and generate share ----
+
+
+def tagged(name: str) -> str:
+    """A name as Ollama lists it."""
+    return name if ":" in name else name + ":latest"
+
+
+def ollama_asked(body: Fields, setting: Setting, missing: ProxyError) -> tuple[str, Model, Recipe]:
+    """(the model as the client spelt it, Gemini's model, the recipe)."""
+    asked = body.get("model", str)
+    if not asked:
+        raise missing
+    return asked, model_named(asked, setting), recipe_named(asked, setting)
+
+
+def model_required() -> ProxyError:
+    return ProxyError(400, "model is required", place="model")
+
+
+class OllamaWants(NamedTuple):
+    """What a chat's or a prompt's reply has to mind."""
+    names: dict[str, str] = {}          # Gemini's names of functions -> the client's
+    one_call: bool = False
+    unfence: bool = False
+    loading: str = ""                   # "load" or "unload": nothing was asked
+    name: str = ""                      # the plain name, under which it counts as loaded
+    lasts: float = 300.0                # seconds that it does
+
+
+DURATION = re.compile(r"([+-]?)((?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|ms|s|m|h))+")
+UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+FOREVER = 1e10
+
+
+def ollama_keep_alive(body: Fields) -> float:
+    """Seconds from a number of them or one of Go's durations; less than none is for ever."""
+    value = body.get("keep_alive", float, str)
+    if value is None:
+        return 300.0
+    if type(value) is str:
+        match = DURATION.fullmatch(value)
+        if not match and value.strip("+-") != "0":
+            raise wrong_value("keep_alive", f"invalid keep_alive: {value[:40]!r} is not a duration such as \"5m\"")
+        parts = re.findall(r"([\d.]+)([a-zµ]+)", value)
+        value = sum(float(number) * UNITS[unit] for number, unit in parts) * (-1 if value.startswith("-") else 1)
+    return FOREVER if value < 0 else min(float(value), FOREVER)
+
+
+THINK_WORDS = '"high", "medium", "low", "max", true, or false'
+
+
+def ollama_think(body: Fields, model: Model) -> JSON:
+    """The thinkingConfig for `think`. Unset is the model's own way, and its thoughts are told."""
+    body.read.add("think")
+    think = body.data.get("think")
+    if type(think) not in (str, bool, type(None)):
+        raise wrong_value("think", f"think must be a boolean or string ({THINK_WORDS})")
+    if type(think) is str and think not in ("high", "medium", "low", "max"):
+        raise wrong_value("think", f"invalid think value: {json.dumps(think[:40])} (must be {THINK_WORDS})")
+    if think and model.thinking is None:
+        raise ProxyError(400, f"{json.dumps(body.data['model'][:200])} does not support thinking", place="think")
+    effort = "none" if think is False else think if type(think) is str else None
+    return thinking_config(model, effort, think is not False)
+
+
+def ollama_config(body: Fields, model: Model, recipe: Recipe) -> JSON:
+    """The generationConfig for the options. What only local models have is not read, and so it is told as ignored."""
+    top = body.number("top_logprobs", -math.inf, math.inf, int)
+    if top is not None and not 0 <= top <= 20:
+        raise wrong_value("top_logprobs", "top_logprobs must be between 0 and 20")
+    if top or body.get("logprobs", bool):
+        body.ignore("logprobs")
+    options = body.inner("options") or Fields({}, "options", body.family)
+    for key, value in recipe.options.items():
+        options.data = {key: value, **options.data}
+    limit, top_k, seed = (options.get(key, int) for key in ("num_predict", "top_k", "seed"))
+    temperature, top_p = options.get("temperature", float), options.get("top_p", float)
+    config = {
+        "temperature": None if temperature is None else min(max(temperature, 0), 2),
+        "topP": None if top_p is None else min(max(top_p, 0), 1),
+        "topK": top_k if top_k and 0 < top_k < 2**31 else None,
+        "maxOutputTokens": min(limit, 2**31 - 1) if limit and limit > 0 else None,
+        "seed": int32(seed) if seed is not None and seed >= 0 else None,
+        "stopSequences": stop_sequences(options) or None,
+    }
+    if model.generation < 2.5:
+        config["presencePenalty"] = options.get("presence_penalty", float) or None
+        config["frequencyPenalty"] = options.get("frequency_penalty", float) or None
+    config["thinkingConfig"] = ollama_think(body, model) or None
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def ollama_format(body: Fields) -> JSON | None:
+    """The schema of the answer; ANY_JSON where it may be any JSON; None where it is text."""
+    body.read.add("format")
+    wanted = body.data.get("format")
+    if wanted in (None, ""):
+        return None
+    if wanted != "json" and type(wanted) is not dict:
+        raise wrong_value("format",
+                          f"invalid format: {json.dumps(wanted)[:80]}; expected \"json\" or a valid JSON Schema object")
+    return ANY_JSON if wanted == "json" else wanted
+
+
+def ollama_images(fields: Fields) -> list[Part]:
+    """Pictures, or sound in their place: base64 that does not say what it is."""
+    place = fields.at("images")
+    images = fields.get("images", list) or ()
+    for i, image in enumerate(images):
+        if type(image) is not str:
+            raise wrong_type(f"{place}[{i}]", (str,), image)
+    return [media_part(image, None, f"{place}[{i}]", "x.jpeg") for i, image in enumerate(images)]
+
+
+def ollama_wants(body: Fields, asked: str, **more: Any) -> OllamaWants:
+    return OllamaWants(name=plain_name(asked, True), lasts=ollama_keep_alive(body), **more)
+
+
+def ollama_load(body: Fields, asked: str) -> Ask:
+    """Nothing is asked: the model is to be loaded, or with keep_alive 0 to be dropped. Whether it exists is looked up."""
+    wants = ollama_wants(body, asked)
+    body.pass_over(*body.data)
+    return Ask((MODELS_CALL,), False, wants._replace(loading="load" if wants.lasts else "unload"), asked)
+
+
+def ollama_loaded(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    """The end of a load or an unload."""
+    ollama_known(exchange.model, answers, exchange.setting)
+    ollama_used(exchange)
+    return {**ollama_base(exchange), "done": True, "done_reason": exchange.wants.loading}
+
+
+def ollama_known(asked: str, answers: Iterator[Iterator[JSON]], setting: Setting) -> JSON:
+    """Gemini's entry for the model that a client means; a 404 if there is none."""
+    entry = usable_models(answers, setting).get(model_named(asked, setting).name)
+    if entry is None:
+        raise no_such_model(asked)
+    return entry
+
+
+def ollama_used(exchange: Exchange) -> None:
+    """Count the model as loaded, for as long as keep_alive says."""
+    wants, loaded = exchange.wants, exchange.setting.loaded
+    if wants.lasts > 0:
+        loaded[wants.name] = exchange.now() + wants.lasts
+    else:
+        loaded.pop(wants.name, None)
+    while len(loaded) > 100:
+        del loaded[next(iter(loaded))]
+
+
+def ollama_base(exchange: Exchange) -> JSON:
+    return {"model": exchange.model, "created_at": ollama_time(exchange.now())}
+
+
+def ollama_metrics(exchange: Exchange, first: float | None, end: End) -> JSON:
+    """The end of an answer. Durations are whole nanoseconds; Gemini tells none, so they are what passed here.
+
+    `first` is the time of its first word, or None where it said all at once.
+    """
+    now, began = exchange.now(), exchange.created
+    spent = [now - began, 0.0, (began if first is None else first) - began, now - (began if first is None else first)]
+    total, load, prompt, output = (max(1, int(seconds * 1e9)) for seconds in spent)
+    return {"done": True, "done_reason": "length" if end.finish == "length" else "stop", **odd_end(end),
+            "total_duration": total, "load_duration": load, "prompt_eval_count": end.usage.prompt,
+            "prompt_eval_duration": prompt,
+            "eval_count": end.usage.output, "eval_duration": output}
+
+
+def ollama_call(call: Call, index: int, wants: OllamaWants) -> JSON:
+    """A call; some clients read the index beside the function, others inside."""
+    return {"id": call.id, "index": index,
+            "function": {"index": index, "name": wants.names.get(call.name, call.name), "arguments": call.args}}
+
+
+def ollama_events(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[tuple[JSON, End | None]]:
+    """(what an event adds to a message, the End) for each event of Gemini's; one call an event."""
+    count = 0
+    for chunks in answers:
+        for event in chat_events(chunks, exchange):
+            kind = type(event)
+            if kind is Text:
+                yield {"thinking" if event.thought else "content": event.text}, None
+            elif kind is Call:
+                yield {"tool_calls": [ollama_call(event, count, exchange.wants)]}, None
+                count += 1
+            elif kind is Media:
+                yield {"images": [event.data]}, None
+            else:
+                ollama_used(exchange)
+                yield {}, event
+
+
+def ollama_sum(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> tuple[JSON, End]:
+    """The message that the events of an answer add up to, and its End."""
+    message: JSON = {"content": ""}
+    for addition, end in ollama_events(exchange, answers):
+        for key, value in addition.items():
+            message[key] = message[key] + value if key in message else value
+    return message, end
+
+
+# ---- chat ----
+
+
+def ollama_chat_request(body: Fields, setting: Setting) -> Ask:
+    """Chat: https://docs.ollama.com/api/chat"""
+    asked, model, recipe = ollama_asked(body, setting, model_required())
+    messages = body.objects("messages")
+    if not messages:
+        return ollama_load(body, asked)
+    stream = body.get("stream", bool) is not False
+    system: list[Part] = [text_part(recipe.system)] if recipe.system else []
+    contents: list[JSON] = []
+    for message in messages:
+        role = (message.get("role", str) or "user").lower()
+        if role in ("system", "developer"):
+            system += openai_parts(message, "content", model)
+        elif role == "tool":
+            contents.append(user_turn(ollama_result_part(message, model)))
+        elif role == "assistant":
+            contents.append(model_turn(*ollama_assistant_parts(message, model)))
+        else:
+            contents.append(user_turn(*openai_parts(message, "content", model), *ollama_images(message)))
+    return ollama_ask(body, asked, model, recipe, stream, system, contents)
+
+
+def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
+    message.pass_over("thinking")
+    parts = openai_parts(message, "content", model) + ollama_images(message)
+    for call in message.objects("tool_calls"):
+        call.pass_over("type", "index")
+        function = call.inner("function")
+        if function is None:
+            raise wrong_type(call.at("function"), (dict,), None)
+        function.pass_over("index")
+        args = call_arguments(function.get("arguments", dict, str))
+        parts.append(call_part(function.need("name", str), args, plain_id(call.get("id", str)),
+                               carried_signature(call, function)))
+    return parts
+
+
+def ollama_result_part(message: Fields, model: Model) -> Part:
+    """A tool's result; many clients do not say whose it is, so settled_turns goes by the order then."""
+    name = message.get("tool_name", str) or message.get("name", str)
+    return result_part(name, texts_of(openai_parts(message, "content", model)),
+                       plain_id(message.get("tool_call_id", str)),
+                       ollama_images(message))
+
+
+def ollama_ask(body: Fields, asked: str, model: Model, recipe: Recipe, stream: bool, system: list[Part],
+               contents: list[JSON]) -> Ask:
+    """The call for a chat or a prompt, with all that both may set."""
+    tools, schema = openai_tools(body), ollama_format(body)
+    unfence = schema is not None and bool(tools.declarations) and model.generation < 3
+    if unfence:             # the older models take functions or an answer in JSON, not both
+        system = system + [text_part("\n\n" + json_instruction(schema))]
+    config = {**ollama_config(body, model, recipe), **json_config(None if unfence else schema)}
+    call = generate_call(model, stream, system, contents, config, **tool_fields(tools, None, [], body, model))
+    return Ask((call,), stream, ollama_wants(body, asked, names=tools.names, unfence=unfence), asked)
+
+
+def ollama_chat_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    if exchange.wants.loading:
+        return {**ollama_loaded(exchange, answers), "message": {"role": "assistant", "content": ""}}
+    message, end = ollama_sum(exchange, answers)
+    return {**ollama_base(exchange), "message": {"role": "assistant", **message}, **ollama_metrics(exchange, None, end)}
+
+
+def ollama_chat_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+    """Chunks, each with a role and with content, because clients want both in every one."""
+    first = None
+    for addition, end in ollama_events(exchange, answers):
+        first = exchange.now() if first is None else first
+        ending = {"done": False} if end is None else ollama_metrics(exchange, first, end)
+        yield {**ollama_base(exchange), "message": {"role": "assistant", "content": "", **addition}, **ending}
+
+
+def ollama_chat_beat(exchange: Exchange) -> JSON:
+    """A chunk that says nothing: NDJSON has no comments."""
+    return {**ollama_base(exchange), "message": {"role": "assistant", "content": ""}, "done": False}
+
+
+# ---- generate ----
+
+
+def ollama_generate_request(body: Fields, setting: Setting) -> Ask:
+    """Generate: https://docs.ollama.com/api/generate"""
+    asked, model, recipe = ollama_asked(body, setting, no_such_model(""))
+    prompt, suffix, system = (body.get(key, str) or "" for key in ("prompt", "suffix", "system"))
+    raw, images = body.get("raw", bool), ollama_images(body)
+    if raw and (system or body.get("template", str) or body.get("context", list)):
+        raise wrong_value("raw", "raw mode does not support template, system, or context")
+    if not prompt:
+        return ollama_load(body, asked)
+    stream = body.get("stream", bool) is not False
+    system = "" if raw else system or recipe.system
+    if suffix:
+        system, prompt = gap_instruction(system), gap_prompt(prompt, suffix)
+    return ollama_ask(body, asked, model, recipe, stream, [text_part(system)] if system else [],
+                      [user_turn(text_part(prompt), *images)])
+
+
+def ollama_generate_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    if exchange.wants.loading:
+        return {**ollama_loaded(exchange, answers), "response": ""}
+    message, end = ollama_sum(exchange, answers)
+    return {**ollama_base(exchange), **generated(message), "context": [], **ollama_metrics(exchange, None, end)}
+
+
+def ollama_generate_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+    first = None
+    for addition, end in ollama_events(exchange, answers):
+        first = exchange.now() if first is None else first
+        ending = {"done": False} if end is None else {"context": [], **ollama_metrics(exchange, first, end)}
+        yield {**ollama_base(exchange), **generated(addition), **ending}
+
+
+def generated(message: JSON) -> JSON:
+    """The same as a message, in generate's words."""
+    return {"response": message.get("content", ""), **{key: value for key, value in message.items()
+                                                       if key != "content"}}
+
+
+def ollama_generate_beat(exchange: Exchange) -> JSON:
+    return {**ollama_base(exchange), "response": "", "done": False}
+
+
+# ---- embeddings ----
+
+
+def ollama_embed_request(body: Fields, setting: Setting) -> Ask:
+    """Embed: https://docs.ollama.com/api/embed"""
+    asked, model, _ = ollama_asked(body, setting, no_such_model(""))
+    value = body.data.get("input")
+    body.read.add("input")
+    if type(value) not in (str, list, type(None)):
+        raise wrong_value("input", "invalid input type: input must be a string or a list of strings")
+    texts = [value] if type(value) is str and value else value or []
+    for i, text in enumerate(texts):
+        if type(text) is not str:
+            raise wrong_value(f"input[{i}]", f"invalid input type: input[{i}] must be a string")
+    ollama_keep_alive(body)
+    dimensions = body.number("dimensions", 0, 2**31 - 1, int)
+    calls = embed_calls(model, [text or " " for text in texts],
+                        dimensions) if texts else ()    # Gemini takes no empty text
+    return Ask(calls, False, EmbedWants(len(texts)), asked)
+
+
+def ollama_embed_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    if not exchange.wants.count:
+        return {"model": exchange.model, "embeddings": []}
+    vectors = read_vectors(answers, exchange)
+    total = max(1, int((exchange.now() - exchange.created) * 1e9))
+    return {"model": exchange.model, "embeddings": vectors, "total_duration": total, "load_duration": 1,
+            "prompt_eval_count": exchange.usage.prompt}
+
+
+def ollama_embeddings_request(body: Fields, setting: Setting) -> Ask:
+    """The older call: one prompt, one vector."""
+    asked, model, _ = ollama_asked(body, setting, model_required())
+    prompt = body.get("prompt", str)
+    ollama_keep_alive(body)
+    return Ask(embed_calls(model, [prompt], None) if prompt else (), False, EmbedWants(1 if prompt else 0), asked)
+
+
+def ollama_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    return {"embedding": read_vectors(answers, exchange)[0] if exchange.wants.count else []}
+
+
+# ---- the models ----
+
+# What Gemini lists and a chat cannot use; it can be asked for by name all the same.
+UNLISTED = re.compile(r"image|banana|tts|audio|live|robotics|computer-use|aqa|deep-research|antigravity|omni|lyria")
+
+
+def ollama_capabilities(name: str, entry: JSON) -> list[str]:
+    """What a model can do, in the words that Ollama's server knows; some clients choke on any other."""
+    if "embedContent" in inside(entry, "supportedGenerationMethods", list):
+        return ["embedding"]
+    model = model_of(name)
+    plain = name.startswith("gemma") or UNLISTED.search(name)
+    thinking = ["thinking"] if model.thinking is not None else []
+    return ["completion", "vision"] if plain else ["completion", "tools", "insert", "vision", *thinking]
+
+
+def ollama_details(entry: JSON, recipe: Recipe = Recipe()) -> JSON:
+    return {"parent_model": recipe.source, "format": "gguf", "family": "gemini", "families": ["gemini"],
+            "parameter_size": "unknown", "quantization_level": "unknown",
+            "context_length": inside(entry, "inputTokenLimit", int)}
+
+
+def ollama_entry(name: str, entry: JSON) -> JSON:
+    """A model in a list. Clients keep what they learn under the digest, so it changes when the model does."""
+    capabilities = ollama_capabilities(inside(entry, "name", str).rpartition("/")[2] or name, entry)
+    digest = hashlib.sha256(json.dumps([name, capabilities, entry.get("inputTokenLimit")]).encode()).hexdigest()
+    return {"name": tagged(name), "model": tagged(name), "modified_at": ollama_time(GEMINI_OPENED), "size": 0,
+            "digest": digest,
+            "details": ollama_details(entry), "capabilities": capabilities}
+
+
+def ollama_models_request(body: Fields, setting: Setting) -> Ask:
+    return Ask((MODELS_CALL,))
+
+
+def ollama_tags_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    models = usable_models(answers, exchange.setting)
+    return {"models": [ollama_entry(name, entry) for name, entry in models.items() if not UNLISTED.search(name)]}
+
+
+class ManageWants(NamedTuple):
+    """What is to be done about a model."""
+    name: str = ""
+    to: str = ""                    # another name
+    recipe: Recipe = Recipe()
+
+
+def ollama_managed(body: Fields, *keys: str) -> str:
+    """The name of the model that a request is about, which the older clients send as `name`."""
+    names = [body.get(key, str) for key in keys or ("model", "name")]
+    body.pass_over("verbose", "insecure")
+    name = next(filter(None, names), "")
+    if not name:
+        raise model_required()
+    return name
+
+
+def ollama_show_request(body: Fields, setting: Setting) -> Ask:
+    name = ollama_managed(body)
+    body.pass_over("options")
+    return Ask((MODELS_CALL,), False, ManageWants(name, recipe=recipe_named(name, setting)), name)
+
+
+# Clients look into it for what a model can do: for the word "tools", and for .Suffix.
+OLLAMA_TEMPLATE = "{{ if .Suffix }}{{ .Suffix }}{{ end }}{{ if .Tools }}tools{{ end }}{{ .Prompt }}"
+
+
+def ollama_show_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    """What clients decide by: capabilities, and the context length under exactly one key."""
+    asked, recipe = exchange.wants.name, exchange.wants.recipe
+    try:
+        entry = ollama_known(asked, answers, exchange.setting)
+    except ProxyError as error:
+        error.model = tagged(asked)         # so Ollama says
+        raise
+    told = ollama_entry(plain_name(asked, True), entry)
+    embeds = told["capabilities"] == ["embedding"]
+    template = "{{ .Prompt }}" if embeds else OLLAMA_TEMPLATE
+    return {"license": "", "modelfile": f"# Gemini, by proxy-to-gemini\nFROM {recipe.source or told['name']}\n",
+            "parameters": "",
+            "template": template, "system": recipe.system, "details": ollama_details(entry, recipe),
+            "model_info": {"general.architecture": "gemini", "general.basename": asked, "general.parameter_count": 0,
+                           "gemini.context_length": inside(entry, "inputTokenLimit", int),
+                           "gemini.embedding_length": 3072 if embeds else 0},
+            "capabilities": told["capabilities"], "modified_at": told["modified_at"]}
+
+
+def ollama_ps_request(body: Fields, setting: Setting) -> Ask:
+    return Ask((MODELS_CALL,) if setting.loaded else ())
+
+
+def ollama_ps_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    """The models that were used lately, the one that stays longest first."""
+    loaded, now = exchange.setting.loaded, exchange.now()
+    for name in [name for name, until in loaded.items() if until <= now]:
+        loaded.pop(name, None)
+    models = usable_models(answers, exchange.setting) if loaded else {}
+    shown = [(until, ollama_entry(name, models[name])) for name, until in loaded.items() if name in models]
+    return {"models": [{**{key: entry[key] for key in ("name", "model", "size", "digest", "details")},
+                        "size_vram": entry["size"],
+                        "expires_at": ollama_time(min(until, now + FOREVER)),
+                        "context_length": entry["details"]["context_length"]}
+                       for until, entry in sorted(shown, key=itemgetter(0), reverse=True)]}
+
+
+def ollama_pull_request(body: Fields, setting: Setting) -> Ask:
+    name = ollama_managed(body)
+    return Ask((MODELS_CALL,), body.get("stream", bool) is not False, ManageWants(name), name)
+
+
+def ollama_pull_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+    """Nothing is downloaded; programs wait for "success"."""
+    models = usable_models(answers, exchange.setting)
+    yield {"status": "pulling manifest"}
+    if model_named(exchange.wants.name, exchange.setting).name not in models:
+        raise ProxyError(500, "pull model manifest: file does not exist")
+    yield from ({"status": status} for status in ("verifying sha256 digest", "writing manifest", "success"))
+
+
+def ollama_pull_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    return list(ollama_pull_stream(exchange, answers))[-1]
+
+
+def ollama_copy_request(body: Fields, setting: Setting) -> Ask:
+    source, to = ollama_managed(body, "source"), ollama_managed(body, "destination")
+    return Ask((MODELS_CALL,), False, ManageWants(source, to, recipe_named(source, setting)), source)
+
+
+def ollama_copy_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Payload:
+    wants = exchange.wants
+    source = model_named(wants.name, exchange.setting).name
+    models = usable_models(answers, exchange.setting)
+    if source not in models:
+        raise ProxyError(404, f"model {json.dumps(wants.name[:200])} not found")
+    ollama_keep_recipe(exchange, plain_name(wants.to, True), wants.recipe._replace(source=source), models)
+    return Payload(b"")
+
+
+def ollama_keep_recipe(exchange: Exchange, name: str, recipe: Recipe, models: dict[str, JSON]) -> None:
+    """Remember another name for a model. A name of Gemini's own stays Gemini's."""
+    if name in models and not exchange.setting.recall("model:" + name) or not re.fullmatch(r"[\w.:/-]{1,200}", name,
+                                                                                           re.A):
+        raise ProxyError(400, f"the name {json.dumps(name[:200])} is taken, or is not a valid model name")
+    exchange.setting.keep("model:" + name, json.dumps(recipe._asdict()))
+
+
+def ollama_create_request(body: Fields, setting: Setting) -> Ask:
+    """A model `from` one of Gemini's, with `system` and `parameters` of its own; there are no weights to build from."""
+    name, source = ollama_managed(body), body.get("from", str)
+    if not source or body.get("files", dict) or body.get("adapters", dict):
+        raise ProxyError(400,
+                         "only models \"from\" one of Gemini's can be created here: there are no files to build from",
+                         place="from")
+    old, system = recipe_named(source, setting), body.get("system", str)
+    recipe = Recipe(old.source or plain_name(source, True), old.system if system is None else system,
+                    {**old.options, **(body.get("parameters", dict) or {})})
+    return Ask((MODELS_CALL,), body.get("stream", bool) is not False, ManageWants(name, recipe=recipe), name)
+
+
+def ollama_create_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+    wants, models = exchange.wants, usable_models(answers, exchange.setting)
+    if wants.recipe.source not in models:
+        raise no_such_model(wants.recipe.source)
+    ollama_keep_recipe(exchange, plain_name(wants.name, True), wants.recipe, models)
+    yield from ({"status": status} for status in ("creating new layer", "writing manifest", "success"))
+
+
+def ollama_create_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    return list(ollama_create_stream(exchange, answers))[-1]
+
+
+def ollama_delete_request(body: Fields, setting: Setting) -> Ask:
+    name = ollama_managed(body)
+    return Ask((MODELS_CALL,), False, ManageWants(name, recipe=recipe_named(name, setting)), name)
+
+
+def ollama_delete_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Payload:
+    wants = exchange.wants
+    if wants.recipe.source:
+        exchange.setting.keep("model:" + plain_name(wants.name, True), "")
+        return Payload(b"")
+    if plain_name(wants.name, True) in usable_models(answers, exchange.setting):
+        raise ProxyError(403, f"model '{wants.name[:200]}' is Google's and cannot be deleted from here")
+    raise no_such_model(wants.name)
+
+
+# ---- the rest ----
+
+
+def says(value: Any) -> tuple[Callable[[Fields, Setting], Ask], Callable[[Exchange, Iterator[Iterator[JSON]]], Any]]:
+    """The request and response functions of a route that always says the same."""
+    return (lambda body, setting: Ask(), lambda exchange, answers: value)
+
+
+def refuses(status: int, message: str) -> tuple[Callable[[Fields, Setting], Ask],
+                                                Callable[[Exchange, Iterator[Iterator[JSON]]], Any]]:
+    """The request and response functions of a route that always refuses."""
+    def request(body: Fields, setting: Setting) -> Ask:
+        raise ProxyError(status, message)
+    return request, lambda exchange, answers: None
+
+
+def fixed(method: str, path: str, functions: tuple[Callable, Callable]) -> Route:
+    """A route that reads nothing of a request."""
+    return Route(method, path, *functions, takes=no_body)
+
+
+NDJSON = Framing("application/x-ndjson", lambda event: encode_json(event).encode() + b"\n")
+NO_CLOUD = refuses(403, "ollama cloud is disabled: remote inference is unavailable")
+NO_BLOBS = refuses(400, "there are no files behind this server, and none can be put there: its models are Gemini's")
+
+
+def ollama_error(error: ProxyError) -> tuple[int, Any]:
+    """Ollama's form of an error: a text. A 401 of Gemini's must not look like a missing sign-in at ollama.com."""
+    if isinstance(error, NoRoute):
+        return 404, Payload(b"404 page not found")
+    message = error.message
+    if error.code == "model_not_found":
+        message = f"model '{error.model[:200]}' not found"
+        if error.upstream and error.listed is not False:        # Gemini has a reason of its own
+            message += ": " + error.message
+    return 403 if error.status == 401 and error.upstream else error.status, {"error": message}
+
+
+OLLAMA = Protocol("ollama", (
+    Route("POST", "/api/chat", ollama_chat_request, ollama_chat_response, ollama_chat_stream, NDJSON, ollama_chat_beat),
+    Route("POST", "/api/generate", ollama_generate_request, ollama_generate_response, ollama_generate_stream, NDJSON,
+          ollama_generate_beat),
+    Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response),
+    Route("POST", "/api/embeddings", ollama_embeddings_request, ollama_embeddings_response),
+    Route("GET", "/api/tags", ollama_models_request, ollama_tags_response),
+    Route("POST", "/api/show", ollama_show_request, ollama_show_response),
+    Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response),
+    fixed("GET", "/api/version", says({"version": OLLAMA_VERSION})),
+    fixed("GET", "/api/status", says({"cloud": {"disabled": True, "source": "env"}})),
+    Route("POST", "/api/pull", ollama_pull_request, ollama_pull_response, ollama_pull_stream, NDJSON),
+    Route("POST", "/api/create", ollama_create_request, ollama_create_response, ollama_create_stream, NDJSON),
+    Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response),
+    Route("DELETE", "/api/delete", ollama_delete_request, ollama_delete_response),
+    fixed("POST", "/api/push", refuses(400, "models cannot be pushed from here: they are Google's")),
+    fixed("GET", "/api/blobs/{digest}", refuses(404, "there is no such file here")),
+    fixed("POST", "/api/blobs/{digest}", NO_BLOBS),
+    fixed("POST", "/api/me", refuses(401, "unauthorized")),
+    fixed("POST", "/api/signout", refuses(401, "you are not currently signed in")),
+    fixed("DELETE", "/api/user/keys/{key}", refuses(401, "you are not currently signed in")),
+    fixed("POST", "/api/experimental/web_search", NO_CLOUD),
+    fixed("POST", "/api/experimental/web_fetch", NO_CLOUD),
+    fixed("GET", "/api/experimental/model-recommendations", says({"recommendations": []})),
+), ollama_error, lambda error: ollama_error(error)[1])
+
+# ======================================================================================
 # 6. Routing: which route answers a path, and in which protocol an error is told
 # ======================================================================================
+
+def without_401(protocol: Protocol) -> Protocol:
+    """The protocol on an Ollama server, whose clients take a 401 for a missing sign-in at ollama.com."""
+    def error(error: ProxyError) -> tuple[int, Any]:
+        status, body = protocol.error(error)
+        return 403 if status == 401 and error.upstream else status, body
+    return protocol._replace(error=error)
+
 
 # What each -api mounts; the first protocol whose beginning fits a path tells of errors there.
 MOUNTS: dict[str, tuple[tuple[str, Protocol], ...]] = {
     "openai": (("/", OPENAI),),
+    "ollama": (("/v1", without_401(OPENAI)), ("/", OLLAMA)),
 }
 
 
@@ -2159,7 +2853,7 @@ def find_route(api: str, method: str, path: str) -> Found:
         allowed += ["HEAD"] if "GET" in allowed else []
         raise ProxyError(405, f"Not allowed to {method[:20]} on {path[:200]}.", code="method_not_supported",
                          headers={"Allow": ", ".join(dict.fromkeys(allowed))})
-    raise ProxyError(404, f"Invalid URL ({method[:20]} {path[:200]})")
+    raise NoRoute(404, f"Invalid URL ({method[:20]} {path[:200]})")
 
 # ======================================================================================
 # 7. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
@@ -2607,8 +3301,9 @@ class Memory:
     LOOK = 256, 4 << 20                 # rows and bytes after which it is looked at
     FIND = "SELECT value FROM memory WHERE key = ?1 OR alias = ?2 ORDER BY key = ?1 DESC, rowid DESC LIMIT 1"
     FORGET = ("DELETE FROM memory WHERE rowid IN (SELECT row FROM (SELECT rowid AS row, ROW_NUMBER() OVER newest AS n, "
-              "SUM(LENGTH(value)) OVER newest AS size FROM memory WINDOW newest AS (ORDER BY rowid DESC)) "
-              "WHERE n > ? OR size > ?)")
+              "SUM(LENGTH(value)) OVER newest AS size FROM memory WHERE alias != '!' "
+              "WINDOW newest AS (ORDER BY rowid DESC)) WHERE n > ? OR size > ?)")
+    KEPT = "!"                          # the alias of what is not forgotten by itself
 
     def __init__(self, path: str = ":memory:"):
         self.path, self.lock = path, threading.Lock()
@@ -2631,6 +3326,22 @@ class Memory:
             if self.rows >= self.LOOK[0] or self.size >= self.LOOK[1]:
                 self.rows = self.size = 0
                 self.forget()
+
+    def keep(self, key: str, text: str) -> None:
+        """Keep a text that is not forgotten by itself; "" forgets it."""
+        with self.lock:
+            if text:
+                self.open().execute("INSERT OR REPLACE INTO memory VALUES (?, ?, ?)", (key, self.KEPT, text))
+            else:
+                self.open().execute("DELETE FROM memory WHERE key = ?", (key,))
+
+    def kept(self) -> dict[str, str]:
+        """All that is kept so, by key without its kind."""
+        if self.database is None and self.path == ":memory:":
+            return {}
+        with self.lock:
+            rows = self.open().execute("SELECT key, value FROM memory WHERE alias = ?", (self.KEPT,)).fetchall()
+        return {key.partition(":")[2]: value for key, value in rows}
 
     def get(self, key: str | None, alias: str) -> str | None:
         """What was put under this key, else what was put last under this alias."""
@@ -2755,6 +3466,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.read_head(line)
             self.serve()
         except ProxyError as error:
+            self.explain(error)
             self.fail(error)
         except RecursionError:
             self.fail(ProxyError(400, "We could not parse the JSON body of your request: it is nested too deeply."))
@@ -2888,34 +3600,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "OPTIONS":
             return self.preflight()
         if path in server.own_pages and self.command in ("GET", "HEAD"):
-            return self.send_payload(*server.own_pages[path]())
+            return self.send_answer(*reversed(server.own_pages[path]()))
         found = find_route(api, self.command, path)
         self.protocol = found.protocol
-        body = Fields({}) if self.command in ("GET", "HEAD") and not self.body_left else parse_body(self.read_body())
+        body = no_body(b"", "") if self.command in ("GET", "HEAD") and not self.body_left else found.route.takes(
+            self.read_body(), self.headers.get("content-type", ""))
         setting = server.setting._replace(params=found.params, query=dict(urllib.parse.parse_qsl(query)))
         ask = found.route.request(body, setting)
-        self.ignored = body.ignored()
+        self.ignored, self.framing = body.ignored(), found.route.framing
+        self.exchange = Exchange(ask, setting, lambda calls: server.gemini.remember(ask.calls[0], server.config.key,
+                                                                                    calls))
         beat = functools.partial(self.beat, found.route) if ask.stream else None
-        watch = Watch(self.connection, server.config.timeout, server.stopping, beat)
-        self.watch, self.framing = watch, found.route.framing
-        with server.gemini.ask(ask.calls, watch, server.config.key) as answers:
-            self.exchange = Exchange(ask, time.time(), lambda prefix: prefix + secrets.token_hex(12),
-                                     lambda calls: server.gemini.remember(ask.calls[0], server.config.key, calls))
-            self.answers = answers
+        self.watch = Watch(self.connection, server.config.timeout, server.stopping, beat)
+        with server.gemini.ask(ask.calls, self.watch, server.config.key) as self.answers:
             if ask.stream:
-                self.send_stream(found.route.stream(self.exchange, iter(answers)))
+                self.send_stream(found.route.stream(self.exchange, iter(self.answers)))
             else:
-                self.send_answer(found.route.response(self.exchange, iter(answers)))
+                self.send_answer(found.route.response(self.exchange, iter(self.answers)))
 
-    def send_answer(self, answer: Any) -> None:
+    def send_answer(self, answer: Any, status: int = 200, headers: Iterable[tuple[str, str]] = ()) -> None:
         """A whole answer: JSON, or a Payload."""
-        if type(answer) is Payload:
-            self.send_payload(200, answer)
-        else:
-            self.send(200, encode_json(answer).encode(), headers=self.ignored_header())
-
-    def send_payload(self, status: int, payload: Payload) -> None:
-        self.send(status, payload.data, payload.content_type, headers=self.ignored_header())
+        payload = answer if type(answer) is Payload else Payload(encode_json(answer).encode(), "application/json")
+        self.send(status, payload.data, payload.content_type, [*headers, *self.ignored_header()])
 
     def send_stream(self, events: Iterator[JSON]) -> None:
         """A stream; its status waits for the first event, so that a refusal has a status of its own."""
@@ -2926,7 +3632,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def beat(self, route: Route) -> None:
         """Say that the stream is alive."""
-        self.emit(route.framing.beat)
+        self.emit(route.framing.encode(route.beat(self.exchange)) if route.beat else route.framing.beat)
+
+    def explain(self, error: ProxyError) -> None:
+        """Add to an error which model the client meant, and whether Gemini lists it."""
+        if error.code == "model_not_found" and error.upstream and self.exchange:
+            error.model = self.exchange.model
+            with contextlib.suppress(ProxyError):
+                models = [entry for chunk in ModelList(self.server.gemini, self.watch, self.server.config.key).chunks()
+                          for entry in chunk["models"]]
+                error.listed = model_named(error.model, self.server.setting).path in [inside(entry, "name", str)
+                                                                                      for entry in models]
 
     def fail(self, error: ProxyError) -> None:
         """Tell an error: as an answer, or in mid-stream as the last event."""
@@ -2935,9 +3651,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.begun:
             self.emit(self.framing.encode(self.protocol.stream_error(error)), last=True)
         else:
-            status, body = self.protocol.error(error)
             self.close_connection = self.close_connection or self.body_left or not self.command
-            self.send(status, encode_json(body).encode(), headers=list(error.headers.items()))
+            self.send_answer(*reversed(self.protocol.error(error)), list(error.headers.items()))
 
     def ignored_header(self) -> list[tuple[str, str]]:
         """What was ignored of the request, by name, in a header; or none."""
@@ -3050,7 +3765,10 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, config: Config):
         self.config = config
         self.gemini = Gemini(config.upstream)
-        self.setting = Setting(config.aliases, config.api == "ollama")
+        memory = self.gemini.memory
+        self.setting = Setting(config.aliases, config.api == "ollama", time.time,
+                               lambda prefix: prefix + secrets.token_hex(12),
+                               lambda key: memory.get(key, ""), memory.keep, memory.kept, {})
         self.stopping = -1
         self.own_pages = {"/": self.front_page, "/healthz": lambda: (200, Payload(b"ok"))}
         host, port = config.listen
@@ -3077,8 +3795,9 @@ class Server(http.server.ThreadingHTTPServer):
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def front_page(self) -> tuple[int, Payload]:
-        text = f"You are running proxy-to-gemini at {self.url}; api = {self.config.api}\n"
-        return 200, Payload(text.encode())
+        if self.config.api == "ollama":
+            return 200, Payload(b"Ollama is running")
+        return 200, Payload(f"You are running proxy-to-gemini at {self.url}; api = {self.config.api}\n".encode())
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log(f"this is a bug in proxy-to-gemini; please report it: {traceback.format_exc()}")
