@@ -456,7 +456,7 @@ class Recipe(NamedTuple):
 
 
 def plain_name(asked: str, ollama: bool) -> str:
-    """A model's name without prefixes, and without what Ollama lets clients write around it: registry, tag, capitals."""
+    """A model's name without prefixes, and without what Ollama lets clients write around it: registry, tag, case."""
     if not ollama:
         return re.sub(r"^(models|google|gemini)/", "", asked)
     name = re.sub(r"^(registry\.ollama\.ai/)?(library|ollama|models|google|gemini)/", "", asked, flags=re.I)
@@ -2206,7 +2206,7 @@ def ollama_keep_alive(body: Fields) -> float:
             raise wrong_value("keep_alive", f"invalid keep_alive: {value[:40]!r} is not a duration such as \"5m\"")
         parts = re.findall(r"([\d.]+)([a-zµ]+)", value)
         value = sum(float(number) * UNITS[unit] for number, unit in parts) * (-1 if value.startswith("-") else 1)
-    return FOREVER if value < 0 else min(float(value), FOREVER)
+    return FOREVER if value < 0 else float(min(value, FOREVER))
 
 
 THINK_WORDS = '"high", "medium", "low", "max", true, or false'
@@ -2280,7 +2280,7 @@ def ollama_wants(body: Fields, asked: str, **more: Any) -> OllamaWants:
 
 
 def ollama_load(body: Fields, asked: str) -> Ask:
-    """Nothing is asked: the model is to be loaded, or with keep_alive 0 to be dropped. Whether it exists is looked up."""
+    """Nothing is asked: the model is to be loaded, or with keep_alive 0 to be dropped. It must exist."""
     wants = ollama_wants(body, asked)
     body.pass_over(*body.data)
     return Ask((MODELS_CALL,), False, wants._replace(loading="load" if wants.lasts else "unload"), asked)
@@ -3651,7 +3651,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.begun:
             self.emit(self.framing.encode(self.protocol.stream_error(error)), last=True)
         else:
-            self.close_connection = self.close_connection or self.body_left or not self.command
+            self.close_connection = self.close_connection or not self.command
             self.send_answer(*reversed(self.protocol.error(error)), list(error.headers.items()))
 
     def ignored_header(self) -> list[tuple[str, str]]:
@@ -3664,8 +3664,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return [("x-proxy-ignored", text)] if text else []
 
     def head(self, status: int, content_type: str, headers: list[tuple[str, str]]) -> bytes:
-        """Status line and headers, up to the empty line."""
+        """Status line and headers, up to the empty line. A connection with an unread body is not gone on with."""
         self.status, self.begun = status, True
+        self.close_connection = self.close_connection or self.body_left
         phrase = http.HTTPStatus(status).phrase if status in http.HTTPStatus._value2member_map_ else "Error"
         lines = [f"HTTP/1.1 {status} {phrase}", f"Date: {http_date(int(time.time()))}",
                  f"Server: proxy-to-gemini/{VERSION}",
