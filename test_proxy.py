@@ -393,11 +393,11 @@ def function(name, **properties):
 WEATHER, CLOCK = function("weather", city="string"), function("clock", city="string")
 
 
-def exchange(ask=None, wants=None):
-    """An exchange at a fixed time, whose ids count up."""
+def exchange(ask=None, setting=Setting()):
+    """An exchange whose ids count up, at a time that stands still."""
     count = itertools.count(1)
-    ask = ask or proxy.Ask(model="m", wants=wants)
-    return Exchange(ask, 1700000000.5, lambda prefix: f"{prefix}{next(count)}", lambda calls: [f"call_{next(count)}" for _ in calls])
+    setting = setting._replace(now=lambda: 1700000000.5, new_id=lambda prefix: f"{prefix}{next(count)}")
+    return Exchange(ask or proxy.Ask(model="m"), setting, lambda calls: [f"call_{next(count)}" for _ in calls])
 
 
 def chat(*messages, model=FLASH, **more):
@@ -432,7 +432,8 @@ def read(*chunks):
 def respond(body, *answers, setting=Setting()):
     """(the whole answer, the streamed events) to a body, when Gemini says this: a list of chunks for each call."""
     ask = asked(body, setting=setting)[0]
-    return (proxy.openai_chat_response(exchange(ask), map(iter, answers)), list(proxy.openai_chat_stream(exchange(ask), map(iter, answers))))
+    return (proxy.openai_chat_response(exchange(ask, setting), map(iter, answers)),
+            list(proxy.openai_chat_stream(exchange(ask, setting), map(iter, answers))))
 
 
 def deltas(events, index=0):
@@ -498,15 +499,16 @@ def test_what_is_sent_is_ascii_and_never_nan():
     (FLASH, "models/gemini-2.5-flash"), ("models/" + FLASH, "models/gemini-2.5-flash"), ("google/" + FLASH, "models/gemini-2.5-flash"),
     ("tunedModels/mine-1", "tunedModels/mine-1"), ("gpt-4o-mini", "models/gemini-3.8-flash"), ("gpt-exact", "models/gemma-4"), ("o3", "models/o3")])
 def test_model_names(asked_for, path):
-    assert proxy.model_named(asked_for, (("gpt-*", NEWEST), ("gpt-exact", "gemma-4"))).path == path
+    assert proxy.model_named(asked_for, Setting(aliases=(("gpt-*", NEWEST), ("gpt-exact", "gemma-4")))).path == path
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a:b", "a?b", "a#b", "a b", "a%2fb", "a\r\nb", "\0", "ключ", "x" * 200,
                                   "models/models/x", "tunedModels/../x", "a..b", "@evil", "http://evil/x"])
 def test_a_name_never_changes_the_url(name):
-    with pytest.raises(ProxyError) as caught:
-        proxy.model_named(name, ())
-    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+    for ollama in (False, True):
+        with pytest.raises(ProxyError) as caught:
+            proxy.model_named(name, Setting(ollama=ollama))
+        assert (caught.value.status, caught.value.code) == (404, "model_not_found")
 
 
 THINKERS = {    # what each model may be told, by Google's documentation
@@ -1057,12 +1059,13 @@ def test_what_cannot_be_embedded(place, more):
 
 def test_models():
     answers = [[{"models": MODELS}]]
-    ask = asked({}, proxy.openai_models_request, Setting(aliases=(("gpt-4o", FLASH), ("gpt-*", FLASH))))[0]
-    listed = proxy.openai_models_response(exchange(ask), map(iter, answers))
+    setting = Setting(aliases=(("gpt-4o", FLASH), ("gpt-*", FLASH)))
+    listed = proxy.openai_models_response(exchange(asked({}, proxy.openai_models_request, setting)[0], setting), map(iter, answers))
     assert [entry["id"] for entry in listed["data"]] == [FLASH, NEWEST, EMBEDDER, "gpt-4o"]
     assert listed["data"][0] == {"id": FLASH, "object": "model", "created": proxy.GEMINI_OPENED, "owned_by": "google"}
     for name, found in ((FLASH, True), ("models/" + FLASH, True), ("gpt-5", True), ("gemini-9", False), ("veo-3.1", False)):
-        one = exchange(asked({}, proxy.openai_models_request, Setting(aliases=(("gpt-*", FLASH),), params={"model": name}))[0])
+        one = setting._replace(params={"model": name})
+        one = exchange(asked({}, proxy.openai_models_request, one)[0], one)
         if found:
             assert proxy.openai_model_response(one, map(iter, answers))["id"] == name.replace("models/", "")
         else:
@@ -1075,6 +1078,210 @@ def test_models():
     (ProxyError(429, "m", code="rate_limit_exceeded"), "requests", "rate_limit_exceeded"), (ProxyError(502, "m"), "server_error", "server_error")])
 def test_openais_errors(error, kind, code):
     assert proxy.openai_error(error) == (error.status, {"error": {"message": "m", "type": kind, "param": None, "code": code}})
+
+
+# ======================================================================================
+# 5. Ollama
+# ======================================================================================
+
+OLLAMA = Setting(ollama=True)
+
+
+def ollama(body, *answers, path="/api/chat", setting=OLLAMA):
+    """(the whole answer, the streamed events) to a body, when Gemini says this."""
+    route = all_routes()["ollama", "POST", path]
+    ask = asked(body, route.request, setting)[0]
+    return (route.response(exchange(ask, setting), map(iter, answers)),
+            list(route.stream(exchange(ask, setting), map(iter, answers))) if ask.stream else None)
+
+
+def ollama_body(body, path="/api/chat"):
+    return gemini_body(body, request=all_routes()["ollama", "POST", path].request, setting=OLLAMA)
+
+
+STAMP = {"model": FLASH, "created_at": "2023-11-14T22:13:20.500000Z"}
+METRICS = {"done": True, "done_reason": "stop", "total_duration": 1, "load_duration": 1, "prompt_eval_count": 4, "prompt_eval_duration": 1,
+           "eval_count": 7, "eval_duration": 1}
+
+
+def test_an_ollama_chat_becomes_a_request():
+    body = chat({"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is this?", "images": [PNG]}, assistant("A dot.", thinking="Hm"),
+                {"role": "user"}, user("Sure?"), options={"temperature": 3, "top_p": 0.5, "top_k": 40, "num_predict": 100, "seed": 7, "stop": "END", "num_ctx": 9},
+                think="low", keep_alive="5m", model=NEWEST)
+    assert ollama_body(body) == {
+        "contents": [{"role": "user", "parts": [{"text": "What is this?"}, {"inlineData": {"mimeType": "image/png", "data": PNG}}]},
+                     {"role": "model", "parts": [{"text": "A dot."}]}, {"role": "user", "parts": [{"text": "Sure?"}]}],
+        "systemInstruction": {"parts": [{"text": "Be brief."}]},
+        "generationConfig": {"temperature": 2, "topP": 0.5, "topK": 40, "maxOutputTokens": 100, "seed": 7, "stopSequences": ["END"],
+                             "thinkingConfig": {"thinkingLevel": "LOW", "includeThoughts": True}}}
+    ask, ignored = asked(body, proxy.ollama_chat_request, OLLAMA)
+    assert ask.stream and ask.calls[0].streaming and ignored == ["options.num_ctx"]
+
+
+@pytest.mark.parametrize("options", [{"num_predict": -1, "seed": -1, "top_k": -1, "stop": []}, {"num_predict": -2, "top_k": 0}, {"num_predict": None}])
+def test_options_that_mean_nothing_set(options):
+    assert set(ollama_body(chat(options=options))["generationConfig"]) == {"thinkingConfig"}
+
+
+@pytest.mark.parametrize("think, config", [(None, {"includeThoughts": True}), (True, {"includeThoughts": True}), (False, {"thinkingBudget": 0}),
+                                           ("max", {"thinkingBudget": 24576, "includeThoughts": True})])
+def test_think(think, config):
+    assert ollama_body(chat(think=think))["generationConfig"]["thinkingConfig"] == config
+    assert ("generationConfig" not in ollama_body(chat(think=think, model="gemini-2.0-flash"))) if not think else True
+
+
+@pytest.mark.parametrize("name", [FLASH, FLASH + ":latest", "models/" + FLASH, "library/" + FLASH, "registry.ollama.ai/library/" + FLASH + ":latest", "Gemini-2.5-Flash"])
+def test_ollamas_spellings_of_a_model(name):
+    ask = asked(chat(model=name), proxy.ollama_chat_request, OLLAMA)[0]
+    assert ask.calls[0].model.name == FLASH and ask.model == name
+
+
+def test_results_without_an_id_go_by_name_or_order():
+    calls = [{"function": {"name": "f", "arguments": {}}}, {"function": {"name": "g", "arguments": "{}"}}]
+    for results in (({"content": "F"}, {"content": "G"}), ({"content": "G", "tool_name": "g"}, {"content": "F", "tool_name": "f"})):
+        contents = ollama_body(chat(user("q"), assistant("", tool_calls=calls), *({"role": "tool", **result} for result in results)))["contents"]
+        assert contents[2]["parts"] == [answer_to("f", {"output": "F"}), answer_to("g", {"output": "G"})]
+
+
+CALLED = {"id": "call_1", "index": 0, "function": {"index": 0, "name": "weather", "arguments": {"city": "Oslo"}}}
+
+
+def test_an_ollama_answer_whole_and_streamed():
+    said = [chunk({"text": "Hm", "thought": True}), chunk("Let me ", "look."), chunk(call("weather", {"city": "Oslo"}), call("clock")), whole("")]
+    answer, events = ollama(chat(tools=[WEATHER, CLOCK]), said)
+    clock = {"id": "call_2", "index": 1, "function": {"index": 1, "name": "clock", "arguments": {}}}
+    assert answer == {**STAMP, "message": {"role": "assistant", "content": "Let me look.", "thinking": "Hm", "tool_calls": [CALLED, clock]}, **METRICS}
+    assert events == [
+        *({**STAMP, "message": {"role": "assistant", "content": "", **more}, "done": False}
+          for more in ({"thinking": "Hm"}, {"content": "Let me "}, {"content": "look."}, {"tool_calls": [CALLED]}, {"tool_calls": [clock]})),
+        {**STAMP, "message": {"role": "assistant", "content": ""}, **METRICS}]
+
+
+def test_ollamas_generate():
+    answer, events = ollama({"model": FLASH, "prompt": "Hi"}, [chunk({"text": "Hm", "thought": True}), chunk("Hel"), whole("lo")], path="/api/generate")
+    assert answer == {**STAMP, "response": "Hello", "thinking": "Hm", "context": [], **METRICS}
+    assert events[0] == {**STAMP, "response": "", "thinking": "Hm", "done": False} and events[-1] == {**STAMP, "response": "", "context": [], **METRICS}
+    gap = ollama_body({"model": FLASH, "prompt": "def add(", "suffix": "):", "system": "Be neat."}, "/api/generate")
+    assert gap["contents"] == [u("<before>def add(</before><gap/><after>):</after>")] and gap["systemInstruction"]["parts"][0]["text"].startswith("Be neat.\n\nYou fill a gap")
+    raw = ollama_body({"model": FLASH, "prompt": "[INST]", "raw": True}, "/api/generate")
+    assert raw["contents"] == [u("[INST]")] and "systemInstruction" not in raw
+
+
+@pytest.mark.parametrize("keep_alive, reason", [(None, "load"), ("5m0s", "load"), (-1, "load"), ("-1s", "load"), (1.5, "load"), ("1h30m", "load"), (0, "unload"), ("0s", "unload"), ("0", "unload")])
+def test_nothing_asked_is_a_load_or_an_unload(keep_alive, reason):
+    setting = OLLAMA._replace(loaded={})
+    for path, more in (("/api/chat", {"messages": []}), ("/api/generate", {})):
+        answer, _ = ollama({"model": FLASH, "keep_alive": keep_alive, **more}, [{"models": MODELS}], path=path, setting=setting)
+        assert (answer["done"], answer["done_reason"], "total_duration" in answer) == (True, reason, False)
+        assert (FLASH in setting.loaded) is (reason == "load")
+
+
+OLLAMA_REFUSES = {     # what is wrong: (path, body, status, Ollama's text or the place that it names)
+    "no model": ("/api/chat", {"messages": []}, 400, "model is required"), "no model to generate with": ("/api/generate", {"prompt": "x"}, 404, "model '' not found"),
+    "no model to show": ("/api/show", {}, 400, "model is required"), "no such name": ("/api/chat", chat(model="a b"), 404, "model 'a b' not found"),
+    "think": ("/api/chat", chat(think="extreme"), 400, 'invalid think value: "extreme" (must be "high", "medium", "low", "max", true, or false)'),
+    "think as a number": ("/api/chat", chat(think=7), 400, 'think must be a boolean or string ("high", "medium", "low", "max", true, or false)'),
+    "think where none is": ("/api/chat", chat(think=True, model="gemini-2.0-flash"), 400, '"gemini-2.0-flash" does not support thinking'),
+    "format": ("/api/chat", chat(format=7), 400, 'invalid format: 7; expected "json" or a valid JSON Schema object'),
+    "top_logprobs": ("/api/chat", chat(top_logprobs=21), 400, "top_logprobs must be between 0 and 20"), "keep_alive": ("/api/chat", chat(keep_alive="300"), 400, "keep_alive"),
+    "an option": ("/api/chat", chat(options={"temperature": "hot"}), 400, "options.temperature"), "an image": ("/api/chat", chat({"role": "user", "images": ["@@"]}), 400, "messages[0].images[0]"),
+    "raw and system": ("/api/generate", {"model": FLASH, "prompt": "x", "raw": True, "system": "y"}, 400, "raw mode does not support template, system, or context"),
+    "input": ("/api/embed", {"model": EMBEDDER, "input": 7}, 400, "invalid input type"), "part of the input": ("/api/embed", {"model": EMBEDDER, "input": ["a", 7]}, 400, "input[1]"),
+    "a nameless function": ("/api/chat", chat(tools=[{"type": "function", "function": {}}]), 400, "tools[0].function.name"),
+    "files to build from": ("/api/create", {"model": "x", "files": {"a": "b"}}, 400, "from"), "a push": ("/api/push", {"model": "x"}, 400, "cannot be pushed"),
+}
+
+
+@pytest.mark.parametrize("path, body, status, words", OLLAMA_REFUSES.values(), ids=list(OLLAMA_REFUSES))
+def test_ollamas_own_words_for_bad_input(path, body, status, words):
+    with pytest.raises(ProxyError) as caught:
+        asked(body, all_routes()["ollama", "POST", path].request, OLLAMA)
+    got, told = proxy.ollama_error(caught.value)
+    assert got == status and words in told["error"]
+
+
+def test_ollamas_errors():
+    upstream = ProxyError(404, "models/x is not found", code="model_not_found", upstream=True)
+    upstream.model, upstream.listed = "x", False
+    assert proxy.ollama_error(upstream) == (404, {"error": "model 'x' not found"})
+    upstream.listed = None
+    assert proxy.ollama_error(upstream) == (404, {"error": "model 'x' not found: models/x is not found"})
+    assert proxy.ollama_error(ProxyError(401, "bad key", upstream=True))[0] == 403 and proxy.ollama_error(ProxyError(401, "no key"))[0] == 401
+    assert proxy.MOUNTS["ollama"][-2][1].error(ProxyError(401, "bad key", upstream=True))[0] == 403
+    assert proxy.ollama_error(proxy.NoRoute(404, "x")) == (404, proxy.Payload(b"404 page not found"))
+
+
+def test_ollamas_embeddings():
+    vectors = [{"embeddings": [{"values": [3, 4]}]}]
+    assert ollama({"model": EMBEDDER, "input": "one"}, vectors, [{"totalTokens": 3}], path="/api/embed")[0] == {
+        "model": EMBEDDER, "embeddings": [[0.6, 0.8]], "total_duration": 1, "load_duration": 1, "prompt_eval_count": 3}
+    assert ollama({"model": EMBEDDER, "prompt": "one"}, vectors, [{}], path="/api/embeddings")[0] == {"embedding": [0.6, 0.8]}
+    for nothing in ("", [], None):
+        assert ollama({"model": EMBEDDER, "input": nothing}, path="/api/embed")[0] == {"model": EMBEDDER, "embeddings": []}
+    assert ollama({"model": EMBEDDER, "prompt": ""}, path="/api/embeddings")[0] == {"embedding": []}
+    ask = asked({"model": EMBEDDER, "input": ["a", ""]}, proxy.ollama_embed_request, OLLAMA)[0]
+    assert [request["content"]["parts"][0]["text"] for request in ask.calls[0].body["requests"]] == ["a", " "]
+
+
+def manage(method, path, body, setting):
+    route = all_routes()["ollama", method, path]
+    ask = asked(body, route.request, setting)[0]
+    answers = iter([iter([{"models": MODELS}])] * len(ask.calls))
+    return list(route.stream(exchange(ask, setting), answers)) if ask.stream else route.response(exchange(ask, setting), answers)
+
+
+def test_ollamas_lists_say_what_clients_insist_on():
+    tags = manage("GET", "/api/tags", {}, OLLAMA)["models"]
+    assert [entry["name"] for entry in tags] == [f"{name}:latest" for name in (FLASH, NEWEST, EMBEDDER)] == [entry["model"] for entry in tags]
+    assert len({entry["digest"] for entry in tags}) == 3 and all(re.fullmatch("[0-9a-f]{64}", entry["digest"]) for entry in tags)
+    assert tags[0]["capabilities"] == ["completion", "tools", "insert", "vision", "thinking"] and tags[2]["capabilities"] == ["embedding"]
+    shown = manage("POST", "/api/show", {"name": FLASH, "model": ""}, OLLAMA)
+    assert {key: value for key, value in shown["model_info"].items() if "context_length" in key} == {"gemini.context_length": 1048576}
+    assert shown["model_info"]["general.basename"] == FLASH and "tools" in shown["template"] and ".Suffix" in shown["template"]
+    with pytest.raises(ProxyError) as caught:
+        manage("POST", "/api/show", {"model": "x"}, OLLAMA)
+    assert proxy.ollama_error(caught.value) == (404, {"error": "model 'x:latest' not found"})
+
+
+def test_ollamas_running_models():
+    setting = OLLAMA._replace(loaded={FLASH: 1700000100.0, NEWEST: 1700000200.0, "gone": 1.0})
+    running = manage("GET", "/api/ps", {}, setting)["models"]
+    assert [entry["name"] for entry in running] == [NEWEST + ":latest", FLASH + ":latest"] and "gone" not in setting.loaded
+    assert running[1]["expires_at"] == "2023-11-14T22:15:00.000000Z" and running[0]["context_length"] == 1048576
+    assert manage("GET", "/api/ps", {}, OLLAMA._replace(loaded={})) == {"models": []}
+
+
+def test_names_that_clients_make():
+    kept = {}
+    setting = OLLAMA._replace(recall=kept.get, keep=kept.__setitem__, kept=lambda: {key[6:]: text for key, text in kept.items() if text})
+    assert manage("POST", "/api/copy", {"source": FLASH, "destination": "gpt-4o"}, setting) == proxy.Payload(b"")
+    assert manage("POST", "/api/create", {"model": "pirate", "from": "gpt-4o", "system": "Arr.", "parameters": {"temperature": 0.1}, "stream": False}, setting) == {"status": "success"}
+    body = asked(chat(model="Pirate:latest", options={"top_k": 3}), proxy.ollama_chat_request, setting)[0].calls[0].body
+    assert body["systemInstruction"] == {"parts": [{"text": "Arr."}]} and body["generationConfig"]["temperature"] == 0.1 and body["generationConfig"]["topK"] == 3
+    assert "pirate:latest" in [entry["name"] for entry in manage("GET", "/api/tags", {}, setting)["models"]]
+    assert manage("POST", "/api/show", {"model": "pirate"}, setting)["details"]["parent_model"] == FLASH
+    for body in ({"source": "nobody", "destination": "x"}, {"source": FLASH, "destination": NEWEST}, {"source": FLASH, "destination": "a b"}):
+        with pytest.raises(ProxyError):
+            manage("POST", "/api/copy", body, setting)
+    assert manage("DELETE", "/api/delete", {"model": "gpt-4o"}, setting) == proxy.Payload(b"")
+    for name, status in (("gpt-4o", 404), (FLASH, 403)):
+        with pytest.raises(ProxyError) as caught:
+            manage("DELETE", "/api/delete", {"name": name}, setting)
+        assert caught.value.status == status
+
+
+def test_a_pull_of_what_gemini_has_succeeds_and_of_else_fails():
+    assert manage("POST", "/api/pull", {"model": FLASH}, OLLAMA)[-1] == manage("POST", "/api/pull", {"name": FLASH, "stream": False}, OLLAMA) == {"status": "success"}
+    for stream in (True, False):
+        with pytest.raises(ProxyError, match="pull model manifest: file does not exist"):
+            manage("POST", "/api/pull", {"model": "nobody", "stream": stream}, OLLAMA)
+
+
+def test_openais_routes_on_an_ollama_server():
+    answer, events = respond(chat(stream=True), [whole({"text": "Hm", "thought": True}, "42")], setting=OLLAMA)
+    assert answer["choices"][0]["message"]["reasoning"] == "Hm" and {"reasoning": "Hm"} in deltas(events)
+    listed = proxy.openai_models_response(exchange(proxy.Ask(), OLLAMA), iter([iter([{"models": MODELS}])]))["data"]
+    assert listed[0] == {"id": FLASH + ":latest", "object": "model", "created": proxy.GEMINI_OPENED, "owned_by": "library"}
 
 
 # ======================================================================================
@@ -1102,18 +1309,18 @@ def test_no_route():
 
 
 def all_routes():
-    return {(protocol.name, route.method, route.path): route for mounts in proxy.MOUNTS.values() for _, protocol in mounts for route in protocol.routes}
+    return {(protocol.name, route.method, route.path): route for mounts in reversed(list(proxy.MOUNTS.values())) for _, protocol in mounts for route in protocol.routes}
 
 
 @pytest.mark.parametrize("route", [route for route in all_routes().values() if route.stream], ids=lambda route: route.path)
 def test_no_stream_says_a_word_before_gemini_does(route):
-    body = {"model": FLASH, "messages": [user("Hi")], "input": "Hi", "prompt": "Hi", "max_tokens": 9, "stream": True}
-    ask = route.request(Fields(body), Setting())
+    body = {"model": FLASH, "messages": [user("Hi")], "input": "Hi", "prompt": "Hi", "max_tokens": 9, "stream": True, "from": FLASH}
+    ask = route.request(Fields({**body, "model": "mine"} if "create" in route.path else body), Setting(ollama=True))
     read = []
 
     def chunks():
         read.append(True)
-        yield whole("Hello")
+        yield {**whole("Hello"), "models": MODELS}
     events = route.stream(exchange(ask), iter([chunks()]))
     assert not read
     next(events)
@@ -1632,6 +1839,35 @@ def test_a_second_user_at_the_same_time(server, gemini):
     assert all(out[i].endswith(f"You said: user {i}") for i in range(20))
 
 
+def test_an_ollama_server_on_the_wire(gemini):
+    with serving(gemini.url, api="ollama") as server, Line(server) as line:
+        status, headers, body = line.ask("GET", "/")
+        assert (status, body, headers["content-type"]) == (200, b"Ollama is running", "text/plain; charset=utf-8") and line.ask("HEAD", "/")[0] == 200
+        gemini.say([chunk("Straße"), whole("\u2028")])
+        status, headers, body = line.ask("POST", "/api/chat", chat())
+        assert headers["content-type"] == "application/x-ndjson" and body.isascii() and body.endswith(b"}\n") and b"\n\n" not in body
+        assert [json.loads(line_)["done"] for line_ in body.splitlines()] == [False, False, True]
+        assert line.ask("POST", "/api/chat", b"")[::2] == (400, b'{"error":"missing request body"}')
+        assert line.ask("GET", "/api/nonsense")[::2] == (404, b"404 page not found") and line.ask("GET", "/api/chat")[0] == 405
+        assert line.ask("POST", "/api/me", b"")[::2] == (401, b'{"error":"unauthorized"}') and line.ask("HEAD", "/api/blobs/sha256:x")[0] == 404
+        gemini.say(gemini_error(404, "models/gemini-9 is not found"))
+        assert line.ask("POST", "/api/chat", chat(model="gemini-9"))[::2] == (404, b'{"error":"model \'gemini-9\' not found"}')
+        gemini.say(gemini_error(400, "API key not valid. Please pass a valid API key."))
+        assert line.ask("POST", "/v1/chat/completions", chat())[0] == 403
+        gemini.say(Say(chunk("Once "), SHED))
+        lines = line.ask("POST", "/api/chat", chat())[2].splitlines()
+        assert json.loads(lines[-1]) == {"error": "shed"} and json.loads(lines[-2])["done"] is False
+
+
+def test_a_silent_ollama_stream_beats_with_empty_chunks(gemini, monkeypatch):
+    monkeypatch.setattr(proxy, "BEAT", 0.05)
+    with serving(gemini.url, api="ollama") as server:
+        for path, body, text in (("/api/chat", chat(), lambda o: o["message"]["content"]), ("/api/generate", {"model": FLASH, "prompt": "x"}, lambda o: o["response"])):
+            gemini.say(Say(whole("Hello"), delay=0.2))
+            objects = [json.loads(line) for line in post(server, path, body)[2].splitlines()]
+            assert len(objects) > 3 and [text(o) for o in objects[:2]] == ["", ""] and "".join(map(text, objects)) == "Hello"
+
+
 # ======================================================================================
 # 9. Command line
 # ======================================================================================
@@ -1795,9 +2031,44 @@ def test_the_readmes_parameters_are_treated_as_it_says():
         assert (name in ignored) is (kind == "ignored"), (name, ignored)
 
 
+OLLAMA_SAMPLES = {
+    "model": FLASH, "messages": [user("Hi")], "stream": False, "format": "json", "think": False, "tools": [WEATHER], "keep_alive": "1m",
+    "options.temperature": 0.1, "options.top_p": 0.5, "options.top_k": 5, "options.num_predict": 9, "options.seed": 7, "options.stop": ["a"], "options.num_ctx": 9,
+    "options.repeat_penalty": 1.1, "options.presence_penalty": 1, "options.frequency_penalty": 1, "options.mirostat": 1, "logprobs": True,
+    "prompt": "x", "suffix": "y", "system": "z", "raw": True, "images": [PNG], "template": "t", "context": [1],
+}
+
+
+def test_the_readmes_ollama_parameters_are_treated_as_it_says():
+    table = {name.strip("`"): kind for names, kind, *_ in readme_table("Parameters of Ollama's chat and generate") for name in names.split(", ")}
+    assert set(table) == set(OLLAMA_SAMPLES)
+    for name, kind in table.items():
+        generate = name in ("prompt", "suffix", "system", "raw", "images", "template", "context")
+        key, _, inner_key = name.partition(".")
+        body = {**({"model": FLASH, "prompt": "x"} if generate else chat()), key: {inner_key: OLLAMA_SAMPLES[name]} if inner_key else OLLAMA_SAMPLES[name]}
+        ignored = asked(body, proxy.ollama_generate_request if generate else proxy.ollama_chat_request, OLLAMA)[1]
+        assert (name in ignored) is (kind == "ignored"), (name, ignored)
+
+
 # ======================================================================================
 # The official libraries
 # ======================================================================================
+
+
+def test_ollamas_own_library(gemini):
+    ollama_library = pytest.importorskip("ollama")
+    with serving(gemini.url, api="ollama") as server:
+        client = ollama_library.Client(host=server.url)
+        assert FLASH + ":latest" in [model.model for model in client.list().models] and "tools" in client.show(FLASH).capabilities
+        history = [user("Hi")]
+        first = client.chat(model=NEWEST, messages=history, tools=[WEATHER])
+        history += [first.message, {"role": "tool", "content": '{"temp": 3}'}]
+        text = "".join(part.message.content for part in client.chat(model=NEWEST, messages=history, tools=[WEATHER], stream=True))
+        assert text == 'The function said: {"temp": 3}' and gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
+        assert client.embed(model=EMBEDDER, input=["a"]).embeddings[0] == pytest.approx([0.6, 0.8])
+        with pytest.raises(ollama_library.ResponseError, match="not found"):
+            client.show("gemini-9")
+        client._client.close()
 
 
 def test_openais_own_library(server, gemini):
