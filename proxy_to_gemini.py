@@ -253,6 +253,10 @@ decode_json = json.JSONDecoder(parse_float=finite, parse_constant=no_constant).d
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
+def nested_too_deeply() -> ProxyError:
+    return ProxyError(400, "We could not parse the JSON body of your request: it is nested too deeply.")
+
+
 def parse_body(raw: bytes, content_type: str = "") -> Fields:
     """The client's body as Fields, whatever its Content-Type claims; a 400 where it is no JSON object."""
     if not raw.strip():
@@ -260,7 +264,7 @@ def parse_body(raw: bytes, content_type: str = "") -> Fields:
     try:
         data = decode_json(raw.decode("utf-8-sig"))
     except RecursionError:
-        raise ProxyError(400, "We could not parse the JSON body of your request: it is nested too deeply.") from None
+        raise nested_too_deeply() from None
     except ValueError as error:
         raise ProxyError(400, f"We could not parse the JSON body of your request: {str(error)[:200]}.") from None
     if type(data) is not dict:
@@ -530,12 +534,16 @@ def extension_type(name: str | None) -> str | None:
     return EXTENSIONS.get((name or "").rpartition(".")[2].lower())
 
 
+def is_base64(text: str) -> bool:
+    """Whether this is base64 in either alphabet, padded or not."""
+    return re.fullmatch(r"[A-Za-z0-9+/_-]+={0,2}", text, re.ASCII) is not None
+
+
 def base64_data(text: str, place: str) -> str:
     """Base64 in either alphabet, padded or not, with or without line breaks, as Gemini takes it; else a 400."""
-    if not re.fullmatch(r"[A-Za-z0-9+/_-]*={0,2}", text, re.ASCII):
-        text = re.sub(r"\s+", "", text)
+    text = text if is_base64(text) else "".join(text.split())
     data = text.rstrip("=")
-    if not data or len(data) % 4 == 1 or not re.fullmatch(r"[A-Za-z0-9+/_-]+", data, re.ASCII):
+    if not is_base64(text) or len(data) % 4 == 1:
         raise wrong_value(place, f"Invalid value for '{place}': it must be valid base64-encoded data.")
     return data + "=" * (-len(data) % 4)
 
@@ -669,18 +677,11 @@ def settled_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     goes on with its own. (ai.google.dev/gemini-api/docs/function-calling; each rule is a 400 of Gemini's.)
     """
     turns: list[JSON] = []
-    for role, group in itertools.groupby(contents, key=itemgetter("role")):
-        parts = [part for content in group for part in content["parts"] if says_something(part)]
-        if not parts:
-            continue
-        if role == "model" and turns and turns[-1]["role"] == "model":
-            turns[-1]["parts"] += parts
-        elif role == "model":
-            turns.append(model_turn(*parts))
-        elif turns and turns[-1]["role"] == "user":
-            turns[-1]["parts"] += parts
-        else:
-            turns += answered(turns[-1]["parts"] if turns else [], parts, model)
+    kept = [(content["role"], [part for part in content["parts"] if says_something(part)]) for content in contents]
+    for role, group in itertools.groupby((turn for turn in kept if turn[1]), key=itemgetter(0)):
+        parts = [part for _, inner_parts in group for part in inner_parts]
+        turns += [model_turn(*parts)] if role == "model" else answered(turns[-1]["parts"] if turns else [], parts,
+                                                                       model)
     if turns and turns[-1]["role"] == "model":
         turns += answered(turns[-1]["parts"], [], model)
     if turns and turns[0]["role"] == "model":
@@ -694,47 +695,52 @@ def answered(asked: list[Part], said: list[Part], model: Model) -> list[JSON]:
     """The user's turns after a model's turn: the results of its calls, then the rest of what was said."""
     calls = [part["functionCall"] for part in asked if "functionCall" in part]
     results = [part["functionResponse"] for part in said if "functionResponse" in part]
-    matched, rest = match_results(calls, results), []
+    matched = match_results(calls, results)
+    rest: list[Part] = []
+    found = {id(results[i]) for i in matched if i is not None}
     for part in said:
         result = part.get("functionResponse")
         if result is None:
             rest.append(part)
-        elif not any(result is found for found in matched):
-            rest += [text_part(f"Result of {result['name'] or 'a function'}: {encode_json(result['response'])}"),
-                     *result.get("parts", ())]
+        elif id(result) not in found:
+            told = f"Result of {result['name'] or 'a function'}: {encode_json(result['response'])}"
+            rest += [text_part(told), *result.get("parts", ())]
     answers, media = [], []
-    for call, result in zip(calls, matched):
-        result = {**({"id": call["id"]} if "id" in call else {}), "name": call["name"],
-                  "response": MISSING_RESULT if result is None else result["response"],
-                  "parts": [] if result is None else result.get("parts", [])}
-        inside = result["parts"] if model.generation >= 3 else []
-        inside = [part for part in inside if part.get("inlineData", {}).get("mimeType") in RESULT_MEDIA]
-        media += [part for part in result.pop("parts") if part not in inside]
-        answers.append({"functionResponse": {**result, **({"parts": inside} if inside else {})}})
+    for call, i in zip(calls, matched):
+        given = [] if i is None else results[i].get("parts", [])
+        fitting = [part for part in given if fits_a_result(part, model)]
+        media += [part for part in given if part not in fitting]
+        answers.append({"functionResponse": {
+            **({"id": call["id"]} if "id" in call else {}), "name": call["name"],
+            "response": MISSING_RESULT if i is None else results[i]["response"],
+            **({"parts": [{"inlineData": part["inlineData"]} for part in fitting]} if fitting else {})}})
     return [user_turn(*parts) for parts in (answers, media + rest) if parts]
 
 
-def match_results(calls: list[JSON], results: list[JSON]) -> list[JSON | None]:
-    """For each call its result: by id, else by name among those without a known id, else by order; or None."""
-    matched: list[JSON | None] = [None] * len(calls)
-    left = list(results)
+def fits_a_result(part: Part, model: Model) -> bool:
+    """Whether a medium goes inside of a functionResponse."""
+    return model.generation >= 3 and part.get("inlineData", {}).get("mimeType") in RESULT_MEDIA
+
+
+def match_results(calls: list[JSON], results: list[JSON]) -> list[int | None]:
+    """For each call the index of its result, or None: by id, else by name where no id is known, else by order."""
+    matched: list[int | None] = [None] * len(calls)
     known = {call.get("id") for call in calls} - {None}
-
-    def by_id(call: JSON, result: JSON) -> bool:
-        return bool(call.get("id")) and result.get("id") == call["id"]
-
-    def by_name(call: JSON, result: JSON) -> bool:
-        return result.get("id") not in known and result["name"] == call["name"]
-
-    def by_order(call: JSON, result: JSON) -> bool:
-        return not result.get("id") and not result["name"]
-
-    for fits in (by_id, by_name, by_order):
+    keys = (        # what a call and a result must have in common, one after the other; None fits nothing
+        (lambda call: call.get("id"), lambda result: result.get("id")),
+        (lambda call: call["name"], lambda result: None if result.get("id") in known else result["name"] or None),
+        (lambda call: "", lambda result: None if result.get("id") or result["name"] else ""),
+    )
+    used: set[int] = set()
+    for of_call, of_result in keys:
+        waiting: dict[Any, collections.deque[int]] = collections.defaultdict(collections.deque)
+        for i, result in enumerate(results):
+            if i not in used and of_result(result) is not None:
+                waiting[of_result(result)].append(i)
         for i, call in enumerate(calls):
-            found = None if matched[i] else next((result for result in left if fits(call, result)), None)
-            if found is not None:
-                matched[i] = found
-                left = [result for result in left if result is not found]
+            if matched[i] is None and waiting.get(of_call(call)):
+                matched[i] = waiting[of_call(call)].popleft()
+                used.add(matched[i])
     return matched
 
 
@@ -765,6 +771,11 @@ def thinking_config(model: Model, effort: str | None, thoughts: bool) -> JSON:
     if thoughts and effort != "none":
         config["includeThoughts"] = True
     return config
+
+
+def not_heeded(effort: str | None, config: JSON | None) -> bool:
+    """Whether an effort has no effect, or thinking goes on although it should not."""
+    return effort is not None and (not config or effort == "none" and config.get("thinkingBudget") != 0)
 
 
 def int32(value: int) -> int:
@@ -801,10 +812,10 @@ def gemini_schema(schema: Any) -> Any:
     for key, value in schema.items():
         key = "$defs" if key == "definitions" else key
         if key in NAMED_SUBSCHEMAS and type(value) is dict:
-            out[key] = {**out.get(key, {}), **{name: gemini_schema(inner) for name, inner in value.items()}}
+            out[key] = {**(out.get(key) or {}), **{name: gemini_schema(inner) for name, inner in value.items()}}
         elif key in SUBSCHEMAS:
             out[key] = gemini_schema(value)
-        elif key not in ("$schema", "strict"):
+        elif key not in ("$schema", "strict", *NAMED_SUBSCHEMAS):
             out[key] = value
     if "const" in out:
         out["enum"] = [out.pop("const")]
@@ -828,6 +839,8 @@ def lone_reference(schema: JSON) -> JSON:
     """A $ref without neighbours: they go outside of a choice of one."""
     rest = {key: value for key, value in schema.items() if key != "$ref"}
     reference = {"$ref": schema["$ref"].replace("#/definitions/", "#/$defs/", 1)}
+    if "anyOf" in rest:
+        return {"allOf": [reference, rest]}
     return {"anyOf": [reference], **rest} if any(not key.startswith("$") for key in rest) else {**rest, **reference}
 
 
@@ -841,12 +854,13 @@ class Tools(NamedTuple):
     code: str = ""                          # and code execution
 
 
-OPEN_ENDED = ("$ref", "anyOf", "oneOf", "allOf", "additionalProperties")    # say something without properties
+OPEN_ENDED = ("$ref", "anyOf", "oneOf", "allOf", "additionalProperties",
+              "patternProperties")   # say something by themselves
 
 
 def function_declaration(name: str, description: str | None, schema: JSON | None) -> JSON:
     """Without parameters where there are none: Gemini refuses an object without properties."""
-    bare = not schema or not (schema.get("properties") or schema.keys() & set(OPEN_ENDED))
+    bare = not schema or not (schema.get("properties") or any(schema.get(key) for key in OPEN_ENDED))
     return {"name": gemini_name(name), **({"description": description} if description else {}),
             **({} if bare else {"parametersJsonSchema": gemini_schema(schema)})}
 
@@ -893,6 +907,11 @@ def json_config(schema: JSON | None) -> JSON:
     if schema is None:
         return {}
     return {"responseMimeType": "application/json", **({"responseJsonSchema": gemini_schema(schema)} if schema else {})}
+
+
+def takes_json_with(tools: Tools, model: Model) -> bool:
+    """Whether the model takes an answer in JSON beside these tools: before Gemini 3 it was one or the other."""
+    return model.generation >= 3 or not (tools.declarations or tools.search or tools.code)
 
 
 def json_instruction(schema: JSON) -> str:
@@ -973,13 +992,19 @@ def forget_signatures(body: JSON) -> str | None:
     return found
 
 
+def forget_resolutions(body: JSON) -> str | None:
+    """Pictures in the resolution that the model likes best."""
+    parts = [part for content in body["contents"] for part in content["parts"]]
+    return "detail" if [part.pop("mediaResolution") for part in parts if "mediaResolution" in part] else None
+
+
 # What Gemini's 400 says, and what can be left out for a second try. Models change faster than this file.
 REPAIRS = (
     (r"thinking.?(level|budget)|thinking is not|thinking_config", without("generationConfig", "thinkingConfig")),
     (r"penalty is not enabled|presence_?penalty", without("generationConfig", "presencePenalty")),
     (r"penalty is not enabled|frequency_?penalty", without("generationConfig", "frequencyPenalty")),
     (r"service.?tier", without("serviceTier")),
-    (r"media.?resolution", without("generationConfig", "mediaResolution")),
+    (r"media.?resolution", forget_resolutions),
     (r"(invalid|corrupted) thought.?signature", forget_signatures),
     (r"must not end with|ending with a model turn",
      lambda body: body["contents"].append(user_turn(text_part("Continue."))) or "prefill"),
@@ -1039,12 +1064,13 @@ class Trail:
         return digest.hexdigest()
 
 
-def restore_signatures(call: GeminiCall, scope: str,
-                       recall: Callable[[str | None, str], str | None]) -> GeminiCall:
+def restore_signatures(call: GeminiCall, scope: str, recall: Callable[[str | None, str, str], str | None],
+                       count: Callable[[str], None] = lambda origin: None) -> GeminiCall:
     """The call with the signatures that its history lost.
 
-    `recall` is given a function call's id and its digest, and tells the signature or None. The first call
-    of a turn must have one on Gemini 3: what nobody knows gets Google's placeholder.
+    `recall` is given a function call's id, digest and name, and tells the signature or None. The first call
+    of a turn must have one on Gemini 3: what nobody knows gets Google's placeholder. `count` is told where
+    each one came from.
     """
     turns = (call.body or {}).get("contents", ())
     if not any("functionCall" in part for content in turns for part in content["parts"]):
@@ -1056,10 +1082,13 @@ def restore_signatures(call: GeminiCall, scope: str,
             if "functionCall" in part:
                 made = part["functionCall"]
                 digest = trail.call(made["name"], made["args"])
-                signature = part.get("thoughtSignature") or recall(made.get("id"), digest)
-                if not signature and first and call.model.signs:
-                    signature = PLACEHOLDER
-                part = {**part, "thoughtSignature": signature} if signature else part
+                found = (("client", part.get("thoughtSignature")),
+                         ("memory", recall(made.get("id"), digest, made["name"])),
+                         ("placeholder", PLACEHOLDER if first and call.model.signs else None))
+                origin, signature = next((pair for pair in found if pair[1]), ("", None))
+                if signature:
+                    part = {**part, "thoughtSignature": signature}
+                    count(origin)
                 first = False
             parts.append(part)
         trail.turn(content)
@@ -1092,7 +1121,6 @@ def gemini_refusal(status: int, said: Any, raw: bytes = b"") -> ProxyError:
         text = " ".join(raw[:200].decode("utf-8", "replace").split())
         text = f": {text}" if text else "."
         message = f"Gemini, or something on the way to it, answered with status {status}{text}"
-    message = message[:8000]
     again = retry_delay(details, message) if status == 429 else 0.0 if status in (500, 502, 503, 504) else None
     headers = {"Retry-After": str(max(1, math.ceil(again)))} if again is not None and status == 429 else {}
     code = None
@@ -1150,7 +1178,7 @@ def read_chunk(data: bytes) -> JSON:
     if type(chunk) is not dict:
         if type(chunk) is list and inside(chunk and chunk[0], "error", dict):
             raise in_stream_refusal(chunk[0])
-        raise nonsense(f"expected a JSON object, but got {data[:80].decode('utf-8', 'replace')!r}")
+        raise nonsense(f"expected a JSON object, but got {len(data)} bytes of something else")
     if "error" in chunk:
         raise in_stream_refusal(chunk)
     return chunk
@@ -1331,7 +1359,10 @@ def read_part(part: Any, done: set) -> Text | Call | Media | None:
         return Text(text, part.get("thought") is True) if text else None
     if "functionCall" in part:
         call = inner(part, "functionCall", dict)
-        return Call(inner(call, "name", str), inner(call, "args", dict), inner(part, "thoughtSignature", str) or None)
+        signature = inner(part, "thoughtSignature", str)
+        if signature and not is_base64(signature):
+            raise nonsense("thoughtSignature is not base64")
+        return Call(inner(call, "name", str), inner(call, "args", dict), signature or None)
     if "functionResponse" in part:
         done.add(inner(inner(part, "functionResponse", dict), "name", str))
     elif part.get("thought"):
@@ -1428,8 +1459,8 @@ def openai_link_part(part: Fields, model: Model) -> Part:
     link = part.inner(key) if type(part.data.get(key)) is dict else part
     at = "url" if link is not part else key
     found = source_part(link.need(at, str), None, link.at(at))
-    level = DETAILS.get(link.data.get("detail"), "") if type(link.data.get("detail")) is str else ""
-    if level and model.generation >= 3:
+    level = DETAILS.get(inside(link.data, "detail", str))
+    if level and model.generation >= 3 and "text" not in found:
         link.pass_over("detail")
         found["mediaResolution"] = {"level": level}
     return found
@@ -1513,11 +1544,10 @@ def openai_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
 
 def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
     """What the model said earlier. Its thoughts do not go back; its signatures do the job."""
-    message.pass_over("reasoning_content", "reasoning", "reasoning_details", "annotations", "audio")
+    message.pass_over("reasoning_content", "reasoning", "reasoning_details", "annotations")
     parts = openai_parts(message, "content", model)
     refusal = message.get("refusal", str)
-    if refusal and not parts:
-        parts = [text_part(refusal)]
+    parts += [text_part(refusal)] if refusal else []
     parts += [openai_link_part(image, model) for image in message.objects("images")
               if image.data.get("type") == "image_url"]
     parts += [openai_call_part(call) for call in message.objects("tool_calls")]
@@ -1541,13 +1571,21 @@ def openai_call_part(call: Fields) -> Part:
     return call_part(function.need("name", str), args, plain_id(id), carried_signature(call, function))
 
 
-# Ids that LiteLLM and Bifrost left in histories: the signature rides behind the id itself.
-LADEN_ID = re.compile(r"(.*?)(?:__thought__|_ts_)([A-Za-z0-9+/_-]{40,}=*)$", re.S)
+# What LiteLLM and Bifrost put between a call's id and its signature, in the histories that they leave.
+LADEN_ID_MARKS = ("__thought__", "_ts_")
+
+
+def laden_id(id: str) -> tuple[str, str]:
+    """(the id itself, the signature that rides behind it or "")."""
+    for mark in LADEN_ID_MARKS:
+        plain, _, tail = id.rpartition(mark)
+        if len(tail) >= 40 and plain and is_base64(tail):
+            return plain, tail
+    return id, ""
 
 
 def plain_id(id: str | None) -> str | None:
-    laden = LADEN_ID.match(id or "")
-    return laden.group(1) if laden else id
+    return laden_id(id)[0] if id else id
 
 
 def carried_signature(call: Fields, function: Fields) -> str | None:
@@ -1555,12 +1593,11 @@ def carried_signature(call: Fields, function: Fields) -> str | None:
     call.pass_over("extra_content", "provider_specific_fields")
     function.pass_over("thought_signature", "provider_specific_fields")
     google = inside(inside(call.data, "extra_content", dict), "google", dict)
-    laden = LADEN_ID.match(inside(call.data, "id", str))
     for found in (inside(google, "thought_signature", str), inside(function.data, "thought_signature", str),
                   inside(inside(call.data, "provider_specific_fields", dict), "thought_signature", str),
                   inside(inside(function.data, "provider_specific_fields", dict), "thought_signature", str),
-                  laden.group(2) if laden else ""):
-        if len(found) > 8 and re.fullmatch(r"[A-Za-z0-9+/_-]+={0,2}", found):
+                  laden_id(inside(call.data, "id", str))[1]):
+        if len(found) > 8 and is_base64(found):
             return found
     return None
 
@@ -1578,33 +1615,44 @@ def openai_result_part(message: Fields, model: Model) -> Part:
 def openai_tools(body: Fields) -> Tools:
     """`tools` and the older `functions`; also the flat form of the Responses API, which some clients send here."""
     declared: dict[str, JSON] = {}
-    names, custom, strict, search = {}, set(), False, ""
-    for tool in body.objects("tools"):
-        kind = tool.get("type", str) or "function"
+    names: dict[str, str] = {}
+    custom: set[str] = set()
+    strict, search = False, ""
+    for tool, kind in [(tool, tool.get("type", str) or "function") for tool in body.objects("tools")]:
         if kind.startswith("web_search"):
             search = "tools[].web_search"
             continue
-        if kind not in ("function", "custom"):
+        if kind not in ("function", "custom") and "function" not in tool.data:
             body.ignore(f"tools[].{kind}")
             tool.pass_over(*tool.data)
             continue
-        function = tool.inner(kind) or tool
-        name = openai_function_name(function)
-        if kind == "custom":
-            custom.add(name)
-            function.pass_over("format")
-            declaration = custom_declaration(name, function.get("description", str), openai_grammar(function))
-        else:
-            strict = function.get("strict", bool) or strict
-            declaration = function_declaration(name, function.get("description", str), function.get("parameters", dict))
-        declared.setdefault(declaration["name"], declaration)
-        names[declaration["name"]] = name
+        wrapper = kind if kind == "custom" else "function"
+        if wrapper in tool.data and tool.data[wrapper] is None:
+            raise wrong_type(tool.at(wrapper), (dict,), None)
+        function = tool.inner(wrapper) or tool
+        openai_tool(function, kind == "custom", declared, names, custom)
+        strict = strict or bool(function.get("strict", bool))
     for function in body.objects("functions"):
-        name = openai_function_name(function)
-        declaration = function_declaration(name, function.get("description", str), function.get("parameters", dict))
-        declared.setdefault(declaration["name"], declaration)
-        names[declaration["name"]] = name
-    return Tools(list(declared.values()), names, frozenset(custom), bool(strict), search)
+        openai_tool(function, False, declared, names, custom)
+    return Tools(list(declared.values()), names, frozenset(custom), strict, search)
+
+
+def openai_tool(function: Fields, custom: bool, declared: dict[str, JSON], names: dict[str, str],
+                texts: set[str]) -> None:
+    """Declare one function; of two with the same name the first one counts."""
+    name, description = openai_function_name(function), function.get("description", str)
+    if custom:
+        function.pass_over("format")
+        declaration = custom_declaration(name, description, openai_grammar(function))
+    else:
+        declaration = function_declaration(name, description, function.get("parameters", dict))
+    known = declared.setdefault(declaration["name"], declaration)
+    if known is not declaration and known != declaration:
+        function.ignore(function.place)
+        return
+    names[declaration["name"]] = name
+    if custom:
+        texts.add(name)
 
 
 def openai_function_name(function: Fields) -> str:
@@ -1641,7 +1689,8 @@ def openai_tool_choice(body: Fields, key: str, tools: Tools) -> tuple[str | None
     if kind == "allowed_tools":
         allowed = fields.inner("allowed_tools") or fields
         mode = "ANY" if allowed.word("mode", "auto", "required") == "required" else "VALIDATED"
-        return mode, [openai_chosen(tool, tools) for tool in allowed.objects("tools")]
+        names = [openai_chosen(tool, tools) for tool in allowed.objects("tools")]
+        return (mode, names) if names else ("NONE", [])
     if kind not in ("function", "custom"):
         body.ignore(key)
         fields.pass_over(*fields.data)
@@ -1690,8 +1739,8 @@ def openai_chat_request(body: Fields, setting: Setting) -> Ask:
     if body.inner("web_search_options") is not None:
         tools = tools._replace(search="web_search_options")
     schema = openai_response_format(body)
-    unfence = schema is not None and bool(tools.declarations) and model.generation < 3
-    if unfence:             # the older models take functions or an answer in JSON, not both
+    unfence = schema is not None and not takes_json_with(tools, model)
+    if unfence:
         system = system + [text_part("\n\n" + json_instruction(schema))]
     config = {**openai_config(body, model, setting), **json_config(None if unfence else schema)}
     modalities, wav = openai_modalities(body)
@@ -1721,6 +1770,8 @@ def openai_config(body: Fields, model: Model, setting: Setting) -> JSON:
         config["frequencyPenalty"] = body.number("frequency_penalty", -2, 2) or None
     effort = openai_effort(body)
     config["thinkingConfig"] = thinking_config(model, effort, effort is not None or setting.ollama) or None
+    if not_heeded(effort, config["thinkingConfig"]):
+        body.ignore("reasoning_effort")
     return {key: value for key, value in config.items() if value is not None}
 
 
@@ -1782,9 +1833,10 @@ def openai_modalities(body: Fields) -> tuple[JSON, bool]:
     if "audio" in wanted:
         audio = body.inner("audio") or Fields({}, "audio", body.family)
         kind = audio.word("format", "wav", "aac", "mp3", "flac", "opus", "pcm16", "pcm") or "wav"
-        if kind not in ("wav", "pcm16", "pcm"):
+        wav = kind not in ("pcm16", "pcm") and not body.data.get("stream")      # a stream is in pcm16, as OpenAI's
+        if kind not in ("pcm16", "pcm") and (kind != "wav" or not wav):
             body.ignore("audio.format")
-        return speech_config(audio, "voice"), kind not in ("pcm16", "pcm")
+        return speech_config(audio, "voice"), wav
     return ({"responseModalities": ["TEXT", "IMAGE"] if "text" in wanted else ["IMAGE"]} if "image" in wanted
             else {}), False
 
@@ -1808,7 +1860,9 @@ def openai_google_fields(body: Fields, config: JSON) -> JSON:
                     "includeThoughts": google_key(thinking, "include_thoughts", bool)}
             told = {key: value.upper() if type(value) is str else value for key, value in told.items()
                     if value is not None}
-            config["thinkingConfig"] = {**config.get("thinkingConfig", {}), **told}
+            own = config.get("thinkingConfig",
+                             {}) if not told.keys() - {"includeThoughts"} else {}     # level or budget
+            config["thinkingConfig"] = {**own, **told}
     tier = body.get("service_tier", str)
     if tier in ("flex", "priority"):
         fields["serviceTier"] = tier
@@ -1893,8 +1947,9 @@ def chat_events(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[Text | C
 
 def unfenced(text: str) -> str:
     """The JSON in a code fence, where a model could not leave it away."""
-    fence = re.fullmatch(r"\s*```\w*\s*\n(.*?)\n?\s*```\s*", text, re.S)
-    return fence.group(1) if fence else text
+    first, newline, rest = text.strip().partition("\n")
+    inside_fence = newline and re.fullmatch(r"```\w*", first.rstrip()) and rest.endswith("```")
+    return rest[:-3].strip() if inside_fence else text
 
 
 def openai_chat_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
@@ -1937,11 +1992,14 @@ def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSO
 
 def sound_bytes(sound: list[Media]) -> bytes:
     """The samples of Gemini's speech: 16 bits, little-endian, mono (whatever "audio/L16" says)."""
-    return b"".join(base64.b64decode(piece.data) for piece in sound)
+    if not all(is_base64(piece.data) for piece in sound):
+        raise nonsense("sound that is not base64")
+    return b"".join(base64.b64decode(piece.data.replace("-", "+").replace("_", "/") + "==") for piece in sound)
 
 
 def sound_rate(mime: str) -> int:
-    told = re.search(r"rate=(\d{4,6})", mime)
+    """Samples a second."""
+    told = re.search(r"rate=([1-9]\d{3,5})\b", mime)
     return int(told.group(1)) if told else 24000
 
 
@@ -1978,7 +2036,7 @@ def openai_chat_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) ->
 def openai_deltas(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[tuple[JSON, str | None, JSON]]:
     """(delta, finish_reason, more of the choice) for each event of one answer; the role comes first, and once."""
     wants, nothing = exchange.wants, {}
-    count, images, started = 0, 0, False
+    count, images, started, sound = 0, 0, False, None
     for event in chat_events(chunks, exchange):
         kind = type(event)
         if not started:
@@ -1994,11 +2052,14 @@ def openai_deltas(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[tuple[
             yield {"tool_calls": [{"index": count, **openai_call(event, wants)}]}, None, nothing
             count += 1
         elif kind is Media and event.mime.startswith("audio/"):
-            yield {"audio": {"data": event.data}}, None, nothing
+            yield {"audio": {"data": event.data, **({} if sound else {"id": exchange.new_id("audio_")})}}, None, nothing
+            sound = event
         elif kind is Media:
             yield {"images": [openai_image(event, images)]}, None, nothing
             images += 1
         else:
+            if sound:
+                yield {"audio": {"expires_at": int(exchange.created) + 3600}}, None, nothing
             if event.citations:
                 yield {"annotations": [openai_annotation(citation) for citation in event.citations]}, None, nothing
             yield {}, openai_finish(event, wants.legacy), odd_end(event)
@@ -2223,7 +2284,10 @@ def ollama_think(body: Fields, model: Model) -> JSON:
     if think and model.thinking is None:
         raise ProxyError(400, f"{json.dumps(body.data['model'][:200])} does not support thinking", place="think")
     effort = "none" if think is False else think if type(think) is str else None
-    return thinking_config(model, effort, think is not False)
+    config = thinking_config(model, effort, think is not False)
+    if config and not_heeded(effort, config):
+        body.ignore("think")
+    return config
 
 
 def ollama_config(body: Fields, model: Model, recipe: Recipe) -> JSON:
@@ -2415,8 +2479,8 @@ def ollama_ask(body: Fields, asked: str, model: Model, recipe: Recipe, stream: b
                contents: list[JSON]) -> Ask:
     """The call for a chat or a prompt, with all that both may set."""
     tools, schema = openai_tools(body), ollama_format(body)
-    unfence = schema is not None and bool(tools.declarations) and model.generation < 3
-    if unfence:             # the older models take functions or an answer in JSON, not both
+    unfence = schema is not None and not takes_json_with(tools, model)
+    if unfence:
         system = system + [text_part("\n\n" + json_instruction(schema))]
     config = {**ollama_config(body, model, recipe), **json_config(None if unfence else schema)}
     call = generate_call(model, stream, system, contents, config, **tool_fields(tools, None, [], body, model))
@@ -2868,6 +2932,8 @@ SHORT_DELAY = 2.0           # seconds that Gemini may ask for, for a call to be 
 AT_ONCE = 4                 # calls of one request that are under way at the same time
 MODELS_KEPT = 300.0         # seconds that Gemini's list of models is kept
 ERROR_BODY = 1 << 20        # bytes that are read of a refusal
+KEY_MASK = "[the Gemini key]"
+MOST_PAGES = 50             # of Gemini's list of models
 HEADERS = {"Content-Type": "application/json", "User-Agent": f"proxy-to-gemini/{VERSION}"}
 
 # Linux tells at once that the far end hung up, even behind unread bytes; PyPy 3.9 lacks the name but not the thing.
@@ -2889,7 +2955,6 @@ class Watch:
                  beat: Callable[[], None] | None = None):
         self.client, self.silence, self.stopping = client, silence, stopping
         self.beat = beat                # called every BEAT seconds of silence
-        self.spoken = False             # whether the client has been sent anything yet
 
     def poll(self, gemini: socket.socket | None, event: int = 0) -> Any:
         poll = select.poll()
@@ -3154,7 +3219,10 @@ class Flight:
     def send(self, anew: bool = False) -> None:
         """Send it, on a new connection if need be; trouble is for chunks() to tell."""
         self.tries += 1
-        body = None if self.call.body is None else encode_json(self.call.body).encode()
+        try:
+            body = None if self.call.body is None else encode_json(self.call.body).encode()
+        except RecursionError:
+            raise nested_too_deeply() from None
         request = urllib.request.Request(self.gemini.base + self.call.path, body,
                                          {"x-goog-api-key": self.key, **HEADERS})
         request.watch, request.anew = self.watch, anew
@@ -3171,10 +3239,9 @@ class Flight:
                 yield from read_events(iter(functools.partial(self.response.read1, 65536), b""))
             else:
                 yield read_chunk(self.response.read())
-        except TROUBLES as trouble:
-            raise unreachable(trouble) from None
-        except ProxyError as error:
+        except (ProxyError, *TROUBLES) as trouble:
             if not self.call.optional:
+                error = trouble if isinstance(trouble, ProxyError) else unreachable(trouble)
                 raise masked(error, self.key) from None
             yield {}
         finally:
@@ -3189,15 +3256,17 @@ class Flight:
             lost = self.response is None or not self.response.spoken
             stale = lost and self.response is not None and self.response.kept
             self.release()
+            self.gemini.count("upstream_errors", str(error.status))
             mended, names = repaired(self.call, error.message) if error.status == 400 else (None, [])
             hopeless = mended is None and (error.again is None or error.again > SHORT_DELAY)
-            if hopeless or self.tries >= TRIES or self.watch.spoken:
+            if hopeless or self.tries >= TRIES:
                 raise error
             if mended is not None:
                 self.call = mended
                 self.ignored += names
             elif not stale:
                 self.watch.wait(None, seconds=max(error.again, 0.2 * 2 ** self.tries * random.uniform(0.5, 1)))
+            self.gemini.count("retries", "")
             self.send(anew=lost)
 
     def begin(self) -> ProxyError | None:
@@ -3207,7 +3276,7 @@ class Flight:
                 self.response.begin()
                 if self.response.status == 200:
                     return None
-                raw = self.response.read(ERROR_BODY)
+                raw = self.response.read(ERROR_BODY).replace(self.key.encode(), KEY_MASK.encode())
                 return gemini_refusal(self.response.status, read_json(raw), raw)
             except TROUBLES as trouble:
                 self.trouble = trouble
@@ -3230,8 +3299,8 @@ class Flight:
 
 
 def masked(error: ProxyError, key: str) -> ProxyError:
-    """The error without the key, should Gemini have quoted it."""
-    error.message = error.message.replace(key, "[the Gemini key]")
+    """The error without the key, should Gemini have quoted it, and of a length that can be read."""
+    error.message = error.message.replace(key, KEY_MASK)[:8000]
     return error
 
 
@@ -3279,13 +3348,14 @@ class ModelList:
     def pages(self) -> list[JSON]:
         models: list[JSON] = []
         token = ""
-        while True:
+        for _ in range(MOST_PAGES):
             call = GeminiCall("models?pageSize=1000" + (f"&pageToken={urllib.parse.quote(token)}" if token else ""))
             page, = Flight(self.gemini, call, self.watch, self.key, []).chunks()
             models += inner(page, "models", list)
-            token = inner(page, "nextPageToken", str)
+            token = inner(page, "nextPageToken", str).encode("ascii", "ignore").decode()
             if not token:
                 return models
+        raise nonsense(f"more than {MOST_PAGES} pages of models")
 
     def release(self) -> None:
         """It holds nothing back."""
@@ -3299,6 +3369,9 @@ class Memory:
 
     ROWS, SIZE = 20_000, 32 << 20       # at most, but for what came since it was last looked at
     LOOK = 256, 4 << 20                 # rows and bytes after which it is looked at
+    MAKE = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = OFF",        # what a crash loses was lost before
+            "CREATE TABLE IF NOT EXISTS memory (key TEXT PRIMARY KEY, alias TEXT, value TEXT)",
+            "CREATE INDEX IF NOT EXISTS aliases ON memory (alias)")
     FIND = "SELECT value FROM memory WHERE key = ?1 OR alias = ?2 ORDER BY key = ?1 DESC, rowid DESC LIMIT 1"
     FORGET = ("DELETE FROM memory WHERE rowid IN (SELECT row FROM (SELECT rowid AS row, ROW_NUMBER() OVER newest AS n, "
               "SUM(LENGTH(value)) OVER newest AS size FROM memory WHERE alias != '!' "
@@ -3314,9 +3387,12 @@ class Memory:
         """The database, made when it is first needed: most exchanges have nothing to remember."""
         if self.database is None:
             import sqlite3
-            self.database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-            self.database.execute("CREATE TABLE IF NOT EXISTS memory (key TEXT PRIMARY KEY, alias TEXT, value TEXT)")
-            self.database.execute("CREATE INDEX IF NOT EXISTS aliases ON memory (alias)")
+            if self.path != ":memory:":
+                os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))      # nobody else's to read
+            database = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
+            for statement in self.MAKE:
+                database.execute(statement)
+            self.database = database
         return self.database
 
     def put(self, key: str, alias: str, value: str) -> None:
@@ -3348,7 +3424,10 @@ class Memory:
         if self.database is None and self.path == ":memory:":
             return None
         with self.lock:
-            row = self.open().execute(self.FIND, (key, alias)).fetchone()
+            try:
+                row = self.open().execute(self.FIND, (key, alias)).fetchone()
+            except UnicodeEncodeError:          # a lone surrogate, which no text that was kept has
+                row = None
         return row and row[0]
 
     def forget(self) -> None:
@@ -3359,9 +3438,11 @@ class Memory:
 class Gemini:
     """The service: its connections, its models, and what it must be reminded of."""
 
-    def __init__(self, upstream: str):
+    def __init__(self, upstream: str, state: str = ":memory:", count: Callable[[str, str], None] = lambda family,
+                 label: None):
         self.base = upstream.rstrip("/") + "/v1beta/"
-        self.pool, self.memory = Pool(upstream), Memory()
+        self.pool, self.memory = Pool(upstream), Memory(state)
+        self.count = count                          # called with what the metrics tell of
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(self.pool)          # and no other: no redirect is followed, and a refusal is an answer
         self.models: dict[str, tuple[float, list[JSON]]] = {}       # by key
@@ -3371,10 +3452,13 @@ class Gemini:
 
     def signed(self, call: GeminiCall, key: str) -> GeminiCall:
         """The call with the signatures that its history lost; those of another generation of models stay out."""
-        def recall(id: str | None, digest: str) -> str | None:
-            generation, _, signature = (self.memory.get(id, digest) or "").partition(" ")
-            return signature if generation == str(int(call.model.generation)) else None
-        return restore_signatures(call, scope_of(key), recall) if call.model else call
+        def recall(id: str | None, digest: str, name: str) -> str | None:
+            generation, named, signature = (self.memory.get(f"{scope_of(key)}:{id}", digest) or "  ").split(" ")
+            return signature if (generation, named) == (str(int(call.model.generation)), name) else None
+
+        def count(origin: str) -> None:
+            self.count("signatures", origin)
+        return restore_signatures(call, scope_of(key), recall, count) if call.model else call
 
     def remember(self, call: GeminiCall, key: str, calls: list[Call]) -> list[str]:
         """Ids for the function calls in the answer to this call; their signatures are kept under them."""
@@ -3386,7 +3470,8 @@ class Gemini:
             for id, made in zip(ids, calls):
                 digest = trail.call(made.name, made.args)
                 if made.signature:
-                    self.memory.put(id, digest, f"{int(call.model.generation)} {made.signature}")
+                    self.memory.put(f"{scope_of(key)}:{id}", digest,
+                                    f"{int(call.model.generation)} {made.name} {made.signature}")
         return ids
 
 
@@ -3407,7 +3492,7 @@ MOST_IGNORED = 4000         # characters of x-proxy-ignored: nginx takes 8 KB of
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f]+) HTTP/1\.([0-9])\r\n".encode())
-HEADER_LINE = re.compile(rf"({TOKEN}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n".encode())
+HEADER_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n".encode())
 APP_ORIGINS = (r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?|"
                r"(app|file|tauri|vscode-webview|vscode-file)://[\w.-]*")
 LOCAL_HOSTS = r"(localhost|[\w.-]+\.(localhost|local|internal)|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
@@ -3444,7 +3529,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         self.close_connection, self.command, self.path, self.headers = True, "", "", {}
         self.begun = self.framed = self.body_left = False
-        self.status, self.exchange, self.framing = 0, None, None
+        self.status, self.exchange, self.framing, self.answers, self.ignored = 0, None, None, None, []
         self.protocol = protocol_of(self.server.config.api, "/")
         try:
             line = self.rfile.readline(MOST_HEAD)
@@ -3469,7 +3554,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.explain(error)
             self.fail(error)
         except RecursionError:
-            self.fail(ProxyError(400, "We could not parse the JSON body of your request: it is nested too deeply."))
+            self.fail(nonsense("it is nested too deeply"))
         except (ClientGone, OSError):
             self.status = self.status or 499
             raise
@@ -3496,7 +3581,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise ProxyError(431, "The headers of this request are too large.")
             if not match:
                 raise ProxyError(400, "This is not an HTTP header line: " + ascii(line[:60]))
-            name, value = match.group(1).decode().lower(), match.group(2).decode("latin-1")
+            name, value = match.group(1).decode().lower(), match.group(2).strip(b" \t").decode("latin-1")
             if name in headers and name in ("host", "content-length", "transfer-encoding"):
                 raise ProxyError(400, f"The header {name} comes twice.")
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -3603,10 +3688,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_answer(*reversed(server.own_pages[path]()))
         found = find_route(api, self.command, path)
         self.protocol = found.protocol
-        body = no_body(b"", "") if self.command in ("GET", "HEAD") and not self.body_left else found.route.takes(
-            self.read_body(), self.headers.get("content-type", ""))
         setting = server.setting._replace(params=found.params, query=dict(urllib.parse.parse_qsl(query)))
-        ask = found.route.request(body, setting)
+        try:
+            body = self.read_fields(found.route)
+            ask = found.route.request(body, setting)
+        except RecursionError:
+            raise nested_too_deeply() from None
         self.ignored, self.framing = body.ignored(), found.route.framing
         self.exchange = Exchange(ask, setting, lambda calls: server.gemini.remember(ask.calls[0], server.config.key,
                                                                                     calls))
@@ -3617,6 +3704,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.send_stream(found.route.stream(self.exchange, iter(self.answers)))
             else:
                 self.send_answer(found.route.response(self.exchange, iter(self.answers)))
+
+    def read_fields(self, route: Route) -> Fields:
+        if self.command in ("GET", "HEAD") and not self.body_left:
+            return no_body(b"", "")
+        return route.takes(self.read_body(), self.headers.get("content-type", ""))
 
     def send_answer(self, answer: Any, status: int = 200, headers: Iterable[tuple[str, str]] = ()) -> None:
         """A whole answer: JSON, or a Payload."""
@@ -3696,7 +3788,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             head = self.head(200, self.framing.content_type,
                              [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"),
                                                               *framing, *self.ignored_header()])
-            self.framed = self.watch.spoken = True
+            self.framed = True
         if self.chunked:
             data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
         self.write(head + data)
@@ -3729,8 +3821,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         log(f"{self.command or '-'} {path.encode('latin-1', 'replace').decode('ascii', 'backslashreplace') or '-'} "
             f"{self.status} {seconds * 1000:.0f} ms{model}")
 
-    ignored: list[str] = []
-    answers: Any = None
     body_left = False
 
 

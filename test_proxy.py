@@ -414,7 +414,7 @@ def asked(body, request=proxy.openai_chat_request, setting=Setting()):
 def gemini_body(body, **how):
     """What Gemini is asked for a body; the stand-in must find nothing wrong with it."""
     call = asked(body, **how)[0].calls[0]
-    assert refusal_of("/v1beta/" + call.path, proxy.restore_signatures(call, "", lambda id, digest: None).body) is None
+    assert refusal_of("/v1beta/" + call.path, proxy.restore_signatures(call, "", lambda *_: None).body) is None
     return call.body
 
 
@@ -878,7 +878,7 @@ def test_a_history_with_tools():
                 {"role": "tool", "tool_call_id": "b", "content": [{"type": "text", "text": "map"}]}, {"role": "tool", "tool_call_id": "a", "content": "rain"},
                 model=NEWEST, tools=[WEATHER])
     call, = asked(body)[0].calls
-    signed = proxy.restore_signatures(call, "", lambda id, digest: sign("known") if id == "b" else None)
+    signed = proxy.restore_signatures(call, "", lambda id, digest, name: sign("known") if id == "b" else None)
     assert signed.body["contents"][1:] == [
         {"role": "model", "parts": [
             {"functionCall": {"id": "a", "name": "weather", "args": {"city": "Oslo"}}, "thoughtSignature": proxy.PLACEHOLDER},
@@ -1414,7 +1414,7 @@ def test_a_setting_that_is_refused_is_left_out_and_told(gemini):
     gemini.say(gemini_error(400, "Thinking level LOW is not supported for this model."), whole("Fine."))
     call = proxy.generate_call(proxy.model_of(NEWEST), False, [], [u("Hi")], {"thinkingConfig": {"thinkingLevel": "LOW"}})
     with service(gemini.url) as (_, service_, client):
-        with service_.ask((call,), proxy.Watch(client.here, 5), "k") as answers:
+        with service_.ask((call,), proxy.Watch(client.here, 5), "the-key") as answers:
             assert [list(chunks) for chunks in answers] == [[whole("Fine.")]] and answers.ignored == ["thinkingConfig"]
     assert "thinkingConfig" not in gemini.asked[1]["generationConfig"]
 
