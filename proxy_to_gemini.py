@@ -20,8 +20,8 @@ Where to look
     5. Ollama           chat, generate, embeddings, models and their management
     6. Routing          which route answers a path, and in which protocol an error is told
     7. Client           the only code that talks to Gemini: pooled connections, waiting, retries, memory
-    8. Server           the only code that talks to clients: HTTP, who may call, answers, streams, log
-    9. Command line     flags, environment, start and end
+    8. Server           the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
+    9. Command line     flags and environment, systemd, workers, checks, start and end
 
 Sections 1 to 6 are pure: they know no socket, clock, randomness, environment or log; time, ids and
 memory come in as arguments. Gemini's JSON is the only intermediate form between the protocols.
@@ -44,6 +44,7 @@ from __future__ import annotations
 import argparse
 import array
 import base64
+import bisect
 import codecs
 import collections
 import contextlib
@@ -60,6 +61,7 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import random
 import re
@@ -374,6 +376,10 @@ class Route(NamedTuple):
     beat: Callable[[Exchange],
                    JSON] | None = None              # an event that says nothing, where framing.beat will not do
     takes: Callable[[bytes, str], Fields] = parse_body          # reads the body, given its Content-Type
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.path}"
 
 
 class Protocol(NamedTuple):
@@ -2934,6 +2940,7 @@ MODELS_KEPT = 300.0         # seconds that Gemini's list of models is kept
 ERROR_BODY = 1 << 20        # bytes that are read of a refusal
 KEY_MASK = "[the Gemini key]"
 MOST_PAGES = 50             # of Gemini's list of models
+MOST_LISTS = 32             # of models that are kept, one for each key (-client-keys)
 HEADERS = {"Content-Type": "application/json", "User-Agent": f"proxy-to-gemini/{VERSION}"}
 
 # Linux tells at once that the far end hung up, even behind unread bytes; PyPy 3.9 lacks the name but not the thing.
@@ -3084,7 +3091,7 @@ class Pool(urllib.request.BaseHandler):
         self.session: ssl.SSLSession | None = None
         self.proxy = proxy_for(parts.scheme, parts.netloc.rpartition("@")[2])
         self.context = tls_context() if self.secure else None
-        self.opened = 0             # connections so far
+        self.opened = self.counted = 0      # connections so far; of these, those that the metrics know of
 
     def https_open(self, request: urllib.request.Request) -> Response:
         """Send the request, and give its Response, of which nothing is read yet."""
@@ -3092,6 +3099,8 @@ class Pool(urllib.request.BaseHandler):
         connection = kept or self.connect()
         try:
             body, method = request.data, request.get_method()
+            if not kept:
+                request.watch.wait(None, seconds=0)     # a client that left meanwhile asks for nothing
             lines = [f"{method} {self.target(request.selector)} HTTP/1.1", f"Host: {request.host}"]
             lines += [f"{name}: {value}" for name, value in request.header_items()]
             lines += [] if body is None else [f"Content-Length: {len(body)}"]
@@ -3256,7 +3265,7 @@ class Flight:
             lost = self.response is None or not self.response.spoken
             stale = lost and self.response is not None and self.response.kept
             self.release()
-            self.gemini.count("upstream_errors", str(error.status))
+            self.gemini.count("upstream_errors_total", str(error.status))
             mended, names = repaired(self.call, error.message) if error.status == 400 else (None, [])
             hopeless = mended is None and (error.again is None or error.again > SHORT_DELAY)
             if hopeless or self.tries >= TRIES:
@@ -3266,7 +3275,7 @@ class Flight:
                 self.ignored += names
             elif not stale:
                 self.watch.wait(None, seconds=max(error.again, 0.2 * 2 ** self.tries * random.uniform(0.5, 1)))
-            self.gemini.count("retries", "")
+            self.gemini.count("upstream_retries_total")
             self.send(anew=lost)
 
     def begin(self) -> ProxyError | None:
@@ -3340,6 +3349,8 @@ class ModelList:
             try:
                 models = self.pages()
                 self.gemini.models[self.key] = time.monotonic(), models
+                while len(self.gemini.models) > MOST_LISTS:
+                    self.gemini.models.pop(next(iter(self.gemini.models)), None)
             except ProxyError:
                 if models is None:
                     raise
@@ -3365,6 +3376,7 @@ class Memory:
     """The one place that remembers: texts by a key, and by an alias that several may share; the oldest go first.
 
     It is bounded by rows and by bytes. (SQLite gives it the index, the order and, in a file, the sharing.)
+    Trouble with the file is logged and is no client's: what was kept is not found then.
     """
 
     ROWS, SIZE = 20_000, 32 << 20       # at most, but for what came since it was last looked at
@@ -3374,9 +3386,8 @@ class Memory:
             "CREATE INDEX IF NOT EXISTS aliases ON memory (alias)")
     FIND = "SELECT value FROM memory WHERE key = ?1 OR alias = ?2 ORDER BY key = ?1 DESC, rowid DESC LIMIT 1"
     FORGET = ("DELETE FROM memory WHERE rowid IN (SELECT row FROM (SELECT rowid AS row, ROW_NUMBER() OVER newest AS n, "
-              "SUM(LENGTH(value)) OVER newest AS size FROM memory WHERE alias != '!' "
+              "SUM(LENGTH(value)) OVER newest AS size FROM memory WHERE alias NOT LIKE '!%' OR alias IS NULL "
               "WINDOW newest AS (ORDER BY rowid DESC)) WHERE n > ? OR size > ?)")
-    KEPT = "!"                          # the alias of what is not forgotten by itself
 
     def __init__(self, path: str = ":memory:"):
         self.path, self.lock = path, threading.Lock()
@@ -3395,51 +3406,63 @@ class Memory:
             self.database = database
         return self.database
 
-    def put(self, key: str, alias: str, value: str) -> None:
-        with self.lock:
-            self.open().execute("INSERT OR REPLACE INTO memory VALUES (?, ?, ?)", (key, alias, value))
-            self.rows, self.size = self.rows + 1, self.size + len(value)
-            if self.rows >= self.LOOK[0] or self.size >= self.LOOK[1]:
-                self.rows = self.size = 0
-                self.forget()
+    def try_out(self) -> None:
+        """Raise what is wrong with the file, before there are workers, which cannot share a connection."""
+        import sqlite3
+        try:
+            self.open().close()
+        except sqlite3.Error as error:
+            raise ValueError(str(error)) from None
+        self.database = None
 
-    def keep(self, key: str, text: str) -> None:
-        """Keep a text that is not forgotten by itself; "" forgets it."""
-        with self.lock:
-            if text:
-                self.open().execute("INSERT OR REPLACE INTO memory VALUES (?, ?, ?)", (key, self.KEPT, text))
-            else:
-                self.open().execute("DELETE FROM memory WHERE key = ?", (key,))
-
-    def kept(self) -> dict[str, str]:
-        """All that is kept so, by key without its kind."""
-        if self.database is None and self.path == ":memory:":
-            return {}
-        with self.lock:
-            rows = self.open().execute("SELECT key, value FROM memory WHERE alias = ?", (self.KEPT,)).fetchall()
-        return {key.partition(":")[2]: value for key, value in rows}
-
-    def get(self, key: str | None, alias: str) -> str | None:
-        """What was put under this key, else what was put last under this alias."""
-        if self.database is None and self.path == ":memory:":
-            return None
+    def run(self, statement: str, *values: Any) -> list[tuple]:
+        """The rows that a statement gives."""
+        import sqlite3
         with self.lock:
             try:
-                row = self.open().execute(self.FIND, (key, alias)).fetchone()
-            except UnicodeEncodeError:          # a lone surrogate, which no text that was kept has
-                row = None
-        return row and row[0]
+                return self.open().execute(statement, values).fetchall()
+            except UnicodeEncodeError:          # a lone surrogate, which nothing that was kept has
+                return []
+            except (sqlite3.Error, OSError) as error:
+                log(f"what is to be remembered in {self.path} is in trouble: {error}")
+                return []
 
-    def forget(self) -> None:
-        """Delete the oldest rows until the bounds hold."""
-        self.database.execute(self.FORGET, (self.ROWS, self.SIZE))
+    def put(self, key: str, alias: str | None, value: str) -> None:
+        """Keep a text until newer ones need its place."""
+        self.run("INSERT OR REPLACE INTO memory VALUES (?, ?, ?)", key, alias, value)
+        self.rows, self.size = self.rows + 1, self.size + len(value)
+        if self.rows >= self.LOOK[0] or self.size >= self.LOOK[1]:
+            self.rows = self.size = 0
+            self.run(self.FORGET, self.ROWS, self.SIZE)
+
+    def keep(self, shelf: str, key: str, text: str) -> None:
+        """Keep a text that is not forgotten by itself; "" forgets it."""
+        if text:
+            self.run("INSERT OR REPLACE INTO memory VALUES (?, ?, ?)", key, "!" + shelf, text)
+        else:
+            self.run("DELETE FROM memory WHERE key = ?", key)
+
+    def kept(self, shelf: str) -> list[tuple[str, str]]:
+        """(key, text) of all that is kept on this shelf."""
+        if self.empty:
+            return []
+        return self.run("SELECT key, value FROM memory WHERE alias = ?", "!" + shelf)
+
+    def get(self, key: str | None, alias: str | None = None) -> str | None:
+        """What was put under this key, else what was put last under this alias."""
+        rows = [] if self.empty else self.run(self.FIND, key, alias)
+        return rows[0][0] if rows else None
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing that would be worth a look."""
+        return self.database is None and self.path == ":memory:"
 
 
 class Gemini:
     """The service: its connections, its models, and what it must be reminded of."""
 
-    def __init__(self, upstream: str, state: str = ":memory:", count: Callable[[str, str], None] = lambda family,
-                 label: None):
+    def __init__(self, upstream: str, state: str = ":memory:", count: Callable[..., None] = lambda *labels: None):
         self.base = upstream.rstrip("/") + "/v1beta/"
         self.pool, self.memory = Pool(upstream), Memory(state)
         self.count = count                          # called with what the metrics tell of
@@ -3453,11 +3476,16 @@ class Gemini:
     def signed(self, call: GeminiCall, key: str) -> GeminiCall:
         """The call with the signatures that its history lost; those of another generation of models stay out."""
         def recall(id: str | None, digest: str, name: str) -> str | None:
-            generation, named, signature = (self.memory.get(f"{scope_of(key)}:{id}", digest) or "  ").split(" ")
-            return signature if (generation, named) == (str(int(call.model.generation)), name) else None
+            found = self.memory.get(f"{scope_of(key)}:{id}", digest)
+            generation, named, signature = (found or "  ").split(" ")
+            if (generation, named) == (str(int(call.model.generation)), name):
+                return signature
+            if found:
+                self.count("signatures_total", "foreign")
+            return None
 
         def count(origin: str) -> None:
-            self.count("signatures", origin)
+            self.count("signatures_total", origin)
         return restore_signatures(call, scope_of(key), recall, count) if call.model else call
 
     def remember(self, call: GeminiCall, key: str, calls: list[Call]) -> list[str]:
@@ -3480,14 +3508,21 @@ def scope_of(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 # ======================================================================================
-# 8. Server: the only code that talks to clients: HTTP, who may call, answers, streams, log
+# 8. Server: the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
 # ======================================================================================
 
 MOST_BODY = 128 << 20       # bytes; Gemini takes 100 MB
 MOST_UNPACKED = 32 << 20    # bytes of a compressed body, once unpacked: pictures and sound do not shrink
 MOST_HEAD = 64 << 10        # bytes of a request's line and headers
-CLIENT_TIMEOUT = 60.0       # seconds without a byte from a client, or without it taking one
+CLIENT_TIMEOUT = 60.0       # seconds without a byte from a client, or without it taking one; and for a whole head
+BODY_TIMEOUT = 900.0        # seconds for a whole body
+MOST_CONNECTIONS = 10_000   # of clients; the next one waits until another leaves
+FULL = 0.1                  # seconds to wait where there is no room for another connection
+DRAIN = 7.5                 # seconds that answers under way get when the server ends, before they are told so
+LAST_WORDS = 1.0            # seconds to tell it, and for a request that is just coming in
+TIDY = 5.0                  # seconds between two looks at what can be given back
 LINGER = 1.0                # seconds for a client to read a refusal of what it still sends
+KEY = r"[!-~]{1,1000}"      # what can be sent in a header as a key
 MOST_IGNORED = 4000         # characters of x-proxy-ignored: nginx takes 8 KB of headers in all
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -3516,13 +3551,186 @@ def origin_allowed(origin: str, added: tuple[str, ...]) -> bool:
     return "*" in added or origin in added or re.fullmatch(APP_ORIGINS, origin) is not None
 
 
+# ---- metrics ----
+
+BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)       # seconds
+STATUSES = tuple("200 204 400 401 403 404 405 413 415 429 431 499 500 502 503 504".split())
+LABELS = {"status": STATUSES, "kind": ("prompt", "cached", "output", "thoughts"),
+          "origin": ("client", "memory", "foreign", "placeholder")}
+
+
+class Family(NamedTuple):
+    """Metrics of one name."""
+    kind: str                               # Prometheus' word
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+# To count something new: a row here, and a call of add, watch or set where it happens.
+FAMILIES = {
+    "requests_total": Family("counter", "Requests by route and status.", ("route", "status")),
+    "request_seconds": Family("histogram", "From a request's first line to the end of its answer.", ("route",)),
+    "first_byte_seconds": Family("histogram", "From a request's first line to its answer's first byte.", ("route",)),
+    "tokens_total": Family("counter", "Tokens; cached ones are also prompt, and thoughts are also output.", ("kind",)),
+    "upstream_errors_total": Family("counter", "Refusals and failures of Gemini, retried ones included.", ("status",)),
+    "upstream_retries_total": Family("counter", "Calls that were tried again."),
+    "upstream_connections_total": Family("counter", "Connections to Gemini that were opened."),
+    "upstream_idle_connections": Family("gauge", "Connections to Gemini that wait to be used again."),
+    "signatures_total": Family("counter", "Where the thought signatures of calls in histories came from.", ("origin",)),
+    "clients": Family("gauge", "Connections of clients."),
+    "in_flight": Family("gauge", "Requests under way."),
+}
+
+
+class Metrics:
+    """Numbers that all workers share: each writes a row of its own, and whoever is asked adds the rows up.
+
+    What a label can say is fixed from the start ("other" is the rest), so clients cannot make it grow.
+    """
+
+    def __init__(self, routes: Iterable[str], workers: int = 1):
+        self.values = {label: {value: i for i, value in enumerate(("other", *values))}
+                       for label, values in {**LABELS, "route": tuple(routes)}.items()}
+        self.start: dict[str, int] = {}         # of each family in a row
+        size = 0
+        for name, family in FAMILIES.items():
+            self.start[name] = size
+            size += math.prod(len(self.values[label]) for label in family.labels) * self.width(family)
+        self.size, self.workers, self.lock = size, workers, threading.Lock()
+        self.numbers = memoryview(mmap.mmap(-1, 8 * size * workers)).cast("d")
+        self.take(0)
+
+    def take(self, worker: int) -> None:
+        """Write to this worker's row from now on, without what a dead predecessor had under way."""
+        self.row = worker * self.size
+        for name, family in FAMILIES.items():
+            if family.kind == "gauge":
+                self.set(name, 0)
+
+    @staticmethod
+    def width(family: Family) -> int:
+        """The numbers for each combination of labels: a histogram has its buckets, what is above them, and the sum."""
+        return len(BUCKETS) + 2 if family.kind == "histogram" else 1
+
+    def place(self, name: str, labels: tuple[str, ...]) -> int:
+        """Where a metric's (first) number is in a row."""
+        at = 0
+        for label, value in zip(FAMILIES[name].labels, labels):
+            at = at * len(self.values[label]) + self.values[label].get(value, 0)
+        return self.start[name] + at * self.width(FAMILIES[name])
+
+    def add(self, name: str, *labels: str, amount: float = 1) -> None:
+        at = self.row + self.place(name, labels)
+        with self.lock:
+            self.numbers[at] += amount
+
+    def set(self, name: str, value: float) -> None:
+        self.numbers[self.row + self.place(name, ())] = value
+
+    def watch(self, name: str, *labels: str, seconds: float) -> None:
+        """Count an observation in a histogram."""
+        at = self.row + self.place(name, labels)
+        with self.lock:
+            self.numbers[at + bisect.bisect_left(BUCKETS, seconds)] += 1
+            self.numbers[at + len(BUCKETS) + 1] += seconds
+
+    def page(self, config: Config) -> Payload:
+        """All of it in Prometheus' text form (prometheus.io/docs/instrumenting/exposition_formats)."""
+        row = [sum(self.numbers[i::self.size]) for i in range(self.size)]
+        lines = ["# HELP proxy_to_gemini_info What this is.", "# TYPE proxy_to_gemini_info gauge",
+                 f'proxy_to_gemini_info{{version="{VERSION}",api="{config.api}",workers="{self.workers}"}} 1']
+        for name, family in FAMILIES.items():
+            told, width = "proxy_to_gemini_" + name, self.width(family)
+            lines += [f"# HELP {told} {family.help}", f"# TYPE {told} {family.kind}"]
+            for labels in itertools.product(*(self.values[label] for label in family.labels)):
+                at = self.place(name, labels)
+                if any(row[at:at + width]) or not family.labels:
+                    pairs = [f'{label}="{value}"' for label, value in zip(family.labels, labels)]
+                    lines += metric_lines(told, pairs, row[at:at + width])
+        return Payload("\n".join([*lines, ""]).encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def metric_lines(name: str, labels: list[str], numbers: list[float]) -> list[str]:
+    """The lines of one metric; several numbers are those of a histogram, whose buckets hold all that is below."""
+    def line(suffix: str, labels: list[str], number: float) -> str:
+        braces = "{" + ",".join(labels) + "}" if labels else ""
+        return f"{name}{suffix}{braces} {number:.15g}"
+    if len(numbers) == 1:
+        return [line("", labels, numbers[0])]
+    *counts, total = numbers
+    sums = list(itertools.accumulate(counts))
+    return [*(line("_bucket", [*labels, f'le="{bound}"'], number) for bound, number in zip((*BUCKETS, "+Inf"), sums)),
+            line("_sum", labels, total), line("_count", labels, sums[-1])]
+
+
+# ---- connections ----
+
+
+class ClientLine(io.RawIOBase):
+    """A client's (non-blocking) socket as a file that waits; between requests only while the server goes on."""
+
+    def __init__(self, sock: socket.socket, ending: int):
+        self.sock, self.fd = sock, sock.fileno()
+        self.idle = self.fresh = True           # whether no request has begun to come; whether none ever has
+        self.came = time.monotonic()
+        self.until = math.inf                   # when all that the client is sending must have come
+        self.busy_poll, self.idle_poll = select.poll(), select.poll()
+        self.busy_poll.register(sock, select.POLLIN)
+        self.idle_poll.register(sock, select.POLLIN)
+        if ending >= 0:
+            self.idle_poll.register(ending, select.POLLIN)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """What has come; nothing when the client left, or when the server ends and no request is coming."""
+        while True:
+            now = time.monotonic()
+            ready = (self.idle_poll if self.idle else self.busy_poll).poll(
+                max(0, min(CLIENT_TIMEOUT, self.until - now)) * 1000)
+            if not ready:
+                raise socket.timeout("the client is silent")
+            if all(fd != self.fd for fd, _ in ready):
+                grace = self.came + LAST_WORDS - now if self.fresh else 0       # its first request may just be coming
+                if not self.busy_poll.poll(max(0, grace) * 1000):
+                    return 0
+            try:
+                count = self.sock.recv_into(buffer)
+            except BlockingIOError:
+                continue
+            if self.idle:
+                self.idle = self.fresh = False
+                self.until = now + CLIENT_TIMEOUT
+            return count
+
+    def send(self, data: bytes) -> None:
+        """All of it, as fast as the client takes it."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self.sock.send(view):]
+            except BlockingIOError:
+                room = select.poll()
+                room.register(self.sock, select.POLLOUT)
+                if not room.poll(CLIENT_TIMEOUT * 1000):
+                    raise socket.timeout("the client takes nothing") from None
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection of a client's: a request, its answer, and again."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    timeout = CLIENT_TIMEOUT
     server: Server
+
+    def setup(self) -> None:
+        self.connection = self.request
+        self.connection.setblocking(False)
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.line = ClientLine(self.connection, self.server.ending)
+        self.rfile = io.BufferedReader(self.line)
+        self.body_left = self.answering = False
+        self.server.handlers.add(self)
 
     # ---- requests ----
 
@@ -3530,17 +3738,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection, self.command, self.path, self.headers = True, "", "", {}
         self.begun = self.framed = self.body_left = False
         self.status, self.exchange, self.framing, self.answers, self.ignored = 0, None, None, None, []
-        self.protocol = protocol_of(self.server.config.api, "/")
+        self.protocol, self.route = protocol_of(self.server.config.api, "/"), "other"
         try:
+            self.line.idle, self.line.until = True, math.inf
             line = self.rfile.readline(MOST_HEAD)
             line = self.rfile.readline(MOST_HEAD) if line == b"\r\n" else line       # RFC 9112, section 2.2
             if not line:
                 return
-            began = time.monotonic()
+            self.began = self.spoke = time.monotonic()
             try:
                 self.answer(line)
             finally:
-                self.log_access(time.monotonic() - began)
+                self.answering = False
+                self.account(time.monotonic())
         except (ClientGone, OSError):
             self.close_connection = True
 
@@ -3585,7 +3795,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if name in headers and name in ("host", "content-length", "transfer-encoding"):
                 raise ProxyError(400, f"The header {name} comes twice.")
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
-        self.headers = headers
+        self.headers, self.answering = headers, True
+        self.line.until = math.inf
         self.body_left = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         connection = headers.get("connection", "").lower()
         self.close_connection = "close" in connection or (self.request_version == "HTTP/1.0"
@@ -3603,6 +3814,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise too_large()
         if self.body_left and self.headers.get("expect", "").lower() == "100-continue":
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.line.until = time.monotonic() + BODY_TIMEOUT
         body = self.read_chunked() if coding else self.read_exactly(int(length or 0))
         self.body_left = False
         return decoded_body(body, self.headers.get("content-encoding", "identity").lower())
@@ -3648,15 +3860,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if origin is not None and not origin_allowed(origin, config.origins):
             raise ProxyError(403, f"Pages from {ascii(origin[:80])} may not call this server; -origins can allow it.")
         if config.proxy_key and self.command != "OPTIONS" and path not in ("/", "/healthz") \
-                and not any(hmac.compare_digest(key, config.proxy_key.encode()) for key in self.client_keys()):
+                and not any(self.is_proxy_key(key) for key in self.client_keys()):
             raise ProxyError(401, "Incorrect API key provided: this server wants its own key (PROXY_API_KEY).",
                              code="invalid_api_key")
 
-    def client_keys(self) -> Iterator[bytes]:
+    def client_keys(self) -> Iterator[str]:
         """What the client sent as a key, in any of the usual headers."""
         for name in ("authorization", "x-api-key", "api-key", "x-goog-api-key"):
-            value = self.headers.get(name, "")
-            yield re.sub(r"^bearer +", "", value, flags=re.I).encode("latin-1")
+            value = self.headers.get(name)
+            if value:
+                yield re.sub(r"^bearer +", "", value, flags=re.I)
+
+    def is_proxy_key(self, key: str) -> bool:
+        return hmac.compare_digest(key.encode("latin-1"), self.server.config.proxy_key.encode())
+
+    def gemini_key(self) -> str:
+        """The key for Gemini: the server's own, or with -client-keys the client's."""
+        config = self.server.config
+        if not config.client_keys:
+            return config.key
+        keys = [key for key in self.client_keys() if not (config.proxy_key and self.is_proxy_key(key))]
+        if not keys or not re.fullmatch(KEY, keys[0]):
+            raise ProxyError(401, "You didn't provide an API key: this server wants your own Gemini key as the API key "
+                                  "(aistudio.google.com/apikey).", code="invalid_api_key")
+        return keys[0]
 
     def cors(self) -> list[tuple[str, str]]:
         """The headers that let a web page read the answer."""
@@ -3685,21 +3912,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "OPTIONS":
             return self.preflight()
         if path in server.own_pages and self.command in ("GET", "HEAD"):
+            self.route = "GET " + path
             return self.send_answer(*reversed(server.own_pages[path]()))
         found = find_route(api, self.command, path)
-        self.protocol = found.protocol
-        setting = server.setting._replace(params=found.params, query=dict(urllib.parse.parse_qsl(query)))
+        self.protocol, self.route = found.protocol, found.route.name
+        self.key = self.gemini_key()
+        setting = server.setting_for(self.key)
+        if found.params or query:
+            setting = setting._replace(params=found.params, query=dict(urllib.parse.parse_qsl(query)))
         try:
             body = self.read_fields(found.route)
             ask = found.route.request(body, setting)
         except RecursionError:
             raise nested_too_deeply() from None
         self.ignored, self.framing = body.ignored(), found.route.framing
-        self.exchange = Exchange(ask, setting, lambda calls: server.gemini.remember(ask.calls[0], server.config.key,
-                                                                                    calls))
+        self.exchange = Exchange(ask, setting, lambda calls: server.gemini.remember(ask.calls[0], self.key, calls))
         beat = functools.partial(self.beat, found.route) if ask.stream else None
         self.watch = Watch(self.connection, server.config.timeout, server.stopping, beat)
-        with server.gemini.ask(ask.calls, self.watch, server.config.key) as self.answers:
+        with server.gemini.ask(ask.calls, self.watch, self.key) as self.answers:
             if ask.stream:
                 self.send_stream(found.route.stream(self.exchange, iter(self.answers)))
             else:
@@ -3731,10 +3961,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if error.code == "model_not_found" and error.upstream and self.exchange:
             error.model = self.exchange.model
             with contextlib.suppress(ProxyError):
-                models = [entry for chunk in ModelList(self.server.gemini, self.watch, self.server.config.key).chunks()
+                models = [entry for chunk in ModelList(self.server.gemini, self.watch, self.key).chunks()
                           for entry in chunk["models"]]
-                error.listed = model_named(error.model, self.server.setting).path in [inside(entry, "name", str)
-                                                                                      for entry in models]
+                error.listed = model_named(error.model, self.exchange.setting).path in [inside(entry, "name", str)
+                                                                                        for entry in models]
 
     def fail(self, error: ProxyError) -> None:
         """Tell an error: as an answer, or in mid-stream as the last event."""
@@ -3757,8 +3987,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def head(self, status: int, content_type: str, headers: list[tuple[str, str]]) -> bytes:
         """Status line and headers, up to the empty line. A connection with an unread body is not gone on with."""
-        self.status, self.begun = status, True
-        self.close_connection = self.close_connection or self.body_left
+        self.status, self.begun, self.spoke = status, True, time.monotonic()
+        self.close_connection = self.close_connection or self.body_left or self.server.draining
         phrase = http.HTTPStatus(status).phrase if status in http.HTTPStatus._value2member_map_ else "Error"
         lines = [f"HTTP/1.1 {status} {phrase}", f"Date: {http_date(int(time.time()))}",
                  f"Server: proxy-to-gemini/{VERSION}",
@@ -3795,7 +4025,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def write(self, data: bytes) -> None:
         try:
-            self.wfile.write(data)
+            self.line.send(data)
         except OSError:
             raise ClientGone from None
 
@@ -3810,18 +4040,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 until = time.monotonic() + LINGER
                 while time.monotonic() < until and self.connection.recv(1 << 16):
                     pass
-        super().finish()
+        self.rfile.close()
+        self.server.handlers.discard(self)
 
-    def log_access(self, seconds: float) -> None:
-        """One line per request, without its query (which may hold keys) and without its content."""
-        model, usage = "", self.exchange and self.exchange.usage
+    def account(self, now: float) -> None:
+        """Count the request, and log it in a line, without its query (which may hold keys) and without its content."""
+        metrics, model, usage = self.server.metrics, "", self.exchange and self.exchange.usage
         if usage and self.exchange.model:
             model = f" {self.exchange.model[:100]!a} {usage.prompt}+{usage.output} tokens"
+            for kind in LABELS["kind"]:
+                if getattr(usage, kind):
+                    metrics.add("tokens_total", kind, amount=getattr(usage, kind))
+        metrics.add("requests_total", self.route, str(self.status))
+        metrics.watch("request_seconds", self.route, seconds=now - self.began)
+        metrics.watch("first_byte_seconds", self.route, seconds=self.spoke - self.began)
         path = self.path.partition("?")[0][:200]
         log(f"{self.command or '-'} {path.encode('latin-1', 'replace').decode('ascii', 'backslashreplace') or '-'} "
-            f"{self.status} {seconds * 1000:.0f} ms{model}")
-
-    body_left = False
+            f"{self.status} {(now - self.began) * 1000:.0f} ms{model}")
 
 
 def too_large() -> ProxyError:
@@ -3852,52 +4087,175 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 1024
+    timeout = 0                                 # for handle_request, which is called when there is something to accept
 
-    def __init__(self, config: Config):
-        self.config = config
-        self.gemini = Gemini(config.upstream)
-        memory = self.gemini.memory
-        self.setting = Setting(config.aliases, config.api == "ollama", time.time,
-                               lambda prefix: prefix + secrets.token_hex(12),
-                               lambda key: memory.get(key, ""), memory.keep, memory.kept, {})
-        self.stopping = -1
-        self.own_pages = {"/": self.front_page, "/healthz": lambda: (200, Payload(b"ok"))}
-        host, port = config.listen
-        self.loopback = host in ("localhost", "::1") or host.startswith("127.")
+    def __init__(self, config: Config, handed_over: socket.socket | None = None):
+        """`handed_over` is a socket that listens already, and that others may go on listening on."""
+        self.config, self.shared = config, handed_over is not None
+        self.own_pages = {"/": self.front_page, "/healthz": self.health_page, "/metrics": self.metrics_page}
+        routes = [route.name for _, protocol in MOUNTS[config.api] for route in protocol.routes]
+        self.metrics = Metrics([*dict.fromkeys(routes), *("GET " + path for path in self.own_pages)], config.workers)
+        self.gemini = Gemini(config.upstream, config.state, self.metrics.add)
+        self.setting_for = functools.lru_cache(maxsize=64)(self.make_setting)      # by Gemini key
+        self.loaded: dict[str, float] = {}
+        self.handlers: set[Handler] = set()     # one for each connection
+        self.draining, self.tidied = False, -math.inf
+        self.ending = self.stopping = -1        # pipes that tell of the end: for new requests, for those under way
+        self.listen(handed_over)
+        host = self.server_address[0]
+        self.loopback = host == "::1" or host.startswith("127.")
+
+    def listen(self, handed_over: socket.socket | None) -> None:
+        host, port = self.config.listen
         self.address_family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
-        try:
-            super().__init__((host or "::", port), Handler)
-        except OSError as error:
-            if host or error.errno == errno.EADDRINUSE:
-                raise
-            self.address_family = socket.AF_INET        # a machine without IPv6
-            super().__init__(("0.0.0.0", port), Handler)
+        if handed_over is not None:
+            self.address_family = handed_over.family
+            super().__init__(handed_over.getsockname(), Handler, bind_and_activate=False)
+            self.socket.close()
+            self.socket, self.server_address = handed_over, handed_over.getsockname()
+        else:
+            try:
+                super().__init__((host or "::", port), Handler)
+            except OSError as error:
+                if host or error.errno == errno.EADDRINUSE:
+                    raise
+                self.address_family = socket.AF_INET        # a machine without IPv6
+                super().__init__(("0.0.0.0", port), Handler)
+        self.server_port = self.server_address[1]
+        self.socket.setblocking(False)          # another worker may be faster to accept
 
     def server_bind(self) -> None:
         """Without http.server's reverse look-up of the host's name, which can take half a minute."""
         if self.address_family == socket.AF_INET6 and not self.config.listen[0]:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+
+    def make_setting(self, key: str) -> Setting:
+        """What requests with this Gemini key may depend on. With -client-keys, each has a memory of its own."""
+        memory, shelf = self.gemini.memory, scope_of(key) + ":" if self.config.client_keys else ""
+        return Setting(self.config.aliases, self.config.api == "ollama", time.time,
+                       lambda prefix: prefix + secrets.token_hex(12),
+                       lambda name: memory.get(shelf + name),
+                       lambda name, text: memory.keep(shelf, shelf + name, text),
+                       lambda: {name[len(shelf):].partition(":")[2]: text for name, text in memory.kept(shelf)},
+                       self.loaded)
 
     @property
     def url(self) -> str:
         host, port = self.server_address[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
+    # ---- pages of its own ----
+
     def front_page(self) -> tuple[int, Payload]:
         if self.config.api == "ollama":
             return 200, Payload(b"Ollama is running")
         return 200, Payload(f"You are running proxy-to-gemini at {self.url}; api = {self.config.api}\n".encode())
 
+    def health_page(self) -> tuple[int, Payload]:
+        return (503, Payload(b"ending")) if self.draining else (200, Payload(b"ok"))
+
+    def metrics_page(self) -> tuple[int, Payload]:
+        self.take_stock()
+        return 200, self.metrics.page(self.config)
+
+    # ---- its life ----
+
+    def run(self, life: Life) -> None:
+        """Accept clients until a signal says stop; then let what is under way end."""
+        (self.ending, end), (self.stopping, stop) = os.pipe(), os.pipe()
+        poll = select.poll()
+        poll.register(life.pipe, select.POLLIN)
+        while not life.over():
+            room = len(self.handlers) < most_connections()
+            poll.register(self.socket, select.POLLIN if room else 0)
+            for fd, _ in poll.poll(1000 * (life.nap if room else FULL)):
+                if fd == life.pipe:
+                    life.hear()
+                else:
+                    self.handle_request()
+            if life.asks(signal.SIGHUP):
+                self.reload()
+            self.service_actions()
+        life.tell("STOPPING=1")
+        self.drain(end, stop)
+
+    def drain(self, end: int, stop: int) -> None:
+        """Serve who has come already; give answers under way DRAIN seconds, then LAST_WORDS."""
+        self.draining = True
+        while not self.shared and select.select([self.socket], [], [], 0)[0]:
+            self.handle_request()
+        self.server_close()
+        os.close(end)
+        self.wait_for_handlers(LAST_WORDS, lambda handler: True)
+        self.wait_for_handlers(DRAIN, lambda handler: handler.answering)
+        os.close(stop)
+        self.wait_for_handlers(LAST_WORDS, lambda handler: handler.answering)
+
+    def wait_for_handlers(self, seconds: float, counts: Callable[[Handler], bool]) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and any(counts(handler) for handler in list(self.handlers)):
+            time.sleep(0.01)
+
+    def reload(self) -> None:
+        """Read the Gemini key again."""
+        key = gemini_key(os.environ)
+        usable = re.fullmatch(KEY, key)
+        if usable:
+            self.config = self.config._replace(key=key)
+        log("the Gemini key was read again" if usable else "there is no usable Gemini key; the old one stays")
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self.gemini.pool.drop_oldest()
+                time.sleep(FULL)                # the client waits, and so does the processor
+            raise
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         log(f"this is a bug in proxy-to-gemini; please report it: {traceback.format_exc()}")
 
     def service_actions(self) -> None:
-        self.gemini.pool.tidy()
+        """Every few seconds, see what can be given back."""
+        if time.monotonic() - self.tidied > TIDY:
+            self.tidied = time.monotonic()
+            self.gemini.pool.tidy()
+            self.take_stock()
+            give_memory_back()
+
+    def take_stock(self) -> None:
+        """Count what is there just now."""
+        handlers, pool = list(self.handlers), self.gemini.pool
+        self.metrics.set("clients", len(handlers))
+        self.metrics.set("in_flight", sum(handler.answering for handler in handlers))
+        self.metrics.set("upstream_idle_connections", len(pool.idle))
+        new, pool.counted = pool.opened - pool.counted, pool.opened
+        self.metrics.add("upstream_connections_total", amount=new)
+
+
+@functools.lru_cache(maxsize=1)
+def most_connections() -> int:
+    """How many clients there may be: each may need a file more for its way to Gemini."""
+    import resource
+    return min(MOST_CONNECTIONS, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 16))
+
+
+@functools.lru_cache(maxsize=1)
+def malloc_trim() -> Callable[[int], int]:
+    """glibc's function that gives free memory back to the system; elsewhere one that does nothing."""
+    import ctypes
+    return getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)
+
+
+def give_memory_back() -> None:
+    """The compiler of this file, and each large picture, leave free memory behind that glibc would keep for ever."""
+    malloc_trim()(0)
+
 
 # ======================================================================================
-# 9. Command line: flags, environment, start and end
+# 9. Command line: flags and environment, systemd, workers, checks, start and end
 # ======================================================================================
 
 GEMINI = "https://generativelanguage.googleapis.com"
@@ -3917,6 +4275,9 @@ class Config(NamedTuple):
     origins: tuple[str, ...] = ()
     timeout: float = 600.0                      # seconds that Gemini may be silent
     proxy_key: str = ""                         # what clients must send
+    workers: int = 1                            # processes
+    state: str = ":memory:"                     # SQLite's name of the file that remembers
+    client_keys: bool = False                   # whether each client brings its own Gemini key
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -3955,6 +4316,12 @@ def seconds(text: str) -> float:
     return value
 
 
+def worker_count(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,2}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes")
+    return int(text)
+
+
 def flag_parser() -> argparse.ArgumentParser:
     """The flags, spelt as Go does (-api=ollama), or with two dashes."""
     parser = argparse.ArgumentParser(prog="proxy_to_gemini.py", allow_abbrev=False, description=__doc__.splitlines()[0])
@@ -3971,6 +4338,11 @@ def flag_parser() -> argparse.ArgumentParser:
     flag("origins", type=lambda text: tuple(filter(None, text.split(","))), default=(), metavar="ORIGIN,...",
          help="browser origins that may call besides this machine's and apps'; * is any")
     flag("timeout", type=seconds, default=600.0, metavar="SECONDS", help="how long Gemini may be silent")
+    flag("workers", type=worker_count, default=1, metavar="N", help="processes that share the port")
+    flag("state", default=None, metavar="FILE", help="keeps signatures and responses over a restart")
+    flag("client-keys", action="store_true", help="every client brings its own Gemini key as its API key")
+    flag("check", action="store_true", help="tell what works on the way to Gemini, and what to mend")
+    flag("print-unit", action="store_true", help="print a systemd unit for this file and these flags")
     flag("version", action="store_true", help="version, and the SHA-256 of this file")
     return parser
 
@@ -3986,40 +4358,408 @@ def gemini_key(env: Mapping[str, str]) -> str:
     return ""
 
 
-def configured(arguments: list[str], env: Mapping[str, str]) -> Config:
-    """The configuration; ends the program where it is told wrongly (2), or has no usable key (1)."""
+def state_file(told: str | None, env: Mapping[str, str]) -> str:
+    """Where to remember: in the file that -state names, else in systemd's StateDirectory, else in memory only."""
+    folder = env.get("STATE_DIRECTORY", "").partition(":")[0]
+    return told or (os.path.join(folder, "proxy-to-gemini.db") if folder else ":memory:")
+
+
+def configured(arguments: list[str], env: Mapping[str, str]) -> tuple[Config, argparse.Namespace]:
+    """(the configuration, the flags); ends the program where it is told wrongly (2), or has no usable key (1)."""
     parser = flag_parser()
     flags = parser.parse_args(arguments)
     if flags.version:
         with open(__file__, "rb") as file:
             print(f"proxy-to-gemini {VERSION}, SHA-256 {hashlib.sha256(file.read()).hexdigest()}")
         sys.exit(0)
+    if flags.print_unit:
+        print(unit([word for word in arguments if word.lstrip("-") != "print-unit"]))
+        sys.exit(0)
     try:
         upstream = flags.upstream or base_url(env.get("GOOGLE_GEMINI_BASE_URL", "").strip() or GEMINI)
     except argparse.ArgumentTypeError as error:
         parser.error(f"GOOGLE_GEMINI_BASE_URL: {error}")
     key = gemini_key(env)
-    if not key:
+    if not key and not flags.client_keys:
         sys.exit(NO_KEY)
-    if not re.fullmatch(r"[!-~]+", key):
+    if key and not re.fullmatch(KEY, key):
         sys.exit("proxy-to-gemini: the key in GEMINI_API_KEY has characters that no key has; it cannot be sent.")
     return Config(flags.api, flags.listen, upstream, key, tuple(flags.alias), flags.origins, flags.timeout,
-                  env.get("PROXY_API_KEY", "").strip())
+                  env.get("PROXY_API_KEY", "").strip(), flags.workers, state_file(flags.state, env),
+                  flags.client_keys), flags
 
 
-def main() -> None:
-    config = configured(sys.argv[1:], os.environ)
+# ---- systemd ----
+
+UNIT = """\
+[Unit]
+Description=proxy-to-gemini: OpenAI's or Ollama's API, answered by Gemini
+Documentation=file://{folder}/README.md
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart={command}
+ExecReload=/bin/kill -HUP $MAINPID
+Restart=always
+RestartSec=1
+TimeoutStopSec=15
+WatchdogSec=30
+
+# The Gemini key is in this file, which only root can read; PROXY_API_KEY and HTTPS_PROXY may stand in the other.
+LoadCredential=gemini_api_key:/etc/proxy-to-gemini/gemini_api_key
+EnvironmentFile=-/etc/proxy-to-gemini/environment
+StateDirectory=proxy-to-gemini
+StateDirectoryMode=0700
+
+DynamicUser=yes
+MemoryMax=1G
+TasksMax=12000
+LimitNOFILE=32768
+UMask=0077
+CapabilityBoundingSet=
+AmbientCapabilities=
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=read-only
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+ProcSubset=pid
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+RemoveIPC=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def unit(flags: list[str]) -> str:
+    """A systemd unit for this very file and these flags, without the final newline."""
+    here = os.path.abspath(__file__)
+    words = [os.path.realpath(sys.executable), here, *flags]
+    return UNIT.format(folder=os.path.dirname(here), command=" ".join(map(unit_word, words))).rstrip()
+
+
+def unit_word(word: str) -> str:
+    """A word of a command line in a unit, where % and $ mean something (systemd.service, "Command lines")."""
+    word = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return word if re.fullmatch(r"[^\s'\";]+", word) else f'"{word}"'
+
+
+def handed_over_socket(env: Mapping[str, str]) -> socket.socket | None:
+    """The socket that systemd listens on for this process (sd_listen_fds), or None."""
+    if env.get("LISTEN_PID") != str(os.getpid()) or not re.fullmatch(r"[1-9]\d*", env.get("LISTEN_FDS", "")):
+        return None
+    if env["LISTEN_FDS"] != "1":
+        raise ValueError(f"LISTEN_FDS hands over {env['LISTEN_FDS']} sockets, and one is served")
+    sock = socket.socket(fileno=3)
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
+        raise ValueError("the socket of LISTEN_FDS is not one for TCP")
+    return sock
+
+
+class Life:
+    """What this process is asked by signals, and what systemd is told of it."""
+
+    def __init__(self, env: Mapping[str, str]):
+        self.heard: set[int] = set()            # signals that wait to be looked at
+        self.parent = 0                         # whose end is ours too: a worker's
+        self.supervisor = env.get("NOTIFY_SOCKET", "")
+        told = env.get("WATCHDOG_USEC", "")
+        mine = env.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.watchdog = int(told) / 1e6 if mine and re.fullmatch(r"[1-9]\d{0,15}", told) else math.inf    # seconds
+        self.nap = min(1.0, self.watchdog / 4)
+        self.barked = -math.inf
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, lambda number, frame: self.heard.add(number))
+        self.begin()
+
+    def begin(self) -> None:
+        """Have signals wake this process, and no other."""
+        self.pipe, wake = os.pipe()
+        os.set_blocking(self.pipe, False)
+        os.set_blocking(wake, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+
+    def begin_as_worker(self, parent: int) -> None:
+        self.parent, self.supervisor, self.watchdog = parent, "", math.inf
+        self.heard.discard(signal.SIGCHLD)
+        self.begin()
+
+    def hear(self) -> None:
+        """Take what woke us."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.pipe, 4096)
+
+    def asks(self, number: int) -> bool:
+        """Whether this signal came since this was asked last."""
+        asked = number in self.heard
+        self.heard.discard(number)
+        return asked
+
+    def over(self) -> bool:
+        """Whether it is time to end; until then the watchdog is told that we are well."""
+        if time.monotonic() - self.barked > self.watchdog / 2.5:
+            self.barked = time.monotonic()
+            self.tell("WATCHDOG=1")
+        orphaned = self.parent and os.getppid() != self.parent
+        return bool(orphaned or self.heard & {signal.SIGTERM, signal.SIGINT})
+
+    def tell(self, *lines: str) -> None:
+        """Tell systemd (sd_notify)."""
+        if not self.supervisor:
+            return
+        address = "\0" + self.supervisor[1:] if self.supervisor[0] == "@" else self.supervisor
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.sendto("\n".join(lines).encode(), address)
+
+
+# ---- workers ----
+
+
+class Workers:
+    """The processes that share the port: each is a fork of this one, which only looks after them."""
+
+    def __init__(self, server: Server, life: Life, count: int):
+        self.server, self.life, self.count = server, life, count
+        self.numbers: dict[int, int] = {}                   # by process id
+        self.due = [0.0] * count                            # when each may be started again
+
+    def run(self) -> None:
+        """Replace those that die, until a signal ends them all; those that will not end are killed."""
+        poll = select.poll()
+        poll.register(self.life.pipe, select.POLLIN)
+        while not self.life.over():
+            self.start_missing()
+            poll.poll(self.life.nap * 1000)
+            self.life.hear()
+            if self.life.asks(signal.SIGHUP):
+                self.signal(signal.SIGHUP)
+            self.bury()
+        self.life.tell("STOPPING=1")
+        self.signal(signal.SIGTERM)
+        until = time.monotonic() + LAST_WORDS + DRAIN + 2 * LAST_WORDS
+        while self.numbers and time.monotonic() < until:
+            poll.poll(100)
+            self.life.hear()
+            self.bury()
+        self.signal(signal.SIGKILL)
+
+    def start_missing(self) -> None:
+        for number in set(range(self.count)) - set(self.numbers.values()):
+            if time.monotonic() < self.due[number] or self.life.over():
+                continue
+            self.due[number] = time.monotonic() + 1         # one that dies at once is not started in a rush
+            parent, child = os.getpid(), os.fork()
+            if not child:
+                self.work(number, parent)
+            self.numbers[child] = number
+
+    def work(self, number: int, parent: int) -> None:
+        """What a worker does from its first to its last moment."""
+        try:
+            self.life.begin_as_worker(parent)
+            self.server.metrics.take(number)
+            self.server.run(self.life)
+        except BaseException:
+            log(f"a worker has a bug; please report it: {traceback.format_exc()}")
+        finally:
+            os._exit(0)
+
+    def signal(self, number: int) -> None:
+        for pid in list(self.numbers):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def bury(self) -> None:
+        """See who has ended."""
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    return
+                number = self.numbers.pop(pid, None)
+                if status and number is not None:
+                    log(f"worker {number} died (status {status}); another takes its place")
+
+
+# ---- checks ----
+
+
+def check_port(config: Config, gemini: Gemini) -> str:
+    server = Server(config, handed_over_socket(os.environ))
+    server.server_close()
+    return f"{server.url} is free" if not server.shared else f"{server.url} is handed over"
+
+
+def check_memory(config: Config, gemini: Gemini) -> str:
+    if config.state == ":memory:":
+        return "nothing is kept over a restart"
+    Memory(config.state).try_out()
+    return config.state
+
+
+def check_name(config: Config, gemini: Gemini) -> str:
+    pool = gemini.pool
+    host, port = (pool.proxy.host, pool.proxy.port) if pool.proxy else (pool.host, pool.port)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    way = ", the proxy on the way," if pool.proxy else ""
+    return f"{host}:{port}{way} is at " + ", ".join(dict.fromkeys(address[0] for *_, address in found))
+
+
+def check_connection(config: Config, gemini: Gemini) -> str:
+    with contextlib.closing(gemini.pool.connect()) as connection:
+        if not gemini.pool.secure:
+            return f"{config.upstream}, without TLS"
+        issuer = dict(pair for name in connection.sock.getpeercert()["issuer"] for pair in name)
+        trust = next((f"${name}" for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
+                      if os.environ.get(name)), "the system")
+        return (f"{config.upstream}, {connection.sock.version()}, certificate of "
+                f"{issuer.get('organizationName') or issuer.get('commonName')}, trusted by {trust}")
+
+
+def check_key(config: Config, gemini: Gemini) -> str:
+    if not config.key:
+        return "every client brings its own"
+    return f"it opens a list of {len(listed_models(config, gemini))} models"
+
+
+def listed_models(config: Config, gemini: Gemini) -> list[JSON]:
+    return [entry for chunk in ModelList(gemini, Watch(None, CHECK_TIMEOUT), config.key).chunks()
+            for entry in chunk["models"]]
+
+
+def check_clock(config: Config, gemini: Gemini) -> str:
+    flight = Flight(gemini, GeminiCall("models?pageSize=1"), Watch(None, CHECK_TIMEOUT), config.key, [])
+    flight.begin()
+    told = flight.response and email.utils.parsedate_tz(flight.response.getheader("Date", ""))
+    flight.release()
+    if not told:
+        return "Gemini does not tell the time"
+    apart = abs(time.time() - email.utils.mktime_tz(told))
+    if apart > 300:
+        raise ValueError(f"it is {apart:.0f} seconds off")
+    return "it agrees with Gemini's" if apart < 5 else f"it is {apart:.0f} seconds off, which does no harm"
+
+
+def check_answer(config: Config, gemini: Gemini) -> str:
+    """One short answer of a flash model, the newest in the list."""
+    if not config.key:
+        return "every client asks with a key of its own"
+    names = [inside(entry, "name", str).rpartition("/")[2] for entry in listed_models(config, gemini)
+             if "generateContent" in inside(entry, "supportedGenerationMethods", list)]
+    fitting = [name for name in names if re.match(r"gemini-[\d.]+-flash", name) and not UNLISTED.search(name)]
+    model = model_of(max(fitting or names, key=lambda name: model_of(name).generation))
+    began = time.monotonic()
+    call = generate_call(model, False, [], [user_turn(text_part("Say hello in one word."))], {})
+    answer, = Flight(gemini, call, Watch(None, CHECK_TIMEOUT), config.key, []).chunks()
+    text = texts_of(inside(inside(first_candidate(answer), "content", dict), "parts", list))
+    return f"{model.name} said {text[:40]!a} after {time.monotonic() - began:.1f} seconds"
+
+
+CHECK_TIMEOUT = 30.0        # seconds
+
+# What must work, in the order in which one rests on the other; and what to mend where it does not.
+CHECKS = (
+    ("port", check_port, "end what listens there, or choose another with -listen"),
+    ("memory", check_memory, "name a file with -state that can be written, and that is SQLite's or new"),
+    ("name", check_name, "see to DNS; where the network wants a proxy, set HTTPS_PROXY"),
+    ("connection", check_connection, "see to the firewall and HTTPS_PROXY; a company's own certificates go into SSL_CERT_FILE"),
+    ("key", check_key, "get a key at https://aistudio.google.com/apikey, and see what it is restricted to"),
+    ("clock", check_clock, "set the clock: certificates and quotas go by it"),
+    ("answer", check_answer, "what Gemini says above is the cause: billing, quota, or a region without service"),
+)
+
+
+def check(config: Config) -> int:
+    """Tell of each thing whether it works, and at the first that does not what to mend: the exit status."""
     try:
-        server = Server(config)
+        gemini = Gemini(config.upstream)
+    except (OSError, ValueError) as error:
+        print(f"FAIL  certificates: {error}\n      mend: see to REQUESTS_CA_BUNDLE, SSL_CERT_FILE and HTTPS_PROXY")
+        return 1
+    for name, test, mend in CHECKS:
+        try:
+            print(f"ok    {name}: {test(config, gemini)}", flush=True)
+        except (ProxyError, OSError, ValueError, http.client.HTTPException) as error:
+            print(f"FAIL  {name}: {config.upstream}: {error}\n      mend: {mend}")
+            return 1
+    return 0
+
+
+# ---- start and end ----
+
+
+def raise_limits() -> None:
+    """As many open files as we may have: each client needs two."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * MOST_CONNECTIONS + 64
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, wanted)) if hard > 0 else wanted, hard))
+
+
+def opened(config: Config) -> Server:
+    """The server, listening; ends the program with a line where that cannot be."""
+    try:
+        server = Server(config, handed_over_socket(os.environ))
     except (OSError, ValueError) as error:
         host, port = config.listen
         sys.exit(f"proxy-to-gemini: cannot listen on {host or '*'}:{port}: {getattr(error, 'strerror', None) or error}")
+    try:
+        if config.state != ":memory:":
+            server.gemini.memory.try_out()
+    except (OSError, ValueError) as error:
+        sys.exit(f"proxy-to-gemini: cannot remember in {config.state}: {getattr(error, 'strerror', None) or error}")
+    return server
+
+
+def serve(config: Config) -> None:
+    """Serve until a signal says stop."""
+    life = Life(os.environ)
+    server = opened(config)
+    give_memory_back()
     log(f"proxy-to-gemini {VERSION}: api {config.api} at {server.url}, answered by {config.upstream}")
-    if not server.loopback and not config.proxy_key:
+    if not server.loopback and not config.proxy_key and not config.client_keys:
         log("warning: whoever reaches this port can spend the Gemini key; set PROXY_API_KEY, or listen on 127.0.0.1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt):
-        server.serve_forever()
+    life.tell("READY=1", f"STATUS=api {config.api} at {server.url}")
+    if config.workers > 1:
+        Workers(server, life, config.workers).run()
+    else:
+        server.run(life)
+
+
+def main() -> None:
+    config, flags = configured(sys.argv[1:], os.environ)
+    if flags.check:
+        sys.exit(check(config))
+    raise_limits()
+    with contextlib.ExitStack() as stack:
+        if config.workers > 1 and config.state == ":memory:":       # what workers share must be in a file
+            import tempfile
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="proxy-to-gemini-"))
+            config = config._replace(state=os.path.join(folder, "state.db"))
+        serve(config)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(0)             # threads that wait for slow clients would only be in each other's way
 
 
 if __name__ == "__main__":

@@ -1827,6 +1827,108 @@ def test_signatures_come_back_to_their_own_conversation_only(server, gemini):
         assert signatures("Carl", other_ids) == [proxy.PLACEHOLDER, None]
 
 
+def key_of(gemini):
+    """The key that Gemini was asked with last."""
+    return {name.lower(): value for name, value in gemini.headers[-1].items()}["x-goog-api-key"]
+
+
+def metrics_of(server):
+    """The lines of /metrics, as a dict."""
+    with Line(server) as line:
+        status, headers, body = line.ask("GET", "/metrics")
+    assert status == 200 and headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    lines = [line.rpartition(" ") for line in body.decode().splitlines() if not line.startswith("#")]
+    return {name.replace("proxy_to_gemini_", ""): float(value) for name, _, value in lines}
+
+
+def until(true):
+    """Wait for it: what is counted after an answer comes a moment after it."""
+    deadline = time.monotonic() + 5
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_metrics_tell_what_happened(server, gemini, monkeypatch):
+    monkeypatch.setattr(proxy.random, "uniform", lambda low, high: 0.01)
+    gemini.say(gemini_error(503, "overloaded"), whole("Hello"), whole(call("weather", {"city": "Oslo"}, "s")))
+    post(server)
+    message = json.loads(post(server, body=chat(model=NEWEST, tools=[WEATHER]))[2])["choices"][0]["message"]
+    lost = assistant(None, tool_calls=[tool_call("x", "clock", "{}")])
+    for said in (message, kept(message), lost):
+        post(server, body=chat(user("Hi"), said, {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "3"}, model=NEWEST, tools=[WEATHER]))
+    post(server, path="/v1/nonsense")
+    count = "requests_total{route=\"%s\",status=\"%s\"}"
+    until(lambda: count % ("other", "404") in metrics_of(server))
+    found, route = metrics_of(server), "POST /v1/chat/completions"
+    assert found[count % (route, "200")] == 5 and found["upstream_errors_total{status=\"503\"}"] == found["upstream_retries_total"] == 1
+    assert [found[f"signatures_total{{origin=\"{origin}\"}}"] for origin in ("client", "memory", "placeholder")] == [1, 1, 1]
+    assert found["tokens_total{kind=\"prompt\"}"] == 20 and found["tokens_total{kind=\"output\"}"] == 35 and found["tokens_total{kind=\"thoughts\"}"] == 10
+    assert found[f"request_seconds_bucket{{route=\"{route}\",le=\"+Inf\"}}"] == found[f"first_byte_seconds_count{{route=\"{route}\"}}"] == 5
+    assert found["upstream_connections_total"] >= 1 and found["upstream_idle_connections"] == 1 and found["in_flight"] == 1
+
+
+def test_rows_of_the_metrics_add_up():
+    metrics = proxy.Metrics(["GET /x"], workers=3)
+    for worker in range(3):
+        metrics.take(worker)
+        metrics.add("tokens_total", "prompt", amount=2)
+        metrics.add("requests_total", "GET /invented", "799")
+        metrics.set("in_flight", 5)
+        metrics.watch("request_seconds", "GET /x", seconds=0.05 * 3 ** worker)
+    metrics.take(1)
+    page = metrics.page(proxy.Config("openai", ("", 1), "", "k")).data.decode()
+    for line in ('tokens_total{kind="prompt"} 6', 'requests_total{route="other",status="other"} 3', "in_flight 10",
+                 'request_seconds_bucket{route="GET /x",le="0.05"} 1', 'request_seconds_bucket{route="GET /x",le="0.25"} 2', 'request_seconds_count{route="GET /x"} 3'):
+        assert f"\nproxy_to_gemini_{line}\n" in page
+
+
+def test_clients_with_keys_of_their_own(gemini):
+    with serving(gemini.url, client_keys=True, proxy_key="px-1") as server:
+        assert post(server, Authorization="Bearer px-1", x_api_key="AIza-a")[0] == 200 and key_of(gemini) == "AIza-a"
+        assert post(server, Authorization="Bearer px-1")[0] == 401
+    with serving(gemini.url, api="ollama", client_keys=True) as server, Line(server) as line:
+        assert error_of(line.ask("POST", "/v1/chat/completions", chat()))["code"] == "invalid_api_key"
+        assert line.ask("POST", "/api/chat", chat(), Authorization="Bearer AIza \xe9")[0] == 401
+        for who in ("a", "b"):
+            assert line.ask("POST", "/api/chat", chat(stream=False), Authorization=f"Bearer AIza-{who}")[0] == 200
+            assert key_of(gemini) == f"AIza-{who}"
+        assert line.ask("POST", "/api/copy", {"source": FLASH, "destination": "mine"}, Authorization="Bearer AIza-a")[0] == 200
+        names = [[model["name"] for model in json.loads(line.ask("GET", "/api/tags", Authorization=f"Bearer AIza-{who}")[2])["models"]] for who in "ab"]
+        assert ["mine:latest" in of_one for of_one in names] == [True, False]
+        assert line.ask("GET", "/healthz")[0] == 200
+
+
+def test_what_is_kept_in_a_file_outlives_the_server(gemini, tmp_path):
+    state = str(tmp_path / "state.db")
+    gemini.say(whole(call("weather", {"city": "Oslo"}, "s")))
+    with serving(gemini.url, state=state) as server:
+        message = kept(json.loads(post(server, body=chat(model=NEWEST, tools=[WEATHER]))[2])["choices"][0]["message"])
+        server.gemini.memory.database.close()
+    assert os.stat(state).st_mode & 0o077 == 0
+    with serving(gemini.url, state=state) as server:
+        post(server, body=chat(user("Hi"), message, {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "3"}, model=NEWEST, tools=[WEATHER]))
+        server.gemini.memory.database.close()
+    assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("s")
+
+
+def test_a_file_in_trouble_is_no_clients(gemini, tmp_path, capfd):
+    (tmp_path / "state.db").write_bytes(b"this is no database" * 100)
+    memory = proxy.Memory(str(tmp_path / "state.db"))
+    with pytest.raises(ValueError, match="not a database"):
+        memory.try_out()
+    memory.put("a", None, "1")
+    assert memory.get("a") is None and "not a database" in capfd.readouterr().err
+
+
+def test_a_client_that_dawdles_is_hung_up_on(gemini, monkeypatch):
+    monkeypatch.setattr(proxy, "CLIENT_TIMEOUT", 0.1)
+    with serving(gemini.url) as server:
+        for begun in (b"", b"GET /hea", b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"):
+            with Line(server) as line:
+                assert line.send(begun).ended()
+
+
 def test_a_second_user_at_the_same_time(server, gemini):
     def one(i, out):
         out[i] = json.loads(post(server, body=chat(user(f"user {i}")))[2])["choices"][0]["message"]["content"]
@@ -1876,12 +1978,12 @@ ENV = {"GEMINI_API_KEY": "AIza-1"}
 
 
 def test_flags_in_both_spellings():
-    config = proxy.configured(["-api=openai", "-listen", ":8080", "--timeout=7", "-alias=gpt-*=" + NEWEST, "-alias", "a=models/b", "-origins=x,y"], ENV)
+    config, _ = proxy.configured(["-api=openai", "-listen", ":8080", "--timeout=7", "-alias=gpt-*=" + NEWEST, "-alias", "a=models/b", "-origins=x,y"], ENV)
     assert config == proxy.Config("openai", ("", 8080), proxy.GEMINI, "AIza-1", (("gpt-*", NEWEST), ("a", "b")), ("x", "y"), 7.0, "")
-    assert proxy.configured(["-listen=[::1]:5"], {**ENV, "GOOGLE_GEMINI_BASE_URL": "http://h:1/", "PROXY_API_KEY": " k "})[1:3] == (("::1", 5), "http://h:1")
+    assert proxy.configured(["-listen=[::1]:5"], {**ENV, "GOOGLE_GEMINI_BASE_URL": "http://h:1/", "PROXY_API_KEY": " k "})[0][1:3] == (("::1", 5), "http://h:1")
 
 
-@pytest.mark.parametrize("flag", ["-nonsense", "-api=gopher", "-timeout=soon", "-timeout=-1", "-listen=nonsense", "-listen=127.0.0.1:99999", "-listen=127.0.0.1:http",
+@pytest.mark.parametrize("flag", ["-workers=0", "-workers=many", "-workers=1_0", "-nonsense", "-api=gopher", "-timeout=soon", "-timeout=-1", "-listen=nonsense", "-listen=127.0.0.1:99999", "-listen=127.0.0.1:http",
                                   "-alias=nonsense", "-upstream=gopher://x", "-upstream=nonsense", "extra"])
 def test_a_bad_flag_is_a_usage_error(flag, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -1893,7 +1995,7 @@ def test_where_the_key_comes_from(tmp_path):
     (tmp_path / "gemini_api_key").write_text("AIza-3\n")
     for env, key in (({"GEMINI_API_KEY": " AIza-1\n", "GOOGLE_API_KEY": "AIza-2"}, "AIza-1"), ({"GEMINI_API_KEY": "", "GOOGLE_API_KEY": "AIza-2"}, "AIza-2"),
                      ({"CREDENTIALS_DIRECTORY": str(tmp_path)}, "AIza-3")):
-        assert proxy.configured([], env).key == key
+        assert proxy.configured([], env)[0].key == key
     for env in ({}, {"GEMINI_API_KEY": " ", "CREDENTIALS_DIRECTORY": "/nonexistent"}):
         with pytest.raises(SystemExit, match="aistudio.google.com"):
             proxy.configured([], env)
@@ -1902,9 +2004,19 @@ def test_where_the_key_comes_from(tmp_path):
     assert "AIza" not in str(caught.value)
 
 
+@contextlib.contextmanager
+def started(*command, **how):
+    """A process, which does not outlive the test."""
+    with subprocess.Popen([sys.executable, *map(str, command)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **how) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def start(*arguments, **env):
-    return subprocess.Popen([sys.executable, str(HERE / "proxy_to_gemini.py"), *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            env={**{key: value for key, value in os.environ.items() if "KEY" not in key}, **env})
+    return started(HERE / "proxy_to_gemini.py", *arguments, env={**{key: value for key, value in os.environ.items() if "KEY" not in key}, **env})
 
 
 def test_the_program_starts_says_where_it_is_and_ends(gemini):
@@ -1918,6 +2030,132 @@ def test_the_program_starts_says_where_it_is_and_ends(gemini):
         connection.close()
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == 0 and "Traceback" not in process.stdout.read()
+
+
+@contextlib.contextmanager
+def systemd(tmp_path):
+    """Where systemd would listen for what it is told: (the socket's name, a function that waits for a word)."""
+    name = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(name)
+        sock.settimeout(10)
+
+        def hears(word):
+            while word not in sock.recv(4096).decode().split("\n"):
+                pass
+        yield name, hears
+
+
+def port_of(process):
+    return int(re.search(r"127\.0\.0\.1:(\d+)", process.stdout.readline()).group(1))
+
+
+class At:
+    """A server in another process, for Line and post."""
+
+    def __init__(self, port):
+        self.server_port = port
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_its_life_under_systemd(gemini, tmp_path, workers):
+    with systemd(tmp_path) as (name, hears), socket.create_server(("127.0.0.1", 0)) as listener:
+        (tmp_path / "gemini_api_key").write_text("AIza-old")
+        code = "import os, sys; os.dup2(%d, 3); os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid())); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        flags = [f"-workers={workers}", "-listen=127.0.0.1:1", "-upstream=" + gemini.url]
+        env = {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "400000", "CREDENTIALS_DIRECTORY": str(tmp_path), "STATE_DIRECTORY": str(tmp_path)}
+        with started("-c", code % listener.fileno(), HERE / "proxy_to_gemini.py", *flags, pass_fds=[listener.fileno()], env=env) as process:
+            hears("READY=1")
+            hears("WATCHDOG=1")
+            server = At(listener.getsockname()[1])
+            assert post(server)[0] == 200 and key_of(gemini) == "AIza-old" and (tmp_path / "proxy-to-gemini.db").exists()
+            (tmp_path / "gemini_api_key").write_text("AIza-new")
+            process.send_signal(signal.SIGHUP)
+            until(lambda: post(server)[0] == 200 and key_of(gemini) == "AIza-new")
+            gemini.say(Say(chunk("Once "), whole("upon"), gap=0.3))
+            with Line(server) as line, Line(server) as idle:
+                assert idle.ask("GET", "/healthz")[0] == 200
+                data = json.dumps(chat(stream=True)).encode()
+                line.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data))
+                assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
+                process.send_signal(signal.SIGTERM)
+                hears("STOPPING=1")
+                assert idle.ended() and line.file.read().endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            assert process.wait(10) == 0 and "Traceback" not in process.stdout.read()
+
+
+def test_a_stream_that_would_take_too_long_is_told_of_the_end(gemini, monkeypatch):
+    monkeypatch.setattr(proxy, "DRAIN", 0.1)
+    gemini.say(Say(chunk("Once "), whole("upon"), gap=30))
+    server = proxy.Server(proxy.Config("openai", ("127.0.0.1", 0), gemini.url, "the-key"))
+
+    class Life:
+        pipe, wake = os.pipe()
+        nap, ended = 0.01, False
+        hear = asks = tell = lambda *_: None
+        over = lambda self: self.ended
+    life = Life()
+    thread = threading.Thread(target=server.run, args=(life,))
+    thread.start()
+    with Line(server) as line, Line(server) as new:
+        data = json.dumps(chat(stream=True)).encode()
+        line.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data))
+        assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
+        life.ended = True
+        until(lambda: server.draining)
+        assert new.ask("GET", "/healthz")[::2] == (503, b"ending"), "who had come is served, and told"
+        rest = line.file.read()
+        assert b"Once " in rest and b"shutting down" in rest and rest.endswith(b"\r\n0\r\n\r\n") and b"[DONE]" not in rest
+    thread.join(5)
+    for end in (life.pipe, life.wake, server.ending, server.stopping):
+        os.close(end)
+    assert not thread.is_alive()
+
+
+def children_of(pid):
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+    return {int(child) for child in found if str(child) != str(os.getpid())}
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes as Linux shows them")
+def test_workers_share_what_they_know_and_are_replaced(gemini):
+    with start("-listen=127.0.0.1:0", "-workers=2", "-upstream", gemini.url, **ENV) as process:
+        server = At(port_of(process))
+        until(lambda: len(children_of(process.pid)) == 2)
+        before = children_of(process.pid)
+        for i in range(6):
+            message = kept(json.loads(post(server, body=chat(user(f"{i}"), model=NEWEST, tools=[WEATHER]))[2])["choices"][0]["message"])
+            post(server, body=chat(user(f"{i}"), message, {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "3"}, model=NEWEST, tools=[WEATHER]))
+            assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
+        victim = before.pop()
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: len(children_of(process.pid) - {victim}) == 2)
+        assert post(server)[0] == 200
+        until(lambda: metrics_of(server)["requests_total{route=\"POST /v1/chat/completions\",status=\"200\"}"] == 13)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0 and "Traceback" not in process.stdout.read()
+
+
+def test_the_unit_is_for_this_file_and_these_flags(capsys):
+    with pytest.raises(SystemExit) as caught:
+        proxy.configured(["-api=ollama", "--print-unit", "-alias=a b=$c%d"], ENV)
+    said = capsys.readouterr().out
+    assert not caught.value.code and f'{HERE / "proxy_to_gemini.py"} -api=ollama "-alias=a b=$$c%%d"' in said and "AIza" not in said
+    assert {"DynamicUser=yes", "LoadCredential=gemini_api_key:/etc/proxy-to-gemini/gemini_api_key", "Type=notify"} <= set(said.splitlines())
+
+
+def test_the_checks_tell_what_to_mend(gemini, capsys, tmp_path):
+    config = proxy.Config("openai", ("127.0.0.1", 0), gemini.url, "the-key")
+    assert proxy.check(config) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[1] for line in said.splitlines()] == ["port:", "memory:", "name:", "connection:", "key:", "clock:", "answer:"]
+    assert "gemini-3.8-flash said 'Hello from the stand-in" in said and "the-key" not in said
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        for trouble, words in ((config._replace(listen=other.getsockname()), "in use"), (config._replace(upstream="http://127.0.0.1:1"), "refused"),
+                               (config._replace(state=str(tmp_path / "no" / "file")), "No such file"), (config._replace(upstream="http://nowhere.invalid"), "FAIL  name")):
+            assert proxy.check(trouble) == 1
+            last, mend = capsys.readouterr().out.splitlines()[-2:]
+            assert last.startswith("FAIL") and words in last and mend.startswith("      mend: ")
 
 
 def test_errands():
