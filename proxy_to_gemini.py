@@ -309,6 +309,7 @@ class Setting(NamedTuple):
     new_id: Callable[[str], str] = str                          # a new id with this prefix
     recall: Callable[[str], str | None] = lambda key: None      # what was kept under a key
     keep: Callable[[str, str], None] = lambda key, text: None   # keep a text under a key; "" forgets it
+    store: Callable[[str, str], None] = lambda key, text: None  # the same, until newer ones need its place
     kept: Callable[[], dict[str, str]] = dict                   # all recipes that were kept, by name
     loaded: dict[str, float] = {}                               # models in use, and until when (Ollama's ps)
     params: dict[str, str] = {}                                 # captured from the path
@@ -357,7 +358,12 @@ def encode_sse(event: JSON) -> bytes:
     return b"data: %b\n\n" % encode_json(event).encode()
 
 
+def encode_named_sse(event: JSON) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), encode_json(event).encode())
+
+
 SSE = Framing("text/event-stream; charset=utf-8", encode_sse, b"data: [DONE]\n\n")
+NAMED_SSE = Framing("text/event-stream; charset=utf-8", encode_named_sse)
 
 
 def no_body(raw: bytes, content_type: str) -> Fields:
@@ -4137,6 +4143,7 @@ class Server(http.server.ThreadingHTTPServer):
                        lambda prefix: prefix + secrets.token_hex(12),
                        lambda name: memory.get(shelf + name),
                        lambda name, text: memory.keep(shelf, shelf + name, text),
+                       lambda name, text: memory.put(shelf + name, None, text),
                        lambda: {name[len(shelf):].partition(":")[2]: text for name, text in memory.kept(shelf)},
                        self.loaded)
 
