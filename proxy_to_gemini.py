@@ -3166,6 +3166,10 @@ class Pool(urllib.request.BaseHandler):
         with contextlib.suppress(IndexError):
             self.idle.popleft()[1].close()
 
+    def close(self) -> None:
+        while self.idle:
+            self.drop_oldest()
+
     def tidy(self) -> None:
         """Close what has been idle for too long."""
         with contextlib.suppress(IndexError):
@@ -4688,7 +4692,7 @@ CHECKS = (
     ("port", check_port, "end what listens there, or choose another with -listen"),
     ("memory", check_memory, "name a file with -state that can be written, and that is SQLite's or new"),
     ("name", check_name, "see to DNS; where the network wants a proxy, set HTTPS_PROXY"),
-    ("connection", check_connection, "see to the firewall and HTTPS_PROXY; a company's own certificates go into SSL_CERT_FILE"),
+    ("connection", check_connection, "see to the firewall and HTTPS_PROXY; a company's own CA goes into SSL_CERT_FILE"),
     ("key", check_key, "get a key at https://aistudio.google.com/apikey, and see what it is restricted to"),
     ("clock", check_clock, "set the clock: certificates and quotas go by it"),
     ("answer", check_answer, "what Gemini says above is the cause: billing, quota, or a region without service"),
@@ -4702,12 +4706,13 @@ def check(config: Config) -> int:
     except (OSError, ValueError) as error:
         print(f"FAIL  certificates: {error}\n      mend: see to REQUESTS_CA_BUNDLE, SSL_CERT_FILE and HTTPS_PROXY")
         return 1
-    for name, test, mend in CHECKS:
-        try:
-            print(f"ok    {name}: {test(config, gemini)}", flush=True)
-        except (ProxyError, OSError, ValueError, http.client.HTTPException) as error:
-            print(f"FAIL  {name}: {config.upstream}: {error}\n      mend: {mend}")
-            return 1
+    with contextlib.closing(gemini.pool):
+        for name, test, mend in CHECKS:
+            try:
+                print(f"ok    {name}: {test(config, gemini)}", flush=True)
+            except (ProxyError, OSError, ValueError, http.client.HTTPException) as error:
+                print(f"FAIL  {name}: {config.upstream}: {error}\n      mend: {mend}")
+                return 1
     return 0
 
 

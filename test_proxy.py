@@ -1528,8 +1528,7 @@ def serving(url, api="openai", **config):
         server.shutdown()
         server.server_close()
         thread.join(5)
-        while server.gemini.pool.idle:
-            server.gemini.pool.drop_oldest()
+        server.gemini.pool.close()
 
 
 @pytest.fixture
@@ -1859,13 +1858,14 @@ def test_the_metrics_tell_what_happened(server, gemini, monkeypatch):
         post(server, body=chat(user("Hi"), said, {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "3"}, model=NEWEST, tools=[WEATHER]))
     post(server, path="/v1/nonsense")
     count = "requests_total{route=\"%s\",status=\"%s\"}"
-    until(lambda: count % ("other", "404") in metrics_of(server))
-    found, route = metrics_of(server), "POST /v1/chat/completions"
-    assert found[count % (route, "200")] == 5 and found["upstream_errors_total{status=\"503\"}"] == found["upstream_retries_total"] == 1
+    route = "POST /v1/chat/completions"
+    until(lambda: (metrics_of(server).get(count % ("other", "404")), metrics_of(server).get(count % (route, "200"))) == (1, 5))
+    found = metrics_of(server)
+    assert found["upstream_errors_total{status=\"503\"}"] == found["upstream_retries_total"] == 1
     assert [found[f"signatures_total{{origin=\"{origin}\"}}"] for origin in ("client", "memory", "placeholder")] == [1, 1, 1]
     assert found["tokens_total{kind=\"prompt\"}"] == 20 and found["tokens_total{kind=\"output\"}"] == 35 and found["tokens_total{kind=\"thoughts\"}"] == 10
     assert found[f"request_seconds_bucket{{route=\"{route}\",le=\"+Inf\"}}"] == found[f"first_byte_seconds_count{{route=\"{route}\"}}"] == 5
-    assert found["upstream_connections_total"] >= 1 and found["upstream_idle_connections"] == 1 and found["in_flight"] == 1
+    assert found["upstream_connections_total"] >= 1 and found["upstream_idle_connections"] == 1 and found["in_flight"] >= 1
 
 
 def test_rows_of_the_metrics_add_up():
@@ -1888,8 +1888,8 @@ def test_clients_with_keys_of_their_own(gemini):
         assert post(server, Authorization="Bearer px-1", x_api_key="AIza-a")[0] == 200 and key_of(gemini) == "AIza-a"
         assert post(server, Authorization="Bearer px-1")[0] == 401
     with serving(gemini.url, api="ollama", client_keys=True) as server, Line(server) as line:
-        assert error_of(line.ask("POST", "/v1/chat/completions", chat()))["code"] == "invalid_api_key"
-        assert line.ask("POST", "/api/chat", chat(), Authorization="Bearer AIza \xe9")[0] == 401
+        assert error_of(post(server))["code"] == "invalid_api_key"
+        assert post(server, "/api/chat", Authorization="Bearer AIza \xe9")[0] == 401
         for who in ("a", "b"):
             assert line.ask("POST", "/api/chat", chat(stream=False), Authorization=f"Bearer AIza-{who}")[0] == 200
             assert key_of(gemini) == f"AIza-{who}"
@@ -2107,6 +2107,7 @@ def test_a_stream_that_would_take_too_long_is_told_of_the_end(gemini, monkeypatc
         rest = line.file.read()
         assert b"Once " in rest and b"shutting down" in rest and rest.endswith(b"\r\n0\r\n\r\n") and b"[DONE]" not in rest
     thread.join(5)
+    server.gemini.pool.close()
     for end in (life.pipe, life.wake, server.ending, server.stopping):
         os.close(end)
     assert not thread.is_alive()
@@ -2127,11 +2128,13 @@ def test_workers_share_what_they_know_and_are_replaced(gemini):
             message = kept(json.loads(post(server, body=chat(user(f"{i}"), model=NEWEST, tools=[WEATHER]))[2])["choices"][0]["message"])
             post(server, body=chat(user(f"{i}"), message, {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "3"}, model=NEWEST, tools=[WEATHER]))
             assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
+        answered = lambda: metrics_of(server).get("requests_total{route=\"POST /v1/chat/completions\",status=\"200\"}")
+        until(lambda: answered() == 12)
         victim = before.pop()
         os.kill(victim, signal.SIGKILL)
         until(lambda: len(children_of(process.pid) - {victim}) == 2)
         assert post(server)[0] == 200
-        until(lambda: metrics_of(server)["requests_total{route=\"POST /v1/chat/completions\",status=\"200\"}"] == 13)
+        until(lambda: answered() == 13)
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0 and "Traceback" not in process.stdout.read()
 
