@@ -206,8 +206,11 @@ class Fields:
 
     def objects(self, key: str) -> list[Fields]:
         """The objects of the list under this key."""
+        items = self.get(key, list)
+        if not items:
+            return []
         place, family = self.at(key), self.family
-        return [Fields(item, f"{place}[{i}]", family) for i, item in enumerate(self.get(key, list) or ())]
+        return [Fields(item, f"{place}[{i}]", family) for i, item in enumerate(items)]
 
     def strings(self, key: str) -> list[str]:
         """The strings under this key, which may be a list of them or a single one."""
@@ -707,6 +710,8 @@ def answered(asked: list[Part], said: list[Part], model: Model) -> list[JSON]:
     """The user's turns after a model's turn: the results of its calls, then the rest of what was said."""
     calls = [part["functionCall"] for part in asked if "functionCall" in part]
     results = [part["functionResponse"] for part in said if "functionResponse" in part]
+    if not calls and not results:
+        return [user_turn(*said)] if said else []
     matched = match_results(calls, results)
     rest: list[Part] = []
     found = {id(results[i]) for i in matched if i is not None}
@@ -2949,12 +2954,45 @@ MOST_PAGES = 50             # of Gemini's list of models
 MOST_LISTS = 32             # of models that are kept, one for each key (-client-keys)
 HEADERS = {"Content-Type": "application/json", "User-Agent": f"proxy-to-gemini/{VERSION}"}
 
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+HEADER_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n".encode())
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n]*)?\r\n")
+ONCE = ("host", "content-length", "transfer-encoding")      # headers of which two would be a riddle
+MOST_HEAD = 64 << 10        # bytes of the first line and the headers of a request or an answer
+
 # Linux tells at once that the far end hung up, even behind unread bytes; PyPy 3.9 lacks the name but not the thing.
 HUNG_UP = getattr(select, "POLLRDHUP", 0x2000 if sys.platform.startswith("linux") else 0)
 
 
 class ClientGone(Exception):
     """The client has left, so its call to Gemini is not worth going on with."""
+
+
+class BadHead(ProxyError):
+    """This is not the head of an HTTP message."""
+
+
+def read_headers(file: io.BufferedReader, left: int) -> dict[str, str]:
+    """The header lines up to the empty one, by name in lower case, of so many bytes at most.
+
+    What another reader might take for something else is refused (RFC 9112, section 5): http.client's parser, which is
+    one for mail, stops at a malformed line without a word, and costs as much as the translation of a short chat.
+    """
+    headers: dict[str, str] = {}
+    while True:
+        line = file.readline(left + 1)
+        left -= len(line)
+        if line == b"\r\n":
+            return headers
+        match = HEADER_LINE.fullmatch(line)
+        if left < 0:
+            raise BadHead(431, "The headers are too large.")
+        if not match:
+            raise BadHead(400, "This is not an HTTP header line: " + ascii(line[:60]))
+        name, value = match.group(1).decode().lower(), match.group(2).strip(b" \t").decode("latin-1")
+        if name in headers and name in ONCE:
+            raise BadHead(400, f"The header {name} comes twice.")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
 
 
 class Watch:
@@ -3026,6 +3064,27 @@ class Response(http.client.HTTPResponse):
         self.line = Line(connection.sock, watch)
         super().__init__(self.line, method=method)
         self.connection, self.kept = connection, kept       # kept: it was used before, and may have gone stale
+
+    def begin(self) -> None:
+        """Read the head, past those of the answers that only say Continue."""
+        status = 100
+        try:
+            while status < 200:
+                line = self.fp.readline(MOST_HEAD)
+                match = STATUS_LINE.fullmatch(line)
+                if not line:
+                    raise http.client.RemoteDisconnected("the connection ended before an answer")
+                if not match:
+                    raise http.client.BadStatusLine(ascii(line[:60]))
+                status, headers = int(match.group(2)), read_headers(self.fp, MOST_HEAD)
+            length = int(headers.get("content-length", -1))
+        except (BadHead, ValueError) as error:
+            raise http.client.HTTPException(str(error)) from None
+        self.status, self.headers, self.chunk_left = status, headers, None
+        self.chunked = headers.get("transfer-encoding", "").lower() == "chunked"
+        self.length = None if self.chunked or length < 0 else length
+        self.will_close = (match.group(1) == b"0" or "close" in headers.get("connection", "").lower()
+                           or self.length is None and not self.chunked)
 
     def send(self, data: bytes) -> None:
         """The request, as far as the socket takes it at a time."""
@@ -3523,7 +3582,6 @@ def scope_of(key: str) -> str:
 
 MOST_BODY = 128 << 20       # bytes; Gemini takes 100 MB
 MOST_UNPACKED = 32 << 20    # bytes of a compressed body, once unpacked: pictures and sound do not shrink
-MOST_HEAD = 64 << 10        # bytes of a request's line and headers
 CLIENT_TIMEOUT = 60.0       # seconds without a byte from a client, or without it taking one; and for a whole head
 BODY_TIMEOUT = 900.0        # seconds for a whole body
 MOST_CONNECTIONS = 10_000   # of clients; the next one waits until another leaves
@@ -3535,9 +3593,7 @@ LINGER = 1.0                # seconds for a client to read a refusal of what it 
 KEY = r"[!-~]{1,1000}"      # what can be sent in a header as a key
 MOST_IGNORED = 4000         # characters of x-proxy-ignored: nginx takes 8 KB of headers in all
 
-TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f]+) HTTP/1\.([0-9])\r\n".encode())
-HEADER_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n".encode())
 APP_ORIGINS = (r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?|"
                r"(app|file|tauri|vscode-webview|vscode-file)://[\w.-]*")
 LOCAL_HOSTS = r"(localhost|[\w.-]+\.(localhost|local|internal)|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
@@ -3545,10 +3601,8 @@ LOCAL_HOSTS = r"(localhost|[\w.-]+\.(localhost|local|internal)|127(\.\d{1,3}){3}
 
 def log(line: str) -> None:
     """A line to standard error, which may be closed or full: that stops no answer."""
-    line = line.encode("ascii", "backslashreplace").decode()
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(re.sub(r"[\x00-\x1f\x7f]", "?", line) + "\n")
-        sys.stderr.flush()
+        sys.stderr.write(line.encode("unicode_escape").decode() + "\n")     # nothing in it can begin another line
 
 
 @functools.lru_cache(maxsize=2)
@@ -3607,6 +3661,7 @@ class Metrics:
             self.start[name] = size
             size += math.prod(len(self.values[label]) for label in family.labels) * self.width(family)
         self.size, self.workers, self.lock = size, workers, threading.Lock()
+        self.place = functools.lru_cache(maxsize=4096)(self.find_place)
         self.numbers = memoryview(mmap.mmap(-1, 8 * size * workers)).cast("d")
         self.take(0)
 
@@ -3622,7 +3677,7 @@ class Metrics:
         """The numbers for each combination of labels: a histogram has its buckets, what is above them, and the sum."""
         return len(BUCKETS) + 2 if family.kind == "histogram" else 1
 
-    def place(self, name: str, labels: tuple[str, ...]) -> int:
+    def find_place(self, name: str, labels: tuple[str, ...]) -> int:
         """Where a metric's (first) number is in a row."""
         at = 0
         for label, value in zip(FAMILIES[name].labels, labels):
@@ -3790,21 +3845,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ProxyError(414 if len(line) >= MOST_HEAD else 400, "This is not an HTTP/1.1 request line.")
         self.command, self.path = match.group(1).decode(), match.group(2).decode("latin-1")
         self.request_version = "HTTP/1.0" if match.group(3) == b"0" else "HTTP/1.1"
-        left, headers = MOST_HEAD - len(line), {}
-        while True:
-            line = self.rfile.readline(left + 1)
-            left -= len(line)
-            if line == b"\r\n":
-                break
-            match = HEADER_LINE.fullmatch(line)
-            if left < 0:
-                raise ProxyError(431, "The headers of this request are too large.")
-            if not match:
-                raise ProxyError(400, "This is not an HTTP header line: " + ascii(line[:60]))
-            name, value = match.group(1).decode().lower(), match.group(2).strip(b" \t").decode("latin-1")
-            if name in headers and name in ("host", "content-length", "transfer-encoding"):
-                raise ProxyError(400, f"The header {name} comes twice.")
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        headers = read_headers(self.rfile, MOST_HEAD - len(line))
         self.headers, self.answering = headers, True
         self.line.until = math.inf
         self.body_left = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
@@ -3999,9 +4040,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Status line and headers, up to the empty line. A connection with an unread body is not gone on with."""
         self.status, self.begun, self.spoke = status, True, time.monotonic()
         self.close_connection = self.close_connection or self.body_left or self.server.draining
-        phrase = http.HTTPStatus(status).phrase if status in http.HTTPStatus._value2member_map_ else "Error"
-        lines = [f"HTTP/1.1 {status} {phrase}", f"Date: {http_date(int(time.time()))}",
-                 f"Server: proxy-to-gemini/{VERSION}",
+        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
+                 f"Date: {http_date(int(time.time()))}", f"Server: proxy-to-gemini/{VERSION}",
                  f"x-request-id: {self.request_id}"]
         lines += [f"Content-Type: {content_type}"] if content_type else []
         lines += [f"{name}: {value}" for name, value in (*headers, *self.cors())]
@@ -4057,16 +4097,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Count the request, and log it in a line, without its query (which may hold keys) and without its content."""
         metrics, model, usage = self.server.metrics, "", self.exchange and self.exchange.usage
         if usage and self.exchange.model:
-            model = f" {self.exchange.model[:100]!a} {usage.prompt}+{usage.output} tokens"
+            model = f" {self.exchange.model[:100]!r} {usage.prompt}+{usage.output} tokens"
             for kind in LABELS["kind"]:
                 if getattr(usage, kind):
                     metrics.add("tokens_total", kind, amount=getattr(usage, kind))
         metrics.add("requests_total", self.route, str(self.status))
         metrics.watch("request_seconds", self.route, seconds=now - self.began)
         metrics.watch("first_byte_seconds", self.route, seconds=self.spoke - self.began)
-        path = self.path.partition("?")[0][:200]
-        log(f"{self.command or '-'} {path.encode('latin-1', 'replace').decode('ascii', 'backslashreplace') or '-'} "
-            f"{self.status} {(now - self.began) * 1000:.0f} ms{model}")
+        log(f"{self.command or '-'} {self.path.partition('?')[0][:200] or '-'} {self.status} "
+            f"{(now - self.began) * 1000:.0f} ms{model}")
 
 
 def too_large() -> ProxyError:
@@ -4660,7 +4699,7 @@ def listed_models(config: Config, gemini: Gemini) -> list[JSON]:
 def check_clock(config: Config, gemini: Gemini) -> str:
     flight = Flight(gemini, GeminiCall("models?pageSize=1"), Watch(None, CHECK_TIMEOUT), config.key, [])
     flight.begin()
-    told = flight.response and email.utils.parsedate_tz(flight.response.getheader("Date", ""))
+    told = flight.response and email.utils.parsedate_tz(flight.response.headers.get("date", ""))
     flight.release()
     if not told:
         return "Gemini does not tell the time"
