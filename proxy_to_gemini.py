@@ -3006,18 +3006,23 @@ class Watch:
                  beat: Callable[[], None] | None = None):
         self.client, self.silence, self.stopping = client, silence, stopping
         self.beat = beat                # called every BEAT seconds of silence
+        self.polls: dict[tuple[socket.socket | None, int], Any] = {}
 
-    def poll(self, gemini: socket.socket | None, event: int = 0) -> Any:
-        poll = select.poll()
+    def poll(self, gemini: socket.socket | None, event: int) -> Any:
+        """What waits for an event of Gemini's socket; a stream does that for each of its chunks."""
+        poll = self.polls.get((gemini, event))
+        if poll is not None:
+            return poll
+        self.polls[gemini, event] = poll = select.poll()
         if gemini is not None:
-            poll.register(gemini, event or select.POLLIN)
+            poll.register(gemini, event)
         if self.client is not None:
             poll.register(self.client, HUNG_UP or select.POLLIN)
         if self.stopping >= 0:
             poll.register(self.stopping, select.POLLIN)
         return poll
 
-    def wait(self, gemini: socket.socket | None, event: int = 0, seconds: float | None = None) -> None:
+    def wait(self, gemini: socket.socket | None, event: int = select.POLLIN, seconds: float | None = None) -> None:
         """Return when Gemini's socket is ready, or when the seconds of a pause are over (None: the time-out, a 504)."""
         poll, mine = self.poll(gemini, event), -1 if gemini is None else gemini.fileno()
         began = time.monotonic()
