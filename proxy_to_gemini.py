@@ -3476,7 +3476,7 @@ class Memory:
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))      # nobody else's to read
             database = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
             for statement in self.MAKE:
-                database.execute(statement)
+                database.execute(statement).close()         # PyPy would keep the lock until it collects garbage
             self.database = database
         return self.database
 
@@ -3494,7 +3494,8 @@ class Memory:
         import sqlite3
         with self.lock:
             try:
-                return self.open().execute(statement, values).fetchall()
+                with contextlib.closing(self.open().execute(statement, values)) as cursor:
+                    return cursor.fetchall()
             except UnicodeEncodeError:          # a lone surrogate, which nothing that was kept has
                 return []
             except (sqlite3.Error, OSError) as error:
