@@ -2899,16 +2899,12 @@ def anthropic_source_parts(block: Fields, model: Model, name: str | None = None)
 def anthropic_document_parts(block: Fields, model: Model) -> list[Part]:
     """A document after its title and context; one behind a URL is a PDF, unless its name says otherwise."""
     told = [block.get(key, str) for key in ("title", "context")]
-    if block.data.get("citations") == {"enabled": False}:
-        block.pass_over("citations")
     head = "\n".join(filter(None, told))
     return ([text_part(head + ":\n")] if head else []) + anthropic_source_parts(block, model, "document.pdf")
 
 
 def anthropic_search_parts(block: Fields, model: Model) -> list[Part]:
     """A search result of the client's own."""
-    if block.data.get("citations") == {"enabled": False}:
-        block.pass_over("citations")
     head = f"{block.get('title', str) or ''} ({block.get('source', str) or ''}):\n"
     return [text_part(head), *anthropic_parts(block, "content", model)]
 
@@ -2968,6 +2964,8 @@ def anthropic_parts(message: Fields, key: str, model: Model, role: str = "") -> 
         if CONTENT_HOMES.get(kind, role) != role:
             raise wrong_value(block.at("type"), f"Invalid value for '{block.at('type')}': {kind} blocks can only stand "
                                                 f"in messages of role '{CONTENT_HOMES[kind]}'.")
+        if block.data.get("citations") == {"enabled": False}:
+            block.pass_over("citations")
         made = ANTHROPIC_BLOCKS[kind](block, model)
         if kind == "thinking":
             signature = anthropic_signature(block) or signature
@@ -2984,11 +2982,21 @@ def anthropic_signature(block: Fields) -> str:
 
 
 ANTHROPIC_ROLES = ("user", "assistant", "system")
+BILLING = "x-anthropic-billing-header:"     # Claude Code puts this line for Anthropic's servers before its instructions
+
+
+def anthropic_system(body: Fields, model: Model) -> list[Part]:
+    """The system's parts, but for what is no instruction, and may change from one request to the next."""
+    parts = anthropic_parts(body, "system", model, "system") if body.get("system", str, list) else []
+    said = [part for part in parts if not part.get("text", "").startswith(BILLING)]
+    if len(said) < len(parts):
+        body.ignore("system[]." + BILLING[:-1])
+    return said
 
 
 def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
     """(the system's parts, the turns). What the system says between the turns stays there, marked as its own."""
-    system = anthropic_parts(body, "system", model, "system") if body.get("system", str, list) else []
+    system = anthropic_system(body, model)
     contents: list[JSON] = []
     for message in body.objects("messages"):
         role = message.need("role", str)
@@ -3125,8 +3133,9 @@ def anthropic_ask(body: Fields, setting: Setting, stream: bool = False) -> Ask:
     mode, allowed, one_call = anthropic_tool_choice(body, tools)
     if mode == "NONE":
         tools = tools._replace(search="", code="")
-    thinking, thoughts = anthropic_thinking(body, model)
-    schema = anthropic_format(body)
+    output = body.inner("output_config") or Fields({}, "output_config", body.family)
+    thinking, thoughts = anthropic_thinking(body, output, model)
+    schema = anthropic_format(body, output)
     unfence = schema is not None and not takes_json_with(tools, model)
     if unfence:
         system = system + [text_part("\n\n" + json_instruction(schema))]
@@ -3147,7 +3156,7 @@ def anthropic_config(body: Fields, model: Model) -> JSON:
     limit, top_k = body.number("max_tokens", 1, math.inf, int), body.get("top_k", int)
     most = MOST_OUTPUT if model.generation >= 2.5 else 8192
     if limit and limit > most:
-        body.ignore(f"max_tokens above {most}")
+        body.ignore(f"max_tokens>{most}")
     config = {
         "temperature": body.number("temperature", 0, 2), "topP": body.number("top_p", 0, 1),
         "topK": top_k if top_k and 0 < top_k < 2**31 else None,
@@ -3157,14 +3166,13 @@ def anthropic_config(body: Fields, model: Model) -> JSON:
     return {key: value for key, value in config.items() if value is not None}
 
 
-def anthropic_thinking(body: Fields, model: Model) -> tuple[JSON, bool]:
+def anthropic_thinking(body: Fields, output: Fields, model: Model) -> tuple[JSON, bool]:
     """(the setting of thinkingConfig, whether the client takes thinking blocks).
 
     Without `thinking` the model thinks in its own way, and tells nothing of it. An effort counts for more than a
     budget, which only the older models know.
     """
-    output = body.inner("output_config")
-    effort = output and output.word("effort", *EFFORTS)
+    effort = output.word("effort", *EFFORTS)
     thinking = body.inner("thinking")
     kind = thinking.need("type", str) if thinking else ""
     budget = thinking.number("budget_tokens", 1, math.inf, int) if thinking else None
@@ -3182,10 +3190,9 @@ def anthropic_thinking(body: Fields, model: Model) -> tuple[JSON, bool]:
     return {"thinkingConfig": config} if config else {}, told
 
 
-def anthropic_format(body: Fields) -> JSON | None:
+def anthropic_format(body: Fields, output: Fields) -> JSON | None:
     """The schema of the answer, None where it is text: `output_config.format`, or `output_format` in older clients."""
-    output = body.inner("output_config")
-    wanted = output.inner("format") if output and output.data.get("format") else body.inner("output_format")
+    wanted = output.inner("format") or body.inner("output_format")
     if wanted is None:
         return None
     kind = wanted.need("type", str)
