@@ -1478,9 +1478,7 @@ def test_a_streamed_message():
     chunks = (chunk({"text": "Hm.", "thought": True}, usage={"promptTokenCount": 4, "cachedContentTokenCount": 1}), chunk("Let me "), chunk("see."),
               chunk(call("weather", {"city": "Oslo"}, "a"), call("weather", {"city": "Rome"})), whole("", usage={**USAGE, "cachedContentTokenCount": 1}))
     message, events = claude_says(body, *chunks)
-    ids = {f'"{id}"': f'"{name}"' for id, name in (("call_1", "call_2"), ("call_2", "call_3"), ("msg_3", "msg_1"))}     # in the order in which they were made
-    wire = b"".join(map(proxy.NAMED_SSE.encode, events)).decode()
-    assert re.sub("|".join(ids), lambda found: ids[found[0]], wire).encode() == STREAMED
+    assert b"".join(map(proxy.NAMED_SSE.encode, events)) == STREAMED
     assert message["content"] == [
         {"type": "thinking", "thinking": "Hm.", "signature": ""}, {"type": "text", "text": "Let me see."}, {"type": "thinking", "thinking": "", "signature": sign("a")},
         {"type": "tool_use", "id": "call_2", "name": "weather", "input": {"city": "Oslo"}}, {"type": "tool_use", "id": "call_3", "name": "weather", "input": {"city": "Rome"}}]
@@ -1503,11 +1501,11 @@ def test_stop_reasons(answer, stop):
 def test_a_search_is_told_with_its_sources():
     found = {"webSearchQueries": ["wind"], "groundingChunks": [{"web": {"uri": "https://a", "title": "A"}}],
              "groundingSupports": [{"segment": {"startIndex": 0, "endIndex": 6, "text": "Æther"}, "groundingChunkIndices": [0]}]}
-    message, events = claude_says(said_to_claude(tools=[SEARCH]), chunk("Æther"), whole(" wind", groundingMetadata=found), )
+    message, events = claude_says(said_to_claude(tools=[SEARCH]), chunk("Æther"), whole(" wind", groundingMetadata=found))
     assert message["content"] == [
         {"type": "text", "text": "Æther wind", "citations": [{"type": "web_search_result_location", "cited_text": "Æther", "url": "https://a", "title": "A", "encrypted_index": ""}]},
-        {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "wind"}},
-        {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": [
+        {"type": "server_tool_use", "id": "srvtoolu_2", "name": "web_search", "input": {"query": "wind"}},
+        {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_2", "content": [
             {"type": "web_search_result", "url": "https://a", "title": "A", "encrypted_content": "", "page_age": None}]}]
     assert message["usage"]["server_tool_use"] == {"web_search_requests": 1, "web_fetch_requests": 0}
     assert [event["index"] for event in events if event["type"] == "content_block_stop"] == [0, 1, 2]
@@ -2566,6 +2564,25 @@ def test_the_readmes_ollama_parameters_are_treated_as_it_says():
         assert (name in ignored) is (kind == "ignored"), (name, ignored)
 
 
+CLAUDE_SAMPLES = {
+    "model": FLASH, "messages": [user("Hi")], "max_tokens": 9, "system": "x", "stream": True, "temperature": 0.5, "top_p": 0.5, "top_k": 5, "stop_sequences": ["a"],
+    "tools": [ASK_CITY], "tool_choice": {"type": "any"}, "thinking": {"type": "adaptive"}, "output_config.effort": "low",
+    "output_config.format": {"type": "json_schema", "schema": {"type": "object"}}, "output_format": {"type": "json_schema", "schema": {"type": "object"}},
+    "cache_control": {"type": "ephemeral"}, "metadata": {"user_id": "u"}, "service_tier": "standard_only", "container": "c", "context_management": {"edits": [{}]},
+    "mcp_servers": [{}], "thread": {"type": "create"},
+}
+
+
+def test_the_readmes_parameters_of_messages_are_treated_as_it_says():
+    table = {name.strip("`"): kind for names, kind, *_ in readme_table("Parameters of Anthropic's messages") for name in names.split(", ")}
+    assert set(table) == set(CLAUDE_SAMPLES)
+    for name, kind in table.items():
+        key, _, inner_key = name.partition(".")
+        more = {"tools": [ASK_CITY]} if name == "tool_choice" else {}
+        body = {**said_to_claude(), **more, key: {inner_key: CLAUDE_SAMPLES[name]} if inner_key else CLAUDE_SAMPLES[name]}
+        assert (name in asked(body, proxy.anthropic_messages_request, CLAUDE)[1]) is (kind == "ignored"), name
+
+
 # ======================================================================================
 # The official libraries
 # ======================================================================================
@@ -2585,6 +2602,25 @@ def test_ollamas_own_library(gemini):
         with pytest.raises(ollama_library.ResponseError, match="not found"):
             client.show("gemini-9")
         client._client.close()
+
+
+def test_anthropics_own_library(gemini):
+    anthropic = pytest.importorskip("anthropic")
+    with serving(gemini.url, api="ollama", aliases=(("claude-*", NEWEST),)) as server, \
+            anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=0, _strict_response_validation=True) as client:
+        ask = {"model": "claude-opus-5", "max_tokens": 2000, "tools": [ASK_CITY]}
+        history = [user("Hi")]
+        with client.messages.stream(messages=history, thinking={"type": "adaptive"}, **ask) as stream:
+            message = stream.get_final_message()
+        assert [block.type for block in message.content] == ["thinking", "tool_use"] and message.stop_reason == "tool_use"
+        history += [{"role": "assistant", "content": message.content}, user([used(message.content[1].id, '{"temp": 3}')])]
+        assert client.messages.create(messages=history, **ask).content[0].text == 'The function said: {"temp": 3}'
+        assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
+        assert client.messages.count_tokens(model=ask["model"], messages=history, tools=ask["tools"]).input_tokens == 7
+        gemini.say(gemini_error(429, "Slow down.", "X", detail("RetryInfo", retryDelay="9s")))
+        with pytest.raises(anthropic.RateLimitError) as caught:
+            client.messages.create(messages=[user("Hi")], **ask)
+        assert caught.value.request_id == caught.value.body["request_id"]
 
 
 def test_openais_own_library(server, gemini):
