@@ -2923,10 +2923,9 @@ def anthropic_call_part(block: Fields, model: Model) -> list[Part]:
 
 def anthropic_result_part(block: Fields, model: Model) -> list[Part]:
     """A tool's result: a text or blocks of it; pictures and documents go beside the text."""
-    parts = anthropic_parts(block, "content", model, "tool") if block.data.get("content") else []
+    parts = anthropic_parts(block, "content", model, "tool") if block.get("content", str, list) else []
     text = "\n".join(part["text"] for part in parts if "text" in part)
     media = [part for part in parts if "text" not in part]
-    block.pass_over("content")
     return [result_part(None, text, plain_id(block.need("tool_use_id", str)), media,
                         failed=bool(block.get("is_error", bool)))]
 
@@ -3008,7 +3007,7 @@ def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]
         elif role == "user":
             contents.append(user_turn(*parts))
         elif contents:
-            contents.append(user_turn(text_part("<system>"), *parts, text_part("</system>")))
+            contents.append(user_turn(text_part("<system>\n"), *parts, text_part("\n</system>")))
         else:
             system += parts
     return system, contents
@@ -3357,10 +3356,12 @@ def anthropic_error(error: ProxyError) -> tuple[int, JSON]:
 
     A 401 of Gemini's is not one of this server's, which would have clients ask for another key of their own.
     """
-    status = 403 if error.status == 401 and error.upstream else error.status
+    status, message = 403 if error.status == 401 and error.upstream else error.status, error.message
+    if error.code == "model_not_found" and error.model.startswith("claude"):
+        message += " To have one of Gemini's models answer to this name, start the server with -alias='claude-*=MODEL'."
     kind = ANTHROPIC_TYPES.get(status) or ("api_error" if status >= 500 else "invalid_request_error")
     details = {"details": {"error_code": error.code}} if error.code == "thread_not_found" else {}
-    return status, {"type": "error", "error": {"type": kind, "message": error.message, **details},
+    return status, {"type": "error", "error": {"type": kind, "message": message, **details},
                     "request_id": error.request_id}
 
 
@@ -4410,7 +4411,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if origin is None or not origin_allowed(origin, self.server.config.origins):
             return []
         return [("Access-Control-Allow-Origin", re.sub(r"[^!-~]", "", origin)), ("Vary", "Origin"),
-                ("Access-Control-Expose-Headers", "x-request-id, retry-after, x-proxy-ignored")]
+                ("Access-Control-Expose-Headers",
+                 ", ".join(("x-request-id", *self.protocol.id_headers, "retry-after", "x-proxy-ignored")))]
 
     def preflight(self) -> None:
         asked = self.headers.get("access-control-request-headers", "")

@@ -1332,7 +1332,7 @@ def test_a_message_becomes_a_request():
 def test_what_the_system_says_stays_in_its_place():
     body = claude_body(said_to_claude({"role": "system", "content": "Be brief."}, user("Hi"), {"role": "system", "content": "It is late."}))
     assert body["systemInstruction"] == {"parts": [{"text": "Be brief."}]}
-    assert body["contents"] == [{"role": "user", "parts": [{"text": "Hi"}, {"text": "<system>"}, {"text": "It is late."}, {"text": "</system>"}]}]
+    assert body["contents"] == [{"role": "user", "parts": [{"text": "Hi"}, {"text": "<system>\n"}, {"text": "It is late."}, {"text": "\n</system>"}]}]
 
 
 @pytest.mark.parametrize("block, parts", [
@@ -1534,6 +1534,11 @@ def test_anthropics_errors(status, upstream, told, kind):
     error = ProxyError(status, "No.", upstream=upstream)
     error.request_id = "req_1"
     assert proxy.anthropic_error(error) == (told, {"type": "error", "error": {"type": kind, "message": "No."}, "request_id": "req_1"})
+
+
+def test_a_name_of_anthropics_without_an_alias_is_told_what_to_do():
+    told = proxy.anthropic_error(proxy.no_such_model("claude-opus-5"))[1]["error"]
+    assert told["type"] == "not_found_error" and "claude-opus-5" in told["message"] and "-alias='claude-*=MODEL'" in told["message"]
 
 
 def test_messages_on_the_wire(gemini, monkeypatch):
