@@ -3021,27 +3021,26 @@ def object_schema(required: tuple[str, ...], **properties: JSON) -> JSON:
 
 
 TEXT_SCHEMA: JSON = {"type": "string"}
-LINE_SCHEMA: JSON = {"type": "integer"}
 EDIT_SCHEMAS = {
     "path": TEXT_SCHEMA, "file_text": {"type": "string", "description": "The whole text of a file to create"},
     "old_str": {"type": "string", "description": "The text to replace; it must occur exactly once"},
     "new_str": {"type": "string", "description": "The text that takes its place"},
     "insert_line": {"type": "integer", "description": "The line after which to insert; 0 is the beginning"},
     "insert_text": {"type": "string", "description": "The text to insert"},
-    "view_range": {"type": "array", "items": LINE_SCHEMA,
+    "view_range": {"type": "array", "items": {"type": "integer"},
                    "description": "First and last line to view, from 1; -1 is the end"},
 }
 
 
-def edit_schema(required: tuple[str, ...], *commands: str, without: str = "", **more: JSON) -> JSON:
+def edit_schema(required: tuple[str, ...], *commands: str, lacks: str = "", **more: JSON) -> JSON:
     """The schema of a tool that edits files by commands."""
-    fields = {key: value for key, value in EDIT_SCHEMAS.items() if key != without}
+    fields = {key: value for key, value in EDIT_SCHEMAS.items() if key != lacks}
     return object_schema(required, command={"type": "string", "enum": list(commands)}, **fields, **more)
 
 
 EDITS = ("view", "create", "str_replace", "insert")
 OLD_EDITOR = ("View, create and edit text files. Insert takes the text to insert as new_str; undo_edit takes back the "
-              "last edit of a file.", edit_schema(("command", "path"), *EDITS, "undo_edit", without="insert_text"))
+              "last edit of a file.", edit_schema(("command", "path"), *EDITS, "undo_edit", lacks="insert_text"))
 
 # Tools that Anthropic's models know and clients run: what they do, and what they take.
 # (platform.claude.com/docs/en/agents-and-tools/tool-use: bash-tool, text-editor-tool, memory-tool)
