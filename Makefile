@@ -37,7 +37,7 @@ lint:
 	@if $(PYTHON) -m ruff --version >/dev/null 2>&1; then \
 	  $(PYTHON) -m ruff check --isolated --target-version py39 --line-length 120 --select E,F,B,UP,SIM,C4,RET \
 	    --ignore E402,SIM105,SIM117,RET503,RET505,B904,SIM905 proxy_to_gemini.py; \
-	else $(PYTHON) -W error -c "compile(open('proxy_to_gemini.py').read(), 'proxy_to_gemini.py', 'exec')"; fi
+	else $(PYTHON) -W error -c "import pathlib; compile(pathlib.Path('proxy_to_gemini.py').read_bytes(), 'proxy_to_gemini.py', 'exec')"; fi
 
 # What the other targets left behind.
 clean:

@@ -18,12 +18,13 @@ Where to look
     3. Reading Gemini   from bytes to chunks, from chunks to events; refusals, usage, citations
     4. OpenAI           chat completions, embeddings, models
     5. Ollama           chat, generate, embeddings, models and their management
-    6. Routing          which route answers a path, and in which protocol an error is told
-    7. Client           the only code that talks to Gemini: pooled connections, waiting, retries, memory
-    8. Server           the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
-    9. Command line     flags and environment, systemd, workers, checks, start and end
+    6. Anthropic        messages and their counting
+    7. Routing          which route answers a path, and in which protocol an error is told
+    8. Client           the only code that talks to Gemini: pooled connections, waiting, retries, memory
+    9. Server           the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
+    10. Command line    flags and environment, systemd, workers, checks, start and end
 
-Sections 1 to 6 are pure: they know no socket, clock, randomness, environment or log; time, ids and
+Sections 1 to 7 are pure: they know no socket, clock, randomness, environment or log; time, ids and
 memory come in as arguments. Gemini's JSON is the only intermediate form between the protocols.
 
 Words
@@ -108,6 +109,7 @@ class ProxyError(Exception):
         self.again = again              # seconds after which the same call may go well; None: it will not
         self.model = ""                 # the model it is about, as the client spelt it
         self.listed: bool | None = None     # whether Gemini lists that model; None if that is not known
+        self.request_id = ""            # of the request that failed
 
 
 class NoRoute(ProxyError):
@@ -397,6 +399,7 @@ class Protocol(NamedTuple):
     routes: tuple[Route, ...]
     error: Callable[[ProxyError], tuple[int, Any]]          # (status, body: JSON or a Payload)
     stream_error: Callable[[ProxyError], JSON]              # the last event of a stream that failed
+    id_headers: tuple[str, ...] = ()                        # in which its clients look for the request's id
 
 # ======================================================================================
 # 2. Writing Gemini: parts, turns, thinking by model, functions and schemas, whole requests
@@ -1289,6 +1292,7 @@ class End(NamedTuple):
     message: str                # and what it says about it
     usage: Usage
     citations: list[Citation]
+    queries: tuple[str, ...] = ()   # what Gemini searched the web for
 
 
 # Gemini's finish reasons in four words. What is not here is "stop": the list grows every few months.
@@ -1363,8 +1367,9 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
     counted = read_usage(usage)
     exchange.usage = exchange.usage.plus(counted)
     finish = FINISHES.get(reason, "stop") if reason else "filter"
+    queries = tuple(query for query in inside(grounding, "webSearchQueries", list) if type(query) is str)
     yield End(finish, bool(calls), reason or blocked, message, counted, read_citations(pieces, grounding) if grounding
-              else [])
+              else [], queries)
 
 
 def read_part(part: Any, done: set) -> Text | Call | Media | None:
@@ -1655,14 +1660,14 @@ def openai_tools(body: Fields) -> Tools:
 
 
 def openai_tool(function: Fields, custom: bool, declared: dict[str, JSON], names: dict[str, str],
-                texts: set[str]) -> None:
-    """Declare one function; of two with the same name the first one counts."""
+                texts: set[str], schema: str = "parameters") -> None:
+    """Declare one function, whose schema stands under that key; of two with the same name the first one counts."""
     name, description = openai_function_name(function), function.get("description", str)
     if custom:
         function.pass_over("format")
         declaration = custom_declaration(name, description, openai_grammar(function))
     else:
-        declaration = function_declaration(name, description, function.get("parameters", dict))
+        declaration = function_declaration(name, description, function.get(schema, dict))
     known = declared.setdefault(declaration["name"], declaration)
     if known is not declaration and known != declaration:
         function.ignore(function.place)
@@ -2863,7 +2868,515 @@ OLLAMA = Protocol("ollama", (
 ), ollama_error, lambda error: ollama_error(error)[1])
 
 # ======================================================================================
-# 6. Routing: which route answers a path, and in which protocol an error is told
+# 6. Anthropic: messages and their counting
+# ======================================================================================
+
+# ---- content blocks ----
+
+CONTENT_HOMES = {"tool_use": "assistant", "tool_result": "user"}       # blocks that only one role may say
+
+
+def anthropic_text_part(block: Fields, model: Model) -> list[Part]:
+    block.pass_over("citations")            # of an answer that comes back; Gemini has its text
+    return [text_part(block.need("text", str))]
+
+
+def anthropic_source_parts(block: Fields, model: Model, name: str | None = None) -> list[Part]:
+    """The parts of a picture or a document, wherever its source says that it is."""
+    block.need("source", dict)
+    source = block.inner("source")
+    kind = source.need("type", str)
+    if kind == "base64":
+        return [media_part(source.need("data", str), source.get("media_type", str), source.at("data"))]
+    if kind == "url":
+        return [source_part(source.need("url", str), None, source.at("url"), name)]
+    if kind == "text":
+        source.pass_over("media_type")
+        return [text_part(source.need("data", str))]
+    if kind == "content":
+        return anthropic_parts(source, "content", model)
+    if kind == "file":
+        source.need("file_id", str)
+        no_file_store(source)
+    raise source.unknown("type", kind, ("base64", "url", "text", "content", "file"))
+
+
+def anthropic_document_parts(block: Fields, model: Model) -> list[Part]:
+    """A document after its title and context; one behind a URL is a PDF, unless its name says otherwise."""
+    told = [block.get(key, str) for key in ("title", "context")]
+    head = "\n".join(filter(None, told))
+    return ([text_part(head + ":\n")] if head else []) + anthropic_source_parts(block, model, "document.pdf")
+
+
+def anthropic_search_parts(block: Fields, model: Model) -> list[Part]:
+    """A search result of the client's own."""
+    head = f"{block.get('title', str) or ''} ({block.get('source', str) or ''}):\n"
+    return [text_part(head), *anthropic_parts(block, "content", model)]
+
+
+def anthropic_reference_part(block: Fields, model: Model) -> list[Part]:
+    """A tool that a search for tools found: all of them are declared from the start."""
+    return [text_part(block.need("tool_name", str))]
+
+
+def anthropic_call_part(block: Fields, model: Model) -> list[Part]:
+    block.pass_over("caller")
+    id = block.need("id", str)
+    signature = laden_id(id)[1]
+    return [call_part(block.need("name", str), block.get("input", dict) or {}, plain_id(id), signature or None)]
+
+
+def anthropic_result_part(block: Fields, model: Model) -> list[Part]:
+    """A tool's result: a text or blocks of it; pictures and documents go beside the text."""
+    parts = anthropic_parts(block, "content", model, "tool") if block.get("content", str, list) else []
+    text = "\n".join(part["text"] for part in parts if "text" in part)
+    media = [part for part in parts if "text" not in part]
+    return [result_part(None, text, plain_id(block.need("tool_use_id", str)), media,
+                        failed=bool(block.get("is_error", bool)))]
+
+
+def anthropic_thought(block: Fields, model: Model) -> list[Part]:
+    """Thoughts do not go back; the signature that rides in their block is taken by anthropic_parts."""
+    block.pass_over("thinking", "signature", "data")
+    return []
+
+
+ANTHROPIC_BLOCKS: dict[str, Callable[[Fields, Model], list[Part]]] = {
+    "text": anthropic_text_part, "image": anthropic_source_parts, "document": anthropic_document_parts,
+    "search_result": anthropic_search_parts, "tool_reference": anthropic_reference_part,
+    "tool_use": anthropic_call_part, "tool_result": anthropic_result_part,
+    "thinking": anthropic_thought, "redacted_thinking": anthropic_thought,
+}
+
+
+def anthropic_parts(message: Fields, key: str, model: Model, role: str = "") -> list[Part]:
+    """The parts of a content: a string, or a list of blocks. What Anthropic's own servers did is told as ignored.
+
+    A signature in a thinking block belongs to the next call of the message.
+    """
+    content = message.need(key, str, list)
+    if type(content) is str:
+        return [text_part(content)] if content else []
+    parts: list[Part] = []
+    signature = ""
+    for block in message.objects(key):
+        kind = block.need("type", str)
+        if kind not in ANTHROPIC_BLOCKS:
+            block.ignore(re.sub(r"\[\d+\]", "[]", block.place) + "." + kind)
+            block.pass_over(*block.data)
+            continue
+        if CONTENT_HOMES.get(kind, role) != role:
+            raise wrong_value(block.at("type"), f"Invalid value for '{block.at('type')}': {kind} blocks can only stand "
+                                                f"in messages of role '{CONTENT_HOMES[kind]}'.")
+        if block.data.get("citations") == {"enabled": False}:
+            block.pass_over("citations")
+        made = ANTHROPIC_BLOCKS[kind](block, model)
+        if kind == "thinking":
+            signature = anthropic_signature(block) or signature
+        elif kind == "tool_use" and signature:
+            made[0]["thoughtSignature"], signature = signature, ""
+        parts += made
+    return parts
+
+
+def anthropic_signature(block: Fields) -> str:
+    """The signature of Gemini's in a thinking block, or "" where there is none."""
+    found = inside(block.data, "signature", str)
+    return found if len(found) > 8 and is_base64(found) else ""
+
+
+ANTHROPIC_ROLES = ("user", "assistant", "system")
+BILLING = "x-anthropic-billing-header:"     # Claude Code puts this line for Anthropic's servers before its instructions
+
+
+def anthropic_system(body: Fields, model: Model) -> list[Part]:
+    """The system's parts, but for what is no instruction, and may change from one request to the next."""
+    parts = anthropic_parts(body, "system", model, "system") if body.get("system", str, list) else []
+    said = [part for part in parts if not part.get("text", "").startswith(BILLING)]
+    if len(said) < len(parts):
+        body.ignore("system[]." + BILLING[:-1])
+    return said
+
+
+def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
+    """(the system's parts, the turns). What the system says between the turns stays there, marked as its own."""
+    system = anthropic_system(body, model)
+    contents: list[JSON] = []
+    for message in body.objects("messages"):
+        role = message.need("role", str)
+        if role not in ANTHROPIC_ROLES:
+            raise message.unknown("role", role, ANTHROPIC_ROLES)
+        parts = anthropic_parts(message, "content", model, role)
+        if role == "assistant":
+            contents.append(model_turn(*parts))
+        elif role == "user":
+            contents.append(user_turn(*parts))
+        elif contents:
+            contents.append(user_turn(text_part("<system>\n"), *parts, text_part("\n</system>")))
+        else:
+            system += parts
+    return system, contents
+
+
+# ---- tools ----
+
+
+def object_schema(required: tuple[str, ...], **properties: JSON) -> JSON:
+    return {"type": "object", "properties": properties, "required": list(required)}
+
+
+TEXT_SCHEMA: JSON = {"type": "string"}
+EDIT_SCHEMAS = {
+    "path": TEXT_SCHEMA, "file_text": {"type": "string", "description": "The whole text of a file to create"},
+    "old_str": {"type": "string", "description": "The text to replace; it must occur exactly once"},
+    "new_str": {"type": "string", "description": "The text that takes its place"},
+    "insert_line": {"type": "integer", "description": "The line after which to insert; 0 is the beginning"},
+    "insert_text": {"type": "string", "description": "The text to insert"},
+    "view_range": {"type": "array", "items": {"type": "integer"},
+                   "description": "First and last line to view, from 1; -1 is the end"},
+}
+
+
+def edit_schema(required: tuple[str, ...], *commands: str, lacks: str = "", **more: JSON) -> JSON:
+    """The schema of a tool that edits files by commands."""
+    fields = {key: value for key, value in EDIT_SCHEMAS.items() if key != lacks}
+    return object_schema(required, command={"type": "string", "enum": list(commands)}, **fields, **more)
+
+
+EDITS = ("view", "create", "str_replace", "insert")
+OLD_EDITOR = ("View, create and edit text files. Insert takes the text to insert as new_str; undo_edit takes back the "
+              "last edit of a file.", edit_schema(("command", "path"), *EDITS, "undo_edit", lacks="insert_text"))
+
+# Tools that Anthropic's models know and clients run: what they do, and what they take.
+# (platform.claude.com/docs/en/agents-and-tools/tool-use: bash-tool, text-editor-tool, memory-tool)
+ANTHROPIC_TOOLS: dict[str, tuple[str, JSON]] = {
+    "bash": ("Run a command in a persistent bash session, or restart that session.",
+             object_schema((), command=TEXT_SCHEMA, restart={"type": "boolean"})),
+    "text_editor_20241022": OLD_EDITOR, "text_editor_20250124": OLD_EDITOR,
+    "text_editor": ("View, create and edit text files.", edit_schema(("command", "path"), *EDITS)),
+    "memory": ("Keep and look up notes in files under /memories, which outlive this conversation. Look there before "
+               "you begin. Rename takes old_path and new_path, all else takes path.",
+               edit_schema(("command",), *EDITS, "delete", "rename", old_path=TEXT_SCHEMA, new_path=TEXT_SCHEMA)),
+}
+SCHEMA_KEY = "input_schema"
+
+
+def anthropic_tools(body: Fields) -> Tools:
+    """The tools: the client's own, those whose schema is Anthropic's, and Gemini's in place of Anthropic's servers'."""
+    declared: dict[str, JSON] = {}
+    names: dict[str, str] = {}
+    strict, own = False, {"web_search": "", "code_execution": ""}
+    for tool in body.objects("tools"):
+        kind = tool.get("type", str) or "custom"
+        family = re.sub(r"_\d{8}$", "", kind)
+        told = ANTHROPIC_TOOLS.get(kind) or ANTHROPIC_TOOLS.get(family)
+        tool.pass_over("eager_input_streaming", "defer_loading")        # about when the client hears or Claude sees it
+        if kind == "custom":
+            openai_tool(tool, False, declared, names, set(), SCHEMA_KEY)
+            strict = strict or bool(tool.get("strict", bool))
+        elif told:
+            known = {"name": tool.need("name", str), "description": told[0], SCHEMA_KEY: told[1]}
+            openai_tool(Fields(known, tool.place), False, declared, names, set(), SCHEMA_KEY)
+        elif family in own:
+            tool.pass_over("name")
+            own[family] = f"tools[].{kind}"
+        else:
+            tool.ignore(f"tools[].{kind}")
+            tool.pass_over(*tool.data)
+    return Tools(list(declared.values()), names, strict=strict, search=own["web_search"], code=own["code_execution"])
+
+
+def anthropic_tool_choice(body: Fields, tools: Tools) -> tuple[str | None, list[str], bool]:
+    """(Gemini's mode, the client's names of the functions that it may call, whether one call at most is wanted)."""
+    choice = body.inner("tool_choice")
+    if choice is None:
+        return None, [], False
+    choice.need("type", str)
+    kind, one = choice.word("type", "auto", "any", "tool", "none"), bool(choice.get("disable_parallel_tool_use", bool))
+    name = choice.need("name", str) if kind == "tool" else ""
+    if kind in ("auto", "none"):
+        return TOOL_CHOICES[kind], [], one
+    if kind == "tool" and name in tools.names.values() or kind == "any" and tools.declarations:
+        return "ANY", [name] if name else [], one
+    if name and name not in [inside(tool, "name", str) for tool in body.data.get("tools") or ()]:
+        raise wrong_value(choice.at("name"), f"Invalid value for '{choice.at('name')}': no tool {name[:80]!r} is among "
+                                             "the tools.")
+    body.ignore("tool_choice")          # Gemini cannot be made to use its own tools
+    return None, [], one
+
+
+# ---- the request ----
+
+MOST_OUTPUT = 65536         # tokens that Gemini's models give at most; those before 2.5 give 8192
+
+
+class AnthropicWants(NamedTuple):
+    """What a message's reply has to mind."""
+    names: dict[str, str]           # Gemini's names of functions -> the client's
+    one_call: bool = False          # no parallel calls
+    unfence: bool = False           # JSON was asked for in words, and may come in a code fence
+    thinking: bool = False          # the client takes thinking blocks, and so signatures in them
+
+
+def anthropic_messages_request(body: Fields, setting: Setting) -> Ask:
+    """Messages: https://platform.claude.com/docs/en/api/messages"""
+    body.need("max_tokens", int)
+    return anthropic_ask(body, setting, bool(body.get("stream", bool)))
+
+
+def anthropic_ask(body: Fields, setting: Setting, stream: bool = False) -> Ask:
+    """The call for a message, or for one to be counted."""
+    asked = body.need("model", str)
+    model = model_named(asked, setting)
+    if not body.need("messages", list):
+        raise wrong_value("messages", "messages: at least one message is required")
+    anthropic_thread(body)
+    system, contents = anthropic_turns(body, model)
+    tools = anthropic_tools(body)
+    mode, allowed, one_call = anthropic_tool_choice(body, tools)
+    if mode == "NONE":
+        tools = tools._replace(search="", code="")
+    output = body.inner("output_config") or Fields({}, "output_config", body.family)
+    thinking, thoughts = anthropic_thinking(body, output, model)
+    schema = anthropic_format(body, output)
+    unfence = schema is not None and not takes_json_with(tools, model)
+    if unfence:
+        system = system + [text_part("\n\n" + json_instruction(schema))]
+    config = {**anthropic_config(body, model), **thinking, **json_config(None if unfence else schema)}
+    call = generate_call(model, stream, system, contents, config, **tool_fields(tools, mode, allowed, body, model))
+    return Ask((call,), stream, AnthropicWants(tools.names, one_call, unfence, thoughts), asked)
+
+
+def anthropic_thread(body: Fields) -> None:
+    """Nothing is kept here between two requests: a client that relies on it is told to send the whole conversation."""
+    thread = body.data.get("thread")
+    if inside(thread, "type", str) == "continue":
+        raise ProxyError(404, "No conversation is kept on this server: send all of its messages, with thread "
+                              "{\"type\": \"create\"}.", code="thread_not_found", place="thread")
+
+
+def anthropic_config(body: Fields, model: Model) -> JSON:
+    limit, top_k = body.number("max_tokens", 1, math.inf, int), body.get("top_k", int)
+    most = MOST_OUTPUT if model.generation >= 2.5 else 8192
+    if limit and limit > most:
+        body.ignore(f"max_tokens>{most}")
+    config = {
+        "temperature": body.number("temperature", 0, 2), "topP": body.number("top_p", 0, 1),
+        "topK": top_k if top_k and 0 < top_k < 2**31 else None,
+        "maxOutputTokens": min(limit, most) if limit else None,
+        "stopSequences": stop_sequences(body, "stop_sequences") or None,
+    }
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def anthropic_thinking(body: Fields, output: Fields, model: Model) -> tuple[JSON, bool]:
+    """(the setting of thinkingConfig, whether the client takes thinking blocks).
+
+    Without `thinking` the model thinks in its own way, and tells nothing of it. An effort counts for more than a
+    budget, which only the older models know.
+    """
+    effort = output.word("effort", *EFFORTS)
+    thinking = body.inner("thinking")
+    kind = thinking.need("type", str) if thinking else ""
+    budget = thinking.number("budget_tokens", 1, math.inf, int) if thinking else None
+    told = bool(thinking) and kind != "disabled"
+    if kind == "disabled":
+        effort = "none"
+    elif effort is None and budget:
+        effort = next((word for word in EFFORTS[1:] if BUDGETS[word] >= budget), EFFORTS[-1])
+    shown = told and thinking.get("display", str) != "omitted"
+    config = thinking_config(model, effort, shown)
+    if told and budget and isinstance(model.thinking, Budget):
+        config["thinkingBudget"] = min(max(budget, model.thinking.low), model.thinking.high)
+    if not_heeded(effort, config):
+        body.ignore("thinking" if thinking else "output_config.effort")
+    return {"thinkingConfig": config} if config else {}, told
+
+
+def anthropic_format(body: Fields, output: Fields) -> JSON | None:
+    """The schema of the answer, None where it is text: `output_config.format`, or `output_format` in older clients."""
+    wanted = output.inner("format") or body.inner("output_format")
+    if wanted is None:
+        return None
+    kind = wanted.need("type", str)
+    if kind != "json_schema":
+        raise wanted.unknown("type", kind, ("json_schema",))
+    return wanted.need("schema", dict)
+
+
+# ---- the answer ----
+
+ANTHROPIC_STOPS = {"length": "max_tokens", "filter": "refusal"}     # else "end_turn", or "tool_use"
+
+
+def anthropic_usage(usage: Usage, queries: tuple[str, ...] = ()) -> JSON:
+    """Anthropic counts what came from a cache beside the rest of the input, not within it."""
+    return {"input_tokens": max(0, usage.prompt - usage.cached), "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": usage.cached, "output_tokens": usage.output,
+            "output_tokens_details": {"thinking_tokens": usage.thoughts},
+            **({"server_tool_use": {"web_search_requests": len(queries), "web_fetch_requests": 0}} if queries else {})}
+
+
+def anthropic_ending(end: End) -> JSON:
+    """How a message ended. Gemini does not tell which stop sequence it came to, nor whether it was one."""
+    told = end.message or f"Gemini ended its answer: {end.reason}"
+    refusal = {"type": "refusal", "category": None, "explanation": told}
+    return {"stop_reason": ANTHROPIC_STOPS.get(end.finish) or ("tool_use" if end.calls else "end_turn"),
+            "stop_sequence": None, **({"stop_details": refusal} if end.finish == "filter" else {}), **odd_end(end)}
+
+
+# The blocks of an answer as they begin, and the key of each that grows.
+TEXT_BLOCK: JSON = {"type": "text", "text": ""}
+THINKING_BLOCK: JSON = {"type": "thinking", "thinking": "", "signature": ""}
+GROWING = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature"}
+
+
+def anthropic_pieces(events: Iterable[Text | Call | Media | End], exchange: Exchange) -> Iterator[tuple[Any, Any]]:
+    """(a block as it begins, a delta or None), piece after piece; then (None, the End).
+
+    A signature rides in the thinking block before its call, where the client takes one: it must send that back.
+    """
+    wants, said = exchange.wants, []
+    for event in events:
+        kind = type(event)
+        if kind is Text and event.thought:
+            yield THINKING_BLOCK, {"type": "thinking_delta", "thinking": event.text}
+        elif kind is Text:
+            said.append(event.text)
+            yield TEXT_BLOCK, {"type": "text_delta", "text": event.text}
+        elif kind is Media:
+            note = f"\n[Gemini made something of type {event.mime}, for which a message has no place.]\n"
+            yield TEXT_BLOCK, {"type": "text_delta", "text": note}
+        elif kind is Call:
+            if event.signature and wants.thinking:
+                yield THINKING_BLOCK, {"type": "signature_delta", "signature": event.signature}
+            block = {"type": "tool_use", "id": event.id, "name": wants.names.get(event.name, event.name), "input": {}}
+            yield block, {"type": "input_json_delta", "partial_json": encode_json(event.args)}
+        else:
+            yield from anthropic_searched(event, "".join(said), exchange)
+            yield None, event
+
+
+def anthropic_searched(end: End, text: str, exchange: Exchange) -> Iterator[tuple[JSON, Any]]:
+    """The citations of a text, and the search that they come from: Gemini tells of both when all is said."""
+    for citation in end.citations:
+        yield TEXT_BLOCK, {"type": "citations_delta", "citation": {
+            "type": "web_search_result_location", "cited_text": text[citation.start:citation.end],
+            "url": citation.url, "title": citation.title, "encrypted_index": ""}}
+    sources = {citation.url: citation.title for citation in end.citations}
+    results = [{"type": "web_search_result", "url": url, "title": title, "encrypted_content": "", "page_age": None}
+               for url, title in sources.items()]
+    for query in end.queries:
+        id = exchange.new_id("srvtoolu_")
+        yield {"type": "server_tool_use", "id": id, "name": "web_search", "input": {}}, {
+            "type": "input_json_delta", "partial_json": encode_json({"query": query})}
+        yield {"type": "web_search_tool_result", "tool_use_id": id, "content": results}, None
+
+
+def anthropic_messages_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+    """The events of a message: its start, its blocks one after the other, how it ended."""
+    chunks = next(answers)
+    first = next(chunks, {})            # it tells already how large the prompt is
+    usage = anthropic_usage(read_usage(inner(first, "usageMetadata", dict)))
+    events = chat_events(itertools.chain([first], chunks), exchange)
+    events = itertools.chain([next(events)], events)        # a refusal comes before the first event
+    yield {"type": "message_start", "message": {
+        "id": exchange.new_id("msg_"), "type": "message", "role": "assistant", "model": exchange.model, "content": [],
+        "stop_reason": None, "stop_sequence": None, "usage": usage}}
+    pieces = itertools.groupby(anthropic_pieces(events, exchange), key=itemgetter(0))
+    for index, (block, group) in enumerate(pieces):
+        deltas = map(itemgetter(1), group)
+        if block is None:
+            yield from map(anthropic_message_delta, deltas)
+        else:
+            yield from anthropic_block_events(index, block, deltas)
+    yield {"type": "message_stop"}
+
+
+def anthropic_block_events(index: int, block: JSON, deltas: Iterable[Any]) -> Iterator[JSON]:
+    """The events of one block; blocks are numbered and never overlap."""
+    yield {"type": "content_block_start", "index": index, "content_block": block}
+    yield from ({"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas if delta)
+    yield {"type": "content_block_stop", "index": index}
+
+
+def anthropic_message_delta(end: End) -> JSON:
+    return {"type": "message_delta", "delta": anthropic_ending(end), "usage": anthropic_usage(end.usage, end.queries)}
+
+
+def anthropic_messages_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    """The message that the events of a stream add up to."""
+    message: JSON = {}
+    for event in anthropic_messages_stream(exchange, answers):
+        kind = event["type"]
+        if kind == "message_start":
+            message = event["message"]
+        elif kind == "content_block_start":
+            message["content"].append(dict(event["content_block"]))
+        elif kind == "content_block_delta":
+            anthropic_grow(message["content"][-1], event["delta"])
+        elif kind == "message_delta":
+            message.update(event["delta"], usage=event["usage"])
+    return message
+
+
+def anthropic_grow(block: JSON, delta: JSON) -> None:
+    """Add a delta to its block."""
+    key = GROWING.get(delta["type"])
+    if key:
+        block[key] += delta[key]
+    elif delta["type"] == "input_json_delta":
+        block["input"] = json.loads(delta["partial_json"])
+    else:
+        block.setdefault("citations", []).append(delta["citation"])
+
+
+# ---- counting ----
+
+
+def anthropic_count_request(body: Fields, setting: Setting) -> Ask:
+    """Count tokens: https://platform.claude.com/docs/en/api/messages-count-tokens"""
+    ask = anthropic_ask(body, setting)
+    call = restore_signatures(ask.calls[0], "", lambda *_: None)        # Gemini may well look for them here too
+    asked = {"model": call.model.path, **call.body}
+    asked.pop("generationConfig", None)
+    return ask._replace(calls=(GeminiCall(f"{call.model.path}:countTokens", {"generateContentRequest": asked},
+                                          call.model),))
+
+
+def anthropic_count_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    return {"input_tokens": sum(inner(chunk, "totalTokens", int) for chunks in answers for chunk in chunks)}
+
+
+# ---- errors and routes ----
+
+ANTHROPIC_TYPES = {401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
+                   413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+                   529: "overloaded_error"}
+
+
+def anthropic_error(error: ProxyError) -> tuple[int, JSON]:
+    """Anthropic's form of an error: https://platform.claude.com/docs/en/api/errors
+
+    A 401 of Gemini's is not one of this server's, which would have clients ask for another key of their own.
+    """
+    status, message = 403 if error.status == 401 and error.upstream else error.status, error.message
+    if error.code == "model_not_found" and error.model.startswith("claude"):
+        message += " To have one of Gemini's models answer to this name, start the server with -alias='claude-*=MODEL'."
+    kind = ANTHROPIC_TYPES.get(status) or ("api_error" if status >= 500 else "invalid_request_error")
+    details = {"details": {"error_code": error.code}} if error.code == "thread_not_found" else {}
+    return status, {"type": "error", "error": {"type": kind, "message": message, **details},
+                    "request_id": error.request_id}
+
+
+ANTHROPIC = Protocol("anthropic", (
+    Route("POST", "/v1/messages", anthropic_messages_request, anthropic_messages_response, anthropic_messages_stream,
+          NAMED_SSE, lambda exchange: {"type": "ping"}),
+    Route("POST", "/v1/messages/count_tokens", anthropic_count_request, anthropic_count_response),
+), anthropic_error, lambda error: anthropic_error(error)[1], ("request-id",))
+
+# ======================================================================================
+# 7. Routing: which route answers a path, and in which protocol an error is told
 # ======================================================================================
 
 def without_401(protocol: Protocol) -> Protocol:
@@ -2877,7 +3390,7 @@ def without_401(protocol: Protocol) -> Protocol:
 # What each -api mounts; the first protocol whose beginning fits a path tells of errors there.
 MOUNTS: dict[str, tuple[tuple[str, Protocol], ...]] = {
     "openai": (("/", OPENAI),),
-    "ollama": (("/v1", without_401(OPENAI)), ("/", OLLAMA)),
+    "ollama": (("/v1/messages", ANTHROPIC), ("/v1", without_401(OPENAI)), ("/", OLLAMA)),
 }
 
 
@@ -2937,7 +3450,7 @@ def find_route(api: str, method: str, path: str) -> Found:
     raise NoRoute(404, f"Invalid URL ({method[:20]} {path[:200]})")
 
 # ======================================================================================
-# 7. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
+# 8. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
 # ======================================================================================
 
 CONNECT_TIMEOUT = 10.0      # seconds for a TCP connection and its TLS handshake
@@ -3583,7 +4096,7 @@ def scope_of(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 # ======================================================================================
-# 8. Server: the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
+# 9. Server: the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
 # ======================================================================================
 
 MOST_BODY = 128 << 20       # bytes; Gemini takes 100 MB
@@ -3948,7 +4461,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if origin is None or not origin_allowed(origin, self.server.config.origins):
             return []
         return [("Access-Control-Allow-Origin", re.sub(r"[^!-~]", "", origin)), ("Vary", "Origin"),
-                ("Access-Control-Expose-Headers", "x-request-id, retry-after, x-proxy-ignored")]
+                ("Access-Control-Expose-Headers",
+                 ", ".join(("x-request-id", *self.protocol.id_headers, "retry-after", "x-proxy-ignored")))]
 
     def preflight(self) -> None:
         asked = self.headers.get("access-control-request-headers", "")
@@ -4025,6 +4539,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def fail(self, error: ProxyError) -> None:
         """Tell an error: as an answer, or in mid-stream as the last event."""
+        error.request_id = self.request_id
         if self.begun and not self.framed:
             self.close_connection = True            # nothing that could be said would be understood
         elif self.begun:
@@ -4048,7 +4563,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = self.close_connection or self.body_left or self.server.draining
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
                  f"Date: {http_date(int(time.time()))}", f"Server: proxy-to-gemini/{VERSION}",
-                 f"x-request-id: {self.request_id}"]
+                 *(f"{name}: {self.request_id}" for name in ("x-request-id", *self.protocol.id_headers))]
         lines += [f"Content-Type: {content_type}"] if content_type else []
         lines += [f"{name}: {value}" for name, value in (*headers, *self.cors())]
         if self.close_connection:
@@ -4311,7 +4826,7 @@ def give_memory_back() -> None:
 
 
 # ======================================================================================
-# 9. Command line: flags and environment, systemd, workers, checks, start and end
+# 10. Command line: flags and environment, systemd, workers, checks, start and end
 # ======================================================================================
 
 GEMINI = "https://generativelanguage.googleapis.com"

@@ -1285,7 +1285,288 @@ def test_openais_routes_on_an_ollama_server():
 
 
 # ======================================================================================
-# 6. Routing
+# 6. Anthropic
+# ======================================================================================
+
+CLAUDE = Setting(ollama=True, aliases=(("claude-*", NEWEST),))
+ASK_CITY = {"name": "weather", "description": "The weather", "input_schema": WEATHER["function"]["parameters"]}
+
+
+def said_to_claude(*messages, model="claude-opus-5", **more):
+    return {"model": model, "max_tokens": 100, "messages": list(messages) or [user("Hi")], **more}
+
+
+def claude_body(body):
+    return gemini_body(body, request=proxy.anthropic_messages_request, setting=CLAUDE)
+
+
+def claude_says(body, *chunks):
+    """(the whole message, the streamed events) when Gemini says these chunks; an event adds up to the same message."""
+    ask = asked(body, proxy.anthropic_messages_request, CLAUDE)[0]
+    message, events = (make(exchange(ask, CLAUDE), iter([iter(chunks)])) for make in (proxy.anthropic_messages_response, proxy.anthropic_messages_stream))
+    return message, list(events)
+
+
+def use(id, name="weather", **input):
+    return {"type": "tool_use", "id": id, "name": name, "input": input or {"city": "Oslo"}}
+
+
+def used(id, content="3", **more):
+    return {"type": "tool_result", "tool_use_id": id, "content": content, **more}
+
+
+def test_a_message_becomes_a_request():
+    body = said_to_claude(user([{"type": "text", "text": "Hi"}, {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}]),
+                          assistant("Hello"), user("Bye"), system=[{"type": "text", "text": proxy.BILLING + " cc_version=2"}, {"type": "text", "text": "Be brief."}],
+                          temperature=0.5, top_p=0.9, top_k=40, stop_sequences=["END"], max_tokens=100_000, metadata={"user_id": "u"})
+    assert claude_body(body) == {
+        "contents": [{"role": "user", "parts": [{"text": "Hi"}, {"inlineData": {"mimeType": "image/png", "data": PNG}}]},
+                     {"role": "model", "parts": [{"text": "Hello"}]}, {"role": "user", "parts": [{"text": "Bye"}]}],
+        "systemInstruction": {"parts": [{"text": "Be brief."}]},
+        "generationConfig": {"temperature": 0.5, "topP": 0.9, "topK": 40, "maxOutputTokens": 65536, "stopSequences": ["END"]}}
+    ask, ignored = asked(body, proxy.anthropic_messages_request, CLAUDE)
+    assert ask.calls[0].path == "models/gemini-3.8-flash:generateContent" and ask.model == "claude-opus-5"
+    assert ignored == ["max_tokens>65536", "metadata", "system[].x-anthropic-billing-header"]
+
+
+def test_what_the_system_says_stays_in_its_place():
+    body = claude_body(said_to_claude({"role": "system", "content": "Be brief."}, user("Hi"), {"role": "system", "content": "It is late."}))
+    assert body["systemInstruction"] == {"parts": [{"text": "Be brief."}]}
+    assert body["contents"] == [{"role": "user", "parts": [{"text": "Hi"}, {"text": "<system>\n"}, {"text": "It is late."}, {"text": "\n</system>"}]}]
+
+
+@pytest.mark.parametrize("block, parts", [
+    ({"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}, [{"fileData": {"mimeType": "image/png", "fileUri": "https://example.com/a.png"}}]),
+    ({"type": "document", "source": {"type": "url", "url": "https://example.com/a"}}, [{"fileData": {"mimeType": "application/pdf", "fileUri": "https://example.com/a"}}]),
+    ({"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}}, [{"inlineData": {"mimeType": "application/pdf", "data": "JVBERi0="}}]),
+    ({"type": "document", "title": "A", "context": "B", "source": {"type": "text", "media_type": "text/plain", "data": "C"}}, [{"text": "A\nB:\n"}, {"text": "C"}]),
+    ({"type": "document", "citations": {"enabled": False}, "source": {"type": "content", "content": [{"type": "text", "text": "C"}]}}, [{"text": "C"}]),
+    ({"type": "search_result", "title": "T", "source": "https://a", "content": [{"type": "text", "text": "C"}]}, [{"text": "T (https://a):\n"}, {"text": "C"}]),
+])
+def test_blocks(block, parts):
+    body = said_to_claude(user([block]))
+    assert claude_body(body)["contents"][0]["parts"] == parts and asked(body, proxy.anthropic_messages_request, CLAUDE)[1] == []
+
+
+def test_blocks_of_anthropics_servers_are_told_as_ignored():
+    body = said_to_claude(user("Hi"), assistant([{"type": "redacted_thinking", "data": "x"}, {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
+                                                 {"type": "text", "text": "Hello", "citations": [{"type": "x"}], "cache_control": {"type": "ephemeral"}}]), user("Bye"))
+    assert claude_body(body)["contents"][1] == {"role": "model", "parts": [{"text": "Hello"}]}
+    assert asked(body, proxy.anthropic_messages_request, CLAUDE)[1] == ["messages[].content[].cache_control", "messages[].content[].server_tool_use"]
+
+
+def test_a_history_with_tools_and_a_signature_in_a_thinking_block():
+    body = claude_body(said_to_claude(
+        user("Hi"), assistant([{"type": "thinking", "thinking": "Hm", "signature": sign("a")}, {"type": "text", "text": "Let me see."}, use("t1"), use("t2", city="Bergen")]),
+        user([{"type": "text", "text": "Well?"}, used("t2", [{"type": "text", "text": "no"}, {"type": "text", "text": "net"}], is_error=True),
+              used("t1", [{"type": "text", "text": "3"}, {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}])]), tools=[ASK_CITY]))
+    first, second = ({"id": id, "name": "weather", "args": {"city": city}} for id, city in (("t1", "Oslo"), ("t2", "Bergen")))
+    assert body["contents"][1:] == [
+        {"role": "model", "parts": [{"text": "Let me see."}, {"functionCall": first, "thoughtSignature": sign("a")}, {"functionCall": second}]},
+        {"role": "user", "parts": [
+            {"functionResponse": {"id": "t1", "name": "weather", "response": {"output": "3"}, "parts": [{"inlineData": {"mimeType": "image/png", "data": PNG}}]}},
+            {"functionResponse": {"id": "t2", "name": "weather", "response": {"error": "no\nnet"}}}]},
+        {"role": "user", "parts": [{"text": "Well?"}]}]
+    assert body["tools"] == [{"functionDeclarations": [{"name": "weather", "description": "The weather", "parametersJsonSchema": ASK_CITY["input_schema"]}]}]
+
+
+def test_tools_of_anthropics():
+    tools = [{"type": "bash_20250124", "name": "bash"}, {"type": "text_editor_20250124", "name": "str_replace_editor"},
+             {"type": "text_editor_20250728", "name": "str_replace_based_edit_tool", "max_characters": 9}, {"type": "memory_20250818", "name": "memory"},
+             {"type": "web_search_20250305", "name": "web_search", "max_uses": 3}, {"type": "code_execution_20250825", "name": "code_execution"},
+             {"type": "web_fetch_20250910", "name": "web_fetch"}, {"type": "computer_toolset_20260801"}]
+    body = said_to_claude(tools=tools)
+    functions, search, code = claude_body(body)["tools"]
+    declared = {one["name"]: one["parametersJsonSchema"]["properties"] for one in functions["functionDeclarations"]}
+    assert list(declared) == ["bash", "str_replace_editor", "str_replace_based_edit_tool", "memory"] and (search, code) == ({"googleSearch": {}}, {"codeExecution": {}})
+    assert set(declared["bash"]) == {"command", "restart"} and "undo_edit" in declared["str_replace_editor"]["command"]["enum"]
+    assert "insert_text" in declared["str_replace_based_edit_tool"] and "rename" in declared["memory"]["command"]["enum"]
+    assert asked(body, proxy.anthropic_messages_request, CLAUDE)[1] == ["tools[].computer_toolset_20260801", "tools[].max_characters", "tools[].max_uses",
+                                                                        "tools[].web_fetch_20250910"]
+
+
+SEARCH = {"type": "web_search_20250305", "name": "web_search"}
+
+
+@pytest.mark.parametrize("choice, config", [
+    ({"type": "auto"}, None), ({"type": "any"}, {"mode": "ANY"}), ({"type": "none"}, {"mode": "NONE"}),
+    ({"type": "tool", "name": "weather"}, {"mode": "ANY", "allowedFunctionNames": ["weather"]}),
+])
+def test_choices_of_a_tool(choice, config):
+    body = claude_body(said_to_claude(tools=[ASK_CITY], tool_choice=choice))
+    assert body.get("toolConfig", {}).get("functionCallingConfig") == config
+
+
+def test_a_search_can_be_chosen_but_not_forced_and_can_be_forbidden():
+    chosen = said_to_claude(tools=[SEARCH], tool_choice={"type": "tool", "name": "web_search"})
+    assert claude_body(chosen)["tools"] == [{"googleSearch": {}}] and asked(chosen, proxy.anthropic_messages_request, CLAUDE)[1] == ["tool_choice"]
+    assert "tools" not in claude_body(said_to_claude(tools=[SEARCH], tool_choice={"type": "none"}))
+
+
+@pytest.mark.parametrize("model, more, config, shown", [
+    (NEWEST, {}, None, False),
+    (NEWEST, {"thinking": {"type": "adaptive"}}, {"includeThoughts": True}, True),
+    (NEWEST, {"thinking": {"type": "adaptive", "display": "omitted"}, "output_config": {"effort": "low"}}, {"thinkingLevel": "LOW"}, True),
+    (NEWEST, {"thinking": {"type": "enabled", "budget_tokens": 4096}}, {"thinkingLevel": "MEDIUM", "includeThoughts": True}, True),
+    (NEWEST, {"thinking": {"type": "enabled", "budget_tokens": 99999}}, {"thinkingLevel": "HIGH", "includeThoughts": True}, True),
+    (NEWEST, {"thinking": {"type": "disabled"}}, {"thinkingLevel": "LOW"}, False),
+    (NEWEST, {"output_config": {"effort": "max"}}, {"thinkingLevel": "HIGH"}, False),
+    (FLASH, {"thinking": {"type": "enabled", "budget_tokens": 4096}}, {"thinkingBudget": 4096, "includeThoughts": True}, True),
+    (FLASH, {"thinking": {"type": "disabled"}}, {"thinkingBudget": 0}, False),
+])
+def test_thinking(model, more, config, shown):
+    body = said_to_claude(model=model, **more)
+    assert claude_body(body)["generationConfig"].get("thinkingConfig") == config
+    assert asked(body, proxy.anthropic_messages_request, CLAUDE)[0].wants.thinking is shown
+
+
+@pytest.mark.parametrize("place, body", [
+    ("model", {"max_tokens": 9}), ("max_tokens", {**said_to_claude(), "max_tokens": None}), ("max_tokens", said_to_claude(max_tokens=0)),
+    ("messages", {**said_to_claude(), "messages": []}), ("messages[0].role", said_to_claude({"role": "wizard", "content": "Hi"})),
+    ("messages[0].content", said_to_claude(user(7))), ("messages[0].content[0].type", said_to_claude(user([use("t1")]))),
+    ("messages[0].content[0].type", said_to_claude(assistant([used("t1")]))),
+    ("messages[0].content[0].content[0].type", said_to_claude(user([used("t1", [used("t2")])]))),
+    ("messages[0].content[0].source.data", said_to_claude(user([{"type": "image", "source": {"type": "base64", "data": "@"}}]))),
+    ("messages[0].content[0].source.url", said_to_claude(user([{"type": "image", "source": {"type": "url", "url": "http://localhost/a"}}]))),
+    ("messages[0].content[0].source.file_id", said_to_claude(user([{"type": "document", "source": {"type": "file", "file_id": "f"}}]))),
+    ("messages[0].content[0].source.type", said_to_claude(user([{"type": "document", "source": {"type": "smell"}}]))),
+    ("tool_choice.name", said_to_claude(tools=[ASK_CITY], tool_choice={"type": "tool", "name": "clock"})),
+    ("tools[0].name", said_to_claude(tools=[{"input_schema": {}}])), ("thinking.type", said_to_claude(thinking={})), ("thread", said_to_claude(thread={"type": "continue"})),
+])
+def test_bad_messages_name_the_place(place, body):
+    with pytest.raises(ProxyError) as caught:
+        asked(body, proxy.anthropic_messages_request, CLAUDE)
+    assert (caught.value.status, caught.value.place) == (404 if place == "thread" else 400, place)
+
+
+def test_an_answer_in_json_for_claudes_clients():
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    for more in ({"output_config": {"format": {"type": "json_schema", "schema": schema}}}, {"output_format": {"type": "json_schema", "schema": schema}}):
+        body = said_to_claude(**more)
+        assert claude_body(body)["generationConfig"]["responseJsonSchema"] == schema and asked(body, proxy.anthropic_messages_request, CLAUDE)[1] == []
+    message, _ = claude_says(said_to_claude(model=FLASH, tools=[ASK_CITY], **more), whole("```json\n{}\n```"))
+    assert message["content"] == [{"type": "text", "text": "{}"}]
+
+
+STREAMED = b"".join(b"event: %b\ndata: %b\n\n" % (json.loads(line)["type"].encode(), line) for line in b"""
+{"type":"message_start","message":{"id":"msg_1","type":"message","role":"assistant","model":"claude-opus-5","content":[],"stop_reason":null,"stop_sequence":null,\
+"usage":{"input_tokens":3,"cache_creation_input_tokens":0,"cache_read_input_tokens":1,"output_tokens":0,"output_tokens_details":{"thinking_tokens":0}}}}
+{"type":"content_block_start","index":0,"content_block":{"type":"thinking","thinking":"","signature":""}}
+{"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":"Hm."}}
+{"type":"content_block_stop","index":0}
+{"type":"content_block_start","index":1,"content_block":{"type":"text","text":""}}
+{"type":"content_block_delta","index":1,"delta":{"type":"text_delta","text":"Let me "}}
+{"type":"content_block_delta","index":1,"delta":{"type":"text_delta","text":"see."}}
+{"type":"content_block_stop","index":1}
+{"type":"content_block_start","index":2,"content_block":{"type":"thinking","thinking":"","signature":""}}
+{"type":"content_block_delta","index":2,"delta":{"type":"signature_delta","signature":"EmFhYWFhYWFh"}}
+{"type":"content_block_stop","index":2}
+{"type":"content_block_start","index":3,"content_block":{"type":"tool_use","id":"call_2","name":"weather","input":{}}}
+{"type":"content_block_delta","index":3,"delta":{"type":"input_json_delta","partial_json":"{\\"city\\":\\"Oslo\\"}"}}
+{"type":"content_block_stop","index":3}
+{"type":"content_block_start","index":4,"content_block":{"type":"tool_use","id":"call_3","name":"weather","input":{}}}
+{"type":"content_block_delta","index":4,"delta":{"type":"input_json_delta","partial_json":"{\\"city\\":\\"Rome\\"}"}}
+{"type":"content_block_stop","index":4}
+{"type":"message_delta","delta":{"stop_reason":"tool_use","stop_sequence":null},\
+"usage":{"input_tokens":3,"cache_creation_input_tokens":0,"cache_read_input_tokens":1,"output_tokens":7,"output_tokens_details":{"thinking_tokens":2}}}
+{"type":"message_stop"}
+""".strip().splitlines())
+
+
+def test_a_streamed_message():
+    body = said_to_claude(tools=[ASK_CITY], thinking={"type": "adaptive"})
+    chunks = (chunk({"text": "Hm.", "thought": True}, usage={"promptTokenCount": 4, "cachedContentTokenCount": 1}), chunk("Let me "), chunk("see."),
+              chunk(call("weather", {"city": "Oslo"}, "a"), call("weather", {"city": "Rome"})), whole("", usage={**USAGE, "cachedContentTokenCount": 1}))
+    message, events = claude_says(body, *chunks)
+    assert b"".join(map(proxy.NAMED_SSE.encode, events)) == STREAMED
+    assert message["content"] == [
+        {"type": "thinking", "thinking": "Hm.", "signature": ""}, {"type": "text", "text": "Let me see."}, {"type": "thinking", "thinking": "", "signature": sign("a")},
+        {"type": "tool_use", "id": "call_2", "name": "weather", "input": {"city": "Oslo"}}, {"type": "tool_use", "id": "call_3", "name": "weather", "input": {"city": "Rome"}}]
+    assert (message["stop_reason"], message["usage"]["output_tokens"]) == ("tool_use", 7)
+
+
+def test_a_signature_is_shown_only_to_who_asked_for_thinking():
+    message, _ = claude_says(said_to_claude(tools=[ASK_CITY], tool_choice={"type": "auto", "disable_parallel_tool_use": True}), whole(call("weather", {}, "a"), call("weather")))
+    assert [block["type"] for block in message["content"]] == ["tool_use"]
+
+
+@pytest.mark.parametrize("answer, stop", [
+    (whole("Hi"), "end_turn"), (whole("Hi", finish="MAX_TOKENS"), "max_tokens"), (whole(finish="SAFETY"), "refusal"), (whole(finish="MALFORMED_FUNCTION_CALL"), "end_turn"),
+    ({"promptFeedback": {"blockReason": "SAFETY"}}, "refusal")])
+def test_stop_reasons(answer, stop):
+    message, events = claude_says(said_to_claude(), answer)
+    assert message["stop_reason"] == events[-2]["delta"]["stop_reason"] == stop and ("stop_details" in message) is (stop == "refusal")
+
+
+def test_a_search_is_told_with_its_sources():
+    found = {"webSearchQueries": ["wind"], "groundingChunks": [{"web": {"uri": "https://a", "title": "A"}}],
+             "groundingSupports": [{"segment": {"startIndex": 0, "endIndex": 6, "text": "Æther"}, "groundingChunkIndices": [0]}]}
+    message, events = claude_says(said_to_claude(tools=[SEARCH]), chunk("Æther"), whole(" wind", groundingMetadata=found))
+    assert message["content"] == [
+        {"type": "text", "text": "Æther wind", "citations": [{"type": "web_search_result_location", "cited_text": "Æther", "url": "https://a", "title": "A", "encrypted_index": ""}]},
+        {"type": "server_tool_use", "id": "srvtoolu_2", "name": "web_search", "input": {"query": "wind"}},
+        {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_2", "content": [
+            {"type": "web_search_result", "url": "https://a", "title": "A", "encrypted_content": "", "page_age": None}]}]
+    assert message["usage"]["server_tool_use"] == {"web_search_requests": 1, "web_fetch_requests": 0}
+    assert [event["index"] for event in events if event["type"] == "content_block_stop"] == [0, 1, 2]
+
+
+def test_a_picture_is_a_note_in_a_message():
+    message, _ = claude_says(said_to_claude(), whole("Look:", {"inlineData": {"mimeType": "image/png", "data": PNG}}))
+    assert message["content"] == [{"type": "text", "text": "Look:\n[Gemini made something of type image/png, for which a message has no place.]\n"}]
+
+
+def test_tokens_are_counted_by_gemini():
+    body = {**said_to_claude(user("Hi"), assistant([use("t1")]), user([used("t1")]), system="Be brief.", tools=[ASK_CITY]), "max_tokens": None}
+    ask = asked(body, proxy.anthropic_count_request, CLAUDE)[0]
+    inner_body = ask.calls[0].body["generateContentRequest"]
+    assert ask.calls[0].path == "models/gemini-3.8-flash:countTokens" and refusal_of(ask.calls[0].path, ask.calls[0].body) is None
+    assert inner_body["model"] == "models/gemini-3.8-flash" and set(inner_body) == {"model", "contents", "systemInstruction", "tools"}
+    assert refusal_of("models/gemini-3.8-flash:generateContent", {key: value for key, value in inner_body.items() if key != "model"}) is None
+    assert proxy.anthropic_count_response(exchange(ask), iter([iter([{"totalTokens": 61}])])) == {"input_tokens": 61}
+
+
+@pytest.mark.parametrize("status, upstream, told, kind", [
+    (400, True, 400, "invalid_request_error"), (401, False, 401, "authentication_error"), (401, True, 403, "permission_error"), (404, True, 404, "not_found_error"),
+    (405, False, 405, "invalid_request_error"), (413, False, 413, "request_too_large"), (429, True, 429, "rate_limit_error"), (500, True, 500, "api_error"),
+    (503, True, 503, "overloaded_error"), (504, True, 504, "timeout_error")])
+def test_anthropics_errors(status, upstream, told, kind):
+    error = ProxyError(status, "No.", upstream=upstream)
+    error.request_id = "req_1"
+    assert proxy.anthropic_error(error) == (told, {"type": "error", "error": {"type": kind, "message": "No."}, "request_id": "req_1"})
+
+
+def test_a_name_of_anthropics_without_an_alias_is_told_what_to_do():
+    told = proxy.anthropic_error(proxy.no_such_model("claude-opus-5"))[1]["error"]
+    assert told["type"] == "not_found_error" and "claude-opus-5" in told["message"] and "-alias='claude-*=MODEL'" in told["message"]
+
+
+def test_messages_on_the_wire(gemini, monkeypatch):
+    monkeypatch.setattr(proxy, "BEAT", 0.05)
+    with serving(gemini.url, api="ollama", aliases=(("claude-*", NEWEST),)) as server:
+        gemini.say(Say(whole("Hi"), delay=0.12))
+        status, headers, wire = post(server, "/v1/messages?beta=true", said_to_claude(stream=True, metadata={"user_id": "u"}))
+        assert status == 200 and wire.startswith(b'event: ping\ndata: {"type":"ping"}\n\n') and wire.endswith(b'event: message_stop\ndata: {"type":"message_stop"}\n\n')
+        assert headers["request-id"] == headers["x-request-id"] and b"metadata" not in wire
+        gemini.say([chunk("Hel"), {"error": {"code": 503, "message": "Busy."}}])
+        status, headers, wire = post(server, "/v1/messages", said_to_claude(stream=True))
+        last = json.loads(wire.strip().rpartition(b"event: error\ndata: ")[2])
+        assert last == {"type": "error", "error": {"type": "overloaded_error", "message": "Busy."}, "request_id": headers["request-id"]} and b"message_stop" not in wire
+        status, headers, body = post(server, "/v1/messages/batches", said_to_claude())
+        assert (status, json.loads(body)["error"]["type"]) == (404, "not_found_error")
+        assert json.loads(post(server, "/v1/messages/count_tokens?beta=true", said_to_claude())[2]) == {"input_tokens": 7}
+
+
+def test_claudes_signatures_are_found_by_id_where_no_thinking_is_shown(gemini):
+    with serving(gemini.url, api="ollama", aliases=(("claude-*", NEWEST),)) as server:
+        message = json.loads(post(server, "/v1/messages", said_to_claude(tools=[ASK_CITY]))[2])
+        block = {**message["content"][0], "input": {"city": "Oslo", "unit": "C"}}         # Claude Code rewrites what it edits with
+        post(server, "/v1/messages", said_to_claude(user("Other words"), assistant([block]), user([used(block["id"])]), tools=[ASK_CITY]))
+        assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in") and not gemini.refused
+
+
+# ======================================================================================
+# 7. Routing
 # ======================================================================================
 
 
@@ -1327,7 +1608,7 @@ def test_no_stream_says_a_word_before_gemini_does(route):
     assert read
 
 # ======================================================================================
-# 7. Client
+# 8. Client
 # ======================================================================================
 
 
@@ -1512,7 +1793,7 @@ def test_memory_by_key_and_alias_within_bounds(monkeypatch):
 
 
 # ======================================================================================
-# 8. Server
+# 9. Server
 # ======================================================================================
 
 
@@ -1971,7 +2252,7 @@ def test_a_silent_ollama_stream_beats_with_empty_chunks(gemini, monkeypatch):
 
 
 # ======================================================================================
-# 9. Command line
+# 10. Command line
 # ======================================================================================
 
 ENV = {"GEMINI_API_KEY": "AIza-1"}
@@ -2176,12 +2457,12 @@ def test_errands():
 SOURCE = (HERE / "proxy_to_gemini.py").read_text()
 README = (HERE / "README.md").read_text()
 TREE = ast.parse(SOURCE)
-BANNER = re.compile(r"^# =+\n# (\d)\. ([^:]+): (.+)\n# =+$", re.M)
+BANNER = re.compile(r"^# =+\n# (\d+)\. ([^:]+): (.+)\n# =+$", re.M)
 
 
 def test_the_docstrings_map_is_true():
     banners = [(number, name, words) for number, name, words in BANNER.findall(SOURCE)]
-    assert re.findall(r"^    (\d)\. (\S.*?)  +(.+)$", ast.get_docstring(TREE, clean=False), re.M) == banners
+    assert re.findall(r"^    (\d+)\. (\S.*?)  +(.+)$", ast.get_docstring(TREE, clean=False), re.M) == banners
 
 
 def section_of(line):
@@ -2189,13 +2470,13 @@ def section_of(line):
 
 
 def test_the_pure_sections_are_pure():
-    """Sections 1 to 6 know no socket, clock, randomness, environment or log."""
+    """Sections 1 to 7 know no socket, clock, randomness, environment or log."""
     impure = {"socket", "select", "ssl", "os", "sys", "time", "random", "secrets", "threading", "signal", "log", "open", "print", "input", "sqlite3",
               "http", "socketserver", "subprocess", "tempfile"}
     for node in ast.walk(TREE):
-        if isinstance(node, ast.Name) and node.id in impure and 1 <= section_of(node.lineno) <= 6:
+        if isinstance(node, ast.Name) and node.id in impure and 1 <= section_of(node.lineno) <= 7:
             assert (node.id, ast.get_source_segment(SOURCE, node)) and f"{node.id}" == "sys" and "byteorder" in SOURCE.splitlines()[node.lineno - 1], node.lineno
-        if isinstance(node, ast.Attribute) and 1 <= section_of(node.lineno) <= 6:
+        if isinstance(node, ast.Attribute) and 1 <= section_of(node.lineno) <= 7:
             assert not (node.attr == "request" and isinstance(node.value, ast.Name) and node.value.id == "urllib"), node.lineno
 
 
@@ -2291,6 +2572,25 @@ def test_the_readmes_ollama_parameters_are_treated_as_it_says():
         assert (name in ignored) is (kind == "ignored"), (name, ignored)
 
 
+CLAUDE_SAMPLES = {
+    "model": FLASH, "messages": [user("Hi")], "max_tokens": 9, "system": "x", "stream": True, "temperature": 0.5, "top_p": 0.5, "top_k": 5, "stop_sequences": ["a"],
+    "tools": [ASK_CITY], "tool_choice": {"type": "any"}, "thinking": {"type": "adaptive"}, "output_config.effort": "low",
+    "output_config.format": {"type": "json_schema", "schema": {"type": "object"}}, "output_format": {"type": "json_schema", "schema": {"type": "object"}},
+    "cache_control": {"type": "ephemeral"}, "metadata": {"user_id": "u"}, "service_tier": "standard_only", "container": "c", "context_management": {"edits": [{}]},
+    "mcp_servers": [{}], "thread": {"type": "create"},
+}
+
+
+def test_the_readmes_parameters_of_messages_are_treated_as_it_says():
+    table = {name.strip("`"): kind for names, kind, *_ in readme_table("Parameters of Anthropic's messages") for name in names.split(", ")}
+    assert set(table) == set(CLAUDE_SAMPLES)
+    for name, kind in table.items():
+        key, _, inner_key = name.partition(".")
+        more = {"tools": [ASK_CITY]} if name == "tool_choice" else {}
+        body = {**said_to_claude(), **more, key: {inner_key: CLAUDE_SAMPLES[name]} if inner_key else CLAUDE_SAMPLES[name]}
+        assert (name in asked(body, proxy.anthropic_messages_request, CLAUDE)[1]) is (kind == "ignored"), name
+
+
 # ======================================================================================
 # The official libraries
 # ======================================================================================
@@ -2310,6 +2610,25 @@ def test_ollamas_own_library(gemini):
         with pytest.raises(ollama_library.ResponseError, match="not found"):
             client.show("gemini-9")
         client._client.close()
+
+
+def test_anthropics_own_library(gemini):
+    anthropic = pytest.importorskip("anthropic")
+    with serving(gemini.url, api="ollama", aliases=(("claude-*", NEWEST),)) as server, \
+            anthropic.Anthropic(base_url=server.url, api_key="any", max_retries=0, _strict_response_validation=True) as client:
+        ask = {"model": "claude-opus-5", "max_tokens": 2000, "tools": [ASK_CITY]}
+        history = [user("Hi")]
+        with client.messages.stream(messages=history, thinking={"type": "adaptive"}, **ask) as stream:
+            message = stream.get_final_message()
+        assert [block.type for block in message.content] == ["thinking", "tool_use"] and message.stop_reason == "tool_use"
+        history += [{"role": "assistant", "content": message.content}, user([used(message.content[1].id, '{"temp": 3}')])]
+        assert client.messages.create(messages=history, **ask).content[0].text == 'The function said: {"temp": 3}'
+        assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
+        assert client.messages.count_tokens(model=ask["model"], messages=history, tools=ask["tools"]).input_tokens == 7
+        gemini.say(gemini_error(429, "Slow down.", "X", detail("RetryInfo", retryDelay="9s")))
+        with pytest.raises(anthropic.RateLimitError) as caught:
+            client.messages.create(messages=[user("Hi")], **ask)
+        assert caught.value.request_id == caught.value.body["request_id"]
 
 
 def test_openais_own_library(server, gemini):
