@@ -2156,6 +2156,109 @@ def openai_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JS
     return {"object": "list", "data": data, "model": exchange.model, "usage": usage}
 
 
+# ---- legacy completions ----
+
+MOST_CALLS = 128            # choices that one request may ask for
+
+
+class CompletionWants(NamedTuple):
+    """What a completion's reply has to mind."""
+    echoes: tuple[str, ...]         # for each choice what stands before its text
+    usage: bool = False             # a last chunk with the token counts
+
+
+def openai_completions_request(body: Fields, setting: Setting) -> Ask:
+    """Legacy completions: https://platform.openai.com/docs/api-reference/completions/create"""
+    asked = body.need("model", str)
+    model = model_named(asked, setting)
+    prompts, stream = openai_prompts(body), bool(body.get("stream", bool))
+    n, best = body.number("n", 1, MOST_CALLS, int) or 1, body.number("best_of", 0, 20, int)
+    if len(prompts) * n > MOST_CALLS:
+        raise wrong_value("prompt", f"Invalid value for 'prompt': {len(prompts)} prompts with {n} choices each are "
+                                    f"more than {MOST_CALLS} choices.")
+    if best and best > n:
+        body.ignore("best_of")          # there are no probabilities to choose by
+    config = openai_completion_config(body, model, setting)
+    suffix, echo, options = body.get("suffix", str), body.get("echo", bool), body.inner("stream_options")
+    calls = [openai_completion_call(model, stream, prompt, suffix, config) for prompt in prompts]
+    wants = CompletionWants(tuple(prompt if echo else "" for prompt in prompts for _ in range(n)),
+                            bool(options and options.get("include_usage", bool)))
+    return Ask(tuple(call for call in calls for _ in range(n)), stream, wants, asked)
+
+
+def openai_prompts(body: Fields) -> list[str]:
+    """The texts to go on from; none is an empty one. OpenAI's token numbers mean nothing to Gemini."""
+    value = body.get("prompt", str, list)
+    if value is None or type(value) is str:
+        return [value or ""]
+    if not value:
+        raise wrong_value("prompt", "Invalid 'prompt': empty array. Expected an array with minimum length 1.")
+    if any(type(prompt) in (int, list) for prompt in value):
+        raise wrong_value("prompt", "Invalid 'prompt': arrays of tokens cannot be completed here, since the numbers "
+                                    "are OpenAI's; send strings.")
+    return body.strings("prompt")
+
+
+def openai_completion_config(body: Fields, model: Model, setting: Setting) -> JSON:
+    """Chat's settings. A limit is meant for the text alone: with one, a model thinks as little as it can."""
+    config = openai_config(body, model, setting)
+    thinking = config.pop("thinkingConfig", {})
+    if "maxOutputTokens" in config and not thinking.keys() - {"includeThoughts"}:
+        thinking = thinking_config(model, "none", False)
+    thinking.pop("includeThoughts", None)           # nothing here could tell them
+    return {**config, "thinkingConfig": thinking} if thinking else config
+
+
+COMPLETION_INSTRUCTION = (
+    "You are a text completion engine. Go on from the exact point where the user's text ends, or, if it is an "
+    "instruction or a question, with what it asks for. Do not repeat the text, and add nothing about it.")
+
+
+def openai_completion_call(model: Model, stream: bool, prompt: str, suffix: str | None, config: JSON) -> GeminiCall:
+    system, text = (gap_instruction(""), gap_prompt(prompt, suffix)) if suffix else (COMPLETION_INSTRUCTION, prompt)
+    return generate_call(model, stream, [text_part(system)], [user_turn(text_part(text))], config)
+
+
+def openai_pieces(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[tuple[int, str, End | None]]:
+    """(index of the choice, text, the End) for each piece of a completion; a choice's last piece has its End."""
+    for (index, before), chunks in zip(enumerate(exchange.wants.echoes), answers):
+        for event in read_gemini(chunks, exchange):
+            if type(event) is End:
+                yield index, before, event
+            elif type(event) is Text and not event.thought:
+                yield index, before + event.text, None
+                before = ""
+
+
+def openai_text_choice(index: int, text: str, end: End | None) -> JSON:
+    finish = OPENAI_FINISH.get(end.finish, "stop") if end else None
+    return {"text": text, "index": index, "logprobs": None, "finish_reason": finish, **(odd_end(end) if end else {})}
+
+
+def openai_completion_base(exchange: Exchange) -> JSON:
+    return {"id": exchange.new_id("cmpl-"), "object": "text_completion", "created": int(exchange.created),
+            "model": exchange.model}
+
+
+def openai_completions_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    choices, text = [], ""
+    for index, piece, end in openai_pieces(exchange, answers):
+        text += piece
+        if end:
+            choices.append(openai_text_choice(index, text, end))
+            text = ""
+    return {**openai_completion_base(exchange), "choices": choices, "usage": openai_usage(exchange.usage)}
+
+
+def openai_completions_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+    """Chunks, choice after choice, in the form of whole completions."""
+    base, more = openai_completion_base(exchange), {"usage": None} if exchange.wants.usage else {}
+    for index, text, end in openai_pieces(exchange, answers):
+        yield {**base, "choices": [openai_text_choice(index, text, end)], **more}
+    if exchange.wants.usage:
+        yield {**base, "choices": [], "usage": openai_usage(exchange.usage)}
+
+
 # ---- models ----
 
 GEMINI_OPENED = 1702425600      # 13 December 2023: Gemini's API opened; it tells no dates of its models
@@ -2217,6 +2320,8 @@ def openai_error(error: ProxyError) -> tuple[int, JSON]:
 OPENAI = Protocol("openai", (
     Route("POST", "/v1/chat/completions", openai_chat_request, openai_chat_response, openai_chat_stream, SSE),
     Route("POST", "/v1/embeddings", openai_embeddings_request, openai_embeddings_response),
+    Route("POST", "/v1/completions", openai_completions_request, openai_completions_response, openai_completions_stream,
+          SSE),
     Route("GET", "/v1/models", openai_models_request, openai_models_response),
     Route("GET", "/v1/models/{model}", openai_models_request, openai_model_response),
 ), openai_error, lambda error: openai_error(error)[1])
