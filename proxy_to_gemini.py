@@ -114,7 +114,15 @@ class NoRoute(ProxyError):
     """Nothing is served under this path."""
 
 
-KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", dict: "an object", list: "an array"}
+class Upload(NamedTuple):
+    """A file in a form."""
+    name: str
+    mime: str
+    data: bytes
+
+
+KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", dict: "an object", list: "an array",
+         Upload: "a file"}
 
 
 def kind_of(value: Any) -> str:
@@ -135,7 +143,8 @@ def wrong_value(place: str, message: str) -> ProxyError:
 NOTHING = (None, False, "", [], {})
 DEFAULTS = {"n": 1, "best_of": 1, "modalities": ["text"], "service_tier": ("auto", "default"), "verbosity": "medium",
             "parallel_tool_calls": True, "truncation": ("disabled", "auto"), "truncate": True, "shift": True,
-            "detail": "auto",
+            "detail": "auto", "quality": "auto", "background": ("auto", "opaque"), "moderation": "auto", "speed": 1,
+            "chunking_strategy": "auto",
             "presence_penalty": 0, "frequency_penalty": 0}
 
 
@@ -275,6 +284,78 @@ def parse_body(raw: bytes, content_type: str = "") -> Fields:
     return Fields(data)
 
 
+MOST_PARTS = 100        # of a form
+FORM_TYPE = re.compile(r"multipart/form-data\s*(?:;[^;]*)*?;\s*boundary=(\"?)"
+                       r"([0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-])\1\s*(?:;.*)?", re.I | re.A)
+PARAMETER = r"""\s*;\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)=(?:"((?:[^"\\\r\n]|\\.)*)"|([^\s;"]+))"""
+DISPOSITION = re.compile(f"form-data(?:{PARAMETER})*\\s*;?", re.I)
+
+
+def no_form(why: str) -> ProxyError:
+    return ProxyError(400, f"We could not parse the multipart/form-data body of your request: {why}.")
+
+
+def parse_form(raw: bytes, content_type: str) -> Fields:
+    """The client's form as Fields: texts, Uploads, and lists of them under names in []; a 400 where it is no form.
+
+    RFC 7578 and RFC 2046, with nothing before the first part; every piece must be what it says it is.
+    """
+    match = FORM_TYPE.fullmatch(content_type)
+    if not match:
+        raise no_form("the Content-Type must be multipart/form-data with a boundary")
+    first, *pieces = (b"\r\n" + raw).split(b"\r\n--" + match.group(2).encode(), MOST_PARTS + 1)
+    if len(pieces) > MOST_PARTS:
+        raise no_form(f"it has more than {MOST_PARTS} parts")
+    if first.strip() or not pieces or not re.match(rb"--[ \t]*(\r\n|\Z)", pieces[-1]):
+        raise no_form("it does not begin and end with the boundary")
+    data: JSON = {}
+    for piece in pieces[:-1]:
+        name, value = form_part(piece)
+        key = name[:-2] if name.endswith("[]") else name
+        several = data.setdefault(key, []) if key != name else None
+        if type(several) is list:
+            several.append(value)
+        elif key in data:
+            raise wrong_value(name, f"Invalid form: '{name}' comes twice.")
+        else:
+            data[key] = value
+    return Fields(data)
+
+
+def form_part(piece: bytes) -> tuple[str, str | Upload]:
+    """(name, value) of one part, which is a file if it has a file name."""
+    head, gap, data = piece.partition(b"\r\n\r\n")
+    try:
+        lines = head.decode().split("\r\n")
+    except UnicodeDecodeError:
+        raise no_form("a part's head is not UTF-8") from None
+    headers = {name.lower(): value.strip() for name, colon, value in (line.partition(":") for line in lines[1:]) if colon}
+    disposition = headers.get("content-disposition", "")
+    if not gap or lines[0].strip(" \t") or len(headers) < len(lines) - 1 or not DISPOSITION.fullmatch(disposition):
+        raise no_form("a part's head makes no sense")
+    if headers.get("content-transfer-encoding", "binary").lower() not in ("binary", "8bit", "7bit"):
+        raise no_form("a part has a transfer encoding")
+    told = {key.lower(): re.sub(r"\\(.)", r"\1", quoted or bare)
+            for key, quoted, bare in re.findall(PARAMETER, disposition)}
+    name = told.get("name")
+    if not name:
+        raise no_form("a part has no name")
+    if "filename" in told or "filename*" in told:
+        file = told.get("filename") or urllib.parse.unquote(told.get("filename*", ""))
+        return name, Upload(file, headers.get("content-type", "").partition(";")[0].strip().lower(), data)
+    try:
+        return name, data.decode()
+    except UnicodeDecodeError:
+        raise wrong_value(name, f"Invalid value for '{name[:80]}': it is not UTF-8.") from None
+
+
+def form_scalars(body: Fields, *keys: str) -> None:
+    """Read these texts of a form as the numbers and booleans that they are in JSON; others stay what they are."""
+    for key in keys:
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            body.data[key] = decode_json(body.data[key].lower() if type(body.data.get(key)) is str else body.data.get(key))
+
+
 def parsed_object(text: str) -> JSON | None:
     """The JSON object that a text holds, or None: for arguments and results, which are JSON inside JSON."""
     try:
@@ -299,6 +380,7 @@ class Ask(NamedTuple):
     stream: bool = False                    # whether the client wants events
     wants: Any = None                       # what only the reply can fulfil; the endpoint knows its type
     model: str = ""                         # as the client spelt it
+    framing: Framing | None = None          # of the stream, where it is not the route's
 
 
 class Setting(NamedTuple):
@@ -352,6 +434,7 @@ class Framing(NamedTuple):
     encode: Callable[[JSON], bytes]
     end: bytes = b""                        # after the last event of a stream that went well
     beat: bytes = b": keep-alive\n\n"       # says that the stream is alive; routes may have a beat of their own
+    tells: bool = True                      # whether an error can be an event
 
 
 def encode_sse(event: JSON) -> bytes:
@@ -2259,6 +2342,355 @@ def openai_completions_stream(exchange: Exchange, answers: Iterator[Iterator[JSO
         yield {**base, "choices": [], "usage": openai_usage(exchange.usage)}
 
 
+# ---- media: models, what they make, and why they do not ----
+
+# OpenAI's names (and Google's former ones), Gemini's models that can do it, and the one for who names none of these.
+STAND_INS = {"picture": (r"dall-e|(chat)?gpt-image|imagen", r"gemini-.*image|.*banana", "gemini-nano-banana-2.1"),
+             "speech": (r"tts-1|gpt-.*(tts|audio)", r"gemini-.*(tts|audio)", "gemini-3.8-flash-tts"),
+             "transcript": (r"whisper|gpt-.*transcribe", r"gemini|gemma", "gemini-3.8-flash")}
+
+
+def openai_media_model(asked: str | None, what: str, setting: Setting) -> Model:
+    """The model for one of STAND_INS. An alias for chats, such as `gpt-*`, does not make a painter of its model."""
+    openais, geminis, ours = STAND_INS[what]
+    model = model_named(asked or ours, setting)
+    stands_in = re.match(openais, plain_name(asked or "", setting.ollama)) and not re.match(geminis, model.name)
+    return model_of(ours) if stands_in else model
+
+
+def read_media(chunks: Iterator[JSON], exchange: Exchange, kind: str) -> tuple[list[Media], str, End]:
+    """(media of this kind, such as "image/", the text beside them, the End) of one answer."""
+    found, said, end = [], "", None
+    for event in read_gemini(chunks, exchange):
+        if type(event) is Media and event.mime.startswith(kind):
+            found.append(event)
+        elif type(event) is Text and not event.thought:
+            said += event.text
+        elif type(event) is End:
+            end = event
+    return found, said, end
+
+
+def withheld(what: str, end: End, said: str = "") -> ProxyError:
+    """The error for what Gemini did not make, or not to its end, in its own words."""
+    words = end.message or said.strip()[:1000]
+    return ProxyError(400, f"Gemini made no whole {what} ({end.reason})" + (f": {words}" if words else "."),
+                      code="content_policy_violation" if end.finish == "filter" else None, upstream=True)
+
+
+def openai_written(body: Fields, key: str) -> str:
+    """A text that must say something."""
+    text = body.need(key, str)
+    if not text.strip():
+        raise wrong_value(body.at(key), f"Invalid '{body.at(key)}': empty string.")
+    return text
+
+
+def openai_media_usage(usage: Usage, **details: JSON) -> JSON:
+    return {"input_tokens": usage.prompt, **details, "output_tokens": usage.output,
+            "total_tokens": usage.prompt + usage.output}
+
+
+# ---- images ----
+
+RATIOS = ("1:1", "2:3", "3:2", "3:4", "4:3", "4:5", "5:4", "9:16", "16:9", "21:9")      # those that all models take
+PICTURE_TYPES = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+
+
+class ImageWants(NamedTuple):
+    """What the reply with pictures has to mind."""
+    url: bool = False           # in data URLs
+
+
+def openai_images_request(body: Fields, setting: Setting) -> Ask:
+    """Images: https://platform.openai.com/docs/api-reference/images/create"""
+    asked = body.get("model", str)
+    model = openai_media_model(asked, "picture", setting)
+    prompt, n = openai_written(body, "prompt"), body.number("n", 1, 10, int) or 1
+    form = body.word("response_format", "url", "b64_json")
+    config = {"responseModalities": ["IMAGE"], **openai_image_config(body, model)}
+    call = generate_call(model, False, [], [user_turn(text_part(prompt))], config)
+    by_url = form == "url" or form is None and (asked or "").startswith("dall-e")       # whose default it is
+    return Ask((call,) * n, bool(body.get("stream", bool)), ImageWants(by_url), asked or model.name)
+
+
+def openai_image_config(body: Fields, model: Model) -> JSON:
+    """The imageConfig for `size`: the nearest of Gemini's ratios, and more pixels where the model can."""
+    size = (body.get("size", str) or "auto").lower()
+    told = re.fullmatch(r"([1-9]\d{1,4})\s*x\s*([1-9]\d{1,4})", size)
+    if size == "auto":
+        return {}
+    if not told:
+        raise wrong_value("size", f"Invalid value for 'size': {size[:80]!r}. Expected 'auto' or WIDTHxHEIGHT.")
+    width, height = map(int, told.groups())
+    ratio = min(RATIOS, key=lambda ratio: abs(math.log(width / height) - math.log(ratio_of(ratio))))
+    side = math.sqrt(width * height)
+    larger = "4K" if side > 2900 else "2K" if side > 1450 else None
+    return {"imageConfig": {"aspectRatio": ratio, **({"imageSize": larger} if larger and model.generation >= 3 else {})}}
+
+
+def ratio_of(words: str) -> float:
+    width, _, height = words.partition(":")
+    return int(width) / int(height)
+
+
+def openai_pictures(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[tuple[Media, Usage]]:
+    """(a picture, the tokens of its call) for each; a 400 with Gemini's words where there is none at all."""
+    refusal, count = None, 0
+    for chunks in answers:
+        pictures, said, end = read_media(chunks, exchange, "image/")
+        for picture in pictures:
+            count += 1
+            yield picture, end.usage
+        refusal = refusal if pictures else withheld("picture", end, said)
+    if refusal and not count:
+        raise refusal
+
+
+def openai_image_usage(usage: Usage) -> JSON:
+    return openai_media_usage(usage, input_tokens_details={"text_tokens": usage.prompt, "image_tokens": 0})
+
+
+def openai_images_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    pictures = [picture for picture, _ in openai_pictures(exchange, answers)]
+    data = [{"url": f"data:{picture.mime};base64,{picture.data}"} if exchange.wants.url else {"b64_json": picture.data}
+            for picture in pictures]
+    kind = PICTURE_TYPES.get(pictures[0].mime)
+    return {"created": int(exchange.created), "data": data, **({"output_format": kind} if kind else {}),
+            "usage": openai_image_usage(exchange.usage)}
+
+
+def openai_images_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+    """Each picture when it is there: Gemini shows no half ones."""
+    for picture, usage in openai_pictures(exchange, answers):
+        yield {"type": "image_generation.completed", "b64_json": picture.data, "created_at": int(exchange.created),
+               "size": "auto", "quality": "auto", "background": "auto",
+               "output_format": PICTURE_TYPES.get(picture.mime, picture.mime), "usage": openai_image_usage(usage)}
+
+
+# ---- speech ----
+
+
+class SpeechWants(NamedTuple):
+    """What the reply with sound has to mind."""
+    pcm: bool = False           # bare samples; else a WAV file, the only one that the library can make
+    events: bool = False        # in server-sent events; else as it is
+
+
+# Bare samples as they come. There is no word for an error among them, so a failure breaks the answer off.
+PCM = Framing("audio/pcm", itemgetter("audio"), beat=b"", tells=False)
+
+
+def openai_speech_request(body: Fields, setting: Setting) -> Ask:
+    """Speech: https://platform.openai.com/docs/api-reference/audio/createSpeech"""
+    asked = body.need("model", str)
+    model = openai_media_model(asked, "speech", setting)
+    text, manner = openai_written(body, "input"), body.get("instructions", str)
+    kind = body.word("response_format", "mp3", "opus", "aac", "flac", "wav", "pcm") or "mp3"
+    events, pcm = body.word("stream_format", "audio", "sse") == "sse", kind == "pcm"
+    if kind not in ("pcm", "wav"):
+        body.ignore("response_format")
+    # A bare text is sometimes answered in place of being spoken; the older models say all at once.
+    prompt = f"{manner}\n\nSay: {text}" if manner else f"Say: {text}"
+    piecemeal = model.generation >= 3.1 and (pcm or events)
+    call = generate_call(model, piecemeal, [], [user_turn(text_part(prompt))], speech_config(body, "voice"))
+    return Ask((call,), events or piecemeal, SpeechWants(pcm, events), asked, SSE if events else PCM)
+
+
+def openai_speech_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Payload:
+    for chunks in answers:
+        sound, said, end = read_media(chunks, exchange, "audio/")
+    if not sound or end.finish != "stop":
+        raise withheld("speech", end, said)
+    samples = sound_bytes(sound)
+    if exchange.wants.pcm:
+        return Payload(samples, "audio/pcm")
+    return Payload(wav_file(samples, sound_rate(sound[0].mime)), "audio/wav")
+
+
+def openai_speech_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+    """Sound as it comes: events, or the bytes themselves under "audio"."""
+    wants, said, begun = exchange.wants, "", False
+    for event in read_gemini(next(answers), exchange):
+        if type(event) is Media and event.mime.startswith("audio/"):
+            data = sound_bytes([event])
+            if not begun and not wants.pcm:
+                data = endless_wav(sound_rate(event.mime)) + data
+            begun = True
+            yield {"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()} if wants.events \
+                else {"audio": data}
+        elif type(event) is Text and not event.thought:
+            said += event.text
+        elif type(event) is End and (not begun or event.finish != "stop"):
+            raise withheld("speech", event, said)
+    if wants.events:
+        yield {"type": "speech.audio.done", "usage": openai_media_usage(exchange.usage)}
+
+
+def endless_wav(rate: int) -> bytes:
+    """The head of a WAV file whose length is not known yet, which players take for as long as it goes on."""
+    head = wav_file(b"", rate)
+    return head[:4] + b"\xff" * 4 + head[8:40] + b"\xff" * 4
+
+
+# ---- transcriptions and translations ----
+
+TRANSCRIPT_FORMS = ("json", "text", "srt", "verbose_json", "vtt", "diarized_json")
+TIMED_FORMS = TRANSCRIPT_FORMS[2:]
+TASKS = {"transcribe": "Write down what is said in this recording, word for word, in the language that is spoken. Do not "
+                       "translate.",
+         "translate": "Write down in English what is said in this recording. Translate whatever is in another language."}
+TIME = {"type": "string", "description": "HH:MM:SS.mmm from the beginning of the recording"}
+TIMED_SCHEMA = {"type": "object", "required": ["language", "segments"], "properties": {
+    "language": {"type": "string", "description": "the language that is spoken, in English and lower case"},
+    "segments": {"type": "array", "items": {
+        "type": "object", "required": ["start", "end", "speaker", "text"], "properties": {
+            "start": TIME, "end": TIME, "text": {"type": "string", "description": "a sentence, or a part of one"},
+            "speaker": {"type": "string", "description": "A for the first speaker, B for the second, and so on"}}}}}}
+
+
+class TranscriptWants(NamedTuple):
+    """What the reply with a transcript has to mind."""
+    form: str = "json"
+    task: str = "transcribe"
+
+
+class Segment(NamedTuple):
+    """A piece of a transcript, with its time in seconds."""
+    start: float
+    end: float
+    text: str
+    speaker: str
+
+
+def openai_transcriptions_request(body: Fields, setting: Setting) -> Ask:
+    """Transcriptions: https://platform.openai.com/docs/api-reference/audio/createTranscription"""
+    return openai_transcript_ask(body, setting, "transcribe", TRANSCRIPT_FORMS)
+
+
+def openai_translations_request(body: Fields, setting: Setting) -> Ask:
+    """Translations: https://platform.openai.com/docs/api-reference/audio/createTranslation"""
+    return openai_transcript_ask(body, setting, "translate", TRANSCRIPT_FORMS[:5])
+
+
+def openai_transcript_ask(body: Fields, setting: Setting, task: str, forms: tuple[str, ...]) -> Ask:
+    asked = body.need("model", str)
+    model = openai_media_model(asked, "transcript", setting)
+    recording, form = openai_recording(body), body.word("response_format", *forms) or "json"
+    form_scalars(body, "temperature", "stream")
+    stream, timed = bool(body.get("stream", bool)), form in TIMED_FORMS
+    if stream and timed:
+        body.ignore("stream")               # as whisper-1 does
+    if form == "verbose_json" and body.strings("timestamp_granularities") not in ([], ["segment"]):
+        body.ignore("timestamp_granularities")
+    config = {"temperature": body.number("temperature", 0, 2) or 0, **json_config(TIMED_SCHEMA if timed else None)}
+    thinking = thinking_config(model, "none", False)
+    words = text_part(openai_transcript_words(body, task, timed))
+    call = generate_call(model, stream and not timed, [], [user_turn(recording, words)],
+                         {**config, **({"thinkingConfig": thinking} if thinking else {})})
+    return Ask((call,), call.streaming, TranscriptWants(form, task), asked)
+
+
+def openai_recording(body: Fields) -> Part:
+    """The uploaded file, by what it is rather than by what it is called."""
+    upload = body.need("file", Upload)
+    if not upload.data:
+        raise wrong_value("file", "Invalid 'file': the file is empty.")
+    data = base64.b64encode(upload.data).decode()
+    mime = sniffed(data) or extension_type(upload.name) or MIME_SPELLINGS.get(upload.mime, upload.mime)
+    if not mime.startswith(("audio/", "video/")):
+        raise wrong_value("file", "Invalid file format. Supported formats: flac, m4a, mp3, mp4, mpeg, mpga, oga, ogg, "
+                                  "wav and webm.")
+    return {"inlineData": {"mimeType": mime, "data": data}}
+
+
+def openai_transcript_words(body: Fields, task: str, timed: bool) -> str:
+    """What Gemini is to do with the recording."""
+    languages, prompt = body.strings("language") + body.strings("languages"), body.get("prompt", str)
+    words = [TASKS[task], "Cut it into segments at pauses and at changes of the speaker." if timed else
+             "Answer with the words alone: no times, no names of speakers, no remarks; with nothing if nothing is said."]
+    if languages:
+        words.append(f"Spoken is (ISO 639): {', '.join(languages)}.")
+    if prompt:
+        words.append("Spell names and words as in this text, or go on from it, but do not repeat it: " + prompt)
+    return "\n".join(words)
+
+
+def openai_transcriptions_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Any:
+    for chunks in answers:
+        _, said, end = read_media(chunks, exchange, "audio/")
+    if end.finish != "stop":
+        raise withheld("transcript", end, said)
+    form, told = exchange.wants.form, {"text": said.strip()}
+    if form == "text":
+        return Payload(told["text"].encode() + b"\n")
+    if form == "json":
+        return {**told, "usage": openai_transcript_usage(exchange.usage)}
+    spoken = parsed_object(said) or {}
+    segments = [read_segment(segment) for segment in inner(spoken, "segments", list)]
+    if form in ("srt", "vtt"):
+        return Payload(subtitles(segments, form).encode())
+    whole = {"task": exchange.wants.task, "duration": max((segment.end for segment in segments), default=0.0),
+             "text": " ".join(segment.text for segment in segments)}
+    if form == "diarized_json":
+        return {**whole, "segments": [{"type": "transcript.text.segment", "id": f"seg_{i}", **segment._asdict()}
+                                      for i, segment in enumerate(segments)],
+                "usage": openai_transcript_usage(exchange.usage)}
+    return {**whole, "language": inner(spoken, "language", str),
+            "segments": [{"id": i, "start": segment.start, "end": segment.end, "text": segment.text}
+                         for i, segment in enumerate(segments)]}
+
+
+def read_segment(segment: Any) -> Segment:
+    """One of Gemini's segments; a 502 where it has no times that make sense."""
+    if type(segment) is not dict:
+        raise nonsense("a segment of the transcript is no object")
+    start, end = (read_time(inner(segment, key, str)) for key in ("start", "end"))
+    return Segment(start, max(start, end), inner(segment, "text", str).strip(), inner(segment, "speaker", str) or "A")
+
+
+def read_time(text: str) -> float:
+    """Seconds from [[HH:]MM:]SS[.mmm]."""
+    told = re.fullmatch(r"(?:(?:(\d{1,3}):)?(\d{1,4}):)?(\d{1,6}(?:[.,]\d{1,9})?)", text.strip(), re.A)
+    if not told:
+        raise nonsense(f"a time in the transcript is {text[:40]!r}")
+    hours, minutes, seconds = told.groups()
+    return round(int(hours or 0) * 3600 + int(minutes or 0) * 60 + float(seconds.replace(",", ".")), 3)
+
+
+def subtitles(segments: list[Segment], form: str) -> str:
+    """The segments as SubRip or WebVTT, where no text may hold an empty line or an arrow."""
+    mark = "," if form == "srt" else "."
+    blocks = []
+    for i, segment in enumerate(segments, 1):
+        text = " ".join(segment.text.split()).replace("-->", "->")
+        times = f"{clock(segment.start, mark)} --> {clock(segment.end, mark)}"
+        blocks.append(f"{i}\n{times}\n{text}\n" if form == "srt" else f"{times}\n{text}\n")
+    return "\n".join(blocks if form == "srt" else ["WEBVTT\n", *blocks])
+
+
+def clock(seconds: float, mark: str) -> str:
+    whole, thousandths = divmod(round(seconds * 1000), 1000)
+    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}{mark}{thousandths:03}"
+
+
+def openai_transcript_usage(usage: Usage) -> JSON:
+    heard = min(usage.heard, usage.prompt)
+    details = {"text_tokens": usage.prompt - heard, "audio_tokens": heard}
+    return {"type": "tokens", **openai_media_usage(usage, input_token_details=details)}
+
+
+def openai_transcriptions_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+    said = ""
+    for event in read_gemini(next(answers), exchange):
+        if type(event) is Text and not event.thought:
+            said += event.text
+            yield {"type": "transcript.text.delta", "delta": event.text}
+        elif type(event) is End and event.finish != "stop":
+            raise withheld("transcript", event)
+    yield {"type": "transcript.text.done", "text": said, "usage": openai_transcript_usage(exchange.usage)}
+
+
 # ---- models ----
 
 GEMINI_OPENED = 1702425600      # 13 December 2023: Gemini's API opened; it tells no dates of its models
@@ -2322,6 +2754,13 @@ OPENAI = Protocol("openai", (
     Route("POST", "/v1/embeddings", openai_embeddings_request, openai_embeddings_response),
     Route("POST", "/v1/completions", openai_completions_request, openai_completions_response, openai_completions_stream,
           SSE),
+    Route("POST", "/v1/images/generations", openai_images_request, openai_images_response, openai_images_stream,
+          NAMED_SSE),
+    Route("POST", "/v1/audio/speech", openai_speech_request, openai_speech_response, openai_speech_stream),
+    Route("POST", "/v1/audio/transcriptions", openai_transcriptions_request, openai_transcriptions_response,
+          openai_transcriptions_stream, takes=parse_form),
+    Route("POST", "/v1/audio/translations", openai_translations_request, openai_transcriptions_response,
+          openai_transcriptions_stream, takes=parse_form),
     Route("GET", "/v1/models", openai_models_request, openai_models_response),
     Route("GET", "/v1/models/{model}", openai_models_request, openai_model_response),
 ), openai_error, lambda error: openai_error(error)[1])
@@ -2966,12 +3405,17 @@ OLLAMA = Protocol("ollama", (
 # 6. Routing: which route answers a path, and in which protocol an error is told
 # ======================================================================================
 
+# What of OpenAI's a real Ollama server does not mount.
+OPENAIS_ALONE = ("/v1/images/generations", "/v1/audio/speech", "/v1/audio/translations")
+
+
 def without_401(protocol: Protocol) -> Protocol:
     """The protocol on an Ollama server, whose clients take a 401 for a missing sign-in at ollama.com."""
     def error(error: ProxyError) -> tuple[int, Any]:
         status, body = protocol.error(error)
         return 403 if status == 401 and error.upstream else status, body
-    return protocol._replace(error=error)
+    routes = tuple(route for route in protocol.routes if route.path not in OPENAIS_ALONE)
+    return protocol._replace(error=error, routes=routes)
 
 
 # What each -api mounts; the first protocol whose beginning fits a path tells of errors there.
@@ -4036,9 +4480,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ask = found.route.request(body, setting)
         except RecursionError:
             raise nested_too_deeply() from None
-        self.ignored, self.framing = body.ignored(), found.route.framing
+        self.ignored, self.framing = body.ignored(), ask.framing or found.route.framing
         self.exchange = Exchange(ask, setting, lambda calls: server.gemini.remember(ask.calls[0], self.key, calls))
-        beat = functools.partial(self.beat, found.route) if ask.stream else None
+        beat = functools.partial(self.beat, found.route) if ask.stream and self.framing.beat else None
         self.watch = Watch(self.connection, server.config.timeout, server.stopping, beat)
         with server.gemini.ask(ask.calls, self.watch, self.key) as self.answers:
             if ask.stream:
@@ -4065,7 +4509,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def beat(self, route: Route) -> None:
         """Say that the stream is alive."""
-        self.emit(route.framing.encode(route.beat(self.exchange)) if route.beat else route.framing.beat)
+        self.emit(route.framing.encode(route.beat(self.exchange)) if route.beat else self.framing.beat)
 
     def explain(self, error: ProxyError) -> None:
         """Add to an error which model the client meant, and whether Gemini lists it."""
@@ -4129,7 +4573,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             head = self.head(200, self.framing.content_type,
                              [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"),
                                                               *framing, *self.ignored_header()])
-            self.framed = True
+            self.framed = self.framing.tells
         if self.chunked:
             data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
         self.write(head + data)
