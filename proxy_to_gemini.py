@@ -16,7 +16,7 @@ Where to look
     1. Vocabulary       the nouns everything else is written in
     2. Writing Gemini   parts, turns, thinking by model, functions and schemas, whole requests
     3. Reading Gemini   from bytes to chunks, from chunks to events; refusals, usage, citations
-    4. OpenAI           chat completions, embeddings, models
+    4. OpenAI           chat completions, embeddings, completions, pictures, speech, transcripts, models
     5. Ollama           chat, generate, embeddings, models and their management
     6. Routing          which route answers a path, and in which protocol an error is told
     7. Client           the only code that talks to Gemini: pooled connections, waiting, retries, memory
@@ -143,7 +143,7 @@ def wrong_value(place: str, message: str) -> ProxyError:
 NOTHING = (None, False, "", [], {})
 DEFAULTS = {"n": 1, "best_of": 1, "modalities": ["text"], "service_tier": ("auto", "default"), "verbosity": "medium",
             "parallel_tool_calls": True, "truncation": ("disabled", "auto"), "truncate": True, "shift": True,
-            "detail": "auto", "quality": "auto", "background": ("auto", "opaque"), "moderation": "auto", "speed": 1,
+            "detail": "auto", "quality": ("auto", "standard"), "background": ("auto", "opaque"), "moderation": "auto", "speed": 1,
             "chunking_strategy": "auto",
             "presence_penalty": 0, "frequency_penalty": 0}
 
@@ -311,7 +311,7 @@ def parse_form(raw: bytes, content_type: str) -> Fields:
     data: JSON = {}
     for piece in pieces[:-1]:
         name, value = form_part(piece)
-        key = name[:-2] if name.endswith("[]") else name
+        key = name[:-2] if name.endswith("[]") and name != "[]" else name
         several = data.setdefault(key, []) if key != name else None
         if type(several) is list:
             several.append(value)
@@ -325,13 +325,9 @@ def parse_form(raw: bytes, content_type: str) -> Fields:
 def form_part(piece: bytes) -> tuple[str, str | Upload]:
     """(name, value) of one part, which is a file if it has a file name."""
     head, gap, data = piece.partition(b"\r\n\r\n")
-    try:
-        lines = head.decode().split("\r\n")
-    except UnicodeDecodeError:
-        raise no_form("a part's head is not UTF-8") from None
-    headers = {name.lower(): value.strip() for name, colon, value in (line.partition(":") for line in lines[1:]) if colon}
+    headers = form_headers(head) if gap and len(head) < 8192 else {}
     disposition = headers.get("content-disposition", "")
-    if not gap or lines[0].strip(" \t") or len(headers) < len(lines) - 1 or not DISPOSITION.fullmatch(disposition):
+    if not DISPOSITION.fullmatch(disposition):
         raise no_form("a part's head makes no sense")
     if headers.get("content-transfer-encoding", "binary").lower() not in ("binary", "8bit", "7bit"):
         raise no_form("a part has a transfer encoding")
@@ -349,11 +345,23 @@ def form_part(piece: bytes) -> tuple[str, str | Upload]:
         raise wrong_value(name, f"Invalid value for '{name[:80]}': it is not UTF-8.") from None
 
 
+def form_headers(head: bytes) -> dict[str, str]:
+    """The headers of a part, from the end of its delimiter's line; empty where they are no headers."""
+    try:
+        rest, *lines = head.decode().split("\r\n")
+    except UnicodeDecodeError:
+        return {}
+    fields = [line.partition(":") for line in lines]
+    headers = {name.lower(): value.strip() for name, colon, value in fields if colon}
+    return headers if not rest.strip(" \t") and len(headers) == len(lines) else {}
+
+
 def form_scalars(body: Fields, *keys: str) -> None:
     """Read these texts of a form as the numbers and booleans that they are in JSON; others stay what they are."""
     for key in keys:
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
-            body.data[key] = decode_json(body.data[key].lower() if type(body.data.get(key)) is str else body.data.get(key))
+        text = body.data.get(key)
+        if type(text) is str and re.fullmatch(r"true|false|null|-?\d{1,9}(\.\d{1,17})?", text, re.I | re.A):
+            body.data[key] = decode_json(text.lower())
 
 
 def parsed_object(text: str) -> JSON | None:
@@ -1535,7 +1543,7 @@ def character(offset: int, said: bytes, pieces: list[tuple[str, bool]]) -> int:
     return at
 
 # ======================================================================================
-# 4. OpenAI: chat completions, embeddings, models
+# 4. OpenAI: chat completions, embeddings, completions, pictures, speech, transcripts, models
 # ======================================================================================
 
 # ---- content parts, which chat and responses share ----
@@ -2351,11 +2359,11 @@ STAND_INS = {"picture": (r"dall-e|(chat)?gpt-image|imagen", r"gemini-.*image|.*b
 
 
 def openai_media_model(asked: str | None, what: str, setting: Setting) -> Model:
-    """The model for one of STAND_INS. An alias for chats, such as `gpt-*`, does not make a painter of its model."""
+    """The model for one of STAND_INS. A glob for chats, such as `-alias='gpt-*=...'`, makes no painter of its model."""
     openais, geminis, ours = STAND_INS[what]
-    model = model_named(asked or ours, setting)
-    stands_in = re.match(openais, plain_name(asked or "", setting.ollama)) and not re.match(geminis, model.name)
-    return model_of(ours) if stands_in else model
+    model, plain = model_named(asked or ours, setting), plain_name(asked or "", setting.ollama)
+    chosen = re.match(geminis, model.name) or any(name in (asked, plain) for name, _ in setting.aliases)
+    return model_of(ours) if re.match(openais, plain) and not chosen else model
 
 
 def read_media(chunks: Iterator[JSON], exchange: Exchange, kind: str) -> tuple[list[Media], str, End]:
@@ -2395,6 +2403,7 @@ def openai_media_usage(usage: Usage, **details: JSON) -> JSON:
 
 RATIOS = ("1:1", "2:3", "3:2", "3:4", "4:3", "4:5", "5:4", "9:16", "16:9", "21:9")      # those that all models take
 PICTURE_TYPES = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+PICTURE_FORMS = (*PICTURE_TYPES.values(), "gif", "svg")
 
 
 class ImageWants(NamedTuple):
@@ -2407,7 +2416,9 @@ def openai_images_request(body: Fields, setting: Setting) -> Ask:
     asked = body.get("model", str)
     model = openai_media_model(asked, "picture", setting)
     prompt, n = openai_written(body, "prompt"), body.number("n", 1, 10, int) or 1
-    form = body.word("response_format", "url", "b64_json")
+    form, kind = body.word("response_format", "url", "b64_json"), body.word("output_format", *PICTURE_FORMS)
+    if kind not in (None, "png" if model.generation < 3 else "jpeg"):       # what the models make, untold
+        body.ignore("output_format")
     config = {"responseModalities": ["IMAGE"], **openai_image_config(body, model)}
     call = generate_call(model, False, [], [user_turn(text_part(prompt))], config)
     by_url = form == "url" or form is None and (asked or "").startswith("dall-e")       # whose default it is
@@ -2426,7 +2437,8 @@ def openai_image_config(body: Fields, model: Model) -> JSON:
     ratio = min(RATIOS, key=lambda ratio: abs(math.log(width / height) - math.log(ratio_of(ratio))))
     side = math.sqrt(width * height)
     larger = "4K" if side > 2900 else "2K" if side > 1450 else None
-    return {"imageConfig": {"aspectRatio": ratio, **({"imageSize": larger} if larger and model.generation >= 3 else {})}}
+    pixels = {"imageSize": larger} if larger and model.generation >= 3 else {}
+    return {"imageConfig": {"aspectRatio": ratio, **pixels}}
 
 
 def ratio_of(words: str) -> float:
@@ -2537,9 +2549,8 @@ def endless_wav(rate: int) -> bytes:
 
 TRANSCRIPT_FORMS = ("json", "text", "srt", "verbose_json", "vtt", "diarized_json")
 TIMED_FORMS = TRANSCRIPT_FORMS[2:]
-TASKS = {"transcribe": "Write down what is said in this recording, word for word, in the language that is spoken. Do not "
-                       "translate.",
-         "translate": "Write down in English what is said in this recording. Translate whatever is in another language."}
+TASKS = {"transcribe": "Write down what is said in this recording, word for word, in the language that is spoken.",
+         "translate": "Write down in English what is said in this recording, whatever language is spoken."}
 TIME = {"type": "string", "description": "HH:MM:SS.mmm from the beginning of the recording"}
 TIMED_SCHEMA = {"type": "object", "required": ["language", "segments"], "properties": {
     "language": {"type": "string", "description": "the language that is spoken, in English and lower case"},
@@ -2597,7 +2608,10 @@ def openai_recording(body: Fields) -> Part:
     if not upload.data:
         raise wrong_value("file", "Invalid 'file': the file is empty.")
     data = base64.b64encode(upload.data).decode()
-    mime = sniffed(data) or extension_type(upload.name) or MIME_SPELLINGS.get(upload.mime, upload.mime)
+    told, named = MIME_SPELLINGS.get(upload.mime, upload.mime), extension_type(upload.name) or ""
+    mime = sniffed(data) or named or told
+    if mime.startswith("video/") and (named.startswith("audio/") or told.startswith("audio/")):
+        mime = mime.replace("video", "audio")       # browsers record sound into containers for both
     if not mime.startswith(("audio/", "video/")):
         raise wrong_value("file", "Invalid file format. Supported formats: flac, m4a, mp3, mp4, mpeg, mpga, oga, ogg, "
                                   "wav and webm.")
@@ -2608,7 +2622,7 @@ def openai_transcript_words(body: Fields, task: str, timed: bool) -> str:
     """What Gemini is to do with the recording."""
     languages, prompt = body.strings("language") + body.strings("languages"), body.get("prompt", str)
     words = [TASKS[task], "Cut it into segments at pauses and at changes of the speaker." if timed else
-             "Answer with the words alone: no times, no names of speakers, no remarks; with nothing if nothing is said."]
+             "Answer with these words alone: no times, no names of speakers, no remarks. Without words, with nothing."]
     if languages:
         words.append(f"Spoken is (ISO 639): {', '.join(languages)}.")
     if prompt:
@@ -2626,7 +2640,9 @@ def openai_transcriptions_response(exchange: Exchange, answers: Iterator[Iterato
         return Payload(told["text"].encode() + b"\n")
     if form == "json":
         return {**told, "usage": openai_transcript_usage(exchange.usage)}
-    spoken = parsed_object(said) or {}
+    spoken = parsed_object(unfenced(said))
+    if spoken is None:
+        raise nonsense("the transcript is no JSON")
     segments = [read_segment(segment) for segment in inner(spoken, "segments", list)]
     if form in ("srt", "vtt"):
         return Payload(subtitles(segments, form).encode())
