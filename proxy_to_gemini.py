@@ -143,8 +143,8 @@ def wrong_value(place: str, message: str) -> ProxyError:
 NOTHING = (None, False, "", [], {})
 DEFAULTS = {"n": 1, "best_of": 1, "modalities": ["text"], "service_tier": ("auto", "default"), "verbosity": "medium",
             "parallel_tool_calls": True, "truncation": ("disabled", "auto"), "truncate": True, "shift": True,
-            "detail": "auto", "quality": ("auto", "standard"), "background": ("auto", "opaque"), "moderation": "auto", "speed": 1,
-            "chunking_strategy": "auto",
+            "detail": "auto", "quality": ("auto", "standard"), "background": ("auto", "opaque"), "moderation": "auto",
+            "speed": 1, "chunking_strategy": "auto",
             "presence_penalty": 0, "frequency_penalty": 0}
 
 
@@ -2631,28 +2631,33 @@ def openai_transcript_words(body: Fields, task: str, timed: bool) -> str:
 
 
 def openai_transcriptions_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Any:
+    """A transcript in the form that was wanted: JSON, or a Payload of plain text."""
     for chunks in answers:
         _, said, end = read_media(chunks, exchange, "audio/")
     if end.finish != "stop":
         raise withheld("transcript", end, said)
-    form, told = exchange.wants.form, {"text": said.strip()}
-    if form == "text":
-        return Payload(told["text"].encode() + b"\n")
-    if form == "json":
-        return {**told, "usage": openai_transcript_usage(exchange.usage)}
-    spoken = parsed_object(unfenced(said))
+    if exchange.wants.form in TIMED_FORMS:
+        return openai_timed_transcript(exchange, said)
+    if exchange.wants.form == "text":
+        return Payload(said.strip().encode() + b"\n")
+    return {"text": said.strip(), "usage": openai_transcript_usage(exchange.usage)}
+
+
+def openai_timed_transcript(exchange: Exchange, said: str) -> Any:
+    """A transcript with times, from Gemini's JSON. Probabilities, which Gemini does not tell, are left out."""
+    wants, spoken = exchange.wants, parsed_object(unfenced(said))
     if spoken is None:
         raise nonsense("the transcript is no JSON")
     segments = [read_segment(segment) for segment in inner(spoken, "segments", list)]
-    if form in ("srt", "vtt"):
-        return Payload(subtitles(segments, form).encode())
-    whole = {"task": exchange.wants.task, "duration": max((segment.end for segment in segments), default=0.0),
+    if wants.form in ("srt", "vtt"):
+        return Payload(subtitles(segments, wants.form).encode())
+    whole = {"task": wants.task, "duration": max((segment.end for segment in segments), default=0.0),
              "text": " ".join(segment.text for segment in segments)}
-    if form == "diarized_json":
+    if wants.form == "diarized_json":
         return {**whole, "segments": [{"type": "transcript.text.segment", "id": f"seg_{i}", **segment._asdict()}
                                       for i, segment in enumerate(segments)],
                 "usage": openai_transcript_usage(exchange.usage)}
-    return {**whole, "language": inner(spoken, "language", str),
+    return {**whole, "language": "english" if wants.task == "translate" else inner(spoken, "language", str),
             "segments": [{"id": i, "start": segment.start, "end": segment.end, "text": segment.text}
                          for i, segment in enumerate(segments)]}
 
