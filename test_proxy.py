@@ -2550,6 +2550,32 @@ def test_the_readmes_parameters_are_treated_as_it_says():
         assert (name in ignored) is (kind == "ignored"), (name, ignored)
 
 
+MEDIA_SAMPLES = {       # of each of the smaller endpoints: what it needs, and values that are not OpenAI's default
+    "completions": ({"model": FLASH, "prompt": "x"}, {
+        **{name: SAMPLES[name] for name in ("stream", "stream_options", "max_tokens", "temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty",
+                                            "logit_bias", "user")}, "prompt": ["x", "y"], "suffix": "y", "echo": True, "best_of": 2, "logprobs": 1}),
+    "images/generations": ({"model": "dall-e-3", "prompt": "x"}, {
+        "n": 2, "size": "1536x1024", "stream": True, "response_format": "url", "output_format": "webp", "quality": "high", "background": "transparent", "moderation": "low",
+        "style": "vivid", "output_compression": 50, "partial_images": 2, "user": "u"}),
+    "audio/speech": ({"model": "tts-1", "input": "x"}, {"voice": "nova", "instructions": "softly", "response_format": "mp3", "stream_format": "sse", "speed": 2}),
+    "audio/transcriptions": ({"model": "whisper-1", "file": proxy.Upload("a.wav", "", RIFF)}, {
+        "language": "no", "languages": ["no", "sv"], "prompt": "x", "response_format": "srt", "temperature": "0.5", "stream": "true", "timestamp_granularities": ["word"],
+        "include": ["logprobs"], "chunking_strategy": "x", "known_speaker_names": ["a"], "known_speaker_references": ["a"]}),
+}
+
+
+def test_the_readmes_other_parameters_are_treated_as_it_says():
+    table = {endpoint.strip("`"): [re.findall("`([^`]+)`", re.sub(r"\([^)]*\)", "", names)) for names in kinds] for endpoint, *kinds in readme_table("Parameters of the smaller endpoints")}
+    assert set(table) == set(MEDIA_SAMPLES)
+    for name, (heeded, ignored) in table.items():
+        needs, more = MEDIA_SAMPLES[name]
+        route = next(route for route in proxy.OPENAI.routes if route.path == "/v1/" + name)
+        assert sorted(heeded + ignored) == sorted({*needs, *more})
+        told = {key: asked({**needs, key: {**needs, **more}[key]}, route.request)[1] for key in heeded + ignored}
+        always = asked(needs, route.request)[1]
+        assert {key: key in names and key not in always for key, names in told.items()} == {**dict.fromkeys(heeded, False), **dict.fromkeys(ignored, True)}
+
+
 OLLAMA_SAMPLES = {
     "model": FLASH, "messages": [user("Hi")], "stream": False, "format": "json", "think": False, "tools": [WEATHER], "keep_alive": "1m",
     "options.temperature": 0.1, "options.top_p": 0.5, "options.top_k": 5, "options.num_predict": 9, "options.seed": 7, "options.stop": ["a"], "options.num_ctx": 9,
@@ -2607,3 +2633,28 @@ def test_openais_own_library(server, gemini):
     with openai.OpenAI(base_url=server.url + "/v1", api_key="any") as client:      # its type of a vector knows no base64
         assert client.embeddings.create(model=EMBEDDER, input=["a", "b"]).data[1].embedding == pytest.approx([0.6, 0.8])
         assert FLASH in [model.id for model in client.models.list()]
+
+
+def test_openais_own_library_and_media(server, gemini):
+    openai = pytest.importorskip("openai")
+    recording = ("a.wav", RIFF)
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0, _strict_response_validation=True) as client:
+        gemini.say(*[whole(blob("image/png", PNG))] * 2)
+        assert client.images.generate(model="gpt-image-1", prompt="A dot", size="1536x1024", output_format="png").data[0].b64_json == PNG
+        assert [event.b64_json for event in client.images.generate(model="gpt-image-1", prompt="A dot", stream=True, partial_images=1)] == [PNG]
+        gemini.say(whole(SOUND), [chunk(SOUND), whole(SOUND)])
+        assert client.audio.speech.create(model="tts-1", voice="alloy", input="Hi").content == RIFF
+        with client.audio.speech.with_streaming_response.create(model="tts-1", voice="alloy", input="Hi", response_format="pcm") as sound:
+            assert b"".join(sound.iter_bytes()) == SAMPLES_OF_SOUND * 2
+        gemini.say(whole("Hei."), [chunk("He"), whole("i.")], whole(TIMED), whole(TIMED))
+        assert client.audio.transcriptions.create(model="whisper-1", file=recording, language="no", temperature=0).text == "Hei."
+        events = list(client.audio.transcriptions.create(model="gpt-4o-transcribe", file=recording, stream=True))
+        assert [event.type for event in events] == ["transcript.text.delta"] * 2 + ["transcript.text.done"] and events[-1].text == "Hei."
+        assert client.audio.transcriptions.create(model="whisper-1", file=recording, response_format="srt").startswith("1\n00:00:01,500 --> ")
+        assert client.audio.transcriptions.create(model="gpt-4o-transcribe-diarize", file=recording, response_format="diarized_json").segments[1].speaker == "B"
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="any") as client:      # its types want what Gemini does not tell
+        gemini.say(whole(TIMED), [chunk(" up"), whole("on")])
+        verbose = client.audio.transcriptions.create(model="whisper-1", file=recording, response_format="verbose_json", timestamp_granularities=["segment"])
+        assert (verbose.duration, verbose.segments[0].text, verbose.language) == (3661.25, "Hello --> there.", "english")
+        chunks = client.completions.create(model=FLASH, prompt="Once", stream=True)
+        assert "".join(choice.text for part in chunks for choice in part.choices) == " upon"
