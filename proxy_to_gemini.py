@@ -639,7 +639,7 @@ def extension_type(name: str | None) -> str | None:
 
 def is_base64(text: str) -> bool:
     """Whether this is base64 in either alphabet, padded or not."""
-    return re.fullmatch(r"[A-Za-z0-9+/_-]+={0,2}", text, re.ASCII) is not None
+    return re.fullmatch(r"[A-Za-z0-9+/_-]+={0,2}", text, re.ASCII) is not None and len(text.rstrip("=")) % 4 != 1
 
 
 def base64_data(text: str, place: str) -> str:
@@ -2371,6 +2371,8 @@ def read_media(chunks: Iterator[JSON], exchange: Exchange, kind: str) -> tuple[l
     found, said, end = [], "", None
     for event in read_gemini(chunks, exchange):
         if type(event) is Media and event.mime.startswith(kind):
+            if not is_base64(event.data):
+                raise nonsense("media that are not base64")
             found.append(event)
         elif type(event) is Text and not event.thought:
             said += event.text
