@@ -3428,23 +3428,26 @@ OLLAMA = Protocol("ollama", (
 # 6. Routing: which route answers a path, and in which protocol an error is told
 # ======================================================================================
 
-# What of OpenAI's a real Ollama server does not mount.
-OPENAIS_ALONE = ("/v1/images/generations", "/v1/audio/speech", "/v1/audio/translations")
-
-
 def without_401(protocol: Protocol) -> Protocol:
     """The protocol on an Ollama server, whose clients take a 401 for a missing sign-in at ollama.com."""
     def error(error: ProxyError) -> tuple[int, Any]:
         status, body = protocol.error(error)
         return 403 if status == 401 and error.upstream else status, body
-    routes = tuple(route for route in protocol.routes if route.path not in OPENAIS_ALONE)
-    return protocol._replace(error=error, routes=routes)
+    return protocol._replace(error=error)
 
+
+def lacking(protocol: Protocol, paths: tuple[str, ...]) -> Protocol:
+    """The protocol without the routes of these paths."""
+    return protocol._replace(routes=tuple(route for route in protocol.routes if route.path not in paths))
+
+
+# What of OpenAI's a real Ollama server does not mount.
+OPENAIS_ALONE = ("/v1/images/generations", "/v1/audio/speech", "/v1/audio/translations")
 
 # What each -api mounts; the first protocol whose beginning fits a path tells of errors there.
 MOUNTS: dict[str, tuple[tuple[str, Protocol], ...]] = {
     "openai": (("/", OPENAI),),
-    "ollama": (("/v1", without_401(OPENAI)), ("/", OLLAMA)),
+    "ollama": (("/v1", without_401(lacking(OPENAI, OPENAIS_ALONE))), ("/", OLLAMA)),
 }
 
 
