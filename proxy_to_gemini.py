@@ -16,7 +16,7 @@ Where to look
     1. Vocabulary       the nouns everything else is written in
     2. Writing Gemini   parts, turns, thinking by model, functions and schemas, whole requests
     3. Reading Gemini   from bytes to chunks, from chunks to events; refusals, usage, citations
-    4. OpenAI           chat completions, embeddings, models
+    4. OpenAI           chat completions, embeddings, completions, pictures, speech, transcripts, models
     5. Ollama           chat, generate, embeddings, models and their management
     6. Anthropic        messages and their counting
     7. Routing          which route answers a path, and in which protocol an error is told
@@ -116,7 +116,15 @@ class NoRoute(ProxyError):
     """Nothing is served under this path."""
 
 
-KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", dict: "an object", list: "an array"}
+class Upload(NamedTuple):
+    """A file in a form."""
+    name: str
+    mime: str
+    data: bytes
+
+
+KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", dict: "an object", list: "an array",
+         Upload: "a file"}
 
 
 def kind_of(value: Any) -> str:
@@ -137,7 +145,8 @@ def wrong_value(place: str, message: str) -> ProxyError:
 NOTHING = (None, False, "", [], {})
 DEFAULTS = {"n": 1, "best_of": 1, "modalities": ["text"], "service_tier": ("auto", "default"), "verbosity": "medium",
             "parallel_tool_calls": True, "truncation": ("disabled", "auto"), "truncate": True, "shift": True,
-            "detail": "auto",
+            "detail": "auto", "quality": ("auto", "standard"), "background": ("auto", "opaque"), "moderation": "auto",
+            "speed": 1, "chunking_strategy": "auto",
             "presence_penalty": 0, "frequency_penalty": 0}
 
 
@@ -280,6 +289,86 @@ def parse_body(raw: bytes, content_type: str = "") -> Fields:
     return Fields(data)
 
 
+MOST_PARTS = 100        # of a form
+FORM_TYPE = re.compile(r"multipart/form-data\s*(?:;[^;]*)*?;\s*boundary=(\"?)"
+                       r"([0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-])\1\s*(?:;.*)?", re.I | re.A)
+PARAMETER = r"""\s*;\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)=(?:"((?:[^"\\\r\n]|\\.)*)"|([^\s;"]+))"""
+DISPOSITION = re.compile(f"form-data(?:{PARAMETER})*\\s*;?", re.I)
+
+
+def no_form(why: str) -> ProxyError:
+    return ProxyError(400, f"We could not parse the multipart/form-data body of your request: {why}.")
+
+
+def parse_form(raw: bytes, content_type: str) -> Fields:
+    """The client's form as Fields: texts, Uploads, and lists of them under names in []; a 400 where it is no form.
+
+    RFC 7578 and RFC 2046, with nothing before the first part; every piece must be what it says it is.
+    """
+    match = FORM_TYPE.fullmatch(content_type)
+    if not match:
+        raise no_form("the Content-Type must be multipart/form-data with a boundary")
+    first, *pieces = (b"\r\n" + raw).split(b"\r\n--" + match.group(2).encode(), MOST_PARTS + 1)
+    if len(pieces) > MOST_PARTS:
+        raise no_form(f"it has more than {MOST_PARTS} parts")
+    if first.strip() or not pieces or not re.match(rb"--[ \t]*(\r\n|\Z)", pieces[-1]):
+        raise no_form("it does not begin and end with the boundary")
+    data: JSON = {}
+    for piece in pieces[:-1]:
+        name, value = form_part(piece)
+        key = name[:-2] if name.endswith("[]") and name != "[]" else name
+        several = data.setdefault(key, []) if key != name else None
+        if type(several) is list:
+            several.append(value)
+        elif key in data:
+            raise wrong_value(name, f"Invalid form: '{name}' comes twice.")
+        else:
+            data[key] = value
+    return Fields(data)
+
+
+def form_part(piece: bytes) -> tuple[str, str | Upload]:
+    """(name, value) of one part, which is a file if it has a file name."""
+    head, gap, data = piece.partition(b"\r\n\r\n")
+    headers = form_headers(head) if gap and len(head) < 8192 else {}
+    disposition = headers.get("content-disposition", "")
+    if not DISPOSITION.fullmatch(disposition):
+        raise no_form("a part's head makes no sense")
+    if headers.get("content-transfer-encoding", "binary").lower() not in ("binary", "8bit", "7bit"):
+        raise no_form("a part has a transfer encoding")
+    told = {key.lower(): re.sub(r"\\(.)", r"\1", quoted or bare)
+            for key, quoted, bare in re.findall(PARAMETER, disposition)}
+    name = told.get("name")
+    if not name:
+        raise no_form("a part has no name")
+    if "filename" in told or "filename*" in told:
+        file = told.get("filename") or urllib.parse.unquote(told.get("filename*", ""))
+        return name, Upload(file, headers.get("content-type", "").partition(";")[0].strip().lower(), data)
+    try:
+        return name, data.decode()
+    except UnicodeDecodeError:
+        raise wrong_value(name, f"Invalid value for '{name[:80]}': it is not UTF-8.") from None
+
+
+def form_headers(head: bytes) -> dict[str, str]:
+    """The headers of a part, from the end of its delimiter's line; empty where they are no headers."""
+    try:
+        rest, *lines = head.decode().split("\r\n")
+    except UnicodeDecodeError:
+        return {}
+    fields = [line.partition(":") for line in lines]
+    headers = {name.lower(): value.strip() for name, colon, value in fields if colon}
+    return headers if not rest.strip(" \t") and len(headers) == len(lines) else {}
+
+
+def form_scalars(body: Fields, *keys: str) -> None:
+    """Read these texts of a form as the numbers and booleans that they are in JSON; others stay what they are."""
+    for key in keys:
+        text = body.data.get(key)
+        if type(text) is str and re.fullmatch(r"true|false|null|-?\d{1,9}(\.\d{1,17})?", text, re.I | re.A):
+            body.data[key] = decode_json(text.lower())
+
+
 def parsed_object(text: str) -> JSON | None:
     """The JSON object that a text holds, or None: for arguments and results, which are JSON inside JSON."""
     try:
@@ -304,6 +393,7 @@ class Ask(NamedTuple):
     stream: bool = False                    # whether the client wants events
     wants: Any = None                       # what only the reply can fulfil; the endpoint knows its type
     model: str = ""                         # as the client spelt it
+    framing: Framing | None = None          # of the stream, where it is not the route's
 
 
 class Setting(NamedTuple):
@@ -357,6 +447,7 @@ class Framing(NamedTuple):
     encode: Callable[[JSON], bytes]
     end: bytes = b""                        # after the last event of a stream that went well
     beat: bytes = b": keep-alive\n\n"       # says that the stream is alive; routes may have a beat of their own
+    tells: bool = True                      # whether an error can be an event
 
 
 def encode_sse(event: JSON) -> bytes:
@@ -554,7 +645,7 @@ def extension_type(name: str | None) -> str | None:
 
 def is_base64(text: str) -> bool:
     """Whether this is base64 in either alphabet, padded or not."""
-    return re.fullmatch(r"[A-Za-z0-9+/_-]+={0,2}", text, re.ASCII) is not None
+    return re.fullmatch(r"[A-Za-z0-9+/_-]+={0,2}", text, re.ASCII) is not None and len(text.rstrip("=")) % 4 != 1
 
 
 def base64_data(text: str, place: str) -> str:
@@ -1462,7 +1553,7 @@ def character(offset: int, said: bytes, pieces: list[tuple[str, bool]]) -> int:
     return at
 
 # ======================================================================================
-# 4. OpenAI: chat completions, embeddings, models
+# 4. OpenAI: chat completions, embeddings, completions, pictures, speech, transcripts, models
 # ======================================================================================
 
 # ---- content parts, which chat and responses share ----
@@ -2166,6 +2257,473 @@ def openai_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JS
     return {"object": "list", "data": data, "model": exchange.model, "usage": usage}
 
 
+# ---- legacy completions ----
+
+MOST_CALLS = 128            # choices that one request may ask for
+
+
+class CompletionWants(NamedTuple):
+    """What a completion's reply has to mind."""
+    echoes: tuple[str, ...]         # for each choice what stands before its text
+    usage: bool = False             # a last chunk with the token counts
+
+
+def openai_completions_request(body: Fields, setting: Setting) -> Ask:
+    """Legacy completions: https://platform.openai.com/docs/api-reference/completions/create"""
+    asked = body.need("model", str)
+    model = model_named(asked, setting)
+    prompts, stream = openai_prompts(body), bool(body.get("stream", bool))
+    n, best = body.number("n", 1, MOST_CALLS, int) or 1, body.number("best_of", 0, 20, int)
+    if len(prompts) * n > MOST_CALLS:
+        raise wrong_value("prompt", f"Invalid value for 'prompt': {len(prompts)} prompts with {n} choices each are "
+                                    f"more than {MOST_CALLS} choices.")
+    if best and best > n:
+        body.ignore("best_of")          # there are no probabilities to choose by
+    config = openai_completion_config(body, model, setting)
+    suffix, echo, options = body.get("suffix", str), body.get("echo", bool), body.inner("stream_options")
+    calls = [openai_completion_call(model, stream, prompt, suffix, config) for prompt in prompts]
+    wants = CompletionWants(tuple(prompt if echo else "" for prompt in prompts for _ in range(n)),
+                            bool(options and options.get("include_usage", bool)))
+    return Ask(tuple(call for call in calls for _ in range(n)), stream, wants, asked)
+
+
+def openai_prompts(body: Fields) -> list[str]:
+    """The texts to go on from; none is an empty one. OpenAI's token numbers mean nothing to Gemini."""
+    value = body.get("prompt", str, list)
+    if value is None or type(value) is str:
+        return [value or ""]
+    if not value:
+        raise wrong_value("prompt", "Invalid 'prompt': empty array. Expected an array with minimum length 1.")
+    if any(type(prompt) in (int, list) for prompt in value):
+        raise wrong_value("prompt", "Invalid 'prompt': arrays of tokens cannot be completed here, since the numbers "
+                                    "are OpenAI's; send strings.")
+    return body.strings("prompt")
+
+
+def openai_completion_config(body: Fields, model: Model, setting: Setting) -> JSON:
+    """Chat's settings. A limit is meant for the text alone: with one, a model thinks as little as it can."""
+    config = openai_config(body, model, setting)
+    thinking = config.pop("thinkingConfig", {})
+    if "maxOutputTokens" in config and not thinking.keys() - {"includeThoughts"}:
+        thinking = thinking_config(model, "none", False)
+    thinking.pop("includeThoughts", None)           # nothing here could tell them
+    return {**config, "thinkingConfig": thinking} if thinking else config
+
+
+COMPLETION_INSTRUCTION = (
+    "You are a text completion engine. Go on from the exact point where the user's text ends, or, if it is an "
+    "instruction or a question, with what it asks for. Do not repeat the text, and add nothing about it.")
+
+
+def openai_completion_call(model: Model, stream: bool, prompt: str, suffix: str | None, config: JSON) -> GeminiCall:
+    system, text = (gap_instruction(""), gap_prompt(prompt, suffix)) if suffix else (COMPLETION_INSTRUCTION, prompt)
+    return generate_call(model, stream, [text_part(system)], [user_turn(text_part(text))], config)
+
+
+def openai_pieces(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[tuple[int, str, End | None]]:
+    """(index of the choice, text, the End) for each piece of a completion; a choice's last piece has its End."""
+    for (index, before), chunks in zip(enumerate(exchange.wants.echoes), answers):
+        for event in read_gemini(chunks, exchange):
+            if type(event) is End:
+                yield index, before, event
+            elif type(event) is Text and not event.thought:
+                yield index, before + event.text, None
+                before = ""
+
+
+def openai_text_choice(index: int, text: str, end: End | None) -> JSON:
+    finish = OPENAI_FINISH.get(end.finish, "stop") if end else None
+    return {"text": text, "index": index, "logprobs": None, "finish_reason": finish, **(odd_end(end) if end else {})}
+
+
+def openai_completion_base(exchange: Exchange) -> JSON:
+    return {"id": exchange.new_id("cmpl-"), "object": "text_completion", "created": int(exchange.created),
+            "model": exchange.model}
+
+
+def openai_completions_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    choices, text = [], ""
+    for index, piece, end in openai_pieces(exchange, answers):
+        text += piece
+        if end:
+            choices.append(openai_text_choice(index, text, end))
+            text = ""
+    return {**openai_completion_base(exchange), "choices": choices, "usage": openai_usage(exchange.usage)}
+
+
+def openai_completions_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+    """Chunks, choice after choice, in the form of whole completions."""
+    base, more = openai_completion_base(exchange), {"usage": None} if exchange.wants.usage else {}
+    for index, text, end in openai_pieces(exchange, answers):
+        yield {**base, "choices": [openai_text_choice(index, text, end)], **more}
+    if exchange.wants.usage:
+        yield {**base, "choices": [], "usage": openai_usage(exchange.usage)}
+
+
+# ---- media: models, what they make, and why they do not ----
+
+# OpenAI's names (and Google's former ones), Gemini's models that can do it, and the one for who names none of these.
+STAND_INS = {"picture": (r"dall-e|(chat)?gpt-image|imagen", r"gemini-.*image|.*banana", "gemini-nano-banana-2.1"),
+             "speech": (r"tts-1|gpt-.*(tts|audio)", r"gemini-.*(tts|audio)", "gemini-3.8-flash-tts"),
+             "transcript": (r"whisper|gpt-.*transcribe", r"gemini|gemma", "gemini-3.8-flash")}
+
+
+def openai_media_model(asked: str | None, what: str, setting: Setting) -> Model:
+    """The model for one of STAND_INS. A glob for chats, such as `-alias='gpt-*=...'`, makes no painter of its model."""
+    openais, geminis, ours = STAND_INS[what]
+    model, plain = model_named(asked or ours, setting), plain_name(asked or "", setting.ollama)
+    chosen = re.match(geminis, model.name) or any(name in (asked, plain) for name, _ in setting.aliases)
+    return model_of(ours) if re.match(openais, plain) and not chosen else model
+
+
+def read_media(chunks: Iterator[JSON], exchange: Exchange, kind: str) -> tuple[list[Media], str, End]:
+    """(media of this kind, such as "image/", the text beside them, the End) of one answer."""
+    found, said, end = [], "", None
+    for event in read_gemini(chunks, exchange):
+        if type(event) is Media and event.mime.startswith(kind):
+            if not is_base64(event.data):
+                raise nonsense("media that are not base64")
+            found.append(event)
+        elif type(event) is Text and not event.thought:
+            said += event.text
+        elif type(event) is End:
+            end = event
+    return found, said, end
+
+
+def withheld(what: str, end: End, said: str = "") -> ProxyError:
+    """The error for what Gemini did not make, or not to its end, in its own words."""
+    words = end.message or said.strip()[:1000]
+    return ProxyError(400, f"Gemini made no whole {what} ({end.reason})" + (f": {words}" if words else "."),
+                      code="content_policy_violation" if end.finish == "filter" else None, upstream=True)
+
+
+def openai_written(body: Fields, key: str) -> str:
+    """A text that must say something."""
+    text = body.need(key, str)
+    if not text.strip():
+        raise wrong_value(body.at(key), f"Invalid '{body.at(key)}': empty string.")
+    return text
+
+
+def openai_media_usage(usage: Usage, **details: JSON) -> JSON:
+    return {"input_tokens": usage.prompt, **details, "output_tokens": usage.output,
+            "total_tokens": usage.prompt + usage.output}
+
+
+# ---- images ----
+
+RATIOS = ("1:1", "2:3", "3:2", "3:4", "4:3", "4:5", "5:4", "9:16", "16:9", "21:9")      # those that all models take
+PICTURE_TYPES = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+PICTURE_FORMS = (*PICTURE_TYPES.values(), "gif", "svg")
+
+
+class ImageWants(NamedTuple):
+    """What the reply with pictures has to mind."""
+    url: bool = False           # in data URLs
+
+
+def openai_images_request(body: Fields, setting: Setting) -> Ask:
+    """Images: https://platform.openai.com/docs/api-reference/images/create"""
+    asked = body.get("model", str)
+    model = openai_media_model(asked, "picture", setting)
+    prompt, n = openai_written(body, "prompt"), body.number("n", 1, 10, int) or 1
+    form, kind = body.word("response_format", "url", "b64_json"), body.word("output_format", *PICTURE_FORMS)
+    if kind not in (None, "png" if model.generation < 3 else "jpeg"):       # what the models make, untold
+        body.ignore("output_format")
+    config = {"responseModalities": ["IMAGE"], **openai_image_config(body, model)}
+    call = generate_call(model, False, [], [user_turn(text_part(prompt))], config)
+    by_url = form == "url" or form is None and (asked or "").startswith("dall-e")       # whose default it is
+    return Ask((call,) * n, bool(body.get("stream", bool)), ImageWants(by_url), asked or model.name)
+
+
+def openai_image_config(body: Fields, model: Model) -> JSON:
+    """The imageConfig for `size`: the nearest of Gemini's ratios, and more pixels where the model can."""
+    size = (body.get("size", str) or "auto").lower()
+    told = re.fullmatch(r"([1-9]\d{1,4})\s*x\s*([1-9]\d{1,4})", size)
+    if size == "auto":
+        return {}
+    if not told:
+        raise wrong_value("size", f"Invalid value for 'size': {size[:80]!r}. Expected 'auto' or WIDTHxHEIGHT.")
+    width, height = map(int, told.groups())
+    ratio = min(RATIOS, key=lambda ratio: abs(math.log(width / height) - math.log(ratio_of(ratio))))
+    side = math.sqrt(width * height)
+    larger = "4K" if side > 2900 else "2K" if side > 1450 else None
+    pixels = {"imageSize": larger} if larger and model.generation >= 3 else {}
+    return {"imageConfig": {"aspectRatio": ratio, **pixels}}
+
+
+def ratio_of(words: str) -> float:
+    width, _, height = words.partition(":")
+    return int(width) / int(height)
+
+
+def openai_pictures(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[tuple[Media, Usage]]:
+    """(a picture, the tokens of its call) for each; a 400 with Gemini's words where there is none at all."""
+    refusal, count = None, 0
+    for chunks in answers:
+        pictures, said, end = read_media(chunks, exchange, "image/")
+        for picture in pictures:
+            count += 1
+            yield picture, end.usage
+        refusal = refusal if pictures else withheld("picture", end, said)
+    if refusal and not count:
+        raise refusal
+
+
+def openai_image_usage(usage: Usage) -> JSON:
+    return openai_media_usage(usage, input_tokens_details={"text_tokens": usage.prompt, "image_tokens": 0})
+
+
+def openai_images_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    pictures = [picture for picture, _ in openai_pictures(exchange, answers)]
+    data = [{"url": f"data:{picture.mime};base64,{picture.data}"} if exchange.wants.url else {"b64_json": picture.data}
+            for picture in pictures]
+    kind = PICTURE_TYPES.get(pictures[0].mime)
+    return {"created": int(exchange.created), "data": data, **({"output_format": kind} if kind else {}),
+            "usage": openai_image_usage(exchange.usage)}
+
+
+def openai_images_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+    """Each picture when it is there: Gemini shows no half ones."""
+    for picture, usage in openai_pictures(exchange, answers):
+        yield {"type": "image_generation.completed", "b64_json": picture.data, "created_at": int(exchange.created),
+               "size": "auto", "quality": "auto", "background": "auto",
+               "output_format": PICTURE_TYPES.get(picture.mime, picture.mime), "usage": openai_image_usage(usage)}
+
+
+# ---- speech ----
+
+
+class SpeechWants(NamedTuple):
+    """What the reply with sound has to mind."""
+    pcm: bool = False           # bare samples; else a WAV file, the only one that the library can make
+    events: bool = False        # in server-sent events; else as it is
+
+
+# Bare samples as they come. There is no word for an error among them, so a failure breaks the answer off.
+PCM = Framing("audio/pcm", itemgetter("audio"), beat=b"", tells=False)
+
+
+def openai_speech_request(body: Fields, setting: Setting) -> Ask:
+    """Speech: https://platform.openai.com/docs/api-reference/audio/createSpeech"""
+    asked = body.need("model", str)
+    model = openai_media_model(asked, "speech", setting)
+    text, manner = openai_written(body, "input"), body.get("instructions", str)
+    kind = body.word("response_format", "mp3", "opus", "aac", "flac", "wav", "pcm") or "mp3"
+    events, pcm = body.word("stream_format", "audio", "sse") == "sse", kind == "pcm"
+    if kind not in ("pcm", "wav"):
+        body.ignore("response_format")
+    # A bare text is sometimes answered in place of being spoken; the older models say all at once.
+    prompt = f"{manner}\n\nSay: {text}" if manner else f"Say: {text}"
+    piecemeal = model.generation >= 3.1 and (pcm or events)
+    call = generate_call(model, piecemeal, [], [user_turn(text_part(prompt))], speech_config(body, "voice"))
+    return Ask((call,), events or piecemeal, SpeechWants(pcm, events), asked, SSE if events else PCM)
+
+
+def openai_speech_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Payload:
+    for chunks in answers:
+        sound, said, end = read_media(chunks, exchange, "audio/")
+    if not sound or end.finish != "stop":
+        raise withheld("speech", end, said)
+    samples = sound_bytes(sound)
+    if exchange.wants.pcm:
+        return Payload(samples, "audio/pcm")
+    return Payload(wav_file(samples, sound_rate(sound[0].mime)), "audio/wav")
+
+
+def openai_speech_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+    """Sound as it comes: events, or the bytes themselves under "audio"."""
+    wants, said, begun = exchange.wants, "", False
+    for event in read_gemini(next(answers), exchange):
+        if type(event) is Media and event.mime.startswith("audio/"):
+            data = sound_bytes([event])
+            if not begun and not wants.pcm:
+                data = endless_wav(sound_rate(event.mime)) + data
+            begun = True
+            yield {"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()} if wants.events \
+                else {"audio": data}
+        elif type(event) is Text and not event.thought:
+            said += event.text
+        elif type(event) is End and (not begun or event.finish != "stop"):
+            raise withheld("speech", event, said)
+    if wants.events:
+        yield {"type": "speech.audio.done", "usage": openai_media_usage(exchange.usage)}
+
+
+def endless_wav(rate: int) -> bytes:
+    """The head of a WAV file whose length is not known yet, which players take for as long as it goes on."""
+    head = wav_file(b"", rate)
+    return head[:4] + b"\xff" * 4 + head[8:40] + b"\xff" * 4
+
+
+# ---- transcriptions and translations ----
+
+TRANSCRIPT_FORMS = ("json", "text", "srt", "verbose_json", "vtt", "diarized_json")
+TIMED_FORMS = TRANSCRIPT_FORMS[2:]
+TASKS = {"transcribe": "Write down what is said in this recording, word for word, in the language that is spoken.",
+         "translate": "Write down in English what is said in this recording, whatever language is spoken."}
+TIME = {"type": "string", "description": "HH:MM:SS.mmm from the beginning of the recording"}
+TIMED_SCHEMA = {"type": "object", "required": ["language", "segments"], "properties": {
+    "language": {"type": "string", "description": "the language that is spoken, in English and lower case"},
+    "segments": {"type": "array", "items": {
+        "type": "object", "required": ["start", "end", "speaker", "text"], "properties": {
+            "start": TIME, "end": TIME, "text": {"type": "string", "description": "a sentence, or a part of one"},
+            "speaker": {"type": "string", "description": "A for the first speaker, B for the second, and so on"}}}}}}
+
+
+class TranscriptWants(NamedTuple):
+    """What the reply with a transcript has to mind."""
+    form: str = "json"
+    task: str = "transcribe"
+
+
+class Segment(NamedTuple):
+    """A piece of a transcript, with its time in seconds."""
+    start: float
+    end: float
+    text: str
+    speaker: str
+
+
+def openai_transcriptions_request(body: Fields, setting: Setting) -> Ask:
+    """Transcriptions: https://platform.openai.com/docs/api-reference/audio/createTranscription"""
+    return openai_transcript_ask(body, setting, "transcribe", TRANSCRIPT_FORMS)
+
+
+def openai_translations_request(body: Fields, setting: Setting) -> Ask:
+    """Translations: https://platform.openai.com/docs/api-reference/audio/createTranslation"""
+    return openai_transcript_ask(body, setting, "translate", TRANSCRIPT_FORMS[:5])
+
+
+def openai_transcript_ask(body: Fields, setting: Setting, task: str, forms: tuple[str, ...]) -> Ask:
+    asked = body.need("model", str)
+    model = openai_media_model(asked, "transcript", setting)
+    recording, form = openai_recording(body), body.word("response_format", *forms) or "json"
+    form_scalars(body, "temperature", "stream")
+    stream, timed = bool(body.get("stream", bool)), form in TIMED_FORMS
+    if stream and timed:
+        body.ignore("stream")               # as whisper-1 does
+    if form == "verbose_json" and body.strings("timestamp_granularities") not in ([], ["segment"]):
+        body.ignore("timestamp_granularities")
+    config = {"temperature": body.number("temperature", 0, 2) or 0, **json_config(TIMED_SCHEMA if timed else None)}
+    thinking = thinking_config(model, "none", False)
+    words = text_part(openai_transcript_words(body, task, timed))
+    call = generate_call(model, stream and not timed, [], [user_turn(recording, words)],
+                         {**config, **({"thinkingConfig": thinking} if thinking else {})})
+    return Ask((call,), call.streaming, TranscriptWants(form, task), asked)
+
+
+def openai_recording(body: Fields) -> Part:
+    """The uploaded file, by what it is rather than by what it is called."""
+    upload = body.need("file", Upload)
+    if not upload.data:
+        raise wrong_value("file", "Invalid 'file': the file is empty.")
+    data = base64.b64encode(upload.data).decode()
+    told, named = MIME_SPELLINGS.get(upload.mime, upload.mime), extension_type(upload.name) or ""
+    mime = sniffed(data) or named or told
+    if mime.startswith("video/") and (named.startswith("audio/") or told.startswith("audio/")):
+        mime = mime.replace("video", "audio")       # browsers record sound into containers for both
+    if not mime.startswith(("audio/", "video/")):
+        raise wrong_value("file", "Invalid file format. Supported formats: flac, m4a, mp3, mp4, mpeg, mpga, oga, ogg, "
+                                  "wav and webm.")
+    return {"inlineData": {"mimeType": mime, "data": data}}
+
+
+def openai_transcript_words(body: Fields, task: str, timed: bool) -> str:
+    """What Gemini is to do with the recording."""
+    languages, prompt = body.strings("language") + body.strings("languages"), body.get("prompt", str)
+    words = [TASKS[task], "Cut it into segments at pauses and at changes of the speaker." if timed else
+             "Answer with these words alone: no times, no names of speakers, no remarks. Without words, with nothing."]
+    if languages:
+        words.append(f"Spoken is (ISO 639): {', '.join(languages)}.")
+    if prompt:
+        words.append("Spell names and words as in this text, or go on from it, but do not repeat it: " + prompt)
+    return "\n".join(words)
+
+
+def openai_transcriptions_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Any:
+    """A transcript in the form that was wanted: JSON, or a Payload of plain text."""
+    for chunks in answers:
+        _, said, end = read_media(chunks, exchange, "audio/")
+    if end.finish != "stop":
+        raise withheld("transcript", end, said)
+    if exchange.wants.form in TIMED_FORMS:
+        return openai_timed_transcript(exchange, said)
+    if exchange.wants.form == "text":
+        return Payload(said.strip().encode() + b"\n")
+    return {"text": said.strip(), "usage": openai_transcript_usage(exchange.usage)}
+
+
+def openai_timed_transcript(exchange: Exchange, said: str) -> Any:
+    """A transcript with times, from Gemini's JSON. Probabilities, which Gemini does not tell, are left out."""
+    wants, spoken = exchange.wants, parsed_object(unfenced(said))
+    if spoken is None:
+        raise nonsense("the transcript is no JSON")
+    segments = [read_segment(segment) for segment in inner(spoken, "segments", list)]
+    if wants.form in ("srt", "vtt"):
+        return Payload(subtitles(segments, wants.form).encode())
+    whole = {"task": wants.task, "duration": max((segment.end for segment in segments), default=0.0),
+             "text": " ".join(segment.text for segment in segments)}
+    if wants.form == "diarized_json":
+        return {**whole, "segments": [{"type": "transcript.text.segment", "id": f"seg_{i}", **segment._asdict()}
+                                      for i, segment in enumerate(segments)],
+                "usage": openai_transcript_usage(exchange.usage)}
+    return {**whole, "language": "english" if wants.task == "translate" else inner(spoken, "language", str),
+            "segments": [{"id": i, "start": segment.start, "end": segment.end, "text": segment.text}
+                         for i, segment in enumerate(segments)]}
+
+
+def read_segment(segment: Any) -> Segment:
+    """One of Gemini's segments; a 502 where it has no times that make sense."""
+    if type(segment) is not dict:
+        raise nonsense("a segment of the transcript is no object")
+    start, end = (read_time(inner(segment, key, str)) for key in ("start", "end"))
+    return Segment(start, max(start, end), inner(segment, "text", str).strip(), inner(segment, "speaker", str) or "A")
+
+
+def read_time(text: str) -> float:
+    """Seconds from [[HH:]MM:]SS[.mmm]."""
+    told = re.fullmatch(r"(?:(?:(\d{1,3}):)?(\d{1,4}):)?(\d{1,6}(?:[.,]\d{1,9})?)", text.strip(), re.A)
+    if not told:
+        raise nonsense(f"a time in the transcript is {text[:40]!r}")
+    hours, minutes, seconds = told.groups()
+    return round(int(hours or 0) * 3600 + int(minutes or 0) * 60 + float(seconds.replace(",", ".")), 3)
+
+
+def subtitles(segments: list[Segment], form: str) -> str:
+    """The segments as SubRip or WebVTT, where no text may hold an empty line or an arrow."""
+    mark = "," if form == "srt" else "."
+    blocks = []
+    for i, segment in enumerate(segments, 1):
+        text = " ".join(segment.text.split()).replace("-->", "->")
+        times = f"{clock(segment.start, mark)} --> {clock(segment.end, mark)}"
+        blocks.append(f"{i}\n{times}\n{text}\n" if form == "srt" else f"{times}\n{text}\n")
+    return "\n".join(blocks if form == "srt" else ["WEBVTT\n", *blocks])
+
+
+def clock(seconds: float, mark: str) -> str:
+    whole, thousandths = divmod(round(seconds * 1000), 1000)
+    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}{mark}{thousandths:03}"
+
+
+def openai_transcript_usage(usage: Usage) -> JSON:
+    heard = min(usage.heard, usage.prompt)
+    details = {"text_tokens": usage.prompt - heard, "audio_tokens": heard}
+    return {"type": "tokens", **openai_media_usage(usage, input_token_details=details)}
+
+
+def openai_transcriptions_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+    said = ""
+    for event in read_gemini(next(answers), exchange):
+        if type(event) is Text and not event.thought:
+            said += event.text
+            yield {"type": "transcript.text.delta", "delta": event.text}
+        elif type(event) is End and event.finish != "stop":
+            raise withheld("transcript", event)
+    yield {"type": "transcript.text.done", "text": said, "usage": openai_transcript_usage(exchange.usage)}
+
+
 # ---- models ----
 
 GEMINI_OPENED = 1702425600      # 13 December 2023: Gemini's API opened; it tells no dates of its models
@@ -2227,6 +2785,15 @@ def openai_error(error: ProxyError) -> tuple[int, JSON]:
 OPENAI = Protocol("openai", (
     Route("POST", "/v1/chat/completions", openai_chat_request, openai_chat_response, openai_chat_stream, SSE),
     Route("POST", "/v1/embeddings", openai_embeddings_request, openai_embeddings_response),
+    Route("POST", "/v1/completions", openai_completions_request, openai_completions_response, openai_completions_stream,
+          SSE),
+    Route("POST", "/v1/images/generations", openai_images_request, openai_images_response, openai_images_stream,
+          NAMED_SSE),
+    Route("POST", "/v1/audio/speech", openai_speech_request, openai_speech_response, openai_speech_stream),
+    Route("POST", "/v1/audio/transcriptions", openai_transcriptions_request, openai_transcriptions_response,
+          openai_transcriptions_stream, takes=parse_form),
+    Route("POST", "/v1/audio/translations", openai_translations_request, openai_transcriptions_response,
+          openai_transcriptions_stream, takes=parse_form),
     Route("GET", "/v1/models", openai_models_request, openai_models_response),
     Route("GET", "/v1/models/{model}", openai_models_request, openai_model_response),
 ), openai_error, lambda error: openai_error(error)[1])
@@ -3387,10 +3954,18 @@ def without_401(protocol: Protocol) -> Protocol:
     return protocol._replace(error=error)
 
 
+def lacking(protocol: Protocol, paths: tuple[str, ...]) -> Protocol:
+    """The protocol without the routes of these paths."""
+    return protocol._replace(routes=tuple(route for route in protocol.routes if route.path not in paths))
+
+
+# What of OpenAI's a real Ollama server does not mount.
+OPENAIS_ALONE = ("/v1/images/generations", "/v1/audio/speech", "/v1/audio/translations")
+
 # What each -api mounts; the first protocol whose beginning fits a path tells of errors there.
 MOUNTS: dict[str, tuple[tuple[str, Protocol], ...]] = {
     "openai": (("/", OPENAI),),
-    "ollama": (("/v1/messages", ANTHROPIC), ("/v1", without_401(OPENAI)), ("/", OLLAMA)),
+    "ollama": (("/v1/messages", ANTHROPIC), ("/v1", without_401(lacking(OPENAI, OPENAIS_ALONE))), ("/", OLLAMA)),
 }
 
 
@@ -4496,9 +5071,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             ask = found.route.request(body, setting)
         except RecursionError:
             raise nested_too_deeply() from None
-        self.ignored, self.framing = body.ignored(), found.route.framing
+        self.ignored, self.framing = body.ignored(), ask.framing or found.route.framing
         self.exchange = Exchange(ask, setting, lambda calls: server.gemini.remember(ask.calls[0], self.key, calls))
-        beat = functools.partial(self.beat, found.route) if ask.stream else None
+        beat = functools.partial(self.beat, found.route) if ask.stream and self.framing.beat else None
         self.watch = Watch(self.connection, server.config.timeout, server.stopping, beat)
         with server.gemini.ask(ask.calls, self.watch, self.key) as self.answers:
             if ask.stream:
@@ -4525,7 +5100,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def beat(self, route: Route) -> None:
         """Say that the stream is alive."""
-        self.emit(route.framing.encode(route.beat(self.exchange)) if route.beat else route.framing.beat)
+        self.emit(route.framing.encode(route.beat(self.exchange)) if route.beat else self.framing.beat)
 
     def explain(self, error: ProxyError) -> None:
         """Add to an error which model the client meant, and whether Gemini lists it."""
@@ -4589,7 +5164,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             head = self.head(200, self.framing.content_type,
                              [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"),
                                                               *framing, *self.ignored_header()])
-            self.framed = True
+            self.framed = self.framing.tells
         if self.chunked:
             data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
         self.write(head + data)

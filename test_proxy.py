@@ -1057,6 +1057,286 @@ def test_what_cannot_be_embedded(place, more):
     assert refused({"model": EMBEDDER, "input": "x", **more}, proxy.openai_embeddings_request).place == place
 
 
+def blob(mime, data):
+    return {"inlineData": {"mimeType": mime, "data": data}}
+
+
+SAMPLES_OF_SOUND = bytes(range(8))
+SOUND = blob("audio/L16;codec=pcm;rate=24000", base64.b64encode(SAMPLES_OF_SOUND).decode())
+RIFF = proxy.wav_file(SAMPLES_OF_SOUND, 24000)
+
+
+def endpoint(name, body, *answers, setting=Setting()):
+    """(the whole answer, the streamed events) of one of OpenAI's endpoints; the stand-in must find nothing wrong with its calls."""
+    route = next(route for route in proxy.OPENAI.routes if route.path == "/v1/" + name)
+    ask = asked(body, route.request, setting)[0]
+    assert [refusal_of("/v1beta/" + call.path, call.body) for call in ask.calls] == [None] * len(ask.calls)
+    whole_answer = route.response(exchange(ask, setting), map(iter, answers))
+    return whole_answer, list(route.stream(exchange(ask, setting), map(iter, answers))) if ask.stream else []
+
+
+def complete(*answers, **body):
+    return endpoint("completions", {"model": FLASH, "prompt": "Once", **body}, *answers)
+
+
+def test_a_legacy_completion():
+    answer, events = complete([chunk(" upon"), whole({"text": "Hm", "thought": True}, " a time")], stream=True, stream_options={"include_usage": True})
+    assert answer == {"id": "cmpl-1", "object": "text_completion", "created": 1700000000, "model": FLASH, "usage": proxy.openai_usage(Usage(4, 0, 7, 2)),
+                      "choices": [{"text": " upon a time", "index": 0, "logprobs": None, "finish_reason": "stop"}]}
+    assert [(c["text"], c["finish_reason"]) for event in events for c in event["choices"]] == [(" upon", None), (" a time", None), ("", "stop")]
+    assert [event["usage"] for event in events] == [None, None, None, answer["usage"]] and events[-1]["choices"] == []
+    assert complete([whole("", finish="SAFETY")])[0]["choices"][0]["finish_reason"] == "content_filter"
+
+
+def test_several_prompts_and_choices():
+    answer, events = complete([whole("a")], [whole("b")], [whole("c")], [whole("d")], prompt=["A", "B"], n=2, echo=True, stream=True)
+    assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [(0, "Aa"), (1, "Ab"), (2, "Bc"), (3, "Bd")]
+    assert [event["choices"][0]["text"] for event in events][:4] == ["Aa", "", "Ab", ""] and answer["usage"]["total_tokens"] == 44
+
+
+def completion(**body):
+    return gemini_body({"model": FLASH, "prompt": "Once", **body}, request=proxy.openai_completions_request)
+
+
+def test_what_a_completion_asks():
+    assert completion(stop="END", temperature=0.5)["generationConfig"] == {"temperature": 0.5, "stopSequences": ["END"]}
+    assert completion(max_tokens=16)["generationConfig"] == {"maxOutputTokens": 16, "thinkingConfig": {"thinkingBudget": 0}}      # thoughts would eat it up
+    assert completion(reasoning_effort="low", max_tokens=16)["generationConfig"]["thinkingConfig"] == {"thinkingBudget": 1024}
+    gap = completion(prompt="def f(", suffix="return 1")
+    assert gap["contents"] == [u("<before>def f(</before><gap/><after>return 1</after>")] and "gap" in gap["systemInstruction"]["parts"][0]["text"]
+    assert completion(prompt=None)["contents"] == [u("")]
+    assert asked({"model": FLASH, "prompt": "x", "best_of": 3, "logprobs": 2, "user": "u"}, proxy.openai_completions_request)[1] == ["best_of", "logprobs", "user"]
+
+
+@pytest.mark.parametrize("place, more", [("prompt", {"prompt": {}}), ("prompt", {"prompt": []}), ("prompt", {"prompt": [1, 2]}), ("prompt", {"prompt": [[1], [2]]}),
+                                         ("prompt[1]", {"prompt": ["a", {}]}), ("prompt", {"prompt": ["a"] * 2, "n": 100}), ("n", {"n": 0}), ("model", {"model": None}),
+                                         ("suffix", {"suffix": 7}), ("best_of", {"best_of": 21}), ("max_tokens", {"max_tokens": "many"})])
+def test_what_cannot_be_completed(place, more):
+    assert refused({"model": FLASH, "prompt": "x", **more}, proxy.openai_completions_request).place == place
+
+
+@pytest.mark.parametrize("what, name, aliases, model", [
+    ("picture", None, (), "gemini-nano-banana-2.1"), ("picture", "dall-e-3", (), "gemini-nano-banana-2.1"), ("picture", "gemini-2.5-flash-image", (), "gemini-2.5-flash-image"),
+    ("picture", "gpt-image-1", (("gpt-*", NEWEST),), "gemini-nano-banana-2.1"), ("picture", "gpt-image-1", (("gpt-image-*", "gemini-3-pro-image"),), "gemini-3-pro-image"),
+    ("picture", "dall-e-3", (("dall-e-3", "tunedModels/mine"),), "mine"), ("speech", "tts-1-hd", (), "gemini-3.8-flash-tts"),
+    ("speech", "gpt-4o-mini-tts", (("gpt-*", NEWEST),), "gemini-3.8-flash-tts"), ("transcript", "whisper-1", (), NEWEST), ("transcript", FLASH, (), FLASH),
+    ("transcript", "gpt-4o-transcribe", (("gpt-*", FLASH),), FLASH)])
+def test_openais_media_models_have_stand_ins(what, name, aliases, model):
+    assert proxy.openai_media_model(name, what, Setting(aliases=aliases)).name == model
+
+
+def draw(*answers, **body):
+    return endpoint("images/generations", {"model": "gemini-2.5-flash-image", "prompt": "A dot", **body}, *answers)
+
+
+def test_pictures():
+    answer, events = draw([whole("Here:", blob("image/png", PNG))], [whole(blob("image/png", PNG))], n=2, stream=True)
+    usage = {"input_tokens": 4, "input_tokens_details": {"text_tokens": 4, "image_tokens": 0}, "output_tokens": 7, "total_tokens": 11}
+    assert answer == {"created": 1700000000, "data": [{"b64_json": PNG}] * 2, "output_format": "png",
+                      "usage": {**usage, "input_tokens": 8, "input_tokens_details": {"text_tokens": 8, "image_tokens": 0}, "output_tokens": 14, "total_tokens": 22}}
+    assert events == [{"type": "image_generation.completed", "b64_json": PNG, "created_at": 1700000000, "size": "auto", "quality": "auto", "background": "auto",
+                       "output_format": "png", "usage": usage}] * 2
+    for more in ({"response_format": "url"}, {"model": "dall-e-2"}):
+        assert draw([whole(blob("image/jpeg", "AAAA"))], **more)[0]["data"] == [{"url": "data:image/jpeg;base64,AAAA"}]
+    assert len(draw([whole(finish="NO_IMAGE")], [whole(blob("image/png", PNG))], n=2)[0]["data"]) == 1
+
+
+@pytest.mark.parametrize("size, model, config", [
+    (None, FLASH, None), ("auto", FLASH, None), ("1024x1024", FLASH, {"aspectRatio": "1:1"}), ("1792x1024", FLASH, {"aspectRatio": "16:9"}),
+    ("1024X1536", NEWEST, {"aspectRatio": "2:3"}), ("256x256", NEWEST, {"aspectRatio": "1:1"}), ("2048x2048", NEWEST, {"aspectRatio": "1:1", "imageSize": "2K"}),
+    ("4096x2304", NEWEST, {"aspectRatio": "16:9", "imageSize": "4K"}), ("4096x2304", FLASH, {"aspectRatio": "16:9"}), ("9999x10", FLASH, {"aspectRatio": "21:9"})])
+def test_sizes_become_ratios(size, model, config):
+    body = gemini_body({"model": model, "prompt": "A dot", "size": size}, request=proxy.openai_images_request)
+    assert body["generationConfig"] == {"responseModalities": ["IMAGE"], **({"imageConfig": config} if config else {})}
+
+
+@pytest.mark.parametrize("said, code, words", [
+    (whole(finish="IMAGE_SAFETY", finishMessage="Too grim."), "content_policy_violation", r"IMAGE_SAFETY\): Too grim"), (whole("I would rather not."), None, "I would rather not"),
+    ({"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}, "content_policy_violation", "PROHIBITED_CONTENT")])
+def test_a_picture_that_is_not_drawn_is_an_error(said, code, words):
+    with pytest.raises(ProxyError, match=words) as caught:
+        draw([said])
+    assert (caught.value.status, caught.value.code) == (400, code)
+
+
+def test_what_no_picture_heeds():
+    body = {"model": NEWEST, "prompt": "A dot", "quality": "high", "background": "transparent", "style": "vivid", "output_format": "webp", "user": "u", "partial_images": 2}
+    assert asked(body, proxy.openai_images_request)[1] == ["background", "output_format", "partial_images", "quality", "style", "user"]
+    assert asked({**body, **dict.fromkeys(body, None), "model": NEWEST, "prompt": "x", "quality": "auto", "output_format": "jpeg"}, proxy.openai_images_request)[1] == []
+
+
+def speak(*chunks, **body):
+    return endpoint("audio/speech", {"model": "gemini-3.8-flash-tts", "input": "Hello", "voice": "nova", **body}, list(chunks))
+
+
+def test_speech():
+    two = [chunk(SOUND), whole(SOUND)]
+    assert speak(*two, response_format="wav")[0] == speak(*two)[0] == proxy.Payload(proxy.wav_file(SAMPLES_OF_SOUND * 2, 24000), "audio/wav")
+    answer, events = speak(*two, response_format="pcm")
+    assert answer == proxy.Payload(SAMPLES_OF_SOUND * 2, "audio/pcm") and [*map(proxy.PCM.encode, events)] == [SAMPLES_OF_SOUND] * 2
+    events = speak(*two, stream_format="sse")[1]
+    assert [event["type"] for event in events] == ["speech.audio.delta"] * 2 + ["speech.audio.done"]
+    head, more = (base64.b64decode(event["audio"]) for event in events[:2])
+    assert head == RIFF[:4] + b"\xff" * 4 + RIFF[8:40] + b"\xff" * 4 + SAMPLES_OF_SOUND and more == SAMPLES_OF_SOUND
+    assert events[2]["usage"] == {"input_tokens": 4, "output_tokens": 7, "total_tokens": 11}
+    assert speak(*two, stream_format="sse", response_format="pcm")[1][0]["audio"] == SOUND["inlineData"]["data"]
+
+
+def test_what_speech_asks():
+    body = {"model": "tts-1", "input": "Hello", "voice": {"id": "nova"}, "instructions": "Cheerfully", "speed": 2, "response_format": "opus"}
+    ask, ignored = asked(body, proxy.openai_speech_request)
+    assert ask.calls[0].body == {"contents": [u("Cheerfully\n\nSay: Hello")], "generationConfig": {
+        "responseModalities": ["AUDIO"], "speechConfig": {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": "Zephyr"}}}}}
+    assert ignored == ["response_format", "speed"] and not ask.stream
+    older = asked({**body, "model": "gemini-2.5-flash-preview-tts", "response_format": "pcm", "voice": "Kore", "speed": 1.0}, proxy.openai_speech_request)
+    assert (older[0].stream, older[0].calls[0].streaming, older[1]) == (False, False, [])
+
+
+@pytest.mark.parametrize("chunks", [[whole("No.")], [whole(finish="SAFETY")], [chunk(SOUND), whole(finish="MAX_TOKENS")]])
+def test_speech_that_is_not_whole_is_an_error(chunks):
+    for more in ({}, {"stream_format": "sse"}):
+        with pytest.raises(ProxyError, match="no whole speech"):
+            speak(*chunks, **more)
+
+
+def form(*parts, boundary="b0un:d"):
+    """(body, Content-Type) of a form: (name, text), or (name, file name, type, bytes)."""
+    body = b""
+    for name, *told in parts:
+        told = [told[0].encode()] if len(told) == 1 else told
+        file = f'; filename="{told[0]}"\r\nContent-Type: {told[1]}' if len(told) == 3 else ""
+        body += f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + told[-1] + b"\r\n"
+    return body + f"--{boundary}--\r\n".encode(), f'multipart/form-data; boundary="{boundary}"'
+
+
+def test_forms():
+    tricky = b"\r\n\r\n--b0un:\r\n\0\xff--"
+    fields = proxy.parse_form(*form(("model", "m\r\nn"), ("file", '\u00e5 \\"b\\".wav', "Audio/WAV; x=y", tricky), ("g[]", "a"), ("g[]", "b")))
+    assert fields.data == {"model": "m\r\nn", "file": proxy.Upload('\u00e5 "b".wav', "audio/wav", tricky), "g": ["a", "b"]}
+    raw = b'--x \r\ncontent-disposition:form-data;name=a;filename*=UTF-8\'\'b%20c.mp3\r\n\r\n1\r\n--x--'
+    assert proxy.parse_form(raw, "Multipart/Form-Data; charset=utf-8; BOUNDARY=x").data == {"a": proxy.Upload("UTF-8\'\'b c.mp3", "", b"1")}
+    fields.data.update(temperature="0.5", stream="True", prompt="7")
+    proxy.form_scalars(fields, "temperature", "stream", "missing")
+    assert (fields.data["temperature"], fields.data["stream"], fields.data["prompt"]) == (0.5, True, "7")
+
+
+GOOD_FORM, FORM_KIND = form(("model", "m"))
+
+
+@pytest.mark.parametrize("raw, kind", [
+    (b"", FORM_KIND), (b"{}", "application/json"), (GOOD_FORM, "multipart/form-data"), (GOOD_FORM, "multipart/form-data; boundary="), (GOOD_FORM, FORM_KIND + "x\0"),
+    (GOOD_FORM, "multipart/form-data; boundary=other"), (b"x" + GOOD_FORM, FORM_KIND), (GOOD_FORM[:-6], FORM_KIND), (GOOD_FORM.replace(b"name", b"nome"), FORM_KIND),
+    (GOOD_FORM.replace(b"form-data", b"attachment"), FORM_KIND), (GOOD_FORM.replace(b"Content-D", b"X-D"), FORM_KIND), (GOOD_FORM.replace(b"; n", b"\r\n; n"), FORM_KIND),
+    (GOOD_FORM.replace(b"\r\n\r\n", b"\r\n"), FORM_KIND), (GOOD_FORM.replace(b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: base64\r\n\r\n"), FORM_KIND),
+    (GOOD_FORM.replace(b'"model"', b'""'), FORM_KIND), (GOOD_FORM.replace(b'"model"', b'"\xff"'), FORM_KIND), (GOOD_FORM.replace(b"\r\nm", b"\r\n\xff"), FORM_KIND),
+    (GOOD_FORM.replace(b'"model"', b'"' + b"x" * 9000 + b'"'), FORM_KIND), form(("a", "1"), ("a", "2")), form(("a[]", "1"), ("a", "2")), form(("a", "1"), ("a[]", "2")),
+    form(*[("x[]", "y")] * 101)])
+def test_what_is_no_form_is_a_400(raw, kind):
+    with pytest.raises(ProxyError) as caught:
+        proxy.parse_form(raw, kind)
+    assert caught.value.status == 400
+
+
+def transcribe(said, name="audio/transcriptions", **body):
+    return endpoint(name, {"model": FLASH, "file": proxy.Upload("a.wav", "audio/x-wav", RIFF), **body}, said)
+
+
+def test_transcripts():
+    answer, events = transcribe([chunk(" God "), whole("morgen.\n", usage={**USAGE, "promptTokensDetails": [{"modality": "AUDIO", "tokenCount": 3}]})], stream="true")
+    usage = {"type": "tokens", "input_tokens": 4, "input_token_details": {"text_tokens": 1, "audio_tokens": 3}, "output_tokens": 7, "total_tokens": 11}
+    assert answer == {"text": "God morgen.", "usage": usage}
+    assert events == [{"type": "transcript.text.delta", "delta": " God "}, {"type": "transcript.text.delta", "delta": "morgen.\n"},
+                      {"type": "transcript.text.done", "text": " God morgen.\n", "usage": usage}]
+    assert transcribe([whole("Hei.")], response_format="text")[0] == proxy.Payload(b"Hei.\n")
+    assert transcribe([whole("")])[0]["text"] == ""
+    for finish in ("RECITATION", "MAX_TOKENS"):
+        with pytest.raises(ProxyError, match=finish):
+            transcribe([whole("Yesterday", finish=finish)], stream="true")
+
+
+TIMED = json.dumps({"language": "english", "segments": [{"start": "00:00:01.5", "end": "00:02", "text": " Hello --> there.\n", "speaker": "A"},
+                                                        {"start": "1:01:01,25", "end": "3661", "text": "Bye.", "speaker": "B"}]})
+
+
+def test_transcripts_with_times():
+    srt = "1\n00:00:01,500 --> 00:00:02,000\nHello -> there.\n\n2\n01:01:01,250 --> 01:01:01,250\nBye.\n"
+    assert transcribe([whole(TIMED)], response_format="srt")[0].data.decode() == srt
+    vtt = "WEBVTT\n\n00:00:01.500 --> 00:00:02.000\nHello -> there.\n\n01:01:01.250 --> 01:01:01.250\nBye.\n"
+    assert transcribe([whole(TIMED)], response_format="vtt")[0].data.decode() == vtt
+    base = {"task": "transcribe", "duration": 3661.25, "text": "Hello --> there. Bye."}
+    segments = [{"start": 1.5, "end": 2.0, "text": "Hello --> there."}, {"start": 3661.25, "end": 3661.25, "text": "Bye."}]
+    verbose = transcribe([whole(TIMED)], response_format="verbose_json", stream="true")
+    assert verbose == ({**base, "language": "english", "segments": [{"id": i, **segment} for i, segment in enumerate(segments)]}, [])
+    diarized = transcribe([whole("```json\n" + TIMED + "\n```")], response_format="diarized_json")[0]
+    assert {key: diarized[key] for key in base} == base and [(s["id"], s["speaker"], s["type"]) for s in diarized["segments"]] == [
+        ("seg_0", "A", "transcript.text.segment"), ("seg_1", "B", "transcript.text.segment")]
+    assert transcribe([whole(TIMED)], "audio/translations", response_format="verbose_json")[0]["task"] == "translate"
+    for nonsense in ("Hello.", '{"segments":[7]}', '{"segments":[{"start":"soon","end":"later","text":""}]}', '{"segments":[{"start":1,"end":2,"text":""}]}'):
+        with pytest.raises(ProxyError) as caught:
+            transcribe([whole(nonsense)], response_format="srt")
+        assert caught.value.status == 502
+
+
+def test_what_a_transcript_asks():
+    body = {"model": "gemini-3.8-flash", "file": proxy.Upload("a.wav", "audio/x-wav", RIFF), "language": "no", "prompt": "\u00c5se", "temperature": "0.2",
+            "include": ["logprobs"], "timestamp_granularities": ["word"], "response_format": "verbose_json"}
+    ask, ignored = asked(body, proxy.openai_transcriptions_request)
+    sent = ask.calls[0].body
+    assert sent["contents"][0]["parts"][0] == blob("audio/wav", base64.b64encode(RIFF).decode()) and sent["generationConfig"]["temperature"] == 0.2
+    assert "no" in sent["contents"][0]["parts"][1]["text"] and "\u00c5se" in sent["contents"][0]["parts"][1]["text"] and ignored == ["include", "timestamp_granularities"]
+    assert sent["generationConfig"]["thinkingConfig"] == {"thinkingLevel": "LOW"} and sent["generationConfig"]["responseJsonSchema"]["properties"]["segments"]
+    assert asked({**body, "stream": "true"}, proxy.openai_transcriptions_request)[1] == ["include", "stream", "timestamp_granularities"]
+
+
+@pytest.mark.parametrize("upload, mime", [
+    (("a", "", RIFF), "audio/wav"), (("a.wav", "application/octet-stream", b"ID3\4"), "audio/mp3"), (("a.m4a", "", b"\0\0\0\x20ftypisom"), "audio/mp4"),
+    (("blob", "audio/webm", b"\x1a\x45\xdf\xa3"), "audio/webm"), (("a.webm", "video/webm", b"\x1a\x45\xdf\xa3"), "video/webm"), (("a.flac", "", b"?"), "audio/flac"),
+    (("a", "audio/aiff", b"?"), "audio/aiff"), (("a.txt", "text/plain", b"?"), None), (("a.wav", "audio/wav", b"%PDF-1"), None), (("a.wav", "audio/wav", b""), None)])
+def test_recordings_are_taken_for_what_they_are(upload, mime):
+    body = {"model": FLASH, "file": proxy.Upload(*upload)}
+    if mime is None:
+        assert refused(body, proxy.openai_transcriptions_request).place == "file"
+    else:
+        assert asked(body, proxy.openai_transcriptions_request)[0].calls[0].body["contents"][0]["parts"][0]["inlineData"]["mimeType"] == mime
+
+
+@pytest.mark.parametrize("place, more", [("file", {"file": None}), ("file", {"file": "text"}), ("model", {"model": None}), ("model", {"model": proxy.Upload("m", "", b"m")}),
+                                         ("response_format", {"response_format": "poem"}), ("temperature", {"temperature": "hot"}), ("stream", {"stream": "maybe"}),
+                                         ("language", {"language": 7})])
+def test_what_cannot_be_written_down(place, more):
+    assert refused({"model": FLASH, "file": proxy.Upload("a.wav", "", RIFF), **more}, proxy.openai_transcriptions_request).place == place
+
+
+def test_a_form_on_the_wire(server, gemini):
+    gemini.say(whole("Hei."), [chunk("He"), whole("i.")])
+    parts = ("model", "whisper-1"), ("file", "a.wav", "audio/wav", RIFF), ("user", "me")
+    raw, kind = form(*parts)
+    status, headers, body = post(server, "/v1/audio/transcriptions", raw, Content_Type=kind)
+    assert (status, json.loads(body)["text"], headers["x-proxy-ignored"], gemini.paths) == (
+        200, "Hei.", "user", ["/v1beta/models/gemini-3.8-flash:generateContent"])
+    raw, kind = form(*parts, ("stream", "true"))
+    assert post(server, "/audio/transcriptions", raw, Content_Type=kind)[2].decode().count("transcript.text.delta") == 2
+    assert error_of(post(server, "/v1/audio/transcriptions", form(parts[0])[0], Content_Type=kind))["param"] == "file"
+
+
+def test_bare_sound_on_the_wire(server, gemini):
+    body = {"model": "tts-1", "input": "Hello", "voice": "alloy", "response_format": "pcm"}
+    gemini.say([chunk(SOUND), whole(SOUND)], [whole("No.")], [chunk(SOUND), whole(finish="OTHER_SAFETY"), b"{"], whole(SOUND))
+    status, headers, sound = post(server, "/v1/audio/speech", body)
+    assert (status, headers["content-type"], sound) == (200, "audio/pcm", SAMPLES_OF_SOUND * 2)
+    assert post(server, "/v1/audio/speech", body)[0] == 400
+    with Line(server) as line, pytest.raises(ValueError):         # it breaks off: no word of an error among the samples, and no end
+        line.ask("POST", "/v1/audio/speech", body)
+    headers = post(server, "/v1/audio/speech", {**body, "response_format": "mp3"})[1]
+    assert (headers["content-type"], headers["x-proxy-ignored"]) == ("audio/wav", "response_format")
+
+
+def test_an_ollama_server_lacks_what_ollama_lacks(gemini):
+    with serving(gemini.url, api="ollama") as server:
+        paths = ["completions", "audio/transcriptions", "images/generations", "audio/speech", "audio/translations"]
+        assert [post(server, "/v1/" + path, {})[0] for path in paths] == [400, 400, 404, 404, 404]
+
+
 def test_models():
     answers = [[{"models": MODELS}]]
     setting = Setting(aliases=(("gpt-4o", FLASH), ("gpt-*", FLASH)))
@@ -1595,13 +1875,14 @@ def all_routes():
 
 @pytest.mark.parametrize("route", [route for route in all_routes().values() if route.stream], ids=lambda route: route.path)
 def test_no_stream_says_a_word_before_gemini_does(route):
-    body = {"model": FLASH, "messages": [user("Hi")], "input": "Hi", "prompt": "Hi", "max_tokens": 9, "stream": True, "from": FLASH}
+    body = {"model": FLASH, "messages": [user("Hi")], "input": "Hi", "prompt": "Hi", "max_tokens": 9, "stream": True, "from": FLASH,
+            "stream_format": "sse", "file": proxy.Upload("a.wav", "audio/wav", b"x")}
     ask = route.request(Fields({**body, "model": "mine"} if "create" in route.path else body), Setting(ollama=True))
     read = []
 
     def chunks():
         read.append(True)
-        yield {**whole("Hello"), "models": MODELS}
+        yield {**whole("Hello", blob("image/png", PNG), SOUND), "models": MODELS}
     events = route.stream(exchange(ask), iter([chunks()]))
     assert not read
     next(events)
@@ -2553,6 +2834,32 @@ def test_the_readmes_parameters_are_treated_as_it_says():
         assert (name in ignored) is (kind == "ignored"), (name, ignored)
 
 
+MEDIA_SAMPLES = {       # of each of the smaller endpoints: what it needs, and values that are not OpenAI's default
+    "completions": ({"model": FLASH, "prompt": "x"}, {
+        **{name: SAMPLES[name] for name in ("stream", "stream_options", "max_tokens", "temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty",
+                                            "logit_bias", "user")}, "prompt": ["x", "y"], "suffix": "y", "echo": True, "best_of": 2, "logprobs": 1}),
+    "images/generations": ({"model": "dall-e-3", "prompt": "x"}, {
+        "n": 2, "size": "1536x1024", "stream": True, "response_format": "url", "output_format": "webp", "quality": "high", "background": "transparent", "moderation": "low",
+        "style": "vivid", "output_compression": 50, "partial_images": 2, "user": "u"}),
+    "audio/speech": ({"model": "tts-1", "input": "x"}, {"voice": "nova", "instructions": "softly", "response_format": "mp3", "stream_format": "sse", "speed": 2}),
+    "audio/transcriptions": ({"model": "whisper-1", "file": proxy.Upload("a.wav", "", RIFF)}, {
+        "language": "no", "languages": ["no", "sv"], "prompt": "x", "response_format": "srt", "temperature": "0.5", "stream": "true", "timestamp_granularities": ["word"],
+        "include": ["logprobs"], "chunking_strategy": "x", "known_speaker_names": ["a"], "known_speaker_references": ["a"]}),
+}
+
+
+def test_the_readmes_other_parameters_are_treated_as_it_says():
+    table = {endpoint.strip("`"): [re.findall("`([^`]+)`", re.sub(r"\([^)]*\)", "", names)) for names in kinds] for endpoint, *kinds in readme_table("Parameters of the smaller endpoints")}
+    assert set(table) == set(MEDIA_SAMPLES)
+    for name, (heeded, ignored) in table.items():
+        needs, more = MEDIA_SAMPLES[name]
+        route = next(route for route in proxy.OPENAI.routes if route.path == "/v1/" + name)
+        assert sorted(heeded + ignored) == sorted({*needs, *more})
+        told = {key: asked({**needs, key: {**needs, **more}[key]}, route.request)[1] for key in heeded + ignored}
+        always = asked(needs, route.request)[1]
+        assert {key: key in names and key not in always for key, names in told.items()} == {**dict.fromkeys(heeded, False), **dict.fromkeys(ignored, True)}
+
+
 OLLAMA_SAMPLES = {
     "model": FLASH, "messages": [user("Hi")], "stream": False, "format": "json", "think": False, "tools": [WEATHER], "keep_alive": "1m",
     "options.temperature": 0.1, "options.top_p": 0.5, "options.top_k": 5, "options.num_predict": 9, "options.seed": 7, "options.stop": ["a"], "options.num_ctx": 9,
@@ -2648,3 +2955,28 @@ def test_openais_own_library(server, gemini):
     with openai.OpenAI(base_url=server.url + "/v1", api_key="any") as client:      # its type of a vector knows no base64
         assert client.embeddings.create(model=EMBEDDER, input=["a", "b"]).data[1].embedding == pytest.approx([0.6, 0.8])
         assert FLASH in [model.id for model in client.models.list()]
+
+
+def test_openais_own_library_and_media(server, gemini):
+    openai = pytest.importorskip("openai")
+    recording = ("a.wav", RIFF)
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0, _strict_response_validation=True) as client:
+        gemini.say(*[whole(blob("image/png", PNG))] * 2)
+        assert client.images.generate(model="gpt-image-1", prompt="A dot", size="1536x1024", output_format="png").data[0].b64_json == PNG
+        assert [event.b64_json for event in client.images.generate(model="gpt-image-1", prompt="A dot", stream=True, partial_images=1)] == [PNG]
+        gemini.say(whole(SOUND), [chunk(SOUND), whole(SOUND)])
+        assert client.audio.speech.create(model="tts-1", voice="alloy", input="Hi").content == RIFF
+        with client.audio.speech.with_streaming_response.create(model="tts-1", voice="alloy", input="Hi", response_format="pcm") as sound:
+            assert b"".join(sound.iter_bytes()) == SAMPLES_OF_SOUND * 2
+        gemini.say(whole("Hei."), [chunk("He"), whole("i.")], whole(TIMED), whole(TIMED))
+        assert client.audio.transcriptions.create(model="whisper-1", file=recording, language="no", temperature=0).text == "Hei."
+        events = list(client.audio.transcriptions.create(model="gpt-4o-transcribe", file=recording, stream=True))
+        assert [event.type for event in events] == ["transcript.text.delta"] * 2 + ["transcript.text.done"] and events[-1].text == "Hei."
+        assert client.audio.transcriptions.create(model="whisper-1", file=recording, response_format="srt").startswith("1\n00:00:01,500 --> ")
+        assert client.audio.transcriptions.create(model="gpt-4o-transcribe-diarize", file=recording, response_format="diarized_json").segments[1].speaker == "B"
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="any") as client:      # its types want what Gemini does not tell
+        gemini.say(whole(TIMED), [chunk(" up"), whole("on")])
+        verbose = client.audio.transcriptions.create(model="whisper-1", file=recording, response_format="verbose_json", timestamp_granularities=["segment"])
+        assert (verbose.duration, verbose.segments[0].text, verbose.language) == (3661.25, "Hello --> there.", "english")
+        chunks = client.completions.create(model=FLASH, prompt="Once", stream=True)
+        assert "".join(choice.text for part in chunks for choice in part.choices) == " upon"
