@@ -1288,6 +1288,7 @@ class End(NamedTuple):
     message: str                # and what it says about it
     usage: Usage
     citations: list[Citation]
+    searches: tuple[str, ...] = ()      # what Gemini looked for in Google
 
 
 # Gemini's finish reasons in four words. What is not here is "stop": the list grows every few months.
@@ -1362,8 +1363,9 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
     counted = read_usage(usage)
     exchange.usage = exchange.usage.plus(counted)
     finish = FINISHES.get(reason, "stop") if reason else "filter"
+    searches = tuple(query for query in inside(grounding, "webSearchQueries", list) if type(query) is str)
     yield End(finish, bool(calls), reason or blocked, message, counted, read_citations(pieces, grounding) if grounding
-              else [])
+              else [], searches)
 
 
 def read_part(part: Any, done: set) -> Text | Call | Media | None:
@@ -1624,7 +1626,7 @@ def carried_signature(call: Fields, function: Fields) -> str | None:
 
 
 def openai_result_part(message: Fields, content: str, id: str, model: Model) -> Part:
-    """A tool's result, under the keys `content` and `id`: text, JSON in a text, or parts; pictures go beside the text."""
+    """A tool's result, under these keys: text, JSON in a text, or parts; pictures go beside the text."""
     parts = openai_parts(message, content, model)
     media = [part for part in parts if "text" not in part]
     return result_part(message.get("name", str), texts_of(parts), plain_id(message.get(id, str)), media)
@@ -1848,7 +1850,7 @@ def openai_effort(body: Fields) -> str | None:
 
 
 def openai_response_format(body: Fields, key: str = "response_format") -> JSON | None:
-    """The schema of the answer; ANY_JSON where it may be any JSON; None where it is text. Flat in responses' `format`."""
+    """The schema of the answer; ANY_JSON where it may be any JSON; None where it is text. (In `format` it is flat.)"""
     wanted = body.inner(key)
     if wanted is None:
         return None
@@ -2237,8 +2239,10 @@ def openai_model_entry(id: str, setting: Setting) -> JSON:
 def openai_models_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     setting = exchange.setting
     names = [name for name in usable_models(answers, setting) if not setting.ollama or not UNLISTED.search(name)]
+    # Codex wants a list of its own here. An entry would have to bring a system prompt in place of Codex's own.
+    codex = {"models": []} if "client_version" in setting.query else {}
     return {"object": "list", "data": [openai_model_entry(tagged(name) if setting.ollama else name, setting)
-                                       for name in names]}
+                                       for name in names], **codex}
 
 
 def openai_model_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
@@ -2447,7 +2451,11 @@ class ResponseWants(NamedTuple):
     one_call: bool
     unfence: bool
     summary: bool                   # thoughts are wanted
-    sealed: bool                    # signatures are wanted in reasoning items
+    included: list[str]             # signatures in reasoning items, sources in searches
+
+    @property
+    def sealed(self) -> bool:
+        return "reasoning.encrypted_content" in self.included
 
 
 def openai_responses_request(body: Fields, setting: Setting) -> Ask:
@@ -2472,16 +2480,17 @@ def openai_responses_request(body: Fields, setting: Setting) -> Ask:
     one_call = body.get("parallel_tool_calls", bool) is False
     echo = {**openai_echo(body, text), "model": asked, "parallel_tool_calls": not one_call,
             "reasoning": {"effort": effort, "summary": summary}, "service_tier": fields.get("serviceTier", "default")}
-    wants = ResponseWants(tools.names, tools.custom, tools.spaces, echo, body.data.get("input") or [], one_call, unfence,
-                          shown or config.get("thinkingConfig", {}).get("includeThoughts", False),
-                          openai_included(body))
+    wants = ResponseWants(names=tools.names, custom=tools.custom, spaces=tools.spaces, echo=echo,
+                          input=body.data.get("input") or [], one_call=one_call, unfence=unfence,
+                          summary=shown or config.get("thinkingConfig", {}).get("includeThoughts", False),
+                          included=openai_included(body))
     return Ask((call,), stream, wants, asked)
 
 
 def openai_history(body: Fields, model: Model, setting: Setting) -> History:
     """The conversation: the earlier responses, whose instructions do not count any more, and then the input."""
-    for key in ("conversation", "prompt"):
-        if body.data.get(key):
+    for key, kinds in (("conversation", (str, dict)), ("prompt", (dict,))):
+        if body.data.get(key) and type(body.data[key]) in kinds:
             raise wrong_value(key, f"Invalid value for '{key}': it is kept at OpenAI; send the items themselves.")
     instructions, previous = body.get("instructions", str), body.get("previous_response_id", str)
     told = body.get("input", str, list)
@@ -2508,13 +2517,13 @@ def openai_reasoning(body: Fields) -> tuple[str | None, str | None]:
     return reasoning.word("effort", *EFFORTS), None if summary == "none" else summary
 
 
-def openai_included(body: Fields) -> bool:
-    """Whether signatures are to be told; whatever else is to be included is not there."""
+def openai_included(body: Fields) -> list[str]:
+    """What is to be told besides; most that OpenAI could tell is not there."""
     names = body.strings("include")
     for name in names:
-        if name != "reasoning.encrypted_content":
+        if name not in ("reasoning.encrypted_content", "web_search_call.action.sources"):
             body.ignore(f"include.{name}")
-    return "reasoning.encrypted_content" in names
+    return names
 
 
 def openai_echo(body: Fields, text: Fields) -> JSON:
@@ -2522,14 +2531,15 @@ def openai_echo(body: Fields, text: Fields) -> JSON:
     told, store = body.data, body.get("store", bool)
     return {
         "background": False, "instructions": told.get("instructions"),
-        "max_output_tokens": told.get("max_output_tokens"), "max_tool_calls": inside(told, "max_tool_calls", int) or None,
-        "metadata": body.get("metadata", dict) or {}, "previous_response_id": told.get("previous_response_id"),
+        "max_output_tokens": told.get("max_output_tokens"),
+        "max_tool_calls": inside(told, "max_tool_calls", int) or None, "metadata": body.get("metadata", dict) or {},
+        "previous_response_id": told.get("previous_response_id"),
         "prompt_cache_key": inside(told, "prompt_cache_key", str) or None,
         "safety_identifier": inside(told, "safety_identifier", str) or None, "store": store is not False,
         "temperature": told.get("temperature"),
         "text": {**text.data, "format": text.data.get("format") or {"type": "text"}},
-        "tool_choice": told.get("tool_choice") or "auto", "tools": [openai_told_tool(tool) for tool in
-                                                                    told.get("tools") or ()],
+        "tool_choice": told.get("tool_choice") or "auto",
+        "tools": [openai_told_tool(tool) for tool in told.get("tools") or ()],
         "top_logprobs": inside(told, "top_logprobs", int), "top_p": told.get("top_p"),
         "truncation": body.word("truncation", "auto", "disabled") or "disabled",
         "user": inside(told, "user", str) or None,
@@ -2673,17 +2683,30 @@ class Reply:
         yield self.add("ig_", {"type": "image_generation_call", "status": "in_progress", "result": None})
         yield self.done(status="completed", result=media.data)
 
+    def search(self, end: End) -> Iterator[JSON]:
+        """What Gemini looked for. It tells so at its end only, so this comes after the message that rests on it."""
+        action = {"type": "search", "query": end.searches[0], "queries": list(end.searches)}
+        if "web_search_call.action.sources" in self.wants.included:
+            urls = dict.fromkeys(citation.url for citation in end.citations)
+            action["sources"] = [{"type": "url", "url": url} for url in urls]
+        yield self.add("ws_", {"type": "web_search_call", "status": "in_progress", "action": action})
+        for step in ("in_progress", "searching", "completed"):
+            yield self.here("web_search_call." + step)
+        yield self.done(status="completed")
+
     def finish(self, end: End, calls: list[Call]) -> Iterator[JSON]:
         """The rest: citations, the calls after the signatures that belong to them, and how it all ended."""
         seal = sealed(calls) if self.wants.sealed else None
         status, more = openai_end(end)
         if seal and self.open is FORMS["reasoning"]:
             yield from self.close(encrypted_content=seal)
-        else:
-            yield from self.close("completed" if status == "completed" else "incomplete", self.cited(end.citations))
-            if seal:
-                yield self.add("rs_", {"type": "reasoning", "summary": [], "encrypted_content": seal})
-                yield self.done()
+            seal = None
+        yield from self.close("completed" if status == "completed" else "incomplete", self.cited(end.citations))
+        if end.searches:
+            yield from self.search(end)
+        if seal:
+            yield self.add("rs_", {"type": "reasoning", "summary": [], "encrypted_content": seal})
+            yield self.done()
         for call in calls:
             yield from self.call(call)
         if not self.output and status == "completed":
@@ -2758,7 +2781,22 @@ def openai_responses_failure(exchange: Exchange, error: ProxyError) -> JSON:
                      exchange.usage)
 
 
-# ---- what becomes of a response ----
+# ---- what a request would cost, and what becomes of a response ----
+
+
+def openai_input_tokens_request(body: Fields, setting: Setting) -> Ask:
+    """The tokens of a request that is not made: /v1/responses/input_tokens takes the same body."""
+    ask = openai_responses_request(body, setting)
+    call = ask.calls[0]
+    counted = {"generateContentRequest": {"model": call.model.path, **call.body}}
+    return Ask((GeminiCall(f"{call.model.path}:countTokens", counted),), model=ask.model)
+
+
+def openai_input_tokens_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    total = [chunk.get("totalTokens") for chunks in answers for chunk in chunks]
+    if type(total[0]) is not int:
+        raise nonsense("a count without a number")
+    return {"object": "response.input_tokens", "input_tokens": total[0]}
 
 
 def openai_kept_request(body: Fields, setting: Setting) -> Ask:
@@ -2807,6 +2845,7 @@ OPENAI = Protocol("openai", (
     Route("POST", "/v1/chat/completions", openai_chat_request, openai_chat_response, openai_chat_stream, SSE),
     Route("POST", "/v1/responses", openai_responses_request, openai_responses_response, openai_responses_stream,
           NAMED_SSE, failure=openai_responses_failure),
+    Route("POST", "/v1/responses/input_tokens", openai_input_tokens_request, openai_input_tokens_response),
     Route("GET", "/v1/responses/{id}/input_items", openai_kept_request, openai_input_items_response),
     Route("POST", "/v1/responses/{id}/cancel", openai_kept_request, openai_cancel_response, takes=no_body),
     Route("GET", "/v1/responses/{id}", openai_kept_request, openai_kept_response),
