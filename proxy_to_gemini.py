@@ -17,7 +17,7 @@ Where to look
     2. Writing Gemini   parts, turns, thinking by model, functions and schemas, whole requests
     3. Reading Gemini   from bytes to chunks, from chunks to events; refusals, usage, citations
     4. OpenAI           chat completions, embeddings, models
-    5. Responses        OpenAI's newer endpoint: from input items to output items, and what is kept of them
+    5. Responses        OpenAI's newer endpoint, from input items to output items
     6. Ollama           chat, generate, embeddings, models and their management
     7. Routing          which route answers a path, and in which protocol an error is told
     8. Client           the only code that talks to Gemini: pooled connections, waiting, retries, memory
@@ -761,8 +761,8 @@ def match_results(calls: list[JSON], results: list[JSON]) -> list[int | None]:
 
 # ---- thinking and settings ----
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")      # OpenAI's words, from little to much
-BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768,
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")     # OpenAI's and Codex's words
+BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768,
                              32768)))     # tokens; Google's own table for its OpenAI endpoint
 LEVEL_EFFORTS = {"MINIMAL": "minimal", "LOW": "low", "MEDIUM": "medium", "HIGH": "high"}
 
@@ -2429,6 +2429,7 @@ def openai_kept_items(told: str | list[JSON], tail: str) -> list[JSON]:
     items = [{"role": "user", "content": told}] if type(told) is str else told
     out = []
     for i, item in enumerate(items):
+        item = {key: value for key, value in item.items() if value is not None}
         item = {"id": f"{'msg' if 'role' in item else 'item'}_{tail}_i{i}", "type": "message", **item}
         if item["type"] == "message" and type(item.get("content")) is str:
             kind = "output_text" if item.get("role") == "assistant" else "input_text"
@@ -2447,7 +2448,7 @@ class ResponseWants(NamedTuple):
     custom: frozenset[str]          # the client's names of tools that take plain text
     spaces: dict[str, str]          # the client's names of functions in namespaces -> the namespaces
     echo: JSON                      # what a response repeats of its request
-    input: str | list[JSON]         # the client's own items, to be kept
+    items: str | list[JSON]         # the client's own items, to be kept
     one_call: bool
     unfence: bool
     summary: bool                   # thoughts are wanted
@@ -2481,7 +2482,7 @@ def openai_responses_request(body: Fields, setting: Setting) -> Ask:
     echo = {**openai_echo(body, text), "model": asked, "parallel_tool_calls": not one_call,
             "reasoning": {"effort": effort, "summary": summary}, "service_tier": fields.get("serviceTier", "default")}
     wants = ResponseWants(names=tools.names, custom=tools.custom, spaces=tools.spaces, echo=echo,
-                          input=body.data.get("input") or [], one_call=one_call, unfence=unfence,
+                          items=body.data.get("input") or [], one_call=one_call, unfence=unfence,
                           summary=shown or config.get("thinkingConfig", {}).get("includeThoughts", False),
                           included=openai_included(body))
     return Ask((call,), stream, wants, asked)
@@ -2639,10 +2640,11 @@ class Reply:
 
     def close(self, status: str = "completed", citations: Iterable[Citation] = (), **more: Any) -> Iterator[JSON]:
         """The end of the message or the reasoning that has not ended yet, if there is one."""
-        form, text = self.open, "".join(self.pieces)
+        form = self.open
         if form is None:
             return
-        part = {"type": form.kind, "text": text, **form.more}
+        part = self.part()
+        text = part["text"]
         at, logprobs = {form.index: 0}, {"logprobs": []} if form.key == "content" else {}
         if form.key == "content":
             part["annotations"] = [self.annotation(citation) for citation in citations]
@@ -2655,6 +2657,10 @@ class Reply:
         yield self.done(**{form.key: [part]}, **more)
         self.open = None
 
+    def part(self) -> JSON:
+        """What the item that has not ended has in it so far."""
+        return {"type": self.open.kind, "text": "".join(self.pieces), **self.open.more}
+
     def annotation(self, citation: Citation, start: int | None = None) -> JSON:
         """A source, counted from the beginning of its own message."""
         start = self.messages[-1][0] if start is None else start
@@ -2666,15 +2672,14 @@ class Reply:
         space = self.wants.spaces.get(name)
         short = name[len(space) + 1:] if space else name
         if name in self.wants.custom:
-            prefix, kind, key, events, value, more = "ctc_", "custom_tool_call", "input", "custom_tool_call_input", \
-                custom_input(call), {}
+            kind, prefix, key, value, more = "custom_tool_call", "ctc_", "input", custom_input(call), {}
         else:
-            prefix, kind, key, events, value, more = "fc_", "function_call", "arguments", "function_call_arguments", \
-                encode_json(call.args), {"name": short}
+            kind, prefix, key = "function_call", "fc_", "arguments"
+            value, more = encode_json(call.args), {"name": short}
         yield self.add(prefix, {"type": kind, "status": "in_progress", "call_id": call.id, "name": short,
                                 **({"namespace": space} if space else {}), key: ""})
-        yield self.here(events + ".delta", delta=value)
-        yield self.here(events + ".done", **{key: value}, **more)
+        yield self.here(f"{kind}_{key}.delta", delta=value)
+        yield self.here(f"{kind}_{key}.done", **{key: value}, **more)
         yield self.done(status="completed", **{key: value})
 
     def show(self, media: Media) -> Iterator[JSON]:
@@ -2714,6 +2719,13 @@ class Reply:
             yield from self.close()
         yield self.end(status, more, end.usage)
 
+    def fail(self, error: JSON) -> JSON:
+        """The last event of a response that failed, with the item that did not end as far as it came."""
+        if self.open:
+            status = {"status": "incomplete"} if self.open.key == "content" else {}
+            self.output[-1] = {**self.output[-1], self.open.key: [self.part()], **status}
+        return self.end("failed", {"error": error}, self.exchange.usage)
+
     def cited(self, citations: list[Citation]) -> list[Citation]:
         """Those of the message that has not ended; the others are added to theirs, which have been told already."""
         last = []
@@ -2734,7 +2746,7 @@ class Reply:
         self.response.update(more, status=status, usage=told,
                              completed_at=int(self.exchange.now()) if status == "completed" else None)
         if self.response["store"]:
-            kept = {"response": self.response, "input": openai_kept_items(self.wants.input, self.tail)}
+            kept = {"response": self.response, "input": openai_kept_items(self.wants.items, self.tail)}
             self.exchange.setting.store("response:" + self.response["id"], encode_json(kept))
         return self.event(status, response=self.response)
 
@@ -2777,8 +2789,7 @@ def openai_responses_failure(exchange: Exchange, error: ProxyError) -> JSON:
     told = openai_error(error)[1]["error"]
     wait = f" Please try again in {error.again:g}s." if error.again and error.status == 429 else ""
     reply = exchange.told or Reply(exchange)
-    return reply.end("failed", {"error": {"code": told["code"] or "invalid_prompt", "message": told["message"] + wait}},
-                     exchange.usage)
+    return reply.fail({"code": told["code"] or "invalid_prompt", "message": told["message"] + wait})
 
 
 # ---- what a request would cost, and what becomes of a response ----
