@@ -1541,6 +1541,13 @@ def test_openais_routes_on_an_ollama_server():
 # ======================================================================================
 
 
+def test_the_paths_below_responses():
+    for method, path, function in (("POST", "/v1/responses", proxy.openai_responses_response), ("POST", "/v1/responses/input_tokens", proxy.openai_input_tokens_response),
+                                   ("GET", "/v1/responses/resp_1", proxy.openai_kept_response), ("DELETE", "/v1/responses/resp_1", proxy.openai_forget_response),
+                                   ("GET", "/v1/responses/resp_1/input_items", proxy.openai_input_items_response), ("POST", "/v1/responses/resp_1/cancel", proxy.openai_cancel_response)):
+        assert proxy.find_route("ollama", method, path).route.response is function
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions", "/v1/v1/chat/completions", "/v1/chat/completions/", "//v1//chat//completions", "chat/completions/"])
 def test_the_usual_misspellings_of_a_base_url(path):
     assert proxy.find_route("openai", "POST", proxy.plain_path(path, "openai")).route.request is proxy.openai_chat_request
@@ -2135,6 +2142,29 @@ def test_rows_of_the_metrics_add_up():
         assert f"\nproxy_to_gemini_{line}\n" in page
 
 
+def test_the_stream_of_a_response(server, gemini):
+    status, headers, body = post(server, "/v1/responses", {"model": FLASH, "input": "Hi", "stream": True})
+    frames = body.decode().split("\n\n")
+    assert status == 200 and headers["content-type"] == "text/event-stream; charset=utf-8" and frames.pop() == "" and "[DONE]" not in frames[-1]
+    events = [(name, json.loads(data)) for name, data in re.findall(r"event: (.+)\ndata: (.+)", body.decode())]
+    assert len(events) == len(frames) and all(name == event["type"] for name, event in events) and events[-1][0] == "response.completed"
+    gemini.say(Say(chunk("Hel"), cut=1))
+    body = post(server, "/v1/responses", {"model": FLASH, "input": "Hi", "stream": True})[2]
+    last = json.loads(body.decode().rstrip().rpartition("data: ")[2])
+    assert (last["type"], last["response"]["status"], last["response"]["error"]["code"]) == ("response.failed", "failed", "server_error")
+    gemini.say(gemini_error(429, "Slow down.", "X"))
+    assert post(server, "/v1/responses", {"model": FLASH, "input": "Hi", "stream": True})[0] == 429
+
+
+def test_a_response_is_kept_for_its_own_key(gemini):
+    with serving(gemini.url, client_keys=True) as server, Line(server) as line:
+        made = json.loads(line.ask("POST", "/v1/responses", {"model": FLASH, "input": "Hi"}, Authorization="Bearer AIza-a")[2])
+        assert [line.ask("GET", f"/v1/responses/{made['id']}", Authorization=f"Bearer AIza-{who}")[0] for who in "ab"] == [200, 404]
+        assert line.ask("DELETE", f"/v1/responses/{made['id']}", Authorization="Bearer AIza-b")[0] == 404
+        assert json.loads(line.ask("DELETE", f"/v1/responses/{made['id']}", Authorization="Bearer AIza-a")[2])["deleted"]
+        server.gemini.memory.database.close()
+
+
 def test_clients_with_keys_of_their_own(gemini):
     with serving(gemini.url, client_keys=True, proxy_key="px-1") as server:
         assert post(server, Authorization="Bearer px-1", x_api_key="AIza-a")[0] == 200 and key_of(gemini) == "AIza-a"
@@ -2579,6 +2609,26 @@ def test_ollamas_own_library(gemini):
         with pytest.raises(ollama_library.ResponseError, match="not found"):
             client.show("gemini-9")
         client._client.close()
+
+
+def test_openais_own_library_and_responses(server, gemini):
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0, _strict_response_validation=True) as client:
+        with client.responses.stream(model=NEWEST, input="Hi", tools=[FLAT], include=["reasoning.encrypted_content"]) as stream:
+            first = stream.get_final_response()
+        made = next(item for item in first.output if item.type == "function_call")
+        result = {"type": "function_call_output", "call_id": made.call_id, "output": '{"temp": 3}'}
+        for more in ({"previous_response_id": first.id, "input": [result]}, {"input": [user("Hi"), *(item.model_dump() for item in first.output), result]}):
+            assert client.responses.create(model=NEWEST, tools=[FLAT], **more).output_text == 'The function said: {"temp": 3}'
+            assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
+        assert client.responses.retrieve(first.id).to_dict()["output"] == [item.to_dict() for item in first.output]
+        assert client.responses.input_items.list(first.id).data[0].content[0].text == "Hi"
+        assert client.responses.input_tokens.count(model=FLASH, input="Hi").input_tokens == 7
+        client.responses.delete(first.id)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(first.id)
+        gemini.say(Say(chunk("Hel"), cut=1))
+        assert [event.type for event in client.responses.create(model=FLASH, input="Hi", stream=True)][-1] == "response.failed"
 
 
 def test_openais_own_library(server, gemini):
