@@ -898,7 +898,8 @@ def tool_fields(tools: Tools, mode: str | None, allowed: list[str], body: Fields
     own = [{key: {}} for key, wanted in (("googleSearch", tools.search), ("codeExecution", tools.code)) if wanted]
     config: JSON = {}
     if own and listed and model.generation < 3:
-        body.ignore(tools.search or tools.code)         # the older models take one or the other
+        for name in filter(None, (tools.search, tools.code)):       # the older models take one or the other
+            body.ignore(name)
     elif own:
         listed += own
         if tools.declarations:
@@ -1644,7 +1645,7 @@ def openai_tools(body: Fields, *more: Fields) -> Tools:
     spaces: dict[str, str] = {}
     own: dict[str, str] = {}
     strict = False
-    for tool, space in [pair for fields in (body, *more) for pair in openai_tool_list(fields)]:
+    for tool, space, note in [found for fields in (body, *more) for found in openai_tool_list(fields)]:
         kind = tool.get("type", str) or "function"
         hosted = next((name for start, name in HOSTED_TOOLS if kind.startswith(start)), None)
         if hosted:
@@ -1658,7 +1659,7 @@ def openai_tools(body: Fields, *more: Fields) -> Tools:
         if wrapper in tool.data and tool.data[wrapper] is None:
             raise wrong_type(tool.at(wrapper), (dict,), None)
         function = tool.inner(wrapper) or tool
-        name = openai_tool(function, kind == "custom", declared, names, custom, space)
+        name = openai_tool(function, kind == "custom", declared, names, custom, space, note)
         strict = strict or bool(function.get("strict", bool))
         if space:
             spaces[name] = space
@@ -1672,14 +1673,15 @@ def openai_tools(body: Fields, *more: Fields) -> Tools:
 HOSTED_TOOLS = (("web_search", "search"), ("code_interpreter", "code"))
 
 
-def openai_tool_list(fields: Fields, space: str = "") -> Iterator[tuple[Fields, str]]:
-    """The tools under this key of a body's, each with its namespace or ""."""
+def openai_tool_list(fields: Fields, space: str = "", note: str = "") -> Iterator[tuple[Fields, str, str]]:
+    """The tools of a body's, each with its namespace or "", and what is told of the namespace with its first one."""
     for tool in fields.objects("tools"):
         if tool.data.get("type") == "namespace":
-            tool.pass_over("type", "description")
-            yield from openai_tool_list(tool, spaced(space, tool.need("name", str)))
+            tool.pass_over("type")
+            yield from openai_tool_list(tool, spaced(space, tool.need("name", str)), tool.get("description", str) or "")
         else:
-            yield tool, space
+            yield tool, space, note
+            note = ""
 
 
 def spaced(space: str | None, name: str) -> str:
@@ -1688,9 +1690,10 @@ def spaced(space: str | None, name: str) -> str:
 
 
 def openai_tool(function: Fields, custom: bool, declared: dict[str, JSON], names: dict[str, str],
-                texts: set[str], space: str = "") -> str:
+                texts: set[str], space: str = "", note: str = "") -> str:
     """Declare one function, and tell its whole name; of two with the same name the first one counts."""
     name, description = spaced(space, openai_function_name(function)), function.get("description", str)
+    description = f"{note}\n{description or ''}".strip() if note else description
     if custom:
         function.pass_over("format")
         declaration = custom_declaration(name, description, openai_grammar(function))
@@ -2279,6 +2282,7 @@ class History(NamedTuple):
     contents: list[JSON]
     signatures: dict[str, str]      # of calls, by their ids, from reasoning items of ours
     tools: list[Fields]             # the items that bring more tools
+    kept: dict[tuple[str, str], list[JSON]]     # items of earlier responses that were looked up
 
 
 def openai_item(item: Fields, history: History) -> None:
@@ -2331,10 +2335,10 @@ def openai_local_output_item(item: Fields, history: History) -> None:
 
 
 def openai_reasoning_item(item: Fields, history: History) -> None:
-    """The signatures in it; its words do not go back. What another service has sealed is of no use here."""
+    """The signatures in it; its words do not go back. What another model has sealed is of no use here."""
     item.pass_over("summary", "content")
-    sealed = item.get("encrypted_content", str)
-    signatures = unsealed(sealed) if sealed else {}
+    seal = item.get("encrypted_content", str)
+    signatures = unsealed(seal, history.model) if seal else {}
     if signatures is None:
         item.ignore("input[].encrypted_content")
     history.signatures.update(signatures or {})
@@ -2351,9 +2355,12 @@ def openai_image_item(item: Fields, history: History) -> None:
 def openai_reference_item(item: Fields, history: History) -> None:
     """An item of a response that was kept, by its id, which tells the response; a 404 where it is not there."""
     id = item.need("id", str)
-    told = openai_kept("resp_" + id.partition("_")[2].rpartition("_")[0], history.setting)
-    items = [*told["input"], *told["response"]["output"]] if told else ()
-    found = next((kept for kept in items if kept.get("id") == id), None)
+    tail, _, place = id.partition("_")[2].rpartition("_")
+    key = ("input" if place[:1] == "i" else "response", "resp_" + tail)
+    if key not in history.kept:
+        told = openai_recalled(*key, history.setting) or []
+        history.kept[key] = told if type(told) is list else told["output"]
+    found = next((kept for kept in history.kept[key] if kept.get("id") == id), None)
     if found is None or found.get("type") == "item_reference":
         raise ProxyError(404, f"Item with id '{id[:80]}' not found: it was not stored, or is forgotten. "
                               "Send the item itself, or leave it out.", place="input")
@@ -2382,45 +2389,48 @@ OPENAI_ITEMS: dict[str, Callable[[Fields, History], None]] = {
 }
 
 
-def sealed(calls: list[Call]) -> str | None:
+def sealed(calls: list[Call], model: Model) -> str | None:
     """The signatures of these calls as the opaque text of a reasoning item; None where there are none."""
     signatures = {call.id: call.signature for call in calls if call.signature}
-    return base64.b64encode(encode_json({"signatures": signatures}).encode()).decode() if signatures else None
+    told = {"generation": int(model.generation), "signatures": signatures}
+    return base64.b64encode(encode_json(told).encode()).decode() if signatures else None
 
 
-def unsealed(text: str) -> dict[str, str] | None:
-    """The signatures that `sealed` has put into a text; None where it is none of ours."""
+def unsealed(text: str, model: Model) -> dict[str, str] | None:
+    """The signatures that `sealed` has put into a text; None where it is not ours, or another generation's."""
     try:
         told = parsed_object(base64.b64decode(text, validate=True).decode())
     except ValueError:
         return None
-    signatures = inside(told, "signatures", dict)
+    signatures = inside(told, "signatures", dict) if inside(told, "generation", int) == int(model.generation) else {}
     return {id: value for id, value in signatures.items() if type(value) is str and is_base64(value)} or None
 
 
 # ---- what is kept ----
 
 
-def openai_kept(id: str, setting: Setting) -> JSON | None:
-    """The {response, input} that was kept under a response's id, or None."""
-    told = setting.recall("response:" + id)
-    return json.loads(told) if told else None
+def openai_recalled(kind: str, id: str, setting: Setting) -> Any:
+    """The response or the "input" that was kept under a response's id, or None.
+
+    They lie apart, for the input is larger, and are kept anew: what is in use is not to be the next to go.
+    """
+    told = setting.recall(f"{kind}:{id}")
+    if not told:
+        return None
+    setting.store(f"{kind}:{id}", told)
+    return json.loads(told)
 
 
 def openai_past(id: str | None, setting: Setting) -> list[JSON]:
-    """The items of all responses up to this one, the oldest first; OpenAI's 404 where one of them is forgotten.
-
-    They are kept anew, for what is in use is not to be the next to go.
-    """
+    """The items of all responses up to this one, the oldest first; OpenAI's 404 where one of them is forgotten."""
     past: list[list[JSON]] = []
     while id:
-        told = openai_kept(id, setting)
-        if told is None:
+        told, items = openai_recalled("response", id, setting), openai_recalled("input", id, setting)
+        if told is None or items is None:
             raise ProxyError(404, f"Previous response with id '{id[:80]}' not found.",
                              code="previous_response_not_found", place="previous_response_id")
-        setting.store("response:" + id, encode_json(told))
-        past.append(told["input"] + told["response"]["output"])
-        id = told["response"]["previous_response_id"]
+        past.append(items + told["output"])
+        id = told["previous_response_id"]
     return [item for items in reversed(past) for item in items]
 
 
@@ -2497,7 +2507,7 @@ def openai_history(body: Fields, model: Model, setting: Setting) -> History:
     told = body.get("input", str, list)
     if not (told or instructions or previous):
         raise ProxyError(400, "Missing required parameter: 'input'.", code="missing_required_parameter", place="input")
-    history = History(model, setting, [text_part(instructions)] if instructions else [], [], {}, [])
+    history = History(model, setting, [text_part(instructions)] if instructions else [], [], {}, [], {})
     for i, item in enumerate(openai_past(previous, setting)):
         openai_item(Fields(item, f"previous_response_id[{i}]"), history)
     if type(told) is str:
@@ -2701,7 +2711,7 @@ class Reply:
 
     def finish(self, end: End, calls: list[Call]) -> Iterator[JSON]:
         """The rest: citations, the calls after the signatures that belong to them, and how it all ended."""
-        seal = sealed(calls) if self.wants.sealed else None
+        seal = sealed(calls, self.exchange.ask.calls[0].model) if self.wants.sealed else None
         status, more = openai_end(end)
         if seal and self.open is FORMS["reasoning"]:
             yield from self.close(encrypted_content=seal)
@@ -2746,8 +2756,9 @@ class Reply:
         self.response.update(more, status=status, usage=told,
                              completed_at=int(self.exchange.now()) if status == "completed" else None)
         if self.response["store"]:
-            kept = {"response": self.response, "input": openai_kept_items(self.wants.items, self.tail)}
-            self.exchange.setting.store("response:" + self.response["id"], encode_json(kept))
+            store, items = self.exchange.setting.store, openai_kept_items(self.wants.items, self.tail)
+            store("input:" + self.response["id"], encode_json(items))
+            store("response:" + self.response["id"], encode_json(self.response))
         return self.event(status, response=self.response)
 
 
@@ -2813,7 +2824,7 @@ def openai_input_tokens_response(exchange: Exchange, answers: Iterator[Iterator[
 def openai_kept_request(body: Fields, setting: Setting) -> Ask:
     """A response that was kept; OpenAI's 404 where it is not there (any more)."""
     id = setting.params["id"]
-    told = openai_kept(id, setting)
+    told = openai_recalled("response", id, setting)
     if told is None:
         raise ProxyError(404, f"Response with id '{id[:80]}' not found.")
     if setting.query.get("stream") == "true":
@@ -2822,12 +2833,13 @@ def openai_kept_request(body: Fields, setting: Setting) -> Ask:
 
 
 def openai_kept_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    return exchange.wants["response"]
+    return exchange.wants
 
 
 def openai_forget_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    id = exchange.setting.params["id"]
-    exchange.setting.keep("response:" + id, "")
+    id = exchange.wants["id"]
+    for kind in ("response", "input"):
+        exchange.setting.keep(f"{kind}:{id}", "")
     return {"id": id, "object": "response", "deleted": True}
 
 
@@ -2838,7 +2850,8 @@ def openai_cancel_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]
 def openai_input_items_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     """A page of a response's own input, the newest first unless the client wants it otherwise."""
     query = exchange.setting.query
-    items = exchange.wants["input"][::1 if query.get("order") == "asc" else -1]
+    items = openai_recalled("input", exchange.wants["id"], exchange.setting) or []
+    items = items if query.get("order") == "asc" else items[::-1]
     limit = query.get("limit", "20")
     if not re.fullmatch(r"[1-9]\d?|100", limit, re.ASCII):
         raise wrong_value("limit", "Invalid value for 'limit': it must be between 1 and 100.")

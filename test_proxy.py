@@ -1086,13 +1086,13 @@ def test_openais_errors(error, kind, code):
 
 FLAT = {"type": "function", "strict": False, **WEATHER["function"]}
 PATCH = {"type": "custom", "name": "apply_patch", "format": {"type": "grammar", "syntax": "lark", "definition": "start: X"}}
-SEAL = base64.b64encode(b'{"signatures":{"call_9":"%b"}}' % sign("s").encode()).decode()
+SEAL = base64.b64encode(b'{"generation":3,"signatures":{"call_9":"%b"}}' % sign("s").encode()).decode()
 
 
 def remembering():
     """A setting with a memory."""
     memory = {}
-    return Setting(recall=memory.get, store=memory.__setitem__, keep=lambda key, text: memory.pop(key))
+    return Setting(recall=memory.get, store=memory.__setitem__, keep=lambda key, text: memory.pop(key), params={"id": "resp_1"})
 
 
 def responding(body, *answers, setting=Setting()):
@@ -1115,15 +1115,14 @@ def told(events):
 
 def test_the_events_of_a_response_are_openais():
     thought = {"text": "Hm", "thought": True}
-    body = {"input": "Hi", "tools": [FLAT], "reasoning": {"effort": "low", "summary": "auto"}, "include": ["reasoning.encrypted_content"]}
+    body = {"model": NEWEST, "input": "Hi", "tools": [FLAT], "reasoning": {"effort": "low", "summary": "auto"}, "include": ["reasoning.encrypted_content"]}
     events = responding(body, chunk(thought), chunk("He"), chunk("llo"), whole(call("weather", {"city": "Oslo"}, "s")))
     at = {"item_id": "msg_1_1", "output_index": 1, "content_index": 0}
     reasoning = {"id": "rs_1_0", "type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm"}]}
     part = {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}
     message = {"id": "msg_1_1", "type": "message", "status": "completed", "role": "assistant", "content": [part]}
-    sealed = {"id": "rs_1_2", "type": "reasoning", "summary": [], "encrypted_content": SEAL.replace("call_9", "")}
+    sealed = {"id": "rs_1_2", "type": "reasoning", "summary": [], "encrypted_content": base64.b64encode(base64.b64decode(SEAL).replace(b"call_9", b"call_2")).decode()}
     made = {"id": "fc_1_3", "type": "function_call", "status": "completed", "call_id": "call_2", "name": "weather", "arguments": '{"city":"Oslo"}'}
-    sealed["encrypted_content"] = proxy.sealed([Call("weather", {}, sign("s"), "call_2")])
     assert told(events) == [
         {"type": "response.created"}, {"type": "response.in_progress"},
         {"type": "response.output_item.added", "output_index": 0, "item": {**reasoning, "summary": []}},
@@ -1225,6 +1224,9 @@ def test_what_a_response_cannot_take_is_named():
     assert ignored == ["include.file_search_call.results", "input[].encrypted_content", "input[].mcp_call", "text.verbosity", "tools[].container", "tools[].file_search",
                        "tools[].search_context_size", "x"]
     assert ask.calls[0].body["tools"] == [{"googleSearch": {}}, {"codeExecution": {}}]
+    sealed = {"type": "reasoning", "summary": [], "encrypted_content": SEAL}
+    for model, named in ((NEWEST, []), (FLASH, ["input[].encrypted_content"])):
+        assert asked({"model": model, "input": [sealed]}, proxy.openai_responses_request)[1] == named
 
 
 @pytest.mark.parametrize("place, more", [
@@ -1244,7 +1246,7 @@ def test_tools_of_responses_are_flat_and_may_stand_in_namespaces():
         {"type": "function", "name": "weather"}, {"type": "custom", "namespace": "code", "name": "apply_patch"}, {"type": "web_search"}]}}
     sent = gemini_body({"model": NEWEST, **body}, request=proxy.openai_responses_request)
     assert [d["name"] for d in sent["tools"][0]["functionDeclarations"]] == ["weather", "code.apply_patch"]
-    assert "start: X" in sent["tools"][0]["functionDeclarations"][1]["description"]
+    assert sent["tools"][0]["functionDeclarations"][1]["description"].startswith("Code\nThe text must conform to this lark grammar:\nstart: X")
     assert sent["toolConfig"]["functionCallingConfig"] == {"mode": "ANY", "allowedFunctionNames": ["weather", "code.apply_patch"]}
     events = responding(body, whole(call("code.apply_patch", {"input": "X"})))
     made = {"id": "ctc_1_0", "type": "custom_tool_call", "status": "completed", "call_id": "call_2", "name": "apply_patch", "namespace": "code", "input": "X"}
@@ -1275,7 +1277,6 @@ def test_a_picture_in_a_response():
 def test_a_response_goes_on_from_what_was_kept():
     setting = remembering()
     first = responding({"input": "Who?", "instructions": "Be brief."}, whole("Gem."), setting=setting)[-1]["response"]
-    setting = setting._replace(params={"id": first["id"]}, new_id=str)
     again = items_to_gemini(user("And now?"), previous_response_id=first["id"], setting=setting)
     assert again["contents"] == [u("Who?"), m("Gem."), u("And now?")] and "systemInstruction" not in again
     by_reference = items_to_gemini(user("Who?"), {"type": "item_reference", "id": first["output"][0]["id"]}, user("And now?"), setting=setting)
@@ -1286,6 +1287,7 @@ def test_a_response_goes_on_from_what_was_kept():
     with pytest.raises(ProxyError) as caught:
         proxy.openai_kept_request(Fields({}), setting)
     assert caught.value.status == 404
+    assert setting.recall("input:resp_1") is None
     assert refused({"model": FLASH, "previous_response_id": first["id"]}, lambda fields, _: proxy.openai_responses_request(fields, setting)).code == "previous_response_not_found"
     unkept = remembering()
     responding({"input": "Who?", "store": False}, whole("Gem."), setting=unkept)
@@ -1295,7 +1297,7 @@ def test_a_response_goes_on_from_what_was_kept():
 def test_the_items_of_a_kept_response():
     setting = remembering()
     responding({"input": [user("a"), assistant("b", id=None), user("c")]}, whole("d"), setting=setting)
-    ask = proxy.openai_kept_request(Fields({}), setting._replace(params={"id": "resp_1"}))
+    ask = proxy.openai_kept_request(Fields({}), setting)
 
     def page(**query):
         return proxy.openai_input_items_response(exchange(ask, setting._replace(query=query)), iter(()))
@@ -2565,7 +2567,7 @@ RESPONSE_SAMPLES = {
 def test_the_readmes_parameters_of_responses_are_treated_as_it_says():
     table = {name.strip("`"): kind for names, kind, *_ in readme_table("Parameters of responses") for name in names.split(", ")}
     assert set(table) == set(RESPONSE_SAMPLES)
-    setting = Setting(recall=lambda key: json.dumps({"response": {"output": [], "previous_response_id": None}, "input": []}))
+    setting = Setting(recall=lambda key: "[]" if key.startswith("input:") else json.dumps({"output": [], "previous_response_id": None}))
     for name, kind in table.items():
         ignored = asked({"model": FLASH, "input": "Hi", name: RESPONSE_SAMPLES[name]}, proxy.openai_responses_request, setting)[1]
         assert (name in ignored) is (kind == "ignored"), (name, ignored)
