@@ -1783,12 +1783,9 @@ def openai_chat_request(body: Fields, setting: Setting) -> Ask:
     """Chat completions: https://platform.openai.com/docs/api-reference/chat/create"""
     asked = body.need("model", str)
     model = model_named(asked, setting)
-    if not body.need("messages", list):
-        raise wrong_value("messages", "Invalid 'messages': empty array. Expected an array with minimum length 1, "
-                                      "but got an empty array instead.")
     stream = bool(body.get("stream", bool))
-    system, contents = openai_turns(body, model)
-    tools = openai_tools(body)
+    system, contents, more = openai_chat_turns(body, model, setting)
+    tools = openai_tools(body, *more)
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
     mode, allowed = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
     if body.inner("web_search_options") is not None:
@@ -1807,6 +1804,19 @@ def openai_chat_request(body: Fields, setting: Setting) -> Ask:
                       usage=bool(options and options.get("include_usage", bool)),
                       thoughts="reasoning" if setting.ollama else "reasoning_content")
     return Ask((call,) * (body.number("n", 1, 128, int) or 1), stream, wants, asked)
+
+
+def openai_chat_turns(body: Fields, model: Model, setting: Setting) -> tuple[list[Part], list[JSON], list[Fields]]:
+    """(the system's parts, the turns, further lists of tools); from `input` where there are no messages, for Cursor
+    sends the bodies of responses to chats."""
+    if body.data.get("input") and not body.data.get("messages"):
+        body.pass_over("messages")
+        history = openai_history(body, model, setting)
+        return history.system, history.contents, history.tools
+    if not body.need("messages", list):
+        raise wrong_value("messages", "Invalid 'messages': empty array. Expected an array with minimum length 1, "
+                                      "but got an empty array instead.")
+    return (*openai_turns(body, model), [])
 
 
 def openai_config(body: Fields, model: Model, setting: Setting) -> JSON:

@@ -1329,6 +1329,14 @@ def test_thoughts_come_when_they_are_asked_for():
     assert [item["type"] for item in responding({"input": "Hi"}, whole(thought, "42"), setting=OLLAMA)[-1]["response"]["output"]] == ["reasoning", "message"]
 
 
+def test_the_body_of_a_response_in_a_chat():
+    body = {"model": FLASH, "instructions": "Be brief.", "input": [user("Hi")], "tools": [FLAT, PATCH]}
+    sent = gemini_body(body)
+    assert (sent["contents"], sent["systemInstruction"]) == ([u("Hi")], {"parts": [{"text": "Be brief."}]})
+    assert [d["name"] for d in sent["tools"][0]["functionDeclarations"]] == ["weather", "apply_patch"]
+    assert refused({"model": FLASH, "input": 7}).place == "input" and refused({"model": FLASH}).place == "messages"
+
+
 def test_codex_gets_a_list_of_its_own():
     listed = proxy.openai_models_response(exchange(proxy.Ask(), Setting(query={"client_version": "0.171.0"})), iter([iter([{"models": MODELS}])]))
     assert listed["models"] == [] and listed["data"]
