@@ -2296,8 +2296,10 @@ class History(NamedTuple):
 
 
 def openai_item(item: Fields, history: History) -> None:
-    """Add what one item says. A message needs no type; what nobody knows is named as ignored."""
-    kind = item.get("type", str) or ("message" if "role" in item.data else item.need("type", str))
+    """Add what one item says. Messages and references need no type; what nobody knows is named as ignored."""
+    kind = item.get("type", str) or ("message" if "role" in item.data else "item_reference"
+                                     if item.data.keys() <= {"id", "type"} and item.get("id", str)
+                                     else item.need("type", str))
     if kind in OPENAI_ITEMS:
         item.pass_over("id", "status")
         OPENAI_ITEMS[kind](item, history)
@@ -2585,14 +2587,14 @@ class Form(NamedTuple):
     index: str
     part: str
     text: str
-    more: JSON          # what its parts have besides the text
+    lists: tuple[str, ...]      # what its parts have besides the text
 
 
 FORMS = {
     "message": Form("msg_", "content", "output_text", "content_index", "content_part", "output_text",
-                    {"annotations": [], "logprobs": []}),
+                    ("annotations", "logprobs")),
     "reasoning": Form("rs_", "summary", "summary_text", "summary_index", "reasoning_summary_part",
-                      "reasoning_summary_text", {}),
+                      "reasoning_summary_text", ()),
 }
 
 
@@ -2655,8 +2657,7 @@ class Reply:
             self.messages.append((self.said, len(self.output)))
         more = {"status": "in_progress", "role": "assistant"} if kind == "message" else {}
         yield self.add(self.open.prefix, {"type": kind, **more, self.open.key: []})
-        yield self.here(self.open.part + ".added", **{self.open.index: 0},
-                        part={"type": self.open.kind, "text": "", **self.open.more})
+        yield self.here(self.open.part + ".added", **{self.open.index: 0}, part=self.part())
 
     def close(self, status: str = "completed", citations: Iterable[Citation] = (), **more: Any) -> Iterator[JSON]:
         """The end of the message or the reasoning that has not ended yet, if there is one."""
@@ -2679,7 +2680,7 @@ class Reply:
 
     def part(self) -> JSON:
         """What the item that has not ended has in it so far."""
-        return {"type": self.open.kind, "text": "".join(self.pieces), **self.open.more}
+        return {"type": self.open.kind, "text": "".join(self.pieces), **{key: [] for key in self.open.lists}}
 
     def annotation(self, citation: Citation, start: int | None = None) -> JSON:
         """A source, counted from the beginning of its own message."""

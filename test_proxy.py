@@ -1279,8 +1279,9 @@ def test_a_response_goes_on_from_what_was_kept():
     first = responding({"input": "Who?", "instructions": "Be brief."}, whole("Gem."), setting=setting)[-1]["response"]
     again = items_to_gemini(user("And now?"), previous_response_id=first["id"], setting=setting)
     assert again["contents"] == [u("Who?"), m("Gem."), u("And now?")] and "systemInstruction" not in again
-    by_reference = items_to_gemini(user("Who?"), {"type": "item_reference", "id": first["output"][0]["id"]}, user("And now?"), setting=setting)
-    assert by_reference["contents"] == again["contents"]
+    for reference in ({"type": "item_reference", "id": first["output"][0]["id"]}, {"id": first["output"][0]["id"]}):
+        by_reference = items_to_gemini({"type": "item_reference", "id": "msg_1_i0"}, reference, user("And now?"), setting=setting)
+        assert by_reference["contents"] == again["contents"]
     kept = proxy.openai_kept_request(Fields({}), setting)
     assert proxy.openai_kept_response(exchange(kept, setting), iter(())) == first
     assert proxy.openai_forget_response(exchange(kept, setting), iter(())) == {"id": first["id"], "object": "response", "deleted": True}
