@@ -2296,16 +2296,23 @@ class History(NamedTuple):
 
 
 def openai_item(item: Fields, history: History) -> None:
-    """Add what one item says. Messages and references need no type; what nobody knows is named as ignored."""
-    kind = item.get("type", str) or ("message" if "role" in item.data else "item_reference"
-                                     if item.data.keys() <= {"id", "type"} and item.get("id", str)
-                                     else item.need("type", str))
+    """Add what one item says; what nobody knows is named as ignored."""
+    kind = openai_item_kind(item)
     if kind in OPENAI_ITEMS:
-        item.pass_over("id", "status")
+        item.pass_over("type", "id", "status")
         OPENAI_ITEMS[kind](item, history)
     else:
         item.ignore(f"input[].{kind}")
         item.pass_over(*item.data)
+
+
+def openai_item_kind(item: Fields) -> str:
+    """The type of an item, which messages and references need not say."""
+    if item.data.get("type") is None and "role" in item.data:
+        return "message"
+    if item.data.get("type") is None and item.data.get("id") and item.data.keys() <= {"id", "type"}:
+        return "item_reference"
+    return item.need("type", str)
 
 
 def openai_message_item(item: Fields, history: History) -> None:
