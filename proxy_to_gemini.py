@@ -17,14 +17,15 @@ Where to look
     2. Writing Gemini   parts, turns, thinking by model, functions and schemas, whole requests
     3. Reading Gemini   from bytes to chunks, from chunks to events; refusals, usage, citations
     4. OpenAI           chat completions, embeddings, completions, pictures, speech, transcripts, models
-    5. Ollama           chat, generate, embeddings, models and their management
-    6. Anthropic        messages and their counting
-    7. Routing          which route answers a path, and in which protocol an error is told
-    8. Client           the only code that talks to Gemini: pooled connections, waiting, retries, memory
-    9. Server           the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
-    10. Command line    flags and environment, systemd, workers, checks, start and end
+    5. Responses        OpenAI's newer endpoint, from input items to output items
+    6. Ollama           chat, generate, embeddings, models and their management
+    7. Anthropic        messages and their counting
+    8. Routing          which route answers a path, and in which protocol an error is told
+    9. Client           the only code that talks to Gemini: pooled connections, waiting, retries, memory
+    10. Server          the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
+    11. Command line    flags and environment, systemd, workers, checks, start and end
 
-Sections 1 to 7 are pure: they know no socket, clock, randomness, environment or log; time, ids and
+Sections 1 to 8 are pure: they know no socket, clock, randomness, environment or log; time, ids and
 memory come in as arguments. Gemini's JSON is the only intermediate form between the protocols.
 
 Words
@@ -433,6 +434,7 @@ class Exchange:
         self.created = setting.now()            # seconds since 1970
         self.remember = remember                # gives the calls of an answer their ids, and keeps their signatures
         self.usage = Usage()                    # of all that was read so far
+        self.told: Any = None                   # what a stream has said so far, where its failure must go on from it
 
 
 class Payload(NamedTuple):
@@ -478,6 +480,7 @@ class Route(NamedTuple):
     beat: Callable[[Exchange],
                    JSON] | None = None              # an event that says nothing, where framing.beat will not do
     takes: Callable[[bytes, str], Fields] = parse_body          # reads the body, given its Content-Type
+    failure: Callable[[Exchange, ProxyError], JSON] | None = None   # the last event of a stream of its own that failed
 
     @property
     def name(self) -> str:
@@ -857,8 +860,8 @@ def match_results(calls: list[JSON], results: list[JSON]) -> list[int | None]:
 
 # ---- thinking and settings ----
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")      # OpenAI's words, from little to much
-BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768,
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")     # OpenAI's and Codex's words
+BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768,
                              32768)))     # tokens; Google's own table for its OpenAI endpoint
 LEVEL_EFFORTS = {"MINIMAL": "minimal", "LOW": "low", "MEDIUM": "medium", "HIGH": "high"}
 
@@ -963,6 +966,7 @@ class Tools(NamedTuple):
     strict: bool = False                    # whether a call must keep to its schema
     search: str = ""                        # what the client calls Google Search, where it asks for it
     code: str = ""                          # and code execution
+    spaces: dict[str, str] = {}             # the client's name of a function in a namespace -> the namespace
 
 
 OPEN_ENDED = ("$ref", "anyOf", "oneOf", "allOf", "additionalProperties",
@@ -993,7 +997,8 @@ def tool_fields(tools: Tools, mode: str | None, allowed: list[str], body: Fields
     own = [{key: {}} for key, wanted in (("googleSearch", tools.search), ("codeExecution", tools.code)) if wanted]
     config: JSON = {}
     if own and listed and model.generation < 3:
-        body.ignore(tools.search or tools.code)         # the older models take one or the other
+        for name in filter(None, (tools.search, tools.code)):       # the older models take one or the other
+            body.ignore(name)
     elif own:
         listed += own
         if tools.declarations:
@@ -1641,18 +1646,23 @@ def openai_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
     system: list[Part] = []
     contents: list[JSON] = []
     for message in body.objects("messages"):
-        role = message.need("role", str).lower()
-        if role == "user":
-            contents.append(user_turn(*openai_parts(message, "content", model)))
-        elif role in ("assistant", "model"):
-            contents.append(model_turn(*openai_assistant_parts(message, model)))
-        elif role in ("system", "developer"):
-            system += openai_parts(message, "content", model)
-        elif role in ("tool", "function"):
-            contents.append(user_turn(openai_result_part(message, model)))
-        else:
-            raise message.unknown("role", role, OPENAI_ROLES)
+        openai_turn(message, model, system, contents)
     return system, contents
+
+
+def openai_turn(message: Fields, model: Model, system: list[Part], contents: list[JSON]) -> None:
+    """Add what one message says."""
+    role = message.need("role", str).lower()
+    if role == "user":
+        contents.append(user_turn(*openai_parts(message, "content", model)))
+    elif role in ("assistant", "model"):
+        contents.append(model_turn(*openai_assistant_parts(message, model)))
+    elif role in ("system", "developer"):
+        system += openai_parts(message, "content", model)
+    elif role in ("tool", "function"):
+        contents.append(user_turn(openai_result_part(message, "content", "tool_call_id", model)))
+    else:
+        raise message.unknown("role", role, OPENAI_ROLES)
 
 
 def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
@@ -1715,25 +1725,30 @@ def carried_signature(call: Fields, function: Fields) -> str | None:
     return None
 
 
-def openai_result_part(message: Fields, model: Model) -> Part:
-    """A tool's result: text, JSON in a text, or parts; pictures go beside the text."""
-    parts = openai_parts(message, "content", model)
+def openai_result_part(message: Fields, content: str, id: str, model: Model) -> Part:
+    """A tool's result, under these keys: text, JSON in a text, or parts; pictures go beside the text."""
+    parts = openai_parts(message, content, model)
     media = [part for part in parts if "text" not in part]
-    return result_part(message.get("name", str), texts_of(parts), plain_id(message.get("tool_call_id", str)), media)
+    return result_part(message.get("name", str), texts_of(parts), plain_id(message.get(id, str)), media)
 
 
 # ---- chat: tools ----
 
 
-def openai_tools(body: Fields) -> Tools:
-    """`tools` and the older `functions`; also the flat form of the Responses API, which some clients send here."""
+def openai_tools(body: Fields, *more: Fields) -> Tools:
+    """`tools` and the older `functions`, in the form of chats and in the flat one of responses, which some clients send
+    to chats; `more` are other lists of tools."""
     declared: dict[str, JSON] = {}
     names: dict[str, str] = {}
     custom: set[str] = set()
-    strict, search = False, ""
-    for tool, kind in [(tool, tool.get("type", str) or "function") for tool in body.objects("tools")]:
-        if kind.startswith("web_search"):
-            search = "tools[].web_search"
+    spaces: dict[str, str] = {}
+    own: dict[str, str] = {}
+    strict = False
+    for tool, space, note in [found for fields in (body, *more) for found in openai_tool_list(fields)]:
+        kind = tool.get("type", str) or "function"
+        hosted = next((name for start, name in HOSTED_TOOLS if kind.startswith(start)), None)
+        if hosted:
+            own[hosted] = f"tools[].{kind}"
             continue
         if kind not in ("function", "custom") and "function" not in tool.data:
             body.ignore(f"tools[].{kind}")
@@ -1743,17 +1758,42 @@ def openai_tools(body: Fields) -> Tools:
         if wrapper in tool.data and tool.data[wrapper] is None:
             raise wrong_type(tool.at(wrapper), (dict,), None)
         function = tool.inner(wrapper) or tool
-        openai_tool(function, kind == "custom", declared, names, custom)
+        name = openai_tool(function, kind == "custom", declared, names, custom, space, note)
         strict = strict or bool(function.get("strict", bool))
+        if space:
+            spaces[name] = space
     for function in body.objects("functions"):
         openai_tool(function, False, declared, names, custom)
-    return Tools(list(declared.values()), names, frozenset(custom), strict, search)
+    return Tools(list(declared.values()), names, frozenset(custom), strict, own.get("search", ""),
+                 own.get("code", ""), spaces)
+
+
+# OpenAI's own tools that Gemini has too, by the beginning of their types: they come with dates behind.
+HOSTED_TOOLS = (("web_search", "search"), ("code_interpreter", "code"))
+
+
+def openai_tool_list(fields: Fields, space: str = "", note: str = "") -> Iterator[tuple[Fields, str, str]]:
+    """The tools of a body's, each with its namespace or "", and what is told of the namespace with its first one."""
+    for tool in fields.objects("tools"):
+        if tool.data.get("type") == "namespace":
+            tool.pass_over("type")
+            yield from openai_tool_list(tool, spaced(space, tool.need("name", str)), tool.get("description", str) or "")
+        else:
+            yield tool, space, note
+            note = ""
+
+
+def spaced(space: str | None, name: str) -> str:
+    """The name of a function in a namespace, as real Ollama writes it too."""
+    return f"{space}.{name}" if space else name
 
 
 def openai_tool(function: Fields, custom: bool, declared: dict[str, JSON], names: dict[str, str],
-                texts: set[str], schema: str = "parameters") -> None:
-    """Declare one function, whose schema stands under that key; of two with the same name the first one counts."""
-    name, description = openai_function_name(function), function.get("description", str)
+                texts: set[str], space: str = "", note: str = "", schema: str = "parameters") -> str:
+    """Declare one function, whose schema stands under that key, and tell its whole name; of two with the same name the
+    first one counts."""
+    name, description = spaced(space, openai_function_name(function)), function.get("description", str)
+    description = f"{note}\n{description or ''}".strip() if note else description
     if custom:
         function.pass_over("format")
         declaration = custom_declaration(name, description, openai_grammar(function))
@@ -1762,10 +1802,11 @@ def openai_tool(function: Fields, custom: bool, declared: dict[str, JSON], names
     known = declared.setdefault(declaration["name"], declaration)
     if known is not declaration and known != declaration:
         function.ignore(function.place)
-        return
+        return name
     names[declaration["name"]] = name
     if custom:
         texts.add(name)
+    return name
 
 
 def openai_function_name(function: Fields) -> str:
@@ -1802,7 +1843,8 @@ def openai_tool_choice(body: Fields, key: str, tools: Tools) -> tuple[str | None
     if kind == "allowed_tools":
         allowed = fields.inner("allowed_tools") or fields
         mode = "ANY" if allowed.word("mode", "auto", "required") == "required" else "VALIDATED"
-        names = [openai_chosen(tool, tools) for tool in allowed.objects("tools")]
+        names = [openai_chosen(tool, tools) for tool in allowed.objects("tools")
+                 if tool.data.get("type", "function") in ("function", "custom") or tool.ignore(key)]
         return (mode, names) if names else ("NONE", [])
     if kind not in ("function", "custom"):
         body.ignore(key)
@@ -1815,7 +1857,7 @@ def openai_chosen(choice: Fields, tools: Tools) -> str:
     """The name of a function that must be among the tools."""
     kind = choice.get("type", str) or "function"
     function = (choice.inner(kind) if type(choice.data.get(kind)) is dict else None) or choice
-    name = function.need("name", str)
+    name = spaced(function.get("namespace", str), function.need("name", str))
     if name not in tools.names.values():
         raise wrong_value(function.at("name"),
                           f"Invalid value for '{function.at('name')}': no function {name[:80]!r} is among the tools.")
@@ -1841,12 +1883,9 @@ def openai_chat_request(body: Fields, setting: Setting) -> Ask:
     """Chat completions: https://platform.openai.com/docs/api-reference/chat/create"""
     asked = body.need("model", str)
     model = model_named(asked, setting)
-    if not body.need("messages", list):
-        raise wrong_value("messages", "Invalid 'messages': empty array. Expected an array with minimum length 1, "
-                                      "but got an empty array instead.")
     stream = bool(body.get("stream", bool))
-    system, contents = openai_turns(body, model)
-    tools = openai_tools(body)
+    system, contents, more = openai_chat_turns(body, model, setting)
+    tools = openai_tools(body, *more)
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
     mode, allowed = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
     if body.inner("web_search_options") is not None:
@@ -1867,25 +1906,49 @@ def openai_chat_request(body: Fields, setting: Setting) -> Ask:
     return Ask((call,) * (body.number("n", 1, 128, int) or 1), stream, wants, asked)
 
 
+def openai_chat_turns(body: Fields, model: Model, setting: Setting) -> tuple[list[Part], list[JSON], list[Fields]]:
+    """(the system's parts, the turns, further lists of tools); from `input` where there are no messages, for Cursor
+    sends the bodies of responses to chats."""
+    if body.data.get("input") and not body.data.get("messages"):
+        body.pass_over("messages")
+        history = openai_history(body, model, setting)
+        return history.system, history.contents, history.tools
+    if not body.need("messages", list):
+        raise wrong_value("messages", "Invalid 'messages': empty array. Expected an array with minimum length 1, "
+                                      "but got an empty array instead.")
+    return (*openai_turns(body, model), [])
+
+
 def openai_config(body: Fields, model: Model, setting: Setting) -> JSON:
     """The generationConfig that chat completions and legacy completions share."""
+    effort = openai_effort(body)
     limit = body.number("max_completion_tokens", 1, math.inf, int)
     older = body.number("max_tokens", 1, math.inf, int)
+    return {**openai_sampling(body, model, limit or older),
+            **openai_thinking(body, "reasoning_effort", model, effort, effort is not None or setting.ollama)}
+
+
+def openai_sampling(body: Fields, model: Model, limit: int | None) -> JSON:
+    """The part of a generationConfig that is not about thinking."""
     seed, top_k = body.get("seed", int), body.get("top_k", int)
     config = {
         "temperature": body.number("temperature", 0, 2), "topP": body.number("top_p", 0, 1),
         "topK": top_k if top_k and 0 < top_k < 2**31 else None,
-        "maxOutputTokens": min(limit or older or 0, 2**31 - 1) or None,
+        "maxOutputTokens": min(limit or 0, 2**31 - 1) or None,
         "seed": None if seed is None else int32(seed), "stopSequences": stop_sequences(body) or None,
     }
     if model.generation < 2.5:          # the newer ones refuse any penalty
         config["presencePenalty"] = body.number("presence_penalty", -2, 2) or None
         config["frequencyPenalty"] = body.number("frequency_penalty", -2, 2) or None
-    effort = openai_effort(body)
-    config["thinkingConfig"] = thinking_config(model, effort, effort is not None or setting.ollama) or None
-    if not_heeded(effort, config["thinkingConfig"]):
-        body.ignore("reasoning_effort")
     return {key: value for key, value in config.items() if value is not None}
+
+
+def openai_thinking(body: Fields, key: str, model: Model, effort: str | None, thoughts: bool) -> JSON:
+    """The rest of it, for an effort that stood under this key."""
+    config = thinking_config(model, effort, thoughts)
+    if not_heeded(effort, config):
+        body.ignore(key)
+    return {"thinkingConfig": config} if config else {}
 
 
 def openai_effort(body: Fields) -> str | None:
@@ -1899,14 +1962,14 @@ def openai_effort(body: Fields) -> str | None:
     return effort
 
 
-def openai_response_format(body: Fields) -> JSON | None:
-    """The schema of the answer; ANY_JSON where it may be any JSON; None where it is text."""
-    wanted = body.inner("response_format")
+def openai_response_format(body: Fields, key: str = "response_format") -> JSON | None:
+    """The schema of the answer; ANY_JSON where it may be any JSON; None where it is text. (In `format` it is flat.)"""
+    wanted = body.inner(key)
     if wanted is None:
         return None
     kind = wanted.need("type", str)
     if kind == "json_schema":
-        schema = wanted.inner("json_schema")
+        schema = wanted if key == "format" else wanted.inner("json_schema")
         if schema is None:
             raise wrong_type(wanted.at("json_schema"), (dict,), None)
         schema.pass_over("name", "strict", "description")
@@ -2756,8 +2819,10 @@ def openai_model_entry(id: str, setting: Setting) -> JSON:
 def openai_models_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     setting = exchange.setting
     names = [name for name in usable_models(answers, setting) if not setting.ollama or not UNLISTED.search(name)]
+    # Codex wants a list of its own here. An entry would have to bring a system prompt in place of Codex's own.
+    codex = {"models": []} if "client_version" in setting.query else {}
     return {"object": "list", "data": [openai_model_entry(tagged(name) if setting.ollama else name, setting)
-                                       for name in names]}
+                                       for name in names], **codex}
 
 
 def openai_model_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
@@ -2779,11 +2844,621 @@ def openai_error(error: ProxyError) -> tuple[int, JSON]:
     code = error.code or ("server_error" if error.status >= 500 else None)
     return error.status, {"error": {"message": error.message, "type": kind, "param": error.place, "code": code}}
 
+# ======================================================================================
+# 5. Responses: OpenAI's newer endpoint, from input items to output items
+# ======================================================================================
+
+# ---- input items ----
+
+
+class History(NamedTuple):
+    """What the input items come to, as it grows."""
+    model: Model
+    setting: Setting
+    system: list[Part]
+    contents: list[JSON]
+    signatures: dict[str, str]      # of calls, by their ids, from reasoning items of ours
+    tools: list[Fields]             # the items that bring more tools
+    kept: dict[tuple[str, str], list[JSON]]     # items of earlier responses that were looked up
+
+
+def openai_item(item: Fields, history: History) -> None:
+    """Add what one item says; what nobody knows is named as ignored."""
+    kind = openai_item_kind(item)
+    if kind in OPENAI_ITEMS:
+        item.pass_over("type", "id", "status")
+        OPENAI_ITEMS[kind](item, history)
+    else:
+        item.ignore(f"input[].{kind}")
+        item.pass_over(*item.data)
+
+
+def openai_item_kind(item: Fields) -> str:
+    """The type of an item, which messages and references need not say."""
+    if item.data.get("type") is None and "role" in item.data:
+        return "message"
+    if item.data.get("type") is None and item.data.get("id") and item.data.keys() <= {"id", "type"}:
+        return "item_reference"
+    return item.need("type", str)
+
+
+def openai_message_item(item: Fields, history: History) -> None:
+    item.pass_over("phase")
+    openai_turn(item, history.model, history.system, history.contents)
+
+
+def openai_call_item(item: Fields, history: History) -> None:
+    """A call of a function or of a custom tool."""
+    told = item.need("call_id", str)
+    name = spaced(item.get("namespace", str), item.need("name", str))
+    if item.data["type"] == "custom_tool_call":
+        args = {CUSTOM_INPUT: item.get("input", str) or ""}
+    else:
+        args = call_arguments(item.get("arguments", str, dict))
+    id, laden = laden_id(told)
+    signature = carried_signature(item, item) or history.signatures.get(id) or laden
+    history.contents.append(model_turn(call_part(name, args, id, signature)))
+
+
+def openai_output_item(item: Fields, history: History) -> None:
+    """The result of such a call."""
+    history.contents.append(user_turn(openai_result_part(item, "output", "call_id", history.model)))
+
+
+def openai_local_call_item(item: Fields, history: History) -> None:
+    """A call of one of OpenAI's own tools that run on the client's machine, as one of a function."""
+    id, args = item.get("call_id", str) or item.get("id", str), item.get("action", dict) or item.get("operation", dict)
+    item.pass_over("environment", "max_output_length")
+    history.contents.append(model_turn(call_part(item.data["type"][:-len("_call")], args or {}, id)))
+
+
+def openai_local_output_item(item: Fields, history: History) -> None:
+    """What such a tool printed: a text, or a list of streams and outcomes."""
+    id, output = item.get("call_id", str) or item.get("id", str), item.get("output", str, list)
+    item.pass_over("max_output_length")
+    content = output if type(output) is str else {"output": output or item.data.get("status")}
+    history.contents.append(user_turn(result_part(None, content, id)))
+
+
+def openai_reasoning_item(item: Fields, history: History) -> None:
+    """The signatures in it; its words do not go back. What another model has sealed is of no use here."""
+    item.pass_over("summary", "content")
+    seal = item.get("encrypted_content", str)
+    signatures = unsealed(seal, history.model) if seal else {}
+    if signatures is None:
+        item.ignore("input[].encrypted_content")
+    history.signatures.update(signatures or {})
+
+
+def openai_image_item(item: Fields, history: History) -> None:
+    """A picture that the model drew earlier."""
+    item.pass_over("revised_prompt", "background", "output_format", "quality", "size", "action")
+    data = item.get("result", str)
+    if data:
+        history.contents.append(model_turn(media_part(data, None, item.at("result"))))
+
+
+def openai_reference_item(item: Fields, history: History) -> None:
+    """An item of a response that was kept, by its id, which tells the response; a 404 where it is not there."""
+    id = item.need("id", str)
+    tail, _, place = id.partition("_")[2].rpartition("_")
+    key = ("input" if place[:1] == "i" else "response", "resp_" + tail)
+    if key not in history.kept:
+        told = openai_recalled(*key, history.setting) or []
+        history.kept[key] = told if type(told) is list else told["output"]
+    found = next((kept for kept in history.kept[key] if kept.get("id") == id), None)
+    if found is None or found.get("type") == "item_reference":
+        raise ProxyError(404, f"Item with id '{id[:80]}' not found: it was not stored, or is forgotten. "
+                              "Send the item itself, or leave it out.", place="input")
+    openai_item(Fields(found, item.place), history)
+
+
+def openai_more_tools_item(item: Fields, history: History) -> None:
+    item.pass_over("role")
+    history.tools.append(item)
+
+
+def openai_finished_item(item: Fields, history: History) -> None:
+    """A search of Gemini's: its results are in the text that followed."""
+    item.pass_over(*item.data)
+
+
+OPENAI_ITEMS: dict[str, Callable[[Fields, History], None]] = {
+    "message": openai_message_item, "reasoning": openai_reasoning_item, "item_reference": openai_reference_item,
+    "function_call": openai_call_item, "function_call_output": openai_output_item,
+    "custom_tool_call": openai_call_item, "custom_tool_call_output": openai_output_item,
+    **dict.fromkeys(("local_shell_call", "shell_call", "apply_patch_call"), openai_local_call_item),
+    **dict.fromkeys(("local_shell_call_output", "shell_call_output", "apply_patch_call_output"),
+                    openai_local_output_item),
+    "image_generation_call": openai_image_item, "web_search_call": openai_finished_item,
+    "additional_tools": openai_more_tools_item,
+}
+
+
+def sealed(calls: list[Call], model: Model) -> str | None:
+    """The signatures of these calls as the opaque text of a reasoning item; None where there are none."""
+    signatures = {call.id: call.signature for call in calls if call.signature}
+    told = {"generation": int(model.generation), "signatures": signatures}
+    return base64.b64encode(encode_json(told).encode()).decode() if signatures else None
+
+
+def unsealed(text: str, model: Model) -> dict[str, str] | None:
+    """The signatures that `sealed` has put into a text; None where it is not ours, or another generation's."""
+    try:
+        told = parsed_object(base64.b64decode(text, validate=True).decode())
+    except ValueError:
+        return None
+    signatures = inside(told, "signatures", dict) if inside(told, "generation", int) == int(model.generation) else {}
+    return {id: value for id, value in signatures.items() if type(value) is str and is_base64(value)} or None
+
+
+# ---- what is kept ----
+
+
+def openai_recalled(kind: str, id: str, setting: Setting) -> Any:
+    """The response or the "input" that was kept under a response's id, or None.
+
+    They lie apart, for the input is larger, and are kept anew: what is in use is not to be the next to go.
+    """
+    told = setting.recall(f"{kind}:{id}")
+    if not told:
+        return None
+    setting.store(f"{kind}:{id}", told)
+    return json.loads(told)
+
+
+def openai_past(id: str | None, setting: Setting) -> list[JSON]:
+    """The items of all responses up to this one, the oldest first; OpenAI's 404 where one of them is forgotten."""
+    past: list[list[JSON]] = []
+    while id:
+        told, items = openai_recalled("response", id, setting), openai_recalled("input", id, setting)
+        if told is None or items is None:
+            raise ProxyError(404, f"Previous response with id '{id[:80]}' not found.",
+                             code="previous_response_not_found", place="previous_response_id")
+        past.append(items + told["output"])
+        id = told["previous_response_id"]
+    return [item for items in reversed(past) for item in items]
+
+
+def openai_kept_items(told: str | list[JSON], tail: str) -> list[JSON]:
+    """The input as a list of items that have types and ids."""
+    items = [{"role": "user", "content": told}] if type(told) is str else told
+    out = []
+    for i, item in enumerate(items):
+        item = {key: value for key, value in item.items() if value is not None}
+        item = {"id": f"{'msg' if 'role' in item else 'item'}_{tail}_i{i}", "type": "message", **item}
+        if item["type"] == "message" and type(item.get("content")) is str:
+            kind = "output_text" if item.get("role") == "assistant" else "input_text"
+            more = {"annotations": []} if kind == "output_text" else {}
+            item["content"] = [{"type": kind, "text": item["content"], **more}]
+        out.append({**item, "status": item.get("status") or "completed"} if item["type"] == "message" else item)
+    return out
+
+
+# ---- the request ----
+
+
+class ResponseWants(NamedTuple):
+    """What a response has to mind."""
+    names: dict[str, str]           # Gemini's names of functions -> the client's
+    custom: frozenset[str]          # the client's names of tools that take plain text
+    spaces: dict[str, str]          # the client's names of functions in namespaces -> the namespaces
+    echo: JSON                      # what a response repeats of its request
+    items: str | list[JSON]         # the client's own items, to be kept
+    one_call: bool
+    unfence: bool
+    summary: bool                   # thoughts are wanted
+    included: list[str]             # signatures in reasoning items, sources in searches
+
+    @property
+    def sealed(self) -> bool:
+        return "reasoning.encrypted_content" in self.included
+
+
+def openai_responses_request(body: Fields, setting: Setting) -> Ask:
+    """Responses: https://platform.openai.com/docs/api-reference/responses/create"""
+    asked = body.need("model", str)
+    model = model_named(asked, setting)
+    stream = bool(body.get("stream", bool))
+    history = openai_history(body, model, setting)
+    tools = openai_tools(body, *history.tools)
+    mode, allowed = openai_tool_choice(body, "tool_choice", tools)
+    text = body.inner("text") or Fields({}, "text", body.family)
+    schema = openai_response_format(text, "format")
+    unfence = schema is not None and not takes_json_with(tools, model)
+    system = history.system + ([text_part("\n\n" + json_instruction(schema))] if unfence else [])
+    effort, summary = openai_reasoning(body)
+    shown = summary is not None or (setting.ollama and effort != "none")
+    config = {**openai_sampling(body, model, body.number("max_output_tokens", 1, math.inf, int)),
+              **openai_thinking(body, "reasoning.effort", model, effort, shown),
+              **json_config(None if unfence else schema)}
+    fields = {**tool_fields(tools, mode, allowed, body, model), **openai_google_fields(body, config)}
+    call = generate_call(model, stream, system, history.contents, config, **fields)
+    one_call = body.get("parallel_tool_calls", bool) is False
+    echo = {**openai_echo(body, text), "model": asked, "parallel_tool_calls": not one_call,
+            "reasoning": {"effort": effort, "summary": summary}, "service_tier": fields.get("serviceTier", "default")}
+    wants = ResponseWants(names=tools.names, custom=tools.custom, spaces=tools.spaces, echo=echo,
+                          items=body.data.get("input") or [], one_call=one_call, unfence=unfence,
+                          summary=shown or config.get("thinkingConfig", {}).get("includeThoughts", False),
+                          included=openai_included(body))
+    return Ask((call,), stream, wants, asked)
+
+
+def openai_history(body: Fields, model: Model, setting: Setting) -> History:
+    """The conversation: the earlier responses, whose instructions do not count any more, and then the input."""
+    for key, kinds in (("conversation", (str, dict)), ("prompt", (dict,))):
+        if body.data.get(key) and type(body.data[key]) in kinds:
+            raise wrong_value(key, f"Invalid value for '{key}': it is kept at OpenAI; send the items themselves.")
+    instructions, previous = body.get("instructions", str), body.get("previous_response_id", str)
+    told = body.get("input", str, list)
+    if not (told or instructions or previous):
+        raise ProxyError(400, "Missing required parameter: 'input'.", code="missing_required_parameter", place="input")
+    history = History(model, setting, [text_part(instructions)] if instructions else [], [], {}, [], {})
+    for i, item in enumerate(openai_past(previous, setting)):
+        openai_item(Fields(item, f"previous_response_id[{i}]"), history)
+    if type(told) is str:
+        history.contents.append(user_turn(text_part(told)))
+    else:
+        for item in body.objects("input"):
+            openai_item(item, history)
+    return history
+
+
+def openai_reasoning(body: Fields) -> tuple[str | None, str | None]:
+    """(the effort to think with, how the thoughts are to be told), each None where it is not said."""
+    reasoning = body.inner("reasoning")
+    if reasoning is None:
+        return body.word("reasoning_effort", *EFFORTS), None
+    summaries = [reasoning.word(key, "auto", "concise", "detailed", "none") for key in ("summary", "generate_summary")]
+    summary = next((word for word in summaries if word), None)
+    return reasoning.word("effort", *EFFORTS), None if summary == "none" else summary
+
+
+def openai_included(body: Fields) -> list[str]:
+    """What is to be told besides; most that OpenAI could tell is not there."""
+    names = body.strings("include")
+    for name in names:
+        if name not in ("reasoning.encrypted_content", "web_search_call.action.sources"):
+            body.ignore(f"include.{name}")
+    return names
+
+
+def openai_echo(body: Fields, text: Fields) -> JSON:
+    """What a response repeats of its request. What is not read here is not heeded either, and told as ignored."""
+    told, store = body.data, body.get("store", bool)
+    return {
+        "background": False, "instructions": told.get("instructions"),
+        "max_output_tokens": told.get("max_output_tokens"),
+        "max_tool_calls": inside(told, "max_tool_calls", int) or None, "metadata": body.get("metadata", dict) or {},
+        "previous_response_id": told.get("previous_response_id"),
+        "prompt_cache_key": inside(told, "prompt_cache_key", str) or None,
+        "safety_identifier": inside(told, "safety_identifier", str) or None, "store": store is not False,
+        "temperature": told.get("temperature"),
+        "text": {**text.data, "format": text.data.get("format") or {"type": "text"}},
+        "tool_choice": told.get("tool_choice") or "auto",
+        "tools": [openai_told_tool(tool) for tool in told.get("tools") or ()],
+        "top_logprobs": inside(told, "top_logprobs", int), "top_p": told.get("top_p"),
+        "truncation": body.word("truncation", "auto", "disabled") or "disabled",
+        "user": inside(told, "user", str) or None,
+    }
+
+
+def openai_told_tool(tool: JSON) -> JSON:
+    """A tool as a response repeats it: with the keys that every function has there."""
+    if tool.get("type") != "function":
+        return tool
+    return {"description": None, "parameters": None, "strict": False, **tool}
+
+
+# ---- the answer ----
+
+
+class Form(NamedTuple):
+    """An item that comes bit by bit: its id, its key and kind of parts, and the words of its events."""
+    prefix: str
+    key: str
+    kind: str
+    index: str
+    part: str
+    text: str
+    lists: tuple[str, ...]      # what its parts have besides the text
+
+
+FORMS = {
+    "message": Form("msg_", "content", "output_text", "content_index", "content_part", "output_text",
+                    ("annotations", "logprobs")),
+    "reasoning": Form("rs_", "summary", "summary_text", "summary_index", "reasoning_summary_part",
+                      "reasoning_summary_text", ()),
+}
+
+
+class Reply:
+    """A response as it grows, and the events that tell of it: one item after the other, each whole at its end.
+
+    (The order of events, and what client libraries make of any other: openai-python's lib/streaming/responses.)
+    """
+
+    def __init__(self, exchange: Exchange):
+        self.exchange, self.wants, self.count = exchange, exchange.wants, 0
+        id = exchange.new_id("resp_")
+        self.tail = id.partition("_")[2]            # which every item's id has in it
+        self.output: list[JSON] = []
+        self.response = {"id": id, "object": "response", "created_at": int(exchange.created), "completed_at": None,
+                         "status": "in_progress", "error": None, "incomplete_details": None, **self.wants.echo,
+                         "output": self.output, "usage": None}
+        self.open: Form | None = None               # of the item that has not ended yet
+        self.pieces: list[str] = []                 # its text
+        self.messages: list[tuple[int, int]] = []   # (where it begins in the answer's text, its index) of each message
+        self.said = 0                               # characters of the answer so far
+        exchange.told = self
+
+    def event(self, kind: str, **more: Any) -> JSON:
+        event = {"type": "response." + kind, "sequence_number": self.count, **more}
+        self.count += 1
+        return event
+
+    def here(self, kind: str, **more: Any) -> JSON:
+        """An event about the last item."""
+        return self.event(kind, item_id=self.output[-1]["id"], output_index=len(self.output) - 1, **more)
+
+    def begin(self) -> Iterator[JSON]:
+        for kind in ("created", "in_progress"):
+            yield self.event(kind, response={**self.response, "output": []})
+
+    def add(self, prefix: str, item: JSON) -> JSON:
+        """The event of a new item."""
+        item = {"id": f"{prefix}{self.tail}_{len(self.output)}", **item}
+        self.output.append(item)
+        return self.event("output_item.added", output_index=len(self.output) - 1, item=item)
+
+    def done(self, **more: Any) -> JSON:
+        """The event of the last item, when it is whole."""
+        self.output[-1] = {**self.output[-1], **more}
+        return self.event("output_item.done", output_index=len(self.output) - 1, item=self.output[-1])
+
+    def say(self, kind: str, text: str) -> Iterator[JSON]:
+        """A bit of a message or of reasoning."""
+        if self.open is not FORMS[kind]:
+            yield from self.close()
+            yield from self.start(kind)
+        self.pieces.append(text)
+        more = {"logprobs": []} if kind == "message" else {}
+        yield self.here(self.open.text + ".delta", **{self.open.index: 0}, delta=text, **more)
+
+    def start(self, kind: str) -> Iterator[JSON]:
+        self.open, self.pieces = FORMS[kind], []
+        if kind == "message":
+            self.messages.append((self.said, len(self.output)))
+        more = {"status": "in_progress", "role": "assistant"} if kind == "message" else {}
+        yield self.add(self.open.prefix, {"type": kind, **more, self.open.key: []})
+        yield self.here(self.open.part + ".added", **{self.open.index: 0}, part=self.part())
+
+    def close(self, status: str = "completed", citations: Iterable[Citation] = (), **more: Any) -> Iterator[JSON]:
+        """The end of the message or the reasoning that has not ended yet, if there is one."""
+        form = self.open
+        if form is None:
+            return
+        part = self.part()
+        text = part["text"]
+        at, logprobs = {form.index: 0}, {"logprobs": []} if form.key == "content" else {}
+        if form.key == "content":
+            part["annotations"] = [self.annotation(citation) for citation in citations]
+            for i, annotation in enumerate(part["annotations"]):
+                yield self.here("output_text.annotation.added", **at, annotation_index=i, annotation=annotation)
+            self.said += len(text)
+            more["status"] = status
+        yield self.here(form.text + ".done", **at, text=text, **logprobs)
+        yield self.here(form.part + ".done", **at, part=part)
+        yield self.done(**{form.key: [part]}, **more)
+        self.open = None
+
+    def part(self) -> JSON:
+        """What the item that has not ended has in it so far."""
+        return {"type": self.open.kind, "text": "".join(self.pieces), **{key: [] for key in self.open.lists}}
+
+    def annotation(self, citation: Citation, start: int | None = None) -> JSON:
+        """A source, counted from the beginning of its own message."""
+        start = self.messages[-1][0] if start is None else start
+        return {"type": "url_citation", "start_index": max(0, citation.start - start),
+                "end_index": max(0, citation.end - start), "url": citation.url, "title": citation.title}
+
+    def call(self, call: Call) -> Iterator[JSON]:
+        name = self.wants.names.get(call.name, call.name)
+        space = self.wants.spaces.get(name)
+        short = name[len(space) + 1:] if space else name
+        if name in self.wants.custom:
+            kind, prefix, key, value, more = "custom_tool_call", "ctc_", "input", custom_input(call), {}
+        else:
+            kind, prefix, key = "function_call", "fc_", "arguments"
+            value, more = encode_json(call.args), {"name": short}
+        yield self.add(prefix, {"type": kind, "status": "in_progress", "call_id": call.id, "name": short,
+                                **({"namespace": space} if space else {}), key: ""})
+        yield self.here(f"{kind}_{key}.delta", delta=value)
+        yield self.here(f"{kind}_{key}.done", **{key: value}, **more)
+        yield self.done(status="completed", **{key: value})
+
+    def show(self, media: Media) -> Iterator[JSON]:
+        """A picture, as OpenAI's own tool tells it; responses have no form for anything else."""
+        yield from self.close()
+        yield self.add("ig_", {"type": "image_generation_call", "status": "in_progress", "result": None})
+        yield self.done(status="completed", result=media.data)
+
+    def search(self, end: End) -> Iterator[JSON]:
+        """What Gemini looked for. It tells so at its end only, so this comes after the message that rests on it."""
+        action = {"type": "search", "query": end.queries[0], "queries": list(end.queries)}
+        if "web_search_call.action.sources" in self.wants.included:
+            urls = dict.fromkeys(citation.url for citation in end.citations)
+            action["sources"] = [{"type": "url", "url": url} for url in urls]
+        yield self.add("ws_", {"type": "web_search_call", "status": "in_progress", "action": action})
+        for step in ("in_progress", "searching", "completed"):
+            yield self.here("web_search_call." + step)
+        yield self.done(status="completed")
+
+    def finish(self, end: End, calls: list[Call]) -> Iterator[JSON]:
+        """The rest: citations, the calls after the signatures that belong to them, and how it all ended."""
+        seal = sealed(calls, self.exchange.ask.calls[0].model) if self.wants.sealed else None
+        status, more = openai_end(end)
+        if seal and self.open is FORMS["reasoning"]:
+            yield from self.close(encrypted_content=seal)
+            seal = None
+        yield from self.close("completed" if status == "completed" else "incomplete", self.cited(end.citations))
+        if end.queries:
+            yield from self.search(end)
+        if seal:
+            yield self.add("rs_", {"type": "reasoning", "summary": [], "encrypted_content": seal})
+            yield self.done()
+        for call in calls:
+            yield from self.call(call)
+        if not self.output and status == "completed":
+            yield from self.start("message")
+            yield from self.close()
+        yield self.end(status, more, end.usage)
+
+    def fail(self, error: JSON) -> JSON:
+        """The last event of a response that failed, with the item that did not end as far as it came."""
+        if self.open:
+            status = {"status": "incomplete"} if self.open.key == "content" else {}
+            self.output[-1] = {**self.output[-1], self.open.key: [self.part()], **status}
+        return self.end("failed", {"error": error}, self.exchange.usage)
+
+    def cited(self, citations: list[Citation]) -> list[Citation]:
+        """Those of the message that has not ended; the others are added to theirs, which have been told already."""
+        last = []
+        for citation in citations:
+            start, index = next((found for found in reversed(self.messages) if found[0] <= citation.start), (0, -1))
+            if self.open is FORMS["message"] and index == len(self.output) - 1:
+                last.append(citation)
+            elif index >= 0:
+                self.output[index]["content"][0]["annotations"].append(self.annotation(citation, start))
+        return last
+
+    def end(self, status: str, more: JSON, usage: Usage) -> JSON:
+        """The last event. Unless the client forbids it, the response is kept."""
+        told = {"input_tokens": usage.prompt,
+                "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+                "output_tokens": usage.output, "output_tokens_details": {"reasoning_tokens": usage.thoughts},
+                "total_tokens": usage.prompt + usage.output}
+        self.response.update(more, status=status, usage=told,
+                             completed_at=int(self.exchange.now()) if status == "completed" else None)
+        if self.response["store"]:
+            store, items = self.exchange.setting.store, openai_kept_items(self.wants.items, self.tail)
+            store("input:" + self.response["id"], encode_json(items))
+            store("response:" + self.response["id"], encode_json(self.response))
+        return self.event(status, response=self.response)
+
+
+def openai_end(end: End) -> tuple[str, JSON]:
+    """(the status of a response, what it says about that), with Gemini's own words."""
+    if end.finish == "failed":
+        message = end.message or f"Gemini ended its answer with {end.reason}."
+        return "failed", {"error": {"code": "server_error", "message": message}, **odd_end(end)}
+    reason = {"length": "max_output_tokens", "filter": "content_filter"}.get(end.finish)
+    return ("incomplete" if reason else "completed"), {"incomplete_details": {"reason": reason} if reason else None,
+                                                       **odd_end(end)}
+
+
+def openai_responses_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+    """The events of a response; nothing before Gemini's first word."""
+    reply, calls = Reply(exchange), []
+    for event in chat_events(next(answers), exchange):
+        if not reply.count:
+            yield from reply.begin()
+        if type(event) is Text:
+            if not event.thought or exchange.wants.summary:
+                yield from reply.say("reasoning" if event.thought else "message", event.text)
+        elif type(event) is Call:
+            calls.append(event)
+        elif type(event) is Media:
+            yield from reply.show(event)
+        else:
+            yield from reply.finish(event, calls)
+
+
+def openai_responses_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    """The same, as its last event tells it."""
+    *_, last = openai_responses_stream(exchange, answers)
+    return last["response"]
+
+
+def openai_responses_failure(exchange: Exchange, error: ProxyError) -> JSON:
+    """The last event of a stream that failed. Codex and others read from its words when to try again."""
+    told = openai_error(error)[1]["error"]
+    wait = f" Please try again in {error.again:g}s." if error.again and error.status == 429 else ""
+    reply = exchange.told or Reply(exchange)
+    return reply.fail({"code": told["code"] or "invalid_prompt", "message": told["message"] + wait})
+
+
+# ---- what a request would cost, and what becomes of a response ----
+
+
+def openai_input_tokens_request(body: Fields, setting: Setting) -> Ask:
+    """The tokens of a request that is not made: /v1/responses/input_tokens takes the same body."""
+    ask = openai_responses_request(body, setting)
+    call = ask.calls[0]
+    counted = {"generateContentRequest": {"model": call.model.path, **call.body}}
+    return Ask((GeminiCall(f"{call.model.path}:countTokens", counted),), model=ask.model)
+
+
+def openai_input_tokens_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    total = [chunk.get("totalTokens") for chunks in answers for chunk in chunks]
+    if type(total[0]) is not int:
+        raise nonsense("a count without a number")
+    return {"object": "response.input_tokens", "input_tokens": total[0]}
+
+
+def openai_kept_request(body: Fields, setting: Setting) -> Ask:
+    """A response that was kept; OpenAI's 404 where it is not there (any more)."""
+    id = setting.params["id"]
+    told = openai_recalled("response", id, setting)
+    if told is None:
+        raise ProxyError(404, f"Response with id '{id[:80]}' not found.")
+    if setting.query.get("stream") == "true":
+        raise wrong_value("stream", "Invalid value for 'stream': only a response that is under way could be streamed.")
+    return Ask(wants=told)
+
+
+def openai_kept_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    return exchange.wants
+
+
+def openai_forget_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    id = exchange.wants["id"]
+    for kind in ("response", "input"):
+        exchange.setting.keep(f"{kind}:{id}", "")
+    return {"id": id, "object": "response", "deleted": True}
+
+
+def openai_cancel_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    raise ProxyError(400, "Cannot cancel a response that was not made in the background.")
+
+
+def openai_input_items_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+    """A page of a response's own input, the newest first unless the client wants it otherwise."""
+    query = exchange.setting.query
+    items = openai_recalled("input", exchange.wants["id"], exchange.setting) or []
+    items = items if query.get("order") == "asc" else items[::-1]
+    limit = query.get("limit", "20")
+    if not re.fullmatch(r"[1-9]\d?|100", limit, re.ASCII):
+        raise wrong_value("limit", "Invalid value for 'limit': it must be between 1 and 100.")
+    after = next((i + 1 for i, item in enumerate(items) if item["id"] == query.get("after")), 0)
+    page = items[after:after + int(limit)]
+    return {"object": "list", "data": page, "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None, "has_more": len(items) > after + len(page)}
+
+
+# ---- routes ----
 
 # To add an endpoint: a request, a response and perhaps a stream function above, and a row here; the README's
 # table wants a line too, and a test says so.
 OPENAI = Protocol("openai", (
     Route("POST", "/v1/chat/completions", openai_chat_request, openai_chat_response, openai_chat_stream, SSE),
+    Route("POST", "/v1/responses", openai_responses_request, openai_responses_response, openai_responses_stream,
+          NAMED_SSE, failure=openai_responses_failure),
+    Route("POST", "/v1/responses/input_tokens", openai_input_tokens_request, openai_input_tokens_response),
+    Route("GET", "/v1/responses/{id}/input_items", openai_kept_request, openai_input_items_response),
+    Route("POST", "/v1/responses/{id}/cancel", openai_kept_request, openai_cancel_response, takes=no_body),
+    Route("GET", "/v1/responses/{id}", openai_kept_request, openai_kept_response),
+    Route("DELETE", "/v1/responses/{id}", openai_kept_request, openai_forget_response, takes=no_body),
     Route("POST", "/v1/embeddings", openai_embeddings_request, openai_embeddings_response),
     Route("POST", "/v1/completions", openai_completions_request, openai_completions_response, openai_completions_stream,
           SSE),
@@ -2799,7 +3474,7 @@ OPENAI = Protocol("openai", (
 ), openai_error, lambda error: openai_error(error)[1])
 
 # ======================================================================================
-# 5. Ollama: chat, generate, embeddings, models and their management
+# 6. Ollama: chat, generate, embeddings, models and their management
 # ======================================================================================
 
 OLLAMA_VERSION = "0.33.0"       # plain and recent: clients compare it by its numbers
@@ -3435,7 +4110,7 @@ OLLAMA = Protocol("ollama", (
 ), ollama_error, lambda error: ollama_error(error)[1])
 
 # ======================================================================================
-# 6. Anthropic: messages and their counting
+# 7. Anthropic: messages and their counting
 # ======================================================================================
 
 # ---- content blocks ----
@@ -3639,11 +4314,11 @@ def anthropic_tools(body: Fields) -> Tools:
         told = ANTHROPIC_TOOLS.get(kind) or ANTHROPIC_TOOLS.get(family)
         tool.pass_over("eager_input_streaming", "defer_loading")        # about when the client hears or Claude sees it
         if kind == "custom":
-            openai_tool(tool, False, declared, names, set(), SCHEMA_KEY)
+            openai_tool(tool, False, declared, names, set(), schema=SCHEMA_KEY)
             strict = strict or bool(tool.get("strict", bool))
         elif told:
             known = {"name": tool.need("name", str), "description": told[0], SCHEMA_KEY: told[1]}
-            openai_tool(Fields(known, tool.place), False, declared, names, set(), SCHEMA_KEY)
+            openai_tool(Fields(known, tool.place), False, declared, names, set(), schema=SCHEMA_KEY)
         elif family in own:
             tool.pass_over("name")
             own[family] = f"tools[].{kind}"
@@ -3943,7 +4618,7 @@ ANTHROPIC = Protocol("anthropic", (
 ), anthropic_error, lambda error: anthropic_error(error)[1], ("request-id",))
 
 # ======================================================================================
-# 7. Routing: which route answers a path, and in which protocol an error is told
+# 8. Routing: which route answers a path, and in which protocol an error is told
 # ======================================================================================
 
 def without_401(protocol: Protocol) -> Protocol:
@@ -4025,7 +4700,7 @@ def find_route(api: str, method: str, path: str) -> Found:
     raise NoRoute(404, f"Invalid URL ({method[:20]} {path[:200]})")
 
 # ======================================================================================
-# 8. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
+# 9. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
 # ======================================================================================
 
 CONNECT_TIMEOUT = 10.0      # seconds for a TCP connection and its TLS handshake
@@ -4671,7 +5346,7 @@ def scope_of(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 # ======================================================================================
-# 9. Server: the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
+# 10. Server: the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
 # ======================================================================================
 
 MOST_BODY = 128 << 20       # bytes; Gemini takes 100 MB
@@ -4897,7 +5572,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection, self.command, self.path, self.headers = True, "", "", {}
         self.begun = self.framed = self.body_left = False
         self.status, self.exchange, self.framing, self.answers, self.ignored = 0, None, None, None, []
-        self.protocol, self.route = protocol_of(self.server.config.api, "/"), "other"
+        self.protocol, self.route, self.failure = protocol_of(self.server.config.api, "/"), "other", None
         try:
             self.line.idle, self.line.until = True, math.inf
             line = self.rfile.readline(MOST_HEAD)
@@ -5061,7 +5736,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.route = "GET " + path
             return self.send_answer(*reversed(server.own_pages[path]()))
         found = find_route(api, self.command, path)
-        self.protocol, self.route = found.protocol, found.route.name
+        self.protocol, self.route, self.failure = found.protocol, found.route.name, found.route.failure
         self.key = self.gemini_key()
         setting = server.setting_for(self.key)
         if found.params or query:
@@ -5118,7 +5793,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.begun and not self.framed:
             self.close_connection = True            # nothing that could be said would be understood
         elif self.begun:
-            self.emit(self.framing.encode(self.protocol.stream_error(error)), last=True)
+            told = self.failure(self.exchange, error) if self.failure else self.protocol.stream_error(error)
+            self.emit(self.framing.encode(told), last=True)
         else:
             self.close_connection = self.close_connection or not self.command
             self.send_answer(*reversed(self.protocol.error(error)), list(error.headers.items()))
@@ -5401,7 +6077,7 @@ def give_memory_back() -> None:
 
 
 # ======================================================================================
-# 10. Command line: flags and environment, systemd, workers, checks, start and end
+# 11. Command line: flags and environment, systemd, workers, checks, start and end
 # ======================================================================================
 
 GEMINI = "https://generativelanguage.googleapis.com"

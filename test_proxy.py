@@ -1361,7 +1361,270 @@ def test_openais_errors(error, kind, code):
 
 
 # ======================================================================================
-# 5. Ollama
+# 5. Responses
+# ======================================================================================
+
+FLAT = {"type": "function", "strict": False, **WEATHER["function"]}
+PATCH = {"type": "custom", "name": "apply_patch", "format": {"type": "grammar", "syntax": "lark", "definition": "start: X"}}
+SEAL = base64.b64encode(b'{"generation":3,"signatures":{"call_9":"%b"}}' % sign("s").encode()).decode()
+
+
+def remembering():
+    """A setting with a memory."""
+    memory = {}
+    return Setting(recall=memory.get, store=memory.__setitem__, keep=lambda key, text: memory.pop(key), params={"id": "resp_1"})
+
+
+def responding(body, *answers, setting=Setting()):
+    """The events of a response, when Gemini says these chunks; their last one is the whole answer."""
+    ask = asked({"model": FLASH, **body}, proxy.openai_responses_request, setting)[0]
+    events = list(proxy.openai_responses_stream(exchange(ask, setting), map(iter, [answers])))
+    assert proxy.openai_responses_response(exchange(ask, setting), map(iter, [answers])) == events[-1]["response"]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    return events
+
+
+def items_to_gemini(*items, setting=Setting(), **more):
+    return gemini_body({"model": FLASH, "input": list(items), **more}, request=proxy.openai_responses_request, setting=setting)
+
+
+def told(events):
+    """The events without what is the same in each."""
+    return [{key: value for key, value in event.items() if key not in ("sequence_number", "response")} for event in events]
+
+
+def test_the_events_of_a_response_are_openais():
+    thought = {"text": "Hm", "thought": True}
+    body = {"model": NEWEST, "input": "Hi", "tools": [FLAT], "reasoning": {"effort": "low", "summary": "auto"}, "include": ["reasoning.encrypted_content"]}
+    events = responding(body, chunk(thought), chunk("He"), chunk("llo"), whole(call("weather", {"city": "Oslo"}, "s")))
+    at = {"item_id": "msg_1_1", "output_index": 1, "content_index": 0}
+    reasoning = {"id": "rs_1_0", "type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm"}]}
+    part = {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}
+    message = {"id": "msg_1_1", "type": "message", "status": "completed", "role": "assistant", "content": [part]}
+    sealed = {"id": "rs_1_2", "type": "reasoning", "summary": [], "encrypted_content": base64.b64encode(base64.b64decode(SEAL).replace(b"call_9", b"call_2")).decode()}
+    made = {"id": "fc_1_3", "type": "function_call", "status": "completed", "call_id": "call_2", "name": "weather", "arguments": '{"city":"Oslo"}'}
+    assert told(events) == [
+        {"type": "response.created"}, {"type": "response.in_progress"},
+        {"type": "response.output_item.added", "output_index": 0, "item": {**reasoning, "summary": []}},
+        {"type": "response.reasoning_summary_part.added", "item_id": "rs_1_0", "output_index": 0, "summary_index": 0, "part": {"type": "summary_text", "text": ""}},
+        {"type": "response.reasoning_summary_text.delta", "item_id": "rs_1_0", "output_index": 0, "summary_index": 0, "delta": "Hm"},
+        {"type": "response.reasoning_summary_text.done", "item_id": "rs_1_0", "output_index": 0, "summary_index": 0, "text": "Hm"},
+        {"type": "response.reasoning_summary_part.done", "item_id": "rs_1_0", "output_index": 0, "summary_index": 0, "part": {"type": "summary_text", "text": "Hm"}},
+        {"type": "response.output_item.done", "output_index": 0, "item": reasoning},
+        {"type": "response.output_item.added", "output_index": 1, "item": {**message, "status": "in_progress", "content": []}},
+        {"type": "response.content_part.added", **at, "part": {**part, "text": ""}},
+        {"type": "response.output_text.delta", **at, "delta": "He", "logprobs": []}, {"type": "response.output_text.delta", **at, "delta": "llo", "logprobs": []},
+        {"type": "response.output_text.done", **at, "text": "Hello", "logprobs": []}, {"type": "response.content_part.done", **at, "part": part},
+        {"type": "response.output_item.done", "output_index": 1, "item": message},
+        {"type": "response.output_item.added", "output_index": 2, "item": sealed}, {"type": "response.output_item.done", "output_index": 2, "item": sealed},
+        {"type": "response.output_item.added", "output_index": 3, "item": {**made, "status": "in_progress", "arguments": ""}},
+        {"type": "response.function_call_arguments.delta", "item_id": "fc_1_3", "output_index": 3, "delta": made["arguments"]},
+        {"type": "response.function_call_arguments.done", "item_id": "fc_1_3", "output_index": 3, "arguments": made["arguments"], "name": "weather"},
+        {"type": "response.output_item.done", "output_index": 3, "item": made}, {"type": "response.completed"}]
+    assert events[-1]["response"]["output"] == [reasoning, message, sealed, made]
+    assert (events[0]["response"]["status"], events[0]["response"]["output"], events[0]["response"]["usage"]) == ("in_progress", [], None)
+
+
+def test_a_whole_response():
+    assert responding({"input": "Hi", "temperature": 0.5, "metadata": {"a": "b"}, "user": "me"}, whole("Hello"))[-1]["response"] == {
+        "id": "resp_1", "object": "response", "created_at": 1700000000, "completed_at": 1700000000, "status": "completed", "error": None, "incomplete_details": None,
+        "background": False, "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {"a": "b"}, "model": FLASH,
+        "parallel_tool_calls": True, "previous_response_id": None, "prompt_cache_key": None, "reasoning": {"effort": None, "summary": None}, "safety_identifier": None,
+        "service_tier": "default", "store": True, "temperature": 0.5, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_logprobs": 0,
+        "top_p": None, "truncation": "disabled", "user": "me",
+        "output": [{"id": "msg_1_0", "type": "message", "status": "completed", "role": "assistant",
+                    "content": [{"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}]}],
+        "usage": {"input_tokens": 4, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0}, "output_tokens": 7,
+                  "output_tokens_details": {"reasoning_tokens": 2}, "total_tokens": 11}}
+
+
+@pytest.mark.parametrize("finish, kind, details, error", [
+    ("STOP", "completed", None, None), ("MAX_TOKENS", "incomplete", {"reason": "max_output_tokens"}, None), ("SAFETY", "incomplete", {"reason": "content_filter"}, None),
+    ("MALFORMED_FUNCTION_CALL", "failed", None, {"code": "server_error", "message": "Gemini ended its answer with MALFORMED_FUNCTION_CALL."})])
+def test_how_a_response_ends(finish, kind, details, error):
+    last = responding({"input": "Hi"}, whole("Once", finish=finish))[-1]
+    response = last["response"]
+    assert last["type"] == f"response.{kind}" and (response["status"], response["incomplete_details"], response["error"]) == (kind, details, error)
+    assert response["output"][0]["status"] == ("completed" if kind == "completed" else "incomplete")
+    assert response.get("native_finish_reason", "STOP") == (finish if finish != "MAX_TOKENS" else "STOP")
+
+
+def test_a_response_without_a_word():
+    assert responding({"input": "Hi"}, whole())[-1]["response"]["output"][0]["content"][0]["text"] == ""
+    blocked = responding({"input": "Hi"}, {"promptFeedback": {"blockReason": "SAFETY"}})[-1]["response"]
+    assert (blocked["output"], blocked["incomplete_details"], blocked["native_finish_reason"]) == ([], {"reason": "content_filter"}, "SAFETY")
+
+
+def test_a_response_that_breaks_off():
+    made = exchange(asked({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0])
+    events = []
+    with pytest.raises(ProxyError) as caught:
+        for event in proxy.openai_responses_stream(made, iter([iter([chunk("Hel")])])):
+            events.append(event)
+    last = proxy.openai_responses_failure(made, caught.value)
+    assert (last["type"], last["sequence_number"]) == ("response.failed", len(events)) and last["response"]["id"] == events[0]["response"]["id"]
+    assert last["response"]["error"] == {"code": "server_error", "message": caught.value.message}
+    assert (last["response"]["output"][0]["status"], last["response"]["output"][0]["content"][0]["text"]) == ("incomplete", "Hel")
+    slow = proxy.openai_responses_failure(exchange(made.ask), ProxyError(429, "Slow.", code="rate_limit_exceeded", again=1.5))
+    assert slow["response"]["error"] == {"code": "rate_limit_exceeded", "message": "Slow. Please try again in 1.5s."} and slow["sequence_number"] == 0
+
+
+def test_input_items_become_turns():
+    body = items_to_gemini(
+        {"role": "developer", "content": "Be brief."}, user([{"type": "input_text", "text": "Look"}, {"type": "input_image", "image_url": f"data:image/png;base64,{PNG}"}]),
+        {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "Hm"}], "encrypted_content": SEAL},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I call.", "annotations": []}]},
+        {"type": "function_call", "call_id": "call_9", "name": "weather", "arguments": '{"city": "Oslo"}', "status": "completed"},
+        {"type": "custom_tool_call", "call_id": "call_8", "name": "apply_patch", "input": "X"},
+        {"type": "custom_tool_call_output", "call_id": "call_8", "output": [{"type": "input_text", "text": "done"}]},
+        {"type": "function_call_output", "call_id": "call_9", "output": '{"temp": 3}'}, instructions="Be kind.", model=NEWEST)
+    assert body["systemInstruction"]["parts"] == [{"text": "Be kind."}, {"text": "Be brief."}]
+    assert body["contents"] == [
+        u("Look", {"inlineData": {"mimeType": "image/png", "data": PNG}}),
+        m("I call.", {"functionCall": {"id": "call_9", "name": "weather", "args": {"city": "Oslo"}}, "thoughtSignature": sign("s")},
+          {"functionCall": {"id": "call_8", "name": "apply_patch", "args": {"input": "X"}}}),
+        u({"functionResponse": {"id": "call_9", "name": "weather", "response": {"temp": 3}}}, {"functionResponse": {"id": "call_8", "name": "apply_patch", "response": {"output": "done"}}})]
+
+
+def test_calls_of_openais_own_local_tools_are_functions():
+    body = items_to_gemini(user("ls"), {"type": "local_shell_call", "id": "lsh_1", "call_id": "call_1", "action": {"type": "exec", "command": ["ls"]}, "status": "completed"},
+                           {"type": "local_shell_call_output", "id": "call_1", "output": "a.txt"}, {"type": "shell_call", "call_id": "call_2", "action": {"commands": ["ls"]}},
+                           {"type": "shell_call_output", "call_id": "call_2", "output": [{"stdout": "a.txt", "stderr": ""}]})
+    assert [part for content in body["contents"][1:] for part in content["parts"]] == [
+        {"functionCall": {"id": "call_1", "name": "local_shell", "args": {"type": "exec", "command": ["ls"]}}},
+        {"functionResponse": {"id": "call_1", "name": "local_shell", "response": {"output": "a.txt"}}},
+        {"functionCall": {"id": "call_2", "name": "shell", "args": {"commands": ["ls"]}}},
+        {"functionResponse": {"id": "call_2", "name": "shell", "response": {"output": [{"stdout": "a.txt", "stderr": ""}]}}}]
+
+
+def test_what_a_response_cannot_take_is_named():
+    items = [user("Hi"), {"type": "mcp_call", "id": "1", "name": "x"}, {"type": "reasoning", "summary": [], "encrypted_content": "gAAA"}, {"type": "web_search_call", "id": "ws_1"}]
+    tools = [{"type": "file_search", "vector_store_ids": ["v"]}, {"type": "web_search", "search_context_size": "low"}, {"type": "code_interpreter", "container": {"type": "auto"}}]
+    ask, ignored = asked({"model": NEWEST, "input": items, "tools": tools, "text": {"verbosity": "low"}, "include": ["file_search_call.results"], "x": 1}, proxy.openai_responses_request)
+    assert ignored == ["include.file_search_call.results", "input[].encrypted_content", "input[].mcp_call", "text.verbosity", "tools[].container", "tools[].file_search",
+                       "tools[].search_context_size", "x"]
+    assert ask.calls[0].body["tools"] == [{"googleSearch": {}}, {"codeExecution": {}}]
+    sealed = {"type": "reasoning", "summary": [], "encrypted_content": SEAL}
+    for model, named in ((NEWEST, []), (FLASH, ["input[].encrypted_content"])):
+        assert asked({"model": model, "input": [sealed]}, proxy.openai_responses_request)[1] == named
+
+
+@pytest.mark.parametrize("place, more", [
+    ("input", {"input": None}), ("input", {"input": 7}), ("input[0]", {"input": [7]}), ("input[0].type", {"input": [{}]}), ("input[0].role", {"input": [{"role": "x"}]}),
+    ("input[0].call_id", {"input": [{"type": "function_call", "name": "x"}]}), ("input", {"input": [{"type": "item_reference", "id": "msg_1_0"}]}),
+    ("text.format.type", {"text": {"format": {"type": "x"}}}), ("reasoning.effort", {"reasoning": {"effort": "x"}}), ("max_output_tokens", {"max_output_tokens": 0}),
+    ("conversation", {"conversation": "conv_1"}), ("prompt", {"prompt": {"id": "pmpt_1"}}), ("previous_response_id", {"previous_response_id": "resp_1"}),
+    ("truncation", {"truncation": "x"}), ("include", {"include": 7}), ("metadata", {"metadata": 7}), ("tools[0].tools[0].name", {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function"}]}]})])
+def test_what_no_response_can_be_made_of(place, more):
+    error = refused({"model": FLASH, "input": "Hi", **more}, proxy.openai_responses_request)
+    assert error.place == place and error.status == (404 if "resp_1" in str(more) or "item_reference" in str(more) else 400)
+
+
+def test_tools_of_responses_are_flat_and_may_stand_in_namespaces():
+    more = {"type": "additional_tools", "role": "developer", "tools": [{"type": "namespace", "name": "code", "description": "Code", "tools": [PATCH]}]}
+    body = {"input": [user("Hi"), more], "tools": [FLAT], "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [
+        {"type": "function", "name": "weather"}, {"type": "custom", "namespace": "code", "name": "apply_patch"}, {"type": "web_search"}]}}
+    sent = gemini_body({"model": NEWEST, **body}, request=proxy.openai_responses_request)
+    assert [d["name"] for d in sent["tools"][0]["functionDeclarations"]] == ["weather", "code.apply_patch"]
+    assert sent["tools"][0]["functionDeclarations"][1]["description"].startswith("Code\nThe text must conform to this lark grammar:\nstart: X")
+    assert sent["toolConfig"]["functionCallingConfig"] == {"mode": "ANY", "allowedFunctionNames": ["weather", "code.apply_patch"]}
+    events = responding(body, whole(call("code.apply_patch", {"input": "X"})))
+    made = {"id": "ctc_1_0", "type": "custom_tool_call", "status": "completed", "call_id": "call_2", "name": "apply_patch", "namespace": "code", "input": "X"}
+    assert events[-1]["response"]["output"] == [made]
+    assert [event["type"] for event in events[3:5]] == ["response.custom_tool_call_input.delta", "response.custom_tool_call_input.done"]
+    back = items_to_gemini(user("Hi"), made, {"type": "custom_tool_call_output", "call_id": "call_2", "output": "ok"})
+    assert back["contents"][1]["parts"][0]["functionCall"] == {"id": "call_2", "name": "code.apply_patch", "args": {"input": "X"}}
+
+
+def test_a_search_and_its_sources_in_a_response():
+    grounding = {"webSearchQueries": ["oslo"], "groundingChunks": [{"web": {"uri": "https://a.example", "title": "A"}}],
+                 "groundingSupports": [{"segment": {"startIndex": 0, "endIndex": 3}, "groundingChunkIndices": [0]}, {"segment": {"startIndex": 4, "endIndex": 7}, "groundingChunkIndices": [0]}]}
+    body = {"input": "Hi", "tools": [{"type": "web_search"}], "include": ["web_search_call.action.sources"], "reasoning": {"summary": "auto"}}
+    events = responding(body, chunk("One "), chunk({"text": "Hm", "thought": True}), whole("two.", groundingMetadata=grounding))
+    first, _, second, search = events[-1]["response"]["output"]
+    cited = {"type": "url_citation", "start_index": 0, "end_index": 3, "url": "https://a.example", "title": "A"}
+    assert first["content"][0]["annotations"] == second["content"][0]["annotations"] == [cited]
+    assert [event["annotation"] for event in events if event["type"].endswith("annotation.added")] == [cited]
+    assert search["action"] == {"type": "search", "query": "oslo", "queries": ["oslo"], "sources": [{"type": "url", "url": "https://a.example"}]}
+
+
+def test_a_picture_in_a_response():
+    made = responding({"input": "Draw"}, whole("Here", {"inlineData": {"mimeType": "image/png", "data": PNG}}))[-1]["response"]["output"]
+    assert made[1] == {"id": "ig_1_1", "type": "image_generation_call", "status": "completed", "result": PNG}
+    assert items_to_gemini(user("Draw"), *made, user("Redder"))["contents"][1] == m("Here", {"inlineData": {"mimeType": "image/png", "data": PNG}})
+
+
+def test_a_response_goes_on_from_what_was_kept():
+    setting = remembering()
+    first = responding({"input": "Who?", "instructions": "Be brief."}, whole("Gem."), setting=setting)[-1]["response"]
+    again = items_to_gemini(user("And now?"), previous_response_id=first["id"], setting=setting)
+    assert again["contents"] == [u("Who?"), m("Gem."), u("And now?")] and "systemInstruction" not in again
+    for reference in ({"type": "item_reference", "id": first["output"][0]["id"]}, {"id": first["output"][0]["id"]}):
+        by_reference = items_to_gemini({"type": "item_reference", "id": "msg_1_i0"}, reference, user("And now?"), setting=setting)
+        assert by_reference["contents"] == again["contents"]
+    kept = proxy.openai_kept_request(Fields({}), setting)
+    assert proxy.openai_kept_response(exchange(kept, setting), iter(())) == first
+    assert proxy.openai_forget_response(exchange(kept, setting), iter(())) == {"id": first["id"], "object": "response", "deleted": True}
+    with pytest.raises(ProxyError) as caught:
+        proxy.openai_kept_request(Fields({}), setting)
+    assert caught.value.status == 404
+    assert setting.recall("input:resp_1") is None
+    assert refused({"model": FLASH, "previous_response_id": first["id"]}, lambda fields, _: proxy.openai_responses_request(fields, setting)).code == "previous_response_not_found"
+    unkept = remembering()
+    responding({"input": "Who?", "store": False}, whole("Gem."), setting=unkept)
+    assert unkept.recall("response:resp_1") is None
+
+
+def test_the_items_of_a_kept_response():
+    setting = remembering()
+    responding({"input": [user("a"), assistant("b", id=None), user("c")]}, whole("d"), setting=setting)
+    ask = proxy.openai_kept_request(Fields({}), setting)
+
+    def page(**query):
+        return proxy.openai_input_items_response(exchange(ask, setting._replace(query=query)), iter(()))
+    assert [item["id"] for item in page()["data"]] == ["msg_1_i2", "msg_1_i1", "msg_1_i0"]
+    assert page(order="asc", limit="2", after="msg_1_i0") == {
+        "object": "list", "first_id": "msg_1_i1", "last_id": "msg_1_i2", "has_more": False, "data": [
+            {"id": "msg_1_i1", "type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b", "annotations": []}], "status": "completed"},
+            {"id": "msg_1_i2", "type": "message", "role": "user", "content": [{"type": "input_text", "text": "c"}], "status": "completed"}]}
+    assert page(limit="1")["has_more"]
+    with pytest.raises(ProxyError, match="limit"):
+        page(limit="0")
+
+
+def test_a_response_in_json():
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    body = {"model": FLASH, "input": "Hi", "text": {"format": {"type": "json_schema", "name": "x", "strict": True, "schema": schema}}}
+    assert gemini_body(body, request=proxy.openai_responses_request)["generationConfig"] == {"responseMimeType": "application/json", "responseJsonSchema": schema}
+    fenced = responding({**body, "tools": [FLAT]}, whole('```json\n{"a":"b"}\n```'))[-1]["response"]
+    assert fenced["output"][0]["content"][0]["text"] == '{"a":"b"}' and fenced["text"] == body["text"]
+
+
+def test_thoughts_come_when_they_are_asked_for():
+    thought = {"text": "Hm", "thought": True}
+    for reasoning, config, kinds in (({"effort": "low"}, {"thinkingLevel": "LOW"}, ["message"]), ({"summary": "concise"}, {"includeThoughts": True}, ["reasoning", "message"]),
+                                     ({"effort": "ultra", "generate_summary": "auto"}, {"thinkingLevel": "HIGH", "includeThoughts": True}, ["reasoning", "message"])):
+        body = {"model": NEWEST, "input": "Hi", "reasoning": reasoning}
+        assert gemini_body(body, request=proxy.openai_responses_request)["generationConfig"] == {"thinkingConfig": config}
+        assert [item["type"] for item in responding(body, whole(thought, "42"))[-1]["response"]["output"]] == kinds
+    assert [item["type"] for item in responding({"input": "Hi"}, whole(thought, "42"), setting=OLLAMA)[-1]["response"]["output"]] == ["reasoning", "message"]
+
+
+def test_the_body_of_a_response_in_a_chat():
+    body = {"model": FLASH, "instructions": "Be brief.", "input": [user("Hi")], "tools": [FLAT, PATCH]}
+    sent = gemini_body(body)
+    assert (sent["contents"], sent["systemInstruction"]) == ([u("Hi")], {"parts": [{"text": "Be brief."}]})
+    assert [d["name"] for d in sent["tools"][0]["functionDeclarations"]] == ["weather", "apply_patch"]
+    assert refused({"model": FLASH, "input": 7}).place == "input" and refused({"model": FLASH}).place == "messages"
+
+
+def test_codex_gets_a_list_of_its_own():
+    listed = proxy.openai_models_response(exchange(proxy.Ask(), Setting(query={"client_version": "0.171.0"})), iter([iter([{"models": MODELS}])]))
+    assert listed["models"] == [] and listed["data"]
+
+
+# ======================================================================================
+# 6. Ollama
 # ======================================================================================
 
 OLLAMA = Setting(ollama=True)
@@ -1565,7 +1828,7 @@ def test_openais_routes_on_an_ollama_server():
 
 
 # ======================================================================================
-# 6. Anthropic
+# 7. Anthropic
 # ======================================================================================
 
 CLAUDE = Setting(ollama=True, aliases=(("claude-*", NEWEST),))
@@ -1846,8 +2109,15 @@ def test_claudes_signatures_are_found_by_id_where_no_thinking_is_shown(gemini):
 
 
 # ======================================================================================
-# 7. Routing
+# 8. Routing
 # ======================================================================================
+
+
+def test_the_paths_below_responses():
+    for method, path, function in (("POST", "/v1/responses", proxy.openai_responses_response), ("POST", "/v1/responses/input_tokens", proxy.openai_input_tokens_response),
+                                   ("GET", "/v1/responses/resp_1", proxy.openai_kept_response), ("DELETE", "/v1/responses/resp_1", proxy.openai_forget_response),
+                                   ("GET", "/v1/responses/resp_1/input_items", proxy.openai_input_items_response), ("POST", "/v1/responses/resp_1/cancel", proxy.openai_cancel_response)):
+        assert proxy.find_route("ollama", method, path).route.response is function
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions", "/v1/v1/chat/completions", "/v1/chat/completions/", "//v1//chat//completions", "chat/completions/"])
@@ -1889,7 +2159,7 @@ def test_no_stream_says_a_word_before_gemini_does(route):
     assert read
 
 # ======================================================================================
-# 8. Client
+# 9. Client
 # ======================================================================================
 
 
@@ -2074,7 +2344,7 @@ def test_memory_by_key_and_alias_within_bounds(monkeypatch):
 
 
 # ======================================================================================
-# 9. Server
+# 10. Server
 # ======================================================================================
 
 
@@ -2445,6 +2715,29 @@ def test_rows_of_the_metrics_add_up():
         assert f"\nproxy_to_gemini_{line}\n" in page
 
 
+def test_the_stream_of_a_response(server, gemini):
+    status, headers, body = post(server, "/v1/responses", {"model": FLASH, "input": "Hi", "stream": True})
+    frames = body.decode().split("\n\n")
+    assert status == 200 and headers["content-type"] == "text/event-stream; charset=utf-8" and frames.pop() == "" and "[DONE]" not in frames[-1]
+    events = [(name, json.loads(data)) for name, data in re.findall(r"event: (.+)\ndata: (.+)", body.decode())]
+    assert len(events) == len(frames) and all(name == event["type"] for name, event in events) and events[-1][0] == "response.completed"
+    gemini.say(Say(chunk("Hel"), cut=1))
+    body = post(server, "/v1/responses", {"model": FLASH, "input": "Hi", "stream": True})[2]
+    last = json.loads(body.decode().rstrip().rpartition("data: ")[2])
+    assert (last["type"], last["response"]["status"], last["response"]["error"]["code"]) == ("response.failed", "failed", "server_error")
+    gemini.say(gemini_error(429, "Slow down.", "X"))
+    assert post(server, "/v1/responses", {"model": FLASH, "input": "Hi", "stream": True})[0] == 429
+
+
+def test_a_response_is_kept_for_its_own_key(gemini):
+    with serving(gemini.url, client_keys=True) as server, Line(server) as line:
+        made = json.loads(line.ask("POST", "/v1/responses", {"model": FLASH, "input": "Hi"}, Authorization="Bearer AIza-a")[2])
+        assert [line.ask("GET", f"/v1/responses/{made['id']}", Authorization=f"Bearer AIza-{who}")[0] for who in "ab"] == [200, 404]
+        assert line.ask("DELETE", f"/v1/responses/{made['id']}", Authorization="Bearer AIza-b")[0] == 404
+        assert json.loads(line.ask("DELETE", f"/v1/responses/{made['id']}", Authorization="Bearer AIza-a")[2])["deleted"]
+        server.gemini.memory.database.close()
+
+
 def test_clients_with_keys_of_their_own(gemini):
     with serving(gemini.url, client_keys=True, proxy_key="px-1") as server:
         assert post(server, Authorization="Bearer px-1", x_api_key="AIza-a")[0] == 200 and key_of(gemini) == "AIza-a"
@@ -2533,7 +2826,7 @@ def test_a_silent_ollama_stream_beats_with_empty_chunks(gemini, monkeypatch):
 
 
 # ======================================================================================
-# 10. Command line
+# 11. Command line
 # ======================================================================================
 
 ENV = {"GEMINI_API_KEY": "AIza-1"}
@@ -2751,13 +3044,13 @@ def section_of(line):
 
 
 def test_the_pure_sections_are_pure():
-    """Sections 1 to 7 know no socket, clock, randomness, environment or log."""
+    """Sections 1 to 8 know no socket, clock, randomness, environment or log."""
     impure = {"socket", "select", "ssl", "os", "sys", "time", "random", "secrets", "threading", "signal", "log", "open", "print", "input", "sqlite3",
               "http", "socketserver", "subprocess", "tempfile"}
     for node in ast.walk(TREE):
-        if isinstance(node, ast.Name) and node.id in impure and 1 <= section_of(node.lineno) <= 7:
+        if isinstance(node, ast.Name) and node.id in impure and 1 <= section_of(node.lineno) <= 8:
             assert (node.id, ast.get_source_segment(SOURCE, node)) and f"{node.id}" == "sys" and "byteorder" in SOURCE.splitlines()[node.lineno - 1], node.lineno
-        if isinstance(node, ast.Attribute) and 1 <= section_of(node.lineno) <= 7:
+        if isinstance(node, ast.Attribute) and 1 <= section_of(node.lineno) <= 8:
             assert not (node.attr == "request" and isinstance(node.value, ast.Name) and node.value.id == "urllib"), node.lineno
 
 
@@ -2860,6 +3153,23 @@ def test_the_readmes_other_parameters_are_treated_as_it_says():
         assert {key: key in names and key not in always for key, names in told.items()} == {**dict.fromkeys(heeded, False), **dict.fromkeys(ignored, True)}
 
 
+RESPONSE_SAMPLES = {
+    "model": FLASH, "input": "Hi", "instructions": "Hm", "previous_response_id": "resp_1", "store": False, "metadata": {"a": "b"}, "stream": True, "max_output_tokens": 9,
+    "temperature": 0.5, "top_p": 0.5, "tools": [{**WEATHER["function"], "type": "function"}], "tool_choice": "auto", "parallel_tool_calls": False,
+    "text": {"format": {"type": "json_object"}}, "reasoning": {"effort": "low", "summary": "auto"}, "include": ["reasoning.encrypted_content"], "service_tier": "flex",
+    "truncation": "auto", "background": True, "user": "u", "safety_identifier": "x", "prompt_cache_key": "x", "max_tool_calls": 3, "top_logprobs": 3,
+}
+
+
+def test_the_readmes_parameters_of_responses_are_treated_as_it_says():
+    table = {name.strip("`"): kind for names, kind, *_ in readme_table("Parameters of responses") for name in names.split(", ")}
+    assert set(table) == set(RESPONSE_SAMPLES)
+    setting = Setting(recall=lambda key: "[]" if key.startswith("input:") else json.dumps({"output": [], "previous_response_id": None}))
+    for name, kind in table.items():
+        ignored = asked({"model": FLASH, "input": "Hi", name: RESPONSE_SAMPLES[name]}, proxy.openai_responses_request, setting)[1]
+        assert (name in ignored) is (kind == "ignored"), (name, ignored)
+
+
 OLLAMA_SAMPLES = {
     "model": FLASH, "messages": [user("Hi")], "stream": False, "format": "json", "think": False, "tools": [WEATHER], "keep_alive": "1m",
     "options.temperature": 0.1, "options.top_p": 0.5, "options.top_k": 5, "options.num_predict": 9, "options.seed": 7, "options.stop": ["a"], "options.num_ctx": 9,
@@ -2936,6 +3246,26 @@ def test_anthropics_own_library(gemini):
         with pytest.raises(anthropic.RateLimitError) as caught:
             client.messages.create(messages=[user("Hi")], **ask)
         assert caught.value.request_id == caught.value.body["request_id"]
+
+
+def test_openais_own_library_and_responses(server, gemini):
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0, _strict_response_validation=True) as client:
+        with client.responses.stream(model=NEWEST, input="Hi", tools=[FLAT], include=["reasoning.encrypted_content"]) as stream:
+            first = stream.get_final_response()
+        made = next(item for item in first.output if item.type == "function_call")
+        result = {"type": "function_call_output", "call_id": made.call_id, "output": '{"temp": 3}'}
+        for more in ({"previous_response_id": first.id, "input": [result]}, {"input": [user("Hi"), *(item.model_dump() for item in first.output), result]}):
+            assert client.responses.create(model=NEWEST, tools=[FLAT], **more).output_text == 'The function said: {"temp": 3}'
+            assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
+        assert [item.id for item in client.responses.retrieve(first.id).output] == [item.id for item in first.output]
+        assert client.responses.input_items.list(first.id).data[0].content[0].text == "Hi"
+        assert client.responses.input_tokens.count(model=FLASH, input="Hi").input_tokens == 7
+        client.responses.delete(first.id)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(first.id)
+        gemini.say(Say(chunk("Hel"), cut=1))
+        assert [event.type for event in client.responses.create(model=FLASH, input="Hi", stream=True)][-1] == "response.failed"
 
 
 def test_openais_own_library(server, gemini):
