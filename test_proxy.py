@@ -2247,9 +2247,28 @@ def readme_table(heading):
 
 def test_the_readmes_routes_are_the_programs():
     told = {(api, *cell.strip("`").split(" ", 1)) for route, apis, *_ in readme_table("Routes") for cell in route.split(", ") for api in apis.split(", ")}
-    own = {(api, "GET", path) for api in proxy.MOUNTS for path in ("/", "/healthz")}
+    own = {(api, "GET", path) for api in proxy.MOUNTS for path in ("/", "/healthz", "/metrics")}
     mounted = {(api, route.method, route.path) for api, mounts in proxy.MOUNTS.items() for _, protocol in mounts for route in protocol.routes}
     assert told == mounted | own
+
+
+def words_in(cells):
+    """What stands in backquotes there."""
+    return {word for cell in cells for word in re.findall(r"`([^`]+)`", cell)}
+
+
+def test_the_readme_names_every_flag_and_all_of_the_environment():
+    flags = {action.option_strings[0] for action in proxy.flag_parser()._actions} - {"-h"}
+    assert {name.strip("`") for name, *_ in readme_table("Flags and environment")} == flags
+    names = words_in(re.findall(r"^\|(.+?)\|", README.partition("| environment |")[2].partition("\n\n")[0], re.M))
+    read = {node.value for node in ast.walk(TREE) if isinstance(node, ast.Constant) and isinstance(node.value, str) and section_of(node.lineno) >= 7
+            and re.fullmatch(r"[A-Z]+(_[A-Z]+)+", node.value)}
+    assert read <= {name.strip("$") for name in names}
+
+
+def test_the_readme_names_every_metric():
+    told = {name.strip("`"): (kind, tuple(re.findall(r"\w+", labels))) for name, kind, labels, _ in readme_table("Metrics")}
+    assert told == {name: (family.kind, family.labels) for name, family in proxy.FAMILIES.items()}
 
 
 SAMPLES = {     # a value for each parameter of chat completions that is not OpenAI's default
