@@ -2097,13 +2097,18 @@ def test_a_stream_that_would_take_too_long_is_told_of_the_end(gemini, monkeypatc
     life = Life()
     thread = threading.Thread(target=server.run, args=(life,))
     thread.start()
-    with Line(server) as line, Line(server) as new:
+    with Line(server) as line, Line(server) as new, Line(server) as old, Line(server) as idle:
         data = json.dumps(chat(stream=True)).encode()
         line.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data))
         assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
+        assert all("connection" not in one.ask("GET", "/healthz")[1] for one in (old, idle))
         life.ended = True
         until(lambda: server.draining)
         assert new.ask("GET", "/healthz")[::2] == (503, b"ending"), "who had come is served, and told"
+        status, headers, _ = old.ask("POST", "/v1/chat/completions", chat())
+        assert (status, headers["connection"]) == (200, "close") and old.ended(), "no request is lost to a connection that is just closed"
+        assert post(server)[0] == 200, "who comes before balancers have noticed is served"
+        assert idle.ended()
         rest = line.file.read()
         assert b"Once " in rest and b"shutting down" in rest and rest.endswith(b"\r\n0\r\n\r\n") and b"[DONE]" not in rest
     thread.join(5)
@@ -2116,6 +2121,11 @@ def test_a_stream_that_would_take_too_long_is_told_of_the_end(gemini, monkeypatc
 def children_of(pid):
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
     return {int(child) for child in found if str(child) != str(os.getpid())}
+
+
+def listens(port):
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes as Linux shows them")
@@ -2135,7 +2145,15 @@ def test_workers_share_what_they_know_and_are_replaced(gemini):
         until(lambda: len(children_of(process.pid) - {victim}) == 2)
         assert post(server)[0] == 200
         until(lambda: answered() == 13)
-        process.send_signal(signal.SIGTERM)
+        gemini.say(Say(chunk("Once "), whole("upon"), gap=1.0))
+        with Line(server) as line:
+            data = json.dumps(chat(stream=True)).encode()
+            line.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data))
+            assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
+            process.send_signal(signal.SIGTERM)
+            until(lambda: not listens(server.server_port))
+            assert process.poll() is None, "nobody waits in the queue of a socket that no worker will look at"
+            assert line.file.read().endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         assert process.wait(10) == 0 and "Traceback" not in process.stdout.read()
 
 
