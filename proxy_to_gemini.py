@@ -4467,6 +4467,7 @@ RemoveIPC=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
 
 [Install]
 WantedBy=multi-user.target
@@ -4477,7 +4478,10 @@ def unit(flags: list[str]) -> str:
     """A systemd unit for this very file and these flags, without the final newline."""
     here = os.path.abspath(__file__)
     words = [os.path.realpath(sys.executable), here, *flags]
-    return UNIT.format(folder=os.path.dirname(here), command=" ".join(map(unit_word, words))).rstrip()
+    text = UNIT.format(folder=os.path.dirname(here), command=" ".join(map(unit_word, words))).rstrip()
+    if any(flag.lstrip("-") == "client-keys" for flag in flags):      # without the file the service fails
+        text = re.sub(r"# The Gemini key.*\n.*\n", "# PROXY_API_KEY and HTTPS_PROXY may stand here.\n", text)
+    return text
 
 
 def unit_word(word: str) -> str:

@@ -354,6 +354,7 @@ import http.client
 import itertools
 import os
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -2163,6 +2164,32 @@ def test_the_unit_is_for_this_file_and_these_flags(capsys):
     said = capsys.readouterr().out
     assert not caught.value.code and f'{HERE / "proxy_to_gemini.py"} -api=ollama "-alias=a b=$$c%%d"' in said and "AIza" not in said
     assert {"DynamicUser=yes", "LoadCredential=gemini_api_key:/etc/proxy-to-gemini/gemini_api_key", "Type=notify"} <= set(said.splitlines())
+
+
+def test_a_unit_for_clients_with_keys_of_their_own_wants_none():
+    assert "LoadCredential" in proxy.unit(["-api=ollama"]) and "gemini_api_key" not in proxy.unit(["--client-keys"])
+    assert "\nEnvironmentFile=-/etc/proxy-to-gemini/environment\n" in proxy.unit(["-client-keys"])
+
+
+def make(*words):
+    return subprocess.run(["make", "-s", *words, "PYTHON=" + sys.executable], cwd=HERE, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_installs_and_takes_it_away_again(tmp_path):
+    where = ["DESTDIR=" + str(tmp_path), "PREFIX=/opt/x"]
+    said = make("install", *where, "FLAGS=-api=ollama '-alias=a b=c'")
+    assert "/etc/proxy-to-gemini/gemini_api_key" in said and "systemctl" in said
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()}
+    home = "opt/x/lib/proxy-to-gemini/"
+    assert files == {home + "proxy_to_gemini.py", home + "README.md", home + "LICENSE", "opt/x/bin/proxy-to-gemini", "etc/systemd/system/proxy-to-gemini.service"}
+    text = (tmp_path / "etc/systemd/system/proxy-to-gemini.service").read_text()
+    assert '/opt/x/lib/proxy-to-gemini/proxy_to_gemini.py -api=ollama "-alias=a b=c"' in text and str(tmp_path) not in text
+    assert "Documentation=file:///opt/x/lib/proxy-to-gemini/README.md" in text
+    command = tmp_path / "opt/x/bin/proxy-to-gemini"
+    assert os.access(command, os.X_OK) and command.resolve().read_bytes() == (HERE / "proxy_to_gemini.py").read_bytes()
+    make("uninstall", *where)
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == [] and not (tmp_path / home).exists()
 
 
 def test_the_checks_tell_what_to_mend(gemini, capsys, tmp_path):
