@@ -4784,7 +4784,10 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if config.workers > 1 and config.state == ":memory:":       # what workers share must be in a file
             import tempfile
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="proxy-to-gemini-"))
+            try:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="proxy-to-gemini-"))
+            except OSError as error:
+                sys.exit(f"proxy-to-gemini: workers share a file; name one with -state: {error.strerror}")
             config = config._replace(state=os.path.join(folder, "state.db"))
         serve(config)
     with contextlib.suppress(OSError, ValueError):

@@ -358,6 +358,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import tempfile
 import urllib.parse
 from pathlib import Path
 
@@ -2171,6 +2172,14 @@ def test_a_unit_for_clients_with_keys_of_their_own_wants_none():
     assert "\nEnvironmentFile=-/etc/proxy-to-gemini/environment\n" in proxy.unit(["-client-keys"])
 
 
+def test_workers_without_a_place_for_what_they_share(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    monkeypatch.setattr(sys, "argv", ["proxy_to_gemini.py", "-workers=2", "-listen=127.0.0.1:0"])
+    monkeypatch.setenv("GEMINI_API_KEY", "AIza-1")
+    with pytest.raises(SystemExit, match="-state"):
+        proxy.main()
+
+
 def make(*words):
     return subprocess.run(["make", "-s", *words, "PYTHON=" + sys.executable], cwd=HERE, capture_output=True, text=True, check=True).stdout
 
@@ -2314,6 +2323,21 @@ def test_the_readme_names_every_flag_and_all_of_the_environment():
 def test_the_readme_names_every_metric():
     told = {name.strip("`"): (kind, tuple(re.findall(r"\w+", labels))) for name, kind, labels, _ in readme_table("Metrics")}
     assert told == {name: (family.kind, family.labels) for name, family in proxy.FAMILIES.items()}
+
+
+def test_the_readmes_limits_are_the_programs():
+    told = {what: f"{limit}, {then}" for what, limit, then in readme_table("Limits")}
+    mib, kib = (lambda number: f"{number >> 20} MiB"), (lambda number: f"{number >> 10} KiB")
+    for words, facts in (
+            ("body of a request", [mib(proxy.MOST_BODY)]), ("body in gzip", [mib(proxy.MOST_UNPACKED)]), ("request line", [kib(proxy.MOST_HEAD)]),
+            ("headers of an answer", [f"{proxy.MOST_IGNORED} characters"]), ("a client's silence", [f"{proxy.CLIENT_TIMEOUT:g} s"]),
+            ("a whole request", [f"{proxy.CLIENT_TIMEOUT:g} s", f"{proxy.BODY_TIMEOUT:g} s"]), ("connections of clients", [f"{proxy.MOST_CONNECTIONS:,}"]),
+            ("connections to Gemini", [f"{proxy.MOST_IDLE} unused", f"{proxy.IDLE_CONNECTION:g} s"]), ("a connection to Gemini", [f"{proxy.CONNECT_TIMEOUT:g} s"]),
+            ("Gemini's silence", [f"{proxy.configured([], ENV)[0].timeout:g} s", f"every {proxy.BEAT:g} s"]), ("tries", [f"{proxy.TRIES}, ", f"{proxy.SHORT_DELAY:g} s"]),
+            ("memory", [f"{proxy.Memory.ROWS:,} rows", mib(proxy.Memory.SIZE)]), ("answers under way", [f"{proxy.NOTICE + proxy.DRAIN:.0f} s"])):
+        row, = [row for what, row in told.items() if what.startswith(words)]
+        assert all(fact in row for fact in facts), (words, facts, row)
+    assert len(told) == 13
 
 
 SAMPLES = {     # a value for each parameter of chat completions that is not OpenAI's default
