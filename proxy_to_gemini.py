@@ -3941,6 +3941,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except RecursionError:
             raise nested_too_deeply() from None
         self.ignored, self.framing = body.ignored(), found.route.framing
+        body.family.clear()             # or they keep each other, and a large body, until the collector comes by
         self.exchange = Exchange(ask, setting, lambda calls: server.gemini.remember(ask.calls[0], self.key, calls))
         beat = functools.partial(self.beat, found.route) if ask.stream else None
         self.watch = Watch(self.connection, server.config.timeout, server.stopping, beat)

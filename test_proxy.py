@@ -349,6 +349,7 @@ if __name__ == "__main__":
 
 import ast
 import contextlib
+import gc
 import hashlib
 import http.client
 import itertools
@@ -1614,6 +1615,16 @@ def test_a_stream_on_the_wire(server, gemini):
     events = body.decode().split("\n\n")
     assert headers["content-type"] == "text/event-stream; charset=utf-8" and events[-2:] == ["data: [DONE]", ""]
     assert [json.loads(event[6:])["choices"][0]["delta"].get("content") for event in events[:-2]] == ["", "Hel", "lo", None]
+
+
+def test_no_body_stays_in_memory(server):
+    gc.collect()
+    gc.disable()
+    try:
+        assert post(server, body=chat(user([{"type": "text", "text": "Hi"}]), tools=[WEATHER], stream=True))[0] == 200
+        until(lambda: not server.handlers and not any(type(thing) is Fields for thing in gc.get_objects()))
+    finally:
+        gc.enable()
 
 
 def test_what_was_ignored_is_told(server):
