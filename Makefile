@@ -6,7 +6,14 @@ API ?= openai
 STAND_IN_PORT ?= 5556
 VENV = .venv
 
-.PHONY: run test demo lint clean
+# Where `install` puts things; DESTDIR goes before all of it, for packages. FLAGS are the server's own.
+PREFIX ?= /usr/local
+HOME_DIR = $(PREFIX)/lib/proxy-to-gemini
+UNIT_DIR ?= /etc/systemd/system
+KEY_DIR = /etc/proxy-to-gemini
+FLAGS ?=
+
+.PHONY: run test demo lint install uninstall clean
 
 # The server itself, in the foreground: make run API=ollama PORT=11434 GEMINI_API_KEY=...
 run:
@@ -38,6 +45,23 @@ lint:
 	  $(PYTHON) -m ruff check --isolated --target-version py39 --line-length 120 --select E,F,B,UP,SIM,C4,RET \
 	    --ignore E402,SIM105,SIM117,RET503,RET505,B904,SIM905 proxy_to_gemini.py; \
 	else $(PYTHON) -W error -c "import pathlib; compile(pathlib.Path('proxy_to_gemini.py').read_bytes(), 'proxy_to_gemini.py', 'exec')"; fi
+
+# The file, a command, and a systemd unit; the key and what is kept under /var/lib are not touched.
+install:
+	install -d "$(DESTDIR)$(HOME_DIR)" "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(UNIT_DIR)"
+	install -m 755 proxy_to_gemini.py "$(DESTDIR)$(HOME_DIR)/proxy_to_gemini.py"
+	install -m 644 README.md LICENSE "$(DESTDIR)$(HOME_DIR)/"
+	ln -sfn ../lib/proxy-to-gemini/proxy_to_gemini.py "$(DESTDIR)$(PREFIX)/bin/proxy-to-gemini"
+	umask 022; $(PYTHON) -B -c 'import sys, proxy_to_gemini as proxy; proxy.__file__ = sys.argv[1]; proxy.configured(["-print-unit", *sys.argv[2:]], {})' \
+	  "$(HOME_DIR)/proxy_to_gemini.py" $(FLAGS) > "$(DESTDIR)$(UNIT_DIR)/proxy-to-gemini.service"
+	@echo "Put the Gemini key where only root reads it, and start:"
+	@echo "  install -d -m 700 $(KEY_DIR) && install -m 600 /dev/stdin $(KEY_DIR)/gemini_api_key      # paste it, then Enter, Ctrl-D"
+	@echo "  systemctl daemon-reload && systemctl enable --now proxy-to-gemini"
+
+uninstall:
+	rm -f "$(DESTDIR)$(UNIT_DIR)/proxy-to-gemini.service" "$(DESTDIR)$(PREFIX)/bin/proxy-to-gemini"
+	rm -rf "$(DESTDIR)$(HOME_DIR)"
+	@echo "Left: $(KEY_DIR) with the key, and /var/lib/private/proxy-to-gemini. Before: systemctl disable --now proxy-to-gemini"
 
 # What the other targets left behind.
 clean:

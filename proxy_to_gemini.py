@@ -5355,7 +5355,8 @@ CLIENT_TIMEOUT = 60.0       # seconds without a byte from a client, or without i
 BODY_TIMEOUT = 900.0        # seconds for a whole body
 MOST_CONNECTIONS = 10_000   # of clients; the next one waits until another leaves
 FULL = 0.1                  # seconds to wait where there is no room for another connection
-DRAIN = 7.5                 # seconds that answers under way get when the server ends, before they are told so
+NOTICE = 1.0                # seconds for load balancers to see that the server ends, while it still serves
+DRAIN = 6.5                 # seconds more that answers under way get, before they are told so
 LAST_WORDS = 1.0            # seconds to tell it, and for a request that is just coming in
 TIDY = 5.0                  # seconds between two looks at what can be given back
 LINGER = 1.0                # seconds for a client to read a refusal of what it still sends
@@ -5537,6 +5538,10 @@ class ClientLine(io.RawIOBase):
                 self.idle = self.fresh = False
                 self.until = now + CLIENT_TIMEOUT
             return count
+
+    def may_come(self) -> bool:
+        """Whether a request may still come in when the server ends: not one that has begun LAST_WORDS ago."""
+        return self.until - CLIENT_TIMEOUT > time.monotonic() - LAST_WORDS
 
     def send(self, data: bytes) -> None:
         """All of it, as fast as the client takes it."""
@@ -5747,6 +5752,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except RecursionError:
             raise nested_too_deeply() from None
         self.ignored, self.framing = body.ignored(), ask.framing or found.route.framing
+        body.family.clear()             # or they keep each other, and a large body, until the collector comes by
         self.exchange = Exchange(ask, setting, lambda calls: server.gemini.remember(ask.calls[0], self.key, calls))
         beat = functools.partial(self.beat, found.route) if ask.stream and self.framing.beat else None
         self.watch = Watch(self.connection, server.config.timeout, server.stopping, beat)
@@ -6003,13 +6009,21 @@ class Server(http.server.ThreadingHTTPServer):
         self.drain(end, stop)
 
     def drain(self, end: int, stop: int) -> None:
-        """Serve who has come already; give answers under way DRAIN seconds, then LAST_WORDS."""
-        self.draining = True
+        """Go on while connections are used again; then give answers under way DRAIN seconds, and LAST_WORDS.
+
+        A connection that is closed in the moment in which its next request comes in loses that request, and a load
+        balancer may not send it again. So each is told with an answer that it was the last one, and health checks
+        have the time to say so before the silent ones are closed.
+        """
+        self.draining, until = True, time.monotonic() + NOTICE
+        while self.handlers and time.monotonic() < until:
+            if select.select([self.socket], [], [], 0.01)[0]:
+                self.handle_request()
         while not self.shared and select.select([self.socket], [], [], 0)[0]:
             self.handle_request()
         self.server_close()
         os.close(end)
-        self.wait_for_handlers(LAST_WORDS, lambda handler: True)
+        self.wait_for_handlers(LAST_WORDS, lambda handler: handler.line.may_come())
         self.wait_for_handlers(DRAIN, lambda handler: handler.answering)
         os.close(stop)
         self.wait_for_handlers(LAST_WORDS, lambda handler: handler.answering)
@@ -6265,6 +6279,7 @@ RemoveIPC=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
 
 [Install]
 WantedBy=multi-user.target
@@ -6275,7 +6290,10 @@ def unit(flags: list[str]) -> str:
     """A systemd unit for this very file and these flags, without the final newline."""
     here = os.path.abspath(__file__)
     words = [os.path.realpath(sys.executable), here, *flags]
-    return UNIT.format(folder=os.path.dirname(here), command=" ".join(map(unit_word, words))).rstrip()
+    text = UNIT.format(folder=os.path.dirname(here), command=" ".join(map(unit_word, words))).rstrip()
+    if any(flag.lstrip("-") == "client-keys" for flag in flags):      # without the file the service fails
+        text = re.sub(r"# The Gemini key.*\n.*\n", "# PROXY_API_KEY and HTTPS_PROXY may stand here.\n", text)
+    return text
 
 
 def unit_word(word: str) -> str:
@@ -6376,8 +6394,9 @@ class Workers:
                 self.signal(signal.SIGHUP)
             self.bury()
         self.life.tell("STOPPING=1")
+        self.server.server_close()              # or the kernel takes clients whom no worker will serve
         self.signal(signal.SIGTERM)
-        until = time.monotonic() + LAST_WORDS + DRAIN + 2 * LAST_WORDS
+        until = time.monotonic() + NOTICE + DRAIN + 3 * LAST_WORDS
         while self.numbers and time.monotonic() < until:
             poll.poll(100)
             self.life.hear()
@@ -6577,7 +6596,10 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if config.workers > 1 and config.state == ":memory:":       # what workers share must be in a file
             import tempfile
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="proxy-to-gemini-"))
+            try:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="proxy-to-gemini-"))
+            except OSError as error:
+                sys.exit(f"proxy-to-gemini: workers share a file; name one with -state: {error.strerror}")
             config = config._replace(state=os.path.join(folder, "state.db"))
         serve(config)
     with contextlib.suppress(OSError, ValueError):

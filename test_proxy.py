@@ -349,14 +349,17 @@ if __name__ == "__main__":
 
 import ast
 import contextlib
+import gc
 import hashlib
 import http.client
 import itertools
 import os
 import select
+import shutil
 import signal
 import struct
 import subprocess
+import tempfile
 import urllib.parse
 from pathlib import Path
 
@@ -2446,6 +2449,16 @@ def test_a_stream_on_the_wire(server, gemini):
     assert [json.loads(event[6:])["choices"][0]["delta"].get("content") for event in events[:-2]] == ["", "Hel", "lo", None]
 
 
+def test_no_body_stays_in_memory(server):
+    gc.collect()
+    gc.disable()
+    try:
+        assert post(server, body=chat(user([{"type": "text", "text": "Hi"}]), tools=[WEATHER], stream=True))[0] == 200
+        until(lambda: not server.handlers and not any(type(thing) is Fields for thing in gc.get_objects()))
+    finally:
+        gc.enable()
+
+
 def test_what_was_ignored_is_told(server):
     headers = post(server, body=chat(user="me", logit_bias={"1": 2}, **{"a\r\nX-Injected: yes": 1, "ключ": 1}))[1]
     assert headers["x-proxy-ignored"] == "a??X-Injected:?yes, logit_bias, user, ????" and "x-injected" not in headers
@@ -2952,13 +2965,18 @@ def test_a_stream_that_would_take_too_long_is_told_of_the_end(gemini, monkeypatc
     life = Life()
     thread = threading.Thread(target=server.run, args=(life,))
     thread.start()
-    with Line(server) as line, Line(server) as new:
+    with Line(server) as line, Line(server) as new, Line(server) as old, Line(server) as idle:
         data = json.dumps(chat(stream=True)).encode()
         line.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data))
         assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
+        assert all("connection" not in one.ask("GET", "/healthz")[1] for one in (old, idle))
         life.ended = True
         until(lambda: server.draining)
         assert new.ask("GET", "/healthz")[::2] == (503, b"ending"), "who had come is served, and told"
+        status, headers, _ = old.ask("POST", "/v1/chat/completions", chat())
+        assert (status, headers["connection"]) == (200, "close") and old.ended(), "no request is lost to a connection that is just closed"
+        assert post(server)[0] == 200, "who comes before balancers have noticed is served"
+        assert idle.ended()
         rest = line.file.read()
         assert b"Once " in rest and b"shutting down" in rest and rest.endswith(b"\r\n0\r\n\r\n") and b"[DONE]" not in rest
     thread.join(5)
@@ -2971,6 +2989,11 @@ def test_a_stream_that_would_take_too_long_is_told_of_the_end(gemini, monkeypatc
 def children_of(pid):
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
     return {int(child) for child in found if str(child) != str(os.getpid())}
+
+
+def listens(port):
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes as Linux shows them")
@@ -2990,7 +3013,15 @@ def test_workers_share_what_they_know_and_are_replaced(gemini):
         until(lambda: len(children_of(process.pid) - {victim}) == 2)
         assert post(server)[0] == 200
         until(lambda: answered() == 13)
-        process.send_signal(signal.SIGTERM)
+        gemini.say(Say(chunk("Once "), whole("upon"), gap=1.0))
+        with Line(server) as line:
+            data = json.dumps(chat(stream=True)).encode()
+            line.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data))
+            assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
+            process.send_signal(signal.SIGTERM)
+            until(lambda: not listens(server.server_port))
+            assert process.poll() is None, "nobody waits in the queue of a socket that no worker will look at"
+            assert line.file.read().endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         assert process.wait(10) == 0 and "Traceback" not in process.stdout.read()
 
 
@@ -3000,6 +3031,40 @@ def test_the_unit_is_for_this_file_and_these_flags(capsys):
     said = capsys.readouterr().out
     assert not caught.value.code and f'{HERE / "proxy_to_gemini.py"} -api=ollama "-alias=a b=$$c%%d"' in said and "AIza" not in said
     assert {"DynamicUser=yes", "LoadCredential=gemini_api_key:/etc/proxy-to-gemini/gemini_api_key", "Type=notify"} <= set(said.splitlines())
+
+
+def test_a_unit_for_clients_with_keys_of_their_own_wants_none():
+    assert "LoadCredential" in proxy.unit(["-api=ollama"]) and "gemini_api_key" not in proxy.unit(["--client-keys"])
+    assert "\nEnvironmentFile=-/etc/proxy-to-gemini/environment\n" in proxy.unit(["-client-keys"])
+
+
+def test_workers_without_a_place_for_what_they_share(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    monkeypatch.setattr(sys, "argv", ["proxy_to_gemini.py", "-workers=2", "-listen=127.0.0.1:0"])
+    monkeypatch.setenv("GEMINI_API_KEY", "AIza-1")
+    with pytest.raises(SystemExit, match="-state"):
+        proxy.main()
+
+
+def make(*words):
+    return subprocess.run(["make", "-s", *words, "PYTHON=" + sys.executable], cwd=HERE, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_installs_and_takes_it_away_again(tmp_path):
+    where = ["DESTDIR=" + str(tmp_path), "PREFIX=/opt/x"]
+    said = make("install", *where, "FLAGS=-api=ollama '-alias=a b=c'")
+    assert "/etc/proxy-to-gemini/gemini_api_key" in said and "systemctl" in said
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()}
+    home = "opt/x/lib/proxy-to-gemini/"
+    assert files == {home + "proxy_to_gemini.py", home + "README.md", home + "LICENSE", "opt/x/bin/proxy-to-gemini", "etc/systemd/system/proxy-to-gemini.service"}
+    text = (tmp_path / "etc/systemd/system/proxy-to-gemini.service").read_text()
+    assert '/opt/x/lib/proxy-to-gemini/proxy_to_gemini.py -api=ollama "-alias=a b=c"' in text and str(tmp_path) not in text
+    assert "Documentation=file:///opt/x/lib/proxy-to-gemini/README.md" in text
+    command = tmp_path / "opt/x/bin/proxy-to-gemini"
+    assert os.access(command, os.X_OK) and command.resolve().read_bytes() == (HERE / "proxy_to_gemini.py").read_bytes()
+    make("uninstall", *where)
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == [] and not (tmp_path / home).exists()
 
 
 def test_the_checks_tell_what_to_mend(gemini, capsys, tmp_path):
@@ -3102,9 +3167,43 @@ def readme_table(heading):
 
 def test_the_readmes_routes_are_the_programs():
     told = {(api, *cell.strip("`").split(" ", 1)) for route, apis, *_ in readme_table("Routes") for cell in route.split(", ") for api in apis.split(", ")}
-    own = {(api, "GET", path) for api in proxy.MOUNTS for path in ("/", "/healthz")}
+    own = {(api, "GET", path) for api in proxy.MOUNTS for path in ("/", "/healthz", "/metrics")}
     mounted = {(api, route.method, route.path) for api, mounts in proxy.MOUNTS.items() for _, protocol in mounts for route in protocol.routes}
     assert told == mounted | own
+
+
+def words_in(cells):
+    """What stands in backquotes there."""
+    return {word for cell in cells for word in re.findall(r"`([^`]+)`", cell)}
+
+
+def test_the_readme_names_every_flag_and_all_of_the_environment():
+    flags = {action.option_strings[0] for action in proxy.flag_parser()._actions} - {"-h"}
+    assert {name.strip("`") for name, *_ in readme_table("Flags and environment")} == flags
+    names = words_in(re.findall(r"^\|(.+?)\|", README.partition("| environment |")[2].partition("\n\n")[0], re.M))
+    read = {node.value for node in ast.walk(TREE) if isinstance(node, ast.Constant) and isinstance(node.value, str) and section_of(node.lineno) >= 7
+            and re.fullmatch(r"[A-Z]+(_[A-Z]+)+", node.value)}
+    assert read <= {name.strip("$") for name in names}
+
+
+def test_the_readme_names_every_metric():
+    told = {name.strip("`"): (kind, tuple(re.findall(r"\w+", labels))) for name, kind, labels, _ in readme_table("Metrics")}
+    assert told == {name: (family.kind, family.labels) for name, family in proxy.FAMILIES.items()}
+
+
+def test_the_readmes_limits_are_the_programs():
+    told = {what: f"{limit}, {then}" for what, limit, then in readme_table("Limits")}
+    mib, kib = (lambda number: f"{number >> 20} MiB"), (lambda number: f"{number >> 10} KiB")
+    for words, facts in (
+            ("body of a request", [mib(proxy.MOST_BODY)]), ("body in gzip", [mib(proxy.MOST_UNPACKED)]), ("request line", [kib(proxy.MOST_HEAD)]),
+            ("headers of an answer", [f"{proxy.MOST_IGNORED} characters"]), ("a client's silence", [f"{proxy.CLIENT_TIMEOUT:g} s"]),
+            ("a whole request", [f"{proxy.CLIENT_TIMEOUT:g} s", f"{proxy.BODY_TIMEOUT:g} s"]), ("connections of clients", [f"{proxy.MOST_CONNECTIONS:,}"]),
+            ("connections to Gemini", [f"{proxy.MOST_IDLE} unused", f"{proxy.IDLE_CONNECTION:g} s"]), ("a connection to Gemini", [f"{proxy.CONNECT_TIMEOUT:g} s"]),
+            ("Gemini's silence", [f"{proxy.configured([], ENV)[0].timeout:g} s", f"every {proxy.BEAT:g} s"]), ("tries", [f"{proxy.TRIES}, ", f"{proxy.SHORT_DELAY:g} s"]),
+            ("memory", [f"{proxy.Memory.ROWS:,} rows", mib(proxy.Memory.SIZE)]), ("answers under way", [f"{proxy.NOTICE + proxy.DRAIN:.0f} s"])):
+        row, = [row for what, row in told.items() if what.startswith(words)]
+        assert all(fact in row for fact in facts), (words, facts, row)
+    assert len(told) == 13
 
 
 SAMPLES = {     # a value for each parameter of chat completions that is not OpenAI's default
