@@ -43,6 +43,18 @@ look at, plug-ins.
 """
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__" and sys.implementation.name == "cpython" and os.name == "posix" and sys.executable:
+    # CPython keeps the syntax tree of a script for as long as it runs, 16 MB of this one; that of a module it drops,
+    # and the bytecode it caches. So the script makes way for itself as a module, in the same process.
+    HERE, FILE = os.path.split(os.path.realpath(__file__))
+    AGAIN = (f"import sys; sys.path[:] = [{HERE!r}] + [path for path in sys.path if path]; del sys.argv[0]; "
+             f"import {FILE[:-3]} as program; program.main()")
+    if FILE.endswith(".py") and FILE[:-3].isidentifier():
+        os.execv(sys.executable, [sys.executable, *["-I"] * sys.flags.isolated, "-c", AGAIN, *sys.argv])
+
 import argparse
 import array
 import base64
@@ -64,7 +76,6 @@ import itertools
 import json
 import math
 import mmap
-import os
 import random
 import re
 import secrets
@@ -73,7 +84,6 @@ import signal
 import socket
 import socketserver
 import ssl
-import sys
 import threading
 import time
 import traceback
