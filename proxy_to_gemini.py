@@ -5531,11 +5531,11 @@ class ClientLine(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """What has come; nothing when the client left, or when the server ends and no request is coming."""
         while True:
-            now = time.monotonic()
             ready = (self.idle_poll if self.idle else self.busy_poll).poll(
-                max(0, min(CLIENT_TIMEOUT, self.until - now)) * 1000)
+                max(0, min(CLIENT_TIMEOUT, self.until - time.monotonic())) * 1000)
             if not ready:
                 raise socket.timeout("the client is silent")
+            now = time.monotonic()
             if all(fd != self.fd for fd, _ in ready):
                 grace = self.came + LAST_WORDS - now if self.fresh else 0       # its first request may just be coming
                 if not self.busy_poll.poll(max(0, grace) * 1000):
