@@ -51,7 +51,6 @@ install:
 	install -d "$(DESTDIR)$(HOME_DIR)" "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(UNIT_DIR)"
 	install -m 755 proxy_to_gemini.py "$(DESTDIR)$(HOME_DIR)/proxy_to_gemini.py"
 	install -m 644 README.md LICENSE "$(DESTDIR)$(HOME_DIR)/"
-	$(PYTHON) -m compileall -q $(if $(DESTDIR),-s "$(DESTDIR)") "$(DESTDIR)$(HOME_DIR)"
 	ln -sfn ../lib/proxy-to-gemini/proxy_to_gemini.py "$(DESTDIR)$(PREFIX)/bin/proxy-to-gemini"
 	umask 022; $(PYTHON) -B -c 'import sys, proxy_to_gemini as proxy; proxy.__file__ = sys.argv[1]; proxy.configured(["-print-unit", *sys.argv[2:]], {})' \
 	  "$(HOME_DIR)/proxy_to_gemini.py" $(FLAGS) > "$(DESTDIR)$(UNIT_DIR)/proxy-to-gemini.service"

@@ -46,14 +46,18 @@ from __future__ import annotations
 import os
 import sys
 
-if __name__ == "__main__" and sys.implementation.name == "cpython" and os.name == "posix" and sys.executable:
-    # CPython keeps the syntax tree of a script for as long as it runs, 16 MB of this one; that of a module it drops,
-    # and the bytecode it caches. So the script makes way for itself as a module, in the same process.
-    HERE, FILE = os.path.split(os.path.realpath(__file__))
-    AGAIN = (f"import sys; sys.path[:] = [{HERE!r}] + [path for path in sys.path if path]; del sys.argv[0]; "
-             f"import {FILE[:-3]} as program; program.main()")
-    if FILE.endswith(".py") and FILE[:-3].isidentifier():
-        os.execv(sys.executable, [sys.executable, *["-I"] * sys.flags.isolated, "-c", AGAIN, *sys.argv])
+if __name__ == "__main__" and "AGAIN" not in globals() and hasattr(os, "memfd_create") and sys.executable:
+    # CPython keeps the syntax tree of a script for as long as it runs, 16 MB of this one. So the script makes way for
+    # its own bytecode, in the same process.
+    import marshal
+    AGAIN = ("AGAIN = True; import marshal, sys; sys.path[:] = [path for path in sys.path if path]; del sys.argv[0]; "
+             "__file__ = {!r}\nwith open({}, 'rb') as file: CODE = marshal.load(file)\nexec(CODE)")
+    MEMORY = os.memfd_create("bytecode", 0)
+    with open(MEMORY, "wb", closefd=False) as file:
+        marshal.dump(sys._getframe().f_code, file)
+    os.lseek(MEMORY, 0, os.SEEK_SET)
+    os.execv(sys.executable, [sys.executable, *["-I"] * sys.flags.isolated, "-c",
+                              AGAIN.format(os.path.abspath(__file__), MEMORY), *sys.argv])
 
 import argparse
 import array
@@ -4716,10 +4720,11 @@ def find_route(api: str, method: str, path: str) -> Found:
 CONNECT_TIMEOUT = 10.0      # seconds for a TCP connection and its TLS handshake
 IDLE_CONNECTION = 55.0      # seconds that an unused connection is kept: middleboxes give up at 60 and more
 MOST_IDLE = 128             # connections that are kept unused
+INSTANT = 0.0002            # seconds within which what one waits for was there already
 BEAT = 10.0                 # seconds of silence after which a stream says that it is alive
 TRIES = 3                   # of one call in all
 SHORT_DELAY = 2.0           # seconds that Gemini may ask for, for a call to be tried again here and not by the client
-AT_ONCE = 4                 # calls of one request that are under way at the same time
+TOGETHER = 4                # calls of one request that are under way at the same time
 MODELS_KEPT = 300.0         # seconds that Gemini's list of models is kept
 ERROR_BODY = 1 << 20        # bytes that are read of a refusal
 KEY_MASK = "[the Gemini key]"
@@ -4795,8 +4800,9 @@ class Watch:
             poll.register(self.stopping, select.POLLIN)
         return poll
 
-    def wait(self, gemini: socket.socket | None, event: int = select.POLLIN, seconds: float | None = None) -> None:
-        """Return when Gemini's socket is ready, or when the seconds of a pause are over (None: the time-out, a 504)."""
+    def wait(self, gemini: socket.socket | None, event: int = select.POLLIN, seconds: float | None = None) -> float:
+        """Return when Gemini's socket is ready, or when the seconds of a pause are over (None: the time-out, a 504):
+        the seconds that it took."""
         poll, mine = self.poll(gemini, event), -1 if gemini is None else gemini.fileno()
         began = time.monotonic()
         over, beats = began + (self.silence if seconds is None else seconds), began + BEAT
@@ -4809,11 +4815,9 @@ class Watch:
                     raise ProxyError(503, "The server is shutting down.")
                 if fd != mine and self.client_left(poll):
                     raise ClientGone
-            if any(fd == mine for fd, _ in ready):
-                return
             now = time.monotonic()
-            if now >= over and seconds is not None:
-                return
+            if any(fd == mine for fd, _ in ready) or now >= over and seconds is not None:
+                return now - began
             if now >= over:
                 raise ProxyError(504, f"Gemini has been silent for {self.silence:g} seconds.", upstream=True)
             if self.beat and now >= beats:
@@ -4886,6 +4890,8 @@ class Line(io.RawIOBase):
 
     def __init__(self, sock: socket.socket, watch: Watch):
         self.sock, self.watch, self.spoken = sock, watch, False
+        self.pending = getattr(sock, "pending", int)        # counts bytes of which TLS knows, and poll does not
+        self.slow = False           # whether the last bytes had to be waited for; then to look for the next is in vain
 
     def readable(self) -> bool:
         return True
@@ -4894,6 +4900,8 @@ class Line(io.RawIOBase):
         return io.BufferedReader(self)
 
     def readinto(self, buffer: Any) -> int:
+        if self.slow and not self.pending():
+            self.slow = self.watch.wait(self.sock) > INSTANT
         count = self.patiently(self.sock.recv_into, buffer)
         self.spoken = self.spoken or count > 0
         return count
@@ -4909,7 +4917,7 @@ class Line(io.RawIOBase):
                 event = select.POLLOUT
             except BlockingIOError:
                 event = select.POLLIN if act == self.sock.recv_into else select.POLLOUT
-            self.watch.wait(self.sock, event)
+            self.slow = self.watch.wait(self.sock, event) > INSTANT
 
 
 class TLSConnection(http.client.HTTPSConnection):
@@ -5170,7 +5178,7 @@ class Answers:
         self.flights: collections.deque[Flight] = collections.deque()
 
     def __iter__(self) -> Iterator[Iterator[JSON]]:
-        self.flights.extend(itertools.islice(self.calls, AT_ONCE))
+        self.flights.extend(itertools.islice(self.calls, TOGETHER))
         while self.flights:
             yield self.flights[0].chunks()
             self.flights.popleft().release()
@@ -5364,6 +5372,7 @@ MOST_UNPACKED = 32 << 20    # bytes of a compressed body, once unpacked: picture
 CLIENT_TIMEOUT = 60.0       # seconds without a byte from a client, or without it taking one; and for a whole head
 BODY_TIMEOUT = 900.0        # seconds for a whole body
 MOST_CONNECTIONS = 10_000   # of clients; the next one waits until another leaves
+AT_A_TIME = 16              # clients that are accepted before the next look at anything else
 FULL = 0.1                  # seconds to wait where there is no room for another connection
 NOTICE = 1.0                # seconds for load balancers to see that the server ends, while it still serves
 DRAIN = 6.5                 # seconds more that answers under way get, before they are told so
@@ -5924,7 +5933,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 1024
-    timeout = 0                                 # for handle_request, which is called when there is something to accept
 
     def __init__(self, config: Config, handed_over: socket.socket | None = None):
         """`handed_over` is a socket that listens already, and that others may go on listening on."""
@@ -6011,7 +6019,7 @@ class Server(http.server.ThreadingHTTPServer):
                 if fd == life.pipe:
                     life.hear()
                 else:
-                    self.handle_request()
+                    self.take_in()
             if life.asks(signal.SIGHUP):
                 self.reload()
             self.service_actions()
@@ -6028,9 +6036,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.draining, until = True, time.monotonic() + NOTICE
         while self.handlers and time.monotonic() < until:
             if select.select([self.socket], [], [], 0.01)[0]:
-                self.handle_request()
+                self.take_in()
         while not self.shared and select.select([self.socket], [], [], 0)[0]:
-            self.handle_request()
+            self.take_in()
         self.server_close()
         os.close(end)
         self.wait_for_handlers(LAST_WORDS, lambda handler: handler.line.may_come())
@@ -6050,6 +6058,19 @@ class Server(http.server.ThreadingHTTPServer):
         if usable:
             self.config = self.config._replace(key=key)
         log("the Gemini key was read again" if usable else "there is no usable Gemini key; the old one stays")
+
+    def take_in(self) -> None:
+        """Accept who waits, several at a time: when a thousand come at once, each wait would cost a turn of theirs."""
+        for _ in range(AT_A_TIME):
+            try:
+                client, address = self.get_request()
+            except OSError:
+                return
+            try:
+                self.process_request(client, address)
+            except RuntimeError as error:       # there can be no more threads
+                log(f"a client is turned away: {error}")
+                self.shutdown_request(client)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
@@ -6558,6 +6579,8 @@ def check(config: Config) -> int:
 
 # ---- start and end ----
 
+SWITCH = 0.05       # seconds until a thread insists on its turn: a thousand doing so every 0.005 leave time for little else
+
 
 def raise_limits() -> None:
     """As many open files as we may have: each client needs two."""
@@ -6603,6 +6626,7 @@ def main() -> None:
     if flags.check:
         sys.exit(check(config))
     raise_limits()
+    sys.setswitchinterval(SWITCH)
     with contextlib.ExitStack() as stack:
         if config.workers > 1 and config.state == ":memory:":       # what workers share must be in a file
             import tempfile
