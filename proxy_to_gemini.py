@@ -6579,7 +6579,7 @@ def check(config: Config) -> int:
 
 # ---- start and end ----
 
-SWITCH = 0.05       # seconds until a thread insists on its turn: a thousand doing so every 0.005 leave time for little else
+SWITCH = 0.05       # seconds until a thread insists on its turn; at 0.005, a thousand threads do little else
 
 
 def raise_limits() -> None:
