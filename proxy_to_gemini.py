@@ -1900,6 +1900,8 @@ def openai_chat_request(body: Fields, setting: Setting) -> Ask:
     stream = bool(body.get("stream", bool))
     system, contents, more = openai_chat_turns(body, model, setting)
     tools = openai_tools(body, *more)
+    if body.data.get("tool_choice") == "none":
+        tools = tools._replace(search="", code="")
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
     mode, allowed = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
     if body.inner("web_search_options") is not None:
@@ -2130,8 +2132,9 @@ def chat_events(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[Text | C
             if type(event) is Text and not event.thought:
                 text.append(event.text)
                 continue
-            if type(event) is End and text:
+            if type(event) in (Call, End) and text:         # the calls come last, after all of the text
                 yield Text(unfenced("".join(text)))
+                text.clear()
         yield event
 
 
@@ -2569,6 +2572,11 @@ def openai_images_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
                "output_format": PICTURE_TYPES.get(picture.mime, picture.mime), "usage": openai_image_usage(usage)}
 
 
+def openai_images_failure(exchange: Exchange, error: ProxyError) -> JSON:
+    """The last event of a stream that failed; in named events, an error has a name too."""
+    return {"type": "error", **openai_error(error)[1]}
+
+
 # ---- speech ----
 
 
@@ -2709,7 +2717,8 @@ def openai_recording(body: Fields) -> Part:
 
 def openai_transcript_words(body: Fields, task: str, timed: bool) -> str:
     """What Gemini is to do with the recording."""
-    languages, prompt = body.strings("language") + body.strings("languages"), body.get("prompt", str)
+    languages = [*filter(None, body.strings("language") + body.strings("languages"))]
+    prompt = body.get("prompt", str)
     words = [TASKS[task], "Cut it into segments at pauses and at changes of the speaker." if timed else
              "Answer with these words alone: no times, no names of speakers, no remarks. Without words, with nothing."]
     if languages:
@@ -2728,7 +2737,7 @@ def openai_transcriptions_response(exchange: Exchange, answers: Iterator[Iterato
     if exchange.wants.form in TIMED_FORMS:
         return openai_timed_transcript(exchange, said)
     if exchange.wants.form == "text":
-        return Payload(said.strip().encode() + b"\n")
+        return Payload(said.strip().encode("utf-8", "replace") + b"\n")
     return {"text": said.strip(), "usage": openai_transcript_usage(exchange.usage)}
 
 
@@ -2739,7 +2748,7 @@ def openai_timed_transcript(exchange: Exchange, said: str) -> Any:
         raise nonsense("the transcript is no JSON")
     segments = [read_segment(segment) for segment in inner(spoken, "segments", list)]
     if wants.form in ("srt", "vtt"):
-        return Payload(subtitles(segments, wants.form).encode())
+        return Payload(subtitles(segments, wants.form).encode("utf-8", "replace"))
     whole = {"task": wants.task, "duration": max((segment.end for segment in segments), default=0.0),
              "text": " ".join(segment.text for segment in segments)}
     if wants.form == "diarized_json":
@@ -3040,7 +3049,8 @@ def openai_kept_items(told: str | list[JSON], tail: str) -> list[JSON]:
     out = []
     for i, item in enumerate(items):
         item = {key: value for key, value in item.items() if value is not None}
-        item = {"id": f"{'msg' if 'role' in item else 'item'}_{tail}_i{i}", "type": "message", **item}
+        kind = "message" if "role" in item else "item_reference"        # where an item does not say what it is
+        item = {"id": f"{'msg' if 'role' in item else 'item'}_{tail}_i{i}", "type": kind, **item}
         if item["type"] == "message" and type(item.get("content")) is str:
             kind = "output_text" if item.get("role") == "assistant" else "input_text"
             more = {"annotations": []} if kind == "output_text" else {}
@@ -3076,6 +3086,8 @@ def openai_responses_request(body: Fields, setting: Setting) -> Ask:
     stream = bool(body.get("stream", bool))
     history = openai_history(body, model, setting)
     tools = openai_tools(body, *history.tools)
+    if body.data.get("tool_choice") == "none":
+        tools = tools._replace(search="", code="")
     mode, allowed = openai_tool_choice(body, "tool_choice", tools)
     text = body.inner("text") or Fields({}, "text", body.family)
     schema = openai_response_format(text, "format")
@@ -3477,7 +3489,7 @@ OPENAI = Protocol("openai", (
     Route("POST", "/v1/completions", openai_completions_request, openai_completions_response, openai_completions_stream,
           SSE),
     Route("POST", "/v1/images/generations", openai_images_request, openai_images_response, openai_images_stream,
-          NAMED_SSE),
+          NAMED_SSE, failure=openai_images_failure),
     Route("POST", "/v1/audio/speech", openai_speech_request, openai_speech_response, openai_speech_stream),
     Route("POST", "/v1/audio/transcriptions", openai_transcriptions_request, openai_transcriptions_response,
           openai_transcriptions_stream, takes=parse_form),
@@ -3576,8 +3588,13 @@ def ollama_config(body: Fields, model: Model, recipe: Recipe) -> JSON:
     if top or body.get("logprobs", bool):
         body.ignore("logprobs")
     options = body.inner("options") or Fields({}, "options", body.family)
-    for key, value in recipe.options.items():
-        options.data = {key: value, **options.data}
+    options.data = {**recipe.options, **options.data}
+    config = {**ollama_options(options, model), "thinkingConfig": ollama_think(body, model)}
+    return {key: value for key, value in config.items() if key != "thinkingConfig" or value}
+
+
+def ollama_options(options: Fields, model: Model) -> JSON:
+    """The part of it that clients, and recipes, set in options."""
     limit, top_k, seed = (options.get(key, int) for key in ("num_predict", "top_k", "seed"))
     temperature, top_p = options.get("temperature", float), options.get("top_p", float)
     config = {
@@ -3591,7 +3608,6 @@ def ollama_config(body: Fields, model: Model, recipe: Recipe) -> JSON:
     if model.generation < 2.5:
         config["presencePenalty"] = options.get("presence_penalty", float) or None
         config["frequencyPenalty"] = options.get("frequency_penalty", float) or None
-    config["thinkingConfig"] = ollama_think(body, model) or None
     return {key: value for key, value in config.items() if value is not None}
 
 
@@ -3715,7 +3731,8 @@ def ollama_chat_request(body: Fields, setting: Setting) -> Ask:
     if not messages:
         return ollama_load(body, asked)
     stream = body.get("stream", bool) is not False
-    system: list[Part] = [text_part(recipe.system)] if recipe.system else []
+    own = str(messages[0].data.get("role")).lower() in ("system", "developer")         # which takes the recipe's place
+    system: list[Part] = [text_part(recipe.system)] if recipe.system and not own else []
     contents: list[JSON] = []
     for message in messages:
         role = (message.get("role", str) or "user").lower()
@@ -4643,6 +4660,28 @@ def without_401(protocol: Protocol) -> Protocol:
     return protocol._replace(error=error)
 
 
+def seasoned(call: GeminiCall, recipe: Recipe) -> GeminiCall:
+    """The call with what a recipe adds to it: options that the client did not set, and words in place of none."""
+    if not call.body or "contents" not in call.body:
+        return call
+    body = {**call.body, "generationConfig": {**ollama_options(Fields(recipe.options), call.model),
+                                              **call.body.get("generationConfig", {})}}
+    if recipe.system:
+        body.setdefault("systemInstruction", {"parts": [text_part(recipe.system)]})
+    return call._replace(body=body)
+
+
+def with_recipes(protocol: Protocol) -> Protocol:
+    """The protocol on an Ollama server, where clients make models of their own and use them everywhere."""
+    def heeds(request: Callable[[Fields, Setting], Ask]) -> Callable[[Fields, Setting], Ask]:
+        def seasoned_request(body: Fields, setting: Setting) -> Ask:
+            ask = request(body, setting)
+            recipe = recipe_named(ask.model, setting)
+            return ask._replace(calls=tuple(seasoned(call, recipe) for call in ask.calls)) if recipe.source else ask
+        return seasoned_request
+    return protocol._replace(routes=tuple(route._replace(request=heeds(route.request)) for route in protocol.routes))
+
+
 def lacking(protocol: Protocol, paths: tuple[str, ...]) -> Protocol:
     """The protocol without the routes of these paths."""
     return protocol._replace(routes=tuple(route for route in protocol.routes if route.path not in paths))
@@ -4654,7 +4693,8 @@ OPENAIS_ALONE = ("/v1/images/generations", "/v1/audio/speech", "/v1/audio/transl
 # What each -api mounts; the first protocol whose beginning fits a path tells of errors there.
 MOUNTS: dict[str, tuple[tuple[str, Protocol], ...]] = {
     "openai": (("/", OPENAI),),
-    "ollama": (("/v1/messages", ANTHROPIC), ("/v1", without_401(lacking(OPENAI, OPENAIS_ALONE))), ("/", OLLAMA)),
+    "ollama": (("/v1/messages", with_recipes(ANTHROPIC)),
+               ("/v1", with_recipes(without_401(lacking(OPENAI, OPENAIS_ALONE)))), ("/", OLLAMA)),
 }
 
 
@@ -5333,8 +5373,8 @@ class Gemini:
         """The call with the signatures that its history lost; those of another generation of models stay out."""
         def recall(id: str | None, digest: str, name: str) -> str | None:
             found = self.memory.get(f"{scope_of(key)}:{id}", digest)
-            generation, named, signature = (found or "  ").split(" ")
-            if (generation, named) == (str(int(call.model.generation)), name):
+            made, _, signature = (found or "").rpartition(" ")
+            if found and made == f"{int(call.model.generation)} {name}":
                 return signature
             if found:
                 self.count("signatures_total", "foreign")
@@ -5352,10 +5392,11 @@ class Gemini:
             for content in call.body["contents"]:
                 trail.turn(content)
             for id, made in zip(ids, calls):
-                digest = trail.call(made.name, made.args)
+                name = gemini_name(made.name)           # as it comes back, whatever the model called it
+                digest = trail.call(name, made.args)
                 if made.signature:
                     self.memory.put(f"{scope_of(key)}:{id}", digest,
-                                    f"{int(call.model.generation)} {made.name} {made.signature}")
+                                    f"{int(call.model.generation)} {name} {made.signature}")
         return ids
 
 
