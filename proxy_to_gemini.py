@@ -494,7 +494,8 @@ class Route(NamedTuple):
     beat: Callable[[Exchange],
                    JSON] | None = None              # an event that says nothing, where framing.beat will not do
     takes: Callable[[bytes, str], Fields] = parse_body          # reads the body, given its Content-Type
-    failure: Callable[[Exchange, ProxyError], JSON] | None = None   # the last event of a stream of its own that failed
+    failure: Callable[[Exchange, ProxyError],
+                      list[JSON]] | None = None         # the last events of a stream of its own that failed
 
     @property
     def name(self) -> str:
@@ -1225,6 +1226,14 @@ def restore_signatures(call: GeminiCall, scope: str, recall: Callable[[str | Non
         contents.append({**content, "parts": parts})
     return call._replace(body={**call.body, "contents": contents})
 
+def count_call(call: GeminiCall) -> GeminiCall:
+    """The call that counts the tokens that another one would send (ai.google.dev/api/tokens)."""
+    signed = restore_signatures(call, "", lambda *_: None)        # Gemini may well look for them here too
+    asked = {key: value for key, value in signed.body.items() if key != "generationConfig"}
+    return GeminiCall(f"{call.model.path}:countTokens",
+                      {"generateContentRequest": {"model": call.model.path, **asked}}, call.model)
+
+
 # ======================================================================================
 # 3. Reading Gemini: from bytes to chunks, from chunks to events; refusals, usage, citations
 # ======================================================================================
@@ -1289,6 +1298,14 @@ def final_quota(details: list[JSON], message: str) -> bool:
 
 def nonsense(what: str) -> ProxyError:
     return ProxyError(502, f"Gemini's answer makes no sense: {what}.", upstream=True)
+
+
+def read_count(answers: Iterable[Iterable[JSON]]) -> int:
+    """The tokens that a countTokens call counted."""
+    count = next(chunk.get("totalTokens") for chunks in answers for chunk in chunks)
+    if type(count) is not int:
+        raise nonsense("a count without a number")
+    return count
 
 
 # ---- chunks ----
@@ -1384,6 +1401,11 @@ class Call(NamedTuple):
 class Media(NamedTuple):
     mime: str
     data: str                   # base64
+
+
+def media_note(media: Media) -> str:
+    """What stands in a text for media that have no place in the client's protocol."""
+    return f"\n[Gemini made something of type {media.mime}, for which there is no place here.]\n"
 
 
 class Citation(NamedTuple):
@@ -1743,7 +1765,8 @@ def openai_result_part(message: Fields, content: str, id: str, model: Model) -> 
     """A tool's result, under these keys: text, JSON in a text, or parts; pictures go beside the text."""
     parts = openai_parts(message, content, model)
     media = [part for part in parts if "text" not in part]
-    return result_part(message.get("name", str), texts_of(parts), plain_id(message.get(id, str)), media)
+    text = "\n".join(part["text"] for part in parts if "text" in part)
+    return result_part(message.get("name", str), text, plain_id(message.get(id, str)), media)
 
 
 # ---- chat: tools ----
@@ -1938,17 +1961,29 @@ def openai_chat_turns(body: Fields, model: Model, setting: Setting) -> tuple[lis
 def openai_config(body: Fields, model: Model, setting: Setting) -> JSON:
     """The generationConfig that chat completions and legacy completions share."""
     effort = openai_effort(body)
-    limit = body.number("max_completion_tokens", 1, math.inf, int)
-    older = body.number("max_tokens", 1, math.inf, int)
-    return {**openai_sampling(body, model, limit or older),
+    limit = openai_limit(body, "max_completion_tokens", setting)
+    older = openai_limit(body, "max_tokens", setting)
+    return {**openai_sampling(body, model, limit or older, setting),
             **openai_thinking(body, "reasoning_effort", model, effort, effort is not None or setting.ollama)}
 
 
-def openai_sampling(body: Fields, model: Model, limit: int | None) -> JSON:
-    """The part of a generationConfig that is not about thinking."""
+def openai_limit(body: Fields, key: str, setting: Setting) -> int | None:
+    """The most tokens that may come out; Ollama takes a number below 1 for no limit."""
+    limit = body.get(key, int)
+    if setting.ollama or limit is None or limit >= 1:
+        return limit if limit and limit > 0 else None
+    raise ProxyError(400, f"Invalid value for '{body.at(key)}': it must be 1 or more.", code="integer_below_min_value",
+                     place=body.at(key))
+
+
+def openai_sampling(body: Fields, model: Model, limit: int | None, setting: Setting) -> JSON:
+    """The part of a generationConfig that is not about thinking. Ollama refuses no temperature for its height."""
     seed, top_k = body.get("seed", int), body.get("top_k", int)
+    temperature = body.number("temperature", 0, math.inf if setting.ollama else 2)
+    top_p = body.number("top_p", 0, math.inf if setting.ollama else 1)
     config = {
-        "temperature": body.number("temperature", 0, 2), "topP": body.number("top_p", 0, 1),
+        "temperature": None if temperature is None else min(temperature, 2),
+        "topP": None if top_p is None else min(top_p, 1),
         "topK": top_k if top_k and 0 < top_k < 2**31 else None,
         "maxOutputTokens": min(limit or 0, 2**31 - 1) or None,
         "seed": None if seed is None else int32(seed), "stopSequences": stop_sequences(body) or None,
@@ -2406,8 +2441,8 @@ def openai_pieces(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iter
         for event in read_gemini(chunks, exchange):
             if type(event) is End:
                 yield index, before, event
-            elif type(event) is Text and not event.thought:
-                yield index, before + event.text, None
+            elif type(event) is Media or type(event) is Text and not event.thought:
+                yield index, before + (media_note(event) if type(event) is Media else event.text), None
                 before = ""
 
 
@@ -2513,8 +2548,11 @@ def openai_images_request(body: Fields, setting: Setting) -> Ask:
         body.ignore("output_format")
     config = {"responseModalities": ["IMAGE"], **openai_image_config(body, model)}
     call = generate_call(model, False, [], [user_turn(text_part(prompt))], config)
+    stream = bool(body.get("stream", bool))
+    if stream and form == "url":
+        body.ignore("response_format")          # events have no place for one
     by_url = form == "url" or form is None and (asked or "").startswith("dall-e")       # whose default it is
-    return Ask((call,) * n, bool(body.get("stream", bool)), ImageWants(by_url), asked or model.name)
+    return Ask((call,) * n, stream, ImageWants(by_url), asked or model.name)
 
 
 def openai_image_config(body: Fields, model: Model) -> JSON:
@@ -2572,9 +2610,9 @@ def openai_images_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
                "output_format": PICTURE_TYPES.get(picture.mime, picture.mime), "usage": openai_image_usage(usage)}
 
 
-def openai_images_failure(exchange: Exchange, error: ProxyError) -> JSON:
+def openai_images_failure(exchange: Exchange, error: ProxyError) -> list[JSON]:
     """The last event of a stream that failed; in named events, an error has a name too."""
-    return {"type": "error", **openai_error(error)[1]}
+    return [{"type": "error", **openai_error(error)[1]}]
 
 
 # ---- speech ----
@@ -3095,7 +3133,7 @@ def openai_responses_request(body: Fields, setting: Setting) -> Ask:
     system = history.system + ([text_part("\n\n" + json_instruction(schema))] if unfence else [])
     effort, summary = openai_reasoning(body)
     shown = summary is not None or (setting.ollama and effort != "none")
-    config = {**openai_sampling(body, model, body.number("max_output_tokens", 1, math.inf, int)),
+    config = {**openai_sampling(body, model, openai_limit(body, "max_output_tokens", setting), setting),
               **openai_thinking(body, "reasoning.effort", model, effort, shown),
               **json_config(None if unfence else schema)}
     fields = {**tool_fields(tools, mode, allowed, body, model), **openai_google_fields(body, config)}
@@ -3304,7 +3342,7 @@ class Reply:
         yield self.done(status="completed", **{key: value})
 
     def show(self, media: Media) -> Iterator[JSON]:
-        """A picture, as OpenAI's own tool tells it; responses have no form for anything else."""
+        """A picture, as OpenAI's own tool tells it."""
         yield from self.close()
         yield self.add("ig_", {"type": "image_generation_call", "status": "in_progress", "result": None})
         yield self.done(status="completed", result=media.data)
@@ -3394,8 +3432,10 @@ def openai_responses_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]
                 yield from reply.say("reasoning" if event.thought else "message", event.text)
         elif type(event) is Call:
             calls.append(event)
-        elif type(event) is Media:
+        elif type(event) is Media and event.mime.startswith("image/"):
             yield from reply.show(event)
+        elif type(event) is Media:
+            yield from reply.say("message", media_note(event))
         else:
             yield from reply.finish(event, calls)
 
@@ -3406,12 +3446,16 @@ def openai_responses_response(exchange: Exchange, answers: Iterator[Iterator[JSO
     return last["response"]
 
 
-def openai_responses_failure(exchange: Exchange, error: ProxyError) -> JSON:
-    """The last event of a stream that failed. Codex and others read from its words when to try again."""
+def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[JSON]:
+    """The last event of a stream that failed, after the first ones, which helpers of clients insist on.
+
+    Codex and others read from its words when to try again.
+    """
     told = openai_error(error)[1]["error"]
     wait = f" Please try again in {error.again:g}s." if error.again and error.status == 429 else ""
     reply = exchange.told or Reply(exchange)
-    return reply.fail({"code": told["code"] or "invalid_prompt", "message": told["message"] + wait})
+    return [*(() if reply.count else reply.begin()),
+            reply.fail({"code": told["code"] or "invalid_prompt", "message": told["message"] + wait})]
 
 
 # ---- what a request would cost, and what becomes of a response ----
@@ -3420,16 +3464,11 @@ def openai_responses_failure(exchange: Exchange, error: ProxyError) -> JSON:
 def openai_input_tokens_request(body: Fields, setting: Setting) -> Ask:
     """The tokens of a request that is not made: /v1/responses/input_tokens takes the same body."""
     ask = openai_responses_request(body, setting)
-    call = ask.calls[0]
-    counted = {"generateContentRequest": {"model": call.model.path, **call.body}}
-    return Ask((GeminiCall(f"{call.model.path}:countTokens", counted),), model=ask.model)
+    return ask._replace(calls=(count_call(ask.calls[0]),), stream=False)
 
 
 def openai_input_tokens_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    total = [chunk.get("totalTokens") for chunks in answers for chunk in chunks]
-    if type(total[0]) is not int:
-        raise nonsense("a count without a number")
-    return {"object": "response.input_tokens", "input_tokens": total[0]}
+    return {"object": "response.input_tokens", "input_tokens": read_count(answers)}
 
 
 def openai_kept_request(body: Fields, setting: Setting) -> Ask:
@@ -3706,7 +3745,8 @@ def ollama_events(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iter
                 yield {"tool_calls": [ollama_call(event, count, exchange.wants)]}, None
                 count += 1
             elif kind is Media:
-                yield {"images": [event.data]}, None
+                picture = event.mime.startswith("image/")
+                yield {"images": [event.data]} if picture else {"content": media_note(event)}, None
             else:
                 ollama_used(exchange)
                 yield {}, event
@@ -3969,7 +4009,8 @@ def ollama_show_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
     embeds = told["capabilities"] == ["embedding"]
     template = "{{ .Prompt }}" if embeds else OLLAMA_TEMPLATE
     return {"license": "", "modelfile": f"# Gemini, by proxy-to-gemini\nFROM {recipe.source or told['name']}\n",
-            "parameters": "",
+            "parameters": "\n".join(f"{key} {encode_json(value)}" for key, values in recipe.options.items()
+                                    for value in (values if type(values) is list else [values])),
             "template": template, "system": recipe.system, "details": ollama_details(entry, recipe),
             "model_info": {"general.architecture": "gemini", "general.basename": asked, "general.parameter_count": 0,
                            "gemini.context_length": inside(entry, "inputTokenLimit", int),
@@ -4518,8 +4559,7 @@ def anthropic_pieces(events: Iterable[Text | Call | Media | End], exchange: Exch
             said.append(event.text)
             yield TEXT_BLOCK, {"type": "text_delta", "text": event.text}
         elif kind is Media:
-            note = f"\n[Gemini made something of type {event.mime}, for which a message has no place.]\n"
-            yield TEXT_BLOCK, {"type": "text_delta", "text": note}
+            yield TEXT_BLOCK, {"type": "text_delta", "text": media_note(event)}
         elif kind is Call:
             if event.signature and wants.thinking:
                 yield THINKING_BLOCK, {"type": "signature_delta", "signature": event.signature}
@@ -4610,15 +4650,11 @@ def anthropic_grow(block: JSON, delta: JSON) -> None:
 def anthropic_count_request(body: Fields, setting: Setting) -> Ask:
     """Count tokens: https://platform.claude.com/docs/en/api/messages-count-tokens"""
     ask = anthropic_ask(body, setting)
-    call = restore_signatures(ask.calls[0], "", lambda *_: None)        # Gemini may well look for them here too
-    asked = {"model": call.model.path, **call.body}
-    asked.pop("generationConfig", None)
-    return ask._replace(calls=(GeminiCall(f"{call.model.path}:countTokens", {"generateContentRequest": asked},
-                                          call.model),))
+    return ask._replace(calls=(count_call(ask.calls[0]),))
 
 
 def anthropic_count_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    return {"input_tokens": sum(inner(chunk, "totalTokens", int) for chunks in answers for chunk in chunks)}
+    return {"input_tokens": read_count(answers)}
 
 
 # ---- errors and routes ----
@@ -5859,8 +5895,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.begun and not self.framed:
             self.close_connection = True            # nothing that could be said would be understood
         elif self.begun:
-            told = self.failure(self.exchange, error) if self.failure else self.protocol.stream_error(error)
-            self.emit(self.framing.encode(told), last=True)
+            told = self.failure(self.exchange, error) if self.failure else [self.protocol.stream_error(error)]
+            self.emit(b"".join(map(self.framing.encode, told)), last=True)
         else:
             self.close_connection = self.close_connection or not self.command
             self.send_answer(*reversed(self.protocol.error(error)), list(error.headers.items()))

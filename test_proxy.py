@@ -1464,12 +1464,12 @@ def test_a_response_that_breaks_off():
     with pytest.raises(ProxyError) as caught:
         for event in proxy.openai_responses_stream(made, iter([iter([chunk("Hel")])])):
             events.append(event)
-    last = proxy.openai_responses_failure(made, caught.value)
+    last, = proxy.openai_responses_failure(made, caught.value)
     assert (last["type"], last["sequence_number"]) == ("response.failed", len(events)) and last["response"]["id"] == events[0]["response"]["id"]
     assert last["response"]["error"] == {"code": "server_error", "message": caught.value.message}
     assert (last["response"]["output"][0]["status"], last["response"]["output"][0]["content"][0]["text"]) == ("incomplete", "Hel")
-    slow = proxy.openai_responses_failure(exchange(made.ask), ProxyError(429, "Slow.", code="rate_limit_exceeded", again=1.5))
-    assert slow["response"]["error"] == {"code": "rate_limit_exceeded", "message": "Slow. Please try again in 1.5s."} and slow["sequence_number"] == 0
+    *_, slow = proxy.openai_responses_failure(exchange(made.ask), ProxyError(429, "Slow.", code="rate_limit_exceeded", again=1.5))
+    assert slow["response"]["error"] == {"code": "rate_limit_exceeded", "message": "Slow. Please try again in 1.5s."} and slow["sequence_number"] == 2
 
 
 def test_input_items_become_turns():
@@ -2057,9 +2057,60 @@ def test_a_search_is_told_with_its_sources():
     assert [event["index"] for event in events if event["type"] == "content_block_stop"] == [0, 1, 2]
 
 
+def test_sound_without_a_place_is_a_note():
+    sound = {"inlineData": {"mimeType": "audio/wav", "data": PNG}}
+    note = "\n[Gemini made something of type audio/wav, for which there is no place here.]\n"
+    made = exchange(asked({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0])
+    response = proxy.openai_responses_response(made, iter([iter([whole("Hear:", sound)])]))
+    assert [part["text"] for item in response["output"] for part in item["content"]] == ["Hear:" + note]
+    made = exchange(asked({"model": FLASH, "prompt": "Hi"}, proxy.openai_completions_request)[0])
+    assert proxy.openai_completions_response(made, iter([iter([whole("Hear:", sound)])]))["choices"][0]["text"] == "Hear:" + note
+
+
+def test_a_response_that_fails_before_its_first_word_begins_all_the_same():
+    made = exchange(asked({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0])
+    events = proxy.openai_responses_failure(made, ProxyError(429, "slow down", again=7.0))
+    assert [event["type"] for event in events] == ["response.created", "response.in_progress", "response.failed"]
+    assert [event["sequence_number"] for event in events] == [0, 1, 2]
+
+
+def test_ollama_takes_numbers_that_openai_refuses():
+    body = {"model": FLASH, "messages": [user("Hi")], "max_tokens": -1, "temperature": 3, "top_p": 1.5}
+    config = asked(body, setting=Setting(ollama=True))[0].calls[0].body["generationConfig"]
+    assert "maxOutputTokens" not in config and (config["temperature"], config["topP"]) == (2, 1)
+    with pytest.raises(ProxyError, match="max_tokens"):
+        asked(body)
+
+
+def test_recipes_hold_on_every_route(gemini):
+    with serving(gemini.url, api="ollama") as server:
+        post(server, "/api/create", {"model": "pirate", "from": FLASH, "system": "Say arr.", "parameters": {"temperature": 0.1, "stop": ["END"]}})
+        for path, body in (("/v1/chat/completions", chat(model="pirate")), ("/v1/messages", {**chat(model="pirate"), "max_tokens": 9}),
+                           ("/v1/responses", {"model": "pirate", "input": "Hi"}), ("/api/chat", chat(model="pirate"))):
+            assert post(server, path, body)[0] == 200
+            asked_ = gemini.asked[-1]
+            assert asked_["systemInstruction"]["parts"][0]["text"] == "Say arr." and asked_["generationConfig"]["temperature"] == 0.1, path
+        shown = json.loads(post(server, "/api/show", {"model": "pirate"})[2])
+        assert shown["parameters"] == 'temperature 0.1\nstop "END"'
+
+
+def test_a_name_with_a_space_keeps_its_signature(server, gemini):
+    tool = {"type": "function", "function": {"name": "my tool"}}
+    gemini.say(whole(call("my_tool", {}, "s")))
+    message = kept(json.loads(post(server, body=chat(model=NEWEST, tools=[tool]))[2])["choices"][0]["message"])
+    post(server, body=chat(user("Hi"), message, {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "3"}, model=NEWEST, tools=[tool]))
+    assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("s")
+
+
+def test_a_stream_of_pictures_that_breaks_off_says_so(server, gemini):
+    gemini.say(whole({"inlineData": {"mimeType": "image/png", "data": PNG}}), gemini_error(400, "boom"))
+    body = post(server, "/v1/images/generations", {"prompt": "x", "n": 2, "stream": True})[2].decode()
+    assert body.count("event: ") == 2 and "event: error\ndata: {" in body and "boom" in body
+
+
 def test_a_picture_is_a_note_in_a_message():
     message, _ = claude_says(said_to_claude(), whole("Look:", {"inlineData": {"mimeType": "image/png", "data": PNG}}))
-    assert message["content"] == [{"type": "text", "text": "Look:\n[Gemini made something of type image/png, for which a message has no place.]\n"}]
+    assert message["content"] == [{"type": "text", "text": "Look:\n[Gemini made something of type image/png, for which there is no place here.]\n"}]
 
 
 def test_tokens_are_counted_by_gemini():
