@@ -52,12 +52,17 @@ if __name__ == "__main__" and "AGAIN" not in globals() and hasattr(os, "memfd_cr
     import marshal
     AGAIN = ("AGAIN = True; import marshal, sys; sys.path[:] = [path for path in sys.path if path]; del sys.argv[0]; "
              "__file__ = {!r}\nwith open({}, 'rb') as file: CODE = marshal.load(file)\nexec(CODE)")
-    MEMORY = os.memfd_create("bytecode", 0)
-    with open(MEMORY, "wb", closefd=False) as file:
-        marshal.dump(sys._getframe().f_code, file)
-    os.lseek(MEMORY, 0, os.SEEK_SET)
-    os.execv(sys.executable, [sys.executable, *["-I"] * sys.flags.isolated, "-c",
-                              AGAIN.format(os.path.abspath(__file__), MEMORY), *sys.argv])
+    FLAGS = [flag for flag, name in (("-I", "isolated"), ("-E", "ignore_environment"), ("-s", "no_user_site"))
+             if getattr(sys.flags, name)]
+    try:
+        MEMORY = os.memfd_create("bytecode", 0)
+        with open(MEMORY, "wb", closefd=False) as file:
+            marshal.dump(sys._getframe().f_code, file)
+        os.lseek(MEMORY, 0, os.SEEK_SET)
+        os.execv(sys.executable, [sys.executable, *FLAGS, "-c", AGAIN.format(os.path.abspath(__file__), MEMORY),
+                                  *sys.argv])
+    except OSError:
+        pass                # a kernel that forbids it costs memory, and nothing else
 
 import argparse
 import array
@@ -4069,12 +4074,19 @@ def ollama_copy_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
     return Payload(b"")
 
 
+MOST_RECIPE, MOST_RECIPES = 1 << 20, 200        # characters of a recipe, and recipes, which are not forgotten
+
+
 def ollama_keep_recipe(exchange: Exchange, name: str, recipe: Recipe, models: dict[str, JSON]) -> None:
     """Remember another name for a model. A name of Gemini's own stays Gemini's."""
     if name in models and not exchange.setting.recall("model:" + name) or not re.fullmatch(r"[\w.:/-]{1,200}", name,
                                                                                            re.A):
         raise ProxyError(400, f"the name {json.dumps(name[:200])} is taken, or is not a valid model name")
-    exchange.setting.keep("model:" + name, json.dumps(recipe._asdict()))
+    text = json.dumps(recipe._asdict())
+    if len(text) > MOST_RECIPE or len(exchange.setting.kept()) >= MOST_RECIPES and not exchange.setting.recall(
+            "model:" + name):
+        raise ProxyError(400, "there is no room for this model: what it says is too long, or there are too many")
+    exchange.setting.keep("model:" + name, text)
 
 
 def ollama_create_request(body: Fields, setting: Setting) -> Ask:
@@ -4793,18 +4805,22 @@ def find_route(api: str, method: str, path: str) -> Found:
 # 9. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
 # ======================================================================================
 
-CONNECT_TIMEOUT = 10.0      # seconds for a TCP connection and its TLS handshake
+CONNECT_TIMEOUT = 10.0      # seconds for a TCP connection, and for its TLS handshake
+ONE_ADDRESS = 2.5           # seconds of these for one of several addresses
 IDLE_CONNECTION = 55.0      # seconds that an unused connection is kept: middleboxes give up at 60 and more
 MOST_IDLE = 128             # connections that are kept unused
 INSTANT = 0.0002            # seconds within which what one waits for was there already
 BEAT = 10.0                 # seconds of silence after which a stream says that it is alive
 TRIES = 3                   # of one call in all
+EARLY = 1.0                 # seconds after a call within which a connection that breaks has asked for nothing yet
 SHORT_DELAY = 2.0           # seconds that Gemini may ask for, for a call to be tried again here and not by the client
 TOGETHER = 4                # calls of one request that are under way at the same time
 MODELS_KEPT = 300.0         # seconds that Gemini's list of models is kept
 ERROR_BODY = 1 << 20        # bytes that are read of a refusal
 KEY_MASK = "[the Gemini key]"
 MOST_PAGES = 50             # of Gemini's list of models
+LOCKED = 1.0                # seconds to wait for a state file that another process has locked
+REST = 5.0                  # seconds in which a state file in trouble is not tried again
 MOST_LISTS = 32             # of models that are kept, one for each key (-client-keys)
 HEADERS = {"Content-Type": "application/json", "User-Agent": f"proxy-to-gemini/{VERSION}"}
 
@@ -4996,6 +5012,22 @@ class Line(io.RawIOBase):
             self.slow = self.watch.wait(self.sock, event) > INSTANT
 
 
+def dial(address: tuple[str, int], timeout: float, source: Any = None) -> socket.socket:
+    """A connection to the first of a host's addresses that answers, in so many seconds for all of them together.
+
+    The library gives each the whole time, and where a network drops IPv6 without a word, Google has several in vain.
+    """
+    until, trouble = time.monotonic() + timeout, None
+    found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    for i, (*_, where) in enumerate(found, 1):
+        left = until - time.monotonic()
+        try:
+            return socket.create_connection(where[:2], max(0.1, min(left, ONE_ADDRESS if i < len(found) else left)))
+        except OSError as error:
+            trouble = error
+    raise trouble or OSError("the name has no address")
+
+
 class TLSConnection(http.client.HTTPSConnection):
     """A connection that takes up the TLS session of an earlier one, which saves half of the handshake."""
 
@@ -5031,6 +5063,8 @@ class Pool(urllib.request.BaseHandler):
             lines = [f"{method} {self.target(request.selector)} HTTP/1.1", f"Host: {request.host}"]
             lines += [f"{name}: {value}" for name, value in request.header_items()]
             lines += [] if body is None else [f"Content-Length: {len(body)}"]
+            if self.proxy and not self.secure:
+                lines += [f"{name}: {value}" for name, value in self.proxy.headers.items()]
             response = Response(connection, request.watch, kept is not None, method)
             response.send("\r\n".join(lines + ["", ""]).encode("latin-1") + (body or b""))
             return response
@@ -5054,6 +5088,7 @@ class Pool(urllib.request.BaseHandler):
             connection.session = self.session
             if self.proxy:
                 connection.set_tunnel(self.host, self.port, self.proxy.headers)
+        connection._create_connection = dial
         try:
             connection.connect()
         except BaseException:
@@ -5168,6 +5203,7 @@ class Flight:
         request.watch, request.anew = self.watch, anew
         try:
             self.response, self.trouble = self.gemini.opener.open(request), None
+            self.sent = time.monotonic()
         except TROUBLES as trouble:
             self.response, self.trouble = None, trouble
 
@@ -5222,8 +5258,10 @@ class Flight:
                 self.trouble = trouble
         error = unreachable(self.trouble)
         lost = self.response is None or not self.response.spoken
-        if lost and isinstance(self.trouble, ConnectionError) and not isinstance(self.trouble, ConnectionRefusedError):
-            error.again = 0.0           # nothing was said yet, so nothing is asked twice that was begun to be answered
+        early = self.response is None or time.monotonic() - self.sent < EARLY
+        if lost and early and isinstance(self.trouble, ConnectionError) \
+                and not isinstance(self.trouble, ConnectionRefusedError):
+            error.again = 0.0           # later on, Gemini may be at work on it, and what is asked twice is paid twice
         return error
 
     def release(self) -> None:
@@ -5324,6 +5362,7 @@ class Memory:
         self.path, self.lock = path, threading.Lock()
         self.database: Any = None
         self.rows = self.size = 0           # that came since it was last looked at
+        self.rest = 0.0                     # until when the file is left alone, for it is in trouble
 
     def open(self) -> Any:
         """The database, made when it is first needed: most exchanges have nothing to remember."""
@@ -5331,7 +5370,7 @@ class Memory:
             import sqlite3
             if self.path != ":memory:":
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))      # nobody else's to read
-            database = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
+            database = sqlite3.connect(self.path, timeout=LOCKED, isolation_level=None, check_same_thread=False)
             for statement in self.MAKE:
                 database.execute(statement).close()         # PyPy would keep the lock until it collects garbage
             self.database = database
@@ -5350,12 +5389,15 @@ class Memory:
         """The rows that a statement gives."""
         import sqlite3
         with self.lock:
+            if time.monotonic() < self.rest:
+                return []
             try:
                 with contextlib.closing(self.open().execute(statement, values)) as cursor:
                     return cursor.fetchall()
             except UnicodeEncodeError:          # a lone surrogate, which nothing that was kept has
                 return []
             except (sqlite3.Error, OSError) as error:
+                self.rest = time.monotonic() + REST
                 log(f"what is to be remembered in {self.path} is in trouble: {error}")
                 return []
 
@@ -5408,7 +5450,7 @@ class Gemini:
     def signed(self, call: GeminiCall, key: str) -> GeminiCall:
         """The call with the signatures that its history lost; those of another generation of models stay out."""
         def recall(id: str | None, digest: str, name: str) -> str | None:
-            found = self.memory.get(f"{scope_of(key)}:{id}", digest)
+            found = self.memory.get(f"{scope_of(key)}:call:{id}", digest)
             made, _, signature = (found or "").rpartition(" ")
             if found and made == f"{int(call.model.generation)} {name}":
                 return signature
@@ -5431,7 +5473,7 @@ class Gemini:
                 name = gemini_name(made.name)           # as it comes back, whatever the model called it
                 digest = trail.call(name, made.args)
                 if made.signature:
-                    self.memory.put(f"{scope_of(key)}:{id}", digest,
+                    self.memory.put(f"{scope_of(key)}:call:{id}", digest,
                                     f"{int(call.model.generation)} {name} {made.signature}")
         return ids
 
@@ -5465,10 +5507,15 @@ APP_ORIGINS = (r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?|"
 LOCAL_HOSTS = r"(localhost|[\w.-]+\.(localhost|local|internal)|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
 
 
+LOGGING = threading.Lock()
+
+
 def log(line: str) -> None:
-    """A line to standard error, which may be closed or full: that stops no answer."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(line.encode("unicode_escape").decode() + "\n")     # nothing in it can begin another line
+    """A line to standard error, which may be closed, full, or a pipe that nobody reads: that stops no answer."""
+    text = line.encode("unicode_escape")[:4000].decode() + "\n"        # nothing in it can begin another line
+    with contextlib.suppress(OSError, ValueError), LOGGING:
+        if not hasattr(sys.stderr, "buffer") or select.select([], [sys.stderr], [], 0)[1]:      # room for PIPE_BUF
+            sys.stderr.write(text)
 
 
 @functools.lru_cache(maxsize=2)
@@ -5704,8 +5751,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.status = self.status or 499
             raise
         except Exception:
-            log(f"{self.request_id}: this is a bug in proxy-to-gemini; please report it")
-            traceback.print_exc()
+            log(f"{self.request_id}: this is a bug in proxy-to-gemini; please report it: {traceback.format_exc()}")
             self.fail(ProxyError(500, "proxy-to-gemini has a bug here; its log tells more.", code="internal_error"))
 
     def read_head(self, line: bytes) -> None:
@@ -5811,13 +5857,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         origin = self.headers.get("origin")
         if origin is None or not origin_allowed(origin, self.server.config.origins):
             return []
-        return [("Access-Control-Allow-Origin", re.sub(r"[^!-~]", "", origin)), ("Vary", "Origin"),
+        return [("Access-Control-Allow-Origin", re.sub(r"[^!-~]", "", origin[:500])), ("Vary", "Origin"),
                 ("Access-Control-Expose-Headers",
                  ", ".join(("x-request-id", *self.protocol.id_headers, "retry-after", "x-proxy-ignored")))]
 
     def preflight(self) -> None:
         asked = self.headers.get("access-control-request-headers", "")
-        names = [name.strip() for name in asked.split(",") if re.fullmatch(TOKEN, name.strip())]
+        names = [name.strip() for name in asked[:2000].split(",") if re.fullmatch(TOKEN, name.strip())]
         self.send(204, b"", headers=[("Access-Control-Allow-Methods", "GET, POST, DELETE, HEAD, OPTIONS"),
                                      ("Access-Control-Allow-Headers", ", ".join(names[:100])),
                                      ("Access-Control-Max-Age", "86400")])
@@ -5965,6 +6011,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 while time.monotonic() < until and self.connection.recv(1 << 16):
                     pass
         self.rfile.close()
+        self.exchange = self.answers = None     # or the request's body stays until the collector comes by
         self.server.handlers.discard(self)
 
     def account(self, now: float) -> None:
@@ -6114,7 +6161,8 @@ class Server(http.server.ThreadingHTTPServer):
         while self.handlers and time.monotonic() < until:
             if select.select([self.socket], [], [], 0.01)[0]:
                 self.take_in()
-        while not self.shared and select.select([self.socket], [], [], 0)[0]:
+        until += LAST_WORDS             # whom a last answer sends away comes back at once, but not for ever
+        while not self.shared and time.monotonic() < until and select.select([self.socket], [], [], 0)[0]:
             self.take_in()
         self.server_close()
         os.close(end)
@@ -6296,7 +6344,7 @@ def gemini_key(env: Mapping[str, str]) -> str:
     for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
         if env.get(name, "").strip():
             return env[name].strip()
-    with contextlib.suppress(OSError, KeyError):
+    with contextlib.suppress(OSError, KeyError, UnicodeDecodeError):
         with open(os.path.join(env["CREDENTIALS_DIRECTORY"], "gemini_api_key"), encoding="utf-8") as file:
             return file.read().strip()
     return ""
@@ -6475,7 +6523,7 @@ class Life:
             return
         address = "\0" + self.supervisor[1:] if self.supervisor[0] == "@" else self.supervisor
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.setblocking(False)
+            sock.settimeout(0 if lines == ("WATCHDOG=1",) else 5)       # what is said once must arrive
             sock.sendto("\n".join(lines).encode(), address)
 
 
@@ -6499,6 +6547,7 @@ class Workers:
             poll.poll(self.life.nap * 1000)
             self.life.hear()
             if self.life.asks(signal.SIGHUP):
+                self.server.reload()                    # for those that are forked later
                 self.signal(signal.SIGHUP)
             self.bury()
         self.life.tell("STOPPING=1")
@@ -6516,7 +6565,12 @@ class Workers:
             if time.monotonic() < self.due[number] or self.life.over():
                 continue
             self.due[number] = time.monotonic() + 1         # one that dies at once is not started in a rush
-            parent, child = os.getpid(), os.fork()
+            parent = os.getpid()
+            try:
+                child = os.fork()
+            except OSError as error:                    # too many processes, or no memory: the others go on
+                log(f"worker {number} cannot be started: {error.strerror}")
+                continue
             if not child:
                 self.work(number, parent)
             self.numbers[child] = number
