@@ -2312,6 +2312,28 @@ def test_after_the_first_byte_nothing_is_asked_again(gemini):
     assert len(gemini.asked) == 1
 
 
+def test_what_breaks_late_is_not_asked_again(gemini, monkeypatch):
+    """Gemini may have been at work on it, and what is asked twice is paid twice."""
+    monkeypatch.setattr(proxy, "EARLY", 0.05)
+    gemini.say(Say(whole("late"), delay=0.2, cut=0), whole("Hello"))
+    with service(gemini.url) as (ask, service_, client):
+        assert refusal_by(ask).status == 502 and len(gemini.asked) == 1
+
+
+def test_the_first_address_that_answers_is_taken(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in ("127.0.0.2", "127.0.0.1")]
+        monkeypatch.setattr(proxy.socket, "getaddrinfo", lambda *_, **__: found)
+        monkeypatch.setattr(proxy.socket, "create_connection", lambda where, timeout: (where, timeout) if where[0] == "127.0.0.1" else 1 / 0 if timeout > proxy.ONE_ADDRESS else refuse())
+        where, timeout = proxy.dial(("gemini", port), 10.0)
+        assert where[0] == "127.0.0.1" and 7 < timeout <= 10
+
+
+def refuse():
+    raise socket.timeout("no answer")
+
+
 def test_silence_is_a_504_and_hangs_up(gemini):
     gemini.say(Say(whole("late"), delay=30))
     with service(gemini.url) as (ask, service_, client):
@@ -2831,6 +2853,29 @@ def test_what_is_kept_in_a_file_outlives_the_server(gemini, tmp_path):
     assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("s")
 
 
+def test_ids_of_clients_open_nothing_else(gemini):
+    with serving(gemini.url, client_keys=True) as server:
+        made = json.loads(post(server, "/v1/responses", {"model": NEWEST, "input": "Hi"}, Authorization="Bearer AIza-a")[2])
+        said = assistant(None, tool_calls=[tool_call("response:" + made["id"], "weather", "{}")])
+        body = chat(user("Hi"), said, {"role": "tool", "tool_call_id": "response:" + made["id"], "content": "3"}, model=NEWEST, tools=[WEATHER])
+        assert post(server, body=body, Authorization="Bearer AIza-a")[0] == 200
+        assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == proxy.PLACEHOLDER
+        assert post(server, "/v1/responses", {"model": NEWEST, "input": "Hi", "previous_response_id": made["id"]}, Authorization="Bearer AIza-b")[0] == 404
+
+
+def test_a_log_that_nobody_reads_stops_no_answer(gemini):
+    with start("-listen=127.0.0.1:0", "-upstream", gemini.url, **ENV) as process:
+        with Line(At(port_of(process))) as line:
+            assert {line.ask("GET", "/healthz" + "?" + "x" * 100)[0] for _ in range(1500)} == {200}, "the pipe holds a few hundred lines"
+            assert line.ask("GET", "/" + "x" * 4000)[0] == 404
+
+
+def test_headers_of_a_preflight_stay_small(server):
+    with Line(server) as line:
+        headers = line.ask("OPTIONS", "/v1/models", Origin="http://localhost", Access_Control_Request_Headers="a, " + "x" * 60_000)[1]
+    assert sum(map(len, headers.values())) < 8000
+
+
 def test_a_file_in_trouble_is_no_clients(gemini, tmp_path, capfd):
     (tmp_path / "state.db").write_bytes(b"this is no database" * 100)
     memory = proxy.Memory(str(tmp_path / "state.db"))
@@ -3045,6 +3090,43 @@ def children_of(pid):
 def listens(port):
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_an_end_comes_also_when_clients_come_back_at_once(gemini):
+    with start("-listen=127.0.0.1:0", "-upstream", gemini.url, **ENV) as process:
+        server, over = At(port_of(process)), threading.Event()
+
+        def client():
+            while not over.is_set():
+                with contextlib.suppress(OSError, ValueError, IndexError):
+                    post(server, "/v1/nonsense")
+        clients = [threading.Thread(target=client) for _ in range(12)]
+        for thread in clients:
+            thread.start()
+        process.stdout.close()
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(10) == 0
+        finally:
+            over.set()
+            for thread in clients:
+                thread.join(5)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes as Linux shows them")
+def test_a_replaced_worker_has_the_key_that_was_read_again(gemini, tmp_path):
+    (tmp_path / "gemini_api_key").write_text("AIza-old")
+    with start("-listen=127.0.0.1:0", "-workers=2", "-upstream", gemini.url, CREDENTIALS_DIRECTORY=str(tmp_path)) as process:
+        server = At(port_of(process))
+        until(lambda: len(children_of(process.pid)) == 2)
+        (tmp_path / "gemini_api_key").write_text("AIza-new")
+        process.send_signal(signal.SIGHUP)
+        until(lambda: post(server)[0] == 200 and key_of(gemini) == "AIza-new")
+        before = children_of(process.pid)
+        for child in before:
+            os.kill(child, signal.SIGKILL)
+        until(lambda: len(children_of(process.pid) - before) == 2)
+        assert post(server)[0] == 200 and key_of(gemini) == "AIza-new"
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes as Linux shows them")
