@@ -166,8 +166,7 @@ NOTHING = (None, False, "", [], {})
 DEFAULTS = {"n": 1, "best_of": 1, "modalities": ["text"], "service_tier": ("auto", "default"), "verbosity": "medium",
             "parallel_tool_calls": True, "truncation": ("disabled", "auto"), "truncate": True, "shift": True,
             "detail": "auto", "quality": ("auto", "standard"), "background": ("auto", "opaque"), "moderation": "auto",
-            "speed": 1, "chunking_strategy": "auto",
-            "presence_penalty": 0, "frequency_penalty": 0}
+            "speed": 1, "chunking_strategy": "auto", "presence_penalty": 0, "frequency_penalty": 0}
 
 
 class Fields:
@@ -496,11 +495,9 @@ class Route(NamedTuple):
     response: Callable[[Exchange, Iterator[Iterator[JSON]]], Any]
     stream: Callable[[Exchange, Iterator[Iterator[JSON]]], Iterator[JSON]] | None = None
     framing: Framing = SSE
-    beat: Callable[[Exchange],
-                   JSON] | None = None              # an event that says nothing, where framing.beat will not do
+    beat: Callable[[Exchange], JSON] | None = None          # an event that says nothing, if framing.beat will not do
     takes: Callable[[bytes, str], Fields] = parse_body          # reads the body, given its Content-Type
-    failure: Callable[[Exchange, ProxyError],
-                      list[JSON]] | None = None         # the last events of a stream of its own that failed
+    failure: Callable[[Exchange, ProxyError], list[JSON]] | None = None     # last events of a stream that failed
 
     @property
     def name(self) -> str:
@@ -642,18 +639,15 @@ MAGIC = ((rb"\xff\xd8\xff", "image/jpeg"), (rb"\x89PNG", "image/png"), (rb"GIF8"
          (rb"OggS", "audio/ogg"),
          (rb"....ftypM4A", "audio/mp4"), (rb"....ftyp", "video/mp4"), (rb"\x1a\x45\xdf\xa3", "video/webm"))
 MIME_SPELLINGS = {"image/jpg": "image/jpeg", "audio/x-wav": "audio/wav", "audio/wave": "audio/wav",
-                  "audio/m4a": "audio/mp4",
-                  "application/x-pdf": "application/pdf"}
+                  "audio/m4a": "audio/mp4", "application/x-pdf": "application/pdf"}
 TEXT_TYPES = re.compile(r"text/|application/(json|xml|yaml|x-yaml|javascript|typescript|toml|sql|x-sh|csv)\b|"
                         r".*\+(json|xml)$")
 EXTENSIONS = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp", "heic": "image/heic",
               "gif": "image/gif", "pdf": "application/pdf", "mp3": "audio/mp3", "wav": "audio/wav",
-              "flac": "audio/flac", "ogg": "audio/ogg",
-              "m4a": "audio/mp4", "aac": "audio/aac", "mp4": "video/mp4", "webm": "video/webm", "mov": "video/mov",
-              "txt": "text/plain", "md": "text/markdown", "csv": "text/csv", "json": "application/json",
-              "html": "text/html",
-              "xml": "text/xml", "py": "text/x-python", "js": "text/javascript", "ts": "text/plain",
-              "yaml": "text/plain", "yml": "text/plain"}
+              "flac": "audio/flac", "ogg": "audio/ogg", "m4a": "audio/mp4", "aac": "audio/aac", "mp4": "video/mp4",
+              "webm": "video/webm", "mov": "video/mov", "txt": "text/plain", "md": "text/markdown", "csv": "text/csv",
+              "json": "application/json", "html": "text/html", "xml": "text/xml", "py": "text/x-python",
+              "js": "text/javascript", "ts": "text/plain", "yaml": "text/plain", "yml": "text/plain"}
 
 
 def sniffed(data: str) -> str | None:
@@ -812,8 +806,8 @@ def settled_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     kept = [(content["role"], [part for part in content["parts"] if says_something(part)]) for content in contents]
     for role, group in itertools.groupby((turn for turn in kept if turn[1]), key=itemgetter(0)):
         parts = [part for _, inner_parts in group for part in inner_parts]
-        turns += [model_turn(*parts)] if role == "model" else answered(turns[-1]["parts"] if turns else [], parts,
-                                                                       model)
+        asked = turns[-1]["parts"] if turns else []
+        turns += [model_turn(*parts)] if role == "model" else answered(asked, parts, model)
     if turns and turns[-1]["role"] == "model":
         turns += answered(turns[-1]["parts"], [], model)
     if turns and turns[0]["role"] == "model":
@@ -1505,8 +1499,8 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
     exchange.usage = exchange.usage.plus(counted)
     finish = FINISHES.get(reason, "stop") if reason else "filter"
     queries = tuple(query for query in inside(grounding, "webSearchQueries", list) if type(query) is str)
-    yield End(finish, bool(calls), reason or blocked, message, counted, read_citations(pieces, grounding) if grounding
-              else [], queries)
+    citations = read_citations(pieces, grounding) if grounding else []
+    yield End(finish, bool(calls), reason or blocked, message, counted, citations, queries)
 
 
 def read_part(part: Any, done: set) -> Text | Call | Media | None:
@@ -1646,16 +1640,16 @@ def openai_file_part(part: Fields, model: Model) -> Part:
 
 def no_file_store(part: Fields) -> None:
     if part.get("file_id", str):
-        raise wrong_value(part.at("file_id"),
-                          f"Invalid value for '{part.at('file_id')}': there is no file store behind this "
-                                              "server; send the file itself, as base64 in a data URL.")
+        place = part.at("file_id")
+        raise wrong_value(place, f"Invalid value for '{place}': there is no file store behind this server; send the "
+                                 "file itself, as base64 in a data URL.")
 
 
 OPENAI_PARTS = {
     "text": openai_text_part, "input_text": openai_text_part, "output_text": openai_text_part,
-                "refusal": openai_text_part,
-    "image_url": openai_link_part, "input_image": openai_link_part, "video_url": openai_link_part,
-                "input_video": openai_link_part,
+    "refusal": openai_text_part,
+    "image_url": openai_link_part, "input_image": openai_link_part,
+    "video_url": openai_link_part, "input_video": openai_link_part,
     "input_audio": openai_audio_part, "file": openai_file_part, "input_file": openai_file_part,
 }
 
@@ -3885,8 +3879,8 @@ def ollama_generate_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]
 
 def generated(message: JSON) -> JSON:
     """The same as a message, in generate's words."""
-    return {"response": message.get("content", ""), **{key: value for key, value in message.items()
-                                                       if key != "content"}}
+    rest = {key: value for key, value in message.items() if key != "content"}
+    return {"response": message.get("content", ""), **rest}
 
 
 def ollama_generate_beat(exchange: Exchange) -> JSON:
@@ -4079,14 +4073,13 @@ MOST_RECIPE, MOST_RECIPES = 1 << 20, 200        # characters of a recipe, and re
 
 def ollama_keep_recipe(exchange: Exchange, name: str, recipe: Recipe, models: dict[str, JSON]) -> None:
     """Remember another name for a model. A name of Gemini's own stays Gemini's."""
-    if name in models and not exchange.setting.recall("model:" + name) or not re.fullmatch(r"[\w.:/-]{1,200}", name,
-                                                                                           re.A):
+    setting, text = exchange.setting, json.dumps(recipe._asdict())
+    known = setting.recall("model:" + name)
+    if name in models and not known or not re.fullmatch(r"[\w.:/-]{1,200}", name, re.A):
         raise ProxyError(400, f"the name {json.dumps(name[:200])} is taken, or is not a valid model name")
-    text = json.dumps(recipe._asdict())
-    if len(text) > MOST_RECIPE or len(exchange.setting.kept()) >= MOST_RECIPES and not exchange.setting.recall(
-            "model:" + name):
+    if len(text) > MOST_RECIPE or len(setting.kept()) >= MOST_RECIPES and not known:
         raise ProxyError(400, "there is no room for this model: what it says is too long, or there are too many")
-    exchange.setting.keep("model:" + name, text)
+    setting.keep("model:" + name, text)
 
 
 def ollama_create_request(body: Fields, setting: Setting) -> Ask:
@@ -5766,8 +5759,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.line.until = math.inf
         self.body_left = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         connection = headers.get("connection", "").lower()
-        self.close_connection = "close" in connection or (self.request_version == "HTTP/1.0"
-                                                          and "keep-alive" not in connection)
+        old = self.request_version == "HTTP/1.0"
+        self.close_connection = "close" in connection or old and "keep-alive" not in connection
 
     def read_body(self) -> bytes:
         """The whole body, however it is framed and coded."""
@@ -5930,10 +5923,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if error.code == "model_not_found" and error.upstream and self.exchange:
             error.model = self.exchange.model
             with contextlib.suppress(ProxyError):
-                models = [entry for chunk in ModelList(self.server.gemini, self.watch, self.key).chunks()
-                          for entry in chunk["models"]]
-                error.listed = model_named(error.model, self.exchange.setting).path in [inside(entry, "name", str)
-                                                                                        for entry in models]
+                lists = ModelList(self.server.gemini, self.watch, self.key).chunks()
+                names = [inside(entry, "name", str) for chunk in lists for entry in chunk["models"]]
+                error.listed = model_named(error.model, self.exchange.setting).path in names
 
     def fail(self, error: ProxyError) -> None:
         """Tell an error: as an answer, or in mid-stream as the last event."""
@@ -5985,9 +5977,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.chunked = self.request_version != "HTTP/1.0"
             self.close_connection = self.close_connection or not self.chunked
             framing = [("Transfer-Encoding", "chunked")] if self.chunked else []
-            head = self.head(200, self.framing.content_type,
-                             [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"),
-                                                              *framing, *self.ignored_header()])
+            headers = [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"), *framing, *self.ignored_header()]
+            head = self.head(200, self.framing.content_type, headers)
             self.framed = self.framing.tells
         if self.chunked:
             data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
