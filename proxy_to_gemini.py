@@ -46,7 +46,8 @@ from __future__ import annotations
 import os
 import sys
 
-if __name__ == "__main__" and "AGAIN" not in globals() and hasattr(os, "memfd_create") and sys.executable:
+if __name__ == "__main__" and "AGAIN" not in globals() and sys.executable and sys.implementation.name == "cpython" \
+        and hasattr(os, "memfd_create"):
     # CPython keeps the syntax tree of a script for as long as it runs, 16 MB of this one. So the script makes way for
     # its own bytecode, in the same process.
     import marshal
