@@ -47,7 +47,7 @@ import os
 import sys
 
 if __name__ == "__main__" and "AGAIN" not in globals() and sys.executable and sys.implementation.name == "cpython" \
-        and hasattr(os, "memfd_create"):
+        and hasattr(os, "memfd_create") and None not in (sys.stdin, sys.stdout, sys.stderr):
     # CPython keeps the syntax tree of a script for as long as it runs, 16 MB of this one. So the script makes way for
     # its own bytecode, in the same process.
     import marshal
@@ -214,7 +214,8 @@ class Fields:
         value = self.get(key, kind)
         if value is not None and not low <= value <= high:
             side = "decimal_below_min_value" if value < low else "decimal_above_max_value"
-            raise ProxyError(400, f"Invalid value for '{self.at(key)}': it must be between {low} and {high}.",
+            bounds = f"between {low} and {high}" if high < math.inf else f"{low} or more"
+            raise ProxyError(400, f"Invalid value for '{self.at(key)}': it must be {bounds}.",
                              code=side.replace("decimal", "integer") if kind is int else side, place=self.at(key))
         return value
 
@@ -1045,11 +1046,12 @@ def takes_json_with(tools: Tools, model: Model) -> bool:
     return model.generation >= 3 or not (tools.declarations or tools.search or tools.code)
 
 
-def json_instruction(schema: JSON) -> str:
+JSON_ALONE = "\n\nWhen you answer without calling a function, answer with nothing but JSON, without a code fence"
+
+
+def json_instruction(schema: JSON) -> Part:
     """The same as words, for models that refuse functions beside an answer in JSON."""
-    told = f" that conforms to this JSON Schema:\n{encode_json(schema)}" if schema else "."
-    return "When you answer without calling a function, answer with nothing but JSON, without a code fence" + (
-        "," + told if schema else told)
+    return text_part(JSON_ALONE + (f", that conforms to this JSON Schema:\n{encode_json(schema)}" if schema else "."))
 
 
 def generate_call(model: Model, streaming: bool, system: list[Part], contents: list[JSON], config: JSON,
@@ -1927,12 +1929,12 @@ def openai_chat_request(body: Fields, setting: Setting) -> Ask:
         tools = tools._replace(search="", code="")
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
     mode, allowed = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
-    if body.inner("web_search_options") is not None:
+    if body.inner("web_search_options") is not None and body.data.get("tool_choice") != "none":
         tools = tools._replace(search="web_search_options")
     schema = openai_response_format(body)
     unfence = schema is not None and not takes_json_with(tools, model)
     if unfence:
-        system = system + [text_part("\n\n" + json_instruction(schema))]
+        system = system + [json_instruction(schema)]
     config = {**openai_config(body, model, setting), **json_config(None if unfence else schema)}
     modalities, wav = openai_modalities(body)
     fields = {**tool_fields(tools, mode, allowed, body, model), **openai_google_fields(body, config)}
@@ -3130,7 +3132,7 @@ def openai_responses_request(body: Fields, setting: Setting) -> Ask:
     text = body.inner("text") or Fields({}, "text", body.family)
     schema = openai_response_format(text, "format")
     unfence = schema is not None and not takes_json_with(tools, model)
-    system = history.system + ([text_part("\n\n" + json_instruction(schema))] if unfence else [])
+    system = history.system + ([json_instruction(schema)] if unfence else [])
     effort, summary = openai_reasoning(body)
     shown = summary is not None or (setting.ollama and effort != "none")
     config = {**openai_sampling(body, model, openai_limit(body, "max_output_tokens", setting), setting),
@@ -3816,7 +3818,7 @@ def ollama_ask(body: Fields, asked: str, model: Model, recipe: Recipe, stream: b
     tools, schema = openai_tools(body), ollama_format(body)
     unfence = schema is not None and not takes_json_with(tools, model)
     if unfence:
-        system = system + [text_part("\n\n" + json_instruction(schema))]
+        system = system + [json_instruction(schema)]
     config = {**ollama_config(body, model, recipe), **json_config(None if unfence else schema)}
     call = generate_call(model, stream, system, contents, config, **tool_fields(tools, None, [], body, model))
     return Ask((call,), stream, ollama_wants(body, asked, names=tools.names, unfence=unfence), asked)
@@ -4461,7 +4463,7 @@ def anthropic_ask(body: Fields, setting: Setting, stream: bool = False) -> Ask:
     schema = anthropic_format(body, output)
     unfence = schema is not None and not takes_json_with(tools, model)
     if unfence:
-        system = system + [text_part("\n\n" + json_instruction(schema))]
+        system = system + [json_instruction(schema)]
     config = {**anthropic_config(body, model), **thinking, **json_config(None if unfence else schema)}
     call = generate_call(model, stream, system, contents, config, **tool_fields(tools, mode, allowed, body, model))
     return Ask((call,), stream, AnthropicWants(tools.names, one_call, unfence, thoughts), asked)
@@ -4704,12 +4706,18 @@ def without_401(protocol: Protocol) -> Protocol:
 
 def seasoned(call: GeminiCall, recipe: Recipe) -> GeminiCall:
     """The call with what a recipe adds to it: options that the client did not set, and words in place of none."""
+    counted = (call.body or {}).get("generateContentRequest")
+    if counted:
+        asked = seasoned(call._replace(body=counted), recipe).body
+        asked.pop("generationConfig")
+        return call._replace(body={"generateContentRequest": asked})
     if not call.body or "contents" not in call.body:
         return call
     body = {**call.body, "generationConfig": {**ollama_options(Fields(recipe.options), call.model),
                                               **call.body.get("generationConfig", {})}}
-    if recipe.system:
-        body.setdefault("systemInstruction", {"parts": [text_part(recipe.system)]})
+    said = body.get("systemInstruction", {}).get("parts", [])
+    if recipe.system and (not said or said[0].get("text", "").startswith(JSON_ALONE)):
+        body["systemInstruction"] = {"parts": [text_part(recipe.system), *said]}
     return call._replace(body=body)
 
 
@@ -5012,7 +5020,10 @@ def dial(address: tuple[str, int], timeout: float, source: Any = None) -> socket
     The library gives each the whole time, and where a network drops IPv6 without a word, Google has several in vain.
     """
     until, trouble = time.monotonic() + timeout, None
-    found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    families: dict[int, list[tuple]] = {}
+    for one in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+        families.setdefault(one[0], []).append(one)
+    found = [one for row in itertools.zip_longest(*families.values()) for one in row if one]    # v6, v4, v6, ...
     for i, (*_, where) in enumerate(found, 1):
         left = until - time.monotonic()
         try:
@@ -5175,7 +5186,11 @@ TROUBLES = (OSError, http.client.HTTPException)
 
 
 class Flight:
-    """One call to Gemini: sent when it is made, read by chunks()."""
+    """One call to Gemini: sent when it is made, read by chunks().
+
+    It is tried again, TRIES times in all, while no byte of an answer has come: when Gemini says so (gemini_refusal's
+    `again`, of SHORT_DELAY at most), and when the connection broke within EARLY.
+    """
 
     def __init__(self, gemini: Gemini, call: GeminiCall, watch: Watch, key: str, ignored: list[str]):
         self.gemini, self.call, self.watch, self.key = gemini, call, watch, key
@@ -5356,7 +5371,7 @@ class Memory:
         self.path, self.lock = path, threading.Lock()
         self.database: Any = None
         self.rows = self.size = 0           # that came since it was last looked at
-        self.rest = 0.0                     # until when the file is left alone, for it is in trouble
+        self.rest = [0.0, 0.0]              # until when the file is not written, and not read, for that was in trouble
 
     def open(self) -> Any:
         """The database, made when it is first needed: most exchanges have nothing to remember."""
@@ -5383,7 +5398,8 @@ class Memory:
         """The rows that a statement gives."""
         import sqlite3
         with self.lock:
-            if time.monotonic() < self.rest:
+            reads = statement.startswith("SELECT")          # which no writer's lock keeps from reading
+            if time.monotonic() < self.rest[reads]:
                 return []
             try:
                 with contextlib.closing(self.open().execute(statement, values)) as cursor:
@@ -5391,7 +5407,7 @@ class Memory:
             except UnicodeEncodeError:          # a lone surrogate, which nothing that was kept has
                 return []
             except (sqlite3.Error, OSError) as error:
-                self.rest = time.monotonic() + REST
+                self.rest[reads] = time.monotonic() + REST
                 log(f"what is to be remembered in {self.path} is in trouble: {error}")
                 return []
 
@@ -5506,8 +5522,9 @@ LOGGING = threading.Lock()
 
 def log(line: str) -> None:
     """A line to standard error, which may be closed, full, or a pipe that nobody reads: that stops no answer."""
-    text = line.encode("unicode_escape")[:4000].decode() + "\n"        # nothing in it can begin another line
-    with contextlib.suppress(OSError, ValueError), LOGGING:
+    text = line.encode("unicode_escape").decode()           # nothing in it can begin another line
+    text = (text if len(text) <= 4000 else f"{text[:1000]} ... {text[-2990:]}") + "\n"      # a cause comes last
+    with contextlib.suppress(OSError, ValueError, AttributeError), LOGGING:
         if not hasattr(sys.stderr, "buffer") or select.select([], [sys.stderr], [], 0)[1]:      # room for PIPE_BUF
             sys.stderr.write(text)
 

@@ -2090,8 +2090,18 @@ def test_recipes_hold_on_every_route(gemini):
             assert post(server, path, body)[0] == 200
             asked_ = gemini.asked[-1]
             assert asked_["systemInstruction"]["parts"][0]["text"] == "Say arr." and asked_["generationConfig"]["temperature"] == 0.1, path
+        post(server, body=chat(model="pirate", tools=[WEATHER], response_format={"type": "json_object"}))
+        assert [part["text"][:8] for part in gemini.asked[-1]["systemInstruction"]["parts"]] == ["Say arr.", proxy.JSON_ALONE[:8]]
         shown = json.loads(post(server, "/api/show", {"model": "pirate"})[2])
         assert shown["parameters"] == 'temperature 0.1\nstop "END"'
+
+
+def test_recipes_count():
+    recipe = json.dumps({"source": FLASH, "system": "Say arr.", "options": {"temperature": 0.1}})
+    route = proxy.find_route("ollama", "POST", "/v1/messages/count_tokens").route
+    ask = route.request(Fields(chat(model="pirate")), Setting(ollama=True, recall=lambda key: recipe if key.startswith("model:pirate") else None))
+    counted = ask.calls[0].body["generateContentRequest"]
+    assert counted["systemInstruction"]["parts"][0]["text"] == "Say arr." and "generationConfig" not in counted
 
 
 def test_a_name_with_a_space_keeps_its_signature(server, gemini):
@@ -2318,6 +2328,22 @@ def test_what_breaks_late_is_not_asked_again(gemini, monkeypatch):
     gemini.say(Say(whole("late"), delay=0.2, cut=0), whole("Hello"))
     with service(gemini.url) as (ask, service_, client):
         assert refusal_by(ask).status == 502 and len(gemini.asked) == 1
+
+
+def test_a_long_line_of_the_log_keeps_its_end(capfd):
+    proxy.log("why: " + "x" * 9000 + "\nthe cause")
+    said = capfd.readouterr().err
+    assert len(said) < 4100 and said.startswith("why: x") and said.endswith("\\nthe cause\n")
+
+
+def test_families_of_addresses_take_turns(monkeypatch):
+    tried = []
+    found = [(family, socket.SOCK_STREAM, 6, "", (host, 1)) for family, host in [(10, "v6-a"), (10, "v6-b"), (10, "v6-c"), (2, "v4-a")]]
+    monkeypatch.setattr(proxy.socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(proxy.socket, "create_connection", lambda where, timeout: tried.append(where[0]) or refuse())
+    with pytest.raises(OSError):
+        proxy.dial(("gemini", 1), 10.0)
+    assert tried == ["v6-a", "v4-a", "v6-b", "v6-c"]
 
 
 def test_the_first_address_that_answers_is_taken(monkeypatch):
