@@ -5724,6 +5724,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile = io.BufferedReader(self.line)
         self.body_left = self.answering = False
         self.server.handlers.add(self)
+        self.server.newcomers.discard(self.request)
 
     # ---- requests ----
 
@@ -6077,6 +6078,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.setting_for = functools.lru_cache(maxsize=64)(self.make_setting)      # by Gemini key
         self.loaded: dict[str, float] = {}
         self.handlers: set[Handler] = set()     # one for each connection
+        self.newcomers: set[socket.socket] = set()      # those whose handler has not begun yet
         self.draining, self.tidied = False, -math.inf
         self.ending = self.stopping = -1        # pipes that tell of the end: for new requests, for those under way
         self.listen(handed_over)
@@ -6167,7 +6169,7 @@ class Server(http.server.ThreadingHTTPServer):
         have the time to say so before the silent ones are closed.
         """
         self.draining, until = True, time.monotonic() + NOTICE
-        while self.handlers and time.monotonic() < until:
+        while (self.handlers or self.newcomers) and time.monotonic() < until:
             if select.select([self.socket], [], [], 0.01)[0]:
                 self.take_in()
         until += LAST_WORDS             # whom a last answer sends away comes back at once, but not for ever
@@ -6182,7 +6184,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def wait_for_handlers(self, seconds: float, counts: Callable[[Handler], bool]) -> None:
         until = time.monotonic() + seconds
-        while time.monotonic() < until and any(counts(handler) for handler in list(self.handlers)):
+        while time.monotonic() < until and (self.newcomers or any(counts(handler) for handler in list(self.handlers))):
             time.sleep(0.01)
 
     def reload(self) -> None:
@@ -6200,10 +6202,12 @@ class Server(http.server.ThreadingHTTPServer):
                 client, address = self.get_request()
             except OSError:
                 return
+            self.newcomers.add(client)
             try:
                 self.process_request(client, address)
             except RuntimeError as error:       # there can be no more threads
                 log(f"a client is turned away: {error}")
+                self.newcomers.discard(client)
                 self.shutdown_request(client)
 
     def get_request(self) -> tuple[socket.socket, Any]:
