@@ -1228,6 +1228,7 @@ def restore_signatures(call: GeminiCall, scope: str, recall: Callable[[str | Non
         contents.append({**content, "parts": parts})
     return call._replace(body={**call.body, "contents": contents})
 
+
 def count_call(call: GeminiCall) -> GeminiCall:
     """The call that counts the tokens that another one would send (ai.google.dev/api/tokens)."""
     signed = restore_signatures(call, "", lambda *_: None)        # Gemini may well look for them here too
@@ -1803,6 +1804,8 @@ def openai_tools(body: Fields, *more: Fields) -> Tools:
             spaces[name] = space
     for function in body.objects("functions"):
         openai_tool(function, False, declared, names, custom)
+    if body.data.get("tool_choice") == "none":
+        own = {}
     return Tools(list(declared.values()), names, frozenset(custom), strict, own.get("search", ""),
                  own.get("code", ""), spaces)
 
@@ -1918,6 +1921,15 @@ class ChatWants(NamedTuple):
     wav: bool = False               # sound is wanted as WAV
 
 
+MOST_CALLS = 128            # choices that one request may ask for
+
+
+def openai_counts_tokens(body: Fields) -> bool:
+    """Whether a stream is to end with a chunk of token counts."""
+    options = body.inner("stream_options")
+    return bool(options and options.get("include_usage", bool))
+
+
 def openai_chat_request(body: Fields, setting: Setting) -> Ask:
     """Chat completions: https://platform.openai.com/docs/api-reference/chat/create"""
     asked = body.need("model", str)
@@ -1925,8 +1937,6 @@ def openai_chat_request(body: Fields, setting: Setting) -> Ask:
     stream = bool(body.get("stream", bool))
     system, contents, more = openai_chat_turns(body, model, setting)
     tools = openai_tools(body, *more)
-    if body.data.get("tool_choice") == "none":
-        tools = tools._replace(search="", code="")
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
     mode, allowed = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
     if body.inner("web_search_options") is not None and body.data.get("tool_choice") != "none":
@@ -1939,12 +1949,11 @@ def openai_chat_request(body: Fields, setting: Setting) -> Ask:
     modalities, wav = openai_modalities(body)
     fields = {**tool_fields(tools, mode, allowed, body, model), **openai_google_fields(body, config)}
     call = generate_call(model, stream, system, contents, {**config, **modalities}, **fields)
-    options = body.inner("stream_options")
     wants = ChatWants(names=tools.names, custom=tools.custom, legacy=legacy, unfence=unfence, wav=wav,
                       one_call=body.get("parallel_tool_calls", bool) is False,
-                      usage=bool(options and options.get("include_usage", bool)),
+                      usage=openai_counts_tokens(body),
                       thoughts="reasoning" if setting.ollama else "reasoning_content")
-    return Ask((call,) * (body.number("n", 1, 128, int) or 1), stream, wants, asked)
+    return Ask((call,) * (body.number("n", 1, MOST_CALLS, int) or 1), stream, wants, asked)
 
 
 def openai_chat_turns(body: Fields, model: Model, setting: Setting) -> tuple[list[Part], list[JSON], list[Fields]]:
@@ -2376,9 +2385,6 @@ def openai_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JS
 
 # ---- legacy completions ----
 
-MOST_CALLS = 128            # choices that one request may ask for
-
-
 class CompletionWants(NamedTuple):
     """What a completion's reply has to mind."""
     echoes: tuple[str, ...]         # for each choice what stands before its text
@@ -2397,10 +2403,10 @@ def openai_completions_request(body: Fields, setting: Setting) -> Ask:
     if best and best > n:
         body.ignore("best_of")          # there are no probabilities to choose by
     config = openai_completion_config(body, model, setting)
-    suffix, echo, options = body.get("suffix", str), body.get("echo", bool), body.inner("stream_options")
+    suffix, echo = body.get("suffix", str), body.get("echo", bool)
     calls = [openai_completion_call(model, stream, prompt, suffix, config) for prompt in prompts]
     wants = CompletionWants(tuple(prompt if echo else "" for prompt in prompts for _ in range(n)),
-                            bool(options and options.get("include_usage", bool)))
+                            openai_counts_tokens(body))
     return Ask(tuple(call for call in calls for _ in range(n)), stream, wants, asked)
 
 
@@ -3126,8 +3132,6 @@ def openai_responses_request(body: Fields, setting: Setting) -> Ask:
     stream = bool(body.get("stream", bool))
     history = openai_history(body, model, setting)
     tools = openai_tools(body, *history.tools)
-    if body.data.get("tool_choice") == "none":
-        tools = tools._replace(search="", code="")
     mode, allowed = openai_tool_choice(body, "tool_choice", tools)
     text = body.inner("text") or Fields({}, "text", body.family)
     schema = openai_response_format(text, "format")
