@@ -5366,6 +5366,8 @@ class Memory:
     MAKE = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = OFF",        # what a crash loses was lost before
             "CREATE TABLE IF NOT EXISTS memory (key TEXT PRIMARY KEY, alias TEXT, value TEXT)",
             "CREATE INDEX IF NOT EXISTS aliases ON memory (alias)")
+    KEEP = "INSERT OR REPLACE INTO memory VALUES (?, ?, ?)"
+    DROP = "DELETE FROM memory WHERE key = ?"
     FIND = "SELECT value FROM memory WHERE key = ?1 OR alias = ?2 ORDER BY key = ?1 DESC, rowid DESC LIMIT 1"
     FORGET = ("DELETE FROM memory WHERE rowid IN (SELECT row FROM (SELECT rowid AS row, ROW_NUMBER() OVER newest AS n, "
               "SUM(LENGTH(value)) OVER newest AS size FROM memory WHERE alias NOT LIKE '!%' OR alias IS NULL "
@@ -5398,13 +5400,13 @@ class Memory:
             raise ValueError(str(error)) from None
         self.database = None
 
-    def run(self, statement: str, *values: Any) -> list[tuple]:
-        """The rows that a statement gives."""
+    def run(self, statement: str, *values: Any) -> list[tuple] | None:
+        """The rows that a statement gives; None where the file is in trouble."""
         import sqlite3
         with self.lock:
             reads = statement.startswith("SELECT")          # which no writer's lock keeps from reading
             if time.monotonic() < self.rest[reads]:
-                return []
+                return None
             try:
                 with contextlib.closing(self.open().execute(statement, values)) as cursor:
                     return cursor.fetchall()
@@ -5413,28 +5415,27 @@ class Memory:
             except (sqlite3.Error, OSError) as error:
                 self.rest[reads] = time.monotonic() + REST
                 log(f"what is to be remembered in {self.path} is in trouble: {error}")
-                return []
+                return None
 
     def put(self, key: str, alias: str | None, value: str) -> None:
         """Keep a text until newer ones need its place."""
-        self.run("INSERT OR REPLACE INTO memory VALUES (?, ?, ?)", key, alias, value)
+        self.run(self.KEEP, key, alias, value)
         self.rows, self.size = self.rows + 1, self.size + len(value)
         if self.rows >= self.LOOK[0] or self.size >= self.LOOK[1]:
             self.rows = self.size = 0
             self.run(self.FORGET, self.ROWS, self.SIZE)
 
     def keep(self, shelf: str, key: str, text: str) -> None:
-        """Keep a text that is not forgotten by itself; "" forgets it."""
-        if text:
-            self.run("INSERT OR REPLACE INTO memory VALUES (?, ?, ?)", key, "!" + shelf, text)
-        else:
-            self.run("DELETE FROM memory WHERE key = ?", key)
+        """Keep a text that is not forgotten by itself; "" forgets it. A 503 where that cannot be."""
+        done = self.run(self.KEEP, key, "!" + shelf, text) if text else self.run(self.DROP, key)
+        if done is None:
+            raise ProxyError(503, "This server cannot remember anything now; its log tells why.")
 
     def kept(self, shelf: str) -> list[tuple[str, str]]:
         """(key, text) of all that is kept on this shelf."""
         if self.empty:
             return []
-        return self.run("SELECT key, value FROM memory WHERE alias = ?", "!" + shelf)
+        return self.run("SELECT key, value FROM memory WHERE alias = ?", "!" + shelf) or []
 
     def get(self, key: str | None, alias: str | None = None) -> str | None:
         """What was put under this key, else what was put last under this alias."""

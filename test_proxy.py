@@ -2880,6 +2880,15 @@ def test_what_is_kept_in_a_file_outlives_the_server(gemini, tmp_path):
     assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("s")
 
 
+def test_what_cannot_be_kept_is_no_success(gemini, tmp_path):
+    with serving(gemini.url, api="ollama", state=str(tmp_path / "no" / "state.db")) as server:
+        for stream in (False, True):
+            body = post(server, "/api/create", {"model": "pirate", "from": FLASH, "system": "Say arr.", "stream": stream})[2]
+            assert b"cannot remember" in body and b"success" not in body
+        assert post(server, "/api/copy", {"source": FLASH, "destination": "mine"})[0] == 503
+        assert post(server, "/api/chat", chat())[0] == 200
+
+
 def test_ids_of_clients_open_nothing_else(gemini):
     with serving(gemini.url, client_keys=True) as server:
         made = json.loads(post(server, "/v1/responses", {"model": NEWEST, "input": "Hi"}, Authorization="Bearer AIza-a")[2])
