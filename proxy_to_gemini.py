@@ -52,7 +52,7 @@ if __name__ == "__main__" and "AGAIN" not in globals() and sys.executable and sy
     # its own bytecode, in the same process.
     import marshal
     AGAIN = ("AGAIN = True; import marshal, sys; sys.path[:] = [path for path in sys.path if path]; del sys.argv[0]; "
-             "__file__ = {!r}\nwith open({}, 'rb') as file: CODE = marshal.load(file)\nexec(CODE)")
+             "__file__ = {!r}\nwith open({}, 'rb') as file: CODE = marshal.loads(file.read())\nexec(CODE)")
     FLAGS = [flag for flag, name in (("-I", "isolated"), ("-E", "ignore_environment"), ("-s", "no_user_site"))
              if getattr(sys.flags, name)]
     try:
@@ -4819,6 +4819,7 @@ INSTANT = 0.0002            # seconds within which what one waits for was there 
 BEAT = 10.0                 # seconds of silence after which a stream says that it is alive
 TRIES = 3                   # of one call in all
 EARLY = 1.0                 # seconds after a call within which a connection that breaks has asked for nothing yet
+PATIENCE = 30.0             # seconds after which a call that fails is not tried again: its client has waited enough
 SHORT_DELAY = 2.0           # seconds that Gemini may ask for, for a call to be tried again here and not by the client
 TOGETHER = 4                # calls of one request that are under way at the same time
 MODELS_KEPT = 300.0         # seconds that Gemini's list of models is kept
@@ -4832,7 +4833,7 @@ HEADERS = {"Content-Type": "application/json", "User-Agent": f"proxy-to-gemini/{
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HEADER_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n".encode())
-STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\r\n]*)?\r\n")
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?\r\n")
 ONCE = ("host", "content-length", "transfer-encoding")      # headers of which two would be a riddle
 MOST_HEAD = 64 << 10        # bytes of the first line and the headers of a request or an answer
 
@@ -4940,7 +4941,7 @@ class Watch:
 class Response(http.client.HTTPResponse):
     """An answer of Gemini's, and the connection that it comes over; begin() reads its head."""
 
-    def __init__(self, connection: http.client.HTTPConnection, watch: Watch, kept: bool, method: str):
+    def __init__(self, connection: Connection, watch: Watch, kept: bool, method: str):
         self.line = Line(connection.sock, watch)
         super().__init__(self.line, method=method)
         self.connection, self.kept = connection, kept       # kept: it was used before, and may have gone stale
@@ -4960,7 +4961,8 @@ class Response(http.client.HTTPResponse):
             length = int(headers.get("content-length", -1))
         except (BadHead, ValueError) as error:
             raise http.client.HTTPException(str(error)) from None
-        self.status, self.headers, self.chunk_left = status, headers, None
+        self.status, self.reason = status, (match.group(3) or b"").decode("latin-1")
+        self.headers, self.chunk_left = headers, None
         self.chunked = headers.get("transfer-encoding", "").lower() == "chunked"
         self.length = None if self.chunked or length < 0 else length
         self.will_close = (match.group(1) == b"0" or "close" in headers.get("connection", "").lower()
@@ -5018,34 +5020,77 @@ class Line(io.RawIOBase):
             self.slow = self.watch.wait(self.sock, event) > INSTANT
 
 
-def dial(address: tuple[str, int], timeout: float, source: Any = None) -> socket.socket:
-    """A connection to the first of a host's addresses that answers, in so many seconds for all of them together.
+def dial(host: str, port: int, watch: Watch) -> socket.socket:
+    """A non-blocking connection to the first of a host's addresses that answers, in CONNECT_TIMEOUT for all of them.
 
     The library gives each the whole time, and where a network drops IPv6 without a word, Google has several in vain.
+    (Only the look-up of the name cannot be watched: the C library does it.)
     """
-    until, trouble = time.monotonic() + timeout, None
+    until, trouble = time.monotonic() + CONNECT_TIMEOUT, OSError("the name has no address")
     families: dict[int, list[tuple]] = {}
-    for one in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+    for one in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         families.setdefault(one[0], []).append(one)
     found = [one for row in itertools.zip_longest(*families.values()) for one in row if one]    # v6, v4, v6, ...
-    for i, (*_, where) in enumerate(found, 1):
-        left = until - time.monotonic()
+    for i, (family, kind, protocol, _, where) in enumerate(found, 1):
+        left = max(0.1, until - time.monotonic())
         try:
-            return socket.create_connection(where[:2], max(0.1, min(left, ONE_ADDRESS if i < len(found) else left)))
+            sock = socket.socket(family, kind, protocol)
+            try:
+                reach(sock, where, watch, min(left, ONE_ADDRESS) if i < len(found) else left)
+                return sock
+            except BaseException:
+                sock.close()
+                raise
         except OSError as error:
             trouble = error
-    raise trouble or OSError("the name has no address")
+    raise trouble
 
 
-class TLSConnection(http.client.HTTPSConnection):
-    """A connection that takes up the TLS session of an earlier one, which saves half of the handshake."""
+def reach(sock: socket.socket, where: Any, watch: Watch, seconds: float) -> None:
+    """Connect the socket, which blocks no longer; an OSError where that fails or takes more than so many seconds."""
+    sock.setblocking(False)
+    error = sock.connect_ex(where)
+    if error == errno.EINPROGRESS:
+        if watch.wait(sock, select.POLLOUT, seconds) >= seconds:
+            raise TimeoutError
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        raise OSError(error, os.strerror(error))
 
-    session: ssl.SSLSession | None = None
 
-    def connect(self) -> None:
-        http.client.HTTPConnection.connect(self)
-        self.sock = self._context.wrap_socket(self.sock, server_hostname=self._tunnel_host or self.host,
-                                              session=self.session)
+class Connection(http.client.HTTPConnection):
+    """A connection to Gemini, directly or through an HTTP proxy."""
+
+    def __init__(self, pool: Pool):
+        super().__init__(pool.host, pool.port)
+        self.pool = pool
+
+    def open(self, watch: Watch) -> None:
+        """Connect, with an eye on the client (connect(), the library's, sees nobody leave)."""
+        watch = Watch(watch.client, CONNECT_TIMEOUT, watch.stopping, watch.beat)
+        way = self.pool.proxy
+        self.sock = dial(way.host if way else self.host, way.port if way else self.port, watch)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.pool.secure:
+            if way:
+                self.tunnel(way, watch)
+            self.shake_hands(watch)
+
+    def tunnel(self, way: WayThrough, watch: Watch) -> None:
+        """Have the proxy connect us (RFC 9110, section 9.3.6)."""
+        host = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        headers = "".join(f"{name}: {value}\r\n" for name, value in way.headers.items())
+        answer = Response(self, watch, False, "CONNECT")
+        answer.send(f"CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n{headers}\r\n".encode("latin-1"))
+        answer.begin()
+        if not 200 <= answer.status < 300:
+            raise OSError(f"the proxy {way.host}:{way.port} says {answer.status} {answer.reason}".rstrip())
+
+    def shake_hands(self, watch: Watch) -> None:
+        """Speak TLS from here on; the session of an earlier connection saves half of the handshake."""
+        self.sock = self.pool.context.wrap_socket(self.sock, server_hostname=self.host, session=self.pool.session,
+                                                  do_handshake_on_connect=False)
+        Line(self.sock, watch).patiently(lambda nothing: self.sock.do_handshake(), b"")
 
 
 class Pool(urllib.request.BaseHandler):
@@ -5055,7 +5100,7 @@ class Pool(urllib.request.BaseHandler):
         parts = urllib.parse.urlsplit(upstream)
         self.secure, self.host = parts.scheme == "https", parts.hostname or ""
         self.port = parts.port or (443 if self.secure else 80)
-        self.idle: collections.deque[tuple[float, http.client.HTTPConnection]] = collections.deque()
+        self.idle: collections.deque[tuple[float, Connection]] = collections.deque()
         self.session: ssl.SSLSession | None = None
         self.proxy = proxy_for(parts.scheme, parts.netloc.rpartition("@")[2])
         self.context = tls_context() if self.secure else None
@@ -5064,7 +5109,7 @@ class Pool(urllib.request.BaseHandler):
     def https_open(self, request: urllib.request.Request) -> Response:
         """Send the request, and give its Response, of which nothing is read yet."""
         kept = None if request.anew else self.take()
-        connection = kept or self.connect()
+        connection = kept or self.connect(request.watch)
         try:
             body, method = request.data, request.get_method()
             if not kept:
@@ -5087,26 +5132,17 @@ class Pool(urllib.request.BaseHandler):
         """What the request line asks for: a proxy on the way to plain HTTP wants the whole URL."""
         return f"http://{self.host}:{self.port}{selector}" if self.proxy and not self.secure else selector
 
-    def connect(self) -> http.client.HTTPConnection:
+    def connect(self, watch: Watch) -> Connection:
         self.opened += 1
-        host, port = (self.proxy.host, self.proxy.port) if self.proxy else (self.host, self.port)
-        if not self.secure:
-            connection = http.client.HTTPConnection(host, port, timeout=CONNECT_TIMEOUT)
-        else:
-            connection = TLSConnection(host, port, timeout=CONNECT_TIMEOUT, context=self.context)
-            connection.session = self.session
-            if self.proxy:
-                connection.set_tunnel(self.host, self.port, self.proxy.headers)
-        connection._create_connection = dial
+        connection = Connection(self)
         try:
-            connection.connect()
+            connection.open(watch)
         except BaseException:
             connection.close()
             raise
-        connection.sock.setblocking(False)
         return connection
 
-    def take(self) -> http.client.HTTPConnection | None:
+    def take(self) -> Connection | None:
         """A connection that is idle and still open, the one used last, or None."""
         while True:
             try:
@@ -5193,7 +5229,7 @@ class Flight:
     """One call to Gemini: sent when it is made, read by chunks().
 
     It is tried again, TRIES times in all, while no byte of an answer has come: when Gemini says so (gemini_refusal's
-    `again`, of SHORT_DELAY at most), and when the connection broke within EARLY.
+    `again`, of SHORT_DELAY at most), and when the connection broke within EARLY; but not once PATIENCE is at its end.
     """
 
     def __init__(self, gemini: Gemini, call: GeminiCall, watch: Watch, key: str, ignored: list[str]):
@@ -5201,7 +5237,7 @@ class Flight:
         self.ignored = ignored          # names of what had to be left out for Gemini to take it
         self.response: Response | None = None
         self.trouble: BaseException | None = None        # why it could not be sent
-        self.tries = 0
+        self.tries, self.began = 0, time.monotonic()
         self.send()
 
     def send(self, anew: bool = False) -> None:
@@ -5217,7 +5253,7 @@ class Flight:
         try:
             self.response, self.trouble = self.gemini.opener.open(request), None
             self.sent = time.monotonic()
-        except TROUBLES as trouble:
+        except (ProxyError, *TROUBLES) as trouble:
             self.response, self.trouble = None, trouble
 
     def chunks(self) -> Iterator[JSON]:
@@ -5247,7 +5283,8 @@ class Flight:
             self.release()
             self.gemini.count("upstream_errors_total", str(error.status))
             mended, names = repaired(self.call, error.message) if error.status == 400 else (None, [])
-            hopeless = mended is None and (error.again is None or error.again > SHORT_DELAY)
+            late = time.monotonic() - self.began > PATIENCE
+            hopeless = mended is None and (error.again is None or error.again > SHORT_DELAY or late)
             if hopeless or self.tries >= TRIES:
                 raise error
             if mended is not None:
@@ -5269,7 +5306,7 @@ class Flight:
                 return gemini_refusal(self.response.status, read_json(raw), raw)
             except TROUBLES as trouble:
                 self.trouble = trouble
-        error = unreachable(self.trouble)
+        error = self.trouble if isinstance(self.trouble, ProxyError) else unreachable(self.trouble)
         lost = self.response is None or not self.response.spoken
         early = self.response is None or time.monotonic() - self.sent < EARLY
         if lost and early and isinstance(self.trouble, ConnectionError) \
@@ -6646,7 +6683,7 @@ def check_name(config: Config, gemini: Gemini) -> str:
 
 
 def check_connection(config: Config, gemini: Gemini) -> str:
-    with contextlib.closing(gemini.pool.connect()) as connection:
+    with contextlib.closing(gemini.pool.connect(Watch(None, CHECK_TIMEOUT))) as connection:
         if not gemini.pool.secure:
             return f"{config.upstream}, without TLS"
         issuer = dict(pair for name in connection.sock.getpeercert()["issuer"] for pair in name)

@@ -2337,28 +2337,85 @@ def test_a_long_line_of_the_log_keeps_its_end(capfd):
     assert len(said) < 4100 and said.startswith("why: x") and said.endswith("\\nthe cause\n")
 
 
+def addresses(monkeypatch, *hosts, port=1):
+    found = [(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in hosts]
+    monkeypatch.setattr(proxy.socket, "getaddrinfo", lambda *_, **__: found)
+
+
 def test_families_of_addresses_take_turns(monkeypatch):
     tried = []
-    found = [(family, socket.SOCK_STREAM, 6, "", (host, 1)) for family, host in [(10, "v6-a"), (10, "v6-b"), (10, "v6-c"), (2, "v4-a")]]
-    monkeypatch.setattr(proxy.socket, "getaddrinfo", lambda *_, **__: found)
-    monkeypatch.setattr(proxy.socket, "create_connection", lambda where, timeout: tried.append(where[0]) or refuse())
-    with pytest.raises(OSError):
-        proxy.dial(("gemini", 1), 10.0)
-    assert tried == ["v6-a", "v4-a", "v6-b", "v6-c"]
+    addresses(monkeypatch, "fc00::1", "fc00::2", "fc00::3", "127.0.0.2")
+
+    def refuse(sock, where, watch, seconds):
+        tried.append((where[0], seconds > proxy.ONE_ADDRESS))
+        raise TimeoutError
+    monkeypatch.setattr(proxy, "reach", refuse)
+    with pytest.raises(TimeoutError):
+        proxy.dial("gemini", 1, proxy.Watch(None, 1))
+    assert tried == [("fc00::1", False), ("127.0.0.2", False), ("fc00::2", False), ("fc00::3", True)]
 
 
 def test_the_first_address_that_answers_is_taken(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in ("127.0.0.2", "127.0.0.1")]
-        monkeypatch.setattr(proxy.socket, "getaddrinfo", lambda *_, **__: found)
-        monkeypatch.setattr(proxy.socket, "create_connection", lambda where, timeout: (where, timeout) if where[0] == "127.0.0.1" else 1 / 0 if timeout > proxy.ONE_ADDRESS else refuse())
-        where, timeout = proxy.dial(("gemini", port), 10.0)
-        assert where[0] == "127.0.0.1" and 7 < timeout <= 10
+        addresses(monkeypatch, "127.0.0.2", "127.0.0.1", port=listener.getsockname()[1])
+        with proxy.dial("gemini", 0, proxy.Watch(None, 1)) as sock:
+            assert sock.getpeername() == listener.getsockname()
 
 
-def refuse():
-    raise socket.timeout("no answer")
+@contextlib.contextmanager
+def full_house():
+    """The port of a listener that takes nobody in, so that a connection is never made (Linux drops what its queue cannot hold)."""
+    with socket.socket() as listener, contextlib.ExitStack() as guests:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):
+            guest = guests.enter_context(socket.socket())
+            guest.setblocking(False)
+            guest.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def mute():
+    """The port of a listener that says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("scheme, port_of", [("http", full_house), ("https", full_house), ("https", mute)])
+def test_a_connection_that_is_not_made(scheme, port_of, monkeypatch):
+    """Each step of making it ends in time, beats meanwhile, and notices a client that leaves."""
+    monkeypatch.setattr(proxy, "BEAT", 0.02)
+    with port_of() as port, service(f"{scheme}://127.0.0.1:{port}") as (ask, service_, client):
+        beats = []
+        monkeypatch.setattr(proxy, "CONNECT_TIMEOUT", 0.2)
+        assert refusal_by(ask, STREAM, beat=lambda: beats.append(1)).status == 504 and beats
+        monkeypatch.setattr(proxy, "CONNECT_TIMEOUT", 20)
+        threading.Timer(0.1, client.leave).start()
+        began = time.monotonic()
+        with pytest.raises(proxy.ClientGone):
+            ask(PLAIN)
+        assert time.monotonic() - began < 10 and not service_.pool.idle
+
+
+def test_a_proxy_that_says_nothing_is_left_by_those_who_leave(monkeypatch):
+    with mute() as port:
+        monkeypatch.setenv("HTTPS_PROXY", f"127.0.0.1:{port}")
+        with service("https://gemini.example") as (ask, service_, client):
+            monkeypatch.setattr(proxy, "CONNECT_TIMEOUT", 0.1)
+            assert refusal_by(ask).status == 504
+            monkeypatch.setattr(proxy, "CONNECT_TIMEOUT", 20)
+            threading.Timer(0.1, client.leave).start()
+            with pytest.raises(proxy.ClientGone):
+                ask(PLAIN)
+
+
+def test_patience_ends(gemini, monkeypatch):
+    """A Gemini that says 503 only after a long time is not asked for as long again."""
+    monkeypatch.setattr(proxy, "PATIENCE", 0.05)
+    gemini.say(Say({"error": {"code": 503, "status": "UNAVAILABLE", "message": "overloaded"}}, status=503, delay=0.2), whole("Hello"))
+    with service(gemini.url) as (ask, service_, client):
+        assert refusal_by(ask).status == 503 and len(gemini.asked) == 1
 
 
 def test_silence_is_a_504_and_hangs_up(gemini):
