@@ -452,9 +452,13 @@ class Exchange:
         self.ask, self.model, self.wants = ask, ask.model, ask.wants
         self.setting, self.now, self.new_id = setting, setting.now, setting.new_id
         self.created = setting.now()            # seconds since 1970
-        self.remember = remember                # gives the calls of an answer their ids, and keeps their signatures
+        self.remember = remember                # gives the calls of an answer ids, and keeps their signatures
         self.usage = Usage()                    # of all that was read so far
         self.told: Any = None                   # what a stream has said so far, where its failure must go on from it
+
+    def known(self, calls: list[Call]) -> list[Call]:
+        """The calls with ids of ours, under which they are remembered."""
+        return [call._replace(id=id) for call, id in zip(calls, self.remember(calls))] if calls else []
 
 
 class Payload(NamedTuple):
@@ -622,6 +626,7 @@ def model_named(asked: str, setting: Setting) -> Model:
 # ---- parts ----
 
 Part = JSON
+OWN_TOOLS = {"toolCall", "toolResponse"}        # parts of Gemini's own tools, such as its search, beside functions
 PLACEHOLDER = base64.b64encode(b"skip_thought_signature_validator").decode()    # Google's documented bypass
 
 
@@ -1197,31 +1202,37 @@ class Trail:
         return digest.hexdigest()
 
 
-def restore_signatures(call: GeminiCall, scope: str, recall: Callable[[str | None, str, str], str | None],
-                       count: Callable[[str], None] = lambda origin: None) -> GeminiCall:
-    """The call with the signatures that its history lost.
+class Recalled(NamedTuple):
+    """What is known of a function call that a client sends back."""
+    signature: str | None = None
+    before: tuple[JSON, ...] = ()       # the parts of Gemini's own tools that came before it
 
-    `recall` is given a function call's id, digest and name, and tells the signature or None. The first call
-    of a turn must have one on Gemini 3: what nobody knows gets Google's placeholder. `count` is told where
-    each one came from.
+
+def restore_signatures(call: GeminiCall, scope: str, recall: Callable[[str | None, str, str], Recalled],
+                       count: Callable[[str], None] = lambda origin: None) -> GeminiCall:
+    """The call with what its history lost: signatures, and the parts of Gemini's own tools.
+
+    `recall` is given a function call's id, digest and name. The first call of a turn must have a signature on
+    Gemini 3: what nobody knows gets Google's placeholder. `count` is told where each one came from.
     """
     turns = (call.body or {}).get("contents", ())
     if not any("functionCall" in part for content in turns for part in content["parts"]):
         return call
+    mixed = call.body.get("toolConfig", {}).get("includeServerSideToolInvocations")
     trail, contents = Trail(call.body, scope), []
     for content in turns:
         first, parts = True, []
         for part in content["parts"]:
             if "functionCall" in part:
                 made = part["functionCall"]
-                digest = trail.call(made["name"], made["args"])
-                found = (("client", part.get("thoughtSignature")),
-                         ("memory", recall(made.get("id"), digest, made["name"])),
+                known = recall(made.get("id"), trail.call(made["name"], made["args"]), made["name"])
+                found = (("client", part.get("thoughtSignature")), ("memory", known.signature),
                          ("placeholder", PLACEHOLDER if first and call.model.signs else None))
                 origin, signature = next((pair for pair in found if pair[1]), ("", None))
                 if signature:
                     part = {**part, "thoughtSignature": signature}
                     count(origin)
+                parts += known.before if mixed else ()
                 first = False
             parts.append(part)
         trail.turn(content)
@@ -1231,7 +1242,7 @@ def restore_signatures(call: GeminiCall, scope: str, recall: Callable[[str | Non
 
 def count_call(call: GeminiCall) -> GeminiCall:
     """The call that counts the tokens that another one would send (ai.google.dev/api/tokens)."""
-    signed = restore_signatures(call, "", lambda *_: None)        # Gemini may well look for them here too
+    signed = restore_signatures(call, "", lambda *_: Recalled())        # Gemini may well look for them here too
     asked = {key: value for key, value in signed.body.items() if key != "generationConfig"}
     return GeminiCall(f"{call.model.path}:countTokens",
                       {"generateContentRequest": {"model": call.model.path, **asked}}, call.model)
@@ -1399,6 +1410,7 @@ class Call(NamedTuple):
     args: JSON
     signature: str | None = None
     id: str = ""
+    before: tuple[JSON, ...] = ()       # parts of Gemini's own tools, which it wants back before the call
 
 
 class Media(NamedTuple):
@@ -1466,7 +1478,7 @@ def first_candidate(chunk: JSON) -> JSON:
 
 
 def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | Call | Media | End]:
-    """What Gemini says, in order, and one End; a 502 where it never ends.
+    """What Gemini says, in order, and one End; a 502 where it never ends, or says only that it failed.
 
     Calls come last, when the answer is complete: a client must not act on one that Gemini takes back, or has
     answered itself (its own servers do that). A STOP is not always the end, so the last one counts; the
@@ -1474,9 +1486,11 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
     """
     usage: JSON = {}
     grounding: JSON = {}
-    reason, message, blocked = "", "", ""
+    reason = message = blocked = ""
     pieces: list[tuple[str, bool]] = []         # the answer's text, and whether it is Gemini's own or our rendering
     calls: list[Call] = []
+    own: list[JSON] = []                        # parts of Gemini's own tools, for the call that comes after them
+    said = False                                # whether there is more than thoughts
     done: set[str] = set()                      # functions that Gemini's servers have answered
     for chunk in chunks:
         usage = inner(chunk, "usageMetadata", dict) or usage
@@ -1488,23 +1502,34 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
             grounding.update({name: value for name, value in inner(candidate, key, dict).items() if value})
         for part in inner(inner(candidate, "content", dict), "parts", list):
             event = read_part(part, done)
+            said = said or event is not None and not part.get("thought")
             if type(event) is Call:
-                calls.append(event)
+                calls.append(event._replace(before=tuple(own)))
+                own = []
             elif event is not None:
                 if type(event) is Text and not event.thought:
                     pieces.append((event.text, "text" in part))
                 yield event
-    if not reason and not blocked:
-        raise ProxyError(502, "Gemini's answer broke off: it has no finish reason.", upstream=True)
-    calls = [call for call in calls if call.name not in done]
-    if calls:
-        yield from (call._replace(id=id) for call, id in zip(calls, exchange.remember(calls)))
+            elif OWN_TOOLS & part.keys():
+                own.append(part)
     counted = read_usage(usage)
     exchange.usage = exchange.usage.plus(counted)
-    finish = FINISHES.get(reason, "stop") if reason else "filter"
+    finish = finish_of(reason, blocked, message, said)
+    calls = [call for call in calls if call.name not in done]
+    yield from exchange.known(calls)
     queries = tuple(query for query in inside(grounding, "webSearchQueries", list) if type(query) is str)
     citations = read_citations(pieces, grounding) if grounding else []
     yield End(finish, bool(calls), reason or blocked, message, counted, citations, queries)
+
+
+def finish_of(reason: str, blocked: str, message: str, said: bool) -> str:
+    """How an answer ended, in a word of End's; a 502 where it never ends, or says only that it failed."""
+    if not reason and not blocked:
+        raise ProxyError(502, "Gemini's answer broke off: it has no finish reason.", upstream=True)
+    finish = FINISHES.get(reason, "stop") if reason else "filter"
+    if finish == "failed" and not said:             # an empty "stop" would hide it
+        raise ProxyError(502, f"Gemini ended its answer with {reason}: {message}".rstrip(": "), upstream=True)
+    return finish
 
 
 def read_part(part: Any, done: set) -> Text | Call | Media | None:
@@ -5501,14 +5526,15 @@ class Gemini:
 
     def signed(self, call: GeminiCall, key: str) -> GeminiCall:
         """The call with the signatures that its history lost; those of another generation of models stay out."""
-        def recall(id: str | None, digest: str, name: str) -> str | None:
+        def recall(id: str | None, digest: str, name: str) -> Recalled:
             found = self.memory.get(f"{scope_of(key)}:call:{id}", digest)
-            made, _, signature = (found or "").rpartition(" ")
-            if found and made == f"{int(call.model.generation)} {name}":
-                return signature
-            if found:
+            if not found:
+                return Recalled()
+            generation, known, signature, *before = found.split(" ", 3)
+            if (generation, known) != (str(int(call.model.generation)), name):
                 self.count("signatures_total", "foreign")
-            return None
+                return Recalled()
+            return Recalled(signature, tuple(json.loads(before[0])) if before else ())
 
         def count(origin: str) -> None:
             self.count("signatures_total", origin)
@@ -5517,16 +5543,17 @@ class Gemini:
     def remember(self, call: GeminiCall, key: str, calls: list[Call]) -> list[str]:
         """Ids for the function calls in the answer to this call; their signatures are kept under them."""
         ids = ["call_" + secrets.token_hex(12) for _ in calls]
-        if any(made.signature for made in calls):
+        if any(made.signature or made.before for made in calls):
             trail = Trail(call.body, scope_of(key))
             for content in call.body["contents"]:
                 trail.turn(content)
             for id, made in zip(ids, calls):
                 name = gemini_name(made.name)           # as it comes back, whatever the model called it
                 digest = trail.call(name, made.args)
-                if made.signature:
-                    self.memory.put(f"{scope_of(key)}:call:{id}", digest,
-                                    f"{int(call.model.generation)} {name} {made.signature}")
+                known = [str(int(call.model.generation)), name, made.signature or ""]
+                known += [json.dumps(made.before)] if made.before else []
+                if any(known[2:]):
+                    self.memory.put(f"{scope_of(key)}:call:{id}", digest, " ".join(known))
         return ids
 
 

@@ -26,7 +26,8 @@ SCHEMA = ANY
 BLOB = {"mimeType": ANY, "data": ANY}
 PART = {"text": ANY, "thought": ANY, "thoughtSignature": ANY, "mediaResolution": {"level": ANY}, "inlineData": BLOB,
         "fileData": {"fileUri": ANY, "mimeType": ANY}, "functionCall": {"id": ANY, "name": ANY, "args": ANY},
-        "functionResponse": {"id": ANY, "name": ANY, "response": ANY, "parts": [{"inlineData": BLOB}]}}
+        "functionResponse": {"id": ANY, "name": ANY, "response": ANY, "parts": [{"inlineData": BLOB}]},
+        "toolCall": {"id": ANY, "toolType": ANY, "args": ANY}, "toolResponse": {"id": ANY, "toolType": ANY, "response": ANY}}
 CONTENT = {"role": ANY, "parts": [PART]}
 GENERATE = {
     "contents": [CONTENT], "systemInstruction": CONTENT, "cachedContent": ANY, "serviceTier": ANY,
@@ -417,7 +418,7 @@ def asked(body, request=proxy.openai_chat_request, setting=Setting()):
 def gemini_body(body, **how):
     """What Gemini is asked for a body; the stand-in must find nothing wrong with it."""
     call = asked(body, **how)[0].calls[0]
-    assert refusal_of("/v1beta/" + call.path, proxy.restore_signatures(call, "", lambda *_: None).body) is None
+    assert refusal_of("/v1beta/" + call.path, proxy.restore_signatures(call, "", lambda *_: proxy.Recalled()).body) is None
     return call.body
 
 
@@ -767,8 +768,16 @@ def test_a_call_that_geminis_servers_answered_is_not_the_clients():
 @pytest.mark.parametrize("reason, finish", [("STOP", "stop"), ("MAX_TOKENS", "length"), ("SAFETY", "filter"), ("MALFORMED_FUNCTION_CALL", "failed"),
                                             ("SOMETHING_NEW", "stop"), (2, "length")])
 def test_finish_reasons(reason, finish):
-    end = read({"candidates": [{"finishReason": reason, "finishMessage": "why"}]})[-1]
+    end = read(whole("Hm", finish=reason, finishMessage="why"))[-1]
     assert (end.finish, end.message) == (finish, "why")
+
+
+@pytest.mark.parametrize("said", [(), ({"text": "Hm", "thought": True},)])
+def test_an_answer_that_only_failed_is_a_502_that_says_why(said):
+    """An empty "stop" would be a made-up finish, and the client's library asks a 502 again."""
+    with pytest.raises(ProxyError) as caught:
+        read(chunk(*said), whole(finish="MALFORMED_FUNCTION_CALL", finishMessage="print(default_"))
+    assert (caught.value.status, caught.value.message) == (502, "Gemini ended its answer with MALFORMED_FUNCTION_CALL: print(default_")
 
 
 def test_a_blocked_prompt_is_a_filtered_end():
@@ -881,7 +890,7 @@ def test_a_history_with_tools():
                 {"role": "tool", "tool_call_id": "b", "content": [{"type": "text", "text": "map"}]}, {"role": "tool", "tool_call_id": "a", "content": "rain"},
                 model=NEWEST, tools=[WEATHER])
     call, = asked(body)[0].calls
-    signed = proxy.restore_signatures(call, "", lambda id, digest, name: sign("known") if id == "b" else None)
+    signed = proxy.restore_signatures(call, "", lambda id, digest, name: proxy.Recalled(sign("known") if id == "b" else None))
     assert signed.body["contents"][1:] == [
         {"role": "model", "parts": [
             {"functionCall": {"id": "a", "name": "weather", "args": {"city": "Oslo"}}, "thoughtSignature": proxy.PLACEHOLDER},
@@ -969,7 +978,7 @@ def test_a_streamed_completion():
 
 @pytest.mark.parametrize("said, content, finish", [
     (whole("Once", finish="MAX_TOKENS"), "Once", "length"), (whole(finish="MAX_TOKENS"), "", "length"), (whole("Take", finish="SAFETY"), "Take", "content_filter"),
-    ({"promptFeedback": {"blockReason": "SAFETY"}}, "", "content_filter"), (whole(finish="MALFORMED_FUNCTION_CALL", finishMessage="f("), "", "stop"),
+    ({"promptFeedback": {"blockReason": "SAFETY"}}, "", "content_filter"), (whole("Hm", finish="MALFORMED_FUNCTION_CALL", finishMessage="f("), "Hm", "stop"),
     (whole("x", finish="OTHER"), "x", "stop")])
 def test_ends(said, content, finish):
     answer, events = respond(chat(stream=True), [said])
@@ -2037,7 +2046,7 @@ def test_a_signature_is_shown_only_to_who_asked_for_thinking():
 
 
 @pytest.mark.parametrize("answer, stop", [
-    (whole("Hi"), "end_turn"), (whole("Hi", finish="MAX_TOKENS"), "max_tokens"), (whole(finish="SAFETY"), "refusal"), (whole(finish="MALFORMED_FUNCTION_CALL"), "end_turn"),
+    (whole("Hi"), "end_turn"), (whole("Hi", finish="MAX_TOKENS"), "max_tokens"), (whole(finish="SAFETY"), "refusal"), (whole("Hm", finish="MALFORMED_FUNCTION_CALL"), "end_turn"),
     ({"promptFeedback": {"blockReason": "SAFETY"}}, "refusal")])
 def test_stop_reasons(answer, stop):
     message, events = claude_says(said_to_claude(), answer)
@@ -2826,6 +2835,24 @@ def test_signatures_come_back_to_their_own_conversation_only(server, gemini):
             made["id"] = f"framework-{i}"
         assert signatures(who, kept(first[who])) == signatures(who, other_ids) == [sign(who), None]
         assert signatures("Carl", other_ids) == [proxy.PLACEHOLDER, None]
+
+
+def test_the_parts_of_geminis_own_search_come_back_before_the_call(server, gemini):
+    """It wants them as it made them, and no client can carry them."""
+    own = [{"toolCall": {"toolType": "GOOGLE_SEARCH_WEB", "args": {"queries": ["rain"]}, "id": "t1"}, "thoughtSignature": sign("x")},
+           {"toolResponse": {"toolType": "GOOGLE_SEARCH_WEB", "response": {"search_suggestions": "Oslo"}, "id": "t1"}, "thoughtSignature": sign("y")}]
+    history = [user("Search, then look.")]
+    for turn in (1, 2):
+        gemini.say(whole("So: ", *own, call("weather", {"city": "Oslo"}, f"turn {turn}")))
+        message = json.loads(post(server, body=chat(*history, model=NEWEST, tools=[WEATHER], web_search_options={}))[2])["choices"][0]["message"]
+        history += [kept(message), {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "rain"}]
+    gemini.say(whole("Rain."), whole("Rain."))
+    post(server, body=chat(*history, model=NEWEST, tools=[WEATHER], web_search_options={}))
+    post(server, body=chat(*history, model=NEWEST, tools=[WEATHER]))
+    for parts, between in ((gemini.asked[-2]["contents"], own), (gemini.asked[-1]["contents"], [])):
+        for i, turn in ((1, 1), (3, 2)):
+            *before, last = parts[i]["parts"]
+            assert before == [{"text": "So: "}, *between] and last["thoughtSignature"] == sign(f"turn {turn}")
 
 
 def key_of(gemini):
