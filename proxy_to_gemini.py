@@ -659,7 +659,7 @@ EXTENSIONS = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "we
 
 def sniffed(data: str) -> str | None:
     """The MIME type that the first bytes of base64 data tell, or None."""
-    head = base64.b64decode(data[:32].replace("-", "+").replace("_", "/") + "==")
+    head = decode_base64(data[:32])
     return next((mime for pattern, mime in MAGIC if re.match(pattern, head, re.S)), None)
 
 
@@ -670,6 +670,11 @@ def extension_type(name: str | None) -> str | None:
 def is_base64(text: str) -> bool:
     """Whether this is base64 in either alphabet, padded or not."""
     return re.fullmatch(r"[A-Za-z0-9+/_-]+={0,2}", text, re.ASCII) is not None and len(text.rstrip("=")) % 4 != 1
+
+
+def decode_base64(text: str) -> bytes:
+    """Its bytes (the library's decoder of the URL-safe alphabet takes the other too, and more padding than need be)."""
+    return base64.urlsafe_b64decode(text + "==")
 
 
 def base64_data(text: str, place: str) -> str:
@@ -696,7 +701,7 @@ def media_part(data: str, mime: str | None, place: str, name: str | None = None)
         mime = sniffed(data) or extension_type(name) or mime or "application/octet-stream"
     if TEXT_TYPES.match(mime):
         try:
-            text = base64.b64decode(data.replace("-", "+").replace("_", "/")).decode()
+            text = decode_base64(data).decode()
             return text_part(f"{name}:\n{text}" if name else text)
         except UnicodeDecodeError:
             pass            # not UTF-8 after all: Gemini may still know what it is
@@ -913,9 +918,23 @@ def not_heeded(effort: str | None, config: JSON | None) -> bool:
     return effort is not None and (not config or effort == "none" and config.get("thinkingBudget") != 0)
 
 
-def int32(value: int) -> int:
-    """Gemini's numbers have 32 bits; the same number always gives the same one."""
-    return value if -2**31 <= value < 2**31 else value % 2**31
+def sampling_config(model: Model, stops: list[str], *, temperature: float | None, top_p: float | None,
+                    top_k: int | None, limit: int | None, seed: int | None = None,
+                    penalties: tuple[float | None, float | None] = (None, None)) -> JSON:
+    """The part of a generationConfig that is not about thinking, within what Gemini takes.
+
+    Its numbers have 32 bits; the same seed always gives the same one. Models since 2.5 refuse any penalty.
+    """
+    presence, frequency = penalties if model.generation < 2.5 else (None, None)
+    config = {
+        "temperature": None if temperature is None else min(max(temperature, 0), 2),
+        "topP": None if top_p is None else min(max(top_p, 0), 1),
+        "topK": top_k if top_k and 0 < top_k < 2**31 else None,
+        "maxOutputTokens": min(limit, 2**31 - 1) if limit and limit > 0 else None,
+        "seed": None if seed is None else seed if -2**31 <= seed < 2**31 else seed % 2**31,
+        "stopSequences": stops or None, "presencePenalty": presence or None, "frequencyPenalty": frequency or None,
+    }
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def stop_sequences(body: Fields, key: str = "stop") -> list[str]:
@@ -2014,20 +2033,12 @@ def openai_limit(body: Fields, key: str, setting: Setting) -> int | None:
 
 def openai_sampling(body: Fields, model: Model, limit: int | None, setting: Setting) -> JSON:
     """The part of a generationConfig that is not about thinking. Ollama refuses no temperature for its height."""
-    seed, top_k = body.get("seed", int), body.get("top_k", int)
-    temperature = body.number("temperature", 0, math.inf if setting.ollama else 2)
-    top_p = body.number("top_p", 0, math.inf if setting.ollama else 1)
-    config = {
-        "temperature": None if temperature is None else min(temperature, 2),
-        "topP": None if top_p is None else min(top_p, 1),
-        "topK": top_k if top_k and 0 < top_k < 2**31 else None,
-        "maxOutputTokens": min(limit or 0, 2**31 - 1) or None,
-        "seed": None if seed is None else int32(seed), "stopSequences": stop_sequences(body) or None,
-    }
-    if model.generation < 2.5:          # the newer ones refuse any penalty
-        config["presencePenalty"] = body.number("presence_penalty", -2, 2) or None
-        config["frequencyPenalty"] = body.number("frequency_penalty", -2, 2) or None
-    return {key: value for key, value in config.items() if value is not None}
+    penalties = ((body.number("presence_penalty", -2, 2), body.number("frequency_penalty", -2, 2))
+                 if model.generation < 2.5 else (None, None))       # where they are not read, they are named as ignored
+    return sampling_config(model, stop_sequences(body), limit=limit, seed=body.get("seed", int),
+                           temperature=body.number("temperature", 0, math.inf if setting.ollama else 2),
+                           top_p=body.number("top_p", 0, math.inf if setting.ollama else 1),
+                           top_k=body.get("top_k", int), penalties=penalties)
 
 
 def openai_thinking(body: Fields, key: str, model: Model, effort: str | None, thoughts: bool) -> JSON:
@@ -2258,7 +2269,7 @@ def sound_bytes(sound: list[Media]) -> bytes:
     """The samples of Gemini's speech: 16 bits, little-endian, mono (whatever "audio/L16" says)."""
     if not all(is_base64(piece.data) for piece in sound):
         raise nonsense("sound that is not base64")
-    return b"".join(base64.b64decode(piece.data.replace("-", "+").replace("_", "/") + "==") for piece in sound)
+    return b"".join(decode_base64(piece.data) for piece in sound)
 
 
 def sound_rate(mime: str) -> int:
@@ -3667,18 +3678,10 @@ def ollama_options(options: Fields, model: Model) -> JSON:
     """The part of it that clients, and recipes, set in options."""
     limit, top_k, seed = (options.get(key, int) for key in ("num_predict", "top_k", "seed"))
     temperature, top_p = options.get("temperature", float), options.get("top_p", float)
-    config = {
-        "temperature": None if temperature is None else min(max(temperature, 0), 2),
-        "topP": None if top_p is None else min(max(top_p, 0), 1),
-        "topK": top_k if top_k and 0 < top_k < 2**31 else None,
-        "maxOutputTokens": min(limit, 2**31 - 1) if limit and limit > 0 else None,
-        "seed": int32(seed) if seed is not None and seed >= 0 else None,
-        "stopSequences": stop_sequences(options) or None,
-    }
-    if model.generation < 2.5:
-        config["presencePenalty"] = options.get("presence_penalty", float) or None
-        config["frequencyPenalty"] = options.get("frequency_penalty", float) or None
-    return {key: value for key, value in config.items() if value is not None}
+    penalties = ((options.get("presence_penalty", float), options.get("frequency_penalty", float))
+                 if model.generation < 2.5 else (None, None))
+    return sampling_config(model, stop_sequences(options), temperature=temperature, top_p=top_p, top_k=top_k,
+                           limit=limit, seed=None if seed is None or seed < 0 else seed, penalties=penalties)
 
 
 def ollama_format(body: Fields) -> JSON | None:
@@ -4507,17 +4510,12 @@ def anthropic_thread(body: Fields) -> None:
 
 
 def anthropic_config(body: Fields, model: Model) -> JSON:
-    limit, top_k = body.number("max_tokens", 1, math.inf, int), body.get("top_k", int)
-    most = MOST_OUTPUT if model.generation >= 2.5 else 8192
+    limit, most = body.number("max_tokens", 1, math.inf, int), MOST_OUTPUT if model.generation >= 2.5 else 8192
     if limit and limit > most:
         body.ignore(f"max_tokens>{most}")
-    config = {
-        "temperature": body.number("temperature", 0, 2), "topP": body.number("top_p", 0, 1),
-        "topK": top_k if top_k and 0 < top_k < 2**31 else None,
-        "maxOutputTokens": min(limit, most) if limit else None,
-        "stopSequences": stop_sequences(body, "stop_sequences") or None,
-    }
-    return {key: value for key, value in config.items() if value is not None}
+    return sampling_config(model, stop_sequences(body, "stop_sequences"), limit=min(limit, most) if limit else None,
+                           temperature=body.number("temperature", 0, 2), top_p=body.number("top_p", 0, 1),
+                           top_k=body.get("top_k", int))
 
 
 def anthropic_thinking(body: Fields, output: Fields, model: Model) -> tuple[JSON, bool]:
