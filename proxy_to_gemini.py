@@ -644,7 +644,8 @@ MAGIC = ((rb"\xff\xd8\xff", "image/jpeg"), (rb"\x89PNG", "image/png"), (rb"GIF8"
          (rb"....ftyp(hei[cfmsx]|mif1|hevc)", "image/heic"), (rb"BM", "image/bmp"), (rb"%PDF", "application/pdf"),
          (rb"RIFF....WAVE", "audio/wav"), (rb"ID3|\xff[\xf2\xf3\xfb]", "audio/mp3"), (rb"fLaC", "audio/flac"),
          (rb"OggS", "audio/ogg"),
-         (rb"....ftypM4A", "audio/mp4"), (rb"....ftyp", "video/mp4"), (rb"\x1a\x45\xdf\xa3", "video/webm"))
+         (rb"....ftypavi[fs]", "image/avif"), (rb"....ftypM4A", "audio/mp4"), (rb"....ftyp", "video/mp4"),
+         (rb"\x1a\x45\xdf\xa3", "video/webm"))
 MIME_SPELLINGS = {"image/jpg": "image/jpeg", "audio/x-wav": "audio/wav", "audio/wave": "audio/wav",
                   "audio/m4a": "audio/mp4", "application/x-pdf": "application/pdf"}
 TEXT_TYPES = re.compile(r"text/|application/(json|xml|yaml|x-yaml|javascript|typescript|toml|sql|x-sh|csv)\b|"
@@ -881,6 +882,11 @@ def match_results(calls: list[JSON], results: list[JSON]) -> list[int | None]:
             if matched[i] is None and waiting.get(of_call(call)):
                 matched[i] = waiting[of_call(call)].popleft()
                 used.add(matched[i])
+    missing = [i for i, found in enumerate(matched) if found is None]
+    strays = [i for i, result in enumerate(results) if i not in used and not result["name"]]
+    if len(strays) == len(missing):         # their ids are unknown, but there is one for each call
+        for i, stray in zip(missing, strays):
+            matched[i] = stray
     return matched
 
 
@@ -911,6 +917,14 @@ def thinking_config(model: Model, effort: str | None, thoughts: bool) -> JSON:
     if thoughts and effort != "none":
         config["includeThoughts"] = True
     return config
+
+
+SMALL = 1024                # tokens; a model that thinks as it likes can use up so many before its first word
+
+
+def effort_within(limit: int | None, effort: str | None) -> str | None:
+    """The effort to think with, for a client that knows of none, and whose limit is meant for the answer alone."""
+    return "none" if effort is None and limit and 0 < limit < SMALL else effort
 
 
 def not_heeded(effort: str | None, config: JSON | None) -> bool:
@@ -1082,17 +1096,21 @@ def generate_call(model: Model, streaming: bool, system: list[Part], contents: l
                   **fields: Any) -> GeminiCall:
     """The call for a history, which is settled here. Gemini wants one turn at least, which may be empty."""
     turns = settled_turns(contents, model) or [user_turn(text_part(""))]
-    system = [part for part in system if says_something(part)]
-    body: JSON = {"contents": turns}
-    if system and model.path.startswith("models/gemma"):        # which knows no system instruction
-        turns.insert(0, user_turn(*system))
-    elif system:
-        body["systemInstruction"] = {"parts": system}
+    body = with_system({"contents": turns}, [part for part in system if says_something(part)], model)
     if config:
         body["generationConfig"] = config
     body.update(fields)
     verb = "streamGenerateContent?alt=sse" if streaming else "generateContent"
     return GeminiCall(f"{model.path}:{verb}", body, model, streaming)
+
+
+def with_system(body: JSON, system: list[Part], model: Model) -> JSON:
+    """The body with this in front of what its system says. Gemma knows no system: there it is the first turn."""
+    if not system:
+        return body
+    if model.path.startswith("models/gemma"):
+        return {**body, "contents": [user_turn(*system), *body["contents"]]}
+    return {**body, "systemInstruction": {"parts": [*system, *body.get("systemInstruction", {}).get("parts", ())]}}
 
 
 def gap_instruction(system: str) -> str:
@@ -1808,12 +1826,16 @@ def carried_signature(call: Fields, function: Fields) -> str | None:
     return None
 
 
-def openai_result_part(message: Fields, content: str, id: str, model: Model) -> Part:
-    """A tool's result, under these keys: text, JSON in a text, or parts; pictures go beside the text."""
-    parts = openai_parts(message, content, model)
+def openai_result_part(message: Fields, content: str, id: str, model: Model, images: Iterable[Part] = ()) -> Part:
+    """A tool's result, under these keys: text, JSON in a text, or parts; pictures go beside the text.
+
+    Many clients do not say whose it is; settled_turns goes by the order then.
+    """
+    parts = [*openai_parts(message, content, model), *images]
     media = [part for part in parts if "text" not in part]
     text = "\n".join(part["text"] for part in parts if "text" in part)
-    return result_part(message.get("name", str), text, plain_id(message.get(id, str)), media)
+    name = message.get("tool_name", str) or message.get("name", str)
+    return result_part(name, text, plain_id(message.get(id, str)), media)
 
 
 # ---- chat: tools ----
@@ -2019,7 +2041,8 @@ def openai_config(body: Fields, model: Model, setting: Setting) -> JSON:
     limit = openai_limit(body, "max_completion_tokens", setting)
     older = openai_limit(body, "max_tokens", setting)
     return {**openai_sampling(body, model, limit or older, setting),
-            **openai_thinking(body, "reasoning_effort", model, effort, effort is not None or setting.ollama)}
+            **openai_thinking(body, "reasoning_effort", model, effort, effort is not None or setting.ollama,
+                              None if limit else older)}        # the newer limit counts thoughts at OpenAI too
 
 
 def openai_limit(body: Fields, key: str, setting: Setting) -> int | None:
@@ -2041,9 +2064,10 @@ def openai_sampling(body: Fields, model: Model, limit: int | None, setting: Sett
                            top_k=body.get("top_k", int), penalties=penalties)
 
 
-def openai_thinking(body: Fields, key: str, model: Model, effort: str | None, thoughts: bool) -> JSON:
-    """The rest of it, for an effort that stood under this key."""
-    config = thinking_config(model, effort, thoughts)
+def openai_thinking(body: Fields, key: str, model: Model, effort: str | None, thoughts: bool,
+                    limit: int | None = None) -> JSON:
+    """The rest of it, for an effort that stood under this key, and a limit of the answer without its thoughts."""
+    config = thinking_config(model, effort_within(limit, effort), thoughts)
     if not_heeded(effort, config):
         body.ignore(key)
     return {"thinkingConfig": config} if config else {}
@@ -2227,11 +2251,16 @@ def unfenced(text: str) -> str:
     return rest[:-3].strip() if inside_fence else text
 
 
+def openai_base(exchange: Exchange, prefix: str, kind: str) -> JSON:
+    """What completions and their chunks begin with. The fingerprint is a real Ollama's, by which clients know it."""
+    return {"id": exchange.new_id(prefix), "object": kind, "created": int(exchange.created), "model": exchange.model,
+            **({"system_fingerprint": "fp_ollama"} if exchange.setting.ollama else {})}
+
+
 def openai_chat_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     choices = [openai_choice(i, chunks, exchange) for i, chunks in enumerate(answers)]
-    return {"id": exchange.new_id("chatcmpl-"), "object": "chat.completion", "created": int(exchange.created),
-            "model": exchange.model,
-            "choices": choices, "usage": openai_usage(exchange.usage)}
+    return {**openai_base(exchange, "chatcmpl-", "chat.completion"), "choices": choices,
+            "usage": openai_usage(exchange.usage)}
 
 
 def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSON:
@@ -2297,8 +2326,7 @@ def openai_audio(sound: list[Media], exchange: Exchange, transcript: str) -> JSO
 def openai_chat_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
     """Chunks, choice after choice; nothing before Gemini's first word."""
     wants = exchange.wants
-    base = {"id": exchange.new_id("chatcmpl-"), "object": "chat.completion.chunk", "created": int(exchange.created),
-            "model": exchange.model}
+    base = openai_base(exchange, "chatcmpl-", "chat.completion.chunk")
     more = {"usage": None} if wants.usage else {}
     for index, chunks in enumerate(answers):
         for delta, finish, odd in openai_deltas(chunks, exchange):
@@ -2495,11 +2523,6 @@ def openai_text_choice(index: int, text: str, end: End | None) -> JSON:
     return {"text": text, "index": index, "logprobs": None, "finish_reason": finish, **(odd_end(end) if end else {})}
 
 
-def openai_completion_base(exchange: Exchange) -> JSON:
-    return {"id": exchange.new_id("cmpl-"), "object": "text_completion", "created": int(exchange.created),
-            "model": exchange.model}
-
-
 def openai_completions_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     choices, text = [], ""
     for index, piece, end in openai_pieces(exchange, answers):
@@ -2507,12 +2530,13 @@ def openai_completions_response(exchange: Exchange, answers: Iterator[Iterator[J
         if end:
             choices.append(openai_text_choice(index, text, end))
             text = ""
-    return {**openai_completion_base(exchange), "choices": choices, "usage": openai_usage(exchange.usage)}
+    return {**openai_base(exchange, "cmpl-", "text_completion"), "choices": choices,
+            "usage": openai_usage(exchange.usage)}
 
 
 def openai_completions_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
     """Chunks, choice after choice, in the form of whole completions."""
-    base, more = openai_completion_base(exchange), {"usage": None} if exchange.wants.usage else {}
+    base, more = openai_base(exchange, "cmpl-", "text_completion"), {"usage": None} if exchange.wants.usage else {}
     for index, text, end in openai_pieces(exchange, answers):
         yield {**base, "choices": [openai_text_choice(index, text, end)], **more}
     if exchange.wants.usage:
@@ -3644,8 +3668,8 @@ def ollama_keep_alive(body: Fields) -> float:
 THINK_WORDS = '"high", "medium", "low", "max", true, or false'
 
 
-def ollama_think(body: Fields, model: Model) -> JSON:
-    """The thinkingConfig for `think`. Unset is the model's own way, and its thoughts are told."""
+def ollama_think(body: Fields, model: Model, limit: int | None) -> JSON:
+    """The thinkingConfig for `think`. Unset is the model's own way within the limit, and its thoughts are told."""
     body.read.add("think")
     think = body.data.get("think")
     if type(think) not in (str, bool, type(None)):
@@ -3655,7 +3679,7 @@ def ollama_think(body: Fields, model: Model) -> JSON:
     if think and model.thinking is None:
         raise ProxyError(400, f"{json.dumps(body.data['model'][:200])} does not support thinking", place="think")
     effort = "none" if think is False else think if type(think) is str else None
-    config = thinking_config(model, effort, think is not False)
+    config = thinking_config(model, effort if think else effort_within(limit, effort), think is not False)
     if config and not_heeded(effort, config):
         body.ignore("think")
     return config
@@ -3669,14 +3693,16 @@ def ollama_config(body: Fields, model: Model, recipe: Recipe) -> JSON:
     if top or body.get("logprobs", bool):
         body.ignore("logprobs")
     options = body.inner("options") or Fields({}, "options", body.family)
-    options.data = {**recipe.options, **options.data}
-    config = {**ollama_options(options, model), "thinkingConfig": ollama_think(body, model)}
-    return {key: value for key, value in config.items() if key != "thinkingConfig" or value}
+    options.data = {**recipe.options, **{key: value for key, value in options.data.items() if value is not None}}
+    config = ollama_options(options, model)
+    thinking = ollama_think(body, model, config.get("maxOutputTokens"))
+    return {**config, "thinkingConfig": thinking} if thinking else config
 
 
 def ollama_options(options: Fields, model: Model) -> JSON:
     """The part of it that clients, and recipes, set in options."""
-    limit, top_k, seed = (options.get(key, int) for key in ("num_predict", "top_k", "seed"))
+    numbers = (options.get(key, float) for key in ("num_predict", "top_k", "seed"))     # a fraction is cut off
+    limit, top_k, seed = (None if number is None else int(min(max(number, -2**63), 2**63)) for number in numbers)
     temperature, top_p = options.get("temperature", float), options.get("top_p", float)
     penalties = ((options.get("presence_penalty", float), options.get("frequency_penalty", float))
                  if model.generation < 2.5 else (None, None))
@@ -3732,6 +3758,9 @@ def ollama_known(asked: str, answers: Iterator[Iterator[JSON]], setting: Setting
     return entry
 
 
+MOST_LOADED = 100           # models that are counted as loaded
+
+
 def ollama_used(exchange: Exchange) -> None:
     """Count the model as loaded, for as long as keep_alive says."""
     wants, loaded = exchange.wants, exchange.setting.loaded
@@ -3739,8 +3768,8 @@ def ollama_used(exchange: Exchange) -> None:
         loaded[wants.name] = exchange.now() + wants.lasts
     else:
         loaded.pop(wants.name, None)
-    while len(loaded) > 100:
-        del loaded[next(iter(loaded))]
+    for name in list(loaded)[:-MOST_LOADED]:            # a copy, for other requests change it too
+        loaded.pop(name, None)
 
 
 def ollama_base(exchange: Exchange) -> JSON:
@@ -3813,8 +3842,9 @@ def ollama_chat_request(body: Fields, setting: Setting) -> Ask:
         if role in ("system", "developer"):
             system += openai_parts(message, "content", model)
         elif role == "tool":
-            contents.append(user_turn(ollama_result_part(message, model)))
-        elif role == "assistant":
+            images = ollama_images(message)
+            contents.append(user_turn(openai_result_part(message, "content", "tool_call_id", model, images)))
+        elif role in ("assistant", "model"):
             contents.append(model_turn(*ollama_assistant_parts(message, model)))
         else:
             contents.append(user_turn(*openai_parts(message, "content", model), *ollama_images(message)))
@@ -3834,14 +3864,6 @@ def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
         parts.append(call_part(function.need("name", str), args, plain_id(call.get("id", str)),
                                carried_signature(call, function)))
     return parts
-
-
-def ollama_result_part(message: Fields, model: Model) -> Part:
-    """A tool's result; many clients do not say whose it is, so settled_turns goes by the order then."""
-    name = message.get("tool_name", str) or message.get("name", str)
-    return result_part(name, texts_of(openai_parts(message, "content", model)),
-                       plain_id(message.get("tool_call_id", str)),
-                       ollama_images(message))
 
 
 def ollama_ask(body: Fields, asked: str, model: Model, recipe: Recipe, stream: bool, system: list[Part],
@@ -4059,10 +4081,10 @@ def ollama_ps_request(body: Fields, setting: Setting) -> Ask:
 def ollama_ps_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     """The models that were used lately, the one that stays longest first."""
     loaded, now = exchange.setting.loaded, exchange.now()
-    for name in [name for name, until in loaded.items() if until <= now]:
+    for name in [name for name, until in list(loaded.items()) if until <= now]:
         loaded.pop(name, None)
     models = usable_models(answers, exchange.setting) if loaded else {}
-    shown = [(until, ollama_entry(name, models[name])) for name, until in loaded.items() if name in models]
+    shown = [(until, ollama_entry(name, models[name])) for name, until in list(loaded.items()) if name in models]
     return {"models": [{**{key: entry[key] for key in ("name", "model", "size", "digest", "details")},
                         "size_vram": entry["size"],
                         "expires_at": ollama_time(min(until, now + FOREVER)),
@@ -4124,9 +4146,10 @@ def ollama_create_request(body: Fields, setting: Setting) -> Ask:
         raise ProxyError(400,
                          "only models \"from\" one of Gemini's can be created here: there are no files to build from",
                          place="from")
-    old, system = recipe_named(source, setting), body.get("system", str)
-    recipe = Recipe(old.source or plain_name(source, True), old.system if system is None else system,
-                    {**old.options, **(body.get("parameters", dict) or {})})
+    model, old, system = model_named(source, setting), recipe_named(source, setting), body.get("system", str)
+    parameters = body.inner("parameters") or Fields({}, "parameters", body.family)
+    ollama_options(parameters, model)               # what is wrong with them is to be told now
+    recipe = Recipe(model.name, old.system if system is None else system, {**old.options, **parameters.data})
     return Ask((MODELS_CALL,), body.get("stream", bool) is not False, ManageWants(name, recipe=recipe), name)
 
 
@@ -4178,7 +4201,7 @@ def fixed(method: str, path: str, functions: tuple[Callable, Callable]) -> Route
     return Route(method, path, *functions, takes=no_body)
 
 
-NDJSON = Framing("application/x-ndjson", lambda event: encode_json(event).encode() + b"\n")
+NDJSON = Framing("application/x-ndjson", lambda event: encode_json(event).encode() + b"\n", beat=b"")
 NO_CLOUD = refuses(403, "ollama cloud is disabled: remote inference is unavailable")
 NO_BLOBS = refuses(400, "there are no files behind this server, and none can be put there: its models are Gemini's")
 
@@ -4206,8 +4229,10 @@ OLLAMA = Protocol("ollama", (
     Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response),
     fixed("GET", "/api/version", says({"version": OLLAMA_VERSION})),
     fixed("GET", "/api/status", says({"cloud": {"disabled": True, "source": "env"}})),
-    Route("POST", "/api/pull", ollama_pull_request, ollama_pull_response, ollama_pull_stream, NDJSON),
-    Route("POST", "/api/create", ollama_create_request, ollama_create_response, ollama_create_stream, NDJSON),
+    Route("POST", "/api/pull", ollama_pull_request, ollama_pull_response, ollama_pull_stream, NDJSON,
+          lambda exchange: {"status": "pulling manifest"}),
+    Route("POST", "/api/create", ollama_create_request, ollama_create_response, ollama_create_stream, NDJSON,
+          lambda exchange: {"status": "creating new layer"}),
     Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response),
     Route("DELETE", "/api/delete", ollama_delete_request, ollama_delete_response),
     fixed("POST", "/api/push", refuses(400, "models cannot be pushed from here: they are Google's")),
@@ -4491,12 +4516,13 @@ def anthropic_ask(body: Fields, setting: Setting, stream: bool = False) -> Ask:
     if mode == "NONE":
         tools = tools._replace(search="", code="")
     output = body.inner("output_config") or Fields({}, "output_config", body.family)
-    thinking, thoughts = anthropic_thinking(body, output, model)
+    config = anthropic_config(body, model)
+    thinking, thoughts = anthropic_thinking(body, output, model, config.get("maxOutputTokens"))
     schema = anthropic_format(body, output)
     unfence = schema is not None and not takes_json_with(tools, model)
     if unfence:
         system = system + [json_instruction(schema)]
-    config = {**anthropic_config(body, model), **thinking, **json_config(None if unfence else schema)}
+    config = {**config, **thinking, **json_config(None if unfence else schema)}
     call = generate_call(model, stream, system, contents, config, **tool_fields(tools, mode, allowed, body, model))
     return Ask((call,), stream, AnthropicWants(tools.names, one_call, unfence, thoughts), asked)
 
@@ -4518,11 +4544,11 @@ def anthropic_config(body: Fields, model: Model) -> JSON:
                            top_k=body.get("top_k", int))
 
 
-def anthropic_thinking(body: Fields, output: Fields, model: Model) -> tuple[JSON, bool]:
+def anthropic_thinking(body: Fields, output: Fields, model: Model, limit: int | None) -> tuple[JSON, bool]:
     """(the setting of thinkingConfig, whether the client takes thinking blocks).
 
-    Without `thinking` the model thinks in its own way, and tells nothing of it. An effort counts for more than a
-    budget, which only the older models know.
+    Without `thinking` the model thinks in its own way within the limit, and tells nothing of it. An effort counts for
+    more than a budget, which only the older models know.
     """
     effort = output.word("effort", *EFFORTS)
     thinking = body.inner("thinking")
@@ -4534,7 +4560,7 @@ def anthropic_thinking(body: Fields, output: Fields, model: Model) -> tuple[JSON
     elif effort is None and budget:
         effort = next((word for word in EFFORTS[1:] if BUDGETS[word] >= budget), EFFORTS[-1])
     shown = told and thinking.get("display", str) != "omitted"
-    config = thinking_config(model, effort, shown)
+    config = thinking_config(model, effort if told else effort_within(limit, effort), shown)
     if told and budget and isinstance(model.thinking, Budget):
         config["thinkingBudget"] = min(max(budget, model.thinking.low), model.thinking.high)
     if not_heeded(effort, config):
@@ -4744,7 +4770,7 @@ def seasoned(call: GeminiCall, recipe: Recipe) -> GeminiCall:
                                               **call.body.get("generationConfig", {})}}
     said = body.get("systemInstruction", {}).get("parts", [])
     if recipe.system and (not said or said[0].get("text", "").startswith(JSON_ALONE)):
-        body["systemInstruction"] = {"parts": [text_part(recipe.system), *said]}
+        body = with_system(body, [text_part(recipe.system)], call.model)
     return call._replace(body=body)
 
 
@@ -5975,7 +6001,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.ignored, self.framing = body.ignored(), ask.framing or found.route.framing
         body.family.clear()             # or they keep each other, and a large body, until the collector comes by
         self.exchange = Exchange(ask, setting, lambda calls: server.gemini.remember(ask.calls[0], self.key, calls))
-        beat = functools.partial(self.beat, found.route) if ask.stream and self.framing.beat else None
+        beats = ask.stream and (found.route.beat or self.framing.beat)
+        beat = functools.partial(self.beat, found.route) if beats else None
         self.watch = Watch(self.connection, server.config.timeout, server.stopping, beat)
         with server.gemini.ask(ask.calls, self.watch, self.key) as self.answers:
             if ask.stream:
@@ -6180,7 +6207,9 @@ class Server(http.server.ThreadingHTTPServer):
     def make_setting(self, key: str) -> Setting:
         """What requests with this Gemini key may depend on. With -client-keys, each has a memory of its own."""
         memory, shelf = self.gemini.memory, scope_of(key) + ":" if self.config.client_keys else ""
-        return Setting(self.config.aliases, self.config.api == "ollama", time.time,
+        ollama = self.config.api == "ollama"
+        aliases = tuple((plain_name(name, True), to) for name, to in self.config.aliases)
+        return Setting(aliases if ollama else self.config.aliases, ollama, time.time,
                        lambda prefix: prefix + secrets.token_hex(12),
                        lambda name: memory.get(shelf + name),
                        lambda name, text: memory.keep(shelf, shelf + name, text),
@@ -6322,7 +6351,7 @@ def malloc_trim() -> Callable[[int], int]:
 
 
 def give_memory_back() -> None:
-    """The compiler of this file, and each large picture, leave free memory behind that glibc would keep for ever."""
+    """The start, and each large picture, leave free memory behind that glibc would keep for ever."""
     malloc_trim()(0)
 
 
@@ -6821,7 +6850,6 @@ def serve(config: Config) -> None:
     """Serve until a signal says stop."""
     life = Life(os.environ)
     server = opened(config)
-    give_memory_back()
     log(f"proxy-to-gemini {VERSION}: api {config.api} at {server.url}, answered by {config.upstream}")
     if not server.loopback and not config.proxy_key and not config.client_keys:
         log("warning: whoever reaches this port can spend the Gemini key; set PROXY_API_KEY, or listen on 127.0.0.1")

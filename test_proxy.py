@@ -605,6 +605,11 @@ HISTORIES = {
     "no results at all": ([u("q"), m("look", fc("f"))], [u("q"), m("look", fc("f")), u(answer_to("f", proxy.MISSING_RESULT))]),
     "text among results": ([u("q"), m(fc("f", "1")), u("and"), u(fr(None, "F", "1"))],
                            [u("q"), m(fc("f", "1")), u(answer_to("f", {"output": "F"}, "1")), u("and")]),
+    "results with ids of somebody else's": ([u("q"), m(fc("f", "a"), fc("g", "b")), u(fr(None, "F", "1"), fr(None, "G", "2"))],
+                                            [u("q"), m(fc("f", "a"), fc("g", "b")), u(answer_to("f", {"output": "F"}, "a"), answer_to("g", {"output": "G"}, "b"))]),
+    "one result too few": ([u("q"), m(fc("f", "a"), fc("g", "b")), u(fr(None, "F", "1"))],
+                           [u("q"), m(fc("f", "a"), fc("g", "b")), u(answer_to("f", proxy.MISSING_RESULT, "a"), answer_to("g", proxy.MISSING_RESULT, "b")),
+                            u('Result of a function: {"output":"F"}')]),
     "an orphaned result": ([u("q"), m("a"), u(fr("f", "F", "9"))], [u("q"), m("a"), u('Result of f: {"output":"F"}')]),
     "calls in messages of their own": ([u("q"), m(fc("f", "1")), m(fc("g", "2")), u(fr(None, "F", "1")), u(fr(None, "G", "2"))],
                                        [u("q"), m(fc("f", "1"), fc("g", "2")), u(answer_to("f", {"output": "F"}, "1"), answer_to("g", {"output": "G"}, "2"))]),
@@ -1673,9 +1678,37 @@ def test_an_ollama_chat_becomes_a_request():
     assert ask.stream and ask.calls[0].streaming and ignored == ["options.num_ctx"]
 
 
+def test_whole_numbers_are_cut_as_ollama_does():
+    config = ollama_body(chat(options={"top_k": 40.9, "num_predict": 2000.5, "seed": 1e300}))["generationConfig"]
+    assert (config["topK"], config["maxOutputTokens"]) == (40, 2000) and 0 <= config["seed"] < 2**31
+
+
+def test_what_an_ollama_tool_says_in_parts_is_kept():
+    body = chat(user("q"), assistant("", tool_calls=[{"function": {"name": "look", "arguments": {}}}]),
+                {"role": "tool", "tool_name": "look", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"},
+                                                                 {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}]})
+    contents = ollama_body(body)["contents"]
+    assert contents[2:] == [u(answer_to("look", {"output": "a\nb"})), u({"inlineData": {"mimeType": "image/png", "data": PNG}})]
+
+
+def test_a_model_turn_by_geminis_word():
+    assert ollama_body(chat(user("q"), {"role": "model", "content": "a"}, user("b")))["contents"] == [u("q"), m("a"), u("b")]
+
+
 @pytest.mark.parametrize("options", [{"num_predict": -1, "seed": -1, "top_k": -1, "stop": []}, {"num_predict": -2, "top_k": 0}, {"num_predict": None}])
 def test_options_that_mean_nothing_set(options):
     assert set(ollama_body(chat(options=options))["generationConfig"]) == {"thinkingConfig"}
+
+
+@pytest.mark.parametrize("think, limit, config", [
+    (None, 50, {"thinkingBudget": 0}), (True, 50, {"includeThoughts": True}), ("low", 50, {"thinkingBudget": 1024, "includeThoughts": True}),
+    (None, 1024, {"includeThoughts": True}), (None, -1, {"includeThoughts": True})])
+def test_a_small_limit_is_not_thought_away(think, limit, config):
+    """Gemini's thoughts count against it, so a title of 50 tokens would be none at all."""
+    assert ollama_body(chat(think=think, options={"num_predict": limit}))["generationConfig"]["thinkingConfig"] == config
+    body = gemini_body(chat(max_tokens=limit) if limit > 0 else chat())
+    assert body.get("generationConfig", {}).get("thinkingConfig") == ({"thinkingBudget": 0} if limit == 50 else None)
+    assert "thinkingConfig" not in gemini_body(chat(max_completion_tokens=50))["generationConfig"]
 
 
 @pytest.mark.parametrize("think, config", [(None, {"includeThoughts": True}), (True, {"includeThoughts": True}), (False, {"thinkingBudget": 0}),
@@ -1825,6 +1858,28 @@ def test_names_that_clients_make():
         assert caught.value.status == status
 
 
+def test_a_model_made_from_an_alias_is_geminis():
+    kept = {}
+    setting = OLLAMA._replace(recall=kept.get, keep=kept.__setitem__, kept=lambda: {key[6:]: text for key, text in kept.items() if text},
+                              aliases=(("fast", FLASH), ("gpt-*", NEWEST)))
+    for source, model in (("fast", FLASH), ("gpt-4o", NEWEST), ("mario", FLASH)):
+        manage("POST", "/api/create", {"model": "luigi" if source == "mario" else "mario", "from": source, "parameters": {"temperature": 0.1, "top_p": 0.5}}, setting)
+        name = "luigi" if source == "mario" else "mario"
+        call, = asked(chat(model=name, options={"temperature": None, "top_p": 1}), proxy.ollama_chat_request, setting)[0].calls
+        assert call.model.name == (NEWEST if source == "gpt-4o" else FLASH if source == "fast" else NEWEST)
+        assert call.body["generationConfig"]["temperature"] == 0.1 and call.body["generationConfig"]["topP"] == 1
+    with pytest.raises(ProxyError) as caught:
+        manage("POST", "/api/create", {"model": "x", "from": FLASH, "parameters": {"temperature": "0.7"}}, setting)
+    assert (caught.value.status, caught.value.place) == (400, "parameters.temperature")
+
+
+def test_a_recipe_for_a_model_without_a_system_instruction():
+    recipe = json.dumps({"source": "gemma-3-27b-it", "system": "Say arr.", "options": {}})
+    route = proxy.find_route("ollama", "POST", "/v1/chat/completions").route
+    ask = route.request(Fields(chat(model="pirate")), Setting(ollama=True, recall=lambda key: recipe if key.startswith("model:pirate") else None))
+    assert ask.calls[0].body["contents"][0] == u("Say arr.") and "systemInstruction" not in ask.calls[0].body
+
+
 def test_a_pull_of_what_gemini_has_succeeds_and_of_else_fails():
     assert manage("POST", "/api/pull", {"model": FLASH}, OLLAMA)[-1] == manage("POST", "/api/pull", {"name": FLASH, "stream": False}, OLLAMA) == {"status": "success"}
     for stream in (True, False):
@@ -1959,7 +2014,7 @@ def test_a_search_can_be_chosen_but_not_forced_and_can_be_forbidden():
 
 
 @pytest.mark.parametrize("model, more, config, shown", [
-    (NEWEST, {}, None, False),
+    (NEWEST, {"max_tokens": 1024}, None, False), (NEWEST, {"max_tokens": 1023}, {"thinkingLevel": "LOW"}, False),
     (NEWEST, {"thinking": {"type": "adaptive"}}, {"includeThoughts": True}, True),
     (NEWEST, {"thinking": {"type": "adaptive", "display": "omitted"}, "output_config": {"effort": "low"}}, {"thinkingLevel": "LOW"}, True),
     (NEWEST, {"thinking": {"type": "enabled", "budget_tokens": 4096}}, {"thinkingLevel": "MEDIUM", "includeThoughts": True}, True),
@@ -3043,6 +3098,29 @@ def test_an_ollama_server_on_the_wire(gemini):
         gemini.say(Say(chunk("Once "), SHED))
         lines = line.ask("POST", "/api/chat", chat())[2].splitlines()
         assert json.loads(lines[-1]) == {"error": "shed"} and json.loads(lines[-2])["done"] is False
+
+
+def test_aliases_on_an_ollama_server_are_known_in_any_spelling(gemini):
+    with serving(gemini.url, api="ollama", aliases=(("Qwen:latest", FLASH), ("GPT-*", NEWEST))) as server:
+        with Line(server) as line:
+            assert b'"name":"qwen:latest"' in line.ask("GET", "/api/tags")[2]
+        for name, model in (("qwen", FLASH), ("Qwen:latest", FLASH), ("gpt-4o", NEWEST), ("GPT-4o:latest", NEWEST)):
+            gemini.say(whole("Hello"))
+            assert post(server, "/api/chat", chat(model=name))[0] == 200 and gemini.paths[-1].startswith(f"/v1beta/models/{model}:")
+
+
+def test_silent_managing_beats_in_json_too(gemini, monkeypatch):
+    monkeypatch.setattr(proxy, "BEAT", 0.05)
+    pages = proxy.ModelList.pages
+
+    def slow(self):
+        self.watch.wait(None, seconds=0.2)
+        return pages(self)
+    monkeypatch.setattr(proxy.ModelList, "pages", slow)
+    for path, body in (("/api/pull", {"model": FLASH}), ("/api/create", {"model": "x", "from": FLASH})):
+        with serving(gemini.url, api="ollama") as server:
+            lines = [json.loads(line)["status"] for line in post(server, path, body)[2].splitlines()]
+        assert len(lines) > 4 and lines[-1] == "success"
 
 
 def test_a_silent_ollama_stream_beats_with_empty_chunks(gemini, monkeypatch):
