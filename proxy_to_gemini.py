@@ -1515,7 +1515,7 @@ def first_candidate(chunk: JSON) -> JSON:
 
 
 def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | Call | Media | End]:
-    """What Gemini says, in order, and one End; a 502 where it never ends, or says only that it failed.
+    """What Gemini says, in order, and one End; a 502 where it never ends.
 
     Calls come last, when the answer is complete: a client must not act on one that Gemini takes back, or has
     answered itself (its own servers do that). A STOP is not always the end, so the last one counts; the
@@ -1527,7 +1527,6 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
     pieces: list[tuple[str, bool]] = []         # the answer's text, and whether it is Gemini's own or our rendering
     calls: list[Call] = []
     own: list[JSON] = []                        # parts of Gemini's own tools, for the call that comes after them
-    said = False                                # whether there is more than thoughts
     done: set[str] = set()                      # functions that Gemini's servers have answered
     for chunk in chunks:
         usage = inner(chunk, "usageMetadata", dict) or usage
@@ -1539,7 +1538,6 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
             grounding.update({name: value for name, value in inner(candidate, key, dict).items() if value})
         for part in inner(inner(candidate, "content", dict), "parts", list):
             event = read_part(part, done)
-            said = said or event is not None and not part.get("thought")
             if type(event) is Call:
                 calls.append(event._replace(before=tuple(own)))
                 own = []
@@ -1551,22 +1549,14 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
                 own.append(part)
     counted = read_usage(usage)
     exchange.usage = exchange.usage.plus(counted)
-    finish = finish_of(reason, blocked, message, said)
+    if not reason and not blocked:
+        raise ProxyError(502, "Gemini's answer broke off: it has no finish reason.", upstream=True)
+    finish = FINISHES.get(reason, "stop") if reason else "filter"
     calls = [call for call in calls if call.name not in done]
     yield from exchange.known(calls)
     queries = tuple(query for query in inside(grounding, "webSearchQueries", list) if type(query) is str)
     citations = read_citations(pieces, grounding) if grounding else []
     yield End(finish, bool(calls), reason or blocked, message, counted, citations, queries)
-
-
-def finish_of(reason: str, blocked: str, message: str, said: bool) -> str:
-    """How an answer ended, in a word of End's; a 502 where it never ends, or says only that it failed."""
-    if not reason and not blocked:
-        raise ProxyError(502, "Gemini's answer broke off: it has no finish reason.", upstream=True)
-    finish = FINISHES.get(reason, "stop") if reason else "filter"
-    if finish == "failed" and not said:             # an empty "stop" would hide it
-        raise ProxyError(502, f"Gemini ended its answer with {reason}: {message}".rstrip(": "), upstream=True)
-    return finish
 
 
 def read_part(part: Any, done: set) -> Text | Call | Media | None:
