@@ -3534,7 +3534,7 @@ def test_the_readmes_limits_are_the_programs():
             ("headers of an answer", [f"{proxy.MOST_IGNORED} characters"]), ("a client's silence", [f"{proxy.CLIENT_TIMEOUT:g} s"]),
             ("a whole request", [f"{proxy.CLIENT_TIMEOUT:g} s", f"{proxy.BODY_TIMEOUT:g} s"]), ("connections of clients", [f"{proxy.MOST_CONNECTIONS:,}"]),
             ("connections to Gemini", [f"{proxy.MOST_IDLE} unused", f"{proxy.IDLE_CONNECTION:g} s"]), ("a connection to Gemini", [f"{proxy.CONNECT_TIMEOUT:g} s"]),
-            ("Gemini's silence", [f"{proxy.configured([], ENV)[0].timeout:g} s", f"every {proxy.BEAT:g} s"]), ("tries", [f"{proxy.TRIES}, ", f"{proxy.SHORT_DELAY:g} s"]),
+            ("Gemini's silence", [f"{proxy.configured([], ENV)[0].timeout:g} s", f"every {proxy.BEAT:g} s"]), ("tries", [f"{proxy.TRIES}, ", f"{proxy.SHORT_DELAY:g} s", f"{proxy.PATIENCE:g} s"]),
             ("memory", [f"{proxy.Memory.ROWS:,} rows", mib(proxy.Memory.SIZE)]), ("answers under way", [f"{proxy.NOTICE + proxy.DRAIN:.0f} s"])):
         row, = [row for what, row in told.items() if what.startswith(words)]
         assert all(fact in row for fact in facts), (words, facts, row)
