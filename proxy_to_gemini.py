@@ -5195,10 +5195,13 @@ class Pool(urllib.request.BaseHandler):
                 return connection
             connection.close()
 
-    def give(self, response: Response) -> None:
-        """Keep the connection of an answer that has been read to its end, and its TLS session."""
+    def remember(self, response: Response) -> None:
+        """Have the next connections take up the TLS session of this one, whose ticket came before the answer."""
         if self.secure and not response.kept:
             self.session = response.connection.sock.session
+
+    def give(self, response: Response) -> None:
+        """Keep the connection of an answer that has been read to its end."""
         self.idle.append((time.monotonic(), response.connection))
         while len(self.idle) > MOST_IDLE:
             self.drop_oldest()
@@ -5341,6 +5344,7 @@ class Flight:
             try:
                 self.response.begin()
                 if self.response.status == 200:
+                    self.gemini.pool.remember(self.response)
                     return None
                 raw = self.response.read(ERROR_BODY).replace(self.key.encode(), KEY_MASK.encode())
                 return gemini_refusal(self.response.status, read_json(raw), raw)
