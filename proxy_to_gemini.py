@@ -289,6 +289,16 @@ def no_constant(name: str) -> None:
 # Strict: neither NaN nor Infinity, in either direction. The text is ASCII, since some clients split lines at U+2028.
 decode_json = json.JSONDecoder(parse_float=finite, parse_constant=no_constant).decode
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+encode_json_as_is = json.JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode
+
+
+def gemini_json(body: JSON) -> bytes:
+    """What Gemini is sent. Half an emoji, which some clients leave where they cut a text, is no character to it."""
+    text = encode_json_as_is(body)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def nested_too_deeply() -> ProxyError:
@@ -683,7 +693,7 @@ def base64_data(text: str, place: str) -> str:
     """Base64 in either alphabet, padded or not, with or without line breaks, as Gemini takes it; else a 400."""
     text = text if is_base64(text) else "".join(text.split())
     data = text.rstrip("=")
-    if not is_base64(text) or len(data) % 4 == 1:
+    if not is_base64(text):
         raise wrong_value(place, f"Invalid value for '{place}': it must be valid base64-encoded data.")
     return data + "=" * (-len(data) % 4)
 
@@ -1007,7 +1017,8 @@ def nullable_enum(schema: JSON) -> JSON:
     if not values:
         return {**rest, "type": "null"}
     kind = {"type": kinds[0] if type(kinds) is list and len(kinds) == 1 else kinds} if kinds else {}
-    return {**rest, "anyOf": [{**kind, "enum": values}, {"type": "null"}]}
+    choice = {"anyOf": [{**kind, "enum": values}, {"type": "null"}]}
+    return {"allOf": [choice, rest]} if "anyOf" in rest else {**rest, **choice}
 
 
 def lone_reference(schema: JSON) -> JSON:
@@ -1401,7 +1412,7 @@ def read_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
     after_cr = False
     for block in blocks:
         if after_cr and block[:1] == b"\n":
-            block = block[1:]
+            block, after_cr = block[1:], False
         after_cr = block[-1:] == b"\r" if block else after_cr
         lines = block.splitlines()
         if not lines:
@@ -1934,7 +1945,7 @@ TOOL_CHOICES = {"auto": None, "none": "NONE", "required": "ANY", "any": "ANY", "
 def openai_tool_choice(body: Fields, key: str, tools: Tools) -> tuple[str | None, list[str]]:
     """(Gemini's mode, the client's names of the functions that it may call); (None, []) leaves it to Gemini."""
     choice = body.get(key, str, dict)
-    if choice is None or (type(choice) is str and not tools.declarations):
+    if choice is None or not tools.declarations:
         if choice not in (None, "auto", "none"):
             body.ignore(key)
         return None, []
@@ -2001,7 +2012,8 @@ def openai_chat_request(body: Fields, setting: Setting) -> Ask:
     mode, allowed = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
     if body.inner("web_search_options") is not None and body.data.get("tool_choice") != "none":
         tools = tools._replace(search="web_search_options")
-    schema = openai_response_format(body)
+    text = body.inner("text") if is_cursors(body) else None
+    schema = openai_response_format(text, "format") if text else openai_response_format(body)
     unfence = schema is not None and not takes_json_with(tools, model)
     if unfence:
         system = system + [json_instruction(schema)]
@@ -2016,10 +2028,14 @@ def openai_chat_request(body: Fields, setting: Setting) -> Ask:
     return Ask((call,) * (body.number("n", 1, MOST_CALLS, int) or 1), stream, wants, asked)
 
 
+def is_cursors(body: Fields) -> bool:
+    """Whether it is the body of a response, which Cursor sends to chats."""
+    return bool(body.data.get("input")) and not body.data.get("messages")
+
+
 def openai_chat_turns(body: Fields, model: Model, setting: Setting) -> tuple[list[Part], list[JSON], list[Fields]]:
-    """(the system's parts, the turns, further lists of tools); from `input` where there are no messages, for Cursor
-    sends the bodies of responses to chats."""
-    if body.data.get("input") and not body.data.get("messages"):
+    """(the system's parts, the turns, further lists of tools); from `input` where there are no messages."""
+    if is_cursors(body):
         body.pass_over("messages")
         history = openai_history(body, model, setting)
         return history.system, history.contents, history.tools
@@ -2033,6 +2049,8 @@ def openai_config(body: Fields, model: Model, setting: Setting) -> JSON:
     """The generationConfig that chat completions and legacy completions share."""
     effort = openai_effort(body)
     limit = openai_limit(body, "max_completion_tokens", setting)
+    if limit is None and is_cursors(body):
+        limit = openai_limit(body, "max_output_tokens", setting)
     older = openai_limit(body, "max_tokens", setting)
     return {**openai_sampling(body, model, limit or older, setting),
             **openai_thinking(body, "reasoning_effort", model, effort, effort is not None or setting.ollama,
@@ -2088,8 +2106,9 @@ def openai_response_format(body: Fields, key: str = "response_format") -> JSON |
         schema = wanted if key == "format" else wanted.inner("json_schema")
         if schema is None:
             raise wrong_type(wanted.at("json_schema"), (dict,), None)
-        schema.pass_over("name", "strict", "description")
-        return schema.get("schema", dict) or ANY_JSON
+        schema.pass_over("name", "strict")
+        told, found = schema.get("description", str), schema.get("schema", dict) or ANY_JSON
+        return {"description": told, **found} if told else found
     if kind not in ("text", "json_object"):
         raise wanted.unknown("type", kind, ("text", "json_object", "json_schema"))
     return ANY_JSON if kind == "json_object" else None
@@ -2133,25 +2152,17 @@ def openai_modalities(body: Fields) -> tuple[JSON, bool]:
             else {}), False
 
 
-THINKING_KEYS = {"thinking_budget": "thinkingBudget", "thinking_level": "thinkingLevel",
-                 "include_thoughts": "includeThoughts"}
-
-
 def openai_google_fields(body: Fields, config: JSON) -> JSON:
     """Google's own settings, as its OpenAI endpoint takes them (`extra_body.google` or `google`); the service tier."""
     fields: JSON = {}
     extra = body.inner("extra_body")
-    google = (extra or body).inner("google")
+    google = (extra and extra.inner("google")) or body.inner("google")
     if google is not None:
-        cached, safety = google.get("cached_content", str), google.get("safety_settings", list)
-        fields.update({key: value for key, value in (("cachedContent", cached), ("safetySettings", safety)) if value})
-        thinking = google.inner("thinking_config")
+        fields.update(google_keys(google, cachedContent=str, safetySettings=list))
+        thinking = google.inner("thinking_config") or google.inner("thinkingConfig")
         if thinking is not None:
-            told = {"thinkingBudget": google_key(thinking, "thinking_budget", int),
-                    "thinkingLevel": google_key(thinking, "thinking_level", str),
-                    "includeThoughts": google_key(thinking, "include_thoughts", bool)}
-            told = {key: value.upper() if type(value) is str else value for key, value in told.items()
-                    if value is not None}
+            told = google_keys(thinking, thinkingBudget=int, thinkingLevel=str, includeThoughts=bool)
+            told = {key: value.upper() if type(value) is str else value for key, value in told.items()}
             own = config.get("thinkingConfig",
                              {}) if not told.keys() - {"includeThoughts"} else {}     # level or budget
             config["thinkingConfig"] = {**own, **told}
@@ -2163,10 +2174,13 @@ def openai_google_fields(body: Fields, config: JSON) -> JSON:
     return fields
 
 
-def google_key(fields: Fields, key: str, kind: type) -> Any:
-    """A setting of Google's in snake_case or in camelCase."""
-    value = fields.get(key, kind)
-    return fields.get(THINKING_KEYS[key], kind) if value is None else value
+def google_keys(fields: Fields, **kinds: type) -> JSON:
+    """Settings of Google's by their names in camelCase, which clients may also write in snake_case."""
+    found = {}
+    for key, kind in kinds.items():
+        values = [fields.get(name, kind) for name in (re.sub("[A-Z]", lambda big: "_" + big[0].lower(), key), key)]
+        found.update({key: value for value in values if value is not None and value != ""})
+    return found
 
 
 # ---- chat: the answer ----
@@ -5287,7 +5301,7 @@ class Flight:
         """Send it, on a new connection if need be; trouble is for chunks() to tell."""
         self.tries += 1
         try:
-            body = None if self.call.body is None else encode_json(self.call.body).encode()
+            body = None if self.call.body is None else gemini_json(self.call.body)
         except RecursionError:
             raise nested_too_deeply() from None
         request = urllib.request.Request(self.gemini.base + self.call.path, body,

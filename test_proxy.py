@@ -882,6 +882,50 @@ def test_googles_own_settings_pass():
         assert body["generationConfig"] == {"thinkingConfig": {"thinkingBudget": 800, "includeThoughts": True}} and body["cachedContent"] == "cachedContents/x"
 
 
+def test_googles_own_settings_in_camel_case_and_beside_an_empty_extra_body():
+    google = {"thinkingConfig": {"thinkingBudget": 0, "includeThoughts": False}, "cachedContent": "cachedContents/x", "safetySettings": [{"category": "C", "threshold": "T"}]}
+    for more in ({"extra_body": {"google": google}}, {"extra_body": {}, "google": google}):
+        body = gemini_body(chat(**more))
+        assert body["generationConfig"] == {"thinkingConfig": {"thinkingBudget": 0, "includeThoughts": False}}
+        assert (body["cachedContent"], body["safetySettings"]) == ("cachedContents/x", google["safetySettings"])
+
+
+def test_what_a_schema_is_for_reaches_the_model():
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    named = {"name": "bill", "description": "In EUR", "strict": True, "schema": schema}
+    ask, ignored = asked(chat(response_format={"type": "json_schema", "json_schema": named}))
+    assert ask.calls[0].body["generationConfig"]["responseJsonSchema"] == {"description": "In EUR", **schema} and not ignored
+    own = {**named, "schema": {**schema, "description": "Its own"}}
+    assert gemini_body(chat(response_format={"type": "json_schema", "json_schema": own}))["generationConfig"]["responseJsonSchema"]["description"] == "Its own"
+
+
+def test_the_body_of_a_response_sent_to_chats():
+    """Cursor does that."""
+    body = {"model": FLASH, "input": [user("Hi")], "max_output_tokens": 77, "text": {"format": {"type": "json_object"}}}
+    ask, ignored = asked(body)
+    assert ask.calls[0].body == {"contents": [u("Hi")], "generationConfig": {"maxOutputTokens": 77, "responseMimeType": "application/json"}} and not ignored
+
+
+def test_a_named_choice_without_tools_is_ignored():
+    ask, ignored = asked(chat(tool_choice={"type": "function", "function": {"name": "f"}}))
+    assert ignored == ["tool_choice"] and "toolConfig" not in ask.calls[0].body
+
+
+def test_half_an_emoji_goes_to_gemini_as_what_it_takes():
+    made = proxy.gemini_json({"text": "a \ud83d b \U0001f600 \\ud83d", "args": {"\udc00": "x"}})
+    assert made.decode() == '{"text":"a \ufffd b \U0001f600 \\\\ud83d","args":{"\ufffd":"x"}}'
+
+
+def test_a_choice_of_values_beside_a_choice_of_kinds():
+    made = proxy.gemini_schema({"anyOf": [{"type": "string"}], "enum": ["a", None]})
+    assert made == {"allOf": [{"anyOf": [{"enum": ["a"]}, {"type": "null"}]}, {"anyOf": [{"type": "string"}]}]}
+
+
+def test_lines_cut_between_cr_and_lf():
+    for cut in ([b"a\r", b"\n", b"\nb\n"], [b"a\r\n\nb\n"], [b"a\r", b"\n\nb\n"], [b"a\r\n", b"\nb", b"\n"]):
+        assert list(proxy.read_lines(cut)) == [b"a", b"", b"b"], cut
+
+
 def test_a_history_with_tools():
     body = chat(user("q"), assistant(None, tool_calls=[tool_call("a", "weather", '{"city": "Oslo"}'), tool_call("b", "3d map", "")]),
                 {"role": "tool", "tool_call_id": "b", "content": [{"type": "text", "text": "map"}]}, {"role": "tool", "tool_call_id": "a", "content": "rain"},
