@@ -1097,17 +1097,23 @@ def json_config(schema: JSON | None) -> JSON:
     return {"responseMimeType": "application/json", **({"responseJsonSchema": gemini_schema(schema)} if schema else {})}
 
 
-def takes_json_with(tools: Tools, model: Model) -> bool:
-    """Whether the model takes an answer in JSON beside these tools: before Gemini 3 it was one or the other."""
-    return model.generation >= 3 or not (tools.declarations or tools.search or tools.code)
-
-
 JSON_ALONE = "\n\nWhen you answer without calling a function, answer with nothing but JSON, without a code fence"
 
 
-def json_instruction(schema: JSON) -> Part:
-    """The same as words, for models that refuse functions beside an answer in JSON."""
-    return text_part(JSON_ALONE + (f", that conforms to this JSON Schema:\n{encode_json(schema)}" if schema else "."))
+class JSONAnswer(NamedTuple):
+    """How an answer in JSON is asked for: in the settings, or in words for the system, after which it may be fenced."""
+    config: JSON
+    words: list[Part]
+    unfence: bool
+
+
+def json_answer(schema: JSON | None, tools: Tools, model: Model) -> JSONAnswer:
+    """How to ask for this schema (None: for text); before Gemini 3, the settings do not go together with tools."""
+    beside = model.generation >= 3 or not (tools.declarations or tools.search or tools.code)
+    if schema is None or beside:
+        return JSONAnswer(json_config(schema), [], False)
+    told = f", that conforms to this JSON Schema:\n{encode_json(schema)}" if schema else "."
+    return JSONAnswer({}, [text_part(JSON_ALONE + told)], True)
 
 
 def generate_call(model: Model, streaming: bool, system: list[Part], contents: list[JSON], config: JSON,
@@ -2014,14 +2020,12 @@ def openai_chat_request(body: Fields, setting: Setting) -> Ask:
         tools = tools._replace(search="web_search_options")
     text = body.inner("text") if is_cursors(body) else None
     schema = openai_response_format(text, "format") if text else openai_response_format(body)
-    unfence = schema is not None and not takes_json_with(tools, model)
-    if unfence:
-        system = system + [json_instruction(schema)]
-    config = {**openai_config(body, model, setting), **json_config(None if unfence else schema)}
+    in_json = json_answer(schema, tools, model)
+    config = {**openai_config(body, model, setting), **in_json.config}
     modalities, wav = openai_modalities(body)
     fields = {**tool_fields(tools, mode, allowed, body, model), **openai_google_fields(body, config)}
-    call = generate_call(model, stream, system, contents, {**config, **modalities}, **fields)
-    wants = ChatWants(names=tools.names, custom=tools.custom, legacy=legacy, unfence=unfence, wav=wav,
+    call = generate_call(model, stream, system + in_json.words, contents, {**config, **modalities}, **fields)
+    wants = ChatWants(names=tools.names, custom=tools.custom, legacy=legacy, unfence=in_json.unfence, wav=wav,
                       one_call=body.get("parallel_tool_calls", bool) is False,
                       usage=openai_counts_tokens(body),
                       thoughts="reasoning" if setting.ollama else "reasoning_content")
@@ -3202,21 +3206,18 @@ def openai_responses_request(body: Fields, setting: Setting) -> Ask:
     tools = openai_tools(body, *history.tools)
     mode, allowed = openai_tool_choice(body, "tool_choice", tools)
     text = body.inner("text") or Fields({}, "text", body.family)
-    schema = openai_response_format(text, "format")
-    unfence = schema is not None and not takes_json_with(tools, model)
-    system = history.system + ([json_instruction(schema)] if unfence else [])
+    in_json = json_answer(openai_response_format(text, "format"), tools, model)
     effort, summary = openai_reasoning(body)
     shown = summary is not None or (setting.ollama and effort != "none")
     config = {**openai_sampling(body, model, openai_limit(body, "max_output_tokens", setting), setting),
-              **openai_thinking(body, "reasoning.effort", model, effort, shown),
-              **json_config(None if unfence else schema)}
+              **openai_thinking(body, "reasoning.effort", model, effort, shown), **in_json.config}
     fields = {**tool_fields(tools, mode, allowed, body, model), **openai_google_fields(body, config)}
-    call = generate_call(model, stream, system, history.contents, config, **fields)
+    call = generate_call(model, stream, history.system + in_json.words, history.contents, config, **fields)
     one_call = body.get("parallel_tool_calls", bool) is False
     echo = {**openai_echo(body, text), "model": asked, "parallel_tool_calls": not one_call,
             "reasoning": {"effort": effort, "summary": summary}, "service_tier": fields.get("serviceTier", "default")}
     wants = ResponseWants(names=tools.names, custom=tools.custom, spaces=tools.spaces, echo=echo,
-                          items=body.data.get("input") or [], one_call=one_call, unfence=unfence,
+                          items=body.data.get("input") or [], one_call=one_call, unfence=in_json.unfence,
                           summary=shown or config.get("thinkingConfig", {}).get("includeThoughts", False),
                           included=openai_included(body))
     return Ask((call,), stream, wants, asked)
@@ -3877,13 +3878,12 @@ def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
 def ollama_ask(body: Fields, asked: str, model: Model, recipe: Recipe, stream: bool, system: list[Part],
                contents: list[JSON]) -> Ask:
     """The call for a chat or a prompt, with all that both may set."""
-    tools, schema = openai_tools(body), ollama_format(body)
-    unfence = schema is not None and not takes_json_with(tools, model)
-    if unfence:
-        system = system + [json_instruction(schema)]
-    config = {**ollama_config(body, model, recipe), **json_config(None if unfence else schema)}
-    call = generate_call(model, stream, system, contents, config, **tool_fields(tools, None, [], body, model))
-    return Ask((call,), stream, ollama_wants(body, asked, names=tools.names, unfence=unfence), asked)
+    tools = openai_tools(body)
+    in_json = json_answer(ollama_format(body), tools, model)
+    config = {**ollama_config(body, model, recipe), **in_json.config}
+    call = generate_call(model, stream, system + in_json.words, contents, config,
+                         **tool_fields(tools, None, [], body, model))
+    return Ask((call,), stream, ollama_wants(body, asked, names=tools.names, unfence=in_json.unfence), asked)
 
 
 def ollama_chat_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
@@ -4523,13 +4523,10 @@ def anthropic_ask(body: Fields, setting: Setting, stream: bool = False) -> Ask:
     output = body.inner("output_config") or Fields({}, "output_config", body.family)
     config = anthropic_config(body, model)
     thinking, thoughts = anthropic_thinking(body, output, model, config.get("maxOutputTokens"))
-    schema = anthropic_format(body, output)
-    unfence = schema is not None and not takes_json_with(tools, model)
-    if unfence:
-        system = system + [json_instruction(schema)]
-    config = {**config, **thinking, **json_config(None if unfence else schema)}
-    call = generate_call(model, stream, system, contents, config, **tool_fields(tools, mode, allowed, body, model))
-    return Ask((call,), stream, AnthropicWants(tools.names, one_call, unfence, thoughts), asked)
+    in_json = json_answer(anthropic_format(body, output), tools, model)
+    call = generate_call(model, stream, system + in_json.words, contents, {**config, **thinking, **in_json.config},
+                         **tool_fields(tools, mode, allowed, body, model))
+    return Ask((call,), stream, AnthropicWants(tools.names, one_call, in_json.unfence, thoughts), asked)
 
 
 def anthropic_thread(body: Fields) -> None:
