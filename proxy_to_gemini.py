@@ -951,12 +951,14 @@ def not_heeded(effort: str | None, config: JSON | None) -> bool:
 
 def sampling_config(model: Model, stops: list[str], *, temperature: float | None, top_p: float | None,
                     top_k: int | None, limit: int | None, seed: int | None = None,
-                    penalties: tuple[float | None, float | None] = (None, None)) -> JSON:
+                    penalty: Callable[[str], float | None] = lambda key: None) -> JSON:
     """The part of a generationConfig that is not about thinking, within what Gemini takes.
 
-    Its numbers have 32 bits; the same seed always gives the same one. Models since 2.5 refuse any penalty.
+    Its numbers have 32 bits; the same seed always gives the same one. Models since 2.5 refuse any penalty: there
+    `penalty`, which reads one, is not called, and so the client is told that its own is ignored.
     """
-    presence, frequency = penalties if model.generation < 2.5 else (None, None)
+    presence, frequency = ((penalty("presence_penalty"), penalty("frequency_penalty")) if model.generation < 2.5
+                           else (None, None))
     config = {
         "temperature": None if temperature is None else min(max(temperature, 0), 2),
         "topP": None if top_p is None else min(max(top_p, 0), 1),
@@ -2072,12 +2074,10 @@ def openai_limit(body: Fields, key: str, setting: Setting) -> int | None:
 
 def openai_sampling(body: Fields, model: Model, limit: int | None, setting: Setting) -> JSON:
     """The part of a generationConfig that is not about thinking. Ollama refuses no temperature for its height."""
-    penalties = ((body.number("presence_penalty", -2, 2), body.number("frequency_penalty", -2, 2))
-                 if model.generation < 2.5 else (None, None))       # where they are not read, they are named as ignored
     return sampling_config(model, stop_sequences(body), limit=limit, seed=body.get("seed", int),
                            temperature=body.number("temperature", 0, math.inf if setting.ollama else 2),
                            top_p=body.number("top_p", 0, math.inf if setting.ollama else 1),
-                           top_k=body.get("top_k", int), penalties=penalties)
+                           top_k=body.get("top_k", int), penalty=lambda key: body.number(key, -2, 2))
 
 
 def openai_thinking(body: Fields, key: str, model: Model, effort: str | None, thoughts: bool,
@@ -3713,10 +3713,9 @@ def ollama_options(options: Fields, model: Model) -> JSON:
     numbers = (options.get(key, float) for key in ("num_predict", "top_k", "seed"))     # a fraction is cut off
     limit, top_k, seed = (None if number is None else int(min(max(number, -2**63), 2**63)) for number in numbers)
     temperature, top_p = options.get("temperature", float), options.get("top_p", float)
-    penalties = ((options.get("presence_penalty", float), options.get("frequency_penalty", float))
-                 if model.generation < 2.5 else (None, None))
     return sampling_config(model, stop_sequences(options), temperature=temperature, top_p=top_p, top_k=top_k,
-                           limit=limit, seed=None if seed is None or seed < 0 else seed, penalties=penalties)
+                           limit=limit, seed=None if seed is None or seed < 0 else seed,
+                           penalty=lambda key: options.get(key, float))
 
 
 def ollama_format(body: Fields) -> JSON | None:
