@@ -5334,7 +5334,8 @@ class Flight:
             lost = self.response is None or not self.response.spoken
             stale = lost and self.response is not None and self.response.kept
             self.release()
-            self.gemini.count("upstream_errors_total", str(error.status))
+            if error.upstream:              # and not our own end
+                self.gemini.count("upstream_errors_total", str(error.status))
             mended, names = repaired(self.call, error.message) if error.status == 400 else (None, [])
             late = time.monotonic() - self.began > PATIENCE
             hopeless = mended is None and (error.again is None or error.again > SHORT_DELAY or late)
@@ -5554,7 +5555,7 @@ class Gemini:
         return Answers(self, calls, watch, key)
 
     def signed(self, call: GeminiCall, key: str) -> GeminiCall:
-        """The call with the signatures that its history lost; those of another generation of models stay out."""
+        """The call with what its history lost; what another generation of models had said stays out."""
         def recall(id: str | None, digest: str, name: str) -> Recalled:
             found = self.memory.get(f"{scope_of(key)}:call:{id}", digest)
             if not found:
@@ -5570,7 +5571,7 @@ class Gemini:
         return restore_signatures(call, scope_of(key), recall, count) if call.model else call
 
     def remember(self, call: GeminiCall, key: str, calls: list[Call]) -> list[str]:
-        """Ids for the function calls in the answer to this call; their signatures are kept under them."""
+        """Ids for the function calls in the answer to this call; what they will want again is kept under them."""
         ids = ["call_" + secrets.token_hex(12) for _ in calls]
         if any(made.signature or made.before for made in calls):
             trail = Trail(call.body, scope_of(key))
