@@ -43,28 +43,6 @@ look at, plug-ins.
 """
 from __future__ import annotations
 
-import os
-import sys
-
-if __name__ == "__main__" and "AGAIN" not in globals() and sys.executable and sys.implementation.name == "cpython" \
-        and hasattr(os, "memfd_create") and None not in (sys.stdin, sys.stdout, sys.stderr):
-    # CPython keeps the syntax tree of a script for as long as it runs, 16 MB of this one. So the script makes way for
-    # its own bytecode, in the same process.
-    import marshal
-    AGAIN = ("AGAIN = True; import marshal, sys; sys.path[:] = [path for path in sys.path if path]; del sys.argv[0]; "
-             "__file__ = {!r}\nwith open({}, 'rb') as file: CODE = marshal.loads(file.read())\nexec(CODE)")
-    FLAGS = [flag for flag, name in (("-I", "isolated"), ("-E", "ignore_environment"), ("-s", "no_user_site"))
-             if getattr(sys.flags, name)]
-    try:
-        MEMORY = os.memfd_create("bytecode", 0)
-        with open(MEMORY, "wb", closefd=False) as file:
-            marshal.dump(sys._getframe().f_code, file)
-        os.lseek(MEMORY, 0, os.SEEK_SET)
-        os.execv(sys.executable, [sys.executable, *FLAGS, "-c", AGAIN.format(os.path.abspath(__file__), MEMORY),
-                                  *sys.argv])
-    except OSError:
-        pass                # a kernel that forbids it costs memory, and nothing else
-
 import argparse
 import array
 import base64
@@ -87,6 +65,7 @@ import itertools
 import json
 import math
 import mmap
+import os
 import random
 import re
 import secrets
@@ -95,6 +74,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import sys
 import threading
 import time
 import traceback

@@ -3417,8 +3417,7 @@ def make(*words):
     return subprocess.run(["make", "-s", *words, "PYTHON=" + sys.executable], cwd=HERE, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-def test_the_program_makes_way_for_its_bytecode(tmp_path):
+def test_the_program_starts_from_any_folder_and_under_any_name(tmp_path):
     """It starts wherever it lies and whatever it is called, and the folder it is called from has no say."""
     (tmp_path / "random.py").write_text("raise SystemExit('the wrong random')")
     (tmp_path / "link").symlink_to(HERE / "proxy_to_gemini.py")
@@ -3430,6 +3429,7 @@ def test_the_program_makes_way_for_its_bytecode(tmp_path):
             assert "SHA-256" in process.stdout.read() and process.wait(10) == 0
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 def test_make_installs_and_takes_it_away_again(tmp_path):
     where = ["DESTDIR=" + str(tmp_path), "PREFIX=/opt/x"]
     said = make("install", *where, "FLAGS=-api=ollama '-alias=a b=c'")
