@@ -41,6 +41,7 @@ Declined, and why: fetching what a client names (a proxy with a key is no place 
 vectors for token numbers (they are OpenAI's), several providers (there are good routers), a page to
 look at, plug-ins.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -99,19 +100,30 @@ JSON = dict[str, Any]
 class ProxyError(Exception):
     """A failure that the client is to hear about; a Protocol puts it into its own words."""
 
-    def __init__(self, status: int, message: str, *, code: str | None = None, place: str | None = None,
-                 headers: dict[str, str] | None = None, upstream: bool = False, again: float | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        place: str | None = None,
+        headers: dict[str, str] | None = None,
+        upstream: bool = False,
+        again: float | None = None,
+    ):
         super().__init__(message)
-        self.status = status            # of the HTTP answer
+        self.status = status  # of the HTTP answer
         self.message = message
-        self.code = code                # what is wrong, as one of OpenAI's words
-        self.place = place              # the field it is about, such as "messages[2].role"
-        self.headers = headers or {}    # such as Retry-After
-        self.upstream = upstream        # whether Gemini said so
-        self.again = again              # seconds after which the same call may go well; None: it will not
-        self.model = ""                 # the model it is about, as the client spelt it
-        self.listed: bool | None = None     # whether Gemini lists that model; None if that is not known
-        self.request_id = ""            # of the request that failed
+        self.code = code  # what is wrong, as one of OpenAI's words
+        self.place = place  # the field it is about, such as "messages[2].role"
+        self.headers = headers or {}  # such as Retry-After
+        self.upstream = upstream  # whether Gemini said so
+        self.again = again  # seconds after which the same call may go well; None: it will not
+        self.model = ""  # the model it is about, as the client spelt it
+        self.listed: bool | None = (
+            None  # whether Gemini lists that model; None if that is not known
+        )
+        self.request_id = ""  # of the request that failed
 
 
 class NoRoute(ProxyError):
@@ -120,13 +132,21 @@ class NoRoute(ProxyError):
 
 class Upload(NamedTuple):
     """A file in a form."""
+
     name: str
     mime: str
     data: bytes
 
 
-KINDS = {str: "a string", bool: "a boolean", int: "an integer", float: "a number", dict: "an object", list: "an array",
-         Upload: "a file"}
+KINDS = {
+    str: "a string",
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    dict: "an object",
+    list: "an array",
+    Upload: "a file",
+}
 
 
 def kind_of(value: Any) -> str:
@@ -135,8 +155,12 @@ def kind_of(value: Any) -> str:
 
 def wrong_type(place: str, wanted: Iterable[type], value: Any) -> ProxyError:
     names = " or ".join(KINDS[kind] for kind in wanted)
-    return ProxyError(400, f"Invalid type for '{place}': expected {names}, but got {kind_of(value)} instead.",
-                      code="invalid_type", place=place)
+    return ProxyError(
+        400,
+        f"Invalid type for '{place}': expected {names}, but got {kind_of(value)} instead.",
+        code="invalid_type",
+        place=place,
+    )
 
 
 def wrong_value(place: str, message: str) -> ProxyError:
@@ -145,10 +169,25 @@ def wrong_value(place: str, message: str) -> ProxyError:
 
 # What an unread field may hold without anything being lost: these, and the defaults of OpenAI and Ollama.
 NOTHING = (None, False, "", [], {})
-DEFAULTS = {"n": 1, "best_of": 1, "modalities": ["text"], "service_tier": ("auto", "default"), "verbosity": "medium",
-            "parallel_tool_calls": True, "truncation": ("disabled", "auto"), "truncate": True, "shift": True,
-            "detail": "auto", "quality": ("auto", "standard"), "background": ("auto", "opaque"), "moderation": "auto",
-            "speed": 1, "chunking_strategy": "auto", "presence_penalty": 0, "frequency_penalty": 0}
+DEFAULTS = {
+    "n": 1,
+    "best_of": 1,
+    "modalities": ["text"],
+    "service_tier": ("auto", "default"),
+    "verbosity": "medium",
+    "parallel_tool_calls": True,
+    "truncation": ("disabled", "auto"),
+    "truncate": True,
+    "shift": True,
+    "detail": "auto",
+    "quality": ("auto", "standard"),
+    "background": ("auto", "opaque"),
+    "moderation": "auto",
+    "speed": 1,
+    "chunking_strategy": "auto",
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+}
 
 
 class Fields:
@@ -164,7 +203,9 @@ class Fields:
         if type(data) is not dict:
             raise wrong_type(place, (dict,), data)
         self.data, self.place, self.read = data, place, set()
-        self.family = [] if family is None else family      # every Fields of this body, and names to be told
+        self.family = (
+            [] if family is None else family
+        )  # every Fields of this body, and names to be told
         self.family.append(self)
 
     def at(self, key: str) -> str:
@@ -186,8 +227,12 @@ class Fields:
     def need(self, key: str, *kinds: type) -> Any:
         value = self.get(key, *kinds)
         if value is None:
-            raise ProxyError(400, f"Missing required parameter: '{self.at(key)}'.", code="missing_required_parameter",
-                             place=self.at(key))
+            raise ProxyError(
+                400,
+                f"Missing required parameter: '{self.at(key)}'.",
+                code="missing_required_parameter",
+                place=self.at(key),
+            )
         return value
 
     def number(self, key: str, low: float, high: float, kind: type = float) -> Any:
@@ -196,8 +241,12 @@ class Fields:
         if value is not None and not low <= value <= high:
             side = "decimal_below_min_value" if value < low else "decimal_above_max_value"
             bounds = f"between {low} and {high}" if high < math.inf else f"{low} or more"
-            raise ProxyError(400, f"Invalid value for '{self.at(key)}': it must be {bounds}.",
-                             code=side.replace("decimal", "integer") if kind is int else side, place=self.at(key))
+            raise ProxyError(
+                400,
+                f"Invalid value for '{self.at(key)}': it must be {bounds}.",
+                code=side.replace("decimal", "integer") if kind is int else side,
+                place=self.at(key),
+            )
         return value
 
     def word(self, key: str, *allowed: str) -> str | None:
@@ -209,8 +258,10 @@ class Fields:
 
     def unknown(self, key: str, value: str, allowed: Iterable[str]) -> ProxyError:
         names = ", ".join(f"'{word}'" for word in allowed)
-        return wrong_value(self.at(key),
-                           f"Invalid value for '{self.at(key)}': {value[:80]!r}. Supported values are: {names}.")
+        return wrong_value(
+            self.at(key),
+            f"Invalid value for '{self.at(key)}': {value[:80]!r}. Supported values are: {names}.",
+        )
 
     def inner(self, key: str) -> Fields | None:
         """The object under this key, or None."""
@@ -250,14 +301,18 @@ class Fields:
                 continue
             for key in fields.data.keys() - fields.read:
                 value, default = fields.data[key], DEFAULTS.get(key)
-                if value not in NOTHING and value != default and not (type(default) is tuple and value in default):
+                if (
+                    value not in NOTHING
+                    and value != default
+                    and not (type(default) is tuple and value in default)
+                ):
                     names[re.sub(r"\[\d+\]", "[]", fields.at(key))] = True
         return sorted(names)
 
 
 def finite(text: str) -> float:
     number = float(text)
-    if number - number:         # infinite: json.loads makes that of 1e999
+    if number - number:  # infinite: json.loads makes that of 1e999
         raise ValueError(f"{text[:20]} is beyond any number")
     return number
 
@@ -269,7 +324,9 @@ def no_constant(name: str) -> None:
 # Strict: neither NaN nor Infinity, in either direction. The text is ASCII, since some clients split lines at U+2028.
 decode_json = json.JSONDecoder(parse_float=finite, parse_constant=no_constant).decode
 encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-encode_json_as_is = json.JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode
+encode_json_as_is = json.JSONEncoder(
+    separators=(",", ":"), allow_nan=False, ensure_ascii=False
+).encode
 
 
 def gemini_json(body: JSON) -> bytes:
@@ -282,7 +339,9 @@ def gemini_json(body: JSON) -> bytes:
 
 
 def nested_too_deeply() -> ProxyError:
-    return ProxyError(400, "We could not parse the JSON body of your request: it is nested too deeply.")
+    return ProxyError(
+        400, "We could not parse the JSON body of your request: it is nested too deeply."
+    )
 
 
 def parse_body(raw: bytes, content_type: str = "") -> Fields:
@@ -294,22 +353,32 @@ def parse_body(raw: bytes, content_type: str = "") -> Fields:
     except RecursionError:
         raise nested_too_deeply() from None
     except ValueError as error:
-        raise ProxyError(400, f"We could not parse the JSON body of your request: {str(error)[:200]}.") from None
+        raise ProxyError(
+            400, f"We could not parse the JSON body of your request: {str(error)[:200]}."
+        ) from None
     if type(data) is not dict:
-        raise ProxyError(400, "We could not parse the JSON body of your request: expected an object, but got "
-                              f"{kind_of(data)}.")
+        raise ProxyError(
+            400,
+            "We could not parse the JSON body of your request: expected an object, but got "
+            f"{kind_of(data)}.",
+        )
     return Fields(data)
 
 
-MOST_PARTS = 100        # of a form
-FORM_TYPE = re.compile(r"multipart/form-data\s*(?:;[^;]*)*?;\s*boundary=(\"?)"
-                       r"([0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-])\1\s*(?:;.*)?", re.I | re.A)
+MOST_PARTS = 100  # of a form
+FORM_TYPE = re.compile(
+    r"multipart/form-data\s*(?:;[^;]*)*?;\s*boundary=(\"?)"
+    r"([0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-])\1\s*(?:;.*)?",
+    re.I | re.A,
+)
 PARAMETER = r"""\s*;\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)=(?:"((?:[^"\\\r\n]|\\.)*)"|([^\s;"]+))"""
 DISPOSITION = re.compile(f"form-data(?:{PARAMETER})*\\s*;?", re.I)
 
 
 def no_form(why: str) -> ProxyError:
-    return ProxyError(400, f"We could not parse the multipart/form-data body of your request: {why}.")
+    return ProxyError(
+        400, f"We could not parse the multipart/form-data body of your request: {why}."
+    )
 
 
 def parse_form(raw: bytes, content_type: str) -> Fields:
@@ -348,14 +417,18 @@ def form_part(piece: bytes) -> tuple[str, str | Upload]:
         raise no_form("a part's head makes no sense")
     if headers.get("content-transfer-encoding", "binary").lower() not in ("binary", "8bit", "7bit"):
         raise no_form("a part has a transfer encoding")
-    told = {key.lower(): re.sub(r"\\(.)", r"\1", quoted or bare)
-            for key, quoted, bare in re.findall(PARAMETER, disposition)}
+    told = {
+        key.lower(): re.sub(r"\\(.)", r"\1", quoted or bare)
+        for key, quoted, bare in re.findall(PARAMETER, disposition)
+    }
     name = told.get("name")
     if not name:
         raise no_form("a part has no name")
     if "filename" in told or "filename*" in told:
         file = told.get("filename") or urllib.parse.unquote(told.get("filename*", ""))
-        return name, Upload(file, headers.get("content-type", "").partition(";")[0].strip().lower(), data)
+        return name, Upload(
+            file, headers.get("content-type", "").partition(";")[0].strip().lower(), data
+        )
     try:
         return name, data.decode()
     except UnicodeDecodeError:
@@ -377,7 +450,9 @@ def form_scalars(body: Fields, *keys: str) -> None:
     """Read these texts of a form as the numbers and booleans that they are in JSON; others stay what they are."""
     for key in keys:
         text = body.data.get(key)
-        if type(text) is str and re.fullmatch(r"true|false|null|-?\d{1,9}(\.\d{1,17})?", text, re.I | re.A):
+        if type(text) is str and re.fullmatch(
+            r"true|false|null|-?\d{1,9}(\.\d{1,17})?", text, re.I | re.A
+        ):
             body.data[key] = decode_json(text.lower())
 
 
@@ -392,45 +467,53 @@ def parsed_object(text: str) -> JSON | None:
 
 class GeminiCall(NamedTuple):
     """One HTTP request to Gemini, not yet sent: a POST where it has a body."""
-    path: str                               # below /v1beta/, such as "models/gemini-2.5-flash:generateContent"
+
+    path: str  # below /v1beta/, such as "models/gemini-2.5-flash:generateContent"
     body: JSON | None = None
     model: Model | None = None
     streaming: bool = False
-    optional: bool = False                  # the answer can do without it: a failure is an empty chunk
+    optional: bool = False  # the answer can do without it: a failure is an empty chunk
 
 
 class Ask(NamedTuple):
     """What a client's request comes to."""
-    calls: tuple[GeminiCall, ...] = ()      # sent at once, answered in order
-    stream: bool = False                    # whether the client wants events
-    wants: Any = None                       # what only the reply can fulfil; the endpoint knows its type
-    model: str = ""                         # as the client spelt it
-    framing: Framing | None = None          # of the stream, where it is not the route's
+
+    calls: tuple[GeminiCall, ...] = ()  # sent at once, answered in order
+    stream: bool = False  # whether the client wants events
+    wants: Any = None  # what only the reply can fulfil; the endpoint knows its type
+    model: str = ""  # as the client spelt it
+    framing: Framing | None = None  # of the stream, where it is not the route's
 
 
 class Setting(NamedTuple):
     """What a request and its answer may depend on besides its body: the server's, but for params and query."""
-    aliases: tuple[tuple[str, str], ...] = ()                   # (name or glob, Gemini's model)
-    ollama: bool = False                                        # whether this is to pass for an Ollama server
-    now: Callable[[], float] = float                            # seconds since 1970
-    new_id: Callable[[str], str] = str                          # a new id with this prefix
-    recall: Callable[[str], str | None] = lambda key: None      # what was kept under a key
-    keep: Callable[[str, str], None] = lambda key, text: None   # keep a text under a key; "" forgets it
-    store: Callable[[str, str], None] = lambda key, text: None  # the same, until newer ones need its place
-    kept: Callable[[], dict[str, str]] = dict                   # all recipes that were kept, by name
-    loaded: dict[str, float] = {}                               # models in use, and until when (Ollama's ps)
-    params: dict[str, str] = {}                                 # captured from the path
+
+    aliases: tuple[tuple[str, str], ...] = ()  # (name or glob, Gemini's model)
+    ollama: bool = False  # whether this is to pass for an Ollama server
+    now: Callable[[], float] = float  # seconds since 1970
+    new_id: Callable[[str], str] = str  # a new id with this prefix
+    recall: Callable[[str], str | None] = lambda key: None  # what was kept under a key
+    keep: Callable[[str, str], None] = lambda key, text: (
+        None
+    )  # keep a text under a key; "" forgets it
+    store: Callable[[str, str], None] = lambda key, text: (
+        None
+    )  # the same, until newer ones need its place
+    kept: Callable[[], dict[str, str]] = dict  # all recipes that were kept, by name
+    loaded: dict[str, float] = {}  # models in use, and until when (Ollama's ps)
+    params: dict[str, str] = {}  # captured from the path
     query: dict[str, str] = {}
 
 
 class Usage(NamedTuple):
     """Tokens, of one call or of several."""
-    prompt: int = 0         # went in, with the results of Gemini's own tools
-    cached: int = 0         # of these, from Gemini's cache
-    output: int = 0         # came out, thoughts included
-    thoughts: int = 0       # of these, thoughts
-    heard: int = 0          # of the prompt, sound
-    spoken: int = 0         # of the output, sound
+
+    prompt: int = 0  # went in, with the results of Gemini's own tools
+    cached: int = 0  # of these, from Gemini's cache
+    output: int = 0  # came out, thoughts included
+    thoughts: int = 0  # of these, thoughts
+    heard: int = 0  # of the prompt, sound
+    spoken: int = 0  # of the output, sound
 
     def plus(self, other: Usage) -> Usage:
         return Usage(*map(sum, zip(self, other)))
@@ -442,29 +525,35 @@ class Exchange:
     def __init__(self, ask: Ask, setting: Setting, remember: Callable[[list[Call]], list[str]]):
         self.ask, self.model, self.wants = ask, ask.model, ask.wants
         self.setting, self.now, self.new_id = setting, setting.now, setting.new_id
-        self.created = setting.now()            # seconds since 1970
-        self.remember = remember                # gives the calls of an answer ids, and keeps their signatures
-        self.usage = Usage()                    # of all that was read so far
-        self.told: Any = None                   # what a stream has said so far, where its failure must go on from it
+        self.created = setting.now()  # seconds since 1970
+        self.remember = remember  # gives the calls of an answer ids, and keeps their signatures
+        self.usage = Usage()  # of all that was read so far
+        self.told: Any = None  # what a stream has said so far, where its failure must go on from it
 
     def known(self, calls: list[Call]) -> list[Call]:
         """The calls with ids of ours, under which they are remembered."""
-        return [call._replace(id=id) for call, id in zip(calls, self.remember(calls))] if calls else []
+        return (
+            [call._replace(id=id) for call, id in zip(calls, self.remember(calls))] if calls else []
+        )
 
 
 class Payload(NamedTuple):
     """A whole answer that is not JSON."""
+
     data: bytes
     content_type: str = "text/plain; charset=utf-8"
 
 
 class Framing(NamedTuple):
     """How the events of a stream become bytes."""
+
     content_type: str
     encode: Callable[[JSON], bytes]
-    end: bytes = b""                        # after the last event of a stream that went well
-    beat: bytes = b": keep-alive\n\n"       # says that the stream is alive; routes may have a beat of their own
-    tells: bool = True                      # whether an error can be an event
+    end: bytes = b""  # after the last event of a stream that went well
+    beat: bytes = (
+        b": keep-alive\n\n"  # says that the stream is alive; routes may have a beat of their own
+    )
+    tells: bool = True  # whether an error can be an event
 
 
 def encode_sse(event: JSON) -> bytes:
@@ -486,15 +575,20 @@ def no_body(raw: bytes, content_type: str) -> Fields:
 
 class Route(NamedTuple):
     """One endpoint. Path segments in braces are captured; the last one may hold slashes."""
+
     method: str
     path: str
     request: Callable[[Fields, Setting], Ask]
     response: Callable[[Exchange, Iterator[Iterator[JSON]]], Any]
     stream: Callable[[Exchange, Iterator[Iterator[JSON]]], Iterator[JSON]] | None = None
     framing: Framing = SSE
-    beat: Callable[[Exchange], JSON] | None = None          # an event that says nothing, if framing.beat will not do
-    takes: Callable[[bytes, str], Fields] = parse_body          # reads the body, given its Content-Type
-    failure: Callable[[Exchange, ProxyError], list[JSON]] | None = None     # last events of a stream that failed
+    beat: Callable[[Exchange], JSON] | None = (
+        None  # an event that says nothing, if framing.beat will not do
+    )
+    takes: Callable[[bytes, str], Fields] = parse_body  # reads the body, given its Content-Type
+    failure: Callable[[Exchange, ProxyError], list[JSON]] | None = (
+        None  # last events of a stream that failed
+    )
 
     @property
     def name(self) -> str:
@@ -503,11 +597,13 @@ class Route(NamedTuple):
 
 class Protocol(NamedTuple):
     """The routes that speak one protocol, and its form of an error."""
+
     name: str
     routes: tuple[Route, ...]
-    error: Callable[[ProxyError], tuple[int, Any]]          # (status, body: JSON or a Payload)
-    stream_error: Callable[[ProxyError], JSON]              # the last event of a stream that failed
-    id_headers: tuple[str, ...] = ()                        # in which its clients look for the request's id
+    error: Callable[[ProxyError], tuple[int, Any]]  # (status, body: JSON or a Payload)
+    stream_error: Callable[[ProxyError], JSON]  # the last event of a stream that failed
+    id_headers: tuple[str, ...] = ()  # in which its clients look for the request's id
+
 
 # ======================================================================================
 # 2. Writing Gemini: parts, turns, thinking by model, functions and schemas, whole requests
@@ -518,14 +614,16 @@ class Protocol(NamedTuple):
 
 class Levels(NamedTuple):
     """A model that thinks by level."""
+
     names: tuple[str, ...]
 
 
 class Budget(NamedTuple):
     """A model that thinks by budget, in tokens."""
+
     low: int
     high: int
-    stops: bool             # whether it can be told not to think
+    stops: bool  # whether it can be told not to think
 
 
 LOW_TO_HIGH = Levels(("LOW", "MEDIUM", "HIGH"))
@@ -543,16 +641,17 @@ THINKING = (
     (r"gemini-3(\.[1-6])?-flash", Levels(("MINIMAL", "LOW", "MEDIUM", "HIGH"))),
     (r"", LOW_TO_HIGH),
 )
-NEWEST = 99.0       # the generation of a name that does not tell it
+NEWEST = 99.0  # the generation of a name that does not tell it
 
 
 class Model(NamedTuple):
     """A Gemini model, and what its name tells of its ways."""
-    path: str                                       # in URLs: "models/gemini-2.5-flash"
+
+    path: str  # in URLs: "models/gemini-2.5-flash"
     generation: float
     thinking: Levels | Budget | None
-    prefills: bool                                  # goes on with a history that ends in its own turn
-    signs: bool                                     # refuses its own calls without their signatures
+    prefills: bool  # goes on with a history that ends in its own turn
+    signs: bool  # refuses its own calls without their signatures
 
     @property
     def name(self) -> str:
@@ -564,22 +663,32 @@ def model_of(name: str) -> Model:
     """The traits of a model by this (valid) name, which may begin with "tunedModels/"."""
     short = name.rpartition("/")[2]
     told = re.match(r"gemini-(\d+(?:\.\d+)?)", short)
-    generation = float(told.group(1)) if told else 2.0 if re.match(r"gemma|learnlm", short) else NEWEST
-    return Model(path=name if "/" in name else "models/" + name, generation=generation,
-                 thinking=next(thinking for pattern, thinking in THINKING if re.match(pattern, short)),
-                 prefills=generation < 3.5 or bool(re.match(r"gemini-3\.5-flash(?!-lite)", short)),
-                 signs=generation >= 3 and "image" not in short and "banana" not in short)
+    generation = (
+        float(told.group(1)) if told else 2.0 if re.match(r"gemma|learnlm", short) else NEWEST
+    )
+    return Model(
+        path=name if "/" in name else "models/" + name,
+        generation=generation,
+        thinking=next(thinking for pattern, thinking in THINKING if re.match(pattern, short)),
+        prefills=generation < 3.5 or bool(re.match(r"gemini-3\.5-flash(?!-lite)", short)),
+        signs=generation >= 3 and "image" not in short and "banana" not in short,
+    )
 
 
 def no_such_model(name: str) -> ProxyError:
-    error = ProxyError(404, f"The model `{name[:200]}` does not exist or you do not have access to it.",
-                       code="model_not_found", place="model")
+    error = ProxyError(
+        404,
+        f"The model `{name[:200]}` does not exist or you do not have access to it.",
+        code="model_not_found",
+        place="model",
+    )
     error.model = name
     return error
 
 
 class Recipe(NamedTuple):
     """A name for a model that a client of Ollama made, with words and options of its own."""
+
     source: str = ""
     system: str = ""
     options: JSON = {}
@@ -589,7 +698,9 @@ def plain_name(asked: str, ollama: bool) -> str:
     """A model's name without prefixes, and without what Ollama lets clients write around it: registry, tag, case."""
     if not ollama:
         return re.sub(r"^(models|google|gemini)/", "", asked)
-    name = re.sub(r"^(registry\.ollama\.ai/)?(library|ollama|models|google|gemini)/", "", asked, flags=re.I)
+    name = re.sub(
+        r"^(registry\.ollama\.ai/)?(library|ollama|models|google|gemini)/", "", asked, flags=re.I
+    )
     name = re.sub(r":(latest|local)$", "", name, flags=re.I)
     return name if name.startswith("tunedModels/") else name.lower()
 
@@ -606,10 +717,14 @@ def model_named(asked: str, setting: Setting) -> Model:
     A name can never change the URL: whatever is not plain is a model that does not exist.
     """
     plain = plain_name(asked, setting.ollama)
-    name = recipe_named(asked, setting).source \
-        or next((to for name, to in setting.aliases if name in (asked, plain)), "") \
+    name = (
+        recipe_named(asked, setting).source
+        or next((to for name, to in setting.aliases if name in (asked, plain)), "")
         or next((to for glob, to in setting.aliases if fnmatch.fnmatchcase(plain, glob)), plain)
-    if len(name) > 128 or not re.fullmatch(r"(tunedModels/)?[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*", name):
+    )
+    if len(name) > 128 or not re.fullmatch(
+        r"(tunedModels/)?[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*", name
+    ):
         raise no_such_model(asked)
     return model_of(name)
 
@@ -617,8 +732,13 @@ def model_named(asked: str, setting: Setting) -> Model:
 # ---- parts ----
 
 Part = JSON
-OWN_TOOLS = {"toolCall", "toolResponse"}        # parts of Gemini's own tools, such as its search, beside functions
-PLACEHOLDER = base64.b64encode(b"skip_thought_signature_validator").decode()    # Google's documented bypass
+OWN_TOOLS = {
+    "toolCall",
+    "toolResponse",
+}  # parts of Gemini's own tools, such as its search, beside functions
+PLACEHOLDER = base64.b64encode(
+    b"skip_thought_signature_validator"
+).decode()  # Google's documented bypass
 
 
 def text_part(text: str) -> Part:
@@ -630,23 +750,63 @@ def texts_of(parts: Iterable[Part]) -> str:
 
 
 # The first bytes of a file, and what it is. Ollama's clients send bare base64, and some name a wrong type.
-MAGIC = ((rb"\xff\xd8\xff", "image/jpeg"), (rb"\x89PNG", "image/png"), (rb"GIF8", "image/gif"),
-         (rb"RIFF....WEBP", "image/webp"),
-         (rb"....ftyp(hei[cfmsx]|mif1|hevc)", "image/heic"), (rb"BM", "image/bmp"), (rb"%PDF", "application/pdf"),
-         (rb"RIFF....WAVE", "audio/wav"), (rb"ID3|\xff[\xf2\xf3\xfb]", "audio/mp3"), (rb"fLaC", "audio/flac"),
-         (rb"OggS", "audio/ogg"),
-         (rb"....ftypavi[fs]", "image/avif"), (rb"....ftypM4A", "audio/mp4"), (rb"....ftyp", "video/mp4"),
-         (rb"\x1a\x45\xdf\xa3", "video/webm"))
-MIME_SPELLINGS = {"image/jpg": "image/jpeg", "audio/x-wav": "audio/wav", "audio/wave": "audio/wav",
-                  "audio/m4a": "audio/mp4", "application/x-pdf": "application/pdf"}
-TEXT_TYPES = re.compile(r"text/|application/(json|xml|yaml|x-yaml|javascript|typescript|toml|sql|x-sh|csv)\b|"
-                        r".*\+(json|xml)$")
-EXTENSIONS = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp", "heic": "image/heic",
-              "gif": "image/gif", "pdf": "application/pdf", "mp3": "audio/mp3", "wav": "audio/wav",
-              "flac": "audio/flac", "ogg": "audio/ogg", "m4a": "audio/mp4", "aac": "audio/aac", "mp4": "video/mp4",
-              "webm": "video/webm", "mov": "video/mov", "txt": "text/plain", "md": "text/markdown", "csv": "text/csv",
-              "json": "application/json", "html": "text/html", "xml": "text/xml", "py": "text/x-python",
-              "js": "text/javascript", "ts": "text/plain", "yaml": "text/plain", "yml": "text/plain"}
+MAGIC = (
+    (rb"\xff\xd8\xff", "image/jpeg"),
+    (rb"\x89PNG", "image/png"),
+    (rb"GIF8", "image/gif"),
+    (rb"RIFF....WEBP", "image/webp"),
+    (rb"....ftyp(hei[cfmsx]|mif1|hevc)", "image/heic"),
+    (rb"BM", "image/bmp"),
+    (rb"%PDF", "application/pdf"),
+    (rb"RIFF....WAVE", "audio/wav"),
+    (rb"ID3|\xff[\xf2\xf3\xfb]", "audio/mp3"),
+    (rb"fLaC", "audio/flac"),
+    (rb"OggS", "audio/ogg"),
+    (rb"....ftypavi[fs]", "image/avif"),
+    (rb"....ftypM4A", "audio/mp4"),
+    (rb"....ftyp", "video/mp4"),
+    (rb"\x1a\x45\xdf\xa3", "video/webm"),
+)
+MIME_SPELLINGS = {
+    "image/jpg": "image/jpeg",
+    "audio/x-wav": "audio/wav",
+    "audio/wave": "audio/wav",
+    "audio/m4a": "audio/mp4",
+    "application/x-pdf": "application/pdf",
+}
+TEXT_TYPES = re.compile(
+    r"text/|application/(json|xml|yaml|x-yaml|javascript|typescript|toml|sql|x-sh|csv)\b|"
+    r".*\+(json|xml)$"
+)
+EXTENSIONS = {
+    "png": "image/png",
+    "jpg": "image/jpeg",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+    "heic": "image/heic",
+    "gif": "image/gif",
+    "pdf": "application/pdf",
+    "mp3": "audio/mp3",
+    "wav": "audio/wav",
+    "flac": "audio/flac",
+    "ogg": "audio/ogg",
+    "m4a": "audio/mp4",
+    "aac": "audio/aac",
+    "mp4": "video/mp4",
+    "webm": "video/webm",
+    "mov": "video/mov",
+    "txt": "text/plain",
+    "md": "text/markdown",
+    "csv": "text/csv",
+    "json": "application/json",
+    "html": "text/html",
+    "xml": "text/xml",
+    "py": "text/x-python",
+    "js": "text/javascript",
+    "ts": "text/plain",
+    "yaml": "text/plain",
+    "yml": "text/plain",
+}
 
 
 def sniffed(data: str) -> str | None:
@@ -661,7 +821,10 @@ def extension_type(name: str | None) -> str | None:
 
 def is_base64(text: str) -> bool:
     """Whether this is base64 in either alphabet, padded or not."""
-    return re.fullmatch(r"[A-Za-z0-9+/_-]+={0,2}", text, re.ASCII) is not None and len(text.rstrip("=")) % 4 != 1
+    return (
+        re.fullmatch(r"[A-Za-z0-9+/_-]+={0,2}", text, re.ASCII) is not None
+        and len(text.rstrip("=")) % 4 != 1
+    )
 
 
 def decode_base64(text: str) -> bytes:
@@ -674,7 +837,9 @@ def base64_data(text: str, place: str) -> str:
     text = text if is_base64(text) else "".join(text.split())
     data = text.rstrip("=")
     if not is_base64(text):
-        raise wrong_value(place, f"Invalid value for '{place}': it must be valid base64-encoded data.")
+        raise wrong_value(
+            place, f"Invalid value for '{place}': it must be valid base64-encoded data."
+        )
     return data + "=" * (-len(data) % 4)
 
 
@@ -683,10 +848,14 @@ def media_part(data: str, mime: str | None, place: str, name: str | None = None)
     if data[:5].lower() == "data:":
         head, comma, data = data[5:].partition(",")
         if not comma:
-            raise wrong_value(place, f"Invalid value for '{place}': expected a base64-encoded data URL.")
+            raise wrong_value(
+                place, f"Invalid value for '{place}': expected a base64-encoded data URL."
+            )
         mime = head.partition(";")[0].strip().lower() or mime
         if "base64" not in [word.strip().lower() for word in head.split(";")[1:]]:
-            data = base64.b64encode(urllib.parse.unquote_to_bytes(data.encode("utf-8", "replace"))).decode()
+            data = base64.b64encode(
+                urllib.parse.unquote_to_bytes(data.encode("utf-8", "replace"))
+            ).decode()
     data = base64_data(data, place)
     mime = MIME_SPELLINGS.get(mime or "", mime)
     if not mime or mime == "application/octet-stream":
@@ -696,19 +865,24 @@ def media_part(data: str, mime: str | None, place: str, name: str | None = None)
             text = decode_base64(data).decode()
             return text_part(f"{name}:\n{text}" if name else text)
         except UnicodeDecodeError:
-            pass            # not UTF-8 after all: Gemini may still know what it is
+            pass  # not UTF-8 after all: Gemini may still know what it is
     return {"inlineData": {"mimeType": mime, "data": data}}
 
 
 def local_host(host: str) -> bool:
     """Whether a host name or address is on this machine or in a private network, in any spelling of it."""
     import ipaddress
+
     host = host.strip("[]").rstrip(".").lower()
-    if "." not in host and ":" not in host or re.search(r"(^|\.)(localhost|local|internal|lan|home|arpa)$", host):
+    if (
+        "." not in host
+        and ":" not in host
+        or re.search(r"(^|\.)(localhost|local|internal|lan|home|arpa)$", host)
+    ):
         return True
     try:
         address = ipaddress.ip_address(host)
-    except ValueError:      # 127.1, 0x7f.1 and the like are addresses to some programs
+    except ValueError:  # 127.1, 0x7f.1 and the like are addresses to some programs
         return bool(re.fullmatch(r"0x[0-9a-f]*|\d+", host.rpartition(".")[2]))
     return not (getattr(address, "ipv4_mapped", None) or address).is_global
 
@@ -721,10 +895,14 @@ def link_part(url: str, place: str, name: str | None = None) -> Part:
     except ValueError:
         parts, host = None, ""
     if not host or parts.scheme not in ("https", "http", "gs"):
-        raise wrong_value(place, f"Invalid value for '{place}': expected a data URL or a public https URL.")
+        raise wrong_value(
+            place, f"Invalid value for '{place}': expected a data URL or a public https URL."
+        )
     if parts.scheme != "gs" and (local_host(host) or "@" in parts.netloc):
-        raise wrong_value(place,
-                          f"Invalid value for '{place}': Gemini fetches this URL, and cannot reach {host[:80]!r}.")
+        raise wrong_value(
+            place,
+            f"Invalid value for '{place}': Gemini fetches this URL, and cannot reach {host[:80]!r}.",
+        )
     mime = extension_type(parts.path) or extension_type(name)
     return {"fileData": {**({"mimeType": mime} if mime else {}), "fileUri": url}}
 
@@ -737,22 +915,40 @@ def source_part(source: str, mime: str | None, place: str, name: str | None = No
 
 
 def call_part(name: str, args: JSON, id: str | None = None, signature: str | None = None) -> Part:
-    return {"functionCall": {**({"id": id} if id else {}), "name": gemini_name(name), "args": args},
-            **({"thoughtSignature": signature} if signature else {})}
+    return {
+        "functionCall": {**({"id": id} if id else {}), "name": gemini_name(name), "args": args},
+        **({"thoughtSignature": signature} if signature else {}),
+    }
 
 
-def result_part(name: str | None, content: str | JSON, id: str | None = None, media: list[Part] = (),
-                failed: bool = False) -> Part:
+def result_part(
+    name: str | None,
+    content: str | JSON,
+    id: str | None = None,
+    media: list[Part] = (),
+    failed: bool = False,
+) -> Part:
     """A functionResponse, whose call settled_turns finds; `media` goes inside on Gemini 3 and beside elsewhere."""
     if type(content) is str:
         told = None if failed else parsed_object(content)
-        content = {"error" if failed else "output": content} if told is None or loses_digits(told) else told
-    return {"functionResponse": {**({"id": id} if id else {}), "name": gemini_name(name) if name else "",
-                                 "response": content,
-                                 **({"parts": list(media)} if media else {})}}
+        content = (
+            {"error" if failed else "output": content}
+            if told is None or loses_digits(told)
+            else told
+        )
+    return {
+        "functionResponse": {
+            **({"id": id} if id else {}),
+            "name": gemini_name(name) if name else "",
+            "response": content,
+            **({"parts": list(media)} if media else {}),
+        }
+    }
 
 
-def result_of_parts(name: str | None, parts: list[Part], id: str | None, failed: bool = False) -> Part:
+def result_of_parts(
+    name: str | None, parts: list[Part], id: str | None, failed: bool = False
+) -> Part:
     """A functionResponse of what a client's tool said in parts: its texts, and pictures and documents beside them."""
     text = "\n".join(part["text"] for part in parts if "text" in part)
     return result_part(name, text, id, [part for part in parts if "text" not in part], failed)
@@ -788,8 +984,13 @@ def gemini_name(name: str) -> str:
 # ---- turns ----
 
 MISSING_RESULT = {"error": "There is no result: the call was interrupted."}
-RESULT_MEDIA = ("image/png", "image/jpeg", "image/webp", "application/pdf",
-                "text/plain")     # what functionResponse.parts takes
+RESULT_MEDIA = (
+    "image/png",
+    "image/jpeg",
+    "image/webp",
+    "application/pdf",
+    "text/plain",
+)  # what functionResponse.parts takes
 
 
 def user_turn(*parts: Part) -> JSON:
@@ -813,7 +1014,10 @@ def settled_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     goes on with its own. (ai.google.dev/gemini-api/docs/function-calling; each rule is a 400 of Gemini's.)
     """
     turns: list[JSON] = []
-    kept = [(content["role"], [part for part in content["parts"] if says_something(part)]) for content in contents]
+    kept = [
+        (content["role"], [part for part in content["parts"] if says_something(part)])
+        for content in contents
+    ]
     for role, group in itertools.groupby((turn for turn in kept if turn[1]), key=itemgetter(0)):
         parts = [part for _, inner_parts in group for part in inner_parts]
         asked = turns[-1]["parts"] if turns else []
@@ -848,10 +1052,20 @@ def answered(asked: list[Part], said: list[Part], model: Model) -> list[JSON]:
         given = [] if i is None else results[i].get("parts", [])
         fitting = [part for part in given if fits_a_result(part, model)]
         media += [part for part in given if part not in fitting]
-        answers.append({"functionResponse": {
-            **({"id": call["id"]} if "id" in call else {}), "name": call["name"],
-            "response": MISSING_RESULT if i is None else results[i]["response"],
-            **({"parts": [{"inlineData": part["inlineData"]} for part in fitting]} if fitting else {})}})
+        answers.append(
+            {
+                "functionResponse": {
+                    **({"id": call["id"]} if "id" in call else {}),
+                    "name": call["name"],
+                    "response": MISSING_RESULT if i is None else results[i]["response"],
+                    **(
+                        {"parts": [{"inlineData": part["inlineData"]} for part in fitting]}
+                        if fitting
+                        else {}
+                    ),
+                }
+            }
+        )
     return [user_turn(*parts) for parts in (answers, media + rest) if parts]
 
 
@@ -864,9 +1078,12 @@ def match_results(calls: list[JSON], results: list[JSON]) -> list[int | None]:
     """For each call the index of its result, or None: by id, else by name where no id is known, else by order."""
     matched: list[int | None] = [None] * len(calls)
     known = {call.get("id") for call in calls} - {None}
-    keys = (        # what a call and a result must have in common, one after the other; None fits nothing
+    keys = (  # what a call and a result must have in common, one after the other; None fits nothing
         (lambda call: call.get("id"), lambda result: result.get("id")),
-        (lambda call: call["name"], lambda result: None if result.get("id") in known else result["name"] or None),
+        (
+            lambda call: call["name"],
+            lambda result: None if result.get("id") in known else result["name"] or None,
+        ),
         (lambda call: "", lambda result: None if result.get("id") or result["name"] else ""),
     )
     used: set[int] = set()
@@ -881,7 +1098,7 @@ def match_results(calls: list[JSON], results: list[JSON]) -> list[int | None]:
                 used.add(matched[i])
     missing = [i for i, found in enumerate(matched) if found is None]
     strays = [i for i, result in enumerate(results) if i not in used and not result["name"]]
-    if len(strays) == len(missing):         # their ids are unknown, but there is one for each call
+    if len(strays) == len(missing):  # their ids are unknown, but there is one for each call
         for i, stray in zip(missing, strays):
             matched[i] = stray
     return matched
@@ -889,9 +1106,19 @@ def match_results(calls: list[JSON], results: list[JSON]) -> list[int | None]:
 
 # ---- thinking and settings ----
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")     # OpenAI's and Codex's words
-BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768,
-                             32768)))     # tokens; Google's own table for its OpenAI endpoint
+EFFORTS = (
+    "none",
+    "minimal",
+    "low",
+    "medium",
+    "high",
+    "xhigh",
+    "max",
+    "ultra",
+)  # OpenAI's and Codex's words
+BUDGETS = dict(
+    zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768, 32768))
+)  # tokens; Google's own table for its OpenAI endpoint
 LEVEL_EFFORTS = {"MINIMAL": "minimal", "LOW": "low", "MEDIUM": "medium", "HIGH": "high"}
 
 
@@ -906,17 +1133,21 @@ def thinking_config(model: Model, effort: str | None, thoughts: bool) -> JSON:
     config: JSON = {}
     if effort is not None and isinstance(model.thinking, Budget):
         low, high, stops = model.thinking
-        config["thinkingBudget"] = 0 if effort == "none" and stops else min(max(BUDGETS[effort], low), high)
+        config["thinkingBudget"] = (
+            0 if effort == "none" and stops else min(max(BUDGETS[effort], low), high)
+        )
     elif effort is not None:
         names = model.thinking.names
-        enough = [name for name in names if EFFORTS.index(LEVEL_EFFORTS[name]) >= EFFORTS.index(effort)]
+        enough = [
+            name for name in names if EFFORTS.index(LEVEL_EFFORTS[name]) >= EFFORTS.index(effort)
+        ]
         config["thinkingLevel"] = (enough or names[-1:])[0]
     if thoughts and effort != "none":
         config["includeThoughts"] = True
     return config
 
 
-SMALL = 1024                # tokens; a model that thinks as it likes can use up so many before its first word
+SMALL = 1024  # tokens; a model that thinks as it likes can use up so many before its first word
 
 
 def effort_within(limit: int | None, effort: str | None) -> str | None:
@@ -926,26 +1157,41 @@ def effort_within(limit: int | None, effort: str | None) -> str | None:
 
 def not_heeded(effort: str | None, config: JSON | None) -> bool:
     """Whether an effort has no effect, or thinking goes on although it should not."""
-    return effort is not None and (not config or effort == "none" and config.get("thinkingBudget") != 0)
+    return effort is not None and (
+        not config or effort == "none" and config.get("thinkingBudget") != 0
+    )
 
 
-def sampling_config(model: Model, stops: list[str], *, temperature: float | None, top_p: float | None,
-                    top_k: int | None, limit: int | None, seed: int | None = None,
-                    penalty: Callable[[str], float | None] = lambda key: None) -> JSON:
+def sampling_config(
+    model: Model,
+    stops: list[str],
+    *,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    limit: int | None,
+    seed: int | None = None,
+    penalty: Callable[[str], float | None] = lambda key: None,
+) -> JSON:
     """The part of a generationConfig that is not about thinking, within what Gemini takes.
 
     Its numbers have 32 bits; the same seed always gives the same one. Models since 2.5 refuse any penalty: there
     `penalty`, which reads one, is not called, and so the client is told that its own is ignored.
     """
-    presence, frequency = ((penalty("presence_penalty"), penalty("frequency_penalty")) if model.generation < 2.5
-                           else (None, None))
+    presence, frequency = (
+        (penalty("presence_penalty"), penalty("frequency_penalty"))
+        if model.generation < 2.5
+        else (None, None)
+    )
     config = {
         "temperature": None if temperature is None else min(max(temperature, 0), 2),
         "topP": None if top_p is None else min(max(top_p, 0), 1),
         "topK": top_k if top_k and 0 < top_k < 2**31 else None,
         "maxOutputTokens": min(limit, 2**31 - 1) if limit and limit > 0 else None,
-        "seed": None if seed is None else seed if -2**31 <= seed < 2**31 else seed % 2**31,
-        "stopSequences": stops or None, "presencePenalty": presence or None, "frequencyPenalty": frequency or None,
+        "seed": None if seed is None else seed if -(2**31) <= seed < 2**31 else seed % 2**31,
+        "stopSequences": stops or None,
+        "presencePenalty": presence or None,
+        "frequencyPenalty": frequency or None,
     }
     return {key: value for key, value in config.items() if value is not None}
 
@@ -960,8 +1206,19 @@ def stop_sequences(body: Fields, key: str = "stop") -> list[str]:
 
 # ---- functions and schemas ----
 
-SUBSCHEMAS = ("items", "prefixItems", "anyOf", "oneOf", "allOf", "not", "additionalProperties", "if", "then", "else",
-              "contains")
+SUBSCHEMAS = (
+    "items",
+    "prefixItems",
+    "anyOf",
+    "oneOf",
+    "allOf",
+    "not",
+    "additionalProperties",
+    "if",
+    "then",
+    "else",
+    "contains",
+)
 NAMED_SUBSCHEMAS = ("properties", "$defs", "patternProperties", "dependentSchemas")
 
 
@@ -979,7 +1236,10 @@ def gemini_schema(schema: Any) -> Any:
     for key, value in schema.items():
         key = "$defs" if key == "definitions" else key
         if key in NAMED_SUBSCHEMAS and type(value) is dict:
-            out[key] = {**(out.get(key) or {}), **{name: gemini_schema(inner) for name, inner in value.items()}}
+            out[key] = {
+                **(out.get(key) or {}),
+                **{name: gemini_schema(inner) for name, inner in value.items()},
+            }
         elif key in SUBSCHEMAS:
             out[key] = gemini_schema(value)
         elif key not in ("$schema", "strict", *NAMED_SUBSCHEMAS):
@@ -1009,49 +1269,78 @@ def lone_reference(schema: JSON) -> JSON:
     reference = {"$ref": schema["$ref"].replace("#/definitions/", "#/$defs/", 1)}
     if "anyOf" in rest:
         return {"allOf": [reference, rest]}
-    return {"anyOf": [reference], **rest} if any(not key.startswith("$") for key in rest) else {**rest, **reference}
+    return (
+        {"anyOf": [reference], **rest}
+        if any(not key.startswith("$") for key in rest)
+        else {**rest, **reference}
+    )
 
 
 class Tools(NamedTuple):
     """What Gemini may call."""
+
     declarations: list[JSON] = []
-    names: dict[str, str] = {}              # Gemini's name of each function -> the client's
-    custom: frozenset[str] = frozenset()    # the client's names of functions that take plain text
-    strict: bool = False                    # whether a call must keep to its schema
-    search: str = ""                        # what the client calls Google Search, where it asks for it
-    code: str = ""                          # and code execution
-    spaces: dict[str, str] = {}             # the client's name of a function in a namespace -> the namespace
+    names: dict[str, str] = {}  # Gemini's name of each function -> the client's
+    custom: frozenset[str] = frozenset()  # the client's names of functions that take plain text
+    strict: bool = False  # whether a call must keep to its schema
+    search: str = ""  # what the client calls Google Search, where it asks for it
+    code: str = ""  # and code execution
+    spaces: dict[str, str] = {}  # the client's name of a function in a namespace -> the namespace
 
 
-OPEN_ENDED = ("$ref", "anyOf", "oneOf", "allOf", "additionalProperties",
-              "patternProperties")   # say something by themselves
+OPEN_ENDED = (
+    "$ref",
+    "anyOf",
+    "oneOf",
+    "allOf",
+    "additionalProperties",
+    "patternProperties",
+)  # say something by themselves
 
 
 def function_declaration(name: str, description: str | None, schema: JSON | None) -> JSON:
     """Without parameters where there are none: Gemini refuses an object without properties."""
-    bare = not schema or not (schema.get("properties") or any(schema.get(key) for key in OPEN_ENDED))
-    return {"name": gemini_name(name), **({"description": description} if description else {}),
-            **({} if bare else {"parametersJsonSchema": gemini_schema(schema)})}
+    bare = not schema or not (
+        schema.get("properties") or any(schema.get(key) for key in OPEN_ENDED)
+    )
+    return {
+        "name": gemini_name(name),
+        **({"description": description} if description else {}),
+        **({} if bare else {"parametersJsonSchema": gemini_schema(schema)}),
+    }
 
 
-CUSTOM_INPUT = "input"      # the one parameter of a function that takes plain text
+CUSTOM_INPUT = "input"  # the one parameter of a function that takes plain text
 
 
 def custom_declaration(name: str, description: str | None, grammar: str = "") -> JSON:
     told = "\n".join(text for text in (description, grammar) if text)
     text = {"type": "string", "description": "The text, and nothing else."}
-    return function_declaration(name, told, {"type": "object", "required": [CUSTOM_INPUT],
-                                             "properties": {CUSTOM_INPUT: text}})
+    return function_declaration(
+        name,
+        told,
+        {"type": "object", "required": [CUSTOM_INPUT], "properties": {CUSTOM_INPUT: text}},
+    )
 
 
-def tool_fields(tools: Tools, mode: str | None, allowed: list[str], body: Fields, model: Model) -> JSON:
+def tool_fields(
+    tools: Tools, mode: str | None, allowed: list[str], body: Fields, model: Model
+) -> JSON:
     """The request's `tools` and `toolConfig`. `mode` None is Gemini's own choice; `allowed` are the client's names."""
     out: JSON = {}
-    listed: list[JSON] = [{"functionDeclarations": tools.declarations}] if tools.declarations else []
-    own = [{key: {}} for key, wanted in (("googleSearch", tools.search), ("codeExecution", tools.code)) if wanted]
+    listed: list[JSON] = (
+        [{"functionDeclarations": tools.declarations}] if tools.declarations else []
+    )
+    own = [
+        {key: {}}
+        for key, wanted in (("googleSearch", tools.search), ("codeExecution", tools.code))
+        if wanted
+    ]
     config: JSON = {}
     if own and listed and model.generation < 3:
-        for name in filter(None, (tools.search, tools.code)):       # the older models take one or the other
+        for name in filter(
+            None, (tools.search, tools.code)
+        ):  # the older models take one or the other
             body.ignore(name)
     elif own:
         listed += own
@@ -1069,14 +1358,17 @@ def tool_fields(tools: Tools, mode: str | None, allowed: list[str], body: Fields
 
 # ---- whole requests ----
 
-ANY_JSON: JSON = {}         # the schema of an answer that may be any JSON
+ANY_JSON: JSON = {}  # the schema of an answer that may be any JSON
 
 
 def json_config(schema: JSON | None) -> JSON:
     """The settings for an answer in JSON; None is an answer in plain text."""
     if schema is None:
         return {}
-    return {"responseMimeType": "application/json", **({"responseJsonSchema": gemini_schema(schema)} if schema else {})}
+    return {
+        "responseMimeType": "application/json",
+        **({"responseJsonSchema": gemini_schema(schema)} if schema else {}),
+    }
 
 
 JSON_ALONE = "\n\nWhen you answer without calling a function, answer with nothing but JSON, without a code fence"
@@ -1084,6 +1376,7 @@ JSON_ALONE = "\n\nWhen you answer without calling a function, answer with nothin
 
 class JSONAnswer(NamedTuple):
     """How an answer in JSON is asked for: in the settings, or in words for the system, after which it may be fenced."""
+
     config: JSON
     words: list[Part]
     unfence: bool
@@ -1098,11 +1391,19 @@ def json_answer(schema: JSON | None, tools: Tools, model: Model) -> JSONAnswer:
     return JSONAnswer({}, [text_part(JSON_ALONE + told)], True)
 
 
-def generate_call(model: Model, streaming: bool, system: list[Part], contents: list[JSON], config: JSON,
-                  **fields: Any) -> GeminiCall:
+def generate_call(
+    model: Model,
+    streaming: bool,
+    system: list[Part],
+    contents: list[JSON],
+    config: JSON,
+    **fields: Any,
+) -> GeminiCall:
     """The call for a history, which is settled here. Gemini wants one turn at least, which may be empty."""
     turns = settled_turns(contents, model) or [user_turn(text_part(""))]
-    body = with_system({"contents": turns}, [part for part in system if says_something(part)], model)
+    body = with_system(
+        {"contents": turns}, [part for part in system if says_something(part)], model
+    )
     if config:
         body["generationConfig"] = config
     body.update(fields)
@@ -1116,7 +1417,12 @@ def with_system(body: JSON, system: list[Part], model: Model) -> JSON:
         return body
     if model.path.startswith("models/gemma"):
         return {**body, "contents": [user_turn(*system), *body["contents"]]}
-    return {**body, "systemInstruction": {"parts": [*system, *body.get("systemInstruction", {}).get("parts", ())]}}
+    return {
+        **body,
+        "systemInstruction": {
+            "parts": [*system, *body.get("systemInstruction", {}).get("parts", ())]
+        },
+    }
 
 
 def gap_instruction(system: str) -> str:
@@ -1124,39 +1430,51 @@ def gap_instruction(system: str) -> str:
     return (f"{system}\n\n" if system else "") + (
         "You fill a gap in a text, as an editor's completion does. You get what stands before the gap and what stands "
         "after it. Answer with what belongs into the gap and with nothing else: no explanation, no code fence, and "
-        "nothing that is there already.")
+        "nothing that is there already."
+    )
 
 
 def gap_prompt(before: str, after: str) -> str:
     return f"<before>{before}</before><gap/><after>{after}</after>"
 
 
-EMBED_BATCH = 100           # inputs that Gemini takes in one call
+EMBED_BATCH = 100  # inputs that Gemini takes in one call
 
 
 def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple[GeminiCall, ...]:
     """The calls for the vectors of these texts; and one to count the tokens, where the vectors come without a count."""
     size = {"outputDimensionality": dimensions} if dimensions else {}
-    requests = [{"model": model.path, "content": {"parts": [text_part(text)]}, **size} for text in texts]
-    batches = [GeminiCall(f"{model.path}:batchEmbedContents", {"requests": requests[i:i + EMBED_BATCH]}, model)
-               for i in range(0, len(requests), EMBED_BATCH)]
+    requests = [
+        {"model": model.path, "content": {"parts": [text_part(text)]}, **size} for text in texts
+    ]
+    batches = [
+        GeminiCall(
+            f"{model.path}:batchEmbedContents", {"requests": requests[i : i + EMBED_BATCH]}, model
+        )
+        for i in range(0, len(requests), EMBED_BATCH)
+    ]
     if re.search(r"embedding-00\d$", model.path):
         contents = [user_turn(*map(text_part, texts))]
-        batches.append(GeminiCall(f"{model.path}:countTokens", {"contents": contents}, model, optional=True))
+        batches.append(
+            GeminiCall(f"{model.path}:countTokens", {"contents": contents}, model, optional=True)
+        )
     return tuple(batches)
 
 
-MODELS_CALL = GeminiCall("models")      # Gemini's whole list, which the client keeps for a few minutes
+MODELS_CALL = GeminiCall("models")  # Gemini's whole list, which the client keeps for a few minutes
 
 
 # ---- repairs ----
 
+
 def without(*path: str) -> Callable[[JSON], str | None]:
     """A repair that takes a field out of a request, and tells its name where it was there."""
+
     def repair(body: JSON) -> str | None:
         for key in path[:-1]:
             body = body.get(key) or {}
         return path[-1] if body.pop(path[-1], None) is not None else None
+
     return repair
 
 
@@ -1176,19 +1494,28 @@ def forget_signatures(body: JSON) -> str | None:
 def forget_resolutions(body: JSON) -> str | None:
     """Pictures in the resolution that the model likes best."""
     parts = [part for content in body["contents"] for part in content["parts"]]
-    return "detail" if [part.pop("mediaResolution") for part in parts if "mediaResolution" in part] else None
+    return (
+        "detail"
+        if [part.pop("mediaResolution") for part in parts if "mediaResolution" in part]
+        else None
+    )
 
 
 # What Gemini's 400 says, and what can be left out for a second try. Models change faster than this file.
 REPAIRS = (
-    (r"thinking.?(level|budget)|thinking is not|thinking_config", without("generationConfig", "thinkingConfig")),
+    (
+        r"thinking.?(level|budget)|thinking is not|thinking_config",
+        without("generationConfig", "thinkingConfig"),
+    ),
     (r"penalty is not enabled|presence_?penalty", without("generationConfig", "presencePenalty")),
     (r"penalty is not enabled|frequency_?penalty", without("generationConfig", "frequencyPenalty")),
     (r"service.?tier", without("serviceTier")),
     (r"media.?resolution", forget_resolutions),
     (r"(invalid|corrupted) thought.?signature", forget_signatures),
-    (r"must not end with|ending with a model turn",
-     lambda body: body["contents"].append(user_turn(text_part("Continue."))) or "prefill"),
+    (
+        r"must not end with|ending with a model turn",
+        lambda body: body["contents"].append(user_turn(text_part("Continue."))) or "prefill",
+    ),
 )
 
 
@@ -1197,12 +1524,18 @@ def repaired(call: GeminiCall, message: str) -> tuple[GeminiCall | None, list[st
     if not call.body or "contents" not in call.body:
         return None, []
     body = json.loads(encode_json(call.body))
-    names = [name for pattern, repair in REPAIRS if re.search(pattern, message, re.I) for name in [repair(body)]
-             if name]
+    names = [
+        name
+        for pattern, repair in REPAIRS
+        if re.search(pattern, message, re.I)
+        for name in [repair(body)]
+        if name
+    ]
     return (call._replace(body=body), names) if names else (None, [])
 
 
 # ---- signatures ----
+
 
 def canonical(value: Any) -> Any:
     """A value whose JSON is the same whoever wrote it: some clients turn 1.0 into 1."""
@@ -1247,12 +1580,17 @@ class Trail:
 
 class Recalled(NamedTuple):
     """What is known of a function call that a client sends back."""
+
     signature: str | None = None
-    before: tuple[JSON, ...] = ()       # the parts of Gemini's own tools that came before it
+    before: tuple[JSON, ...] = ()  # the parts of Gemini's own tools that came before it
 
 
-def restore_signatures(call: GeminiCall, scope: str, recall: Callable[[str | None, str, str], Recalled],
-                       count: Callable[[str], None] = lambda origin: None) -> GeminiCall:
+def restore_signatures(
+    call: GeminiCall,
+    scope: str,
+    recall: Callable[[str | None, str, str], Recalled],
+    count: Callable[[str], None] = lambda origin: None,
+) -> GeminiCall:
     """The call with what its history lost: signatures, and the parts of Gemini's own tools.
 
     `recall` is given a function call's id, digest and name. The first call of a turn must have a signature on
@@ -1269,8 +1607,11 @@ def restore_signatures(call: GeminiCall, scope: str, recall: Callable[[str | Non
             if "functionCall" in part:
                 made = part["functionCall"]
                 known = recall(made.get("id"), trail.call(made["name"], made["args"]), made["name"])
-                found = (("client", part.get("thoughtSignature")), ("memory", known.signature),
-                         ("placeholder", PLACEHOLDER if first and call.model.signs else None))
+                found = (
+                    ("client", part.get("thoughtSignature")),
+                    ("memory", known.signature),
+                    ("placeholder", PLACEHOLDER if first and call.model.signs else None),
+                )
                 origin, signature = next((pair for pair in found if pair[1]), ("", None))
                 if signature:
                     part = {**part, "thoughtSignature": signature}
@@ -1285,10 +1626,15 @@ def restore_signatures(call: GeminiCall, scope: str, recall: Callable[[str | Non
 
 def count_call(call: GeminiCall) -> GeminiCall:
     """The call that counts the tokens that another one would send (ai.google.dev/api/tokens)."""
-    signed = restore_signatures(call, "", lambda *_: Recalled())        # Gemini may well look for them here too
+    signed = restore_signatures(
+        call, "", lambda *_: Recalled()
+    )  # Gemini may well look for them here too
     asked = {key: value for key, value in signed.body.items() if key != "generationConfig"}
-    return GeminiCall(f"{call.model.path}:countTokens",
-                      {"generateContentRequest": {"model": call.model.path, **asked}}, call.model)
+    return GeminiCall(
+        f"{call.model.path}:countTokens",
+        {"generateContentRequest": {"model": call.model.path, **asked}},
+        call.model,
+    )
 
 
 # ======================================================================================
@@ -1311,17 +1657,32 @@ def gemini_refusal(status: int, said: Any, raw: bytes = b"") -> ProxyError:
     """
     said = said[0] if type(said) is list and said else said
     error = inside(said, "error", dict)
-    message = inside(error, "message", str) or inside(said, "error", str) or inside(said, "message", str)
+    message = (
+        inside(error, "message", str) or inside(said, "error", str) or inside(said, "message", str)
+    )
     details = [detail for detail in inside(error, "details", list) if type(detail) is dict]
     if not message:
         text = " ".join(raw[:200].decode("utf-8", "replace").split())
         text = f": {text}" if text else "."
         message = f"Gemini, or something on the way to it, answered with status {status}{text}"
-    again = retry_delay(details, message) if status == 429 else 0.0 if status in (500, 502, 503, 504) else None
-    headers = {"Retry-After": str(max(1, math.ceil(again)))} if again is not None and status == 429 else {}
+    again = (
+        retry_delay(details, message)
+        if status == 429
+        else 0.0
+        if status in (500, 502, 503, 504)
+        else None
+    )
+    headers = (
+        {"Retry-After": str(max(1, math.ceil(again)))}
+        if again is not None and status == 429
+        else {}
+    )
     code = None
-    if any(inside(detail, "reason", str) == "API_KEY_INVALID" for detail in details) or status == 401 \
-            or (status == 400 and re.search(r"API key (not valid|not found|expired)", message, re.I)):
+    if (
+        any(inside(detail, "reason", str) == "API_KEY_INVALID" for detail in details)
+        or status == 401
+        or (status == 400 and re.search(r"API key (not valid|not found|expired)", message, re.I))
+    ):
         status, code = 401, "invalid_api_key"
     elif status == 404:
         code = "model_not_found"
@@ -1348,7 +1709,9 @@ def retry_delay(details: list[JSON], message: str) -> float | None:
 
 def final_quota(details: list[JSON], message: str) -> bool:
     """Whether waiting does not help: a quota per day, or one of zero."""
-    violations = [violation for detail in details for violation in inside(detail, "violations", list)]
+    violations = [
+        violation for detail in details for violation in inside(detail, "violations", list)
+    ]
     quotas = [inside(violation, "quotaId", str) for violation in violations]
     return any("PerDay" in quota for quota in quotas) or bool(re.search(r"limit: 0\b", message))
 
@@ -1396,7 +1759,7 @@ def in_stream_refusal(said: JSON) -> ProxyError:
 
 def read_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """The lines in blocks of bytes, cut anywhere. CR, LF or both end a line, and nothing else (not U+2028)."""
-    pieces: list[bytes] = []        # of a line that has not ended yet; it may be megabytes long
+    pieces: list[bytes] = []  # of a line that has not ended yet; it may be megabytes long
     after_cr = False
     for block in blocks:
         if after_cr and block[:1] == b"\n":
@@ -1444,21 +1807,24 @@ def read_events(blocks: Iterable[bytes]) -> Iterator[JSON]:
 
 class Text(NamedTuple):
     text: str
-    thought: bool = False       # a summary of the model's thoughts, not its answer
+    thought: bool = False  # a summary of the model's thoughts, not its answer
 
 
 class Call(NamedTuple):
     """A function call; its id is ours."""
-    name: str                   # Gemini's
+
+    name: str  # Gemini's
     args: JSON
     signature: str | None = None
     id: str = ""
-    before: tuple[JSON, ...] = ()       # parts of Gemini's own tools, which it wants back before the call
+    before: tuple[
+        JSON, ...
+    ] = ()  # parts of Gemini's own tools, which it wants back before the call
 
 
 class Media(NamedTuple):
     mime: str
-    data: str                   # base64
+    data: str  # base64
 
 
 def media_note(media: Media) -> str:
@@ -1468,6 +1834,7 @@ def media_note(media: Media) -> str:
 
 class Citation(NamedTuple):
     """A source, and the characters of the answer that rest on it."""
+
     start: int
     end: int
     url: str
@@ -1476,24 +1843,52 @@ class Citation(NamedTuple):
 
 class End(NamedTuple):
     """How an answer ended; always the last event, and the only one of its kind."""
-    finish: str                 # "stop", "length", "filter" or "failed"
-    calls: bool                 # whether functions were called
-    reason: str                 # Gemini's own word
-    message: str                # and what it says about it
+
+    finish: str  # "stop", "length", "filter" or "failed"
+    calls: bool  # whether functions were called
+    reason: str  # Gemini's own word
+    message: str  # and what it says about it
     usage: Usage
     citations: list[Citation]
-    queries: tuple[str, ...] = ()   # what Gemini searched the web for
+    queries: tuple[str, ...] = ()  # what Gemini searched the web for
 
 
 # Gemini's finish reasons in four words. What is not here is "stop": the list grows every few months.
 FINISHES = {
-    "STOP": "stop", "MAX_TOKENS": "length", "CONTINUATION": "length",
-    **dict.fromkeys(("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR",
-                     "IMAGE_SAFETY",
-                     "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "IMAGE_OTHER", "NO_IMAGE"), "filter"),
-    **dict.fromkeys(("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS", "MALFORMED_RESPONSE",
-                     "MISSING_THOUGHT_SIGNATURE"), "failed"),
-    "1": "stop", "2": "length", "3": "filter", "4": "filter",       # the enum's numbers, which some recorders write
+    "STOP": "stop",
+    "MAX_TOKENS": "length",
+    "CONTINUATION": "length",
+    **dict.fromkeys(
+        (
+            "SAFETY",
+            "RECITATION",
+            "LANGUAGE",
+            "BLOCKLIST",
+            "PROHIBITED_CONTENT",
+            "SPII",
+            "MODEL_ARMOR",
+            "IMAGE_SAFETY",
+            "IMAGE_PROHIBITED_CONTENT",
+            "IMAGE_RECITATION",
+            "IMAGE_OTHER",
+            "NO_IMAGE",
+        ),
+        "filter",
+    ),
+    **dict.fromkeys(
+        (
+            "MALFORMED_FUNCTION_CALL",
+            "UNEXPECTED_TOOL_CALL",
+            "TOO_MANY_TOOL_CALLS",
+            "MALFORMED_RESPONSE",
+            "MISSING_THOUGHT_SIGNATURE",
+        ),
+        "failed",
+    ),
+    "1": "stop",
+    "2": "length",
+    "3": "filter",
+    "4": "filter",  # the enum's numbers, which some recorders write
 }
 
 
@@ -1530,10 +1925,12 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
     usage: JSON = {}
     grounding: JSON = {}
     reason = message = blocked = ""
-    pieces: list[tuple[str, bool]] = []         # the answer's text, and whether it is Gemini's own or our rendering
+    pieces: list[
+        tuple[str, bool]
+    ] = []  # the answer's text, and whether it is Gemini's own or our rendering
     calls: list[Call] = []
-    own: list[JSON] = []                        # parts of Gemini's own tools, for the call that comes after them
-    done: set[str] = set()                      # functions that Gemini's servers have answered
+    own: list[JSON] = []  # parts of Gemini's own tools, for the call that comes after them
+    done: set[str] = set()  # functions that Gemini's servers have answered
     for chunk in chunks:
         usage = inner(chunk, "usageMetadata", dict) or usage
         blocked = inner(inner(chunk, "promptFeedback", dict), "blockReason", str) or blocked
@@ -1541,7 +1938,9 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
         reason = str(candidate.get("finishReason") or "") or reason
         message = inner(candidate, "finishMessage", str) or message
         for key in GROUNDING & candidate.keys():
-            grounding.update({name: value for name, value in inner(candidate, key, dict).items() if value})
+            grounding.update(
+                {name: value for name, value in inner(candidate, key, dict).items() if value}
+            )
         for part in inner(inner(candidate, "content", dict), "parts", list):
             event = read_part(part, done)
             if type(event) is Call:
@@ -1560,7 +1959,9 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
     finish = FINISHES.get(reason, "stop") if reason else "filter"
     calls = [call for call in calls if call.name not in done]
     yield from exchange.known(calls)
-    queries = tuple(query for query in inside(grounding, "webSearchQueries", list) if type(query) is str)
+    queries = tuple(
+        query for query in inside(grounding, "webSearchQueries", list) if type(query) is str
+    )
     citations = read_citations(pieces, grounding) if grounding else []
     yield End(finish, bool(calls), reason or blocked, message, counted, citations, queries)
 
@@ -1601,36 +2002,54 @@ def fenced(text: str, language: str = "") -> str:
 
 def read_usage(usage: JSON) -> Usage:
     """The token counts of a usageMetadata. Thoughts are output, and results of Gemini's own tools are prompt."""
+
     def count(key: str) -> int:
         value = usage.get(key)
         return value if type(value) is int and value > 0 else 0
 
     def of_sound(key: str) -> int:
-        details = [detail for detail in inside(usage, key, list) if inside(detail, "modality", str) == "AUDIO"]
+        details = [
+            detail
+            for detail in inside(usage, key, list)
+            if inside(detail, "modality", str) == "AUDIO"
+        ]
         return sum(max(0, inside(detail, "tokenCount", int)) for detail in details)
 
     thoughts = count("thoughtsTokenCount")
-    return Usage(prompt=count("promptTokenCount") + count("toolUsePromptTokenCount"),
-                 cached=count("cachedContentTokenCount"),
-                 output=count("candidatesTokenCount") + thoughts, thoughts=thoughts,
-                 heard=of_sound("promptTokensDetails"), spoken=of_sound("candidatesTokensDetails"))
+    return Usage(
+        prompt=count("promptTokenCount") + count("toolUsePromptTokenCount"),
+        cached=count("cachedContentTokenCount"),
+        output=count("candidatesTokenCount") + thoughts,
+        thoughts=thoughts,
+        heard=of_sound("promptTokensDetails"),
+        spoken=of_sound("candidatesTokensDetails"),
+    )
 
 
 def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Citation]:
     """The sources of an answer. Gemini counts in bytes of its own text, a Citation in characters of ours."""
     said = "".join(text for text, own in pieces if own).encode("utf-8", "surrogatepass")
-    sources = [next((source for source in chunk.values() if inside(source, "uri", str)), {}) if type(chunk) is dict
-               else {}
-               for chunk in inside(grounding, "groundingChunks", list)]
-    spans = [(inside(support, "segment", dict), sources[i]) for support in inside(grounding, "groundingSupports", list)
-             for i in inside(support, "groundingChunkIndices", list) if type(i) is int and 0 <= i < len(sources)]
+    sources = [
+        next((source for source in chunk.values() if inside(source, "uri", str)), {})
+        if type(chunk) is dict
+        else {}
+        for chunk in inside(grounding, "groundingChunks", list)
+    ]
+    spans = [
+        (inside(support, "segment", dict), sources[i])
+        for support in inside(grounding, "groundingSupports", list)
+        for i in inside(support, "groundingChunkIndices", list)
+        if type(i) is int and 0 <= i < len(sources)
+    ]
     spans += [(source, source) for source in inside(grounding, "citationSources", list)]
     found = []
     for span, source in spans:
         url, (start, end) = inside(source, "uri", str), span_of(span, said)
         if url:
             title = inside(source, "title", str) or url
-            found.append(Citation(character(start, said, pieces), character(end, said, pieces), url, title))
+            found.append(
+                Citation(character(start, said, pieces), character(end, said, pieces), url, title)
+            )
     return found
 
 
@@ -1654,13 +2073,18 @@ def character(offset: int, said: bytes, pieces: list[tuple[str, bool]]) -> int:
         left -= len(text) if own else 0
     return at
 
+
 # ======================================================================================
 # 4. OpenAI: chat completions, embeddings, completions, pictures, speech, transcripts, models
 # ======================================================================================
 
 # ---- content parts, which chat and responses share ----
 
-DETAILS = {"low": "MEDIA_RESOLUTION_LOW", "high": "MEDIA_RESOLUTION_HIGH", "original": "MEDIA_RESOLUTION_HIGH"}
+DETAILS = {
+    "low": "MEDIA_RESOLUTION_LOW",
+    "high": "MEDIA_RESOLUTION_HIGH",
+    "original": "MEDIA_RESOLUTION_HIGH",
+}
 
 
 def openai_text_part(part: Fields, model: Model) -> Part:
@@ -1686,7 +2110,9 @@ def openai_audio_part(part: Fields, model: Model) -> Part:
     if audio is None:
         raise wrong_type(part.at("input_audio"), (dict,), None)
     kind = (audio.get("format", str) or "wav").lower()
-    return media_part(audio.need("data", str), extension_type("." + kind) or "audio/" + kind, audio.at("data"))
+    return media_part(
+        audio.need("data", str), extension_type("." + kind) or "audio/" + kind, audio.at("data")
+    )
 
 
 def openai_file_part(part: Fields, model: Model) -> Part:
@@ -1703,16 +2129,25 @@ def openai_file_part(part: Fields, model: Model) -> Part:
 def no_file_store(part: Fields) -> None:
     if part.get("file_id", str):
         place = part.at("file_id")
-        raise wrong_value(place, f"Invalid value for '{place}': there is no file store behind this server; send the "
-                                 "file itself, as base64 in a data URL.")
+        raise wrong_value(
+            place,
+            f"Invalid value for '{place}': there is no file store behind this server; send the "
+            "file itself, as base64 in a data URL.",
+        )
 
 
 OPENAI_PARTS = {
-    "text": openai_text_part, "input_text": openai_text_part, "output_text": openai_text_part,
+    "text": openai_text_part,
+    "input_text": openai_text_part,
+    "output_text": openai_text_part,
     "refusal": openai_text_part,
-    "image_url": openai_link_part, "input_image": openai_link_part,
-    "video_url": openai_link_part, "input_video": openai_link_part,
-    "input_audio": openai_audio_part, "file": openai_file_part, "input_file": openai_file_part,
+    "image_url": openai_link_part,
+    "input_image": openai_link_part,
+    "video_url": openai_link_part,
+    "input_video": openai_link_part,
+    "input_audio": openai_audio_part,
+    "file": openai_file_part,
+    "input_file": openai_file_part,
 }
 
 
@@ -1768,12 +2203,17 @@ def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
     parts = openai_parts(message, "content", model)
     refusal = message.get("refusal", str)
     parts += [text_part(refusal)] if refusal else []
-    parts += [openai_link_part(image, model) for image in message.objects("images")
-              if image.data.get("type") == "image_url"]
+    parts += [
+        openai_link_part(image, model)
+        for image in message.objects("images")
+        if image.data.get("type") == "image_url"
+    ]
     parts += [openai_call_part(call) for call in message.objects("tool_calls")]
     legacy = message.inner("function_call")
     if legacy is not None:
-        parts.append(call_part(legacy.need("name", str), call_arguments(legacy.get("arguments", str, dict))))
+        parts.append(
+            call_part(legacy.need("name", str), call_arguments(legacy.get("arguments", str, dict)))
+        )
     return parts
 
 
@@ -1782,13 +2222,19 @@ def openai_call_part(call: Fields) -> Part:
     id = call.get("id", str)
     custom = call.inner("custom")
     if custom is not None:
-        return call_part(custom.need("name", str), {CUSTOM_INPUT: custom.get("input", str) or ""}, plain_id(id),
-                         carried_signature(call, custom))
+        return call_part(
+            custom.need("name", str),
+            {CUSTOM_INPUT: custom.get("input", str) or ""},
+            plain_id(id),
+            carried_signature(call, custom),
+        )
     function = call.inner("function")
     if function is None:
         raise wrong_type(call.at("function"), (dict,), None)
     args = call_arguments(function.get("arguments", str, dict))
-    return call_part(function.need("name", str), args, plain_id(id), carried_signature(call, function))
+    return call_part(
+        function.need("name", str), args, plain_id(id), carried_signature(call, function)
+    )
 
 
 # What LiteLLM and Bifrost put between a call's id and its signature, in the histories that they leave.
@@ -1813,22 +2259,29 @@ def carried_signature(call: Fields, function: Fields) -> str | None:
     call.pass_over("extra_content", "provider_specific_fields")
     function.pass_over("thought_signature", "provider_specific_fields")
     google = inside(inside(call.data, "extra_content", dict), "google", dict)
-    for found in (inside(google, "thought_signature", str), inside(function.data, "thought_signature", str),
-                  inside(inside(call.data, "provider_specific_fields", dict), "thought_signature", str),
-                  inside(inside(function.data, "provider_specific_fields", dict), "thought_signature", str),
-                  laden_id(inside(call.data, "id", str))[1]):
+    for found in (
+        inside(google, "thought_signature", str),
+        inside(function.data, "thought_signature", str),
+        inside(inside(call.data, "provider_specific_fields", dict), "thought_signature", str),
+        inside(inside(function.data, "provider_specific_fields", dict), "thought_signature", str),
+        laden_id(inside(call.data, "id", str))[1],
+    ):
         if len(found) > 8 and is_base64(found):
             return found
     return None
 
 
-def openai_result_part(message: Fields, content: str, id: str, model: Model, images: Iterable[Part] = ()) -> Part:
+def openai_result_part(
+    message: Fields, content: str, id: str, model: Model, images: Iterable[Part] = ()
+) -> Part:
     """A tool's result, under these keys: text, JSON in a text, or parts; pictures go beside the text.
 
     Many clients do not say whose it is; settled_turns goes by the order then.
     """
     name = message.get("tool_name", str) or message.get("name", str)
-    return result_of_parts(name, [*openai_parts(message, content, model), *images], plain_id(message.get(id, str)))
+    return result_of_parts(
+        name, [*openai_parts(message, content, model), *images], plain_id(message.get(id, str))
+    )
 
 
 # ---- chat: tools ----
@@ -1843,7 +2296,9 @@ def openai_tools(body: Fields, *more: Fields) -> Tools:
     spaces: dict[str, str] = {}
     own: dict[str, str] = {}
     strict = False
-    for tool, space, note in [found for fields in (body, *more) for found in openai_tool_list(fields)]:
+    for tool, space, note in [
+        found for fields in (body, *more) for found in openai_tool_list(fields)
+    ]:
         kind = tool.get("type", str) or "function"
         hosted = next((name for start, name in HOSTED_TOOLS if kind.startswith(start)), None)
         if hosted:
@@ -1865,20 +2320,31 @@ def openai_tools(body: Fields, *more: Fields) -> Tools:
         openai_tool(function, False, declared, names, custom)
     if body.data.get("tool_choice") == "none":
         own = {}
-    return Tools(list(declared.values()), names, frozenset(custom), strict, own.get("search", ""),
-                 own.get("code", ""), spaces)
+    return Tools(
+        list(declared.values()),
+        names,
+        frozenset(custom),
+        strict,
+        own.get("search", ""),
+        own.get("code", ""),
+        spaces,
+    )
 
 
 # OpenAI's own tools that Gemini has too, by the beginning of their types: they come with dates behind.
 HOSTED_TOOLS = (("web_search", "search"), ("code_interpreter", "code"))
 
 
-def openai_tool_list(fields: Fields, space: str = "", note: str = "") -> Iterator[tuple[Fields, str, str]]:
+def openai_tool_list(
+    fields: Fields, space: str = "", note: str = ""
+) -> Iterator[tuple[Fields, str, str]]:
     """The tools of a body's, each with its namespace or "", and what is told of the namespace with its first one."""
     for tool in fields.objects("tools"):
         if tool.data.get("type") == "namespace":
             tool.pass_over("type")
-            yield from openai_tool_list(tool, spaced(space, tool.need("name", str)), tool.get("description", str) or "")
+            yield from openai_tool_list(
+                tool, spaced(space, tool.need("name", str)), tool.get("description", str) or ""
+            )
         else:
             yield tool, space, note
             note = ""
@@ -1889,11 +2355,22 @@ def spaced(space: str | None, name: str) -> str:
     return f"{space}.{name}" if space else name
 
 
-def openai_tool(function: Fields, custom: bool, declared: dict[str, JSON], names: dict[str, str],
-                texts: set[str], space: str = "", note: str = "", schema: str = "parameters") -> str:
+def openai_tool(
+    function: Fields,
+    custom: bool,
+    declared: dict[str, JSON],
+    names: dict[str, str],
+    texts: set[str],
+    space: str = "",
+    note: str = "",
+    schema: str = "parameters",
+) -> str:
     """Declare one function, whose schema stands under that key, and tell its whole name; of two with the same name the
     first one counts."""
-    name, description = spaced(space, openai_function_name(function)), function.get("description", str)
+    name, description = (
+        spaced(space, openai_function_name(function)),
+        function.get("description", str),
+    )
     description = f"{note}\n{description or ''}".strip() if note else description
     if custom:
         function.pass_over("format")
@@ -1927,7 +2404,13 @@ def openai_grammar(function: Fields) -> str:
 
 
 # OpenAI's words for the choice of a tool, and what clients write instead; Gemini's mode for each.
-TOOL_CHOICES = {"auto": None, "none": "NONE", "required": "ANY", "any": "ANY", "validated": "VALIDATED"}
+TOOL_CHOICES = {
+    "auto": None,
+    "none": "NONE",
+    "required": "ANY",
+    "any": "ANY",
+    "validated": "VALIDATED",
+}
 
 
 def openai_tool_choice(body: Fields, key: str, tools: Tools) -> tuple[str | None, list[str]]:
@@ -1944,8 +2427,11 @@ def openai_tool_choice(body: Fields, key: str, tools: Tools) -> tuple[str | None
     if kind == "allowed_tools":
         allowed = fields.inner("allowed_tools") or fields
         mode = "ANY" if allowed.word("mode", "auto", "required") == "required" else "VALIDATED"
-        names = [openai_chosen(tool, tools) for tool in allowed.objects("tools")
-                 if tool.data.get("type", "function") in ("function", "custom") or tool.ignore(key)]
+        names = [
+            openai_chosen(tool, tools)
+            for tool in allowed.objects("tools")
+            if tool.data.get("type", "function") in ("function", "custom") or tool.ignore(key)
+        ]
         return (mode, names) if names else ("NONE", [])
     if kind not in ("function", "custom"):
         body.ignore(key)
@@ -1960,8 +2446,10 @@ def openai_chosen(choice: Fields, tools: Tools) -> str:
     function = (choice.inner(kind) if type(choice.data.get(kind)) is dict else None) or choice
     name = spaced(function.get("namespace", str), function.need("name", str))
     if name not in tools.names.values():
-        raise wrong_value(function.at("name"),
-                          f"Invalid value for '{function.at('name')}': no function {name[:80]!r} is among the tools.")
+        raise wrong_value(
+            function.at("name"),
+            f"Invalid value for '{function.at('name')}': no function {name[:80]!r} is among the tools.",
+        )
     return name
 
 
@@ -1970,17 +2458,18 @@ def openai_chosen(choice: Fields, tools: Tools) -> str:
 
 class ChatWants(NamedTuple):
     """What a chat's reply has to mind."""
-    names: dict[str, str]           # Gemini's names of functions -> the client's
-    custom: frozenset[str]          # the client's names of tools that take plain text
-    legacy: bool = False            # functions instead of tools
-    one_call: bool = False          # no parallel calls
-    usage: bool = False             # a last chunk with the token counts
-    unfence: bool = False           # JSON was asked for in words, and may come in a code fence
+
+    names: dict[str, str]  # Gemini's names of functions -> the client's
+    custom: frozenset[str]  # the client's names of tools that take plain text
+    legacy: bool = False  # functions instead of tools
+    one_call: bool = False  # no parallel calls
+    usage: bool = False  # a last chunk with the token counts
+    unfence: bool = False  # JSON was asked for in words, and may come in a code fence
     thoughts: str = "reasoning_content"
-    wav: bool = False               # sound is wanted as WAV
+    wav: bool = False  # sound is wanted as WAV
 
 
-MOST_CALLS = 128            # choices that one request may ask for
+MOST_CALLS = 128  # choices that one request may ask for
 
 
 def openai_counts_tokens(body: Fields) -> bool:
@@ -2005,12 +2494,23 @@ def openai_chat_request(body: Fields, setting: Setting) -> Ask:
     in_json = json_answer(schema, tools, model)
     config = {**openai_config(body, model, setting), **in_json.config}
     modalities, wav = openai_modalities(body)
-    fields = {**tool_fields(tools, mode, allowed, body, model), **openai_google_fields(body, config)}
-    call = generate_call(model, stream, system + in_json.words, contents, {**config, **modalities}, **fields)
-    wants = ChatWants(names=tools.names, custom=tools.custom, legacy=legacy, unfence=in_json.unfence, wav=wav,
-                      one_call=body.get("parallel_tool_calls", bool) is False,
-                      usage=openai_counts_tokens(body),
-                      thoughts="reasoning" if setting.ollama else "reasoning_content")
+    fields = {
+        **tool_fields(tools, mode, allowed, body, model),
+        **openai_google_fields(body, config),
+    }
+    call = generate_call(
+        model, stream, system + in_json.words, contents, {**config, **modalities}, **fields
+    )
+    wants = ChatWants(
+        names=tools.names,
+        custom=tools.custom,
+        legacy=legacy,
+        unfence=in_json.unfence,
+        wav=wav,
+        one_call=body.get("parallel_tool_calls", bool) is False,
+        usage=openai_counts_tokens(body),
+        thoughts="reasoning" if setting.ollama else "reasoning_content",
+    )
     return Ask((call,) * (body.number("n", 1, MOST_CALLS, int) or 1), stream, wants, asked)
 
 
@@ -2019,15 +2519,20 @@ def is_cursors(body: Fields) -> bool:
     return bool(body.data.get("input")) and not body.data.get("messages")
 
 
-def openai_chat_turns(body: Fields, model: Model, setting: Setting) -> tuple[list[Part], list[JSON], list[Fields]]:
+def openai_chat_turns(
+    body: Fields, model: Model, setting: Setting
+) -> tuple[list[Part], list[JSON], list[Fields]]:
     """(the system's parts, the turns, further lists of tools); from `input` where there are no messages."""
     if is_cursors(body):
         body.pass_over("messages")
         history = openai_history(body, model, setting)
         return history.system, history.contents, history.tools
     if not body.need("messages", list):
-        raise wrong_value("messages", "Invalid 'messages': empty array. Expected an array with minimum length 1, "
-                                      "but got an empty array instead.")
+        raise wrong_value(
+            "messages",
+            "Invalid 'messages': empty array. Expected an array with minimum length 1, "
+            "but got an empty array instead.",
+        )
     return (*openai_turns(body, model), [])
 
 
@@ -2038,9 +2543,17 @@ def openai_config(body: Fields, model: Model, setting: Setting) -> JSON:
     if limit is None and is_cursors(body):
         limit = openai_limit(body, "max_output_tokens", setting)
     older = openai_limit(body, "max_tokens", setting)
-    return {**openai_sampling(body, model, limit or older, setting),
-            **openai_thinking(body, "reasoning_effort", model, effort, effort is not None or setting.ollama,
-                              None if limit else older)}        # the newer limit counts thoughts at OpenAI too
+    return {
+        **openai_sampling(body, model, limit or older, setting),
+        **openai_thinking(
+            body,
+            "reasoning_effort",
+            model,
+            effort,
+            effort is not None or setting.ollama,
+            None if limit else older,
+        ),
+    }  # the newer limit counts thoughts at OpenAI too
 
 
 def openai_limit(body: Fields, key: str, setting: Setting) -> int | None:
@@ -2048,20 +2561,36 @@ def openai_limit(body: Fields, key: str, setting: Setting) -> int | None:
     limit = body.get(key, int)
     if setting.ollama or limit is None or limit >= 1:
         return limit if limit and limit > 0 else None
-    raise ProxyError(400, f"Invalid value for '{body.at(key)}': it must be 1 or more.", code="integer_below_min_value",
-                     place=body.at(key))
+    raise ProxyError(
+        400,
+        f"Invalid value for '{body.at(key)}': it must be 1 or more.",
+        code="integer_below_min_value",
+        place=body.at(key),
+    )
 
 
 def openai_sampling(body: Fields, model: Model, limit: int | None, setting: Setting) -> JSON:
     """The part of a generationConfig that is not about thinking. Ollama refuses no temperature for its height."""
-    return sampling_config(model, stop_sequences(body), limit=limit, seed=body.get("seed", int),
-                           temperature=body.number("temperature", 0, math.inf if setting.ollama else 2),
-                           top_p=body.number("top_p", 0, math.inf if setting.ollama else 1),
-                           top_k=body.get("top_k", int), penalty=lambda key: body.number(key, -2, 2))
+    return sampling_config(
+        model,
+        stop_sequences(body),
+        limit=limit,
+        seed=body.get("seed", int),
+        temperature=body.number("temperature", 0, math.inf if setting.ollama else 2),
+        top_p=body.number("top_p", 0, math.inf if setting.ollama else 1),
+        top_k=body.get("top_k", int),
+        penalty=lambda key: body.number(key, -2, 2),
+    )
 
 
-def openai_thinking(body: Fields, key: str, model: Model, effort: str | None, thoughts: bool,
-                    limit: int | None = None) -> JSON:
+def openai_thinking(
+    body: Fields,
+    key: str,
+    model: Model,
+    effort: str | None,
+    thoughts: bool,
+    limit: int | None = None,
+) -> JSON:
     """The rest of it, for an effort that stood under this key, and a limit of the answer without its thoughts."""
     config = thinking_config(model, effort_within(limit, effort), thoughts)
     if not_heeded(effort, config):
@@ -2099,24 +2628,45 @@ def openai_response_format(body: Fields, key: str = "response_format") -> JSON |
 
 
 # OpenAI's voices, each with one of Gemini's that comes near it; Gemini's own names are taken too.
-VOICES = {"alloy": "Kore", "ash": "Orus", "ballad": "Algieba", "cedar": "Iapetus", "coral": "Aoede", "echo": "Charon",
-          "fable": "Puck", "marin": "Leda", "nova": "Zephyr", "onyx": "Alnilam", "sage": "Vindemiatrix",
-          "shimmer": "Autonoe", "verse": "Fenrir"}
-GEMINI_VOICES = frozenset((
-    "Zephyr Puck Charon Kore Fenrir Leda Orus Aoede Callirrhoe Autonoe Enceladus Iapetus Umbriel Algieba Despina "
-    "Erinome Algenib Rasalgethi Laomedeia Achernar Alnilam Schedar Gacrux Pulcherrima Achird Zubenelgenubi "
-    "Vindemiatrix Sadachbia Sadaltager Sulafat").split())
+VOICES = {
+    "alloy": "Kore",
+    "ash": "Orus",
+    "ballad": "Algieba",
+    "cedar": "Iapetus",
+    "coral": "Aoede",
+    "echo": "Charon",
+    "fable": "Puck",
+    "marin": "Leda",
+    "nova": "Zephyr",
+    "onyx": "Alnilam",
+    "sage": "Vindemiatrix",
+    "shimmer": "Autonoe",
+    "verse": "Fenrir",
+}
+GEMINI_VOICES = frozenset(
+    (
+        "Zephyr Puck Charon Kore Fenrir Leda Orus Aoede Callirrhoe Autonoe Enceladus Iapetus Umbriel Algieba Despina "
+        "Erinome Algenib Rasalgethi Laomedeia Achernar Alnilam Schedar Gacrux Pulcherrima Achird Zubenelgenubi "
+        "Vindemiatrix Sadachbia Sadaltager Sulafat"
+    ).split()
+)
 
 
 def speech_config(fields: Fields, key: str) -> JSON:
     """The settings for an answer in sound, in the voice under this key; a strange voice is the default one."""
     voice = fields.get(key, str, dict)
     voice = inside(voice, "id", str) if type(voice) is dict else voice or "alloy"
-    name = VOICES.get(voice.lower()) or (voice.capitalize() if voice.capitalize() in GEMINI_VOICES else None)
+    name = VOICES.get(voice.lower()) or (
+        voice.capitalize() if voice.capitalize() in GEMINI_VOICES else None
+    )
     if name is None:
         fields.ignore(fields.at(key))
-    return {"responseModalities": ["AUDIO"],
-            "speechConfig": {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": name or VOICES["alloy"]}}}}
+    return {
+        "responseModalities": ["AUDIO"],
+        "speechConfig": {
+            "voiceConfig": {"prebuiltVoiceConfig": {"voiceName": name or VOICES["alloy"]}}
+        },
+    }
 
 
 def openai_modalities(body: Fields) -> tuple[JSON, bool]:
@@ -2128,12 +2678,17 @@ def openai_modalities(body: Fields) -> tuple[JSON, bool]:
     if "audio" in wanted:
         audio = body.inner("audio") or Fields({}, "audio", body.family)
         kind = audio.word("format", "wav", "aac", "mp3", "flac", "opus", "pcm16", "pcm") or "wav"
-        wav = kind not in ("pcm16", "pcm") and not body.data.get("stream")      # a stream is in pcm16, as OpenAI's
+        wav = kind not in ("pcm16", "pcm") and not body.data.get(
+            "stream"
+        )  # a stream is in pcm16, as OpenAI's
         if kind not in ("pcm16", "pcm") and (kind != "wav" or not wav):
             body.ignore("audio.format")
         return speech_config(audio, "voice"), wav
-    return ({"responseModalities": ["TEXT", "IMAGE"] if "text" in wanted else ["IMAGE"]} if "image" in wanted
-            else {}), False
+    return (
+        {"responseModalities": ["TEXT", "IMAGE"] if "text" in wanted else ["IMAGE"]}
+        if "image" in wanted
+        else {}
+    ), False
 
 
 def openai_google_fields(body: Fields, config: JSON) -> JSON:
@@ -2145,10 +2700,15 @@ def openai_google_fields(body: Fields, config: JSON) -> JSON:
         fields.update(google_keys(google, cachedContent=str, safetySettings=list))
         thinking = google.inner("thinking_config") or google.inner("thinkingConfig")
         if thinking is not None:
-            told = google_keys(thinking, thinkingBudget=int, thinkingLevel=str, includeThoughts=bool)
-            told = {key: value.upper() if type(value) is str else value for key, value in told.items()}
-            own = config.get("thinkingConfig",
-                             {}) if not told.keys() - {"includeThoughts"} else {}     # level or budget
+            told = google_keys(
+                thinking, thinkingBudget=int, thinkingLevel=str, includeThoughts=bool
+            )
+            told = {
+                key: value.upper() if type(value) is str else value for key, value in told.items()
+            }
+            own = (
+                config.get("thinkingConfig", {}) if not told.keys() - {"includeThoughts"} else {}
+            )  # level or budget
             config["thinkingConfig"] = {**own, **told}
     tier = body.get("service_tier", str)
     if tier in ("flex", "priority"):
@@ -2162,43 +2722,70 @@ def google_keys(fields: Fields, **kinds: type) -> JSON:
     """Settings of Google's by their names in camelCase, which clients may also write in snake_case."""
     found = {}
     for key, kind in kinds.items():
-        values = [fields.get(name, kind) for name in (re.sub("[A-Z]", lambda big: "_" + big[0].lower(), key), key)]
+        values = [
+            fields.get(name, kind)
+            for name in (re.sub("[A-Z]", lambda big: "_" + big[0].lower(), key), key)
+        ]
         found.update({key: value for value in values if value is not None and value != ""})
     return found
 
 
 # ---- chat: the answer ----
 
-OPENAI_FINISH = {"length": "length", "filter": "content_filter"}        # else "stop", or "tool_calls"
+OPENAI_FINISH = {"length": "length", "filter": "content_filter"}  # else "stop", or "tool_calls"
 
 
 def openai_finish(end: End, legacy: bool = False) -> str:
-    return OPENAI_FINISH.get(end.finish) or (("function_call" if legacy else "tool_calls") if end.calls else "stop")
+    return OPENAI_FINISH.get(end.finish) or (
+        ("function_call" if legacy else "tool_calls") if end.calls else "stop"
+    )
 
 
 def odd_end(end: End) -> JSON:
     """Gemini's own words for an end that OpenAI has no word for, under OpenRouter's key for it."""
     if end.finish in ("stop", "length") and end.reason in ("STOP", "MAX_TOKENS"):
         return {}
-    return {"native_finish_reason": end.reason, **({"finish_message": end.message} if end.message else {})}
+    return {
+        "native_finish_reason": end.reason,
+        **({"finish_message": end.message} if end.message else {}),
+    }
 
 
 def openai_usage(usage: Usage) -> JSON:
-    return {"prompt_tokens": usage.prompt, "completion_tokens": usage.output,
-            "total_tokens": usage.prompt + usage.output,
-            "prompt_tokens_details": {"cached_tokens": usage.cached, "audio_tokens": usage.heard},
-            "completion_tokens_details": {"reasoning_tokens": usage.thoughts, "audio_tokens": usage.spoken,
-                                          "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}}
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.output,
+        "total_tokens": usage.prompt + usage.output,
+        "prompt_tokens_details": {"cached_tokens": usage.cached, "audio_tokens": usage.heard},
+        "completion_tokens_details": {
+            "reasoning_tokens": usage.thoughts,
+            "audio_tokens": usage.spoken,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }
 
 
 def openai_call(call: Call, wants: ChatWants) -> JSON:
     """A call as OpenAI tells it, with its signature in Google's field for clients that keep what they do not know."""
     name = wants.names.get(call.name, call.name)
     if name in wants.custom:
-        made = {"id": call.id, "type": "custom", "custom": {"name": name, "input": custom_input(call)}}
+        made = {
+            "id": call.id,
+            "type": "custom",
+            "custom": {"name": name, "input": custom_input(call)},
+        }
     else:
-        made = {"id": call.id, "type": "function", "function": {"name": name, "arguments": encode_json(call.args)}}
-    return {**made, "extra_content": {"google": {"thought_signature": call.signature}}} if call.signature else made
+        made = {
+            "id": call.id,
+            "type": "function",
+            "function": {"name": name, "arguments": encode_json(call.args)},
+        }
+    return (
+        {**made, "extra_content": {"google": {"thought_signature": call.signature}}}
+        if call.signature
+        else made
+    )
 
 
 def custom_input(call: Call) -> str:
@@ -2208,13 +2795,24 @@ def custom_input(call: Call) -> str:
 
 
 def openai_annotation(citation: Citation) -> JSON:
-    return {"type": "url_citation", "url_citation": {"start_index": citation.start, "end_index": citation.end,
-                                                     "url": citation.url, "title": citation.title}}
+    return {
+        "type": "url_citation",
+        "url_citation": {
+            "start_index": citation.start,
+            "end_index": citation.end,
+            "url": citation.url,
+            "title": citation.title,
+        },
+    }
 
 
 def openai_image(media: Media, index: int) -> JSON:
     """A picture, as OpenRouter and LiteLLM tell it; OpenAI has no form for one in a chat."""
-    return {"type": "image_url", "image_url": {"url": f"data:{media.mime};base64,{media.data}"}, "index": index}
+    return {
+        "type": "image_url",
+        "image_url": {"url": f"data:{media.mime};base64,{media.data}"},
+        "index": index,
+    }
 
 
 def chat_events(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[Text | Call | Media | End]:
@@ -2230,7 +2828,7 @@ def chat_events(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[Text | C
             if type(event) is Text and not event.thought:
                 text.append(event.text)
                 continue
-            if type(event) in (Call, End) and text:         # the calls come last, after all of the text
+            if type(event) in (Call, End) and text:  # the calls come last, after all of the text
                 yield Text(unfenced("".join(text)))
                 text.clear()
         yield event
@@ -2245,14 +2843,22 @@ def unfenced(text: str) -> str:
 
 def openai_base(exchange: Exchange, prefix: str, kind: str) -> JSON:
     """What completions and their chunks begin with. The fingerprint is a real Ollama's, by which clients know it."""
-    return {"id": exchange.new_id(prefix), "object": kind, "created": int(exchange.created), "model": exchange.model,
-            **({"system_fingerprint": "fp_ollama"} if exchange.setting.ollama else {})}
+    return {
+        "id": exchange.new_id(prefix),
+        "object": kind,
+        "created": int(exchange.created),
+        "model": exchange.model,
+        **({"system_fingerprint": "fp_ollama"} if exchange.setting.ollama else {}),
+    }
 
 
 def openai_chat_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     choices = [openai_choice(i, chunks, exchange) for i, chunks in enumerate(answers)]
-    return {**openai_base(exchange, "chatcmpl-", "chat.completion"), "choices": choices,
-            "usage": openai_usage(exchange.usage)}
+    return {
+        **openai_base(exchange, "chatcmpl-", "chat.completion"),
+        "choices": choices,
+        "usage": openai_usage(exchange.usage),
+    }
 
 
 def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSON:
@@ -2270,8 +2876,12 @@ def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSO
             end = event
     wants = exchange.wants
     content = "".join(texts)
-    message: JSON = {"role": "assistant", "content": content or (None if calls or sound else ""), "refusal": None,
-                     "annotations": [openai_annotation(citation) for citation in end.citations]}
+    message: JSON = {
+        "role": "assistant",
+        "content": content or (None if calls or sound else ""),
+        "refusal": None,
+        "annotations": [openai_annotation(citation) for citation in end.citations],
+    }
     if thoughts:
         message[wants.thoughts] = "".join(thoughts)
     if calls and wants.legacy:
@@ -2282,8 +2892,13 @@ def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSO
         message["images"] = [openai_image(image, i) for i, image in enumerate(images)]
     if sound:
         message["audio"] = openai_audio(sound, exchange, content)
-    return {"index": index, "message": message, "logprobs": None, "finish_reason": openai_finish(end, wants.legacy),
-            **odd_end(end)}
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": None,
+        "finish_reason": openai_finish(end, wants.legacy),
+        **odd_end(end),
+    }
 
 
 def sound_bytes(sound: list[Media]) -> bytes:
@@ -2310,9 +2925,12 @@ def wav_file(samples: bytes, rate: int) -> bytes:
 def openai_audio(sound: list[Media], exchange: Exchange, transcript: str) -> JSON:
     data = sound_bytes(sound)
     data = wav_file(data, sound_rate(sound[0].mime)) if exchange.wants.wav else data
-    return {"id": exchange.new_id("audio_"), "data": base64.b64encode(data).decode(),
-            "expires_at": int(exchange.created) + 3600,
-            "transcript": transcript}
+    return {
+        "id": exchange.new_id("audio_"),
+        "data": base64.b64encode(data).decode(),
+        "expires_at": int(exchange.created) + 3600,
+        "transcript": transcript,
+    }
 
 
 def openai_chat_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
@@ -2322,13 +2940,26 @@ def openai_chat_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) ->
     more = {"usage": None} if wants.usage else {}
     for index, chunks in enumerate(answers):
         for delta, finish, odd in openai_deltas(chunks, exchange):
-            yield {**base, "choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish,
-                                        **odd}], **more}
+            yield {
+                **base,
+                "choices": [
+                    {
+                        "index": index,
+                        "delta": delta,
+                        "logprobs": None,
+                        "finish_reason": finish,
+                        **odd,
+                    }
+                ],
+                **more,
+            }
     if wants.usage:
         yield {**base, "choices": [], "usage": openai_usage(exchange.usage)}
 
 
-def openai_deltas(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[tuple[JSON, str | None, JSON]]:
+def openai_deltas(
+    chunks: Iterator[JSON], exchange: Exchange
+) -> Iterator[tuple[JSON, str | None, JSON]]:
     """(delta, finish_reason, more of the choice) for each event of one answer; the role comes first, and once."""
     wants, nothing = exchange.wants, {}
     count, images, started, sound = 0, 0, False, None
@@ -2347,7 +2978,16 @@ def openai_deltas(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[tuple[
             yield {"tool_calls": [{"index": count, **openai_call(event, wants)}]}, None, nothing
             count += 1
         elif kind is Media and event.mime.startswith("audio/"):
-            yield {"audio": {"data": event.data, **({} if sound else {"id": exchange.new_id("audio_")})}}, None, nothing
+            yield (
+                {
+                    "audio": {
+                        "data": event.data,
+                        **({} if sound else {"id": exchange.new_id("audio_")}),
+                    }
+                },
+                None,
+                nothing,
+            )
             sound = event
         elif kind is Media:
             yield {"images": [openai_image(event, images)]}, None, nothing
@@ -2356,7 +2996,11 @@ def openai_deltas(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[tuple[
             if sound:
                 yield {"audio": {"expires_at": int(exchange.created) + 3600}}, None, nothing
             if event.citations:
-                yield {"annotations": [openai_annotation(citation) for citation in event.citations]}, None, nothing
+                yield (
+                    {"annotations": [openai_annotation(citation) for citation in event.citations]},
+                    None,
+                    nothing,
+                )
             yield {}, openai_finish(event, wants.legacy), odd_end(event)
 
 
@@ -2364,7 +3008,7 @@ def openai_deltas(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[tuple[
 
 
 class EmbedWants(NamedTuple):
-    count: int              # vectors
+    count: int  # vectors
     base64: bool = False
 
 
@@ -2375,7 +3019,12 @@ def openai_embeddings_request(body: Fields, setting: Setting) -> Ask:
     texts = openai_inputs(body)
     form = body.word("encoding_format", "float", "base64")
     dimensions = body.number("dimensions", 1, 2**31 - 1, int)
-    return Ask(embed_calls(model, texts, dimensions), False, EmbedWants(len(texts), form == "base64"), asked)
+    return Ask(
+        embed_calls(model, texts, dimensions),
+        False,
+        EmbedWants(len(texts), form == "base64"),
+        asked,
+    )
 
 
 def openai_inputs(body: Fields) -> list[str]:
@@ -2383,12 +3032,17 @@ def openai_inputs(body: Fields) -> list[str]:
     value = body.need("input", str, list)
     texts = [value] if type(value) is str else value
     if not texts:
-        raise wrong_value("input", "Invalid 'input': empty array. Expected an array with minimum length 1.")
+        raise wrong_value(
+            "input", "Invalid 'input': empty array. Expected an array with minimum length 1."
+        )
     for i, text in enumerate(texts):
         place = "input" if type(value) is str else f"input[{i}]"
         if type(text) is int or (type(text) is list and all(type(token) is int for token in text)):
-            raise wrong_value("input", "Invalid 'input': arrays of tokens cannot be embedded here, since the numbers "
-                                       "are OpenAI's; send strings (LangChain: check_embedding_ctx_length=False).")
+            raise wrong_value(
+                "input",
+                "Invalid 'input': arrays of tokens cannot be embedded here, since the numbers "
+                "are OpenAI's; send strings (LangChain: check_embedding_ctx_length=False).",
+            )
         if type(text) is not str:
             raise wrong_type(place, (str,), text)
         if not text:
@@ -2433,18 +3087,26 @@ def packed(vector: list[float]) -> str:
 def openai_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     vectors = read_vectors(answers, exchange)
     tokens = exchange.usage.prompt
-    data = [{"object": "embedding", "index": i, "embedding": packed(vector) if exchange.wants.base64 else vector}
-            for i, vector in enumerate(vectors)]
+    data = [
+        {
+            "object": "embedding",
+            "index": i,
+            "embedding": packed(vector) if exchange.wants.base64 else vector,
+        }
+        for i, vector in enumerate(vectors)
+    ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "data": data, "model": exchange.model, "usage": usage}
 
 
 # ---- legacy completions ----
 
+
 class CompletionWants(NamedTuple):
     """What a completion's reply has to mind."""
-    echoes: tuple[str, ...]         # for each choice what stands before its text
-    usage: bool = False             # a last chunk with the token counts
+
+    echoes: tuple[str, ...]  # for each choice what stands before its text
+    usage: bool = False  # a last chunk with the token counts
 
 
 def openai_completions_request(body: Fields, setting: Setting) -> Ask:
@@ -2454,15 +3116,20 @@ def openai_completions_request(body: Fields, setting: Setting) -> Ask:
     prompts, stream = openai_prompts(body), bool(body.get("stream", bool))
     n, best = body.number("n", 1, MOST_CALLS, int) or 1, body.number("best_of", 0, 20, int)
     if len(prompts) * n > MOST_CALLS:
-        raise wrong_value("prompt", f"Invalid value for 'prompt': {len(prompts)} prompts with {n} choices each are "
-                                    f"more than {MOST_CALLS} choices.")
+        raise wrong_value(
+            "prompt",
+            f"Invalid value for 'prompt': {len(prompts)} prompts with {n} choices each are "
+            f"more than {MOST_CALLS} choices.",
+        )
     if best and best > n:
-        body.ignore("best_of")          # there are no probabilities to choose by
+        body.ignore("best_of")  # there are no probabilities to choose by
     config = openai_completion_config(body, model, setting)
     suffix, echo = body.get("suffix", str), body.get("echo", bool)
     calls = [openai_completion_call(model, stream, prompt, suffix, config) for prompt in prompts]
-    wants = CompletionWants(tuple(prompt if echo else "" for prompt in prompts for _ in range(n)),
-                            openai_counts_tokens(body))
+    wants = CompletionWants(
+        tuple(prompt if echo else "" for prompt in prompts for _ in range(n)),
+        openai_counts_tokens(body),
+    )
     return Ask(tuple(call for call in calls for _ in range(n)), stream, wants, asked)
 
 
@@ -2472,10 +3139,15 @@ def openai_prompts(body: Fields) -> list[str]:
     if value is None or type(value) is str:
         return [value or ""]
     if not value:
-        raise wrong_value("prompt", "Invalid 'prompt': empty array. Expected an array with minimum length 1.")
+        raise wrong_value(
+            "prompt", "Invalid 'prompt': empty array. Expected an array with minimum length 1."
+        )
     if any(type(prompt) in (int, list) for prompt in value):
-        raise wrong_value("prompt", "Invalid 'prompt': arrays of tokens cannot be completed here, since the numbers "
-                                    "are OpenAI's; send strings.")
+        raise wrong_value(
+            "prompt",
+            "Invalid 'prompt': arrays of tokens cannot be completed here, since the numbers "
+            "are OpenAI's; send strings.",
+        )
     return body.strings("prompt")
 
 
@@ -2485,34 +3157,53 @@ def openai_completion_config(body: Fields, model: Model, setting: Setting) -> JS
     thinking = config.pop("thinkingConfig", {})
     if "maxOutputTokens" in config and not thinking.keys() - {"includeThoughts"}:
         thinking = thinking_config(model, "none", False)
-    thinking.pop("includeThoughts", None)           # nothing here could tell them
+    thinking.pop("includeThoughts", None)  # nothing here could tell them
     return {**config, "thinkingConfig": thinking} if thinking else config
 
 
 COMPLETION_INSTRUCTION = (
     "You are a text completion engine. Go on from the exact point where the user's text ends, or, if it is an "
-    "instruction or a question, with what it asks for. Do not repeat the text, and add nothing about it.")
+    "instruction or a question, with what it asks for. Do not repeat the text, and add nothing about it."
+)
 
 
-def openai_completion_call(model: Model, stream: bool, prompt: str, suffix: str | None, config: JSON) -> GeminiCall:
-    system, text = (gap_instruction(""), gap_prompt(prompt, suffix)) if suffix else (COMPLETION_INSTRUCTION, prompt)
+def openai_completion_call(
+    model: Model, stream: bool, prompt: str, suffix: str | None, config: JSON
+) -> GeminiCall:
+    system, text = (
+        (gap_instruction(""), gap_prompt(prompt, suffix))
+        if suffix
+        else (COMPLETION_INSTRUCTION, prompt)
+    )
     return generate_call(model, stream, [text_part(system)], [user_turn(text_part(text))], config)
 
 
-def openai_pieces(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[tuple[int, str, End | None]]:
+def openai_pieces(
+    exchange: Exchange, answers: Iterator[Iterator[JSON]]
+) -> Iterator[tuple[int, str, End | None]]:
     """(index of the choice, text, the End) for each piece of a completion; a choice's last piece has its End."""
     for (index, before), chunks in zip(enumerate(exchange.wants.echoes), answers):
         for event in read_gemini(chunks, exchange):
             if type(event) is End:
                 yield index, before, event
             elif type(event) is Media or type(event) is Text and not event.thought:
-                yield index, before + (media_note(event) if type(event) is Media else event.text), None
+                yield (
+                    index,
+                    before + (media_note(event) if type(event) is Media else event.text),
+                    None,
+                )
                 before = ""
 
 
 def openai_text_choice(index: int, text: str, end: End | None) -> JSON:
     finish = OPENAI_FINISH.get(end.finish, "stop") if end else None
-    return {"text": text, "index": index, "logprobs": None, "finish_reason": finish, **(odd_end(end) if end else {})}
+    return {
+        "text": text,
+        "index": index,
+        "logprobs": None,
+        "finish_reason": finish,
+        **(odd_end(end) if end else {}),
+    }
 
 
 def openai_completions_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
@@ -2522,13 +3213,21 @@ def openai_completions_response(exchange: Exchange, answers: Iterator[Iterator[J
         if end:
             choices.append(openai_text_choice(index, text, end))
             text = ""
-    return {**openai_base(exchange, "cmpl-", "text_completion"), "choices": choices,
-            "usage": openai_usage(exchange.usage)}
+    return {
+        **openai_base(exchange, "cmpl-", "text_completion"),
+        "choices": choices,
+        "usage": openai_usage(exchange.usage),
+    }
 
 
-def openai_completions_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+def openai_completions_stream(
+    exchange: Exchange, answers: Iterator[Iterator[JSON]]
+) -> Iterator[JSON]:
     """Chunks, choice after choice, in the form of whole completions."""
-    base, more = openai_base(exchange, "cmpl-", "text_completion"), {"usage": None} if exchange.wants.usage else {}
+    base, more = (
+        openai_base(exchange, "cmpl-", "text_completion"),
+        {"usage": None} if exchange.wants.usage else {},
+    )
     for index, text, end in openai_pieces(exchange, answers):
         yield {**base, "choices": [openai_text_choice(index, text, end)], **more}
     if exchange.wants.usage:
@@ -2538,20 +3237,30 @@ def openai_completions_stream(exchange: Exchange, answers: Iterator[Iterator[JSO
 # ---- media: models, what they make, and why they do not ----
 
 # OpenAI's names (and Google's former ones), Gemini's models that can do it, and the one for who names none of these.
-STAND_INS = {"picture": (r"dall-e|(chat)?gpt-image|imagen", r"gemini-.*image|.*banana", "gemini-nano-banana-2.1"),
-             "speech": (r"tts-1|gpt-.*(tts|audio)", r"gemini-.*(tts|audio)", "gemini-3.8-flash-tts"),
-             "transcript": (r"whisper|gpt-.*transcribe", r"gemini|gemma", "gemini-3.8-flash")}
+STAND_INS = {
+    "picture": (
+        r"dall-e|(chat)?gpt-image|imagen",
+        r"gemini-.*image|.*banana",
+        "gemini-nano-banana-2.1",
+    ),
+    "speech": (r"tts-1|gpt-.*(tts|audio)", r"gemini-.*(tts|audio)", "gemini-3.8-flash-tts"),
+    "transcript": (r"whisper|gpt-.*transcribe", r"gemini|gemma", "gemini-3.8-flash"),
+}
 
 
 def openai_media_model(asked: str | None, what: str, setting: Setting) -> Model:
     """The model for one of STAND_INS. A glob for chats, such as `-alias='gpt-*=...'`, makes no painter of its model."""
     openais, geminis, ours = STAND_INS[what]
     model, plain = model_named(asked or ours, setting), plain_name(asked or "", setting.ollama)
-    chosen = re.match(geminis, model.name) or any(name in (asked, plain) for name, _ in setting.aliases)
+    chosen = re.match(geminis, model.name) or any(
+        name in (asked, plain) for name, _ in setting.aliases
+    )
     return model_of(ours) if re.match(openais, plain) and not chosen else model
 
 
-def read_media(chunks: Iterator[JSON], exchange: Exchange, kind: str) -> tuple[list[Media], str, End]:
+def read_media(
+    chunks: Iterator[JSON], exchange: Exchange, kind: str
+) -> tuple[list[Media], str, End]:
     """(media of this kind, such as "image/", the text beside them, the End) of one answer."""
     found, said, end = [], "", None
     for event in read_gemini(chunks, exchange):
@@ -2569,8 +3278,12 @@ def read_media(chunks: Iterator[JSON], exchange: Exchange, kind: str) -> tuple[l
 def withheld(what: str, end: End, said: str = "") -> ProxyError:
     """The error for what Gemini did not make, or not to its end, in its own words."""
     words = end.message or said.strip()[:1000]
-    return ProxyError(400, f"Gemini made no whole {what} ({end.reason})" + (f": {words}" if words else "."),
-                      code="content_policy_violation" if end.finish == "filter" else None, upstream=True)
+    return ProxyError(
+        400,
+        f"Gemini made no whole {what} ({end.reason})" + (f": {words}" if words else "."),
+        code="content_policy_violation" if end.finish == "filter" else None,
+        upstream=True,
+    )
 
 
 def openai_written(body: Fields, key: str) -> str:
@@ -2582,20 +3295,36 @@ def openai_written(body: Fields, key: str) -> str:
 
 
 def openai_media_usage(usage: Usage, **details: JSON) -> JSON:
-    return {"input_tokens": usage.prompt, **details, "output_tokens": usage.output,
-            "total_tokens": usage.prompt + usage.output}
+    return {
+        "input_tokens": usage.prompt,
+        **details,
+        "output_tokens": usage.output,
+        "total_tokens": usage.prompt + usage.output,
+    }
 
 
 # ---- images ----
 
-RATIOS = ("1:1", "2:3", "3:2", "3:4", "4:3", "4:5", "5:4", "9:16", "16:9", "21:9")      # those that all models take
+RATIOS = (
+    "1:1",
+    "2:3",
+    "3:2",
+    "3:4",
+    "4:3",
+    "4:5",
+    "5:4",
+    "9:16",
+    "16:9",
+    "21:9",
+)  # those that all models take
 PICTURE_TYPES = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 PICTURE_FORMS = (*PICTURE_TYPES.values(), "gif", "svg")
 
 
 class ImageWants(NamedTuple):
     """What the reply with pictures has to mind."""
-    url: bool = False           # in data URLs
+
+    url: bool = False  # in data URLs
 
 
 def openai_images_request(body: Fields, setting: Setting) -> Ask:
@@ -2603,15 +3332,23 @@ def openai_images_request(body: Fields, setting: Setting) -> Ask:
     asked = body.get("model", str)
     model = openai_media_model(asked, "picture", setting)
     prompt, n = openai_written(body, "prompt"), body.number("n", 1, 10, int) or 1
-    form, kind = body.word("response_format", "url", "b64_json"), body.word("output_format", *PICTURE_FORMS)
-    if kind not in (None, "png" if model.generation < 3 else "jpeg"):       # what the models make, untold
+    form, kind = (
+        body.word("response_format", "url", "b64_json"),
+        body.word("output_format", *PICTURE_FORMS),
+    )
+    if kind not in (
+        None,
+        "png" if model.generation < 3 else "jpeg",
+    ):  # what the models make, untold
         body.ignore("output_format")
     config = {"responseModalities": ["IMAGE"], **openai_image_config(body, model)}
     call = generate_call(model, False, [], [user_turn(text_part(prompt))], config)
     stream = bool(body.get("stream", bool))
     if stream and form == "url":
-        body.ignore("response_format")          # events have no place for one
-    by_url = form == "url" or form is None and (asked or "").startswith("dall-e")       # whose default it is
+        body.ignore("response_format")  # events have no place for one
+    by_url = (
+        form == "url" or form is None and (asked or "").startswith("dall-e")
+    )  # whose default it is
     return Ask((call,) * n, stream, ImageWants(by_url), asked or model.name)
 
 
@@ -2622,7 +3359,9 @@ def openai_image_config(body: Fields, model: Model) -> JSON:
     if size == "auto":
         return {}
     if not told:
-        raise wrong_value("size", f"Invalid value for 'size': {size[:80]!r}. Expected 'auto' or WIDTHxHEIGHT.")
+        raise wrong_value(
+            "size", f"Invalid value for 'size': {size[:80]!r}. Expected 'auto' or WIDTHxHEIGHT."
+        )
     width, height = map(int, told.groups())
     ratio = min(RATIOS, key=lambda ratio: abs(math.log(width / height) - math.log(ratio_of(ratio))))
     side = math.sqrt(width * height)
@@ -2636,7 +3375,9 @@ def ratio_of(words: str) -> float:
     return int(width) / int(height)
 
 
-def openai_pictures(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[tuple[Media, Usage]]:
+def openai_pictures(
+    exchange: Exchange, answers: Iterator[Iterator[JSON]]
+) -> Iterator[tuple[Media, Usage]]:
     """(a picture, the tokens of its call) for each; a 400 with Gemini's words where there is none at all."""
     refusal, count = None, 0
     for chunks in answers:
@@ -2650,24 +3391,41 @@ def openai_pictures(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> It
 
 
 def openai_image_usage(usage: Usage) -> JSON:
-    return openai_media_usage(usage, input_tokens_details={"text_tokens": usage.prompt, "image_tokens": 0})
+    return openai_media_usage(
+        usage, input_tokens_details={"text_tokens": usage.prompt, "image_tokens": 0}
+    )
 
 
 def openai_images_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     pictures = [picture for picture, _ in openai_pictures(exchange, answers)]
-    data = [{"url": f"data:{picture.mime};base64,{picture.data}"} if exchange.wants.url else {"b64_json": picture.data}
-            for picture in pictures]
+    data = [
+        {"url": f"data:{picture.mime};base64,{picture.data}"}
+        if exchange.wants.url
+        else {"b64_json": picture.data}
+        for picture in pictures
+    ]
     kind = PICTURE_TYPES.get(pictures[0].mime)
-    return {"created": int(exchange.created), "data": data, **({"output_format": kind} if kind else {}),
-            "usage": openai_image_usage(exchange.usage)}
+    return {
+        "created": int(exchange.created),
+        "data": data,
+        **({"output_format": kind} if kind else {}),
+        "usage": openai_image_usage(exchange.usage),
+    }
 
 
 def openai_images_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
     """Each picture when it is there: Gemini shows no half ones."""
     for picture, usage in openai_pictures(exchange, answers):
-        yield {"type": "image_generation.completed", "b64_json": picture.data, "created_at": int(exchange.created),
-               "size": "auto", "quality": "auto", "background": "auto",
-               "output_format": PICTURE_TYPES.get(picture.mime, picture.mime), "usage": openai_image_usage(usage)}
+        yield {
+            "type": "image_generation.completed",
+            "b64_json": picture.data,
+            "created_at": int(exchange.created),
+            "size": "auto",
+            "quality": "auto",
+            "background": "auto",
+            "output_format": PICTURE_TYPES.get(picture.mime, picture.mime),
+            "usage": openai_image_usage(usage),
+        }
 
 
 def openai_images_failure(exchange: Exchange, error: ProxyError) -> list[JSON]:
@@ -2680,8 +3438,9 @@ def openai_images_failure(exchange: Exchange, error: ProxyError) -> list[JSON]:
 
 class SpeechWants(NamedTuple):
     """What the reply with sound has to mind."""
-    pcm: bool = False           # bare samples; else a WAV file, the only one that the library can make
-    events: bool = False        # in server-sent events; else as it is
+
+    pcm: bool = False  # bare samples; else a WAV file, the only one that the library can make
+    events: bool = False  # in server-sent events; else as it is
 
 
 # Bare samples as they come. There is no word for an error among them, so a failure breaks the answer off.
@@ -2700,8 +3459,12 @@ def openai_speech_request(body: Fields, setting: Setting) -> Ask:
     # A bare text is sometimes answered in place of being spoken; the older models say all at once.
     prompt = f"{manner}\n\nSay: {text}" if manner else f"Say: {text}"
     piecemeal = model.generation >= 3.1 and (pcm or events)
-    call = generate_call(model, piecemeal, [], [user_turn(text_part(prompt))], speech_config(body, "voice"))
-    return Ask((call,), events or piecemeal, SpeechWants(pcm, events), asked, SSE if events else PCM)
+    call = generate_call(
+        model, piecemeal, [], [user_turn(text_part(prompt))], speech_config(body, "voice")
+    )
+    return Ask(
+        (call,), events or piecemeal, SpeechWants(pcm, events), asked, SSE if events else PCM
+    )
 
 
 def openai_speech_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Payload:
@@ -2724,8 +3487,11 @@ def openai_speech_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
             if not begun and not wants.pcm:
                 data = endless_wav(sound_rate(event.mime)) + data
             begun = True
-            yield {"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()} if wants.events \
+            yield (
+                {"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()}
+                if wants.events
                 else {"audio": data}
+            )
         elif type(event) is Text and not event.thought:
             said += event.text
         elif type(event) is End and (not begun or event.finish != "stop"):
@@ -2744,25 +3510,49 @@ def endless_wav(rate: int) -> bytes:
 
 TRANSCRIPT_FORMS = ("json", "text", "srt", "verbose_json", "vtt", "diarized_json")
 TIMED_FORMS = TRANSCRIPT_FORMS[2:]
-TASKS = {"transcribe": "Write down what is said in this recording, word for word, in the language that is spoken.",
-         "translate": "Write down in English what is said in this recording, whatever language is spoken."}
+TASKS = {
+    "transcribe": "Write down what is said in this recording, word for word, in the language that is spoken.",
+    "translate": "Write down in English what is said in this recording, whatever language is spoken.",
+}
 TIME = {"type": "string", "description": "HH:MM:SS.mmm from the beginning of the recording"}
-TIMED_SCHEMA = {"type": "object", "required": ["language", "segments"], "properties": {
-    "language": {"type": "string", "description": "the language that is spoken, in English and lower case"},
-    "segments": {"type": "array", "items": {
-        "type": "object", "required": ["start", "end", "speaker", "text"], "properties": {
-            "start": TIME, "end": TIME, "text": {"type": "string", "description": "a sentence, or a part of one"},
-            "speaker": {"type": "string", "description": "A for the first speaker, B for the second, and so on"}}}}}}
+TIMED_SCHEMA = {
+    "type": "object",
+    "required": ["language", "segments"],
+    "properties": {
+        "language": {
+            "type": "string",
+            "description": "the language that is spoken, in English and lower case",
+        },
+        "segments": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["start", "end", "speaker", "text"],
+                "properties": {
+                    "start": TIME,
+                    "end": TIME,
+                    "text": {"type": "string", "description": "a sentence, or a part of one"},
+                    "speaker": {
+                        "type": "string",
+                        "description": "A for the first speaker, B for the second, and so on",
+                    },
+                },
+            },
+        },
+    },
+}
 
 
 class TranscriptWants(NamedTuple):
     """What the reply with a transcript has to mind."""
+
     form: str = "json"
     task: str = "transcribe"
 
 
 class Segment(NamedTuple):
     """A piece of a transcript, with its time in seconds."""
+
     start: float
     end: float
     text: str
@@ -2786,14 +3576,22 @@ def openai_transcript_ask(body: Fields, setting: Setting, task: str, forms: tupl
     form_scalars(body, "temperature", "stream")
     stream, timed = bool(body.get("stream", bool)), form in TIMED_FORMS
     if stream and timed:
-        body.ignore("stream")               # as whisper-1 does
+        body.ignore("stream")  # as whisper-1 does
     if form == "verbose_json" and body.strings("timestamp_granularities") not in ([], ["segment"]):
         body.ignore("timestamp_granularities")
-    config = {"temperature": body.number("temperature", 0, 2) or 0, **json_config(TIMED_SCHEMA if timed else None)}
+    config = {
+        "temperature": body.number("temperature", 0, 2) or 0,
+        **json_config(TIMED_SCHEMA if timed else None),
+    }
     thinking = thinking_config(model, "none", False)
     words = text_part(openai_transcript_words(body, task, timed))
-    call = generate_call(model, stream and not timed, [], [user_turn(recording, words)],
-                         {**config, **({"thinkingConfig": thinking} if thinking else {})})
+    call = generate_call(
+        model,
+        stream and not timed,
+        [],
+        [user_turn(recording, words)],
+        {**config, **({"thinkingConfig": thinking} if thinking else {})},
+    )
     return Ask((call,), call.streaming, TranscriptWants(form, task), asked)
 
 
@@ -2806,10 +3604,13 @@ def openai_recording(body: Fields) -> Part:
     told, named = MIME_SPELLINGS.get(upload.mime, upload.mime), extension_type(upload.name) or ""
     mime = sniffed(data) or named or told
     if mime.startswith("video/") and (named.startswith("audio/") or told.startswith("audio/")):
-        mime = mime.replace("video", "audio")       # browsers record sound into containers for both
+        mime = mime.replace("video", "audio")  # browsers record sound into containers for both
     if not mime.startswith(("audio/", "video/")):
-        raise wrong_value("file", "Invalid file format. Supported formats: flac, m4a, mp3, mp4, mpeg, mpga, oga, ogg, "
-                                  "wav and webm.")
+        raise wrong_value(
+            "file",
+            "Invalid file format. Supported formats: flac, m4a, mp3, mp4, mpeg, mpga, oga, ogg, "
+            "wav and webm.",
+        )
     return {"inlineData": {"mimeType": mime, "data": data}}
 
 
@@ -2817,12 +3618,19 @@ def openai_transcript_words(body: Fields, task: str, timed: bool) -> str:
     """What Gemini is to do with the recording."""
     languages = [*filter(None, body.strings("language") + body.strings("languages"))]
     prompt = body.get("prompt", str)
-    words = [TASKS[task], "Cut it into segments at pauses and at changes of the speaker." if timed else
-             "Answer with these words alone: no times, no names of speakers, no remarks. Without words, with nothing."]
+    words = [
+        TASKS[task],
+        "Cut it into segments at pauses and at changes of the speaker."
+        if timed
+        else "Answer with these words alone: no times, no names of speakers, no remarks. Without words, with nothing.",
+    ]
     if languages:
         words.append(f"Spoken is (ISO 639): {', '.join(languages)}.")
     if prompt:
-        words.append("Spell names and words as in this text, or go on from it, but do not repeat it: " + prompt)
+        words.append(
+            "Spell names and words as in this text, or go on from it, but do not repeat it: "
+            + prompt
+        )
     return "\n".join(words)
 
 
@@ -2847,15 +3655,28 @@ def openai_timed_transcript(exchange: Exchange, said: str) -> Any:
     segments = [read_segment(segment) for segment in inner(spoken, "segments", list)]
     if wants.form in ("srt", "vtt"):
         return Payload(subtitles(segments, wants.form).encode("utf-8", "replace"))
-    whole = {"task": wants.task, "duration": max((segment.end for segment in segments), default=0.0),
-             "text": " ".join(segment.text for segment in segments)}
+    whole = {
+        "task": wants.task,
+        "duration": max((segment.end for segment in segments), default=0.0),
+        "text": " ".join(segment.text for segment in segments),
+    }
     if wants.form == "diarized_json":
-        return {**whole, "segments": [{"type": "transcript.text.segment", "id": f"seg_{i}", **segment._asdict()}
-                                      for i, segment in enumerate(segments)],
-                "usage": openai_transcript_usage(exchange.usage)}
-    return {**whole, "language": "english" if wants.task == "translate" else inner(spoken, "language", str),
-            "segments": [{"id": i, "start": segment.start, "end": segment.end, "text": segment.text}
-                         for i, segment in enumerate(segments)]}
+        return {
+            **whole,
+            "segments": [
+                {"type": "transcript.text.segment", "id": f"seg_{i}", **segment._asdict()}
+                for i, segment in enumerate(segments)
+            ],
+            "usage": openai_transcript_usage(exchange.usage),
+        }
+    return {
+        **whole,
+        "language": "english" if wants.task == "translate" else inner(spoken, "language", str),
+        "segments": [
+            {"id": i, "start": segment.start, "end": segment.end, "text": segment.text}
+            for i, segment in enumerate(segments)
+        ],
+    }
 
 
 def read_segment(segment: Any) -> Segment:
@@ -2863,16 +3684,25 @@ def read_segment(segment: Any) -> Segment:
     if type(segment) is not dict:
         raise nonsense("a segment of the transcript is no object")
     start, end = (read_time(inner(segment, key, str)) for key in ("start", "end"))
-    return Segment(start, max(start, end), inner(segment, "text", str).strip(), inner(segment, "speaker", str) or "A")
+    return Segment(
+        start,
+        max(start, end),
+        inner(segment, "text", str).strip(),
+        inner(segment, "speaker", str) or "A",
+    )
 
 
 def read_time(text: str) -> float:
     """Seconds from [[HH:]MM:]SS[.mmm]."""
-    told = re.fullmatch(r"(?:(?:(\d{1,3}):)?(\d{1,4}):)?(\d{1,6}(?:[.,]\d{1,9})?)", text.strip(), re.A)
+    told = re.fullmatch(
+        r"(?:(?:(\d{1,3}):)?(\d{1,4}):)?(\d{1,6}(?:[.,]\d{1,9})?)", text.strip(), re.A
+    )
     if not told:
         raise nonsense(f"a time in the transcript is {text[:40]!r}")
     hours, minutes, seconds = told.groups()
-    return round(int(hours or 0) * 3600 + int(minutes or 0) * 60 + float(seconds.replace(",", ".")), 3)
+    return round(
+        int(hours or 0) * 3600 + int(minutes or 0) * 60 + float(seconds.replace(",", ".")), 3
+    )
 
 
 def subtitles(segments: list[Segment], form: str) -> str:
@@ -2897,7 +3727,9 @@ def openai_transcript_usage(usage: Usage) -> JSON:
     return {"type": "tokens", **openai_media_usage(usage, input_token_details=details)}
 
 
-def openai_transcriptions_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+def openai_transcriptions_stream(
+    exchange: Exchange, answers: Iterator[Iterator[JSON]]
+) -> Iterator[JSON]:
     said = ""
     for event in read_gemini(next(answers), exchange):
         if type(event) is Text and not event.thought:
@@ -2905,12 +3737,16 @@ def openai_transcriptions_stream(exchange: Exchange, answers: Iterator[Iterator[
             yield {"type": "transcript.text.delta", "delta": event.text}
         elif type(event) is End and event.finish != "stop":
             raise withheld("transcript", event)
-    yield {"type": "transcript.text.done", "text": said, "usage": openai_transcript_usage(exchange.usage)}
+    yield {
+        "type": "transcript.text.done",
+        "text": said,
+        "usage": openai_transcript_usage(exchange.usage),
+    }
 
 
 # ---- models ----
 
-GEMINI_OPENED = 1702425600      # 13 December 2023: Gemini's API opened; it tells no dates of its models
+GEMINI_OPENED = 1702425600  # 13 December 2023: Gemini's API opened; it tells no dates of its models
 
 
 def usable_models(answers: Iterator[Iterator[JSON]], setting: Setting) -> dict[str, JSON]:
@@ -2923,8 +3759,17 @@ def usable_models(answers: Iterator[Iterator[JSON]], setting: Setting) -> dict[s
                 name = inside(entry, "name", str)
                 if name and ("generateContent" in methods or "embedContent" in methods):
                     found[name[7:] if name.startswith("models/") else name] = entry
-    names = [name for name, _ in setting.aliases if not re.search(r"[*?\[]", name)] + list(setting.kept())
-    found.update({name: found[to] for name in names for to in [model_named(name, setting).name] if to in found})
+    names = [name for name, _ in setting.aliases if not re.search(r"[*?\[]", name)] + list(
+        setting.kept()
+    )
+    found.update(
+        {
+            name: found[to]
+            for name in names
+            for to in [model_named(name, setting).name]
+            if to in found
+        }
+    )
     return found
 
 
@@ -2933,17 +3778,30 @@ def openai_models_request(body: Fields, setting: Setting) -> Ask:
 
 
 def openai_model_entry(id: str, setting: Setting) -> JSON:
-    return {"id": id, "object": "model", "created": GEMINI_OPENED, "owned_by": "library" if setting.ollama
-            else "google"}
+    return {
+        "id": id,
+        "object": "model",
+        "created": GEMINI_OPENED,
+        "owned_by": "library" if setting.ollama else "google",
+    }
 
 
 def openai_models_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     setting = exchange.setting
-    names = [name for name in usable_models(answers, setting) if not setting.ollama or not UNLISTED.search(name)]
+    names = [
+        name
+        for name in usable_models(answers, setting)
+        if not setting.ollama or not UNLISTED.search(name)
+    ]
     # Codex wants a list of its own here. An entry would have to bring a system prompt in place of Codex's own.
     codex = {"models": []} if "client_version" in setting.query else {}
-    return {"object": "list", "data": [openai_model_entry(tagged(name) if setting.ollama else name, setting)
-                                       for name in names], **codex}
+    return {
+        "object": "list",
+        "data": [
+            openai_model_entry(tagged(name) if setting.ollama else name, setting) for name in names
+        ],
+        **codex,
+    }
 
 
 def openai_model_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
@@ -2960,10 +3818,15 @@ OPENAI_TYPES = {403: "permission_error", 429: "requests"}
 
 def openai_error(error: ProxyError) -> tuple[int, JSON]:
     """OpenAI's form of an error: https://platform.openai.com/docs/guides/error-codes"""
-    kind = OPENAI_TYPES.get(error.status) or ("server_error" if error.status >= 500 else "invalid_request_error")
+    kind = OPENAI_TYPES.get(error.status) or (
+        "server_error" if error.status >= 500 else "invalid_request_error"
+    )
     kind = error.code if error.code == "insufficient_quota" else kind
     code = error.code or ("server_error" if error.status >= 500 else None)
-    return error.status, {"error": {"message": error.message, "type": kind, "param": error.place, "code": code}}
+    return error.status, {
+        "error": {"message": error.message, "type": kind, "param": error.place, "code": code}
+    }
+
 
 # ======================================================================================
 # 5. Responses: OpenAI's newer endpoint, from input items to output items
@@ -2974,13 +3837,14 @@ def openai_error(error: ProxyError) -> tuple[int, JSON]:
 
 class History(NamedTuple):
     """What the input items come to, as it grows."""
+
     model: Model
     setting: Setting
     system: list[Part]
     contents: list[JSON]
-    signatures: dict[str, str]      # of calls, by their ids, from reasoning items of ours
-    tools: list[Fields]             # the items that bring more tools
-    kept: dict[tuple[str, str], list[JSON]]     # items of earlier responses that were looked up
+    signatures: dict[str, str]  # of calls, by their ids, from reasoning items of ours
+    tools: list[Fields]  # the items that bring more tools
+    kept: dict[tuple[str, str], list[JSON]]  # items of earlier responses that were looked up
 
 
 def openai_item(item: Fields, history: History) -> None:
@@ -3028,9 +3892,14 @@ def openai_output_item(item: Fields, history: History) -> None:
 
 def openai_local_call_item(item: Fields, history: History) -> None:
     """A call of one of OpenAI's own tools that run on the client's machine, as one of a function."""
-    id, args = item.get("call_id", str) or item.get("id", str), item.get("action", dict) or item.get("operation", dict)
+    id, args = (
+        item.get("call_id", str) or item.get("id", str),
+        item.get("action", dict) or item.get("operation", dict),
+    )
     item.pass_over("environment", "max_output_length")
-    history.contents.append(model_turn(call_part(item.data["type"][:-len("_call")], args or {}, id)))
+    history.contents.append(
+        model_turn(call_part(item.data["type"][: -len("_call")], args or {}, id))
+    )
 
 
 def openai_local_output_item(item: Fields, history: History) -> None:
@@ -3069,8 +3938,12 @@ def openai_reference_item(item: Fields, history: History) -> None:
         history.kept[key] = told if type(told) is list else told["output"]
     found = next((kept for kept in history.kept[key] if kept.get("id") == id), None)
     if found is None or found.get("type") == "item_reference":
-        raise ProxyError(404, f"Item with id '{id[:80]}' not found: it was not stored, or is forgotten. "
-                              "Send the item itself, or leave it out.", place="input")
+        raise ProxyError(
+            404,
+            f"Item with id '{id[:80]}' not found: it was not stored, or is forgotten. "
+            "Send the item itself, or leave it out.",
+            place="input",
+        )
     openai_item(Fields(found, item.place), history)
 
 
@@ -3085,13 +3958,20 @@ def openai_finished_item(item: Fields, history: History) -> None:
 
 
 OPENAI_ITEMS: dict[str, Callable[[Fields, History], None]] = {
-    "message": openai_message_item, "reasoning": openai_reasoning_item, "item_reference": openai_reference_item,
-    "function_call": openai_call_item, "function_call_output": openai_output_item,
-    "custom_tool_call": openai_call_item, "custom_tool_call_output": openai_output_item,
+    "message": openai_message_item,
+    "reasoning": openai_reasoning_item,
+    "item_reference": openai_reference_item,
+    "function_call": openai_call_item,
+    "function_call_output": openai_output_item,
+    "custom_tool_call": openai_call_item,
+    "custom_tool_call_output": openai_output_item,
     **dict.fromkeys(("local_shell_call", "shell_call", "apply_patch_call"), openai_local_call_item),
-    **dict.fromkeys(("local_shell_call_output", "shell_call_output", "apply_patch_call_output"),
-                    openai_local_output_item),
-    "image_generation_call": openai_image_item, "web_search_call": openai_finished_item,
+    **dict.fromkeys(
+        ("local_shell_call_output", "shell_call_output", "apply_patch_call_output"),
+        openai_local_output_item,
+    ),
+    "image_generation_call": openai_image_item,
+    "web_search_call": openai_finished_item,
     "additional_tools": openai_more_tools_item,
 }
 
@@ -3109,8 +3989,14 @@ def unsealed(text: str, model: Model) -> dict[str, str] | None:
         told = parsed_object(base64.b64decode(text, validate=True).decode())
     except ValueError:
         return None
-    signatures = inside(told, "signatures", dict) if inside(told, "generation", int) == int(model.generation) else {}
-    return {id: value for id, value in signatures.items() if type(value) is str and is_base64(value)} or None
+    signatures = (
+        inside(told, "signatures", dict)
+        if inside(told, "generation", int) == int(model.generation)
+        else {}
+    )
+    return {
+        id: value for id, value in signatures.items() if type(value) is str and is_base64(value)
+    } or None
 
 
 # ---- what is kept ----
@@ -3132,10 +4018,17 @@ def openai_past(id: str | None, setting: Setting) -> list[JSON]:
     """The items of all responses up to this one, the oldest first; OpenAI's 404 where one of them is forgotten."""
     past: list[list[JSON]] = []
     while id:
-        told, items = openai_recalled("response", id, setting), openai_recalled("input", id, setting)
+        told, items = (
+            openai_recalled("response", id, setting),
+            openai_recalled("input", id, setting),
+        )
         if told is None or items is None:
-            raise ProxyError(404, f"Previous response with id '{id[:80]}' not found.",
-                             code="previous_response_not_found", place="previous_response_id")
+            raise ProxyError(
+                404,
+                f"Previous response with id '{id[:80]}' not found.",
+                code="previous_response_not_found",
+                place="previous_response_id",
+            )
         past.append(items + told["output"])
         id = told["previous_response_id"]
     return [item for items in reversed(past) for item in items]
@@ -3147,13 +4040,19 @@ def openai_kept_items(told: str | list[JSON], tail: str) -> list[JSON]:
     out = []
     for i, item in enumerate(items):
         item = {key: value for key, value in item.items() if value is not None}
-        kind = "message" if "role" in item else "item_reference"        # where an item does not say what it is
+        kind = (
+            "message" if "role" in item else "item_reference"
+        )  # where an item does not say what it is
         item = {"id": f"{'msg' if 'role' in item else 'item'}_{tail}_i{i}", "type": kind, **item}
         if item["type"] == "message" and type(item.get("content")) is str:
             kind = "output_text" if item.get("role") == "assistant" else "input_text"
             more = {"annotations": []} if kind == "output_text" else {}
             item["content"] = [{"type": kind, "text": item["content"], **more}]
-        out.append({**item, "status": item.get("status") or "completed"} if item["type"] == "message" else item)
+        out.append(
+            {**item, "status": item.get("status") or "completed"}
+            if item["type"] == "message"
+            else item
+        )
     return out
 
 
@@ -3162,15 +4061,16 @@ def openai_kept_items(told: str | list[JSON], tail: str) -> list[JSON]:
 
 class ResponseWants(NamedTuple):
     """What a response has to mind."""
-    names: dict[str, str]           # Gemini's names of functions -> the client's
-    custom: frozenset[str]          # the client's names of tools that take plain text
-    spaces: dict[str, str]          # the client's names of functions in namespaces -> the namespaces
-    echo: JSON                      # what a response repeats of its request
-    items: str | list[JSON]         # the client's own items, to be kept
+
+    names: dict[str, str]  # Gemini's names of functions -> the client's
+    custom: frozenset[str]  # the client's names of tools that take plain text
+    spaces: dict[str, str]  # the client's names of functions in namespaces -> the namespaces
+    echo: JSON  # what a response repeats of its request
+    items: str | list[JSON]  # the client's own items, to be kept
     one_call: bool
     unfence: bool
-    summary: bool                   # thoughts are wanted
-    included: list[str]             # signatures in reasoning items, sources in searches
+    summary: bool  # thoughts are wanted
+    included: list[str]  # signatures in reasoning items, sources in searches
 
     @property
     def sealed(self) -> bool:
@@ -3189,17 +4089,37 @@ def openai_responses_request(body: Fields, setting: Setting) -> Ask:
     in_json = json_answer(openai_response_format(text, "format"), tools, model)
     effort, summary = openai_reasoning(body)
     shown = summary is not None or (setting.ollama and effort != "none")
-    config = {**openai_sampling(body, model, openai_limit(body, "max_output_tokens", setting), setting),
-              **openai_thinking(body, "reasoning.effort", model, effort, shown), **in_json.config}
-    fields = {**tool_fields(tools, mode, allowed, body, model), **openai_google_fields(body, config)}
-    call = generate_call(model, stream, history.system + in_json.words, history.contents, config, **fields)
+    config = {
+        **openai_sampling(body, model, openai_limit(body, "max_output_tokens", setting), setting),
+        **openai_thinking(body, "reasoning.effort", model, effort, shown),
+        **in_json.config,
+    }
+    fields = {
+        **tool_fields(tools, mode, allowed, body, model),
+        **openai_google_fields(body, config),
+    }
+    call = generate_call(
+        model, stream, history.system + in_json.words, history.contents, config, **fields
+    )
     one_call = body.get("parallel_tool_calls", bool) is False
-    echo = {**openai_echo(body, text), "model": asked, "parallel_tool_calls": not one_call,
-            "reasoning": {"effort": effort, "summary": summary}, "service_tier": fields.get("serviceTier", "default")}
-    wants = ResponseWants(names=tools.names, custom=tools.custom, spaces=tools.spaces, echo=echo,
-                          items=body.data.get("input") or [], one_call=one_call, unfence=in_json.unfence,
-                          summary=shown or config.get("thinkingConfig", {}).get("includeThoughts", False),
-                          included=openai_included(body))
+    echo = {
+        **openai_echo(body, text),
+        "model": asked,
+        "parallel_tool_calls": not one_call,
+        "reasoning": {"effort": effort, "summary": summary},
+        "service_tier": fields.get("serviceTier", "default"),
+    }
+    wants = ResponseWants(
+        names=tools.names,
+        custom=tools.custom,
+        spaces=tools.spaces,
+        echo=echo,
+        items=body.data.get("input") or [],
+        one_call=one_call,
+        unfence=in_json.unfence,
+        summary=shown or config.get("thinkingConfig", {}).get("includeThoughts", False),
+        included=openai_included(body),
+    )
     return Ask((call,), stream, wants, asked)
 
 
@@ -3207,12 +4127,21 @@ def openai_history(body: Fields, model: Model, setting: Setting) -> History:
     """The conversation: the earlier responses, whose instructions do not count any more, and then the input."""
     for key, kinds in (("conversation", (str, dict)), ("prompt", (dict,))):
         if body.data.get(key) and type(body.data[key]) in kinds:
-            raise wrong_value(key, f"Invalid value for '{key}': it is kept at OpenAI; send the items themselves.")
+            raise wrong_value(
+                key, f"Invalid value for '{key}': it is kept at OpenAI; send the items themselves."
+            )
     instructions, previous = body.get("instructions", str), body.get("previous_response_id", str)
     told = body.get("input", str, list)
     if not (told or instructions or previous):
-        raise ProxyError(400, "Missing required parameter: 'input'.", code="missing_required_parameter", place="input")
-    history = History(model, setting, [text_part(instructions)] if instructions else [], [], {}, [], {})
+        raise ProxyError(
+            400,
+            "Missing required parameter: 'input'.",
+            code="missing_required_parameter",
+            place="input",
+        )
+    history = History(
+        model, setting, [text_part(instructions)] if instructions else [], [], {}, [], {}
+    )
     for i, item in enumerate(openai_past(previous, setting)):
         openai_item(Fields(item, f"previous_response_id[{i}]"), history)
     if type(told) is str:
@@ -3228,7 +4157,10 @@ def openai_reasoning(body: Fields) -> tuple[str | None, str | None]:
     reasoning = body.inner("reasoning")
     if reasoning is None:
         return body.word("reasoning_effort", *EFFORTS), None
-    summaries = [reasoning.word(key, "auto", "concise", "detailed", "none") for key in ("summary", "generate_summary")]
+    summaries = [
+        reasoning.word(key, "auto", "concise", "detailed", "none")
+        for key in ("summary", "generate_summary")
+    ]
     summary = next((word for word in summaries if word), None)
     return reasoning.word("effort", *EFFORTS), None if summary == "none" else summary
 
@@ -3246,17 +4178,21 @@ def openai_echo(body: Fields, text: Fields) -> JSON:
     """What a response repeats of its request. What is not read here is not heeded either, and told as ignored."""
     told, store = body.data, body.get("store", bool)
     return {
-        "background": False, "instructions": told.get("instructions"),
+        "background": False,
+        "instructions": told.get("instructions"),
         "max_output_tokens": told.get("max_output_tokens"),
-        "max_tool_calls": inside(told, "max_tool_calls", int) or None, "metadata": body.get("metadata", dict) or {},
+        "max_tool_calls": inside(told, "max_tool_calls", int) or None,
+        "metadata": body.get("metadata", dict) or {},
         "previous_response_id": told.get("previous_response_id"),
         "prompt_cache_key": inside(told, "prompt_cache_key", str) or None,
-        "safety_identifier": inside(told, "safety_identifier", str) or None, "store": store is not False,
+        "safety_identifier": inside(told, "safety_identifier", str) or None,
+        "store": store is not False,
         "temperature": told.get("temperature"),
         "text": {**text.data, "format": text.data.get("format") or {"type": "text"}},
         "tool_choice": told.get("tool_choice") or "auto",
         "tools": [openai_told_tool(tool) for tool in told.get("tools") or ()],
-        "top_logprobs": inside(told, "top_logprobs", int), "top_p": told.get("top_p"),
+        "top_logprobs": inside(told, "top_logprobs", int),
+        "top_p": told.get("top_p"),
         "truncation": body.word("truncation", "auto", "disabled") or "disabled",
         "user": inside(told, "user", str) or None,
     }
@@ -3274,20 +4210,35 @@ def openai_told_tool(tool: JSON) -> JSON:
 
 class Form(NamedTuple):
     """An item that comes bit by bit: its id, its key and kind of parts, and the words of its events."""
+
     prefix: str
     key: str
     kind: str
     index: str
     part: str
     text: str
-    lists: tuple[str, ...]      # what its parts have besides the text
+    lists: tuple[str, ...]  # what its parts have besides the text
 
 
 FORMS = {
-    "message": Form("msg_", "content", "output_text", "content_index", "content_part", "output_text",
-                    ("annotations", "logprobs")),
-    "reasoning": Form("rs_", "summary", "summary_text", "summary_index", "reasoning_summary_part",
-                      "reasoning_summary_text", ()),
+    "message": Form(
+        "msg_",
+        "content",
+        "output_text",
+        "content_index",
+        "content_part",
+        "output_text",
+        ("annotations", "logprobs"),
+    ),
+    "reasoning": Form(
+        "rs_",
+        "summary",
+        "summary_text",
+        "summary_index",
+        "reasoning_summary_part",
+        "reasoning_summary_text",
+        (),
+    ),
 }
 
 
@@ -3300,15 +4251,26 @@ class Reply:
     def __init__(self, exchange: Exchange):
         self.exchange, self.wants, self.count = exchange, exchange.wants, 0
         id = exchange.new_id("resp_")
-        self.tail = id.partition("_")[2]            # which every item's id has in it
+        self.tail = id.partition("_")[2]  # which every item's id has in it
         self.output: list[JSON] = []
-        self.response = {"id": id, "object": "response", "created_at": int(exchange.created), "completed_at": None,
-                         "status": "in_progress", "error": None, "incomplete_details": None, **self.wants.echo,
-                         "output": self.output, "usage": None}
-        self.open: Form | None = None               # of the item that has not ended yet
-        self.pieces: list[str] = []                 # its text
-        self.messages: list[tuple[int, int]] = []   # (where it begins in the answer's text, its index) of each message
-        self.said = 0                               # characters of the answer so far
+        self.response = {
+            "id": id,
+            "object": "response",
+            "created_at": int(exchange.created),
+            "completed_at": None,
+            "status": "in_progress",
+            "error": None,
+            "incomplete_details": None,
+            **self.wants.echo,
+            "output": self.output,
+            "usage": None,
+        }
+        self.open: Form | None = None  # of the item that has not ended yet
+        self.pieces: list[str] = []  # its text
+        self.messages: list[
+            tuple[int, int]
+        ] = []  # (where it begins in the answer's text, its index) of each message
+        self.said = 0  # characters of the answer so far
         exchange.told = self
 
     def event(self, kind: str, **more: Any) -> JSON:
@@ -3318,7 +4280,9 @@ class Reply:
 
     def here(self, kind: str, **more: Any) -> JSON:
         """An event about the last item."""
-        return self.event(kind, item_id=self.output[-1]["id"], output_index=len(self.output) - 1, **more)
+        return self.event(
+            kind, item_id=self.output[-1]["id"], output_index=len(self.output) - 1, **more
+        )
 
     def begin(self) -> Iterator[JSON]:
         for kind in ("created", "in_progress"):
@@ -3333,7 +4297,9 @@ class Reply:
     def done(self, **more: Any) -> JSON:
         """The event of the last item, when it is whole."""
         self.output[-1] = {**self.output[-1], **more}
-        return self.event("output_item.done", output_index=len(self.output) - 1, item=self.output[-1])
+        return self.event(
+            "output_item.done", output_index=len(self.output) - 1, item=self.output[-1]
+        )
 
     def say(self, kind: str, text: str) -> Iterator[JSON]:
         """A bit of a message or of reasoning."""
@@ -3352,7 +4318,9 @@ class Reply:
         yield self.add(self.open.prefix, {"type": kind, **more, self.open.key: []})
         yield self.here(self.open.part + ".added", **{self.open.index: 0}, part=self.part())
 
-    def close(self, status: str = "completed", citations: Iterable[Citation] = (), **more: Any) -> Iterator[JSON]:
+    def close(
+        self, status: str = "completed", citations: Iterable[Citation] = (), **more: Any
+    ) -> Iterator[JSON]:
         """The end of the message or the reasoning that has not ended yet, if there is one."""
         form = self.open
         if form is None:
@@ -3363,7 +4331,9 @@ class Reply:
         if form.key == "content":
             part["annotations"] = [self.annotation(citation) for citation in citations]
             for i, annotation in enumerate(part["annotations"]):
-                yield self.here("output_text.annotation.added", **at, annotation_index=i, annotation=annotation)
+                yield self.here(
+                    "output_text.annotation.added", **at, annotation_index=i, annotation=annotation
+                )
             self.said += len(text)
             more["status"] = status
         yield self.here(form.text + ".done", **at, text=text, **logprobs)
@@ -3373,25 +4343,49 @@ class Reply:
 
     def part(self) -> JSON:
         """What the item that has not ended has in it so far."""
-        return {"type": self.open.kind, "text": "".join(self.pieces), **{key: [] for key in self.open.lists}}
+        return {
+            "type": self.open.kind,
+            "text": "".join(self.pieces),
+            **{key: [] for key in self.open.lists},
+        }
 
     def annotation(self, citation: Citation, start: int | None = None) -> JSON:
         """A source, counted from the beginning of its own message."""
         start = self.messages[-1][0] if start is None else start
-        return {"type": "url_citation", "start_index": max(0, citation.start - start),
-                "end_index": max(0, citation.end - start), "url": citation.url, "title": citation.title}
+        return {
+            "type": "url_citation",
+            "start_index": max(0, citation.start - start),
+            "end_index": max(0, citation.end - start),
+            "url": citation.url,
+            "title": citation.title,
+        }
 
     def call(self, call: Call) -> Iterator[JSON]:
         name = self.wants.names.get(call.name, call.name)
         space = self.wants.spaces.get(name)
-        short = name[len(space) + 1:] if space else name
+        short = name[len(space) + 1 :] if space else name
         if name in self.wants.custom:
-            kind, prefix, key, value, more = "custom_tool_call", "ctc_", "input", custom_input(call), {}
+            kind, prefix, key, value, more = (
+                "custom_tool_call",
+                "ctc_",
+                "input",
+                custom_input(call),
+                {},
+            )
         else:
             kind, prefix, key = "function_call", "fc_", "arguments"
             value, more = encode_json(call.args), {"name": short}
-        yield self.add(prefix, {"type": kind, "status": "in_progress", "call_id": call.id, "name": short,
-                                **({"namespace": space} if space else {}), key: ""})
+        yield self.add(
+            prefix,
+            {
+                "type": kind,
+                "status": "in_progress",
+                "call_id": call.id,
+                "name": short,
+                **({"namespace": space} if space else {}),
+                key: "",
+            },
+        )
         yield self.here(f"{kind}_{key}.delta", delta=value)
         yield self.here(f"{kind}_{key}.done", **{key: value}, **more)
         yield self.done(status="completed", **{key: value})
@@ -3399,7 +4393,9 @@ class Reply:
     def show(self, media: Media) -> Iterator[JSON]:
         """A picture, as OpenAI's own tool tells it."""
         yield from self.close()
-        yield self.add("ig_", {"type": "image_generation_call", "status": "in_progress", "result": None})
+        yield self.add(
+            "ig_", {"type": "image_generation_call", "status": "in_progress", "result": None}
+        )
         yield self.done(status="completed", result=media.data)
 
     def search(self, end: End) -> Iterator[JSON]:
@@ -3408,7 +4404,9 @@ class Reply:
         if "web_search_call.action.sources" in self.wants.included:
             urls = dict.fromkeys(citation.url for citation in end.citations)
             action["sources"] = [{"type": "url", "url": url} for url in urls]
-        yield self.add("ws_", {"type": "web_search_call", "status": "in_progress", "action": action})
+        yield self.add(
+            "ws_", {"type": "web_search_call", "status": "in_progress", "action": action}
+        )
         for step in ("in_progress", "searching", "completed"):
             yield self.here("web_search_call." + step)
         yield self.done(status="completed")
@@ -3420,7 +4418,9 @@ class Reply:
         if seal and self.open is FORMS["reasoning"]:
             yield from self.close(encrypted_content=seal)
             seal = None
-        yield from self.close("completed" if status == "completed" else "incomplete", self.cited(end.citations))
+        yield from self.close(
+            "completed" if status == "completed" else "incomplete", self.cited(end.citations)
+        )
         if end.queries:
             yield from self.search(end)
         if seal:
@@ -3444,23 +4444,37 @@ class Reply:
         """Those of the message that has not ended; the others are added to theirs, which have been told already."""
         last = []
         for citation in citations:
-            start, index = next((found for found in reversed(self.messages) if found[0] <= citation.start), (0, -1))
+            start, index = next(
+                (found for found in reversed(self.messages) if found[0] <= citation.start), (0, -1)
+            )
             if self.open is FORMS["message"] and index == len(self.output) - 1:
                 last.append(citation)
             elif index >= 0:
-                self.output[index]["content"][0]["annotations"].append(self.annotation(citation, start))
+                self.output[index]["content"][0]["annotations"].append(
+                    self.annotation(citation, start)
+                )
         return last
 
     def end(self, status: str, more: JSON, usage: Usage) -> JSON:
         """The last event. Unless the client forbids it, the response is kept."""
-        told = {"input_tokens": usage.prompt,
-                "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
-                "output_tokens": usage.output, "output_tokens_details": {"reasoning_tokens": usage.thoughts},
-                "total_tokens": usage.prompt + usage.output}
-        self.response.update(more, status=status, usage=told,
-                             completed_at=int(self.exchange.now()) if status == "completed" else None)
+        told = {
+            "input_tokens": usage.prompt,
+            "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+            "output_tokens": usage.output,
+            "output_tokens_details": {"reasoning_tokens": usage.thoughts},
+            "total_tokens": usage.prompt + usage.output,
+        }
+        self.response.update(
+            more,
+            status=status,
+            usage=told,
+            completed_at=int(self.exchange.now()) if status == "completed" else None,
+        )
         if self.response["store"]:
-            store, items = self.exchange.setting.store, openai_kept_items(self.wants.items, self.tail)
+            store, items = (
+                self.exchange.setting.store,
+                openai_kept_items(self.wants.items, self.tail),
+            )
             store("input:" + self.response["id"], encode_json(items))
             store("response:" + self.response["id"], encode_json(self.response))
         return self.event(status, response=self.response)
@@ -3472,11 +4486,15 @@ def openai_end(end: End) -> tuple[str, JSON]:
         message = end.message or f"Gemini ended its answer with {end.reason}."
         return "failed", {"error": {"code": "server_error", "message": message}, **odd_end(end)}
     reason = {"length": "max_output_tokens", "filter": "content_filter"}.get(end.finish)
-    return ("incomplete" if reason else "completed"), {"incomplete_details": {"reason": reason} if reason else None,
-                                                       **odd_end(end)}
+    return ("incomplete" if reason else "completed"), {
+        "incomplete_details": {"reason": reason} if reason else None,
+        **odd_end(end),
+    }
 
 
-def openai_responses_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+def openai_responses_stream(
+    exchange: Exchange, answers: Iterator[Iterator[JSON]]
+) -> Iterator[JSON]:
     """The events of a response; nothing before Gemini's first word."""
     reply, calls = Reply(exchange), []
     for event in chat_events(next(answers), exchange):
@@ -3509,8 +4527,10 @@ def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[JSON
     told = openai_error(error)[1]["error"]
     wait = f" Please try again in {error.again:g}s." if error.again and error.status == 429 else ""
     reply = exchange.told or Reply(exchange)
-    return [*(() if reply.count else reply.begin()),
-            reply.fail({"code": told["code"] or "invalid_prompt", "message": told["message"] + wait})]
+    return [
+        *(() if reply.count else reply.begin()),
+        reply.fail({"code": told["code"] or "invalid_prompt", "message": told["message"] + wait}),
+    ]
 
 
 # ---- what a request would cost, and what becomes of a response ----
@@ -3533,7 +4553,10 @@ def openai_kept_request(body: Fields, setting: Setting) -> Ask:
     if told is None:
         raise ProxyError(404, f"Response with id '{id[:80]}' not found.")
     if setting.query.get("stream") == "true":
-        raise wrong_value("stream", "Invalid value for 'stream': only a response that is under way could be streamed.")
+        raise wrong_value(
+            "stream",
+            "Invalid value for 'stream': only a response that is under way could be streamed.",
+        )
     return Ask(wants=told)
 
 
@@ -3561,48 +4584,127 @@ def openai_input_items_response(exchange: Exchange, answers: Iterator[Iterator[J
     if not re.fullmatch(r"[1-9]\d?|100", limit, re.ASCII):
         raise wrong_value("limit", "Invalid value for 'limit': it must be between 1 and 100.")
     after = next((i + 1 for i, item in enumerate(items) if item["id"] == query.get("after")), 0)
-    page = items[after:after + int(limit)]
-    return {"object": "list", "data": page, "first_id": page[0]["id"] if page else None,
-            "last_id": page[-1]["id"] if page else None, "has_more": len(items) > after + len(page)}
+    page = items[after : after + int(limit)]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": len(items) > after + len(page),
+    }
 
 
 # ---- routes ----
 
 # To add an endpoint: a request, a response and perhaps a stream function above, and a row here; the README's
 # table wants a line too, and a test says so.
-OPENAI = Protocol("openai", (
-    Route("POST", "/v1/chat/completions", openai_chat_request, openai_chat_response, openai_chat_stream, SSE),
-    Route("POST", "/v1/responses", openai_responses_request, openai_responses_response, openai_responses_stream,
-          NAMED_SSE, failure=openai_responses_failure),
-    Route("POST", "/v1/responses/input_tokens", openai_input_tokens_request, openai_input_tokens_response),
-    Route("GET", "/v1/responses/{id}/input_items", openai_kept_request, openai_input_items_response),
-    Route("POST", "/v1/responses/{id}/cancel", openai_kept_request, openai_cancel_response, takes=no_body),
-    Route("GET", "/v1/responses/{id}", openai_kept_request, openai_kept_response),
-    Route("DELETE", "/v1/responses/{id}", openai_kept_request, openai_forget_response, takes=no_body),
-    Route("POST", "/v1/embeddings", openai_embeddings_request, openai_embeddings_response),
-    Route("POST", "/v1/completions", openai_completions_request, openai_completions_response, openai_completions_stream,
-          SSE),
-    Route("POST", "/v1/images/generations", openai_images_request, openai_images_response, openai_images_stream,
-          NAMED_SSE, failure=openai_images_failure),
-    Route("POST", "/v1/audio/speech", openai_speech_request, openai_speech_response, openai_speech_stream),
-    Route("POST", "/v1/audio/transcriptions", openai_transcriptions_request, openai_transcriptions_response,
-          openai_transcriptions_stream, takes=parse_form),
-    Route("POST", "/v1/audio/translations", openai_translations_request, openai_transcriptions_response,
-          openai_transcriptions_stream, takes=parse_form),
-    Route("GET", "/v1/models", openai_models_request, openai_models_response),
-    Route("GET", "/v1/models/{model}", openai_models_request, openai_model_response),
-), openai_error, lambda error: openai_error(error)[1])
+OPENAI = Protocol(
+    "openai",
+    (
+        Route(
+            "POST",
+            "/v1/chat/completions",
+            openai_chat_request,
+            openai_chat_response,
+            openai_chat_stream,
+            SSE,
+        ),
+        Route(
+            "POST",
+            "/v1/responses",
+            openai_responses_request,
+            openai_responses_response,
+            openai_responses_stream,
+            NAMED_SSE,
+            failure=openai_responses_failure,
+        ),
+        Route(
+            "POST",
+            "/v1/responses/input_tokens",
+            openai_input_tokens_request,
+            openai_input_tokens_response,
+        ),
+        Route(
+            "GET",
+            "/v1/responses/{id}/input_items",
+            openai_kept_request,
+            openai_input_items_response,
+        ),
+        Route(
+            "POST",
+            "/v1/responses/{id}/cancel",
+            openai_kept_request,
+            openai_cancel_response,
+            takes=no_body,
+        ),
+        Route("GET", "/v1/responses/{id}", openai_kept_request, openai_kept_response),
+        Route(
+            "DELETE",
+            "/v1/responses/{id}",
+            openai_kept_request,
+            openai_forget_response,
+            takes=no_body,
+        ),
+        Route("POST", "/v1/embeddings", openai_embeddings_request, openai_embeddings_response),
+        Route(
+            "POST",
+            "/v1/completions",
+            openai_completions_request,
+            openai_completions_response,
+            openai_completions_stream,
+            SSE,
+        ),
+        Route(
+            "POST",
+            "/v1/images/generations",
+            openai_images_request,
+            openai_images_response,
+            openai_images_stream,
+            NAMED_SSE,
+            failure=openai_images_failure,
+        ),
+        Route(
+            "POST",
+            "/v1/audio/speech",
+            openai_speech_request,
+            openai_speech_response,
+            openai_speech_stream,
+        ),
+        Route(
+            "POST",
+            "/v1/audio/transcriptions",
+            openai_transcriptions_request,
+            openai_transcriptions_response,
+            openai_transcriptions_stream,
+            takes=parse_form,
+        ),
+        Route(
+            "POST",
+            "/v1/audio/translations",
+            openai_translations_request,
+            openai_transcriptions_response,
+            openai_transcriptions_stream,
+            takes=parse_form,
+        ),
+        Route("GET", "/v1/models", openai_models_request, openai_models_response),
+        Route("GET", "/v1/models/{model}", openai_models_request, openai_model_response),
+    ),
+    openai_error,
+    lambda error: openai_error(error)[1],
+)
 
 # ======================================================================================
 # 6. Ollama: chat, generate, embeddings, models and their management
 # ======================================================================================
 
-OLLAMA_VERSION = "0.33.0"       # plain and recent: clients compare it by its numbers
+OLLAMA_VERSION = "0.33.0"  # plain and recent: clients compare it by its numbers
 
 
 def ollama_time(seconds: float) -> str:
     """RFC 3339 in UTC with six digits, which every client's parser takes."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime(
+        "%Y-%m-%dT%H:%M:%S.%fZ"
+    )
 
 
 # ---- what chat and generate share ----
@@ -3627,12 +4729,13 @@ def model_required() -> ProxyError:
 
 class OllamaWants(NamedTuple):
     """What a chat's or a prompt's reply has to mind."""
-    names: dict[str, str] = {}          # Gemini's names of functions -> the client's
+
+    names: dict[str, str] = {}  # Gemini's names of functions -> the client's
     one_call: bool = False
     unfence: bool = False
-    loading: str = ""                   # "load" or "unload": nothing was asked
-    name: str = ""                      # the plain name, under which it counts as loaded
-    lasts: float = 300.0                # seconds that it does
+    loading: str = ""  # "load" or "unload": nothing was asked
+    name: str = ""  # the plain name, under which it counts as loaded
+    lasts: float = 300.0  # seconds that it does
 
 
 DURATION = re.compile(r"([+-]?)((?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|ms|s|m|h))+")
@@ -3648,9 +4751,13 @@ def ollama_keep_alive(body: Fields) -> float:
     if type(value) is str:
         match = DURATION.fullmatch(value)
         if not match and value.strip("+-") != "0":
-            raise wrong_value("keep_alive", f"invalid keep_alive: {value[:40]!r} is not a duration such as \"5m\"")
+            raise wrong_value(
+                "keep_alive", f'invalid keep_alive: {value[:40]!r} is not a duration such as "5m"'
+            )
         parts = re.findall(r"([\d.]+)([a-zµ]+)", value)
-        value = sum(float(number) * UNITS[unit] for number, unit in parts) * (-1 if value.startswith("-") else 1)
+        value = sum(float(number) * UNITS[unit] for number, unit in parts) * (
+            -1 if value.startswith("-") else 1
+        )
     return FOREVER if value < 0 else float(min(value, FOREVER))
 
 
@@ -3664,11 +4771,17 @@ def ollama_think(body: Fields, model: Model, limit: int | None) -> JSON:
     if type(think) not in (str, bool, type(None)):
         raise wrong_value("think", f"think must be a boolean or string ({THINK_WORDS})")
     if type(think) is str and think not in ("high", "medium", "low", "max"):
-        raise wrong_value("think", f"invalid think value: {json.dumps(think[:40])} (must be {THINK_WORDS})")
+        raise wrong_value(
+            "think", f"invalid think value: {json.dumps(think[:40])} (must be {THINK_WORDS})"
+        )
     if think and model.thinking is None:
-        raise ProxyError(400, f"{json.dumps(body.data['model'][:200])} does not support thinking", place="think")
+        raise ProxyError(
+            400, f"{json.dumps(body.data['model'][:200])} does not support thinking", place="think"
+        )
     effort = "none" if think is False else think if type(think) is str else None
-    config = thinking_config(model, effort if think else effort_within(limit, effort), think is not False)
+    config = thinking_config(
+        model, effort if think else effort_within(limit, effort), think is not False
+    )
     if config and not_heeded(effort, config):
         body.ignore("think")
     return config
@@ -3682,7 +4795,10 @@ def ollama_config(body: Fields, model: Model, recipe: Recipe) -> JSON:
     if top or body.get("logprobs", bool):
         body.ignore("logprobs")
     options = body.inner("options") or Fields({}, "options", body.family)
-    options.data = {**recipe.options, **{key: value for key, value in options.data.items() if value is not None}}
+    options.data = {
+        **recipe.options,
+        **{key: value for key, value in options.data.items() if value is not None},
+    }
     config = ollama_options(options, model)
     thinking = ollama_think(body, model, config.get("maxOutputTokens"))
     return {**config, "thinkingConfig": thinking} if thinking else config
@@ -3690,12 +4806,23 @@ def ollama_config(body: Fields, model: Model, recipe: Recipe) -> JSON:
 
 def ollama_options(options: Fields, model: Model) -> JSON:
     """The part of it that clients, and recipes, set in options."""
-    numbers = (options.get(key, float) for key in ("num_predict", "top_k", "seed"))     # a fraction is cut off
-    limit, top_k, seed = (None if number is None else int(min(max(number, -2**63), 2**63)) for number in numbers)
+    numbers = (
+        options.get(key, float) for key in ("num_predict", "top_k", "seed")
+    )  # a fraction is cut off
+    limit, top_k, seed = (
+        None if number is None else int(min(max(number, -(2**63)), 2**63)) for number in numbers
+    )
     temperature, top_p = options.get("temperature", float), options.get("top_p", float)
-    return sampling_config(model, stop_sequences(options), temperature=temperature, top_p=top_p, top_k=top_k,
-                           limit=limit, seed=None if seed is None or seed < 0 else seed,
-                           penalty=lambda key: options.get(key, float))
+    return sampling_config(
+        model,
+        stop_sequences(options),
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        limit=limit,
+        seed=None if seed is None or seed < 0 else seed,
+        penalty=lambda key: options.get(key, float),
+    )
 
 
 def ollama_format(body: Fields) -> JSON | None:
@@ -3705,8 +4832,10 @@ def ollama_format(body: Fields) -> JSON | None:
     if wanted in (None, ""):
         return None
     if wanted != "json" and type(wanted) is not dict:
-        raise wrong_value("format",
-                          f"invalid format: {json.dumps(wanted)[:80]}; expected \"json\" or a valid JSON Schema object")
+        raise wrong_value(
+            "format",
+            f'invalid format: {json.dumps(wanted)[:80]}; expected "json" or a valid JSON Schema object',
+        )
     return ANY_JSON if wanted == "json" else wanted
 
 
@@ -3728,7 +4857,9 @@ def ollama_load(body: Fields, asked: str) -> Ask:
     """Nothing is asked: the model is to be loaded, or with keep_alive 0 to be dropped. It must exist."""
     wants = ollama_wants(body, asked)
     body.pass_over(*body.data)
-    return Ask((MODELS_CALL,), False, wants._replace(loading="load" if wants.lasts else "unload"), asked)
+    return Ask(
+        (MODELS_CALL,), False, wants._replace(loading="load" if wants.lasts else "unload"), asked
+    )
 
 
 def ollama_loaded(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
@@ -3746,7 +4877,7 @@ def ollama_known(asked: str, answers: Iterator[Iterator[JSON]], setting: Setting
     return entry
 
 
-MOST_LOADED = 100           # models that are counted as loaded
+MOST_LOADED = 100  # models that are counted as loaded
 
 
 def ollama_used(exchange: Exchange) -> None:
@@ -3756,7 +4887,7 @@ def ollama_used(exchange: Exchange) -> None:
         loaded[wants.name] = exchange.now() + wants.lasts
     else:
         loaded.pop(wants.name, None)
-    for name in list(loaded)[:-MOST_LOADED]:            # a copy, for other requests change it too
+    for name in list(loaded)[:-MOST_LOADED]:  # a copy, for other requests change it too
         loaded.pop(name, None)
 
 
@@ -3770,21 +4901,42 @@ def ollama_metrics(exchange: Exchange, first: float | None, end: End) -> JSON:
     `first` is the time of its first word, or None where it said all at once.
     """
     now, began = exchange.now(), exchange.created
-    spent = [now - began, 0.0, (began if first is None else first) - began, now - (began if first is None else first)]
+    spent = [
+        now - began,
+        0.0,
+        (began if first is None else first) - began,
+        now - (began if first is None else first),
+    ]
     total, load, prompt, output = (max(1, int(seconds * 1e9)) for seconds in spent)
-    return {"done": True, "done_reason": "length" if end.finish == "length" else "stop", **odd_end(end),
-            "total_duration": total, "load_duration": load, "prompt_eval_count": end.usage.prompt,
-            "prompt_eval_duration": prompt,
-            "eval_count": end.usage.output, "eval_duration": output}
+    return {
+        "done": True,
+        "done_reason": "length" if end.finish == "length" else "stop",
+        **odd_end(end),
+        "total_duration": total,
+        "load_duration": load,
+        "prompt_eval_count": end.usage.prompt,
+        "prompt_eval_duration": prompt,
+        "eval_count": end.usage.output,
+        "eval_duration": output,
+    }
 
 
 def ollama_call(call: Call, index: int, wants: OllamaWants) -> JSON:
     """A call; some clients read the index beside the function, others inside."""
-    return {"id": call.id, "index": index,
-            "function": {"index": index, "name": wants.names.get(call.name, call.name), "arguments": call.args}}
+    return {
+        "id": call.id,
+        "index": index,
+        "function": {
+            "index": index,
+            "name": wants.names.get(call.name, call.name),
+            "arguments": call.args,
+        },
+    }
 
 
-def ollama_events(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[tuple[JSON, End | None]]:
+def ollama_events(
+    exchange: Exchange, answers: Iterator[Iterator[JSON]]
+) -> Iterator[tuple[JSON, End | None]]:
     """(what an event adds to a message, the End) for each event of Gemini's; one call an event."""
     count = 0
     for chunks in answers:
@@ -3822,7 +4974,10 @@ def ollama_chat_request(body: Fields, setting: Setting) -> Ask:
     if not messages:
         return ollama_load(body, asked)
     stream = body.get("stream", bool) is not False
-    own = str(messages[0].data.get("role")).lower() in ("system", "developer")         # which takes the recipe's place
+    own = str(messages[0].data.get("role")).lower() in (
+        "system",
+        "developer",
+    )  # which takes the recipe's place
     system: list[Part] = [text_part(recipe.system)] if recipe.system and not own else []
     contents: list[JSON] = []
     for message in messages:
@@ -3831,11 +4986,15 @@ def ollama_chat_request(body: Fields, setting: Setting) -> Ask:
             system += openai_parts(message, "content", model)
         elif role == "tool":
             images = ollama_images(message)
-            contents.append(user_turn(openai_result_part(message, "content", "tool_call_id", model, images)))
+            contents.append(
+                user_turn(openai_result_part(message, "content", "tool_call_id", model, images))
+            )
         elif role in ("assistant", "model"):
             contents.append(model_turn(*ollama_assistant_parts(message, model)))
         else:
-            contents.append(user_turn(*openai_parts(message, "content", model), *ollama_images(message)))
+            contents.append(
+                user_turn(*openai_parts(message, "content", model), *ollama_images(message))
+            )
     return ollama_ask(body, asked, model, recipe, stream, system, contents)
 
 
@@ -3849,27 +5008,55 @@ def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
             raise wrong_type(call.at("function"), (dict,), None)
         function.pass_over("index")
         args = call_arguments(function.get("arguments", dict, str))
-        parts.append(call_part(function.need("name", str), args, plain_id(call.get("id", str)),
-                               carried_signature(call, function)))
+        parts.append(
+            call_part(
+                function.need("name", str),
+                args,
+                plain_id(call.get("id", str)),
+                carried_signature(call, function),
+            )
+        )
     return parts
 
 
-def ollama_ask(body: Fields, asked: str, model: Model, recipe: Recipe, stream: bool, system: list[Part],
-               contents: list[JSON]) -> Ask:
+def ollama_ask(
+    body: Fields,
+    asked: str,
+    model: Model,
+    recipe: Recipe,
+    stream: bool,
+    system: list[Part],
+    contents: list[JSON],
+) -> Ask:
     """The call for a chat or a prompt, with all that both may set."""
     tools = openai_tools(body)
     in_json = json_answer(ollama_format(body), tools, model)
     config = {**ollama_config(body, model, recipe), **in_json.config}
-    call = generate_call(model, stream, system + in_json.words, contents, config,
-                         **tool_fields(tools, None, [], body, model))
-    return Ask((call,), stream, ollama_wants(body, asked, names=tools.names, unfence=in_json.unfence), asked)
+    call = generate_call(
+        model,
+        stream,
+        system + in_json.words,
+        contents,
+        config,
+        **tool_fields(tools, None, [], body, model),
+    )
+    return Ask(
+        (call,),
+        stream,
+        ollama_wants(body, asked, names=tools.names, unfence=in_json.unfence),
+        asked,
+    )
 
 
 def ollama_chat_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     if exchange.wants.loading:
         return {**ollama_loaded(exchange, answers), "message": {"role": "assistant", "content": ""}}
     message, end = ollama_sum(exchange, answers)
-    return {**ollama_base(exchange), "message": {"role": "assistant", **message}, **ollama_metrics(exchange, None, end)}
+    return {
+        **ollama_base(exchange),
+        "message": {"role": "assistant", **message},
+        **ollama_metrics(exchange, None, end),
+    }
 
 
 def ollama_chat_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
@@ -3878,7 +5065,11 @@ def ollama_chat_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) ->
     for addition, end in ollama_events(exchange, answers):
         first = exchange.now() if first is None else first
         ending = {"done": False} if end is None else ollama_metrics(exchange, first, end)
-        yield {**ollama_base(exchange), "message": {"role": "assistant", "content": "", **addition}, **ending}
+        yield {
+            **ollama_base(exchange),
+            "message": {"role": "assistant", "content": "", **addition},
+            **ending,
+        }
 
 
 def ollama_chat_beat(exchange: Exchange) -> JSON:
@@ -3902,22 +5093,38 @@ def ollama_generate_request(body: Fields, setting: Setting) -> Ask:
     system = "" if raw else system or recipe.system
     if suffix:
         system, prompt = gap_instruction(system), gap_prompt(prompt, suffix)
-    return ollama_ask(body, asked, model, recipe, stream, [text_part(system)] if system else [],
-                      [user_turn(text_part(prompt), *images)])
+    return ollama_ask(
+        body,
+        asked,
+        model,
+        recipe,
+        stream,
+        [text_part(system)] if system else [],
+        [user_turn(text_part(prompt), *images)],
+    )
 
 
 def ollama_generate_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     if exchange.wants.loading:
         return {**ollama_loaded(exchange, answers), "response": ""}
     message, end = ollama_sum(exchange, answers)
-    return {**ollama_base(exchange), **generated(message), "context": [], **ollama_metrics(exchange, None, end)}
+    return {
+        **ollama_base(exchange),
+        **generated(message),
+        "context": [],
+        **ollama_metrics(exchange, None, end),
+    }
 
 
 def ollama_generate_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
     first = None
     for addition, end in ollama_events(exchange, answers):
         first = exchange.now() if first is None else first
-        ending = {"done": False} if end is None else {"context": [], **ollama_metrics(exchange, first, end)}
+        ending = (
+            {"done": False}
+            if end is None
+            else {"context": [], **ollama_metrics(exchange, first, end)}
+        )
         yield {**ollama_base(exchange), **generated(addition), **ending}
 
 
@@ -3940,15 +5147,18 @@ def ollama_embed_request(body: Fields, setting: Setting) -> Ask:
     value = body.data.get("input")
     body.read.add("input")
     if type(value) not in (str, list, type(None)):
-        raise wrong_value("input", "invalid input type: input must be a string or a list of strings")
+        raise wrong_value(
+            "input", "invalid input type: input must be a string or a list of strings"
+        )
     texts = [value] if type(value) is str and value else value or []
     for i, text in enumerate(texts):
         if type(text) is not str:
             raise wrong_value(f"input[{i}]", f"invalid input type: input[{i}] must be a string")
     ollama_keep_alive(body)
     dimensions = body.number("dimensions", 0, 2**31 - 1, int)
-    calls = embed_calls(model, [text or " " for text in texts],
-                        dimensions) if texts else ()    # Gemini takes no empty text
+    calls = (
+        embed_calls(model, [text or " " for text in texts], dimensions) if texts else ()
+    )  # Gemini takes no empty text
     return Ask(calls, False, EmbedWants(len(texts)), asked)
 
 
@@ -3957,8 +5167,13 @@ def ollama_embed_response(exchange: Exchange, answers: Iterator[Iterator[JSON]])
         return {"model": exchange.model, "embeddings": []}
     vectors = read_vectors(answers, exchange)
     total = max(1, int((exchange.now() - exchange.created) * 1e9))
-    return {"model": exchange.model, "embeddings": vectors, "total_duration": total, "load_duration": 1,
-            "prompt_eval_count": exchange.usage.prompt}
+    return {
+        "model": exchange.model,
+        "embeddings": vectors,
+        "total_duration": total,
+        "load_duration": 1,
+        "prompt_eval_count": exchange.usage.prompt,
+    }
 
 
 def ollama_embeddings_request(body: Fields, setting: Setting) -> Ask:
@@ -3966,7 +5181,12 @@ def ollama_embeddings_request(body: Fields, setting: Setting) -> Ask:
     asked, model, _ = ollama_asked(body, setting, model_required())
     prompt = body.get("prompt", str)
     ollama_keep_alive(body)
-    return Ask(embed_calls(model, [prompt], None) if prompt else (), False, EmbedWants(1 if prompt else 0), asked)
+    return Ask(
+        embed_calls(model, [prompt], None) if prompt else (),
+        False,
+        EmbedWants(1 if prompt else 0),
+        asked,
+    )
 
 
 def ollama_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
@@ -3976,7 +5196,9 @@ def ollama_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JS
 # ---- the models ----
 
 # What Gemini lists and a chat cannot use; it can be asked for by name all the same.
-UNLISTED = re.compile(r"image|banana|tts|audio|live|robotics|computer-use|aqa|deep-research|antigravity|omni|lyria")
+UNLISTED = re.compile(
+    r"image|banana|tts|audio|live|robotics|computer-use|aqa|deep-research|antigravity|omni|lyria"
+)
 
 
 def ollama_capabilities(name: str, entry: JSON) -> list[str]:
@@ -3986,22 +5208,40 @@ def ollama_capabilities(name: str, entry: JSON) -> list[str]:
     model = model_of(name)
     plain = name.startswith("gemma") or UNLISTED.search(name)
     thinking = ["thinking"] if model.thinking is not None else []
-    return ["completion", "vision"] if plain else ["completion", "tools", "insert", "vision", *thinking]
+    return (
+        ["completion", "vision"]
+        if plain
+        else ["completion", "tools", "insert", "vision", *thinking]
+    )
 
 
 def ollama_details(entry: JSON, recipe: Recipe = Recipe()) -> JSON:
-    return {"parent_model": recipe.source, "format": "gguf", "family": "gemini", "families": ["gemini"],
-            "parameter_size": "unknown", "quantization_level": "unknown",
-            "context_length": inside(entry, "inputTokenLimit", int)}
+    return {
+        "parent_model": recipe.source,
+        "format": "gguf",
+        "family": "gemini",
+        "families": ["gemini"],
+        "parameter_size": "unknown",
+        "quantization_level": "unknown",
+        "context_length": inside(entry, "inputTokenLimit", int),
+    }
 
 
 def ollama_entry(name: str, entry: JSON) -> JSON:
     """A model in a list. Clients keep what they learn under the digest, so it changes when the model does."""
     capabilities = ollama_capabilities(inside(entry, "name", str).rpartition("/")[2] or name, entry)
-    digest = hashlib.sha256(json.dumps([name, capabilities, entry.get("inputTokenLimit")]).encode()).hexdigest()
-    return {"name": tagged(name), "model": tagged(name), "modified_at": ollama_time(GEMINI_OPENED), "size": 0,
-            "digest": digest,
-            "details": ollama_details(entry), "capabilities": capabilities}
+    digest = hashlib.sha256(
+        json.dumps([name, capabilities, entry.get("inputTokenLimit")]).encode()
+    ).hexdigest()
+    return {
+        "name": tagged(name),
+        "model": tagged(name),
+        "modified_at": ollama_time(GEMINI_OPENED),
+        "size": 0,
+        "digest": digest,
+        "details": ollama_details(entry),
+        "capabilities": capabilities,
+    }
 
 
 def ollama_models_request(body: Fields, setting: Setting) -> Ask:
@@ -4010,13 +5250,18 @@ def ollama_models_request(body: Fields, setting: Setting) -> Ask:
 
 def ollama_tags_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     models = usable_models(answers, exchange.setting)
-    return {"models": [ollama_entry(name, entry) for name, entry in models.items() if not UNLISTED.search(name)]}
+    return {
+        "models": [
+            ollama_entry(name, entry) for name, entry in models.items() if not UNLISTED.search(name)
+        ]
+    }
 
 
 class ManageWants(NamedTuple):
     """What is to be done about a model."""
+
     name: str = ""
-    to: str = ""                    # another name
+    to: str = ""  # another name
     recipe: Recipe = Recipe()
 
 
@@ -4046,19 +5291,32 @@ def ollama_show_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
     try:
         entry = ollama_known(asked, answers, exchange.setting)
     except ProxyError as error:
-        error.model = tagged(asked)         # so Ollama says
+        error.model = tagged(asked)  # so Ollama says
         raise
     told = ollama_entry(plain_name(asked, True), entry)
     embeds = told["capabilities"] == ["embedding"]
     template = "{{ .Prompt }}" if embeds else OLLAMA_TEMPLATE
-    return {"license": "", "modelfile": f"# Gemini, by proxy-to-gemini\nFROM {recipe.source or told['name']}\n",
-            "parameters": "\n".join(f"{key} {encode_json(value)}" for key, values in recipe.options.items()
-                                    for value in (values if type(values) is list else [values])),
-            "template": template, "system": recipe.system, "details": ollama_details(entry, recipe),
-            "model_info": {"general.architecture": "gemini", "general.basename": asked, "general.parameter_count": 0,
-                           "gemini.context_length": inside(entry, "inputTokenLimit", int),
-                           "gemini.embedding_length": 3072 if embeds else 0},
-            "capabilities": told["capabilities"], "modified_at": told["modified_at"]}
+    return {
+        "license": "",
+        "modelfile": f"# Gemini, by proxy-to-gemini\nFROM {recipe.source or told['name']}\n",
+        "parameters": "\n".join(
+            f"{key} {encode_json(value)}"
+            for key, values in recipe.options.items()
+            for value in (values if type(values) is list else [values])
+        ),
+        "template": template,
+        "system": recipe.system,
+        "details": ollama_details(entry, recipe),
+        "model_info": {
+            "general.architecture": "gemini",
+            "general.basename": asked,
+            "general.parameter_count": 0,
+            "gemini.context_length": inside(entry, "inputTokenLimit", int),
+            "gemini.embedding_length": 3072 if embeds else 0,
+        },
+        "capabilities": told["capabilities"],
+        "modified_at": told["modified_at"],
+    }
 
 
 def ollama_ps_request(body: Fields, setting: Setting) -> Ask:
@@ -4071,12 +5329,22 @@ def ollama_ps_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) ->
     for name in [name for name, until in list(loaded.items()) if until <= now]:
         loaded.pop(name, None)
     models = usable_models(answers, exchange.setting) if loaded else {}
-    shown = [(until, ollama_entry(name, models[name])) for name, until in list(loaded.items()) if name in models]
-    return {"models": [{**{key: entry[key] for key in ("name", "model", "size", "digest", "details")},
-                        "size_vram": entry["size"],
-                        "expires_at": ollama_time(min(until, now + FOREVER)),
-                        "context_length": entry["details"]["context_length"]}
-                       for until, entry in sorted(shown, key=itemgetter(0), reverse=True)]}
+    shown = [
+        (until, ollama_entry(name, models[name]))
+        for name, until in list(loaded.items())
+        if name in models
+    ]
+    return {
+        "models": [
+            {
+                **{key: entry[key] for key in ("name", "model", "size", "digest", "details")},
+                "size_vram": entry["size"],
+                "expires_at": ollama_time(min(until, now + FOREVER)),
+                "context_length": entry["details"]["context_length"],
+            }
+            for until, entry in sorted(shown, key=itemgetter(0), reverse=True)
+        ]
+    }
 
 
 def ollama_pull_request(body: Fields, setting: Setting) -> Ask:
@@ -4090,7 +5358,9 @@ def ollama_pull_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) ->
     yield {"status": "pulling manifest"}
     if model_named(exchange.wants.name, exchange.setting).name not in models:
         raise ProxyError(500, "pull model manifest: file does not exist")
-    yield from ({"status": status} for status in ("verifying sha256 digest", "writing manifest", "success"))
+    yield from (
+        {"status": status} for status in ("verifying sha256 digest", "writing manifest", "success")
+    )
 
 
 def ollama_pull_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
@@ -4099,7 +5369,9 @@ def ollama_pull_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
 
 def ollama_copy_request(body: Fields, setting: Setting) -> Ask:
     source, to = ollama_managed(body, "source"), ollama_managed(body, "destination")
-    return Ask((MODELS_CALL,), False, ManageWants(source, to, recipe_named(source, setting)), source)
+    return Ask(
+        (MODELS_CALL,), False, ManageWants(source, to, recipe_named(source, setting)), source
+    )
 
 
 def ollama_copy_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Payload:
@@ -4108,21 +5380,32 @@ def ollama_copy_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
     models = usable_models(answers, exchange.setting)
     if source not in models:
         raise ProxyError(404, f"model {json.dumps(wants.name[:200])} not found")
-    ollama_keep_recipe(exchange, plain_name(wants.to, True), wants.recipe._replace(source=source), models)
+    ollama_keep_recipe(
+        exchange, plain_name(wants.to, True), wants.recipe._replace(source=source), models
+    )
     return Payload(b"")
 
 
-MOST_RECIPE, MOST_RECIPES = 1 << 20, 200        # characters of a recipe, and recipes, which are not forgotten
+MOST_RECIPE, MOST_RECIPES = (
+    1 << 20,
+    200,
+)  # characters of a recipe, and recipes, which are not forgotten
 
 
-def ollama_keep_recipe(exchange: Exchange, name: str, recipe: Recipe, models: dict[str, JSON]) -> None:
+def ollama_keep_recipe(
+    exchange: Exchange, name: str, recipe: Recipe, models: dict[str, JSON]
+) -> None:
     """Remember another name for a model. A name of Gemini's own stays Gemini's."""
     setting, text = exchange.setting, json.dumps(recipe._asdict())
     known = setting.recall("model:" + name)
     if name in models and not known or not re.fullmatch(r"[\w.:/-]{1,200}", name, re.A):
-        raise ProxyError(400, f"the name {json.dumps(name[:200])} is taken, or is not a valid model name")
+        raise ProxyError(
+            400, f"the name {json.dumps(name[:200])} is taken, or is not a valid model name"
+        )
     if len(text) > MOST_RECIPE or len(setting.kept()) >= MOST_RECIPES and not known:
-        raise ProxyError(400, "there is no room for this model: what it says is too long, or there are too many")
+        raise ProxyError(
+            400, "there is no room for this model: what it says is too long, or there are too many"
+        )
     setting.keep("model:" + name, text)
 
 
@@ -4130,14 +5413,27 @@ def ollama_create_request(body: Fields, setting: Setting) -> Ask:
     """A model `from` one of Gemini's, with `system` and `parameters` of its own; there are no weights to build from."""
     name, source = ollama_managed(body), body.get("from", str)
     if not source or body.get("files", dict) or body.get("adapters", dict):
-        raise ProxyError(400,
-                         "only models \"from\" one of Gemini's can be created here: there are no files to build from",
-                         place="from")
-    model, old, system = model_named(source, setting), recipe_named(source, setting), body.get("system", str)
+        raise ProxyError(
+            400,
+            'only models "from" one of Gemini\'s can be created here: there are no files to build from',
+            place="from",
+        )
+    model, old, system = (
+        model_named(source, setting),
+        recipe_named(source, setting),
+        body.get("system", str),
+    )
     parameters = body.inner("parameters") or Fields({}, "parameters", body.family)
-    ollama_options(parameters, model)               # what is wrong with them is to be told now
-    recipe = Recipe(model.name, old.system if system is None else system, {**old.options, **parameters.data})
-    return Ask((MODELS_CALL,), body.get("stream", bool) is not False, ManageWants(name, recipe=recipe), name)
+    ollama_options(parameters, model)  # what is wrong with them is to be told now
+    recipe = Recipe(
+        model.name, old.system if system is None else system, {**old.options, **parameters.data}
+    )
+    return Ask(
+        (MODELS_CALL,),
+        body.get("stream", bool) is not False,
+        ManageWants(name, recipe=recipe),
+        name,
+    )
 
 
 def ollama_create_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
@@ -4145,7 +5441,9 @@ def ollama_create_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
     if wants.recipe.source not in models:
         raise no_such_model(wants.recipe.source)
     ollama_keep_recipe(exchange, plain_name(wants.name, True), wants.recipe, models)
-    yield from ({"status": status} for status in ("creating new layer", "writing manifest", "success"))
+    yield from (
+        {"status": status} for status in ("creating new layer", "writing manifest", "success")
+    )
 
 
 def ollama_create_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
@@ -4163,23 +5461,30 @@ def ollama_delete_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]
         exchange.setting.keep("model:" + plain_name(wants.name, True), "")
         return Payload(b"")
     if plain_name(wants.name, True) in usable_models(answers, exchange.setting):
-        raise ProxyError(403, f"model '{wants.name[:200]}' is Google's and cannot be deleted from here")
+        raise ProxyError(
+            403, f"model '{wants.name[:200]}' is Google's and cannot be deleted from here"
+        )
     raise no_such_model(wants.name)
 
 
 # ---- the rest ----
 
 
-def says(value: Any) -> tuple[Callable[[Fields, Setting], Ask], Callable[[Exchange, Iterator[Iterator[JSON]]], Any]]:
+def says(
+    value: Any,
+) -> tuple[Callable[[Fields, Setting], Ask], Callable[[Exchange, Iterator[Iterator[JSON]]], Any]]:
     """The request and response functions of a route that always says the same."""
     return (lambda body, setting: Ask(), lambda exchange, answers: value)
 
 
-def refuses(status: int, message: str) -> tuple[Callable[[Fields, Setting], Ask],
-                                                Callable[[Exchange, Iterator[Iterator[JSON]]], Any]]:
+def refuses(
+    status: int, message: str
+) -> tuple[Callable[[Fields, Setting], Ask], Callable[[Exchange, Iterator[Iterator[JSON]]], Any]]:
     """The request and response functions of a route that always refuses."""
+
     def request(body: Fields, setting: Setting) -> Ask:
         raise ProxyError(status, message)
+
     return request, lambda exchange, answers: None
 
 
@@ -4188,9 +5493,13 @@ def fixed(method: str, path: str, functions: tuple[Callable, Callable]) -> Route
     return Route(method, path, *functions, takes=no_body)
 
 
-NDJSON = Framing("application/x-ndjson", lambda event: encode_json(event).encode() + b"\n", beat=b"")
+NDJSON = Framing(
+    "application/x-ndjson", lambda event: encode_json(event).encode() + b"\n", beat=b""
+)
 NO_CLOUD = refuses(403, "ollama cloud is disabled: remote inference is unavailable")
-NO_BLOBS = refuses(400, "there are no files behind this server, and none can be put there: its models are Gemini's")
+NO_BLOBS = refuses(
+    400, "there are no files behind this server, and none can be put there: its models are Gemini's"
+)
 
 
 def ollama_error(error: ProxyError) -> tuple[int, Any]:
@@ -4200,38 +5509,76 @@ def ollama_error(error: ProxyError) -> tuple[int, Any]:
     message = error.message
     if error.code == "model_not_found":
         message = f"model '{error.model[:200]}' not found"
-        if error.upstream and error.listed is not False:        # Gemini has a reason of its own
+        if error.upstream and error.listed is not False:  # Gemini has a reason of its own
             message += ": " + error.message
     return 403 if error.status == 401 and error.upstream else error.status, {"error": message}
 
 
-OLLAMA = Protocol("ollama", (
-    Route("POST", "/api/chat", ollama_chat_request, ollama_chat_response, ollama_chat_stream, NDJSON, ollama_chat_beat),
-    Route("POST", "/api/generate", ollama_generate_request, ollama_generate_response, ollama_generate_stream, NDJSON,
-          ollama_generate_beat),
-    Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response),
-    Route("POST", "/api/embeddings", ollama_embeddings_request, ollama_embeddings_response),
-    Route("GET", "/api/tags", ollama_models_request, ollama_tags_response),
-    Route("POST", "/api/show", ollama_show_request, ollama_show_response),
-    Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response),
-    fixed("GET", "/api/version", says({"version": OLLAMA_VERSION})),
-    fixed("GET", "/api/status", says({"cloud": {"disabled": True, "source": "env"}})),
-    Route("POST", "/api/pull", ollama_pull_request, ollama_pull_response, ollama_pull_stream, NDJSON,
-          lambda exchange: {"status": "pulling manifest"}),
-    Route("POST", "/api/create", ollama_create_request, ollama_create_response, ollama_create_stream, NDJSON,
-          lambda exchange: {"status": "creating new layer"}),
-    Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response),
-    Route("DELETE", "/api/delete", ollama_delete_request, ollama_delete_response),
-    fixed("POST", "/api/push", refuses(400, "models cannot be pushed from here: they are Google's")),
-    fixed("GET", "/api/blobs/{digest}", refuses(404, "there is no such file here")),
-    fixed("POST", "/api/blobs/{digest}", NO_BLOBS),
-    fixed("POST", "/api/me", refuses(401, "unauthorized")),
-    fixed("POST", "/api/signout", refuses(401, "you are not currently signed in")),
-    fixed("DELETE", "/api/user/keys/{key}", refuses(401, "you are not currently signed in")),
-    fixed("POST", "/api/experimental/web_search", NO_CLOUD),
-    fixed("POST", "/api/experimental/web_fetch", NO_CLOUD),
-    fixed("GET", "/api/experimental/model-recommendations", says({"recommendations": []})),
-), ollama_error, lambda error: ollama_error(error)[1])
+OLLAMA = Protocol(
+    "ollama",
+    (
+        Route(
+            "POST",
+            "/api/chat",
+            ollama_chat_request,
+            ollama_chat_response,
+            ollama_chat_stream,
+            NDJSON,
+            ollama_chat_beat,
+        ),
+        Route(
+            "POST",
+            "/api/generate",
+            ollama_generate_request,
+            ollama_generate_response,
+            ollama_generate_stream,
+            NDJSON,
+            ollama_generate_beat,
+        ),
+        Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response),
+        Route("POST", "/api/embeddings", ollama_embeddings_request, ollama_embeddings_response),
+        Route("GET", "/api/tags", ollama_models_request, ollama_tags_response),
+        Route("POST", "/api/show", ollama_show_request, ollama_show_response),
+        Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response),
+        fixed("GET", "/api/version", says({"version": OLLAMA_VERSION})),
+        fixed("GET", "/api/status", says({"cloud": {"disabled": True, "source": "env"}})),
+        Route(
+            "POST",
+            "/api/pull",
+            ollama_pull_request,
+            ollama_pull_response,
+            ollama_pull_stream,
+            NDJSON,
+            lambda exchange: {"status": "pulling manifest"},
+        ),
+        Route(
+            "POST",
+            "/api/create",
+            ollama_create_request,
+            ollama_create_response,
+            ollama_create_stream,
+            NDJSON,
+            lambda exchange: {"status": "creating new layer"},
+        ),
+        Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response),
+        Route("DELETE", "/api/delete", ollama_delete_request, ollama_delete_response),
+        fixed(
+            "POST",
+            "/api/push",
+            refuses(400, "models cannot be pushed from here: they are Google's"),
+        ),
+        fixed("GET", "/api/blobs/{digest}", refuses(404, "there is no such file here")),
+        fixed("POST", "/api/blobs/{digest}", NO_BLOBS),
+        fixed("POST", "/api/me", refuses(401, "unauthorized")),
+        fixed("POST", "/api/signout", refuses(401, "you are not currently signed in")),
+        fixed("DELETE", "/api/user/keys/{key}", refuses(401, "you are not currently signed in")),
+        fixed("POST", "/api/experimental/web_search", NO_CLOUD),
+        fixed("POST", "/api/experimental/web_fetch", NO_CLOUD),
+        fixed("GET", "/api/experimental/model-recommendations", says({"recommendations": []})),
+    ),
+    ollama_error,
+    lambda error: ollama_error(error)[1],
+)
 
 # ======================================================================================
 # 7. Anthropic: messages and their counting
@@ -4239,11 +5586,14 @@ OLLAMA = Protocol("ollama", (
 
 # ---- content blocks ----
 
-CONTENT_HOMES = {"tool_use": "assistant", "tool_result": "user"}       # blocks that only one role may say
+CONTENT_HOMES = {
+    "tool_use": "assistant",
+    "tool_result": "user",
+}  # blocks that only one role may say
 
 
 def anthropic_text_part(block: Fields, model: Model) -> list[Part]:
-    block.pass_over("citations")            # of an answer that comes back; Gemini has its text
+    block.pass_over("citations")  # of an answer that comes back; Gemini has its text
     return [text_part(block.need("text", str))]
 
 
@@ -4253,7 +5603,9 @@ def anthropic_source_parts(block: Fields, model: Model, name: str | None = None)
     source = block.inner("source")
     kind = source.need("type", str)
     if kind == "base64":
-        return [media_part(source.need("data", str), source.get("media_type", str), source.at("data"))]
+        return [
+            media_part(source.need("data", str), source.get("media_type", str), source.at("data"))
+        ]
     if kind == "url":
         return [source_part(source.need("url", str), None, source.at("url"), name)]
     if kind == "text":
@@ -4271,7 +5623,9 @@ def anthropic_document_parts(block: Fields, model: Model) -> list[Part]:
     """A document after its title and context; one behind a URL is a PDF, unless its name says otherwise."""
     told = [block.get(key, str) for key in ("title", "context")]
     head = "\n".join(filter(None, told))
-    return ([text_part(head + ":\n")] if head else []) + anthropic_source_parts(block, model, "document.pdf")
+    return ([text_part(head + ":\n")] if head else []) + anthropic_source_parts(
+        block, model, "document.pdf"
+    )
 
 
 def anthropic_search_parts(block: Fields, model: Model) -> list[Part]:
@@ -4289,13 +5643,23 @@ def anthropic_call_part(block: Fields, model: Model) -> list[Part]:
     block.pass_over("caller")
     id = block.need("id", str)
     signature = laden_id(id)[1]
-    return [call_part(block.need("name", str), block.get("input", dict) or {}, plain_id(id), signature or None)]
+    return [
+        call_part(
+            block.need("name", str), block.get("input", dict) or {}, plain_id(id), signature or None
+        )
+    ]
 
 
 def anthropic_result_part(block: Fields, model: Model) -> list[Part]:
     """A tool's result: a text, or blocks of it."""
-    parts = anthropic_parts(block, "content", model, "tool") if block.get("content", str, list) else []
-    return [result_of_parts(None, parts, plain_id(block.need("tool_use_id", str)), bool(block.get("is_error", bool)))]
+    parts = (
+        anthropic_parts(block, "content", model, "tool") if block.get("content", str, list) else []
+    )
+    return [
+        result_of_parts(
+            None, parts, plain_id(block.need("tool_use_id", str)), bool(block.get("is_error", bool))
+        )
+    ]
 
 
 def anthropic_thought(block: Fields, model: Model) -> list[Part]:
@@ -4305,10 +5669,15 @@ def anthropic_thought(block: Fields, model: Model) -> list[Part]:
 
 
 ANTHROPIC_BLOCKS: dict[str, Callable[[Fields, Model], list[Part]]] = {
-    "text": anthropic_text_part, "image": anthropic_source_parts, "document": anthropic_document_parts,
-    "search_result": anthropic_search_parts, "tool_reference": anthropic_reference_part,
-    "tool_use": anthropic_call_part, "tool_result": anthropic_result_part,
-    "thinking": anthropic_thought, "redacted_thinking": anthropic_thought,
+    "text": anthropic_text_part,
+    "image": anthropic_source_parts,
+    "document": anthropic_document_parts,
+    "search_result": anthropic_search_parts,
+    "tool_reference": anthropic_reference_part,
+    "tool_use": anthropic_call_part,
+    "tool_result": anthropic_result_part,
+    "thinking": anthropic_thought,
+    "redacted_thinking": anthropic_thought,
 }
 
 
@@ -4329,8 +5698,11 @@ def anthropic_parts(message: Fields, key: str, model: Model, role: str = "") -> 
             block.pass_over(*block.data)
             continue
         if CONTENT_HOMES.get(kind, role) != role:
-            raise wrong_value(block.at("type"), f"Invalid value for '{block.at('type')}': {kind} blocks can only stand "
-                                                f"in messages of role '{CONTENT_HOMES[kind]}'.")
+            raise wrong_value(
+                block.at("type"),
+                f"Invalid value for '{block.at('type')}': {kind} blocks can only stand "
+                f"in messages of role '{CONTENT_HOMES[kind]}'.",
+            )
         if block.data.get("citations") == {"enabled": False}:
             block.pass_over("citations")
         made = ANTHROPIC_BLOCKS[kind](block, model)
@@ -4349,12 +5721,14 @@ def anthropic_signature(block: Fields) -> str:
 
 
 ANTHROPIC_ROLES = ("user", "assistant", "system")
-BILLING = "x-anthropic-billing-header:"     # Claude Code puts this line for Anthropic's servers before its instructions
+BILLING = "x-anthropic-billing-header:"  # Claude Code puts this line for Anthropic's servers before its instructions
 
 
 def anthropic_system(body: Fields, model: Model) -> list[Part]:
     """The system's parts, but for what is no instruction, and may change from one request to the next."""
-    parts = anthropic_parts(body, "system", model, "system") if body.get("system", str, list) else []
+    parts = (
+        anthropic_parts(body, "system", model, "system") if body.get("system", str, list) else []
+    )
     said = [part for part in parts if not part.get("text", "").startswith(BILLING)]
     if len(said) < len(parts):
         body.ignore("system[]." + BILLING[:-1])
@@ -4390,36 +5764,55 @@ def object_schema(required: tuple[str, ...], **properties: JSON) -> JSON:
 
 TEXT_SCHEMA: JSON = {"type": "string"}
 EDIT_SCHEMAS = {
-    "path": TEXT_SCHEMA, "file_text": {"type": "string", "description": "The whole text of a file to create"},
+    "path": TEXT_SCHEMA,
+    "file_text": {"type": "string", "description": "The whole text of a file to create"},
     "old_str": {"type": "string", "description": "The text to replace; it must occur exactly once"},
     "new_str": {"type": "string", "description": "The text that takes its place"},
-    "insert_line": {"type": "integer", "description": "The line after which to insert; 0 is the beginning"},
+    "insert_line": {
+        "type": "integer",
+        "description": "The line after which to insert; 0 is the beginning",
+    },
     "insert_text": {"type": "string", "description": "The text to insert"},
-    "view_range": {"type": "array", "items": {"type": "integer"},
-                   "description": "First and last line to view, from 1; -1 is the end"},
+    "view_range": {
+        "type": "array",
+        "items": {"type": "integer"},
+        "description": "First and last line to view, from 1; -1 is the end",
+    },
 }
 
 
 def edit_schema(required: tuple[str, ...], *commands: str, lacks: str = "", **more: JSON) -> JSON:
     """The schema of a tool that edits files by commands."""
     fields = {key: value for key, value in EDIT_SCHEMAS.items() if key != lacks}
-    return object_schema(required, command={"type": "string", "enum": list(commands)}, **fields, **more)
+    return object_schema(
+        required, command={"type": "string", "enum": list(commands)}, **fields, **more
+    )
 
 
 EDITS = ("view", "create", "str_replace", "insert")
-OLD_EDITOR = ("View, create and edit text files. Insert takes the text to insert as new_str; undo_edit takes back the "
-              "last edit of a file.", edit_schema(("command", "path"), *EDITS, "undo_edit", lacks="insert_text"))
+OLD_EDITOR = (
+    "View, create and edit text files. Insert takes the text to insert as new_str; undo_edit takes back the "
+    "last edit of a file.",
+    edit_schema(("command", "path"), *EDITS, "undo_edit", lacks="insert_text"),
+)
 
 # Tools that Anthropic's models know and clients run: what they do, and what they take.
 # (platform.claude.com/docs/en/agents-and-tools/tool-use: bash-tool, text-editor-tool, memory-tool)
 ANTHROPIC_TOOLS: dict[str, tuple[str, JSON]] = {
-    "bash": ("Run a command in a persistent bash session, or restart that session.",
-             object_schema((), command=TEXT_SCHEMA, restart={"type": "boolean"})),
-    "text_editor_20241022": OLD_EDITOR, "text_editor_20250124": OLD_EDITOR,
+    "bash": (
+        "Run a command in a persistent bash session, or restart that session.",
+        object_schema((), command=TEXT_SCHEMA, restart={"type": "boolean"}),
+    ),
+    "text_editor_20241022": OLD_EDITOR,
+    "text_editor_20250124": OLD_EDITOR,
     "text_editor": ("View, create and edit text files.", edit_schema(("command", "path"), *EDITS)),
-    "memory": ("Keep and look up notes in files under /memories, which outlive this conversation. Look there before "
-               "you begin. Rename takes old_path and new_path, all else takes path.",
-               edit_schema(("command",), *EDITS, "delete", "rename", old_path=TEXT_SCHEMA, new_path=TEXT_SCHEMA)),
+    "memory": (
+        "Keep and look up notes in files under /memories, which outlive this conversation. Look there before "
+        "you begin. Rename takes old_path and new_path, all else takes path.",
+        edit_schema(
+            ("command",), *EDITS, "delete", "rename", old_path=TEXT_SCHEMA, new_path=TEXT_SCHEMA
+        ),
+    ),
 }
 SCHEMA_KEY = "input_schema"
 
@@ -4433,7 +5826,9 @@ def anthropic_tools(body: Fields) -> Tools:
         kind = tool.get("type", str) or "custom"
         family = re.sub(r"_\d{8}$", "", kind)
         told = ANTHROPIC_TOOLS.get(kind) or ANTHROPIC_TOOLS.get(family)
-        tool.pass_over("eager_input_streaming", "defer_loading")        # about when the client hears or Claude sees it
+        tool.pass_over(
+            "eager_input_streaming", "defer_loading"
+        )  # about when the client hears or Claude sees it
         if kind == "custom":
             openai_tool(tool, False, declared, names, set(), schema=SCHEMA_KEY)
             strict = strict or bool(tool.get("strict", bool))
@@ -4446,7 +5841,13 @@ def anthropic_tools(body: Fields) -> Tools:
         else:
             tool.ignore(f"tools[].{kind}")
             tool.pass_over(*tool.data)
-    return Tools(list(declared.values()), names, strict=strict, search=own["web_search"], code=own["code_execution"])
+    return Tools(
+        list(declared.values()),
+        names,
+        strict=strict,
+        search=own["web_search"],
+        code=own["code_execution"],
+    )
 
 
 def anthropic_tool_choice(body: Fields, tools: Tools) -> tuple[str | None, list[str], bool]:
@@ -4455,30 +5856,36 @@ def anthropic_tool_choice(body: Fields, tools: Tools) -> tuple[str | None, list[
     if choice is None:
         return None, [], False
     choice.need("type", str)
-    kind, one = choice.word("type", "auto", "any", "tool", "none"), bool(choice.get("disable_parallel_tool_use", bool))
+    kind, one = (
+        choice.word("type", "auto", "any", "tool", "none"),
+        bool(choice.get("disable_parallel_tool_use", bool)),
+    )
     name = choice.need("name", str) if kind == "tool" else ""
     if kind in ("auto", "none"):
         return TOOL_CHOICES[kind], [], one
     if kind == "tool" and name in tools.names.values() or kind == "any" and tools.declarations:
         return "ANY", [name] if name else [], one
     if name and name not in [inside(tool, "name", str) for tool in body.data.get("tools") or ()]:
-        raise wrong_value(choice.at("name"), f"Invalid value for '{choice.at('name')}': no tool {name[:80]!r} is among "
-                                             "the tools.")
-    body.ignore("tool_choice")          # Gemini cannot be made to use its own tools
+        raise wrong_value(
+            choice.at("name"),
+            f"Invalid value for '{choice.at('name')}': no tool {name[:80]!r} is among the tools.",
+        )
+    body.ignore("tool_choice")  # Gemini cannot be made to use its own tools
     return None, [], one
 
 
 # ---- the request ----
 
-MOST_OUTPUT = 65536         # tokens that Gemini's models give at most; those before 2.5 give 8192
+MOST_OUTPUT = 65536  # tokens that Gemini's models give at most; those before 2.5 give 8192
 
 
 class AnthropicWants(NamedTuple):
     """What a message's reply has to mind."""
-    names: dict[str, str]           # Gemini's names of functions -> the client's
-    one_call: bool = False          # no parallel calls
-    unfence: bool = False           # JSON was asked for in words, and may come in a code fence
-    thinking: bool = False          # the client takes thinking blocks, and so signatures in them
+
+    names: dict[str, str]  # Gemini's names of functions -> the client's
+    one_call: bool = False  # no parallel calls
+    unfence: bool = False  # JSON was asked for in words, and may come in a code fence
+    thinking: bool = False  # the client takes thinking blocks, and so signatures in them
 
 
 def anthropic_messages_request(body: Fields, setting: Setting) -> Ask:
@@ -4503,29 +5910,52 @@ def anthropic_ask(body: Fields, setting: Setting, stream: bool = False) -> Ask:
     config = anthropic_config(body, model)
     thinking, thoughts = anthropic_thinking(body, output, model, config.get("maxOutputTokens"))
     in_json = json_answer(anthropic_format(body, output), tools, model)
-    call = generate_call(model, stream, system + in_json.words, contents, {**config, **thinking, **in_json.config},
-                         **tool_fields(tools, mode, allowed, body, model))
-    return Ask((call,), stream, AnthropicWants(tools.names, one_call, in_json.unfence, thoughts), asked)
+    call = generate_call(
+        model,
+        stream,
+        system + in_json.words,
+        contents,
+        {**config, **thinking, **in_json.config},
+        **tool_fields(tools, mode, allowed, body, model),
+    )
+    return Ask(
+        (call,), stream, AnthropicWants(tools.names, one_call, in_json.unfence, thoughts), asked
+    )
 
 
 def anthropic_thread(body: Fields) -> None:
     """Nothing is kept here between two requests: a client that relies on it is told to send the whole conversation."""
     thread = body.data.get("thread")
     if inside(thread, "type", str) == "continue":
-        raise ProxyError(404, "No conversation is kept on this server: send all of its messages, with thread "
-                              "{\"type\": \"create\"}.", code="thread_not_found", place="thread")
+        raise ProxyError(
+            404,
+            "No conversation is kept on this server: send all of its messages, with thread "
+            '{"type": "create"}.',
+            code="thread_not_found",
+            place="thread",
+        )
 
 
 def anthropic_config(body: Fields, model: Model) -> JSON:
-    limit, most = body.number("max_tokens", 1, math.inf, int), MOST_OUTPUT if model.generation >= 2.5 else 8192
+    limit, most = (
+        body.number("max_tokens", 1, math.inf, int),
+        MOST_OUTPUT if model.generation >= 2.5 else 8192,
+    )
     if limit and limit > most:
         body.ignore(f"max_tokens>{most}")
-    return sampling_config(model, stop_sequences(body, "stop_sequences"), limit=min(limit, most) if limit else None,
-                           temperature=body.number("temperature", 0, 2), top_p=body.number("top_p", 0, 1),
-                           top_k=body.get("top_k", int))
+    return sampling_config(
+        model,
+        stop_sequences(body, "stop_sequences"),
+        limit=min(limit, most) if limit else None,
+        temperature=body.number("temperature", 0, 2),
+        top_p=body.number("top_p", 0, 1),
+        top_k=body.get("top_k", int),
+    )
 
 
-def anthropic_thinking(body: Fields, output: Fields, model: Model, limit: int | None) -> tuple[JSON, bool]:
+def anthropic_thinking(
+    body: Fields, output: Fields, model: Model, limit: int | None
+) -> tuple[JSON, bool]:
     """(the setting of thinkingConfig, whether the client takes thinking blocks).
 
     Without `thinking` the model thinks in its own way within the limit, and tells nothing of it. An effort counts for
@@ -4562,23 +5992,35 @@ def anthropic_format(body: Fields, output: Fields) -> JSON | None:
 
 # ---- the answer ----
 
-ANTHROPIC_STOPS = {"length": "max_tokens", "filter": "refusal"}     # else "end_turn", or "tool_use"
+ANTHROPIC_STOPS = {"length": "max_tokens", "filter": "refusal"}  # else "end_turn", or "tool_use"
 
 
 def anthropic_usage(usage: Usage, queries: tuple[str, ...] = ()) -> JSON:
     """Anthropic counts what came from a cache beside the rest of the input, not within it."""
-    return {"input_tokens": max(0, usage.prompt - usage.cached), "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": usage.cached, "output_tokens": usage.output,
-            "output_tokens_details": {"thinking_tokens": usage.thoughts},
-            **({"server_tool_use": {"web_search_requests": len(queries), "web_fetch_requests": 0}} if queries else {})}
+    return {
+        "input_tokens": max(0, usage.prompt - usage.cached),
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": usage.cached,
+        "output_tokens": usage.output,
+        "output_tokens_details": {"thinking_tokens": usage.thoughts},
+        **(
+            {"server_tool_use": {"web_search_requests": len(queries), "web_fetch_requests": 0}}
+            if queries
+            else {}
+        ),
+    }
 
 
 def anthropic_ending(end: End) -> JSON:
     """How a message ended. Gemini does not tell which stop sequence it came to, nor whether it was one."""
     told = end.message or f"Gemini ended its answer: {end.reason}"
     refusal = {"type": "refusal", "category": None, "explanation": told}
-    return {"stop_reason": ANTHROPIC_STOPS.get(end.finish) or ("tool_use" if end.calls else "end_turn"),
-            "stop_sequence": None, **({"stop_details": refusal} if end.finish == "filter" else {}), **odd_end(end)}
+    return {
+        "stop_reason": ANTHROPIC_STOPS.get(end.finish) or ("tool_use" if end.calls else "end_turn"),
+        "stop_sequence": None,
+        **({"stop_details": refusal} if end.finish == "filter" else {}),
+        **odd_end(end),
+    }
 
 
 # The blocks of an answer as they begin, and the key of each that grows.
@@ -4587,7 +6029,9 @@ THINKING_BLOCK: JSON = {"type": "thinking", "thinking": "", "signature": ""}
 GROWING = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature"}
 
 
-def anthropic_pieces(events: Iterable[Text | Call | Media | End], exchange: Exchange) -> Iterator[tuple[Any, Any]]:
+def anthropic_pieces(
+    events: Iterable[Text | Call | Media | End], exchange: Exchange
+) -> Iterator[tuple[Any, Any]]:
     """(a block as it begins, a delta or None), piece after piece; then (None, the End).
 
     A signature rides in the thinking block before its call, where the client takes one: it must send that back.
@@ -4605,7 +6049,12 @@ def anthropic_pieces(events: Iterable[Text | Call | Media | End], exchange: Exch
         elif kind is Call:
             if event.signature and wants.thinking:
                 yield THINKING_BLOCK, {"type": "signature_delta", "signature": event.signature}
-            block = {"type": "tool_use", "id": event.id, "name": wants.names.get(event.name, event.name), "input": {}}
+            block = {
+                "type": "tool_use",
+                "id": event.id,
+                "name": wants.names.get(event.name, event.name),
+                "input": {},
+            }
             yield block, {"type": "input_json_delta", "partial_json": encode_json(event.args)}
         else:
             yield from anthropic_searched(event, "".join(said), exchange)
@@ -4615,29 +6064,61 @@ def anthropic_pieces(events: Iterable[Text | Call | Media | End], exchange: Exch
 def anthropic_searched(end: End, text: str, exchange: Exchange) -> Iterator[tuple[JSON, Any]]:
     """The citations of a text, and the search that they come from: Gemini tells of both when all is said."""
     for citation in end.citations:
-        yield TEXT_BLOCK, {"type": "citations_delta", "citation": {
-            "type": "web_search_result_location", "cited_text": text[citation.start:citation.end],
-            "url": citation.url, "title": citation.title, "encrypted_index": ""}}
+        yield (
+            TEXT_BLOCK,
+            {
+                "type": "citations_delta",
+                "citation": {
+                    "type": "web_search_result_location",
+                    "cited_text": text[citation.start : citation.end],
+                    "url": citation.url,
+                    "title": citation.title,
+                    "encrypted_index": "",
+                },
+            },
+        )
     sources = {citation.url: citation.title for citation in end.citations}
-    results = [{"type": "web_search_result", "url": url, "title": title, "encrypted_content": "", "page_age": None}
-               for url, title in sources.items()]
+    results = [
+        {
+            "type": "web_search_result",
+            "url": url,
+            "title": title,
+            "encrypted_content": "",
+            "page_age": None,
+        }
+        for url, title in sources.items()
+    ]
     for query in end.queries:
         id = exchange.new_id("srvtoolu_")
-        yield {"type": "server_tool_use", "id": id, "name": "web_search", "input": {}}, {
-            "type": "input_json_delta", "partial_json": encode_json({"query": query})}
+        yield (
+            {"type": "server_tool_use", "id": id, "name": "web_search", "input": {}},
+            {"type": "input_json_delta", "partial_json": encode_json({"query": query})},
+        )
         yield {"type": "web_search_tool_result", "tool_use_id": id, "content": results}, None
 
 
-def anthropic_messages_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+def anthropic_messages_stream(
+    exchange: Exchange, answers: Iterator[Iterator[JSON]]
+) -> Iterator[JSON]:
     """The events of a message: its start, its blocks one after the other, how it ended."""
     chunks = next(answers)
-    first = next(chunks, {})            # it tells already how large the prompt is
+    first = next(chunks, {})  # it tells already how large the prompt is
     usage = anthropic_usage(read_usage(inner(first, "usageMetadata", dict)))
     events = chat_events(itertools.chain([first], chunks), exchange)
-    events = itertools.chain([next(events)], events)        # a refusal comes before the first event
-    yield {"type": "message_start", "message": {
-        "id": exchange.new_id("msg_"), "type": "message", "role": "assistant", "model": exchange.model, "content": [],
-        "stop_reason": None, "stop_sequence": None, "usage": usage}}
+    events = itertools.chain([next(events)], events)  # a refusal comes before the first event
+    yield {
+        "type": "message_start",
+        "message": {
+            "id": exchange.new_id("msg_"),
+            "type": "message",
+            "role": "assistant",
+            "model": exchange.model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": usage,
+        },
+    }
     pieces = itertools.groupby(anthropic_pieces(events, exchange), key=itemgetter(0))
     for index, (block, group) in enumerate(pieces):
         deltas = map(itemgetter(1), group)
@@ -4651,12 +6132,18 @@ def anthropic_messages_stream(exchange: Exchange, answers: Iterator[Iterator[JSO
 def anthropic_block_events(index: int, block: JSON, deltas: Iterable[Any]) -> Iterator[JSON]:
     """The events of one block; blocks are numbered and never overlap."""
     yield {"type": "content_block_start", "index": index, "content_block": block}
-    yield from ({"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas if delta)
+    yield from (
+        {"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas if delta
+    )
     yield {"type": "content_block_stop", "index": index}
 
 
 def anthropic_message_delta(end: End) -> JSON:
-    return {"type": "message_delta", "delta": anthropic_ending(end), "usage": anthropic_usage(end.usage, end.queries)}
+    return {
+        "type": "message_delta",
+        "delta": anthropic_ending(end),
+        "usage": anthropic_usage(end.usage, end.queries),
+    }
 
 
 def anthropic_messages_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
@@ -4701,9 +6188,17 @@ def anthropic_count_response(exchange: Exchange, answers: Iterator[Iterator[JSON
 
 # ---- errors and routes ----
 
-ANTHROPIC_TYPES = {401: "authentication_error", 402: "billing_error", 403: "permission_error", 404: "not_found_error",
-                   413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
-                   529: "overloaded_error"}
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
 
 
 def anthropic_error(error: ProxyError) -> tuple[int, JSON]:
@@ -4714,27 +6209,50 @@ def anthropic_error(error: ProxyError) -> tuple[int, JSON]:
     status, message = 403 if error.status == 401 and error.upstream else error.status, error.message
     if error.code == "model_not_found" and error.model.startswith("claude"):
         message += " To have one of Gemini's models answer to this name, start the server with -alias='claude-*=MODEL'."
-    kind = ANTHROPIC_TYPES.get(status) or ("api_error" if status >= 500 else "invalid_request_error")
+    kind = ANTHROPIC_TYPES.get(status) or (
+        "api_error" if status >= 500 else "invalid_request_error"
+    )
     details = {"details": {"error_code": error.code}} if error.code == "thread_not_found" else {}
-    return status, {"type": "error", "error": {"type": kind, "message": message, **details},
-                    "request_id": error.request_id}
+    return status, {
+        "type": "error",
+        "error": {"type": kind, "message": message, **details},
+        "request_id": error.request_id,
+    }
 
 
-ANTHROPIC = Protocol("anthropic", (
-    Route("POST", "/v1/messages", anthropic_messages_request, anthropic_messages_response, anthropic_messages_stream,
-          NAMED_SSE, lambda exchange: {"type": "ping"}),
-    Route("POST", "/v1/messages/count_tokens", anthropic_count_request, anthropic_count_response),
-), anthropic_error, lambda error: anthropic_error(error)[1], ("request-id",))
+ANTHROPIC = Protocol(
+    "anthropic",
+    (
+        Route(
+            "POST",
+            "/v1/messages",
+            anthropic_messages_request,
+            anthropic_messages_response,
+            anthropic_messages_stream,
+            NAMED_SSE,
+            lambda exchange: {"type": "ping"},
+        ),
+        Route(
+            "POST", "/v1/messages/count_tokens", anthropic_count_request, anthropic_count_response
+        ),
+    ),
+    anthropic_error,
+    lambda error: anthropic_error(error)[1],
+    ("request-id",),
+)
 
 # ======================================================================================
 # 8. Routing: which route answers a path, and in which protocol an error is told
 # ======================================================================================
 
+
 def without_401(protocol: Protocol) -> Protocol:
     """The protocol on an Ollama server, whose clients take a 401 for a missing sign-in at ollama.com."""
+
     def error(error: ProxyError) -> tuple[int, Any]:
         status, body = protocol.error(error)
         return 403 if status == 401 and error.upstream else status, body
+
     return protocol._replace(error=error)
 
 
@@ -4747,8 +6265,13 @@ def seasoned(call: GeminiCall, recipe: Recipe) -> GeminiCall:
         return call._replace(body={"generateContentRequest": asked})
     if not call.body or "contents" not in call.body:
         return call
-    body = {**call.body, "generationConfig": {**ollama_options(Fields(recipe.options), call.model),
-                                              **call.body.get("generationConfig", {})}}
+    body = {
+        **call.body,
+        "generationConfig": {
+            **ollama_options(Fields(recipe.options), call.model),
+            **call.body.get("generationConfig", {}),
+        },
+    }
     said = body.get("systemInstruction", {}).get("parts", [])
     if recipe.system and (not said or said[0].get("text", "").startswith(JSON_ALONE)):
         body = with_system(body, [text_part(recipe.system)], call.model)
@@ -4757,18 +6280,29 @@ def seasoned(call: GeminiCall, recipe: Recipe) -> GeminiCall:
 
 def with_recipes(protocol: Protocol) -> Protocol:
     """The protocol on an Ollama server, where clients make models of their own and use them everywhere."""
+
     def heeds(request: Callable[[Fields, Setting], Ask]) -> Callable[[Fields, Setting], Ask]:
         def seasoned_request(body: Fields, setting: Setting) -> Ask:
             ask = request(body, setting)
             recipe = recipe_named(ask.model, setting)
-            return ask._replace(calls=tuple(seasoned(call, recipe) for call in ask.calls)) if recipe.source else ask
+            return (
+                ask._replace(calls=tuple(seasoned(call, recipe) for call in ask.calls))
+                if recipe.source
+                else ask
+            )
+
         return seasoned_request
-    return protocol._replace(routes=tuple(route._replace(request=heeds(route.request)) for route in protocol.routes))
+
+    return protocol._replace(
+        routes=tuple(route._replace(request=heeds(route.request)) for route in protocol.routes)
+    )
 
 
 def lacking(protocol: Protocol, paths: tuple[str, ...]) -> Protocol:
     """The protocol without the routes of these paths."""
-    return protocol._replace(routes=tuple(route for route in protocol.routes if route.path not in paths))
+    return protocol._replace(
+        routes=tuple(route for route in protocol.routes if route.path not in paths)
+    )
 
 
 # What of OpenAI's a real Ollama server does not mount.
@@ -4777,13 +6311,17 @@ OPENAIS_ALONE = ("/v1/images/generations", "/v1/audio/speech", "/v1/audio/transl
 # What each -api mounts; the first protocol whose beginning fits a path tells of errors there.
 MOUNTS: dict[str, tuple[tuple[str, Protocol], ...]] = {
     "openai": (("/", OPENAI),),
-    "ollama": (("/v1/messages", with_recipes(ANTHROPIC)),
-               ("/v1", with_recipes(without_401(lacking(OPENAI, OPENAIS_ALONE)))), ("/", OLLAMA)),
+    "ollama": (
+        ("/v1/messages", with_recipes(ANTHROPIC)),
+        ("/v1", with_recipes(without_401(lacking(OPENAI, OPENAIS_ALONE)))),
+        ("/", OLLAMA),
+    ),
 }
 
 
 class Found(NamedTuple):
     """A route for a path, and what the path holds."""
+
     protocol: Protocol
     route: Route
     params: dict[str, str]
@@ -4801,7 +6339,11 @@ def plain_path(path: str, api: str) -> str:
     path = re.sub(r"/{2,}", "/", "/" + path)
     path = path.rstrip("/") or "/"
     path = re.sub(r"^(/v1)+(?=/|$)", "/v1", path)
-    if api == "openai" and not path.startswith("/v1/") and path not in ("/", "/healthz", "/metrics"):
+    if (
+        api == "openai"
+        and not path.startswith("/v1/")
+        and path not in ("/", "/healthz", "/metrics")
+    ):
         path = "/v1" + path
     return path
 
@@ -4813,8 +6355,11 @@ def protocol_of(api: str, path: str) -> Protocol:
 
 @functools.lru_cache(maxsize=64)
 def exact_routes(api: str) -> dict[tuple[str, str], tuple[Protocol, Route]]:
-    return {(route.method, route.path): (protocol, route) for _, protocol in reversed(MOUNTS[api])
-            for route in protocol.routes}
+    return {
+        (route.method, route.path): (protocol, route)
+        for _, protocol in reversed(MOUNTS[api])
+        for route in protocol.routes
+    }
 
 
 def find_route(api: str, method: str, path: str) -> Found:
@@ -4828,44 +6373,57 @@ def find_route(api: str, method: str, path: str) -> Found:
         for route in protocol.routes:
             match = path_pattern(route.path).match(path)
             if match and route.method == method:
-                params = {key: urllib.parse.unquote(value) for key, value in match.groupdict().items()}
+                params = {
+                    key: urllib.parse.unquote(value) for key, value in match.groupdict().items()
+                }
                 return Found(protocol, route, params)
             allowed += [route.method] if match else []
     if allowed:
         allowed += ["HEAD"] if "GET" in allowed else []
-        raise ProxyError(405, f"Not allowed to {method[:20]} on {path[:200]}.", code="method_not_supported",
-                         headers={"Allow": ", ".join(dict.fromkeys(allowed))})
+        raise ProxyError(
+            405,
+            f"Not allowed to {method[:20]} on {path[:200]}.",
+            code="method_not_supported",
+            headers={"Allow": ", ".join(dict.fromkeys(allowed))},
+        )
     raise NoRoute(404, f"Invalid URL ({method[:20]} {path[:200]})")
+
 
 # ======================================================================================
 # 9. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
 # ======================================================================================
 
-CONNECT_TIMEOUT = 10.0      # seconds for a TCP connection, and for its TLS handshake
-ONE_ADDRESS = 2.5           # seconds of these for one of several addresses
-IDLE_CONNECTION = 55.0      # seconds that an unused connection is kept: middleboxes give up at 60 and more
-MOST_IDLE = 128             # connections that are kept unused
-INSTANT = 0.0002            # seconds within which what one waits for was there already
-BEAT = 10.0                 # seconds of silence after which a stream says that it is alive
-TRIES = 3                   # of one call in all
-EARLY = 1.0                 # seconds after a call within which a connection that breaks has asked for nothing yet
-PATIENCE = 30.0             # seconds after which a call that fails is not tried again: its client has waited enough
-SHORT_DELAY = 2.0           # seconds that Gemini may ask for, for a call to be tried again here and not by the client
-TOGETHER = 4                # calls of one request that are under way at the same time
-MODELS_KEPT = 300.0         # seconds that Gemini's list of models is kept
-ERROR_BODY = 1 << 20        # bytes that are read of a refusal
+CONNECT_TIMEOUT = 10.0  # seconds for a TCP connection, and for its TLS handshake
+ONE_ADDRESS = 2.5  # seconds of these for one of several addresses
+IDLE_CONNECTION = (
+    55.0  # seconds that an unused connection is kept: middleboxes give up at 60 and more
+)
+MOST_IDLE = 128  # connections that are kept unused
+INSTANT = 0.0002  # seconds within which what one waits for was there already
+BEAT = 10.0  # seconds of silence after which a stream says that it is alive
+TRIES = 3  # of one call in all
+EARLY = 1.0  # seconds after a call within which a connection that breaks has asked for nothing yet
+PATIENCE = (
+    30.0  # seconds after which a call that fails is not tried again: its client has waited enough
+)
+SHORT_DELAY = (
+    2.0  # seconds that Gemini may ask for, for a call to be tried again here and not by the client
+)
+TOGETHER = 4  # calls of one request that are under way at the same time
+MODELS_KEPT = 300.0  # seconds that Gemini's list of models is kept
+ERROR_BODY = 1 << 20  # bytes that are read of a refusal
 KEY_MASK = "[the Gemini key]"
-MOST_PAGES = 50             # of Gemini's list of models
-LOCKED = 1.0                # seconds to wait for a state file that another process has locked
-REST = 5.0                  # seconds in which a state file in trouble is not tried again
-MOST_LISTS = 32             # of models that are kept, one for each key (-client-keys)
+MOST_PAGES = 50  # of Gemini's list of models
+LOCKED = 1.0  # seconds to wait for a state file that another process has locked
+REST = 5.0  # seconds in which a state file in trouble is not tried again
+MOST_LISTS = 32  # of models that are kept, one for each key (-client-keys)
 HEADERS = {"Content-Type": "application/json", "User-Agent": f"proxy-to-gemini/{VERSION}"}
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HEADER_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n".encode())
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?\r\n")
-ONCE = ("host", "content-length", "transfer-encoding")      # headers of which two would be a riddle
-MOST_HEAD = 64 << 10        # bytes of the first line and the headers of a request or an answer
+ONCE = ("host", "content-length", "transfer-encoding")  # headers of which two would be a riddle
+MOST_HEAD = 64 << 10  # bytes of the first line and the headers of a request or an answer
 
 # Linux tells at once that the far end hung up, even behind unread bytes; PyPy 3.9 lacks the name but not the thing.
 HUNG_UP = getattr(select, "POLLRDHUP", 0x2000 if sys.platform.startswith("linux") else 0)
@@ -4896,7 +6454,10 @@ def read_headers(file: io.BufferedReader, left: int) -> dict[str, str]:
             raise BadHead(431, "The headers are too large.")
         if not match:
             raise BadHead(400, "This is not an HTTP header line: " + ascii(line[:60]))
-        name, value = match.group(1).decode().lower(), match.group(2).strip(b" \t").decode("latin-1")
+        name, value = (
+            match.group(1).decode().lower(),
+            match.group(2).strip(b" \t").decode("latin-1"),
+        )
         if name in headers and name in ONCE:
             raise BadHead(400, f"The header {name} comes twice.")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -4909,10 +6470,15 @@ class Watch:
     time-out, the end of the server (`stopping` becomes readable), and the beat of a stream.
     """
 
-    def __init__(self, client: socket.socket | None, silence: float, stopping: int = -1,
-                 beat: Callable[[], None] | None = None):
+    def __init__(
+        self,
+        client: socket.socket | None,
+        silence: float,
+        stopping: int = -1,
+        beat: Callable[[], None] | None = None,
+    ):
         self.client, self.silence, self.stopping = client, silence, stopping
-        self.beat = beat                # called every BEAT seconds of silence
+        self.beat = beat  # called every BEAT seconds of silence
         self.polls: dict[tuple[socket.socket | None, int], Any] = {}
 
     def poll(self, gemini: socket.socket | None, event: int) -> Any:
@@ -4929,7 +6495,9 @@ class Watch:
             poll.register(self.stopping, select.POLLIN)
         return poll
 
-    def wait(self, gemini: socket.socket | None, event: int = select.POLLIN, seconds: float | None = None) -> float:
+    def wait(
+        self, gemini: socket.socket | None, event: int = select.POLLIN, seconds: float | None = None
+    ) -> float:
         """Return when Gemini's socket is ready, or when the seconds of a pause are over (None: the time-out, a 504):
         the seconds that it took."""
         poll, mine = self.poll(gemini, event), -1 if gemini is None else gemini.fileno()
@@ -4948,7 +6516,9 @@ class Watch:
             if any(fd == mine for fd, _ in ready) or now >= over and seconds is not None:
                 return now - began
             if now >= over:
-                raise ProxyError(504, f"Gemini has been silent for {self.silence:g} seconds.", upstream=True)
+                raise ProxyError(
+                    504, f"Gemini has been silent for {self.silence:g} seconds.", upstream=True
+                )
             if self.beat and now >= beats:
                 self.beat()
                 beats = now + BEAT
@@ -4959,7 +6529,7 @@ class Watch:
             return True
         try:
             if self.client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                poll.modify(self.client, 0)         # its next request came early: it is still there
+                poll.modify(self.client, 0)  # its next request came early: it is still there
                 return False
         except BlockingIOError:
             return False
@@ -4974,7 +6544,10 @@ class Response(http.client.HTTPResponse):
     def __init__(self, connection: Connection, watch: Watch, kept: bool, method: str):
         self.line = Line(connection.sock, watch)
         super().__init__(self.line, method=method)
-        self.connection, self.kept = connection, kept       # kept: it was used before, and may have gone stale
+        self.connection, self.kept = (
+            connection,
+            kept,
+        )  # kept: it was used before, and may have gone stale
 
     def begin(self) -> None:
         """Read the head, past those of the answers that only say Continue."""
@@ -4995,14 +6568,18 @@ class Response(http.client.HTTPResponse):
         self.headers, self.chunk_left = headers, None
         self.chunked = headers.get("transfer-encoding", "").lower() == "chunked"
         self.length = None if self.chunked or length < 0 else length
-        self.will_close = (match.group(1) == b"0" or "close" in headers.get("connection", "").lower()
-                           or self.length is None and not self.chunked)
+        self.will_close = (
+            match.group(1) == b"0"
+            or "close" in headers.get("connection", "").lower()
+            or self.length is None
+            and not self.chunked
+        )
 
     def send(self, data: bytes) -> None:
         """The request, as far as the socket takes it at a time."""
         view = memoryview(data)
         while view:
-            view = view[self.line.patiently(self.line.sock.send, view):]
+            view = view[self.line.patiently(self.line.sock.send, view) :]
 
     @property
     def spoken(self) -> bool:
@@ -5020,8 +6597,10 @@ class Line(io.RawIOBase):
 
     def __init__(self, sock: socket.socket, watch: Watch):
         self.sock, self.watch, self.spoken = sock, watch, False
-        self.pending = getattr(sock, "pending", int)        # counts bytes of which TLS knows, and poll does not
-        self.slow = False           # whether the last bytes had to be waited for; then to look for the next is in vain
+        self.pending = getattr(
+            sock, "pending", int
+        )  # counts bytes of which TLS knows, and poll does not
+        self.slow = False  # whether the last bytes had to be waited for; then to look for the next is in vain
 
     def readable(self) -> bool:
         return True
@@ -5060,7 +6639,9 @@ def dial(host: str, port: int, watch: Watch) -> socket.socket:
     families: dict[int, list[tuple]] = {}
     for one in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         families.setdefault(one[0], []).append(one)
-    found = [one for row in itertools.zip_longest(*families.values()) for one in row if one]    # v6, v4, v6, ...
+    found = [
+        one for row in itertools.zip_longest(*families.values()) for one in row if one
+    ]  # v6, v4, v6, ...
     for i, (family, kind, protocol, _, where) in enumerate(found, 1):
         left = max(0.1, until - time.monotonic())
         try:
@@ -5114,12 +6695,18 @@ class Connection(http.client.HTTPConnection):
         answer.send(f"CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n{headers}\r\n".encode("latin-1"))
         answer.begin()
         if not 200 <= answer.status < 300:
-            raise OSError(f"the proxy {way.host}:{way.port} says {answer.status} {answer.reason}".rstrip())
+            raise OSError(
+                f"the proxy {way.host}:{way.port} says {answer.status} {answer.reason}".rstrip()
+            )
 
     def shake_hands(self, watch: Watch) -> None:
         """Speak TLS from here on; the session of an earlier connection saves half of the handshake."""
-        self.sock = self.pool.context.wrap_socket(self.sock, server_hostname=self.host, session=self.pool.session,
-                                                  do_handshake_on_connect=False)
+        self.sock = self.pool.context.wrap_socket(
+            self.sock,
+            server_hostname=self.host,
+            session=self.pool.session,
+            do_handshake_on_connect=False,
+        )
         Line(self.sock, watch).patiently(lambda nothing: self.sock.do_handshake(), b"")
 
 
@@ -5134,7 +6721,9 @@ class Pool(urllib.request.BaseHandler):
         self.session: ssl.SSLSession | None = None
         self.proxy = proxy_for(parts.scheme, parts.netloc.rpartition("@")[2])
         self.context = tls_context() if self.secure else None
-        self.opened = self.counted = 0      # connections so far; of these, those that the metrics know of
+        self.opened = self.counted = (
+            0  # connections so far; of these, those that the metrics know of
+        )
 
     def https_open(self, request: urllib.request.Request) -> Response:
         """Send the request, and give its Response, of which nothing is read yet."""
@@ -5143,7 +6732,7 @@ class Pool(urllib.request.BaseHandler):
         try:
             body, method = request.data, request.get_method()
             if not kept:
-                request.watch.wait(None, seconds=0)     # a client that left meanwhile asks for nothing
+                request.watch.wait(None, seconds=0)  # a client that left meanwhile asks for nothing
             lines = [f"{method} {self.target(request.selector)} HTTP/1.1", f"Host: {request.host}"]
             lines += [f"{name}: {value}" for name, value in request.header_items()]
             lines += [] if body is None else [f"Content-Length: {len(body)}"]
@@ -5160,7 +6749,11 @@ class Pool(urllib.request.BaseHandler):
 
     def target(self, selector: str) -> str:
         """What the request line asks for: a proxy on the way to plain HTTP wants the whole URL."""
-        return f"http://{self.host}:{self.port}{selector}" if self.proxy and not self.secure else selector
+        return (
+            f"http://{self.host}:{self.port}{selector}"
+            if self.proxy and not self.secure
+            else selector
+        )
 
     def connect(self, watch: Watch) -> Connection:
         self.opened += 1
@@ -5180,7 +6773,7 @@ class Pool(urllib.request.BaseHandler):
             except IndexError:
                 return None
             poll = select.poll()
-            poll.register(connection.sock, select.POLLIN)       # readable means closed, or out of step
+            poll.register(connection.sock, select.POLLIN)  # readable means closed, or out of step
             if time.monotonic() - since < IDLE_CONNECTION and not poll.poll(0):
                 return connection
             connection.close()
@@ -5213,6 +6806,7 @@ class Pool(urllib.request.BaseHandler):
 
 class WayThrough(NamedTuple):
     """An HTTP proxy on the way to Gemini."""
+
     host: str
     port: int
     headers: dict[str, str]
@@ -5228,7 +6822,9 @@ def proxy_for(scheme: str, host: str) -> WayThrough | None:
         raise ValueError(f"{scheme.upper()}_PROXY is not the address of a proxy")
     headers = {}
     if parts.username:
-        login = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        login = (
+            f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        )
         headers["Proxy-Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
     return WayThrough(parts.hostname, parts.port or 80, headers)
 
@@ -5252,7 +6848,9 @@ def unreachable(trouble: BaseException) -> ProxyError:
     if isinstance(trouble, http.client.IncompleteRead):
         return ProxyError(502, "Gemini's answer broke off.", upstream=True)
     words = getattr(trouble, "strerror", None) or str(trouble) or type(trouble).__name__
-    return ProxyError(502, f"Gemini could not be reached, or does not speak HTTP: {words}", upstream=True)
+    return ProxyError(
+        502, f"Gemini could not be reached, or does not speak HTTP: {words}", upstream=True
+    )
 
 
 TROUBLES = (OSError, http.client.HTTPException)
@@ -5265,11 +6863,13 @@ class Flight:
     `again`, of SHORT_DELAY at most), and when the connection broke within EARLY; but not once PATIENCE is at its end.
     """
 
-    def __init__(self, gemini: Gemini, call: GeminiCall, watch: Watch, key: str, ignored: list[str]):
+    def __init__(
+        self, gemini: Gemini, call: GeminiCall, watch: Watch, key: str, ignored: list[str]
+    ):
         self.gemini, self.call, self.watch, self.key = gemini, call, watch, key
-        self.ignored = ignored          # names of what had to be left out for Gemini to take it
+        self.ignored = ignored  # names of what had to be left out for Gemini to take it
         self.response: Response | None = None
-        self.trouble: BaseException | None = None        # why it could not be sent
+        self.trouble: BaseException | None = None  # why it could not be sent
         self.tries, self.began = 0, time.monotonic()
         self.send()
 
@@ -5280,8 +6880,9 @@ class Flight:
             body = None if self.call.body is None else gemini_json(self.call.body)
         except RecursionError:
             raise nested_too_deeply() from None
-        request = urllib.request.Request(self.gemini.base + self.call.path, body,
-                                         {"x-goog-api-key": self.key, **HEADERS})
+        request = urllib.request.Request(
+            self.gemini.base + self.call.path, body, {"x-goog-api-key": self.key, **HEADERS}
+        )
         request.watch, request.anew = self.watch, anew
         try:
             self.response, self.trouble = self.gemini.opener.open(request), None
@@ -5314,9 +6915,11 @@ class Flight:
             lost = self.response is None or not self.response.spoken
             stale = lost and self.response is not None and self.response.kept
             self.release()
-            if error.upstream:              # and not our own end
+            if error.upstream:  # and not our own end
                 self.gemini.count("upstream_errors_total", str(error.status))
-            mended, names = repaired(self.call, error.message) if error.status == 400 else (None, [])
+            mended, names = (
+                repaired(self.call, error.message) if error.status == 400 else (None, [])
+            )
             late = time.monotonic() - self.began > PATIENCE
             hopeless = mended is None and (error.again is None or error.again > SHORT_DELAY or late)
             if hopeless or self.tries >= TRIES:
@@ -5325,7 +6928,9 @@ class Flight:
                 self.call = mended
                 self.ignored += names
             elif not stale:
-                self.watch.wait(None, seconds=max(error.again, 0.2 * 2 ** self.tries * random.uniform(0.5, 1)))
+                self.watch.wait(
+                    None, seconds=max(error.again, 0.2 * 2**self.tries * random.uniform(0.5, 1))
+                )
             self.gemini.count("upstream_retries_total")
             self.send(anew=lost)
 
@@ -5344,9 +6949,15 @@ class Flight:
         error = self.trouble if isinstance(self.trouble, ProxyError) else unreachable(self.trouble)
         lost = self.response is None or not self.response.spoken
         early = self.response is None or time.monotonic() - self.sent < EARLY
-        if lost and early and isinstance(self.trouble, ConnectionError) \
-                and not isinstance(self.trouble, ConnectionRefusedError):
-            error.again = 0.0           # later on, Gemini may be at work on it, and what is asked twice is paid twice
+        if (
+            lost
+            and early
+            and isinstance(self.trouble, ConnectionError)
+            and not isinstance(self.trouble, ConnectionRefusedError)
+        ):
+            error.again = (
+                0.0  # later on, Gemini may be at work on it, and what is asked twice is paid twice
+            )
         return error
 
     def release(self) -> None:
@@ -5372,8 +6983,12 @@ class Answers:
 
     def __init__(self, gemini: Gemini, calls: Iterable[GeminiCall], watch: Watch, key: str):
         self.ignored: list[str] = []
-        self.calls = (Flight(gemini, gemini.signed(call, key), watch, key, self.ignored) if call is not MODELS_CALL
-                      else ModelList(gemini, watch, key) for call in calls)
+        self.calls = (
+            Flight(gemini, gemini.signed(call, key), watch, key, self.ignored)
+            if call is not MODELS_CALL
+            else ModelList(gemini, watch, key)
+            for call in calls
+        )
         self.flights: collections.deque[Flight] = collections.deque()
 
     def __iter__(self) -> Iterator[Iterator[JSON]]:
@@ -5414,8 +7029,11 @@ class ModelList:
         models: list[JSON] = []
         token = ""
         for _ in range(MOST_PAGES):
-            call = GeminiCall("models?pageSize=1000" + (f"&pageToken={urllib.parse.quote(token)}" if token else ""))
-            page, = Flight(self.gemini, call, self.watch, self.key, []).chunks()
+            call = GeminiCall(
+                "models?pageSize=1000"
+                + (f"&pageToken={urllib.parse.quote(token)}" if token else "")
+            )
+            (page,) = Flight(self.gemini, call, self.watch, self.key, []).chunks()
             models += inner(page, "models", list)
             token = inner(page, "nextPageToken", str).encode("ascii", "ignore").decode()
             if not token:
@@ -5433,39 +7051,55 @@ class Memory:
     Trouble with the file is logged and is no client's: what was kept is not found then.
     """
 
-    ROWS, SIZE = 20_000, 32 << 20       # at most, but for what came since it was last looked at
-    LOOK = 256, 4 << 20                 # rows and bytes after which it is looked at
-    MAKE = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = OFF",        # what a crash loses was lost before
-            "CREATE TABLE IF NOT EXISTS memory (key TEXT PRIMARY KEY, alias TEXT, value TEXT)",
-            "CREATE INDEX IF NOT EXISTS aliases ON memory (alias)")
+    ROWS, SIZE = 20_000, 32 << 20  # at most, but for what came since it was last looked at
+    LOOK = 256, 4 << 20  # rows and bytes after which it is looked at
+    MAKE = (
+        "PRAGMA journal_mode = WAL",
+        "PRAGMA synchronous = OFF",  # what a crash loses was lost before
+        "CREATE TABLE IF NOT EXISTS memory (key TEXT PRIMARY KEY, alias TEXT, value TEXT)",
+        "CREATE INDEX IF NOT EXISTS aliases ON memory (alias)",
+    )
     KEEP = "INSERT OR REPLACE INTO memory VALUES (?, ?, ?)"
     DROP = "DELETE FROM memory WHERE key = ?"
     FIND = "SELECT value FROM memory WHERE key = ?1 OR alias = ?2 ORDER BY key = ?1 DESC, rowid DESC LIMIT 1"
-    FORGET = ("DELETE FROM memory WHERE rowid IN (SELECT row FROM (SELECT rowid AS row, ROW_NUMBER() OVER newest AS n, "
-              "SUM(LENGTH(value)) OVER newest AS size FROM memory WHERE alias NOT LIKE '!%' OR alias IS NULL "
-              "WINDOW newest AS (ORDER BY rowid DESC)) WHERE n > ? OR size > ?)")
+    FORGET = (
+        "DELETE FROM memory WHERE rowid IN (SELECT row FROM (SELECT rowid AS row, ROW_NUMBER() OVER newest AS n, "
+        "SUM(LENGTH(value)) OVER newest AS size FROM memory WHERE alias NOT LIKE '!%' OR alias IS NULL "
+        "WINDOW newest AS (ORDER BY rowid DESC)) WHERE n > ? OR size > ?)"
+    )
 
     def __init__(self, path: str = ":memory:"):
         self.path, self.lock = path, threading.Lock()
         self.database: Any = None
-        self.rows = self.size = 0           # that came since it was last looked at
-        self.rest = [0.0, 0.0]              # until when the file is not written, and not read, for that was in trouble
+        self.rows = self.size = 0  # that came since it was last looked at
+        self.rest = [
+            0.0,
+            0.0,
+        ]  # until when the file is not written, and not read, for that was in trouble
 
     def open(self) -> Any:
         """The database, made when it is first needed: most exchanges have nothing to remember."""
         if self.database is None:
             import sqlite3
+
             if self.path != ":memory:":
-                os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))      # nobody else's to read
-            database = sqlite3.connect(self.path, timeout=LOCKED, isolation_level=None, check_same_thread=False)
+                os.close(
+                    os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+                )  # nobody else's to read
+            database = sqlite3.connect(
+                self.path, timeout=LOCKED, isolation_level=None, check_same_thread=False
+            )
             for statement in self.MAKE:
-                database.execute(statement).close()         # PyPy would keep the lock until it collects garbage
+                database.execute(
+                    statement
+                ).close()  # PyPy would keep the lock until it collects garbage
             self.database = database
         return self.database
 
     def try_out(self) -> None:
         """Raise what is wrong with the file, before there are workers, which cannot share a connection."""
         import sqlite3
+
         try:
             self.open().close()
         except sqlite3.Error as error:
@@ -5475,14 +7109,15 @@ class Memory:
     def run(self, statement: str, *values: Any) -> list[tuple] | None:
         """The rows that a statement gives; None where the file is in trouble."""
         import sqlite3
+
         with self.lock:
-            reads = statement.startswith("SELECT")          # which no writer's lock keeps from reading
+            reads = statement.startswith("SELECT")  # which no writer's lock keeps from reading
             if time.monotonic() < self.rest[reads]:
                 return None
             try:
                 with contextlib.closing(self.open().execute(statement, values)) as cursor:
                     return cursor.fetchall()
-            except UnicodeEncodeError:          # a lone surrogate, which nothing that was kept has
+            except UnicodeEncodeError:  # a lone surrogate, which nothing that was kept has
                 return []
             except (sqlite3.Error, OSError) as error:
                 self.rest[reads] = time.monotonic() + REST
@@ -5523,19 +7158,27 @@ class Memory:
 class Gemini:
     """The service: its connections, its models, and what it must be reminded of."""
 
-    def __init__(self, upstream: str, state: str = ":memory:", count: Callable[..., None] = lambda *labels: None):
+    def __init__(
+        self,
+        upstream: str,
+        state: str = ":memory:",
+        count: Callable[..., None] = lambda *labels: None,
+    ):
         self.base = upstream.rstrip("/") + "/v1beta/"
         self.pool, self.memory = Pool(upstream), Memory(state)
-        self.count = count                          # called with what the metrics tell of
+        self.count = count  # called with what the metrics tell of
         self.opener = urllib.request.OpenerDirector()
-        self.opener.add_handler(self.pool)          # and no other: no redirect is followed, and a refusal is an answer
-        self.models: dict[str, tuple[float, list[JSON]]] = {}       # by key
+        self.opener.add_handler(
+            self.pool
+        )  # and no other: no redirect is followed, and a refusal is an answer
+        self.models: dict[str, tuple[float, list[JSON]]] = {}  # by key
 
     def ask(self, calls: Iterable[GeminiCall], watch: Watch, key: str) -> Answers:
         return Answers(self, calls, watch, key)
 
     def signed(self, call: GeminiCall, key: str) -> GeminiCall:
         """The call with what its history lost; what another generation of models had said stays out."""
+
         def recall(id: str | None, digest: str, name: str) -> Recalled:
             found = self.memory.get(f"{scope_of(key)}:call:{id}", digest)
             if not found:
@@ -5548,6 +7191,7 @@ class Gemini:
 
         def count(origin: str) -> None:
             self.count("signatures_total", origin)
+
         return restore_signatures(call, scope_of(key), recall, count) if call.model else call
 
     def remember(self, call: GeminiCall, key: str, calls: list[Call]) -> list[str]:
@@ -5558,7 +7202,7 @@ class Gemini:
             for content in call.body["contents"]:
                 trail.turn(content)
             for id, made in zip(ids, calls):
-                name = gemini_name(made.name)           # as it comes back, whatever the model called it
+                name = gemini_name(made.name)  # as it comes back, whatever the model called it
                 digest = trail.call(name, made.args)
                 known = [str(int(call.model.generation)), name, made.signature or ""]
                 known += [json.dumps(made.before)] if made.before else []
@@ -5571,29 +7215,38 @@ def scope_of(key: str) -> str:
     """What a Gemini key adds to digests: signatures of one key are nothing to another."""
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
+
 # ======================================================================================
 # 10. Server: the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
 # ======================================================================================
 
-MOST_BODY = 128 << 20       # bytes; Gemini takes 100 MB
-MOST_UNPACKED = 32 << 20    # bytes of a compressed body, once unpacked: pictures and sound do not shrink
-CLIENT_TIMEOUT = 60.0       # seconds without a byte from a client, or without it taking one; and for a whole head
-BODY_TIMEOUT = 900.0        # seconds for a whole body
-MOST_CONNECTIONS = 10_000   # of clients; the next one waits until another leaves
-AT_A_TIME = 16              # clients that are accepted before the next look at anything else
-FULL = 0.1                  # seconds to wait where there is no room for another connection
-NOTICE = 1.0                # seconds for load balancers to see that the server ends, while it still serves
-DRAIN = 6.5                 # seconds more that answers under way get, before they are told so
-LAST_WORDS = 1.0            # seconds to tell it, and for a request that is just coming in
-TIDY = 5.0                  # seconds between two looks at what can be given back
-LINGER = 1.0                # seconds for a client to read a refusal of what it still sends
-KEY = r"[!-~]{1,1000}"      # what can be sent in a header as a key
-MOST_IGNORED = 4000         # characters of x-proxy-ignored: nginx takes 8 KB of headers in all
+MOST_BODY = 128 << 20  # bytes; Gemini takes 100 MB
+MOST_UNPACKED = (
+    32 << 20
+)  # bytes of a compressed body, once unpacked: pictures and sound do not shrink
+CLIENT_TIMEOUT = (
+    60.0  # seconds without a byte from a client, or without it taking one; and for a whole head
+)
+BODY_TIMEOUT = 900.0  # seconds for a whole body
+MOST_CONNECTIONS = 10_000  # of clients; the next one waits until another leaves
+AT_A_TIME = 16  # clients that are accepted before the next look at anything else
+FULL = 0.1  # seconds to wait where there is no room for another connection
+NOTICE = 1.0  # seconds for load balancers to see that the server ends, while it still serves
+DRAIN = 6.5  # seconds more that answers under way get, before they are told so
+LAST_WORDS = 1.0  # seconds to tell it, and for a request that is just coming in
+TIDY = 5.0  # seconds between two looks at what can be given back
+LINGER = 1.0  # seconds for a client to read a refusal of what it still sends
+KEY = r"[!-~]{1,1000}"  # what can be sent in a header as a key
+MOST_IGNORED = 4000  # characters of x-proxy-ignored: nginx takes 8 KB of headers in all
 
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f]+) HTTP/1\.([0-9])\r\n".encode())
-APP_ORIGINS = (r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?|"
-               r"(app|file|tauri|vscode-webview|vscode-file)://[\w.-]*")
-LOCAL_HOSTS = r"(localhost|[\w.-]+\.(localhost|local|internal)|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
+APP_ORIGINS = (
+    r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?|"
+    r"(app|file|tauri|vscode-webview|vscode-file)://[\w.-]*"
+)
+LOCAL_HOSTS = (
+    r"(localhost|[\w.-]+\.(localhost|local|internal)|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
+)
 
 
 LOGGING = threading.Lock()
@@ -5601,10 +7254,14 @@ LOGGING = threading.Lock()
 
 def log(line: str) -> None:
     """A line to standard error, which may be closed, full, or a pipe that nobody reads: that stops no answer."""
-    text = line.encode("unicode_escape").decode()           # nothing in it can begin another line
-    text = (text if len(text) <= 4000 else f"{text[:1000]} ... {text[-2990:]}") + "\n"      # a cause comes last
+    text = line.encode("unicode_escape").decode()  # nothing in it can begin another line
+    text = (
+        text if len(text) <= 4000 else f"{text[:1000]} ... {text[-2990:]}"
+    ) + "\n"  # a cause comes last
     with contextlib.suppress(OSError, ValueError, AttributeError), LOGGING:
-        if not hasattr(sys.stderr, "buffer") or select.select([], [sys.stderr], [], 0)[1]:      # room for PIPE_BUF
+        if (
+            not hasattr(sys.stderr, "buffer") or select.select([], [sys.stderr], [], 0)[1]
+        ):  # room for PIPE_BUF
             sys.stderr.write(text)
 
 
@@ -5620,15 +7277,19 @@ def origin_allowed(origin: str, added: tuple[str, ...]) -> bool:
 
 # ---- metrics ----
 
-BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)       # seconds
+BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # seconds
 STATUSES = tuple("200 204 400 401 403 404 405 413 415 429 431 499 500 502 503 504".split())
-LABELS = {"status": STATUSES, "kind": ("prompt", "cached", "output", "thoughts"),
-          "origin": ("client", "memory", "foreign", "placeholder")}
+LABELS = {
+    "status": STATUSES,
+    "kind": ("prompt", "cached", "output", "thoughts"),
+    "origin": ("client", "memory", "foreign", "placeholder"),
+}
 
 
 class Family(NamedTuple):
     """Metrics of one name."""
-    kind: str                               # Prometheus' word
+
+    kind: str  # Prometheus' word
     help: str
     labels: tuple[str, ...] = ()
 
@@ -5636,14 +7297,26 @@ class Family(NamedTuple):
 # To count something new: a row here, and a call of add, watch or set where it happens.
 FAMILIES = {
     "requests_total": Family("counter", "Requests by route and status.", ("route", "status")),
-    "request_seconds": Family("histogram", "From a request's first line to the end of its answer.", ("route",)),
-    "first_byte_seconds": Family("histogram", "From a request's first line to its answer's first byte.", ("route",)),
-    "tokens_total": Family("counter", "Tokens; cached ones are also prompt, and thoughts are also output.", ("kind",)),
-    "upstream_errors_total": Family("counter", "Refusals and failures of Gemini, retried ones included.", ("status",)),
+    "request_seconds": Family(
+        "histogram", "From a request's first line to the end of its answer.", ("route",)
+    ),
+    "first_byte_seconds": Family(
+        "histogram", "From a request's first line to its answer's first byte.", ("route",)
+    ),
+    "tokens_total": Family(
+        "counter", "Tokens; cached ones are also prompt, and thoughts are also output.", ("kind",)
+    ),
+    "upstream_errors_total": Family(
+        "counter", "Refusals and failures of Gemini, retried ones included.", ("status",)
+    ),
     "upstream_retries_total": Family("counter", "Calls that were tried again."),
     "upstream_connections_total": Family("counter", "Connections to Gemini that were opened."),
-    "upstream_idle_connections": Family("gauge", "Connections to Gemini that wait to be used again."),
-    "signatures_total": Family("counter", "Where the thought signatures of calls in histories came from.", ("origin",)),
+    "upstream_idle_connections": Family(
+        "gauge", "Connections to Gemini that wait to be used again."
+    ),
+    "signatures_total": Family(
+        "counter", "Where the thought signatures of calls in histories came from.", ("origin",)
+    ),
     "clients": Family("gauge", "Connections of clients."),
     "in_flight": Family("gauge", "Requests under way."),
 }
@@ -5656,13 +7329,17 @@ class Metrics:
     """
 
     def __init__(self, routes: Iterable[str], workers: int = 1):
-        self.values = {label: {value: i for i, value in enumerate(("other", *values))}
-                       for label, values in {**LABELS, "route": tuple(routes)}.items()}
-        self.start: dict[str, int] = {}         # of each family in a row
+        self.values = {
+            label: {value: i for i, value in enumerate(("other", *values))}
+            for label, values in {**LABELS, "route": tuple(routes)}.items()
+        }
+        self.start: dict[str, int] = {}  # of each family in a row
         size = 0
         for name, family in FAMILIES.items():
             self.start[name] = size
-            size += math.prod(len(self.values[label]) for label in family.labels) * self.width(family)
+            size += math.prod(len(self.values[label]) for label in family.labels) * self.width(
+                family
+            )
         self.size, self.workers, self.lock = size, workers, threading.Lock()
         self.place = functools.lru_cache(maxsize=4096)(self.find_place)
         self.numbers = memoryview(mmap.mmap(-1, 8 * size * workers)).cast("d")
@@ -5704,31 +7381,42 @@ class Metrics:
 
     def page(self, config: Config) -> Payload:
         """All of it in Prometheus' text form (prometheus.io/docs/instrumenting/exposition_formats)."""
-        row = [sum(self.numbers[i::self.size]) for i in range(self.size)]
-        lines = ["# HELP proxy_to_gemini_info What this is.", "# TYPE proxy_to_gemini_info gauge",
-                 f'proxy_to_gemini_info{{version="{VERSION}",api="{config.api}",workers="{self.workers}"}} 1']
+        row = [sum(self.numbers[i :: self.size]) for i in range(self.size)]
+        lines = [
+            "# HELP proxy_to_gemini_info What this is.",
+            "# TYPE proxy_to_gemini_info gauge",
+            f'proxy_to_gemini_info{{version="{VERSION}",api="{config.api}",workers="{self.workers}"}} 1',
+        ]
         for name, family in FAMILIES.items():
             told, width = "proxy_to_gemini_" + name, self.width(family)
             lines += [f"# HELP {told} {family.help}", f"# TYPE {told} {family.kind}"]
             for labels in itertools.product(*(self.values[label] for label in family.labels)):
                 at = self.place(name, labels)
-                if any(row[at:at + width]) or not family.labels:
+                if any(row[at : at + width]) or not family.labels:
                     pairs = [f'{label}="{value}"' for label, value in zip(family.labels, labels)]
-                    lines += metric_lines(told, pairs, row[at:at + width])
+                    lines += metric_lines(told, pairs, row[at : at + width])
         return Payload("\n".join([*lines, ""]).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
 def metric_lines(name: str, labels: list[str], numbers: list[float]) -> list[str]:
     """The lines of one metric; several numbers are those of a histogram, whose buckets hold all that is below."""
+
     def line(suffix: str, labels: list[str], number: float) -> str:
         braces = "{" + ",".join(labels) + "}" if labels else ""
         return f"{name}{suffix}{braces} {number:.15g}"
+
     if len(numbers) == 1:
         return [line("", labels, numbers[0])]
     *counts, total = numbers
     sums = list(itertools.accumulate(counts))
-    return [*(line("_bucket", [*labels, f'le="{bound}"'], number) for bound, number in zip((*BUCKETS, "+Inf"), sums)),
-            line("_sum", labels, total), line("_count", labels, sums[-1])]
+    return [
+        *(
+            line("_bucket", [*labels, f'le="{bound}"'], number)
+            for bound, number in zip((*BUCKETS, "+Inf"), sums)
+        ),
+        line("_sum", labels, total),
+        line("_count", labels, sums[-1]),
+    ]
 
 
 # ---- connections ----
@@ -5739,9 +7427,9 @@ class ClientLine(io.RawIOBase):
 
     def __init__(self, sock: socket.socket, ending: int):
         self.sock, self.fd = sock, sock.fileno()
-        self.idle = self.fresh = True           # whether no request has begun to come; whether none ever has
+        self.idle = self.fresh = True  # whether no request has begun to come; whether none ever has
         self.came = time.monotonic()
-        self.until = math.inf                   # when all that the client is sending must have come
+        self.until = math.inf  # when all that the client is sending must have come
         self.busy_poll, self.idle_poll = select.poll(), select.poll()
         self.busy_poll.register(sock, select.POLLIN)
         self.idle_poll.register(sock, select.POLLIN)
@@ -5755,12 +7443,15 @@ class ClientLine(io.RawIOBase):
         """What has come; nothing when the client left, or when the server ends and no request is coming."""
         while True:
             ready = (self.idle_poll if self.idle else self.busy_poll).poll(
-                max(0, min(CLIENT_TIMEOUT, self.until - time.monotonic())) * 1000)
+                max(0, min(CLIENT_TIMEOUT, self.until - time.monotonic())) * 1000
+            )
             if not ready:
                 raise socket.timeout("the client is silent")
             now = time.monotonic()
             if all(fd != self.fd for fd, _ in ready):
-                grace = self.came + LAST_WORDS - now if self.fresh else 0       # its first request may just be coming
+                grace = (
+                    self.came + LAST_WORDS - now if self.fresh else 0
+                )  # its first request may just be coming
                 if not self.busy_poll.poll(max(0, grace) * 1000):
                     return 0
             try:
@@ -5781,7 +7472,7 @@ class ClientLine(io.RawIOBase):
         view = memoryview(data)
         while view:
             try:
-                view = view[self.sock.send(view):]
+                view = view[self.sock.send(view) :]
             except BlockingIOError:
                 room = select.poll()
                 room.register(self.sock, select.POLLOUT)
@@ -5810,12 +7501,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         self.close_connection, self.command, self.path, self.headers = True, "", "", {}
         self.begun = self.framed = self.body_left = False
-        self.status, self.exchange, self.framing, self.answers, self.ignored = 0, None, None, None, []
-        self.protocol, self.route, self.failure = protocol_of(self.server.config.api, "/"), "other", None
+        self.status, self.exchange, self.framing, self.answers, self.ignored = (
+            0,
+            None,
+            None,
+            None,
+            [],
+        )
+        self.protocol, self.route, self.failure = (
+            protocol_of(self.server.config.api, "/"),
+            "other",
+            None,
+        )
         try:
             self.line.idle, self.line.until = True, math.inf
             line = self.rfile.readline(MOST_HEAD)
-            line = self.rfile.readline(MOST_HEAD) if line == b"\r\n" else line       # RFC 9112, section 2.2
+            line = (
+                self.rfile.readline(MOST_HEAD) if line == b"\r\n" else line
+            )  # RFC 9112, section 2.2
             if not line:
                 return
             self.began = self.spoke = time.monotonic()
@@ -5842,14 +7545,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.status = self.status or 499
             raise
         except Exception:
-            log(f"{self.request_id}: this is a bug in proxy-to-gemini; please report it: {traceback.format_exc()}")
-            self.fail(ProxyError(500, "proxy-to-gemini has a bug here; its log tells more.", code="internal_error"))
+            log(
+                f"{self.request_id}: this is a bug in proxy-to-gemini; please report it: {traceback.format_exc()}"
+            )
+            self.fail(
+                ProxyError(
+                    500,
+                    "proxy-to-gemini has a bug here; its log tells more.",
+                    code="internal_error",
+                )
+            )
 
     def read_head(self, line: bytes) -> None:
         """The request line and headers, strictly: what another server might read differently is refused."""
         match = REQUEST_LINE.fullmatch(line)
         if not match:
-            raise ProxyError(414 if len(line) >= MOST_HEAD else 400, "This is not an HTTP/1.1 request line.")
+            raise ProxyError(
+                414 if len(line) >= MOST_HEAD else 400, "This is not an HTTP/1.1 request line."
+            )
         self.command, self.path = match.group(1).decode(), match.group(2).decode("latin-1")
         self.request_version = "HTTP/1.0" if match.group(3) == b"0" else "HTTP/1.1"
         headers = read_headers(self.rfile, MOST_HEAD - len(line))
@@ -5863,8 +7576,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_body(self) -> bytes:
         """The whole body, however it is framed and coded."""
         coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length")
-        if coding is not None and (coding.lower() != "chunked" or length is not None
-                                   or self.request_version == "HTTP/1.0"):
+        if coding is not None and (
+            coding.lower() != "chunked" or length is not None or self.request_version == "HTTP/1.0"
+        ):
             raise ProxyError(400, "The framing of this request's body is ambiguous.")
         if coding is None and length is not None and not re.fullmatch(r"[0-9]{1,15}", length):
             raise ProxyError(400, "Content-Length is not a number.")
@@ -5914,13 +7628,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         config, headers = self.server.config, self.headers
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.server.loopback and host and not re.fullmatch(LOCAL_HOSTS, host, re.I | re.A):
-            raise ProxyError(403, "This server is called by another name: " + ascii(host[:80]))     # DNS rebinding
+            raise ProxyError(
+                403, "This server is called by another name: " + ascii(host[:80])
+            )  # DNS rebinding
         if origin is not None and not origin_allowed(origin, config.origins):
-            raise ProxyError(403, f"Pages from {ascii(origin[:80])} may not call this server; -origins can allow it.")
-        if config.proxy_key and self.command != "OPTIONS" and path not in ("/", "/healthz") \
-                and not any(self.is_proxy_key(key) for key in self.client_keys()):
-            raise ProxyError(401, "Incorrect API key provided: this server wants its own key (PROXY_API_KEY).",
-                             code="invalid_api_key")
+            raise ProxyError(
+                403,
+                f"Pages from {ascii(origin[:80])} may not call this server; -origins can allow it.",
+            )
+        if (
+            config.proxy_key
+            and self.command != "OPTIONS"
+            and path not in ("/", "/healthz")
+            and not any(self.is_proxy_key(key) for key in self.client_keys())
+        ):
+            raise ProxyError(
+                401,
+                "Incorrect API key provided: this server wants its own key (PROXY_API_KEY).",
+                code="invalid_api_key",
+            )
 
     def client_keys(self) -> Iterator[str]:
         """What the client sent as a key, in any of the usual headers."""
@@ -5937,10 +7663,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         config = self.server.config
         if not config.client_keys:
             return config.key
-        keys = [key for key in self.client_keys() if not (config.proxy_key and self.is_proxy_key(key))]
+        keys = [
+            key for key in self.client_keys() if not (config.proxy_key and self.is_proxy_key(key))
+        ]
         if not keys or not re.fullmatch(KEY, keys[0]):
-            raise ProxyError(401, "You didn't provide an API key: this server wants your own Gemini key as the API key "
-                                  "(aistudio.google.com/apikey).", code="invalid_api_key")
+            raise ProxyError(
+                401,
+                "You didn't provide an API key: this server wants your own Gemini key as the API key "
+                "(aistudio.google.com/apikey).",
+                code="invalid_api_key",
+            )
         return keys[0]
 
     def cors(self) -> list[tuple[str, str]]:
@@ -5948,16 +7680,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
         origin = self.headers.get("origin")
         if origin is None or not origin_allowed(origin, self.server.config.origins):
             return []
-        return [("Access-Control-Allow-Origin", re.sub(r"[^!-~]", "", origin[:500])), ("Vary", "Origin"),
-                ("Access-Control-Expose-Headers",
-                 ", ".join(("x-request-id", *self.protocol.id_headers, "retry-after", "x-proxy-ignored")))]
+        return [
+            ("Access-Control-Allow-Origin", re.sub(r"[^!-~]", "", origin[:500])),
+            ("Vary", "Origin"),
+            (
+                "Access-Control-Expose-Headers",
+                ", ".join(
+                    ("x-request-id", *self.protocol.id_headers, "retry-after", "x-proxy-ignored")
+                ),
+            ),
+        ]
 
     def preflight(self) -> None:
         asked = self.headers.get("access-control-request-headers", "")
-        names = [name.strip() for name in asked[:2000].split(",") if re.fullmatch(TOKEN, name.strip())]
-        self.send(204, b"", headers=[("Access-Control-Allow-Methods", "GET, POST, DELETE, HEAD, OPTIONS"),
-                                     ("Access-Control-Allow-Headers", ", ".join(names[:100])),
-                                     ("Access-Control-Max-Age", "86400")])
+        names = [
+            name.strip() for name in asked[:2000].split(",") if re.fullmatch(TOKEN, name.strip())
+        ]
+        self.send(
+            204,
+            b"",
+            headers=[
+                ("Access-Control-Allow-Methods", "GET, POST, DELETE, HEAD, OPTIONS"),
+                ("Access-Control-Allow-Headers", ", ".join(names[:100])),
+                ("Access-Control-Max-Age", "86400"),
+            ],
+        )
 
     # ---- answers ----
 
@@ -5974,19 +7721,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.route = "GET " + path
             return self.send_answer(*reversed(server.own_pages[path]()))
         found = find_route(api, self.command, path)
-        self.protocol, self.route, self.failure = found.protocol, found.route.name, found.route.failure
+        self.protocol, self.route, self.failure = (
+            found.protocol,
+            found.route.name,
+            found.route.failure,
+        )
         self.key = self.gemini_key()
         setting = server.setting_for(self.key)
         if found.params or query:
-            setting = setting._replace(params=found.params, query=dict(urllib.parse.parse_qsl(query)))
+            setting = setting._replace(
+                params=found.params, query=dict(urllib.parse.parse_qsl(query))
+            )
         try:
             body = self.read_fields(found.route)
             ask = found.route.request(body, setting)
         except RecursionError:
             raise nested_too_deeply() from None
         self.ignored, self.framing = body.ignored(), ask.framing or found.route.framing
-        body.family.clear()             # or they keep each other, and a large body, until the collector comes by
-        self.exchange = Exchange(ask, setting, lambda calls: server.gemini.remember(ask.calls[0], self.key, calls))
+        body.family.clear()  # or they keep each other, and a large body, until the collector comes by
+        self.exchange = Exchange(
+            ask, setting, lambda calls: server.gemini.remember(ask.calls[0], self.key, calls)
+        )
         beats = ask.stream and (found.route.beat or self.framing.beat)
         beat = functools.partial(self.beat, found.route) if beats else None
         self.watch = Watch(self.connection, server.config.timeout, server.stopping, beat)
@@ -6001,9 +7756,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return no_body(b"", "")
         return route.takes(self.read_body(), self.headers.get("content-type", ""))
 
-    def send_answer(self, answer: Any, status: int = 200, headers: Iterable[tuple[str, str]] = ()) -> None:
+    def send_answer(
+        self, answer: Any, status: int = 200, headers: Iterable[tuple[str, str]] = ()
+    ) -> None:
         """A whole answer: JSON, or a Payload."""
-        payload = answer if type(answer) is Payload else Payload(encode_json(answer).encode(), "application/json")
+        payload = (
+            answer
+            if type(answer) is Payload
+            else Payload(encode_json(answer).encode(), "application/json")
+        )
         self.send(status, payload.data, payload.content_type, [*headers, *self.ignored_header()])
 
     def send_stream(self, events: Iterator[JSON]) -> None:
@@ -6015,7 +7776,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def beat(self, route: Route) -> None:
         """Say that the stream is alive."""
-        self.emit(route.framing.encode(route.beat(self.exchange)) if route.beat else self.framing.beat)
+        self.emit(
+            route.framing.encode(route.beat(self.exchange)) if route.beat else self.framing.beat
+        )
 
     def explain(self, error: ProxyError) -> None:
         """Add to an error which model the client meant, and whether Gemini lists it."""
@@ -6030,9 +7793,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Tell an error: as an answer, or in mid-stream as the last event."""
         error.request_id = self.request_id
         if self.begun and not self.framed:
-            self.close_connection = True            # nothing that could be said would be understood
+            self.close_connection = True  # nothing that could be said would be understood
         elif self.begun:
-            told = self.failure(self.exchange, error) if self.failure else [self.protocol.stream_error(error)]
+            told = (
+                self.failure(self.exchange, error)
+                if self.failure
+                else [self.protocol.stream_error(error)]
+            )
             self.emit(b"".join(map(self.framing.encode, told)), last=True)
         else:
             self.close_connection = self.close_connection or not self.command
@@ -6051,9 +7818,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Status line and headers, up to the empty line. A connection with an unread body is not gone on with."""
         self.status, self.begun, self.spoke = status, True, time.monotonic()
         self.close_connection = self.close_connection or self.body_left or self.server.draining
-        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
-                 f"Date: {http_date(int(time.time()))}", f"Server: proxy-to-gemini/{VERSION}",
-                 *(f"{name}: {self.request_id}" for name in ("x-request-id", *self.protocol.id_headers))]
+        lines = [
+            f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
+            f"Date: {http_date(int(time.time()))}",
+            f"Server: proxy-to-gemini/{VERSION}",
+            *(f"{name}: {self.request_id}" for name in ("x-request-id", *self.protocol.id_headers)),
+        ]
         lines += [f"Content-Type: {content_type}"] if content_type else []
         lines += [f"{name}: {value}" for name, value in (*headers, *self.cors())]
         if self.close_connection:
@@ -6062,8 +7832,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             lines.append("Connection: keep-alive")
         return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
-    def send(self, status: int, body: bytes, content_type: str = "application/json",
-             headers: list[tuple[str, str]] = ()) -> None:
+    def send(
+        self,
+        status: int,
+        body: bytes,
+        content_type: str = "application/json",
+        headers: list[tuple[str, str]] = (),
+    ) -> None:
         """A whole answer in one write."""
         length = [] if status == 204 else [("Content-Length", str(len(body)))]
         head = self.head(status, content_type if status != 204 else "", [*headers, *length])
@@ -6076,11 +7851,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.chunked = self.request_version != "HTTP/1.0"
             self.close_connection = self.close_connection or not self.chunked
             framing = [("Transfer-Encoding", "chunked")] if self.chunked else []
-            headers = [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"), *framing, *self.ignored_header()]
+            headers = [
+                ("Cache-Control", "no-cache"),
+                ("X-Accel-Buffering", "no"),
+                *framing,
+                *self.ignored_header(),
+            ]
             head = self.head(200, self.framing.content_type, headers)
             self.framed = self.framing.tells
         if self.chunked:
-            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
+            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (
+                b"0\r\n\r\n" if last else b""
+            )
         self.write(head + data)
 
     def write(self, data: bytes) -> None:
@@ -6101,7 +7883,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 while time.monotonic() < until and self.connection.recv(1 << 16):
                     pass
         self.rfile.close()
-        self.exchange = self.answers = None     # or the request's body stays until the collector comes by
+        self.exchange = self.answers = (
+            None  # or the request's body stays until the collector comes by
+        )
         self.server.handlers.discard(self)
 
     def account(self, now: float) -> None:
@@ -6115,8 +7899,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         metrics.add("requests_total", self.route, str(self.status))
         metrics.watch("request_seconds", self.route, seconds=now - self.began)
         metrics.watch("first_byte_seconds", self.route, seconds=self.spoke - self.began)
-        log(f"{self.command or '-'} {self.path.partition('?')[0][:200] or '-'} {self.status} "
-            f"{(now - self.began) * 1000:.0f} ms{model}")
+        log(
+            f"{self.command or '-'} {self.path.partition('?')[0][:200] or '-'} {self.status} "
+            f"{(now - self.began) * 1000:.0f} ms{model}"
+        )
 
 
 def too_large() -> ProxyError:
@@ -6128,15 +7914,19 @@ def decoded_body(body: bytes, coding: str) -> bytes:
     if coding in ("identity", ""):
         return body
     if coding not in ("gzip", "x-gzip", "deflate"):
-        raise ProxyError(415,
-                         f"Content-Encoding {coding[:40]!a} is not known here; send the body as it is, or in gzip.")
-    machine = zlib.decompressobj(wbits=47)          # gzip or zlib, by its head
+        raise ProxyError(
+            415,
+            f"Content-Encoding {coding[:40]!a} is not known here; send the body as it is, or in gzip.",
+        )
+    machine = zlib.decompressobj(wbits=47)  # gzip or zlib, by its head
     try:
         data = machine.decompress(body, MOST_UNPACKED)
     except zlib.error as error:
         raise ProxyError(400, f"The body is not {coding}: {error}") from None
     if machine.unconsumed_tail:
-        raise ProxyError(413, f"The body of this request unpacks to more than {MOST_UNPACKED >> 20} MiB.")
+        raise ProxyError(
+            413, f"The body of this request unpacks to more than {MOST_UNPACKED >> 20} MiB."
+        )
     if not machine.eof:
         raise ProxyError(400, f"The {coding} body breaks off.")
     return data
@@ -6151,16 +7941,24 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, config: Config, handed_over: socket.socket | None = None):
         """`handed_over` is a socket that listens already, and that others may go on listening on."""
         self.config, self.shared = config, handed_over is not None
-        self.own_pages = {"/": self.front_page, "/healthz": self.health_page, "/metrics": self.metrics_page}
+        self.own_pages = {
+            "/": self.front_page,
+            "/healthz": self.health_page,
+            "/metrics": self.metrics_page,
+        }
         routes = [route.name for _, protocol in MOUNTS[config.api] for route in protocol.routes]
-        self.metrics = Metrics([*dict.fromkeys(routes), *("GET " + path for path in self.own_pages)], config.workers)
+        self.metrics = Metrics(
+            [*dict.fromkeys(routes), *("GET " + path for path in self.own_pages)], config.workers
+        )
         self.gemini = Gemini(config.upstream, config.state, self.metrics.add)
-        self.setting_for = functools.lru_cache(maxsize=64)(self.make_setting)      # by Gemini key
+        self.setting_for = functools.lru_cache(maxsize=64)(self.make_setting)  # by Gemini key
         self.loaded: dict[str, float] = {}
-        self.handlers: set[Handler] = set()     # one for each connection
-        self.newcomers: set[socket.socket] = set()      # those whose handler has not begun yet
+        self.handlers: set[Handler] = set()  # one for each connection
+        self.newcomers: set[socket.socket] = set()  # those whose handler has not begun yet
         self.draining, self.tidied = False, -math.inf
-        self.ending = self.stopping = -1        # pipes that tell of the end: for new requests, for those under way
+        self.ending = (
+            self.stopping
+        ) = -1  # pipes that tell of the end: for new requests, for those under way
         self.listen(handed_over)
         host = self.server_address[0]
         self.loopback = host == "::1" or host.startswith("127.")
@@ -6179,10 +7977,10 @@ class Server(http.server.ThreadingHTTPServer):
             except OSError as error:
                 if host or error.errno == errno.EADDRINUSE:
                     raise
-                self.address_family = socket.AF_INET        # a machine without IPv6
+                self.address_family = socket.AF_INET  # a machine without IPv6
                 super().__init__(("0.0.0.0", port), Handler)
         self.server_port = self.server_address[1]
-        self.socket.setblocking(False)          # another worker may be faster to accept
+        self.socket.setblocking(False)  # another worker may be faster to accept
 
     def server_bind(self) -> None:
         """Without http.server's reverse look-up of the host's name, which can take half a minute."""
@@ -6195,13 +7993,19 @@ class Server(http.server.ThreadingHTTPServer):
         memory, shelf = self.gemini.memory, scope_of(key) + ":" if self.config.client_keys else ""
         ollama = self.config.api == "ollama"
         aliases = tuple((plain_name(name, True), to) for name, to in self.config.aliases)
-        return Setting(aliases if ollama else self.config.aliases, ollama, time.time,
-                       lambda prefix: prefix + secrets.token_hex(12),
-                       lambda name: memory.get(shelf + name),
-                       lambda name, text: memory.keep(shelf, shelf + name, text),
-                       lambda name, text: memory.put(shelf + name, None, text),
-                       lambda: {name[len(shelf):].partition(":")[2]: text for name, text in memory.kept(shelf)},
-                       self.loaded)
+        return Setting(
+            aliases if ollama else self.config.aliases,
+            ollama,
+            time.time,
+            lambda prefix: prefix + secrets.token_hex(12),
+            lambda name: memory.get(shelf + name),
+            lambda name, text: memory.keep(shelf, shelf + name, text),
+            lambda name, text: memory.put(shelf + name, None, text),
+            lambda: {
+                name[len(shelf) :].partition(":")[2]: text for name, text in memory.kept(shelf)
+            },
+            self.loaded,
+        )
 
     @property
     def url(self) -> str:
@@ -6213,7 +8017,9 @@ class Server(http.server.ThreadingHTTPServer):
     def front_page(self) -> tuple[int, Payload]:
         if self.config.api == "ollama":
             return 200, Payload(b"Ollama is running")
-        return 200, Payload(f"You are running proxy-to-gemini at {self.url}; api = {self.config.api}\n".encode())
+        return 200, Payload(
+            f"You are running proxy-to-gemini at {self.url}; api = {self.config.api}\n".encode()
+        )
 
     def health_page(self) -> tuple[int, Payload]:
         return (503, Payload(b"ending")) if self.draining else (200, Payload(b"ok"))
@@ -6254,8 +8060,12 @@ class Server(http.server.ThreadingHTTPServer):
         while (self.handlers or self.newcomers) and time.monotonic() < until:
             if select.select([self.socket], [], [], 0.01)[0]:
                 self.take_in()
-        until += LAST_WORDS             # whom a last answer sends away comes back at once, but not for ever
-        while not self.shared and time.monotonic() < until and select.select([self.socket], [], [], 0)[0]:
+        until += LAST_WORDS  # whom a last answer sends away comes back at once, but not for ever
+        while (
+            not self.shared
+            and time.monotonic() < until
+            and select.select([self.socket], [], [], 0)[0]
+        ):
             self.take_in()
         self.server_close()
         os.close(end)
@@ -6266,7 +8076,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def wait_for_handlers(self, seconds: float, counts: Callable[[Handler], bool]) -> None:
         until = time.monotonic() + seconds
-        while time.monotonic() < until and (self.newcomers or any(counts(handler) for handler in list(self.handlers))):
+        while time.monotonic() < until and (
+            self.newcomers or any(counts(handler) for handler in list(self.handlers))
+        ):
             time.sleep(0.01)
 
     def reload(self) -> None:
@@ -6275,7 +8087,11 @@ class Server(http.server.ThreadingHTTPServer):
         usable = re.fullmatch(KEY, key)
         if usable:
             self.config = self.config._replace(key=key)
-        log("the Gemini key was read again" if usable else "there is no usable Gemini key; the old one stays")
+        log(
+            "the Gemini key was read again"
+            if usable
+            else "there is no usable Gemini key; the old one stays"
+        )
 
     def take_in(self) -> None:
         """Accept who waits, several at a time: when a thousand come at once, each wait would cost a turn of theirs."""
@@ -6287,7 +8103,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.newcomers.add(client)
             try:
                 self.process_request(client, address)
-            except RuntimeError as error:       # there can be no more threads
+            except RuntimeError as error:  # there can be no more threads
                 log(f"a client is turned away: {error}")
                 self.newcomers.discard(client)
                 self.shutdown_request(client)
@@ -6298,7 +8114,7 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self.gemini.pool.drop_oldest()
-                time.sleep(FULL)                # the client waits, and so does the processor
+                time.sleep(FULL)  # the client waits, and so does the processor
             raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -6326,6 +8142,7 @@ class Server(http.server.ThreadingHTTPServer):
 def most_connections() -> int:
     """How many clients there may be: each may need a file more for its way to Gemini."""
     import resource
+
     return min(MOST_CONNECTIONS, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 16))
 
 
@@ -6333,6 +8150,7 @@ def most_connections() -> int:
 def malloc_trim() -> Callable[[int], int]:
     """glibc's function that gives free memory back to the system; elsewhere one that does nothing."""
     import ctypes
+
     return getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)
 
 
@@ -6354,17 +8172,18 @@ NO_KEY = """proxy-to-gemini: there is no Gemini key. Get one at https://aistudio
 
 class Config(NamedTuple):
     """What the command line and the environment decide."""
+
     api: str
-    listen: tuple[str, int]                     # an empty host is every interface
+    listen: tuple[str, int]  # an empty host is every interface
     upstream: str
-    key: str                                    # Gemini's
+    key: str  # Gemini's
     aliases: tuple[tuple[str, str], ...] = ()
     origins: tuple[str, ...] = ()
-    timeout: float = 600.0                      # seconds that Gemini may be silent
-    proxy_key: str = ""                         # what clients must send
-    workers: int = 1                            # processes
-    state: str = ":memory:"                     # SQLite's name of the file that remembers
-    client_keys: bool = False                   # whether each client brings its own Gemini key
+    timeout: float = 600.0  # seconds that Gemini may be silent
+    proxy_key: str = ""  # what clients must send
+    workers: int = 1  # processes
+    state: str = ":memory:"  # SQLite's name of the file that remembers
+    client_keys: bool = False  # whether each client brings its own Gemini key
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -6378,7 +8197,12 @@ def listen_address(text: str) -> tuple[str, int]:
 def base_url(text: str) -> str:
     try:
         parts = urllib.parse.urlsplit(text)
-        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.query
+        fits = (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and parts.port != 0
+            and not parts.query
+        )
     except ValueError:
         fits = False
     if not fits:
@@ -6411,25 +8235,65 @@ def worker_count(text: str) -> int:
 
 def flag_parser() -> argparse.ArgumentParser:
     """The flags, spelt as Go does (-api=ollama), or with two dashes."""
-    parser = argparse.ArgumentParser(prog="proxy_to_gemini.py", allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="proxy_to_gemini.py", allow_abbrev=False, description=__doc__.splitlines()[0]
+    )
 
     def flag(name: str, **how: Any) -> None:
         parser.add_argument("-" + name, "--" + name, **how)
+
     flag("api", choices=sorted(MOUNTS), default="openai", help="the protocol to serve")
-    flag("listen", type=listen_address, default=("127.0.0.1", 5555), metavar="HOST:PORT",
-         help=":PORT is every interface")
-    flag("upstream", type=base_url, default=None, metavar="URL",
-         help=f"base URL of the Gemini API; {GEMINI} unless $GOOGLE_GEMINI_BASE_URL is set")
-    flag("alias", type=alias, action="append", default=[], metavar="NAME=MODEL",
-         help="another name for a model; NAME may be a glob; repeatable")
-    flag("origins", type=lambda text: tuple(filter(None, text.split(","))), default=(), metavar="ORIGIN,...",
-         help="browser origins that may call besides this machine's and apps'; * is any")
-    flag("timeout", type=seconds, default=600.0, metavar="SECONDS", help="how long Gemini may be silent")
+    flag(
+        "listen",
+        type=listen_address,
+        default=("127.0.0.1", 5555),
+        metavar="HOST:PORT",
+        help=":PORT is every interface",
+    )
+    flag(
+        "upstream",
+        type=base_url,
+        default=None,
+        metavar="URL",
+        help=f"base URL of the Gemini API; {GEMINI} unless $GOOGLE_GEMINI_BASE_URL is set",
+    )
+    flag(
+        "alias",
+        type=alias,
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="another name for a model; NAME may be a glob; repeatable",
+    )
+    flag(
+        "origins",
+        type=lambda text: tuple(filter(None, text.split(","))),
+        default=(),
+        metavar="ORIGIN,...",
+        help="browser origins that may call besides this machine's and apps'; * is any",
+    )
+    flag(
+        "timeout",
+        type=seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long Gemini may be silent",
+    )
     flag("workers", type=worker_count, default=1, metavar="N", help="processes that share the port")
-    flag("state", default=None, metavar="FILE", help="keeps signatures and responses over a restart")
-    flag("client-keys", action="store_true", help="every client brings its own Gemini key as its API key")
-    flag("check", action="store_true", help="tell what works on the way to Gemini, and what to mend")
-    flag("print-unit", action="store_true", help="print a systemd unit for this file and these flags")
+    flag(
+        "state", default=None, metavar="FILE", help="keeps signatures and responses over a restart"
+    )
+    flag(
+        "client-keys",
+        action="store_true",
+        help="every client brings its own Gemini key as its API key",
+    )
+    flag(
+        "check", action="store_true", help="tell what works on the way to Gemini, and what to mend"
+    )
+    flag(
+        "print-unit", action="store_true", help="print a systemd unit for this file and these flags"
+    )
     flag("version", action="store_true", help="version, and the SHA-256 of this file")
     return parser
 
@@ -6440,7 +8304,9 @@ def gemini_key(env: Mapping[str, str]) -> str:
         if env.get(name, "").strip():
             return env[name].strip()
     with contextlib.suppress(OSError, KeyError, UnicodeDecodeError):
-        with open(os.path.join(env["CREDENTIALS_DIRECTORY"], "gemini_api_key"), encoding="utf-8") as file:
+        with open(
+            os.path.join(env["CREDENTIALS_DIRECTORY"], "gemini_api_key"), encoding="utf-8"
+        ) as file:
             return file.read().strip()
     return ""
 
@@ -6463,17 +8329,31 @@ def configured(arguments: list[str], env: Mapping[str, str]) -> tuple[Config, ar
         print(unit([word for word in arguments if word.lstrip("-") != "print-unit"]))
         sys.exit(0)
     try:
-        upstream = flags.upstream or base_url(env.get("GOOGLE_GEMINI_BASE_URL", "").strip() or GEMINI)
+        upstream = flags.upstream or base_url(
+            env.get("GOOGLE_GEMINI_BASE_URL", "").strip() or GEMINI
+        )
     except argparse.ArgumentTypeError as error:
         parser.error(f"GOOGLE_GEMINI_BASE_URL: {error}")
     key = gemini_key(env)
     if not key and not flags.client_keys:
         sys.exit(NO_KEY)
     if key and not re.fullmatch(KEY, key):
-        sys.exit("proxy-to-gemini: the key in GEMINI_API_KEY has characters that no key has; it cannot be sent.")
-    return Config(flags.api, flags.listen, upstream, key, tuple(flags.alias), flags.origins, flags.timeout,
-                  env.get("PROXY_API_KEY", "").strip(), flags.workers, state_file(flags.state, env),
-                  flags.client_keys), flags
+        sys.exit(
+            "proxy-to-gemini: the key in GEMINI_API_KEY has characters that no key has; it cannot be sent."
+        )
+    return Config(
+        flags.api,
+        flags.listen,
+        upstream,
+        key,
+        tuple(flags.alias),
+        flags.origins,
+        flags.timeout,
+        env.get("PROXY_API_KEY", "").strip(),
+        flags.workers,
+        state_file(flags.state, env),
+        flags.client_keys,
+    ), flags
 
 
 # ---- systemd ----
@@ -6541,9 +8421,15 @@ def unit(flags: list[str]) -> str:
     """A systemd unit for this very file and these flags, without the final newline."""
     here = os.path.abspath(__file__)
     words = [os.path.realpath(sys.executable), here, *flags]
-    text = UNIT.format(folder=os.path.dirname(here), command=" ".join(map(unit_word, words))).rstrip()
-    if any(flag.lstrip("-") == "client-keys" for flag in flags):      # without the file the service fails
-        text = re.sub(r"# The Gemini key.*\n.*\n", "# PROXY_API_KEY and HTTPS_PROXY may stand here.\n", text)
+    text = UNIT.format(
+        folder=os.path.dirname(here), command=" ".join(map(unit_word, words))
+    ).rstrip()
+    if any(
+        flag.lstrip("-") == "client-keys" for flag in flags
+    ):  # without the file the service fails
+        text = re.sub(
+            r"# The Gemini key.*\n.*\n", "# PROXY_API_KEY and HTTPS_PROXY may stand here.\n", text
+        )
     return text
 
 
@@ -6555,7 +8441,9 @@ def unit_word(word: str) -> str:
 
 def handed_over_socket(env: Mapping[str, str]) -> socket.socket | None:
     """The socket that systemd listens on for this process (sd_listen_fds), or None."""
-    if env.get("LISTEN_PID") != str(os.getpid()) or not re.fullmatch(r"[1-9]\d*", env.get("LISTEN_FDS", "")):
+    if env.get("LISTEN_PID") != str(os.getpid()) or not re.fullmatch(
+        r"[1-9]\d*", env.get("LISTEN_FDS", "")
+    ):
         return None
     if env["LISTEN_FDS"] != "1":
         raise ValueError(f"LISTEN_FDS hands over {env['LISTEN_FDS']} sockets, and one is served")
@@ -6569,12 +8457,14 @@ class Life:
     """What this process is asked by signals, and what systemd is told of it."""
 
     def __init__(self, env: Mapping[str, str]):
-        self.heard: set[int] = set()            # signals that wait to be looked at
-        self.parent = 0                         # whose end is ours too: a worker's
+        self.heard: set[int] = set()  # signals that wait to be looked at
+        self.parent = 0  # whose end is ours too: a worker's
         self.supervisor = env.get("NOTIFY_SOCKET", "")
         told = env.get("WATCHDOG_USEC", "")
         mine = env.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.watchdog = int(told) / 1e6 if mine and re.fullmatch(r"[1-9]\d{0,15}", told) else math.inf    # seconds
+        self.watchdog = (
+            int(told) / 1e6 if mine and re.fullmatch(r"[1-9]\d{0,15}", told) else math.inf
+        )  # seconds
         self.nap = min(1.0, self.watchdog / 4)
         self.barked = -math.inf
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
@@ -6618,7 +8508,7 @@ class Life:
             return
         address = "\0" + self.supervisor[1:] if self.supervisor[0] == "@" else self.supervisor
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(0 if lines == ("WATCHDOG=1",) else 5)       # what is said once must arrive
+            sock.settimeout(0 if lines == ("WATCHDOG=1",) else 5)  # what is said once must arrive
             sock.sendto("\n".join(lines).encode(), address)
 
 
@@ -6630,8 +8520,8 @@ class Workers:
 
     def __init__(self, server: Server, life: Life, count: int):
         self.server, self.life, self.count = server, life, count
-        self.numbers: dict[int, int] = {}                   # by process id
-        self.due = [0.0] * count                            # when each may be started again
+        self.numbers: dict[int, int] = {}  # by process id
+        self.due = [0.0] * count  # when each may be started again
 
     def run(self) -> None:
         """Replace those that die, until a signal ends them all; those that will not end are killed."""
@@ -6642,11 +8532,11 @@ class Workers:
             poll.poll(self.life.nap * 1000)
             self.life.hear()
             if self.life.asks(signal.SIGHUP):
-                self.server.reload()                    # for those that are forked later
+                self.server.reload()  # for those that are forked later
                 self.signal(signal.SIGHUP)
             self.bury()
         self.life.tell("STOPPING=1")
-        self.server.server_close()              # or the kernel takes clients whom no worker will serve
+        self.server.server_close()  # or the kernel takes clients whom no worker will serve
         self.signal(signal.SIGTERM)
         until = time.monotonic() + NOTICE + DRAIN + 3 * LAST_WORDS
         while self.numbers and time.monotonic() < until:
@@ -6659,11 +8549,13 @@ class Workers:
         for number in set(range(self.count)) - set(self.numbers.values()):
             if time.monotonic() < self.due[number] or self.life.over():
                 continue
-            self.due[number] = time.monotonic() + 1         # one that dies at once is not started in a rush
+            self.due[number] = (
+                time.monotonic() + 1
+            )  # one that dies at once is not started in a rush
             parent = os.getpid()
             try:
                 child = os.fork()
-            except OSError as error:                    # too many processes, or no memory: the others go on
+            except OSError as error:  # too many processes, or no memory: the others go on
                 log(f"worker {number} cannot be started: {error.strerror}")
                 continue
             if not child:
@@ -6719,7 +8611,9 @@ def check_name(config: Config, gemini: Gemini) -> str:
     host, port = (pool.proxy.host, pool.proxy.port) if pool.proxy else (pool.host, pool.port)
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     way = ", the proxy on the way," if pool.proxy else ""
-    return f"{host}:{port}{way} is at " + ", ".join(dict.fromkeys(address[0] for *_, address in found))
+    return f"{host}:{port}{way} is at " + ", ".join(
+        dict.fromkeys(address[0] for *_, address in found)
+    )
 
 
 def check_connection(config: Config, gemini: Gemini) -> str:
@@ -6727,10 +8621,18 @@ def check_connection(config: Config, gemini: Gemini) -> str:
         if not gemini.pool.secure:
             return f"{config.upstream}, without TLS"
         issuer = dict(pair for name in connection.sock.getpeercert()["issuer"] for pair in name)
-        trust = next((f"${name}" for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
-                      if os.environ.get(name)), "the system")
-        return (f"{config.upstream}, {connection.sock.version()}, certificate of "
-                f"{issuer.get('organizationName') or issuer.get('commonName')}, trusted by {trust}")
+        trust = next(
+            (
+                f"${name}"
+                for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
+                if os.environ.get(name)
+            ),
+            "the system",
+        )
+        return (
+            f"{config.upstream}, {connection.sock.version()}, certificate of "
+            f"{issuer.get('organizationName') or issuer.get('commonName')}, trusted by {trust}"
+        )
 
 
 def check_key(config: Config, gemini: Gemini) -> str:
@@ -6740,12 +8642,17 @@ def check_key(config: Config, gemini: Gemini) -> str:
 
 
 def listed_models(config: Config, gemini: Gemini) -> list[JSON]:
-    return [entry for chunk in ModelList(gemini, Watch(None, CHECK_TIMEOUT), config.key).chunks()
-            for entry in chunk["models"]]
+    return [
+        entry
+        for chunk in ModelList(gemini, Watch(None, CHECK_TIMEOUT), config.key).chunks()
+        for entry in chunk["models"]
+    ]
 
 
 def check_clock(config: Config, gemini: Gemini) -> str:
-    flight = Flight(gemini, GeminiCall("models?pageSize=1"), Watch(None, CHECK_TIMEOUT), config.key, [])
+    flight = Flight(
+        gemini, GeminiCall("models?pageSize=1"), Watch(None, CHECK_TIMEOUT), config.key, []
+    )
     flight.begin()
     told = flight.response and email.utils.parsedate_tz(flight.response.headers.get("date", ""))
     flight.release()
@@ -6754,35 +8661,62 @@ def check_clock(config: Config, gemini: Gemini) -> str:
     apart = abs(time.time() - email.utils.mktime_tz(told))
     if apart > 300:
         raise ValueError(f"it is {apart:.0f} seconds off")
-    return "it agrees with Gemini's" if apart < 5 else f"it is {apart:.0f} seconds off, which does no harm"
+    return (
+        "it agrees with Gemini's"
+        if apart < 5
+        else f"it is {apart:.0f} seconds off, which does no harm"
+    )
 
 
 def check_answer(config: Config, gemini: Gemini) -> str:
     """One short answer of a flash model, the newest in the list."""
     if not config.key:
         return "every client asks with a key of its own"
-    names = [inside(entry, "name", str).rpartition("/")[2] for entry in listed_models(config, gemini)
-             if "generateContent" in inside(entry, "supportedGenerationMethods", list)]
-    fitting = [name for name in names if re.match(r"gemini-[\d.]+-flash", name) and not UNLISTED.search(name)]
+    names = [
+        inside(entry, "name", str).rpartition("/")[2]
+        for entry in listed_models(config, gemini)
+        if "generateContent" in inside(entry, "supportedGenerationMethods", list)
+    ]
+    fitting = [
+        name
+        for name in names
+        if re.match(r"gemini-[\d.]+-flash", name) and not UNLISTED.search(name)
+    ]
     model = model_of(max(fitting or names, key=lambda name: model_of(name).generation))
     began = time.monotonic()
     call = generate_call(model, False, [], [user_turn(text_part("Say hello in one word."))], {})
-    answer, = Flight(gemini, call, Watch(None, CHECK_TIMEOUT), config.key, []).chunks()
+    (answer,) = Flight(gemini, call, Watch(None, CHECK_TIMEOUT), config.key, []).chunks()
     text = texts_of(inside(inside(first_candidate(answer), "content", dict), "parts", list))
     return f"{model.name} said {text[:40]!a} after {time.monotonic() - began:.1f} seconds"
 
 
-CHECK_TIMEOUT = 30.0        # seconds
+CHECK_TIMEOUT = 30.0  # seconds
 
 # What must work, in the order in which one rests on the other; and what to mend where it does not.
 CHECKS = (
     ("port", check_port, "end what listens there, or choose another with -listen"),
-    ("memory", check_memory, "name a file with -state that can be written, and that is SQLite's or new"),
+    (
+        "memory",
+        check_memory,
+        "name a file with -state that can be written, and that is SQLite's or new",
+    ),
     ("name", check_name, "see to DNS; where the network wants a proxy, set HTTPS_PROXY"),
-    ("connection", check_connection, "see to the firewall and HTTPS_PROXY; a company's own CA goes into SSL_CERT_FILE"),
-    ("key", check_key, "get a key at https://aistudio.google.com/apikey, and see what it is restricted to"),
+    (
+        "connection",
+        check_connection,
+        "see to the firewall and HTTPS_PROXY; a company's own CA goes into SSL_CERT_FILE",
+    ),
+    (
+        "key",
+        check_key,
+        "get a key at https://aistudio.google.com/apikey, and see what it is restricted to",
+    ),
     ("clock", check_clock, "set the clock: certificates and quotas go by it"),
-    ("answer", check_answer, "what Gemini says above is the cause: billing, quota, or a region without service"),
+    (
+        "answer",
+        check_answer,
+        "what Gemini says above is the cause: billing, quota, or a region without service",
+    ),
 )
 
 
@@ -6791,7 +8725,9 @@ def check(config: Config) -> int:
     try:
         gemini = Gemini(config.upstream)
     except (OSError, ValueError) as error:
-        print(f"FAIL  certificates: {error}\n      mend: see to REQUESTS_CA_BUNDLE, SSL_CERT_FILE and HTTPS_PROXY")
+        print(
+            f"FAIL  certificates: {error}\n      mend: see to REQUESTS_CA_BUNDLE, SSL_CERT_FILE and HTTPS_PROXY"
+        )
         return 1
     with contextlib.closing(gemini.pool):
         for name, test, mend in CHECKS:
@@ -6805,17 +8741,26 @@ def check(config: Config) -> int:
 
 # ---- start and end ----
 
-COLLECT = 20_000, 20, 20        # new objects until the collector comes by, and its turns until it looks at older ones
-SWITCH = 0.05       # seconds until a thread insists on its turn; at 0.005, a thousand threads do little else
+COLLECT = (
+    20_000,
+    20,
+    20,
+)  # new objects until the collector comes by, and its turns until it looks at older ones
+SWITCH = (
+    0.05  # seconds until a thread insists on its turn; at 0.005, a thousand threads do little else
+)
 
 
 def raise_limits() -> None:
     """As many open files as we may have: each client needs two."""
     import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * MOST_CONNECTIONS + 64
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, wanted)) if hard > 0 else wanted, hard))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (max(soft, min(hard, wanted)) if hard > 0 else wanted, hard)
+        )
 
 
 def spare_the_collector() -> None:
@@ -6835,12 +8780,16 @@ def opened(config: Config) -> Server:
         server = Server(config, handed_over_socket(os.environ))
     except (OSError, ValueError) as error:
         host, port = config.listen
-        sys.exit(f"proxy-to-gemini: cannot listen on {host or '*'}:{port}: {getattr(error, 'strerror', None) or error}")
+        sys.exit(
+            f"proxy-to-gemini: cannot listen on {host or '*'}:{port}: {getattr(error, 'strerror', None) or error}"
+        )
     try:
         if config.state != ":memory:":
             server.gemini.memory.try_out()
     except (OSError, ValueError) as error:
-        sys.exit(f"proxy-to-gemini: cannot remember in {config.state}: {getattr(error, 'strerror', None) or error}")
+        sys.exit(
+            f"proxy-to-gemini: cannot remember in {config.state}: {getattr(error, 'strerror', None) or error}"
+        )
     return server
 
 
@@ -6849,9 +8798,13 @@ def serve(config: Config) -> None:
     life = Life(os.environ)
     server = opened(config)
     spare_the_collector()
-    log(f"proxy-to-gemini {VERSION}: api {config.api} at {server.url}, answered by {config.upstream}")
+    log(
+        f"proxy-to-gemini {VERSION}: api {config.api} at {server.url}, answered by {config.upstream}"
+    )
     if not server.loopback and not config.proxy_key and not config.client_keys:
-        log("warning: whoever reaches this port can spend the Gemini key; set PROXY_API_KEY, or listen on 127.0.0.1")
+        log(
+            "warning: whoever reaches this port can spend the Gemini key; set PROXY_API_KEY, or listen on 127.0.0.1"
+        )
     life.tell("READY=1", f"STATUS=api {config.api} at {server.url}")
     if config.workers > 1:
         Workers(server, life, config.workers).run()
@@ -6866,17 +8819,22 @@ def main() -> None:
     raise_limits()
     sys.setswitchinterval(SWITCH)
     with contextlib.ExitStack() as stack:
-        if config.workers > 1 and config.state == ":memory:":       # what workers share must be in a file
+        if (
+            config.workers > 1 and config.state == ":memory:"
+        ):  # what workers share must be in a file
             import tempfile
+
             try:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="proxy-to-gemini-"))
             except OSError as error:
-                sys.exit(f"proxy-to-gemini: workers share a file; name one with -state: {error.strerror}")
+                sys.exit(
+                    f"proxy-to-gemini: workers share a file; name one with -state: {error.strerror}"
+                )
             config = config._replace(state=os.path.join(folder, "state.db"))
         serve(config)
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.flush()
-    os._exit(0)             # threads that wait for slow clients would only be in each other's way
+    os._exit(0)  # threads that wait for slow clients would only be in each other's way
 
 
 if __name__ == "__main__":
