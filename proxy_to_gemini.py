@@ -106,7 +106,7 @@ class ProxyError(Exception):
         message: str,
         *,
         code: str | None = None,
-        place: str | None = None,
+        path: str | None = None,
         headers: dict[str, str] | None = None,
         upstream: bool = False,
         again: float | None = None,
@@ -115,7 +115,7 @@ class ProxyError(Exception):
         self.status = status  # of the HTTP answer
         self.message = message
         self.code = code  # what is wrong, as one of OpenAI's words
-        self.place = place  # the field it is about, such as "messages[2].role"
+        self.path = path  # the field it is about, such as "messages[2].role"
         self.headers = headers or {}  # such as Retry-After
         self.upstream = upstream  # whether Gemini said so
         self.again = again  # seconds after which the same call may go well; None: it will not
@@ -153,22 +153,22 @@ def kind_of(value: Any) -> str:
     return KINDS.get(type(value), "null")
 
 
-def wrong_type(place: str, wanted: Iterable[type], value: Any) -> ProxyError:
+def wrong_type(path: str, wanted: Iterable[type], value: Any) -> ProxyError:
     names = " or ".join(KINDS[kind] for kind in wanted)
     return ProxyError(
         400,
-        f"Invalid type for '{place}': expected {names}, but got {kind_of(value)} instead.",
+        f"Invalid type for '{path}': expected {names}, but got {kind_of(value)} instead.",
         code="invalid_type",
-        place=place,
+        path=path,
     )
 
 
-def wrong_value(place: str, message: str) -> ProxyError:
-    return ProxyError(400, message, code="invalid_value", place=place)
+def wrong_value(path: str, message: str) -> ProxyError:
+    return ProxyError(400, message, code="invalid_value", path=path)
 
 
 # What an unread field may hold without anything being lost: these, and the defaults of OpenAI and Ollama.
-NOTHING = (None, False, "", [], {})
+EMPTY_VALUES = (None, False, "", [], {})
 DEFAULTS = {
     "n": 1,
     "best_of": 1,
@@ -197,20 +197,20 @@ class Fields:
     what the client is told was ignored.
     """
 
-    __slots__ = ("data", "place", "read", "family")
+    __slots__ = ("data", "place", "read", "tracked")
 
-    def __init__(self, data: Any, place: str = "", family: list | None = None):
+    def __init__(self, data: Any, path: str = "", tracked: list | None = None):
         if type(data) is not dict:
-            raise wrong_type(place, (dict,), data)
-        self.data, self.place, self.read = data, place, set()
-        self.family = (
-            [] if family is None else family
+            raise wrong_type(path, (dict,), data)
+        self.data, self.path, self.read = data, path, set()
+        self.tracked = (
+            [] if tracked is None else tracked
         )  # every Fields of this body, and names to be told
-        self.family.append(self)
+        self.tracked.append(self)
 
-    def at(self, key: str) -> str:
+    def path_of(self, key: str) -> str:
         """The place of a key in the body, such as "tools[0].function"."""
-        return f"{self.place}.{key}" if self.place else key
+        return f"{self.path}.{key}" if self.path else key
 
     def get(self, key: str, *kinds: type) -> Any:
         """The value, which must be of one of these kinds; None where it is absent or null."""
@@ -222,16 +222,16 @@ class Fields:
             return value
         if type(value) is float and int in kinds and value.is_integer():
             return int(value)
-        raise wrong_type(self.at(key), kinds, value)
+        raise wrong_type(self.path_of(key), kinds, value)
 
-    def need(self, key: str, *kinds: type) -> Any:
+    def require(self, key: str, *kinds: type) -> Any:
         value = self.get(key, *kinds)
         if value is None:
             raise ProxyError(
                 400,
-                f"Missing required parameter: '{self.at(key)}'.",
+                f"Missing required parameter: '{self.path_of(key)}'.",
                 code="missing_required_parameter",
-                place=self.at(key),
+                path=self.path_of(key),
             )
         return value
 
@@ -243,70 +243,70 @@ class Fields:
             bounds = f"between {low} and {high}" if high < math.inf else f"{low} or more"
             raise ProxyError(
                 400,
-                f"Invalid value for '{self.at(key)}': it must be {bounds}.",
+                f"Invalid value for '{self.path_of(key)}': it must be {bounds}.",
                 code=side.replace("decimal", "integer") if kind is int else side,
-                place=self.at(key),
+                path=self.path_of(key),
             )
         return value
 
-    def word(self, key: str, *allowed: str) -> str | None:
+    def choice(self, key: str, *allowed: str) -> str | None:
         """One of these words, in any case, or None."""
         value = self.get(key, str)
         if value is not None and value.lower() not in allowed:
-            raise self.unknown(key, value, allowed)
+            raise self.unknown_choice(key, value, allowed)
         return value and value.lower()
 
-    def unknown(self, key: str, value: str, allowed: Iterable[str]) -> ProxyError:
+    def unknown_choice(self, key: str, value: str, allowed: Iterable[str]) -> ProxyError:
         names = ", ".join(f"'{word}'" for word in allowed)
         return wrong_value(
-            self.at(key),
-            f"Invalid value for '{self.at(key)}': {value[:80]!r}. Supported values are: {names}.",
+            self.path_of(key),
+            f"Invalid value for '{self.path_of(key)}': {value[:80]!r}. Supported values are: {names}.",
         )
 
-    def inner(self, key: str) -> Fields | None:
+    def object(self, key: str) -> Fields | None:
         """The object under this key, or None."""
         value = self.get(key, dict)
-        return None if value is None else Fields(value, self.at(key), self.family)
+        return None if value is None else Fields(value, self.path_of(key), self.tracked)
 
     def objects(self, key: str) -> list[Fields]:
         """The objects of the list under this key."""
         items = self.get(key, list)
         if not items:
             return []
-        place, family = self.at(key), self.family
-        return [Fields(item, f"{place}[{i}]", family) for i, item in enumerate(items)]
+        path, family = self.path_of(key), self.tracked
+        return [Fields(item, f"{path}[{i}]", family) for i, item in enumerate(items)]
 
     def strings(self, key: str) -> list[str]:
         """The strings under this key, which may be a list of them or a single one."""
         value = self.get(key, str, list)
         for i, item in enumerate(value if type(value) is list else ()):
             if type(item) is not str:
-                raise wrong_type(f"{self.at(key)}[{i}]", (str,), item)
+                raise wrong_type(f"{self.path_of(key)}[{i}]", (str,), item)
         return [value] if type(value) is str else value or []
 
-    def pass_over(self, *keys: str) -> None:
+    def mark_read(self, *keys: str) -> None:
         """These keys say nothing that could be lost."""
         self.read.update(keys)
 
     def ignore(self, name: str) -> None:
         """Tell the client that this was ignored, although it was read."""
-        self.family.append(name)
+        self.tracked.append(name)
 
     def ignored(self) -> list[str]:
         """Whatever the client sent and nobody read, by its place without the indexes: "messages[].name"."""
         names = {}
-        for fields in self.family:
+        for fields in self.tracked:
             if type(fields) is str:
                 names[fields] = True
                 continue
             for key in fields.data.keys() - fields.read:
                 value, default = fields.data[key], DEFAULTS.get(key)
                 if (
-                    value not in NOTHING
+                    value not in EMPTY_VALUES
                     and value != default
                     and not (type(default) is tuple and value in default)
                 ):
-                    names[re.sub(r"\[\d+\]", "[]", fields.at(key))] = True
+                    names[re.sub(r"\[\d+\]", "[]", fields.path_of(key))] = True
         return sorted(names)
 
 
@@ -680,7 +680,7 @@ def no_such_model(name: str) -> ProxyError:
         404,
         f"The model `{name[:200]}` does not exist or you do not have access to it.",
         code="model_not_found",
-        place="model",
+        path="model",
     )
     error.model = name
     return error
@@ -832,31 +832,31 @@ def decode_base64(text: str) -> bytes:
     return base64.urlsafe_b64decode(text + "==")
 
 
-def base64_data(text: str, place: str) -> str:
+def base64_data(text: str, path: str) -> str:
     """Base64 in either alphabet, padded or not, with or without line breaks, as Gemini takes it; else a 400."""
     text = text if is_base64(text) else "".join(text.split())
     data = text.rstrip("=")
     if not is_base64(text):
         raise wrong_value(
-            place, f"Invalid value for '{place}': it must be valid base64-encoded data."
+            path, f"Invalid value for '{path}': it must be valid base64-encoded data."
         )
     return data + "=" * (-len(data) % 4)
 
 
-def media_part(data: str, mime: str | None, place: str, name: str | None = None) -> Part:
+def media_part(data: str, mime: str | None, path: str, name: str | None = None) -> Part:
     """A part of base64 data or of a data: URL; a text file becomes text, which every model reads."""
     if data[:5].lower() == "data:":
         head, comma, data = data[5:].partition(",")
         if not comma:
             raise wrong_value(
-                place, f"Invalid value for '{place}': expected a base64-encoded data URL."
+                path, f"Invalid value for '{path}': expected a base64-encoded data URL."
             )
         mime = head.partition(";")[0].strip().lower() or mime
         if "base64" not in [word.strip().lower() for word in head.split(";")[1:]]:
             data = base64.b64encode(
                 urllib.parse.unquote_to_bytes(data.encode("utf-8", "replace"))
             ).decode()
-    data = base64_data(data, place)
+    data = base64_data(data, path)
     mime = MIME_SPELLINGS.get(mime or "", mime)
     if not mime or mime == "application/octet-stream":
         mime = sniffed(data) or extension_type(name) or mime or "application/octet-stream"
@@ -887,7 +887,7 @@ def local_host(host: str) -> bool:
     return not (getattr(address, "ipv4_mapped", None) or address).is_global
 
 
-def link_part(url: str, place: str, name: str | None = None) -> Part:
+def link_part(url: str, path: str, name: str | None = None) -> Part:
     """A part that Gemini fetches itself: this proxy fetches nothing that a client names."""
     try:
         parts = urllib.parse.urlsplit(url)
@@ -896,22 +896,22 @@ def link_part(url: str, place: str, name: str | None = None) -> Part:
         parts, host = None, ""
     if not host or parts.scheme not in ("https", "http", "gs"):
         raise wrong_value(
-            place, f"Invalid value for '{place}': expected a data URL or a public https URL."
+            path, f"Invalid value for '{path}': expected a data URL or a public https URL."
         )
     if parts.scheme != "gs" and (local_host(host) or "@" in parts.netloc):
         raise wrong_value(
-            place,
-            f"Invalid value for '{place}': Gemini fetches this URL, and cannot reach {host[:80]!r}.",
+            path,
+            f"Invalid value for '{path}': Gemini fetches this URL, and cannot reach {host[:80]!r}.",
         )
     mime = extension_type(parts.path) or extension_type(name)
     return {"fileData": {**({"mimeType": mime} if mime else {}), "fileUri": url}}
 
 
-def source_part(source: str, mime: str | None, place: str, name: str | None = None) -> Part:
+def source_part(source: str, mime: str | None, path: str, name: str | None = None) -> Part:
     """The part for what a client calls a URL: a data URL, or the address of something public."""
     if source[:5].lower() == "data:":
-        return media_part(source, mime, place, name)
-    return link_part(source, place, name)
+        return media_part(source, mime, path, name)
+    return link_part(source, path, name)
 
 
 def call_part(name: str, args: JSON, id: str | None = None, signature: str | None = None) -> Part:
@@ -1200,7 +1200,7 @@ def stop_sequences(body: Fields, key: str = "stop") -> list[str]:
     """At most five that are not empty, which is all that Gemini takes."""
     stops = [text for text in body.strings(key) if text]
     if len(stops) > 5:
-        body.ignore(body.at(key))
+        body.ignore(body.path_of(key))
     return stops[:5]
 
 
@@ -1644,7 +1644,7 @@ def count_call(call: GeminiCall) -> GeminiCall:
 # ---- refusals ----
 
 
-def inside(value: Any, key: str, kind: type) -> Any:
+def get_or_empty(value: Any, key: str, kind: type) -> Any:
     """The value under a key if both are what they should be, else an empty one: for what may be anything."""
     inner = value.get(key) if type(value) is dict else None
     return inner if type(inner) is kind else kind()
@@ -1656,11 +1656,13 @@ def gemini_refusal(status: int, said: Any, raw: bytes = b"") -> ProxyError:
     The class of the status and Gemini's own words survive. (The forms of errors: google.rpc.Status.)
     """
     said = said[0] if type(said) is list and said else said
-    error = inside(said, "error", dict)
+    error = get_or_empty(said, "error", dict)
     message = (
-        inside(error, "message", str) or inside(said, "error", str) or inside(said, "message", str)
+        get_or_empty(error, "message", str)
+        or get_or_empty(said, "error", str)
+        or get_or_empty(said, "message", str)
     )
-    details = [detail for detail in inside(error, "details", list) if type(detail) is dict]
+    details = [detail for detail in get_or_empty(error, "details", list) if type(detail) is dict]
     if not message:
         text = " ".join(raw[:200].decode("utf-8", "replace").split())
         text = f": {text}" if text else "."
@@ -1679,7 +1681,7 @@ def gemini_refusal(status: int, said: Any, raw: bytes = b"") -> ProxyError:
     )
     code = None
     if (
-        any(inside(detail, "reason", str) == "API_KEY_INVALID" for detail in details)
+        any(get_or_empty(detail, "reason", str) == "API_KEY_INVALID" for detail in details)
         or status == 401
         or (status == 400 and re.search(r"API key (not valid|not found|expired)", message, re.I))
     ):
@@ -1700,7 +1702,7 @@ def gemini_refusal(status: int, said: Any, raw: bytes = b"") -> ProxyError:
 def retry_delay(details: list[JSON], message: str) -> float | None:
     """The seconds that Gemini wants to be left alone: from RetryInfo, else from its words; None if it does not say."""
     for detail in details:
-        told = re.fullmatch(r"(\d{1,6}(?:\.\d{1,12})?)s", inside(detail, "retryDelay", str))
+        told = re.fullmatch(r"(\d{1,6}(?:\.\d{1,12})?)s", get_or_empty(detail, "retryDelay", str))
         if told:
             return float(told.group(1))
     told = re.search(r"retry in (\d{1,6}(?:\.\d{1,12})?)(m?)s", message)
@@ -1710,9 +1712,9 @@ def retry_delay(details: list[JSON], message: str) -> float | None:
 def final_quota(details: list[JSON], message: str) -> bool:
     """Whether waiting does not help: a quota per day, or one of zero."""
     violations = [
-        violation for detail in details for violation in inside(detail, "violations", list)
+        violation for detail in details for violation in get_or_empty(detail, "violations", list)
     ]
-    quotas = [inside(violation, "quotaId", str) for violation in violations]
+    quotas = [get_or_empty(violation, "quotaId", str) for violation in violations]
     return any("PerDay" in quota for quota in quotas) or bool(re.search(r"limit: 0\b", message))
 
 
@@ -1743,7 +1745,7 @@ def read_chunk(data: bytes) -> JSON:
     """A GenerateContentResponse, or the answer of another method; Gemini may say an error in its place."""
     chunk = read_json(data)
     if type(chunk) is not dict:
-        if type(chunk) is list and inside(chunk and chunk[0], "error", dict):
+        if type(chunk) is list and get_or_empty(chunk and chunk[0], "error", dict):
             raise in_stream_refusal(chunk[0])
         raise nonsense(f"expected a JSON object, but got {len(data)} bytes of something else")
     if "error" in chunk:
@@ -1753,7 +1755,7 @@ def read_chunk(data: bytes) -> JSON:
 
 def in_stream_refusal(said: JSON) -> ProxyError:
     """A refusal inside of a 200: its status is in the error itself."""
-    code = inside(inside(said, "error", dict), "code", int)
+    code = get_or_empty(get_or_empty(said, "error", dict), "code", int)
     return gemini_refusal(code if 400 <= code <= 599 else 502, said)
 
 
@@ -1892,7 +1894,7 @@ FINISHES = {
 }
 
 
-def inner(value: JSON, key: str, kind: type) -> Any:
+def expect(value: JSON, key: str, kind: type) -> Any:
     """The value under a key of Gemini's, an empty one where it is absent; a 502 where it is something else."""
     found = value.get(key)
     if found is None:
@@ -1907,7 +1909,7 @@ GROUNDING = {"groundingMetadata", "citationMetadata"}
 
 def first_candidate(chunk: JSON) -> JSON:
     """The candidate of a chunk, or an empty one: every call asks for one only."""
-    for candidate in inner(chunk, "candidates", list):
+    for candidate in expect(chunk, "candidates", list):
         if type(candidate) is not dict:
             raise nonsense("a candidate is no object")
         if not candidate.get("index"):
@@ -1932,16 +1934,16 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
     own: list[JSON] = []  # parts of Gemini's own tools, for the call that comes after them
     done: set[str] = set()  # functions that Gemini's servers have answered
     for chunk in chunks:
-        usage = inner(chunk, "usageMetadata", dict) or usage
-        blocked = inner(inner(chunk, "promptFeedback", dict), "blockReason", str) or blocked
+        usage = expect(chunk, "usageMetadata", dict) or usage
+        blocked = expect(expect(chunk, "promptFeedback", dict), "blockReason", str) or blocked
         candidate = first_candidate(chunk)
         reason = str(candidate.get("finishReason") or "") or reason
-        message = inner(candidate, "finishMessage", str) or message
+        message = expect(candidate, "finishMessage", str) or message
         for key in GROUNDING & candidate.keys():
             grounding.update(
-                {name: value for name, value in inner(candidate, key, dict).items() if value}
+                {name: value for name, value in expect(candidate, key, dict).items() if value}
             )
-        for part in inner(inner(candidate, "content", dict), "parts", list):
+        for part in expect(expect(candidate, "content", dict), "parts", list):
             event = read_part(part, done)
             if type(event) is Call:
                 calls.append(event._replace(before=tuple(own)))
@@ -1960,7 +1962,7 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
     calls = [call for call in calls if call.name not in done]
     yield from exchange.known(calls)
     queries = tuple(
-        query for query in inside(grounding, "webSearchQueries", list) if type(query) is str
+        query for query in get_or_empty(grounding, "webSearchQueries", list) if type(query) is str
     )
     citations = read_citations(pieces, grounding) if grounding else []
     yield End(finish, bool(calls), reason or blocked, message, counted, citations, queries)
@@ -1971,26 +1973,26 @@ def read_part(part: Any, done: set) -> Text | Call | Media | None:
     if type(part) is not dict:
         raise nonsense("a part is no object")
     if "text" in part:
-        text = inner(part, "text", str)
+        text = expect(part, "text", str)
         return Text(text, part.get("thought") is True) if text else None
     if "functionCall" in part:
-        call = inner(part, "functionCall", dict)
-        signature = inner(part, "thoughtSignature", str)
+        call = expect(part, "functionCall", dict)
+        signature = expect(part, "thoughtSignature", str)
         if signature and not is_base64(signature):
             raise nonsense("thoughtSignature is not base64")
-        return Call(inner(call, "name", str), inner(call, "args", dict), signature or None)
+        return Call(expect(call, "name", str), expect(call, "args", dict), signature or None)
     if "functionResponse" in part:
-        done.add(inner(inner(part, "functionResponse", dict), "name", str))
+        done.add(expect(expect(part, "functionResponse", dict), "name", str))
     elif part.get("thought"):
         return None
     elif "inlineData" in part:
-        data = inner(part, "inlineData", dict)
-        return Media(inner(data, "mimeType", str), inner(data, "data", str))
+        data = expect(part, "inlineData", dict)
+        return Media(expect(data, "mimeType", str), expect(data, "data", str))
     elif "executableCode" in part:
-        code = inner(part, "executableCode", dict)
-        return Text(fenced(inner(code, "code", str), inner(code, "language", str).lower()))
+        code = expect(part, "executableCode", dict)
+        return Text(fenced(expect(code, "code", str), expect(code, "language", str).lower()))
     elif "codeExecutionResult" in part:
-        output = inner(inner(part, "codeExecutionResult", dict), "output", str)
+        output = expect(expect(part, "codeExecutionResult", dict), "output", str)
         return Text(fenced(output)) if output else None
     return None
 
@@ -2010,10 +2012,10 @@ def read_usage(usage: JSON) -> Usage:
     def of_sound(key: str) -> int:
         details = [
             detail
-            for detail in inside(usage, key, list)
-            if inside(detail, "modality", str) == "AUDIO"
+            for detail in get_or_empty(usage, key, list)
+            if get_or_empty(detail, "modality", str) == "AUDIO"
         ]
-        return sum(max(0, inside(detail, "tokenCount", int)) for detail in details)
+        return sum(max(0, get_or_empty(detail, "tokenCount", int)) for detail in details)
 
     thoughts = count("thoughtsTokenCount")
     return Usage(
@@ -2030,23 +2032,23 @@ def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Cita
     """The sources of an answer. Gemini counts in bytes of its own text, a Citation in characters of ours."""
     said = "".join(text for text, own in pieces if own).encode("utf-8", "surrogatepass")
     sources = [
-        next((source for source in chunk.values() if inside(source, "uri", str)), {})
+        next((source for source in chunk.values() if get_or_empty(source, "uri", str)), {})
         if type(chunk) is dict
         else {}
-        for chunk in inside(grounding, "groundingChunks", list)
+        for chunk in get_or_empty(grounding, "groundingChunks", list)
     ]
     spans = [
-        (inside(support, "segment", dict), sources[i])
-        for support in inside(grounding, "groundingSupports", list)
-        for i in inside(support, "groundingChunkIndices", list)
+        (get_or_empty(support, "segment", dict), sources[i])
+        for support in get_or_empty(grounding, "groundingSupports", list)
+        for i in get_or_empty(support, "groundingChunkIndices", list)
         if type(i) is int and 0 <= i < len(sources)
     ]
-    spans += [(source, source) for source in inside(grounding, "citationSources", list)]
+    spans += [(source, source) for source in get_or_empty(grounding, "citationSources", list)]
     found = []
     for span, source in spans:
-        url, (start, end) = inside(source, "uri", str), span_of(span, said)
+        url, (start, end) = get_or_empty(source, "uri", str), span_of(span, said)
         if url:
-            title = inside(source, "title", str) or url
+            title = get_or_empty(source, "title", str) or url
             found.append(
                 Citation(character(start, said, pieces), character(end, said, pieces), url, title)
             )
@@ -2055,8 +2057,8 @@ def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Cita
 
 def span_of(span: JSON, said: bytes) -> tuple[int, int]:
     """Where a segment begins and ends in the text, in bytes; by its own words where the numbers do not fit them."""
-    start, end = inside(span, "startIndex", int), inside(span, "endIndex", int)
-    words = inside(span, "text", str).encode("utf-8", "surrogatepass")
+    start, end = get_or_empty(span, "startIndex", int), get_or_empty(span, "endIndex", int)
+    words = get_or_empty(span, "text", str).encode("utf-8", "surrogatepass")
     if words and said[start:end] != words and words in said:
         start = said.index(words)
         end = start + len(words)
@@ -2088,50 +2090,54 @@ DETAILS = {
 
 
 def openai_text_part(part: Fields, model: Model) -> Part:
-    return text_part(part.need("refusal" if part.data["type"] == "refusal" else "text", str))
+    return text_part(part.require("refusal" if part.data["type"] == "refusal" else "text", str))
 
 
 def openai_link_part(part: Fields, model: Model) -> Part:
     """A picture or a video: its URL stands bare or in an object, and `detail` beside it."""
     key = part.data["type"].replace("input_", "").replace("_url", "") + "_url"
     no_file_store(part)
-    link = part.inner(key) if type(part.data.get(key)) is dict else part
+    link = part.object(key) if type(part.data.get(key)) is dict else part
     at = "url" if link is not part else key
-    found = source_part(link.need(at, str), None, link.at(at))
-    level = DETAILS.get(inside(link.data, "detail", str))
+    found = source_part(link.require(at, str), None, link.path_of(at))
+    level = DETAILS.get(get_or_empty(link.data, "detail", str))
     if level and model.generation >= 3 and "text" not in found:
-        link.pass_over("detail")
+        link.mark_read("detail")
         found["mediaResolution"] = {"level": level}
     return found
 
 
 def openai_audio_part(part: Fields, model: Model) -> Part:
-    audio = part.inner("input_audio") if "input_audio" in part.data else part
+    audio = part.object("input_audio") if "input_audio" in part.data else part
     if audio is None:
-        raise wrong_type(part.at("input_audio"), (dict,), None)
+        raise wrong_type(part.path_of("input_audio"), (dict,), None)
     kind = (audio.get("format", str) or "wav").lower()
     return media_part(
-        audio.need("data", str), extension_type("." + kind) or "audio/" + kind, audio.at("data")
+        audio.require("data", str),
+        extension_type("." + kind) or "audio/" + kind,
+        audio.path_of("data"),
     )
 
 
 def openai_file_part(part: Fields, model: Model) -> Part:
-    file = part.inner("file") if "file" in part.data else part
+    file = part.object("file") if "file" in part.data else part
     if file is None:
-        raise wrong_type(part.at("file"), (dict,), None)
+        raise wrong_type(part.path_of("file"), (dict,), None)
     no_file_store(file)
     name, url = file.get("filename", str), file.get("file_url", str)
     if url:
-        return source_part(url, None, file.at("file_url"), name)
-    return media_part(file.need("file_data", str), extension_type(name), file.at("file_data"), name)
+        return source_part(url, None, file.path_of("file_url"), name)
+    return media_part(
+        file.require("file_data", str), extension_type(name), file.path_of("file_data"), name
+    )
 
 
 def no_file_store(part: Fields) -> None:
     if part.get("file_id", str):
-        place = part.at("file_id")
+        path = part.path_of("file_id")
         raise wrong_value(
-            place,
-            f"Invalid value for '{place}': there is no file store behind this server; send the "
+            path,
+            f"Invalid value for '{path}': there is no file store behind this server; send the "
             "file itself, as base64 in a data URL.",
         )
 
@@ -2159,11 +2165,11 @@ def openai_parts(message: Fields, key: str, model: Model) -> list[Part]:
     if type(content) is str:
         return [text_part(content)]
     parts = []
-    for part in [message.inner(key)] if type(content) is dict else message.objects(key):
-        kind = part.need("type", str)
+    for part in [message.object(key)] if type(content) is dict else message.objects(key):
+        kind = part.require("type", str)
         if kind not in OPENAI_PARTS:
-            raise part.unknown("type", kind, OPENAI_PARTS)
-        part.pass_over("annotations", "logprobs", "prompt_cache_breakpoint", "cache_control")
+            raise part.unknown_choice("type", kind, OPENAI_PARTS)
+        part.mark_read("annotations", "logprobs", "prompt_cache_breakpoint", "cache_control")
         parts.append(OPENAI_PARTS[kind](part, model))
     return parts
 
@@ -2184,7 +2190,7 @@ def openai_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
 
 def openai_turn(message: Fields, model: Model, system: list[Part], contents: list[JSON]) -> None:
     """Add what one message says."""
-    role = message.need("role", str).lower()
+    role = message.require("role", str).lower()
     if role == "user":
         contents.append(user_turn(*openai_parts(message, "content", model)))
     elif role in ("assistant", "model"):
@@ -2194,12 +2200,12 @@ def openai_turn(message: Fields, model: Model, system: list[Part], contents: lis
     elif role in ("tool", "function"):
         contents.append(user_turn(openai_result_part(message, "content", "tool_call_id", model)))
     else:
-        raise message.unknown("role", role, OPENAI_ROLES)
+        raise message.unknown_choice("role", role, OPENAI_ROLES)
 
 
 def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
     """What the model said earlier. Its thoughts do not go back; its signatures do the job."""
-    message.pass_over("reasoning_content", "reasoning", "reasoning_details", "annotations")
+    message.mark_read("reasoning_content", "reasoning", "reasoning_details", "annotations")
     parts = openai_parts(message, "content", model)
     refusal = message.get("refusal", str)
     parts += [text_part(refusal)] if refusal else []
@@ -2209,31 +2215,33 @@ def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
         if image.data.get("type") == "image_url"
     ]
     parts += [openai_call_part(call) for call in message.objects("tool_calls")]
-    legacy = message.inner("function_call")
+    legacy = message.object("function_call")
     if legacy is not None:
         parts.append(
-            call_part(legacy.need("name", str), call_arguments(legacy.get("arguments", str, dict)))
+            call_part(
+                legacy.require("name", str), call_arguments(legacy.get("arguments", str, dict))
+            )
         )
     return parts
 
 
 def openai_call_part(call: Fields) -> Part:
-    call.pass_over("type", "index")
+    call.mark_read("type", "index")
     id = call.get("id", str)
-    custom = call.inner("custom")
+    custom = call.object("custom")
     if custom is not None:
         return call_part(
-            custom.need("name", str),
+            custom.require("name", str),
             {CUSTOM_INPUT: custom.get("input", str) or ""},
             plain_id(id),
             carried_signature(call, custom),
         )
-    function = call.inner("function")
+    function = call.object("function")
     if function is None:
-        raise wrong_type(call.at("function"), (dict,), None)
+        raise wrong_type(call.path_of("function"), (dict,), None)
     args = call_arguments(function.get("arguments", str, dict))
     return call_part(
-        function.need("name", str), args, plain_id(id), carried_signature(call, function)
+        function.require("name", str), args, plain_id(id), carried_signature(call, function)
     )
 
 
@@ -2256,15 +2264,19 @@ def plain_id(id: str | None) -> str | None:
 
 def carried_signature(call: Fields, function: Fields) -> str | None:
     """The thought signature that the client kept for us, in Google's form or in one of other proxies'."""
-    call.pass_over("extra_content", "provider_specific_fields")
-    function.pass_over("thought_signature", "provider_specific_fields")
-    google = inside(inside(call.data, "extra_content", dict), "google", dict)
+    call.mark_read("extra_content", "provider_specific_fields")
+    function.mark_read("thought_signature", "provider_specific_fields")
+    google = get_or_empty(get_or_empty(call.data, "extra_content", dict), "google", dict)
     for found in (
-        inside(google, "thought_signature", str),
-        inside(function.data, "thought_signature", str),
-        inside(inside(call.data, "provider_specific_fields", dict), "thought_signature", str),
-        inside(inside(function.data, "provider_specific_fields", dict), "thought_signature", str),
-        laden_id(inside(call.data, "id", str))[1],
+        get_or_empty(google, "thought_signature", str),
+        get_or_empty(function.data, "thought_signature", str),
+        get_or_empty(
+            get_or_empty(call.data, "provider_specific_fields", dict), "thought_signature", str
+        ),
+        get_or_empty(
+            get_or_empty(function.data, "provider_specific_fields", dict), "thought_signature", str
+        ),
+        laden_id(get_or_empty(call.data, "id", str))[1],
     ):
         if len(found) > 8 and is_base64(found):
             return found
@@ -2306,12 +2318,12 @@ def openai_tools(body: Fields, *more: Fields) -> Tools:
             continue
         if kind not in ("function", "custom") and "function" not in tool.data:
             body.ignore(f"tools[].{kind}")
-            tool.pass_over(*tool.data)
+            tool.mark_read(*tool.data)
             continue
         wrapper = kind if kind == "custom" else "function"
         if wrapper in tool.data and tool.data[wrapper] is None:
-            raise wrong_type(tool.at(wrapper), (dict,), None)
-        function = tool.inner(wrapper) or tool
+            raise wrong_type(tool.path_of(wrapper), (dict,), None)
+        function = tool.object(wrapper) or tool
         name = openai_tool(function, kind == "custom", declared, names, custom, space, note)
         strict = strict or bool(function.get("strict", bool))
         if space:
@@ -2341,9 +2353,9 @@ def openai_tool_list(
     """The tools of a body's, each with its namespace or "", and what is told of the namespace with its first one."""
     for tool in fields.objects("tools"):
         if tool.data.get("type") == "namespace":
-            tool.pass_over("type")
+            tool.mark_read("type")
             yield from openai_tool_list(
-                tool, spaced(space, tool.need("name", str)), tool.get("description", str) or ""
+                tool, spaced(space, tool.require("name", str)), tool.get("description", str) or ""
             )
         else:
             yield tool, space, note
@@ -2373,13 +2385,13 @@ def openai_tool(
     )
     description = f"{note}\n{description or ''}".strip() if note else description
     if custom:
-        function.pass_over("format")
+        function.mark_read("format")
         declaration = custom_declaration(name, description, openai_grammar(function))
     else:
         declaration = function_declaration(name, description, function.get(schema, dict))
     known = declared.setdefault(declaration["name"], declaration)
     if known is not declaration and known != declaration:
-        function.ignore(function.place)
+        function.ignore(function.path)
         return name
     names[declaration["name"]] = name
     if custom:
@@ -2388,18 +2400,20 @@ def openai_tool(
 
 
 def openai_function_name(function: Fields) -> str:
-    name = function.need("name", str)
+    name = function.require("name", str)
     if not name:
-        raise wrong_value(function.at("name"), f"Invalid '{function.at('name')}': empty string.")
+        raise wrong_value(
+            function.path_of("name"), f"Invalid '{function.path_of('name')}': empty string."
+        )
     return name
 
 
 def openai_grammar(function: Fields) -> str:
     """The grammar of a custom tool's text, in words: Gemini cannot be held to it."""
-    grammar = inside(function.data, "format", dict)
-    grammar = inside(grammar, "grammar", dict) or grammar
-    definition = inside(grammar, "definition", str)
-    syntax = inside(grammar, "syntax", str)
+    grammar = get_or_empty(function.data, "format", dict)
+    grammar = get_or_empty(grammar, "grammar", dict) or grammar
+    definition = get_or_empty(grammar, "definition", str)
+    syntax = get_or_empty(grammar, "syntax", str)
     return f"The text must conform to this {syntax} grammar:\n{definition}" if definition else ""
 
 
@@ -2421,12 +2435,12 @@ def openai_tool_choice(body: Fields, key: str, tools: Tools) -> tuple[str | None
             body.ignore(key)
         return None, []
     if type(choice) is str:
-        return TOOL_CHOICES[body.word(key, *TOOL_CHOICES)], []
-    fields = body.inner(key)
+        return TOOL_CHOICES[body.choice(key, *TOOL_CHOICES)], []
+    fields = body.object(key)
     kind = fields.get("type", str) or "function"
     if kind == "allowed_tools":
-        allowed = fields.inner("allowed_tools") or fields
-        mode = "ANY" if allowed.word("mode", "auto", "required") == "required" else "VALIDATED"
+        allowed = fields.object("allowed_tools") or fields
+        mode = "ANY" if allowed.choice("mode", "auto", "required") == "required" else "VALIDATED"
         names = [
             openai_chosen(tool, tools)
             for tool in allowed.objects("tools")
@@ -2435,7 +2449,7 @@ def openai_tool_choice(body: Fields, key: str, tools: Tools) -> tuple[str | None
         return (mode, names) if names else ("NONE", [])
     if kind not in ("function", "custom"):
         body.ignore(key)
-        fields.pass_over(*fields.data)
+        fields.mark_read(*fields.data)
         return None, []
     return "ANY", [openai_chosen(fields, tools)]
 
@@ -2443,12 +2457,12 @@ def openai_tool_choice(body: Fields, key: str, tools: Tools) -> tuple[str | None
 def openai_chosen(choice: Fields, tools: Tools) -> str:
     """The name of a function that must be among the tools."""
     kind = choice.get("type", str) or "function"
-    function = (choice.inner(kind) if type(choice.data.get(kind)) is dict else None) or choice
-    name = spaced(function.get("namespace", str), function.need("name", str))
+    function = (choice.object(kind) if type(choice.data.get(kind)) is dict else None) or choice
+    name = spaced(function.get("namespace", str), function.require("name", str))
     if name not in tools.names.values():
         raise wrong_value(
-            function.at("name"),
-            f"Invalid value for '{function.at('name')}': no function {name[:80]!r} is among the tools.",
+            function.path_of("name"),
+            f"Invalid value for '{function.path_of('name')}': no function {name[:80]!r} is among the tools.",
         )
     return name
 
@@ -2474,22 +2488,22 @@ MOST_CALLS = 128  # choices that one request may ask for
 
 def openai_counts_tokens(body: Fields) -> bool:
     """Whether a stream is to end with a chunk of token counts."""
-    options = body.inner("stream_options")
+    options = body.object("stream_options")
     return bool(options and options.get("include_usage", bool))
 
 
 def openai_chat_request(body: Fields, setting: Setting) -> Ask:
     """Chat completions: https://platform.openai.com/docs/api-reference/chat/create"""
-    asked = body.need("model", str)
+    asked = body.require("model", str)
     model = model_named(asked, setting)
     stream = bool(body.get("stream", bool))
     system, contents, more = openai_chat_turns(body, model, setting)
     tools = openai_tools(body, *more)
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
     mode, allowed = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
-    if body.inner("web_search_options") is not None and body.data.get("tool_choice") != "none":
+    if body.object("web_search_options") is not None and body.data.get("tool_choice") != "none":
         tools = tools._replace(search="web_search_options")
-    text = body.inner("text") if is_cursors(body) else None
+    text = body.object("text") if is_cursors(body) else None
     schema = openai_response_format(text, "format") if text else openai_response_format(body)
     in_json = json_answer(schema, tools, model)
     config = {**openai_config(body, model, setting), **in_json.config}
@@ -2524,10 +2538,10 @@ def openai_chat_turns(
 ) -> tuple[list[Part], list[JSON], list[Fields]]:
     """(the system's parts, the turns, further lists of tools); from `input` where there are no messages."""
     if is_cursors(body):
-        body.pass_over("messages")
+        body.mark_read("messages")
         history = openai_history(body, model, setting)
         return history.system, history.contents, history.tools
-    if not body.need("messages", list):
+    if not body.require("messages", list):
         raise wrong_value(
             "messages",
             "Invalid 'messages': empty array. Expected an array with minimum length 1, "
@@ -2563,9 +2577,9 @@ def openai_limit(body: Fields, key: str, setting: Setting) -> int | None:
         return limit if limit and limit > 0 else None
     raise ProxyError(
         400,
-        f"Invalid value for '{body.at(key)}': it must be 1 or more.",
+        f"Invalid value for '{body.path_of(key)}': it must be 1 or more.",
         code="integer_below_min_value",
-        place=body.at(key),
+        path=body.path_of(key),
     )
 
 
@@ -2600,10 +2614,10 @@ def openai_thinking(
 
 def openai_effort(body: Fields) -> str | None:
     """The effort to think with: OpenAI's `reasoning_effort`, or OpenRouter's and Ollama's `reasoning.effort`."""
-    effort = body.word("reasoning_effort", *EFFORTS)
-    reasoning = body.inner("reasoning") if effort is None else None
+    effort = body.choice("reasoning_effort", *EFFORTS)
+    reasoning = body.object("reasoning") if effort is None else None
     if reasoning is not None:
-        effort = reasoning.word("effort", *EFFORTS)
+        effort = reasoning.choice("effort", *EFFORTS)
         if effort is None and reasoning.get("enabled", bool) is not None:
             effort = "medium" if reasoning.data["enabled"] else "none"
     return effort
@@ -2611,19 +2625,19 @@ def openai_effort(body: Fields) -> str | None:
 
 def openai_response_format(body: Fields, key: str = "response_format") -> JSON | None:
     """The schema of the answer; ANY_JSON where it may be any JSON; None where it is text. (In `format` it is flat.)"""
-    wanted = body.inner(key)
+    wanted = body.object(key)
     if wanted is None:
         return None
-    kind = wanted.need("type", str)
+    kind = wanted.require("type", str)
     if kind == "json_schema":
-        schema = wanted if key == "format" else wanted.inner("json_schema")
+        schema = wanted if key == "format" else wanted.object("json_schema")
         if schema is None:
-            raise wrong_type(wanted.at("json_schema"), (dict,), None)
-        schema.pass_over("name", "strict")
+            raise wrong_type(wanted.path_of("json_schema"), (dict,), None)
+        schema.mark_read("name", "strict")
         told, found = schema.get("description", str), schema.get("schema", dict) or ANY_JSON
         return {"description": told, **found} if told else found
     if kind not in ("text", "json_object"):
-        raise wanted.unknown("type", kind, ("text", "json_object", "json_schema"))
+        raise wanted.unknown_choice("type", kind, ("text", "json_object", "json_schema"))
     return ANY_JSON if kind == "json_object" else None
 
 
@@ -2655,12 +2669,12 @@ GEMINI_VOICES = frozenset(
 def speech_config(fields: Fields, key: str) -> JSON:
     """The settings for an answer in sound, in the voice under this key; a strange voice is the default one."""
     voice = fields.get(key, str, dict)
-    voice = inside(voice, "id", str) if type(voice) is dict else voice or "alloy"
+    voice = get_or_empty(voice, "id", str) if type(voice) is dict else voice or "alloy"
     name = VOICES.get(voice.lower()) or (
         voice.capitalize() if voice.capitalize() in GEMINI_VOICES else None
     )
     if name is None:
-        fields.ignore(fields.at(key))
+        fields.ignore(fields.path_of(key))
     return {
         "responseModalities": ["AUDIO"],
         "speechConfig": {
@@ -2674,10 +2688,10 @@ def openai_modalities(body: Fields) -> tuple[JSON, bool]:
     wanted = [word.lower() for word in body.strings("modalities")]
     for word in wanted:
         if word not in ("text", "audio", "image"):
-            raise body.unknown("modalities", word, ("text", "audio", "image"))
+            raise body.unknown_choice("modalities", word, ("text", "audio", "image"))
     if "audio" in wanted:
-        audio = body.inner("audio") or Fields({}, "audio", body.family)
-        kind = audio.word("format", "wav", "aac", "mp3", "flac", "opus", "pcm16", "pcm") or "wav"
+        audio = body.object("audio") or Fields({}, "audio", body.tracked)
+        kind = audio.choice("format", "wav", "aac", "mp3", "flac", "opus", "pcm16", "pcm") or "wav"
         wav = kind not in ("pcm16", "pcm") and not body.data.get(
             "stream"
         )  # a stream is in pcm16, as OpenAI's
@@ -2694,11 +2708,11 @@ def openai_modalities(body: Fields) -> tuple[JSON, bool]:
 def openai_google_fields(body: Fields, config: JSON) -> JSON:
     """Google's own settings, as its OpenAI endpoint takes them (`extra_body.google` or `google`); the service tier."""
     fields: JSON = {}
-    extra = body.inner("extra_body")
-    google = (extra and extra.inner("google")) or body.inner("google")
+    extra = body.object("extra_body")
+    google = (extra and extra.object("google")) or body.object("google")
     if google is not None:
         fields.update(google_keys(google, cachedContent=str, safetySettings=list))
-        thinking = google.inner("thinking_config") or google.inner("thinkingConfig")
+        thinking = google.object("thinking_config") or google.object("thinkingConfig")
         if thinking is not None:
             told = google_keys(
                 thinking, thinkingBudget=int, thinkingLevel=str, includeThoughts=bool
@@ -3014,10 +3028,10 @@ class EmbedWants(NamedTuple):
 
 def openai_embeddings_request(body: Fields, setting: Setting) -> Ask:
     """Embeddings: https://platform.openai.com/docs/api-reference/embeddings/create"""
-    asked = body.need("model", str)
+    asked = body.require("model", str)
     model = model_named(asked, setting)
     texts = openai_inputs(body)
-    form = body.word("encoding_format", "float", "base64")
+    form = body.choice("encoding_format", "float", "base64")
     dimensions = body.number("dimensions", 1, 2**31 - 1, int)
     return Ask(
         embed_calls(model, texts, dimensions),
@@ -3029,14 +3043,14 @@ def openai_embeddings_request(body: Fields, setting: Setting) -> Ask:
 
 def openai_inputs(body: Fields) -> list[str]:
     """The texts to embed. OpenAI's token numbers mean nothing to Gemini."""
-    value = body.need("input", str, list)
+    value = body.require("input", str, list)
     texts = [value] if type(value) is str else value
     if not texts:
         raise wrong_value(
             "input", "Invalid 'input': empty array. Expected an array with minimum length 1."
         )
     for i, text in enumerate(texts):
-        place = "input" if type(value) is str else f"input[{i}]"
+        path = "input" if type(value) is str else f"input[{i}]"
         if type(text) is int or (type(text) is list and all(type(token) is int for token in text)):
             raise wrong_value(
                 "input",
@@ -3044,9 +3058,9 @@ def openai_inputs(body: Fields) -> list[str]:
                 "are OpenAI's; send strings (LangChain: check_embedding_ctx_length=False).",
             )
         if type(text) is not str:
-            raise wrong_type(place, (str,), text)
+            raise wrong_type(path, (str,), text)
         if not text:
-            raise wrong_value(place, f"Invalid '{place}': input cannot be an empty string.")
+            raise wrong_value(path, f"Invalid '{path}': input cannot be an empty string.")
     return texts
 
 
@@ -3055,10 +3069,14 @@ def read_vectors(answers: Iterator[Iterator[JSON]], exchange: Exchange) -> list[
     vectors: list[list[float]] = []
     for call, chunks in zip(exchange.ask.calls, answers):
         for chunk in chunks:
-            embeddings = [] if call.optional else inner(chunk, "embeddings", list)
-            vectors += [unit_vector(inside(embedding, "values", list)) for embedding in embeddings]
-            counted = inside(inside(chunk, "usageMetadata", dict), "promptTokenCount", int)
-            counted = counted or inside(chunk, "totalTokens", int)
+            embeddings = [] if call.optional else expect(chunk, "embeddings", list)
+            vectors += [
+                unit_vector(get_or_empty(embedding, "values", list)) for embedding in embeddings
+            ]
+            counted = get_or_empty(
+                get_or_empty(chunk, "usageMetadata", dict), "promptTokenCount", int
+            )
+            counted = counted or get_or_empty(chunk, "totalTokens", int)
             exchange.usage = exchange.usage.plus(Usage(prompt=max(0, counted)))
     if len(vectors) != exchange.wants.count:
         raise nonsense(f"{len(vectors)} vectors for {exchange.wants.count} texts")
@@ -3111,7 +3129,7 @@ class CompletionWants(NamedTuple):
 
 def openai_completions_request(body: Fields, setting: Setting) -> Ask:
     """Legacy completions: https://platform.openai.com/docs/api-reference/completions/create"""
-    asked = body.need("model", str)
+    asked = body.require("model", str)
     model = model_named(asked, setting)
     prompts, stream = openai_prompts(body), bool(body.get("stream", bool))
     n, best = body.number("n", 1, MOST_CALLS, int) or 1, body.number("best_of", 0, 20, int)
@@ -3288,9 +3306,9 @@ def withheld(what: str, end: End, said: str = "") -> ProxyError:
 
 def openai_written(body: Fields, key: str) -> str:
     """A text that must say something."""
-    text = body.need(key, str)
+    text = body.require(key, str)
     if not text.strip():
-        raise wrong_value(body.at(key), f"Invalid '{body.at(key)}': empty string.")
+        raise wrong_value(body.path_of(key), f"Invalid '{body.path_of(key)}': empty string.")
     return text
 
 
@@ -3333,8 +3351,8 @@ def openai_images_request(body: Fields, setting: Setting) -> Ask:
     model = openai_media_model(asked, "picture", setting)
     prompt, n = openai_written(body, "prompt"), body.number("n", 1, 10, int) or 1
     form, kind = (
-        body.word("response_format", "url", "b64_json"),
-        body.word("output_format", *PICTURE_FORMS),
+        body.choice("response_format", "url", "b64_json"),
+        body.choice("output_format", *PICTURE_FORMS),
     )
     if kind not in (
         None,
@@ -3449,11 +3467,11 @@ PCM = Framing("audio/pcm", itemgetter("audio"), beat=b"", tells=False)
 
 def openai_speech_request(body: Fields, setting: Setting) -> Ask:
     """Speech: https://platform.openai.com/docs/api-reference/audio/createSpeech"""
-    asked = body.need("model", str)
+    asked = body.require("model", str)
     model = openai_media_model(asked, "speech", setting)
     text, manner = openai_written(body, "input"), body.get("instructions", str)
-    kind = body.word("response_format", "mp3", "opus", "aac", "flac", "wav", "pcm") or "mp3"
-    events, pcm = body.word("stream_format", "audio", "sse") == "sse", kind == "pcm"
+    kind = body.choice("response_format", "mp3", "opus", "aac", "flac", "wav", "pcm") or "mp3"
+    events, pcm = body.choice("stream_format", "audio", "sse") == "sse", kind == "pcm"
     if kind not in ("pcm", "wav"):
         body.ignore("response_format")
     # A bare text is sometimes answered in place of being spoken; the older models say all at once.
@@ -3570,9 +3588,9 @@ def openai_translations_request(body: Fields, setting: Setting) -> Ask:
 
 
 def openai_transcript_ask(body: Fields, setting: Setting, task: str, forms: tuple[str, ...]) -> Ask:
-    asked = body.need("model", str)
+    asked = body.require("model", str)
     model = openai_media_model(asked, "transcript", setting)
-    recording, form = openai_recording(body), body.word("response_format", *forms) or "json"
+    recording, form = openai_recording(body), body.choice("response_format", *forms) or "json"
     form_scalars(body, "temperature", "stream")
     stream, timed = bool(body.get("stream", bool)), form in TIMED_FORMS
     if stream and timed:
@@ -3597,7 +3615,7 @@ def openai_transcript_ask(body: Fields, setting: Setting, task: str, forms: tupl
 
 def openai_recording(body: Fields) -> Part:
     """The uploaded file, by what it is rather than by what it is called."""
-    upload = body.need("file", Upload)
+    upload = body.require("file", Upload)
     if not upload.data:
         raise wrong_value("file", "Invalid 'file': the file is empty.")
     data = base64.b64encode(upload.data).decode()
@@ -3652,7 +3670,7 @@ def openai_timed_transcript(exchange: Exchange, said: str) -> Any:
     wants, spoken = exchange.wants, parsed_object(unfenced(said))
     if spoken is None:
         raise nonsense("the transcript is no JSON")
-    segments = [read_segment(segment) for segment in inner(spoken, "segments", list)]
+    segments = [read_segment(segment) for segment in expect(spoken, "segments", list)]
     if wants.form in ("srt", "vtt"):
         return Payload(subtitles(segments, wants.form).encode("utf-8", "replace"))
     whole = {
@@ -3671,7 +3689,7 @@ def openai_timed_transcript(exchange: Exchange, said: str) -> Any:
         }
     return {
         **whole,
-        "language": "english" if wants.task == "translate" else inner(spoken, "language", str),
+        "language": "english" if wants.task == "translate" else expect(spoken, "language", str),
         "segments": [
             {"id": i, "start": segment.start, "end": segment.end, "text": segment.text}
             for i, segment in enumerate(segments)
@@ -3683,12 +3701,12 @@ def read_segment(segment: Any) -> Segment:
     """One of Gemini's segments; a 502 where it has no times that make sense."""
     if type(segment) is not dict:
         raise nonsense("a segment of the transcript is no object")
-    start, end = (read_time(inner(segment, key, str)) for key in ("start", "end"))
+    start, end = (read_time(expect(segment, key, str)) for key in ("start", "end"))
     return Segment(
         start,
         max(start, end),
-        inner(segment, "text", str).strip(),
-        inner(segment, "speaker", str) or "A",
+        expect(segment, "text", str).strip(),
+        expect(segment, "speaker", str) or "A",
     )
 
 
@@ -3754,9 +3772,9 @@ def usable_models(answers: Iterator[Iterator[JSON]], setting: Setting) -> dict[s
     found: dict[str, JSON] = {}
     for chunks in answers:
         for chunk in chunks:
-            for entry in inner(chunk, "models", list):
-                methods = inside(entry, "supportedGenerationMethods", list)
-                name = inside(entry, "name", str)
+            for entry in expect(chunk, "models", list):
+                methods = get_or_empty(entry, "supportedGenerationMethods", list)
+                name = get_or_empty(entry, "name", str)
                 if name and ("generateContent" in methods or "embedContent" in methods):
                     found[name[7:] if name.startswith("models/") else name] = entry
     names = [name for name, _ in setting.aliases if not re.search(r"[*?\[]", name)] + list(
@@ -3824,7 +3842,7 @@ def openai_error(error: ProxyError) -> tuple[int, JSON]:
     kind = error.code if error.code == "insufficient_quota" else kind
     code = error.code or ("server_error" if error.status >= 500 else None)
     return error.status, {
-        "error": {"message": error.message, "type": kind, "param": error.place, "code": code}
+        "error": {"message": error.message, "type": kind, "param": error.path, "code": code}
     }
 
 
@@ -3851,11 +3869,11 @@ def openai_item(item: Fields, history: History) -> None:
     """Add what one item says; what nobody knows is named as ignored."""
     kind = openai_item_kind(item)
     if kind in OPENAI_ITEMS:
-        item.pass_over("type", "id", "status")
+        item.mark_read("type", "id", "status")
         OPENAI_ITEMS[kind](item, history)
     else:
         item.ignore(f"input[].{kind}")
-        item.pass_over(*item.data)
+        item.mark_read(*item.data)
 
 
 def openai_item_kind(item: Fields) -> str:
@@ -3864,18 +3882,18 @@ def openai_item_kind(item: Fields) -> str:
         return "message"
     if item.data.get("type") is None and item.data.get("id") and item.data.keys() <= {"id", "type"}:
         return "item_reference"
-    return item.need("type", str)
+    return item.require("type", str)
 
 
 def openai_message_item(item: Fields, history: History) -> None:
-    item.pass_over("phase")
+    item.mark_read("phase")
     openai_turn(item, history.model, history.system, history.contents)
 
 
 def openai_call_item(item: Fields, history: History) -> None:
     """A call of a function or of a custom tool."""
-    told = item.need("call_id", str)
-    name = spaced(item.get("namespace", str), item.need("name", str))
+    told = item.require("call_id", str)
+    name = spaced(item.get("namespace", str), item.require("name", str))
     if item.data["type"] == "custom_tool_call":
         args = {CUSTOM_INPUT: item.get("input", str) or ""}
     else:
@@ -3896,7 +3914,7 @@ def openai_local_call_item(item: Fields, history: History) -> None:
         item.get("call_id", str) or item.get("id", str),
         item.get("action", dict) or item.get("operation", dict),
     )
-    item.pass_over("environment", "max_output_length")
+    item.mark_read("environment", "max_output_length")
     history.contents.append(
         model_turn(call_part(item.data["type"][: -len("_call")], args or {}, id))
     )
@@ -3905,14 +3923,14 @@ def openai_local_call_item(item: Fields, history: History) -> None:
 def openai_local_output_item(item: Fields, history: History) -> None:
     """What such a tool printed: a text, or a list of streams and outcomes."""
     id, output = item.get("call_id", str) or item.get("id", str), item.get("output", str, list)
-    item.pass_over("max_output_length")
+    item.mark_read("max_output_length")
     content = output if type(output) is str else {"output": output or item.data.get("status")}
     history.contents.append(user_turn(result_part(None, content, id)))
 
 
 def openai_reasoning_item(item: Fields, history: History) -> None:
     """The signatures in it; its words do not go back. What another model has sealed is of no use here."""
-    item.pass_over("summary", "content")
+    item.mark_read("summary", "content")
     seal = item.get("encrypted_content", str)
     signatures = unsealed(seal, history.model) if seal else {}
     if signatures is None:
@@ -3922,17 +3940,17 @@ def openai_reasoning_item(item: Fields, history: History) -> None:
 
 def openai_image_item(item: Fields, history: History) -> None:
     """A picture that the model drew earlier."""
-    item.pass_over("revised_prompt", "background", "output_format", "quality", "size", "action")
+    item.mark_read("revised_prompt", "background", "output_format", "quality", "size", "action")
     data = item.get("result", str)
     if data:
-        history.contents.append(model_turn(media_part(data, None, item.at("result"))))
+        history.contents.append(model_turn(media_part(data, None, item.path_of("result"))))
 
 
 def openai_reference_item(item: Fields, history: History) -> None:
     """An item of a response that was kept, by its id, which tells the response; a 404 where it is not there."""
-    id = item.need("id", str)
-    tail, _, place = id.partition("_")[2].rpartition("_")
-    key = ("input" if place[:1] == "i" else "response", "resp_" + tail)
+    id = item.require("id", str)
+    tail, _, position = id.partition("_")[2].rpartition("_")
+    key = ("input" if position[:1] == "i" else "response", "resp_" + tail)
     if key not in history.kept:
         told = openai_recalled(*key, history.setting) or []
         history.kept[key] = told if type(told) is list else told["output"]
@@ -3942,19 +3960,19 @@ def openai_reference_item(item: Fields, history: History) -> None:
             404,
             f"Item with id '{id[:80]}' not found: it was not stored, or is forgotten. "
             "Send the item itself, or leave it out.",
-            place="input",
+            path="input",
         )
-    openai_item(Fields(found, item.place), history)
+    openai_item(Fields(found, item.path), history)
 
 
 def openai_more_tools_item(item: Fields, history: History) -> None:
-    item.pass_over("role")
+    item.mark_read("role")
     history.tools.append(item)
 
 
 def openai_finished_item(item: Fields, history: History) -> None:
     """A search of Gemini's: its results are in the text that followed."""
-    item.pass_over(*item.data)
+    item.mark_read(*item.data)
 
 
 OPENAI_ITEMS: dict[str, Callable[[Fields, History], None]] = {
@@ -3990,8 +4008,8 @@ def unsealed(text: str, model: Model) -> dict[str, str] | None:
     except ValueError:
         return None
     signatures = (
-        inside(told, "signatures", dict)
-        if inside(told, "generation", int) == int(model.generation)
+        get_or_empty(told, "signatures", dict)
+        if get_or_empty(told, "generation", int) == int(model.generation)
         else {}
     )
     return {
@@ -4027,7 +4045,7 @@ def openai_past(id: str | None, setting: Setting) -> list[JSON]:
                 404,
                 f"Previous response with id '{id[:80]}' not found.",
                 code="previous_response_not_found",
-                place="previous_response_id",
+                path="previous_response_id",
             )
         past.append(items + told["output"])
         id = told["previous_response_id"]
@@ -4079,13 +4097,13 @@ class ResponseWants(NamedTuple):
 
 def openai_responses_request(body: Fields, setting: Setting) -> Ask:
     """Responses: https://platform.openai.com/docs/api-reference/responses/create"""
-    asked = body.need("model", str)
+    asked = body.require("model", str)
     model = model_named(asked, setting)
     stream = bool(body.get("stream", bool))
     history = openai_history(body, model, setting)
     tools = openai_tools(body, *history.tools)
     mode, allowed = openai_tool_choice(body, "tool_choice", tools)
-    text = body.inner("text") or Fields({}, "text", body.family)
+    text = body.object("text") or Fields({}, "text", body.tracked)
     in_json = json_answer(openai_response_format(text, "format"), tools, model)
     effort, summary = openai_reasoning(body)
     shown = summary is not None or (setting.ollama and effort != "none")
@@ -4137,7 +4155,7 @@ def openai_history(body: Fields, model: Model, setting: Setting) -> History:
             400,
             "Missing required parameter: 'input'.",
             code="missing_required_parameter",
-            place="input",
+            path="input",
         )
     history = History(
         model, setting, [text_part(instructions)] if instructions else [], [], {}, [], {}
@@ -4154,15 +4172,15 @@ def openai_history(body: Fields, model: Model, setting: Setting) -> History:
 
 def openai_reasoning(body: Fields) -> tuple[str | None, str | None]:
     """(the effort to think with, how the thoughts are to be told), each None where it is not said."""
-    reasoning = body.inner("reasoning")
+    reasoning = body.object("reasoning")
     if reasoning is None:
-        return body.word("reasoning_effort", *EFFORTS), None
+        return body.choice("reasoning_effort", *EFFORTS), None
     summaries = [
-        reasoning.word(key, "auto", "concise", "detailed", "none")
+        reasoning.choice(key, "auto", "concise", "detailed", "none")
         for key in ("summary", "generate_summary")
     ]
     summary = next((word for word in summaries if word), None)
-    return reasoning.word("effort", *EFFORTS), None if summary == "none" else summary
+    return reasoning.choice("effort", *EFFORTS), None if summary == "none" else summary
 
 
 def openai_included(body: Fields) -> list[str]:
@@ -4181,20 +4199,20 @@ def openai_echo(body: Fields, text: Fields) -> JSON:
         "background": False,
         "instructions": told.get("instructions"),
         "max_output_tokens": told.get("max_output_tokens"),
-        "max_tool_calls": inside(told, "max_tool_calls", int) or None,
+        "max_tool_calls": get_or_empty(told, "max_tool_calls", int) or None,
         "metadata": body.get("metadata", dict) or {},
         "previous_response_id": told.get("previous_response_id"),
-        "prompt_cache_key": inside(told, "prompt_cache_key", str) or None,
-        "safety_identifier": inside(told, "safety_identifier", str) or None,
+        "prompt_cache_key": get_or_empty(told, "prompt_cache_key", str) or None,
+        "safety_identifier": get_or_empty(told, "safety_identifier", str) or None,
         "store": store is not False,
         "temperature": told.get("temperature"),
         "text": {**text.data, "format": text.data.get("format") or {"type": "text"}},
         "tool_choice": told.get("tool_choice") or "auto",
         "tools": [openai_told_tool(tool) for tool in told.get("tools") or ()],
-        "top_logprobs": inside(told, "top_logprobs", int),
+        "top_logprobs": get_or_empty(told, "top_logprobs", int),
         "top_p": told.get("top_p"),
-        "truncation": body.word("truncation", "auto", "disabled") or "disabled",
-        "user": inside(told, "user", str) or None,
+        "truncation": body.choice("truncation", "auto", "disabled") or "disabled",
+        "user": get_or_empty(told, "user", str) or None,
     }
 
 
@@ -4724,7 +4742,7 @@ def ollama_asked(body: Fields, setting: Setting, missing: ProxyError) -> tuple[s
 
 
 def model_required() -> ProxyError:
-    return ProxyError(400, "model is required", place="model")
+    return ProxyError(400, "model is required", path="model")
 
 
 class OllamaWants(NamedTuple):
@@ -4776,7 +4794,7 @@ def ollama_think(body: Fields, model: Model, limit: int | None) -> JSON:
         )
     if think and model.thinking is None:
         raise ProxyError(
-            400, f"{json.dumps(body.data['model'][:200])} does not support thinking", place="think"
+            400, f"{json.dumps(body.data['model'][:200])} does not support thinking", path="think"
         )
     effort = "none" if think is False else think if type(think) is str else None
     config = thinking_config(
@@ -4794,7 +4812,7 @@ def ollama_config(body: Fields, model: Model, recipe: Recipe) -> JSON:
         raise wrong_value("top_logprobs", "top_logprobs must be between 0 and 20")
     if top or body.get("logprobs", bool):
         body.ignore("logprobs")
-    options = body.inner("options") or Fields({}, "options", body.family)
+    options = body.object("options") or Fields({}, "options", body.tracked)
     options.data = {
         **recipe.options,
         **{key: value for key, value in options.data.items() if value is not None},
@@ -4841,12 +4859,12 @@ def ollama_format(body: Fields) -> JSON | None:
 
 def ollama_images(fields: Fields) -> list[Part]:
     """Pictures, or sound in their place: base64 that does not say what it is."""
-    place = fields.at("images")
+    path = fields.path_of("images")
     images = fields.get("images", list) or ()
     for i, image in enumerate(images):
         if type(image) is not str:
-            raise wrong_type(f"{place}[{i}]", (str,), image)
-    return [media_part(image, None, f"{place}[{i}]", "x.jpeg") for i, image in enumerate(images)]
+            raise wrong_type(f"{path}[{i}]", (str,), image)
+    return [media_part(image, None, f"{path}[{i}]", "x.jpeg") for i, image in enumerate(images)]
 
 
 def ollama_wants(body: Fields, asked: str, **more: Any) -> OllamaWants:
@@ -4856,7 +4874,7 @@ def ollama_wants(body: Fields, asked: str, **more: Any) -> OllamaWants:
 def ollama_load(body: Fields, asked: str) -> Ask:
     """Nothing is asked: the model is to be loaded, or with keep_alive 0 to be dropped. It must exist."""
     wants = ollama_wants(body, asked)
-    body.pass_over(*body.data)
+    body.mark_read(*body.data)
     return Ask(
         (MODELS_CALL,), False, wants._replace(loading="load" if wants.lasts else "unload"), asked
     )
@@ -4999,18 +5017,18 @@ def ollama_chat_request(body: Fields, setting: Setting) -> Ask:
 
 
 def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
-    message.pass_over("thinking")
+    message.mark_read("thinking")
     parts = openai_parts(message, "content", model) + ollama_images(message)
     for call in message.objects("tool_calls"):
-        call.pass_over("type", "index")
-        function = call.inner("function")
+        call.mark_read("type", "index")
+        function = call.object("function")
         if function is None:
-            raise wrong_type(call.at("function"), (dict,), None)
-        function.pass_over("index")
+            raise wrong_type(call.path_of("function"), (dict,), None)
+        function.mark_read("index")
         args = call_arguments(function.get("arguments", dict, str))
         parts.append(
             call_part(
-                function.need("name", str),
+                function.require("name", str),
                 args,
                 plain_id(call.get("id", str)),
                 carried_signature(call, function),
@@ -5203,7 +5221,7 @@ UNLISTED = re.compile(
 
 def ollama_capabilities(name: str, entry: JSON) -> list[str]:
     """What a model can do, in the words that Ollama's server knows; some clients choke on any other."""
-    if "embedContent" in inside(entry, "supportedGenerationMethods", list):
+    if "embedContent" in get_or_empty(entry, "supportedGenerationMethods", list):
         return ["embedding"]
     model = model_of(name)
     plain = name.startswith("gemma") or UNLISTED.search(name)
@@ -5223,13 +5241,15 @@ def ollama_details(entry: JSON, recipe: Recipe = Recipe()) -> JSON:
         "families": ["gemini"],
         "parameter_size": "unknown",
         "quantization_level": "unknown",
-        "context_length": inside(entry, "inputTokenLimit", int),
+        "context_length": get_or_empty(entry, "inputTokenLimit", int),
     }
 
 
 def ollama_entry(name: str, entry: JSON) -> JSON:
     """A model in a list. Clients keep what they learn under the digest, so it changes when the model does."""
-    capabilities = ollama_capabilities(inside(entry, "name", str).rpartition("/")[2] or name, entry)
+    capabilities = ollama_capabilities(
+        get_or_empty(entry, "name", str).rpartition("/")[2] or name, entry
+    )
     digest = hashlib.sha256(
         json.dumps([name, capabilities, entry.get("inputTokenLimit")]).encode()
     ).hexdigest()
@@ -5268,7 +5288,7 @@ class ManageWants(NamedTuple):
 def ollama_managed(body: Fields, *keys: str) -> str:
     """The name of the model that a request is about, which the older clients send as `name`."""
     names = [body.get(key, str) for key in keys or ("model", "name")]
-    body.pass_over("verbose", "insecure")
+    body.mark_read("verbose", "insecure")
     name = next(filter(None, names), "")
     if not name:
         raise model_required()
@@ -5277,7 +5297,7 @@ def ollama_managed(body: Fields, *keys: str) -> str:
 
 def ollama_show_request(body: Fields, setting: Setting) -> Ask:
     name = ollama_managed(body)
-    body.pass_over("options")
+    body.mark_read("options")
     return Ask((MODELS_CALL,), False, ManageWants(name, recipe=recipe_named(name, setting)), name)
 
 
@@ -5311,7 +5331,7 @@ def ollama_show_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
             "general.architecture": "gemini",
             "general.basename": asked,
             "general.parameter_count": 0,
-            "gemini.context_length": inside(entry, "inputTokenLimit", int),
+            "gemini.context_length": get_or_empty(entry, "inputTokenLimit", int),
             "gemini.embedding_length": 3072 if embeds else 0,
         },
         "capabilities": told["capabilities"],
@@ -5416,14 +5436,14 @@ def ollama_create_request(body: Fields, setting: Setting) -> Ask:
         raise ProxyError(
             400,
             'only models "from" one of Gemini\'s can be created here: there are no files to build from',
-            place="from",
+            path="from",
         )
     model, old, system = (
         model_named(source, setting),
         recipe_named(source, setting),
         body.get("system", str),
     )
-    parameters = body.inner("parameters") or Fields({}, "parameters", body.family)
+    parameters = body.object("parameters") or Fields({}, "parameters", body.tracked)
     ollama_options(parameters, model)  # what is wrong with them is to be told now
     recipe = Recipe(
         model.name, old.system if system is None else system, {**old.options, **parameters.data}
@@ -5593,30 +5613,32 @@ CONTENT_HOMES = {
 
 
 def anthropic_text_part(block: Fields, model: Model) -> list[Part]:
-    block.pass_over("citations")  # of an answer that comes back; Gemini has its text
-    return [text_part(block.need("text", str))]
+    block.mark_read("citations")  # of an answer that comes back; Gemini has its text
+    return [text_part(block.require("text", str))]
 
 
 def anthropic_source_parts(block: Fields, model: Model, name: str | None = None) -> list[Part]:
     """The parts of a picture or a document, wherever its source says that it is."""
-    block.need("source", dict)
-    source = block.inner("source")
-    kind = source.need("type", str)
+    block.require("source", dict)
+    source = block.object("source")
+    kind = source.require("type", str)
     if kind == "base64":
         return [
-            media_part(source.need("data", str), source.get("media_type", str), source.at("data"))
+            media_part(
+                source.require("data", str), source.get("media_type", str), source.path_of("data")
+            )
         ]
     if kind == "url":
-        return [source_part(source.need("url", str), None, source.at("url"), name)]
+        return [source_part(source.require("url", str), None, source.path_of("url"), name)]
     if kind == "text":
-        source.pass_over("media_type")
-        return [text_part(source.need("data", str))]
+        source.mark_read("media_type")
+        return [text_part(source.require("data", str))]
     if kind == "content":
         return anthropic_parts(source, "content", model)
     if kind == "file":
-        source.need("file_id", str)
+        source.require("file_id", str)
         no_file_store(source)
-    raise source.unknown("type", kind, ("base64", "url", "text", "content", "file"))
+    raise source.unknown_choice("type", kind, ("base64", "url", "text", "content", "file"))
 
 
 def anthropic_document_parts(block: Fields, model: Model) -> list[Part]:
@@ -5636,16 +5658,19 @@ def anthropic_search_parts(block: Fields, model: Model) -> list[Part]:
 
 def anthropic_reference_part(block: Fields, model: Model) -> list[Part]:
     """A tool that a search for tools found: all of them are declared from the start."""
-    return [text_part(block.need("tool_name", str))]
+    return [text_part(block.require("tool_name", str))]
 
 
 def anthropic_call_part(block: Fields, model: Model) -> list[Part]:
-    block.pass_over("caller")
-    id = block.need("id", str)
+    block.mark_read("caller")
+    id = block.require("id", str)
     signature = laden_id(id)[1]
     return [
         call_part(
-            block.need("name", str), block.get("input", dict) or {}, plain_id(id), signature or None
+            block.require("name", str),
+            block.get("input", dict) or {},
+            plain_id(id),
+            signature or None,
         )
     ]
 
@@ -5657,14 +5682,17 @@ def anthropic_result_part(block: Fields, model: Model) -> list[Part]:
     )
     return [
         result_of_parts(
-            None, parts, plain_id(block.need("tool_use_id", str)), bool(block.get("is_error", bool))
+            None,
+            parts,
+            plain_id(block.require("tool_use_id", str)),
+            bool(block.get("is_error", bool)),
         )
     ]
 
 
 def anthropic_thought(block: Fields, model: Model) -> list[Part]:
     """Thoughts do not go back; the signature that rides in their block is taken by anthropic_parts."""
-    block.pass_over("thinking", "signature", "data")
+    block.mark_read("thinking", "signature", "data")
     return []
 
 
@@ -5686,25 +5714,25 @@ def anthropic_parts(message: Fields, key: str, model: Model, role: str = "") -> 
 
     A signature in a thinking block belongs to the next call of the message.
     """
-    content = message.need(key, str, list)
+    content = message.require(key, str, list)
     if type(content) is str:
         return [text_part(content)] if content else []
     parts: list[Part] = []
     signature = ""
     for block in message.objects(key):
-        kind = block.need("type", str)
+        kind = block.require("type", str)
         if kind not in ANTHROPIC_BLOCKS:
-            block.ignore(re.sub(r"\[\d+\]", "[]", block.place) + "." + kind)
-            block.pass_over(*block.data)
+            block.ignore(re.sub(r"\[\d+\]", "[]", block.path) + "." + kind)
+            block.mark_read(*block.data)
             continue
         if CONTENT_HOMES.get(kind, role) != role:
             raise wrong_value(
-                block.at("type"),
-                f"Invalid value for '{block.at('type')}': {kind} blocks can only stand "
+                block.path_of("type"),
+                f"Invalid value for '{block.path_of('type')}': {kind} blocks can only stand "
                 f"in messages of role '{CONTENT_HOMES[kind]}'.",
             )
         if block.data.get("citations") == {"enabled": False}:
-            block.pass_over("citations")
+            block.mark_read("citations")
         made = ANTHROPIC_BLOCKS[kind](block, model)
         if kind == "thinking":
             signature = anthropic_signature(block) or signature
@@ -5716,7 +5744,7 @@ def anthropic_parts(message: Fields, key: str, model: Model, role: str = "") -> 
 
 def anthropic_signature(block: Fields) -> str:
     """The signature of Gemini's in a thinking block, or "" where there is none."""
-    found = inside(block.data, "signature", str)
+    found = get_or_empty(block.data, "signature", str)
     return found if len(found) > 8 and is_base64(found) else ""
 
 
@@ -5740,9 +5768,9 @@ def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]
     system = anthropic_system(body, model)
     contents: list[JSON] = []
     for message in body.objects("messages"):
-        role = message.need("role", str)
+        role = message.require("role", str)
         if role not in ANTHROPIC_ROLES:
-            raise message.unknown("role", role, ANTHROPIC_ROLES)
+            raise message.unknown_choice("role", role, ANTHROPIC_ROLES)
         parts = anthropic_parts(message, "content", model, role)
         if role == "assistant":
             contents.append(model_turn(*parts))
@@ -5826,21 +5854,21 @@ def anthropic_tools(body: Fields) -> Tools:
         kind = tool.get("type", str) or "custom"
         family = re.sub(r"_\d{8}$", "", kind)
         told = ANTHROPIC_TOOLS.get(kind) or ANTHROPIC_TOOLS.get(family)
-        tool.pass_over(
+        tool.mark_read(
             "eager_input_streaming", "defer_loading"
         )  # about when the client hears or Claude sees it
         if kind == "custom":
             openai_tool(tool, False, declared, names, set(), schema=SCHEMA_KEY)
             strict = strict or bool(tool.get("strict", bool))
         elif told:
-            known = {"name": tool.need("name", str), "description": told[0], SCHEMA_KEY: told[1]}
-            openai_tool(Fields(known, tool.place), False, declared, names, set(), schema=SCHEMA_KEY)
+            known = {"name": tool.require("name", str), "description": told[0], SCHEMA_KEY: told[1]}
+            openai_tool(Fields(known, tool.path), False, declared, names, set(), schema=SCHEMA_KEY)
         elif family in own:
-            tool.pass_over("name")
+            tool.mark_read("name")
             own[family] = f"tools[].{kind}"
         else:
             tool.ignore(f"tools[].{kind}")
-            tool.pass_over(*tool.data)
+            tool.mark_read(*tool.data)
     return Tools(
         list(declared.values()),
         names,
@@ -5852,23 +5880,25 @@ def anthropic_tools(body: Fields) -> Tools:
 
 def anthropic_tool_choice(body: Fields, tools: Tools) -> tuple[str | None, list[str], bool]:
     """(Gemini's mode, the client's names of the functions that it may call, whether one call at most is wanted)."""
-    choice = body.inner("tool_choice")
+    choice = body.object("tool_choice")
     if choice is None:
         return None, [], False
-    choice.need("type", str)
+    choice.require("type", str)
     kind, one = (
-        choice.word("type", "auto", "any", "tool", "none"),
+        choice.choice("type", "auto", "any", "tool", "none"),
         bool(choice.get("disable_parallel_tool_use", bool)),
     )
-    name = choice.need("name", str) if kind == "tool" else ""
+    name = choice.require("name", str) if kind == "tool" else ""
     if kind in ("auto", "none"):
         return TOOL_CHOICES[kind], [], one
     if kind == "tool" and name in tools.names.values() or kind == "any" and tools.declarations:
         return "ANY", [name] if name else [], one
-    if name and name not in [inside(tool, "name", str) for tool in body.data.get("tools") or ()]:
+    if name and name not in [
+        get_or_empty(tool, "name", str) for tool in body.data.get("tools") or ()
+    ]:
         raise wrong_value(
-            choice.at("name"),
-            f"Invalid value for '{choice.at('name')}': no tool {name[:80]!r} is among the tools.",
+            choice.path_of("name"),
+            f"Invalid value for '{choice.path_of('name')}': no tool {name[:80]!r} is among the tools.",
         )
     body.ignore("tool_choice")  # Gemini cannot be made to use its own tools
     return None, [], one
@@ -5890,15 +5920,15 @@ class AnthropicWants(NamedTuple):
 
 def anthropic_messages_request(body: Fields, setting: Setting) -> Ask:
     """Messages: https://platform.claude.com/docs/en/api/messages"""
-    body.need("max_tokens", int)
+    body.require("max_tokens", int)
     return anthropic_ask(body, setting, bool(body.get("stream", bool)))
 
 
 def anthropic_ask(body: Fields, setting: Setting, stream: bool = False) -> Ask:
     """The call for a message, or for one to be counted."""
-    asked = body.need("model", str)
+    asked = body.require("model", str)
     model = model_named(asked, setting)
-    if not body.need("messages", list):
+    if not body.require("messages", list):
         raise wrong_value("messages", "messages: at least one message is required")
     anthropic_thread(body)
     system, contents = anthropic_turns(body, model)
@@ -5906,7 +5936,7 @@ def anthropic_ask(body: Fields, setting: Setting, stream: bool = False) -> Ask:
     mode, allowed, one_call = anthropic_tool_choice(body, tools)
     if mode == "NONE":
         tools = tools._replace(search="", code="")
-    output = body.inner("output_config") or Fields({}, "output_config", body.family)
+    output = body.object("output_config") or Fields({}, "output_config", body.tracked)
     config = anthropic_config(body, model)
     thinking, thoughts = anthropic_thinking(body, output, model, config.get("maxOutputTokens"))
     in_json = json_answer(anthropic_format(body, output), tools, model)
@@ -5926,13 +5956,13 @@ def anthropic_ask(body: Fields, setting: Setting, stream: bool = False) -> Ask:
 def anthropic_thread(body: Fields) -> None:
     """Nothing is kept here between two requests: a client that relies on it is told to send the whole conversation."""
     thread = body.data.get("thread")
-    if inside(thread, "type", str) == "continue":
+    if get_or_empty(thread, "type", str) == "continue":
         raise ProxyError(
             404,
             "No conversation is kept on this server: send all of its messages, with thread "
             '{"type": "create"}.',
             code="thread_not_found",
-            place="thread",
+            path="thread",
         )
 
 
@@ -5961,9 +5991,9 @@ def anthropic_thinking(
     Without `thinking` the model thinks in its own way within the limit, and tells nothing of it. An effort counts for
     more than a budget, which only the older models know.
     """
-    effort = output.word("effort", *EFFORTS)
-    thinking = body.inner("thinking")
-    kind = thinking.need("type", str) if thinking else ""
+    effort = output.choice("effort", *EFFORTS)
+    thinking = body.object("thinking")
+    kind = thinking.require("type", str) if thinking else ""
     budget = thinking.number("budget_tokens", 1, math.inf, int) if thinking else None
     told = bool(thinking) and kind != "disabled"
     if kind == "disabled":
@@ -5981,13 +6011,13 @@ def anthropic_thinking(
 
 def anthropic_format(body: Fields, output: Fields) -> JSON | None:
     """The schema of the answer, None where it is text: `output_config.format`, or `output_format` in older clients."""
-    wanted = output.inner("format") or body.inner("output_format")
+    wanted = output.object("format") or body.object("output_format")
     if wanted is None:
         return None
-    kind = wanted.need("type", str)
+    kind = wanted.require("type", str)
     if kind != "json_schema":
-        raise wanted.unknown("type", kind, ("json_schema",))
-    return wanted.need("schema", dict)
+        raise wanted.unknown_choice("type", kind, ("json_schema",))
+    return wanted.require("schema", dict)
 
 
 # ---- the answer ----
@@ -6103,7 +6133,7 @@ def anthropic_messages_stream(
     """The events of a message: its start, its blocks one after the other, how it ended."""
     chunks = next(answers)
     first = next(chunks, {})  # it tells already how large the prompt is
-    usage = anthropic_usage(read_usage(inner(first, "usageMetadata", dict)))
+    usage = anthropic_usage(read_usage(expect(first, "usageMetadata", dict)))
     events = chat_events(itertools.chain([first], chunks), exchange)
     events = itertools.chain([next(events)], events)  # a refusal comes before the first event
     yield {
@@ -7034,8 +7064,8 @@ class ModelList:
                 + (f"&pageToken={urllib.parse.quote(token)}" if token else "")
             )
             (page,) = Flight(self.gemini, call, self.watch, self.key, []).chunks()
-            models += inner(page, "models", list)
-            token = inner(page, "nextPageToken", str).encode("ascii", "ignore").decode()
+            models += expect(page, "models", list)
+            token = expect(page, "nextPageToken", str).encode("ascii", "ignore").decode()
             if not token:
                 return models
         raise nonsense(f"more than {MOST_PAGES} pages of models")
@@ -7341,7 +7371,7 @@ class Metrics:
                 family
             )
         self.size, self.workers, self.lock = size, workers, threading.Lock()
-        self.place = functools.lru_cache(maxsize=4096)(self.find_place)
+        self.slot = functools.lru_cache(maxsize=4096)(self.find_slot)
         self.numbers = memoryview(mmap.mmap(-1, 8 * size * workers)).cast("d")
         self.take(0)
 
@@ -7357,7 +7387,7 @@ class Metrics:
         """The numbers for each combination of labels: a histogram has its buckets, what is above them, and the sum."""
         return len(BUCKETS) + 2 if family.kind == "histogram" else 1
 
-    def find_place(self, name: str, labels: tuple[str, ...]) -> int:
+    def find_slot(self, name: str, labels: tuple[str, ...]) -> int:
         """Where a metric's (first) number is in a row."""
         at = 0
         for label, value in zip(FAMILIES[name].labels, labels):
@@ -7365,16 +7395,16 @@ class Metrics:
         return self.start[name] + at * self.width(FAMILIES[name])
 
     def add(self, name: str, *labels: str, amount: float = 1) -> None:
-        at = self.row + self.place(name, labels)
+        at = self.row + self.slot(name, labels)
         with self.lock:
             self.numbers[at] += amount
 
     def set(self, name: str, value: float) -> None:
-        self.numbers[self.row + self.place(name, ())] = value
+        self.numbers[self.row + self.slot(name, ())] = value
 
     def watch(self, name: str, *labels: str, seconds: float) -> None:
         """Count an observation in a histogram."""
-        at = self.row + self.place(name, labels)
+        at = self.row + self.slot(name, labels)
         with self.lock:
             self.numbers[at + bisect.bisect_left(BUCKETS, seconds)] += 1
             self.numbers[at + len(BUCKETS) + 1] += seconds
@@ -7391,7 +7421,7 @@ class Metrics:
             told, width = "proxy_to_gemini_" + name, self.width(family)
             lines += [f"# HELP {told} {family.help}", f"# TYPE {told} {family.kind}"]
             for labels in itertools.product(*(self.values[label] for label in family.labels)):
-                at = self.place(name, labels)
+                at = self.slot(name, labels)
                 if any(row[at : at + width]) or not family.labels:
                     pairs = [f'{label}="{value}"' for label, value in zip(family.labels, labels)]
                     lines += metric_lines(told, pairs, row[at : at + width])
@@ -7738,7 +7768,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except RecursionError:
             raise nested_too_deeply() from None
         self.ignored, self.framing = body.ignored(), ask.framing or found.route.framing
-        body.family.clear()  # or they keep each other, and a large body, until the collector comes by
+        body.tracked.clear()  # or they keep each other, and a large body, until the collector comes by
         self.exchange = Exchange(
             ask, setting, lambda calls: server.gemini.remember(ask.calls[0], self.key, calls)
         )
@@ -7786,7 +7816,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             error.model = self.exchange.model
             with contextlib.suppress(ProxyError):
                 lists = ModelList(self.server.gemini, self.watch, self.key).chunks()
-                names = [inside(entry, "name", str) for chunk in lists for entry in chunk["models"]]
+                names = [
+                    get_or_empty(entry, "name", str) for chunk in lists for entry in chunk["models"]
+                ]
                 error.listed = model_named(error.model, self.exchange.setting).path in names
 
     def fail(self, error: ProxyError) -> None:
@@ -8673,9 +8705,9 @@ def check_answer(config: Config, gemini: Gemini) -> str:
     if not config.key:
         return "every client asks with a key of its own"
     names = [
-        inside(entry, "name", str).rpartition("/")[2]
+        get_or_empty(entry, "name", str).rpartition("/")[2]
         for entry in listed_models(config, gemini)
-        if "generateContent" in inside(entry, "supportedGenerationMethods", list)
+        if "generateContent" in get_or_empty(entry, "supportedGenerationMethods", list)
     ]
     fitting = [
         name
@@ -8686,7 +8718,9 @@ def check_answer(config: Config, gemini: Gemini) -> str:
     began = time.monotonic()
     call = generate_call(model, False, [], [user_turn(text_part("Say hello in one word."))], {})
     (answer,) = Flight(gemini, call, Watch(None, CHECK_TIMEOUT), config.key, []).chunks()
-    text = texts_of(inside(inside(first_candidate(answer), "content", dict), "parts", list))
+    text = texts_of(
+        get_or_empty(get_or_empty(first_candidate(answer), "content", dict), "parts", list)
+    )
     return f"{model.name} said {text[:40]!a} after {time.monotonic() - began:.1f} seconds"
 
 

@@ -90,26 +90,26 @@ SHAPES = {
 }
 
 
-def unknown_field(value, shape, place=""):
+def unknown_field(value, shape, path=""):
     """Google's complaint of the first field that it does not know; None where it knows all."""
     if shape is ANY:
         return None
     if isinstance(shape, list):
         if not isinstance(value, list):
-            return f"Invalid value at '{place}': not a list"
+            return f"Invalid value at '{path}': not a list"
         return next(
             filter(
                 None,
-                (unknown_field(item, shape[0], f"{place}[{i}]") for i, item in enumerate(value)),
+                (unknown_field(item, shape[0], f"{path}[{i}]") for i, item in enumerate(value)),
             ),
             None,
         )
     if not isinstance(value, dict):
-        return f"Invalid value at '{place}': not an object"
+        return f"Invalid value at '{path}': not an object"
     for key, inner in value.items():
         if key not in shape:
-            return f"Invalid JSON payload received. Unknown name \"{key}\" at '{place}': Cannot find field."
-        found = unknown_field(inner, shape[key], f"{place}.{key}".lstrip("."))
+            return f"Invalid JSON payload received. Unknown name \"{key}\" at '{path}': Cannot find field."
+        found = unknown_field(inner, shape[key], f"{path}.{key}".lstrip("."))
         if found:
             return found
     return None
@@ -636,27 +636,27 @@ def deltas(events, index=0):
 
 def test_fields_know_the_place_of_every_value():
     body = Fields({"a": [{"b": 7}], "n": 3.0, "s": "Yes", "none": None, "t": ["x", 1]})
-    assert body.objects("a")[0].need("b", int) == 7
+    assert body.objects("a")[0].require("b", int) == 7
     assert (
         body.get("n", int) == 3
         and body.get("none", str) is None
-        and body.word("s", "yes", "no") == "yes"
+        and body.choice("s", "yes", "no") == "yes"
     )
-    for act, place in (
+    for act, path in (
         (lambda: body.objects("a")[0].get("b", str), "a[0].b"),
-        (lambda: body.need("none", str), "none"),
-        (lambda: body.objects("a")[0].need("c", str), "a[0].c"),
-        (lambda: body.word("s", "no"), "s"),
+        (lambda: body.require("none", str), "none"),
+        (lambda: body.objects("a")[0].require("c", str), "a[0].c"),
+        (lambda: body.choice("s", "no"), "s"),
         (lambda: body.number("n", 0, 2), "n"),
         (lambda: body.objects("t"), "t[0]"),
         (lambda: body.strings("t"), "t[1]"),
     ):
         with pytest.raises(ProxyError) as caught:
             act()
-        assert (caught.value.status, caught.value.place) == (
+        assert (caught.value.status, caught.value.path) == (
             400,
-            place,
-        ) and place in caught.value.message
+            path,
+        ) and path in caught.value.message
 
 
 @pytest.mark.parametrize(
@@ -898,7 +898,7 @@ def test_media(source, part):
 def test_media_that_nobody_can_fetch_is_refused(source):
     with pytest.raises(ProxyError) as caught:
         proxy.source_part(source, None, "messages[0].content[1].image_url")
-    assert (caught.value.status, caught.value.place) == (400, "messages[0].content[1].image_url")
+    assert (caught.value.status, caught.value.path) == (400, "messages[0].content[1].image_url")
 
 
 def u(*parts):
@@ -1791,13 +1791,13 @@ REFUSED = {  # what is wrong: (the place that the error names, the body)
 
 
 @pytest.mark.parametrize("place, body", REFUSED.values(), ids=list(REFUSED))
-def test_bad_input_is_a_400_that_names_the_place(place, body):
+def test_bad_input_is_a_400_that_names_the_place(path, body):
     error = refused(body)
-    assert (error.status, error.place) == (400, place) and place in error.message
+    assert (error.status, error.path) == (400, path) and path in error.message
     status, told = proxy.openai_error(error)
     assert (
         status == 400
-        and told["error"]["param"] == place
+        and told["error"]["param"] == path
         and told["error"]["type"] == "invalid_request_error"
     )
 
@@ -2119,10 +2119,10 @@ def test_many_texts_go_in_batches_in_order():
         ("model", {"model": None}),
     ],
 )
-def test_what_cannot_be_embedded(place, more):
+def test_what_cannot_be_embedded(path, more):
     assert (
-        refused({"model": EMBEDDER, "input": "x", **more}, proxy.openai_embeddings_request).place
-        == place
+        refused({"model": EMBEDDER, "input": "x", **more}, proxy.openai_embeddings_request).path
+        == path
     )
 
 
@@ -2249,10 +2249,10 @@ def test_what_a_completion_asks():
         ("max_tokens", {"max_tokens": "many"}),
     ],
 )
-def test_what_cannot_be_completed(place, more):
+def test_what_cannot_be_completed(path, more):
     assert (
-        refused({"model": FLASH, "prompt": "x", **more}, proxy.openai_completions_request).place
-        == place
+        refused({"model": FLASH, "prompt": "x", **more}, proxy.openai_completions_request).path
+        == path
     )
 
 
@@ -2709,7 +2709,7 @@ def test_what_a_transcript_asks():
 def test_recordings_are_taken_for_what_they_are(upload, mime):
     body = {"model": FLASH, "file": proxy.Upload(*upload)}
     if mime is None:
-        assert refused(body, proxy.openai_transcriptions_request).place == "file"
+        assert refused(body, proxy.openai_transcriptions_request).path == "file"
     else:
         assert (
             asked(body, proxy.openai_transcriptions_request)[0]
@@ -2732,13 +2732,13 @@ def test_recordings_are_taken_for_what_they_are(upload, mime):
         ("language", {"language": 7}),
     ],
 )
-def test_what_cannot_be_written_down(place, more):
+def test_what_cannot_be_written_down(path, more):
     assert (
         refused(
             {"model": FLASH, "file": proxy.Upload("a.wav", "", RIFF), **more},
             proxy.openai_transcriptions_request,
-        ).place
-        == place
+        ).path
+        == path
     )
 
 
@@ -3325,9 +3325,9 @@ def test_what_a_response_cannot_take_is_named():
         ),
     ],
 )
-def test_what_no_response_can_be_made_of(place, more):
+def test_what_no_response_can_be_made_of(path, more):
     error = refused({"model": FLASH, "input": "Hi", **more}, proxy.openai_responses_request)
-    assert error.place == place and error.status == (
+    assert error.path == path and error.status == (
         404 if "resp_1" in str(more) or "item_reference" in str(more) else 400
     )
 
@@ -3589,8 +3589,8 @@ def test_the_body_of_a_response_in_a_chat():
         "apply_patch",
     ]
     assert (
-        refused({"model": FLASH, "input": 7}).place == "input"
-        and refused({"model": FLASH}).place == "messages"
+        refused({"model": FLASH, "input": 7}).path == "input"
+        and refused({"model": FLASH}).path == "messages"
     )
 
 
@@ -4171,7 +4171,7 @@ def test_a_model_made_from_an_alias_is_geminis():
             {"model": "x", "from": FLASH, "parameters": {"temperature": "0.7"}},
             setting,
         )
-    assert (caught.value.status, caught.value.place) == (400, "parameters.temperature")
+    assert (caught.value.status, caught.value.path) == (400, "parameters.temperature")
 
 
 def test_a_recipe_for_a_model_without_a_system_instruction():
@@ -4647,10 +4647,10 @@ def test_thinking(model, more, config, shown):
         ("thread", said_to_claude(thread={"type": "continue"})),
     ],
 )
-def test_bad_messages_name_the_place(place, body):
+def test_bad_messages_name_the_place(path, body):
     with pytest.raises(ProxyError) as caught:
         asked(body, proxy.anthropic_messages_request, CLAUDE)
-    assert (caught.value.status, caught.value.place) == (404 if place == "thread" else 400, place)
+    assert (caught.value.status, caught.value.path) == (404 if path == "thread" else 400, path)
 
 
 def test_an_answer_in_json_for_claudes_clients():
