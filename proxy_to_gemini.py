@@ -6,7 +6,7 @@
 
 It needs Python 3.9 or newer and nothing else. How a request goes through this file:
 
-    client JSON --parse--> Fields --route.request--> Ask(GeminiCall, ...) --Gemini--> chunks of Gemini JSON
+    client JSON --parse--> Fields --route.request--> Plan(GeminiCall, ...) --Gemini--> chunks of Gemini JSON
                                                                                          | read_gemini
                                                              Text | Call | Media | End <-'
     whole answer <--route.response--|
@@ -475,17 +475,17 @@ class GeminiCall(NamedTuple):
     optional: bool = False  # the answer can do without it: a failure is an empty chunk
 
 
-class Ask(NamedTuple):
+class Plan(NamedTuple):
     """What a client's request comes to."""
 
     calls: tuple[GeminiCall, ...] = ()  # sent at once, answered in order
     stream: bool = False  # whether the client wants events
-    wants: Any = None  # what only the reply can fulfil; the endpoint knows its type
+    options: Any = None  # what only the reply can fulfil; the endpoint knows its type
     model: str = ""  # as the client spelt it
     framing: Framing | None = None  # of the stream, where it is not the route's
 
 
-class Setting(NamedTuple):
+class Context(NamedTuple):
     """What a request and its answer may depend on besides its body: the server's, but for params and query."""
 
     aliases: tuple[tuple[str, str], ...] = ()  # (name or glob, Gemini's model)
@@ -522,10 +522,10 @@ class Usage(NamedTuple):
 class Exchange:
     """What a reply may depend on besides Gemini's answer."""
 
-    def __init__(self, ask: Ask, setting: Setting, remember: Callable[[list[Call]], list[str]]):
-        self.ask, self.model, self.wants = ask, ask.model, ask.wants
-        self.setting, self.now, self.new_id = setting, setting.now, setting.new_id
-        self.created = setting.now()  # seconds since 1970
+    def __init__(self, plan: Plan, context: Context, remember: Callable[[list[Call]], list[str]]):
+        self.plan, self.model, self.options = plan, plan.model, plan.options
+        self.context, self.now, self.new_id = context, context.now, context.new_id
+        self.created = context.now()  # seconds since 1970
         self.remember = remember  # gives the calls of an answer ids, and keeps their signatures
         self.usage = Usage()  # of all that was read so far
         self.told: Any = None  # what a stream has said so far, where its failure must go on from it
@@ -578,7 +578,7 @@ class Route(NamedTuple):
 
     method: str
     path: str
-    request: Callable[[Fields, Setting], Ask]
+    request: Callable[[Fields, Context], Plan]
     response: Callable[[Exchange, Iterator[Iterator[JSON]]], Any]
     stream: Callable[[Exchange, Iterator[Iterator[JSON]]], Iterator[JSON]] | None = None
     framing: Framing = SSE
@@ -705,22 +705,22 @@ def plain_name(asked: str, ollama: bool) -> str:
     return name if name.startswith("tunedModels/") else name.lower()
 
 
-def recipe_named(asked: str, setting: Setting) -> Recipe:
+def recipe_named(asked: str, context: Context) -> Recipe:
     """What a client made under this name; an empty Recipe where the name is Gemini's own."""
-    told = setting.recall("model:" + plain_name(asked, True)) if setting.ollama else None
+    told = context.recall("model:" + plain_name(asked, True)) if context.ollama else None
     return Recipe(**json.loads(told)) if told else Recipe()
 
 
-def model_named(asked: str, setting: Setting) -> Model:
+def model_named(asked: str, context: Context) -> Model:
     """The model that a client means: through recipes and aliases, an exact name before a glob, and without prefixes.
 
     A name can never change the URL: whatever is not plain is a model that does not exist.
     """
-    plain = plain_name(asked, setting.ollama)
+    plain = plain_name(asked, context.ollama)
     name = (
-        recipe_named(asked, setting).source
-        or next((to for name, to in setting.aliases if name in (asked, plain)), "")
-        or next((to for glob, to in setting.aliases if fnmatch.fnmatchcase(plain, glob)), plain)
+        recipe_named(asked, context).source
+        or next((to for name, to in context.aliases if name in (asked, plain)), "")
+        or next((to for glob, to in context.aliases if fnmatch.fnmatchcase(plain, glob)), plain)
     )
     if len(name) > 128 or not re.fullmatch(
         r"(tunedModels/)?[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*", name
@@ -2470,7 +2470,7 @@ def openai_chosen(choice: Fields, tools: Tools) -> str:
 # ---- chat: the request ----
 
 
-class ChatWants(NamedTuple):
+class ChatOptions(NamedTuple):
     """What a chat's reply has to mind."""
 
     names: dict[str, str]  # Gemini's names of functions -> the client's
@@ -2492,12 +2492,12 @@ def openai_counts_tokens(body: Fields) -> bool:
     return bool(options and options.get("include_usage", bool))
 
 
-def openai_chat_request(body: Fields, setting: Setting) -> Ask:
+def openai_chat_request(body: Fields, context: Context) -> Plan:
     """Chat completions: https://platform.openai.com/docs/api-reference/chat/create"""
     asked = body.require("model", str)
-    model = model_named(asked, setting)
+    model = model_named(asked, context)
     stream = bool(body.get("stream", bool))
-    system, contents, more = openai_chat_turns(body, model, setting)
+    system, contents, more = openai_chat_turns(body, model, context)
     tools = openai_tools(body, *more)
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
     mode, allowed = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
@@ -2506,7 +2506,7 @@ def openai_chat_request(body: Fields, setting: Setting) -> Ask:
     text = body.object("text") if is_cursors(body) else None
     schema = openai_response_format(text, "format") if text else openai_response_format(body)
     in_json = json_answer(schema, tools, model)
-    config = {**openai_config(body, model, setting), **in_json.config}
+    config = {**openai_config(body, model, context), **in_json.config}
     modalities, wav = openai_modalities(body)
     fields = {
         **tool_fields(tools, mode, allowed, body, model),
@@ -2515,7 +2515,7 @@ def openai_chat_request(body: Fields, setting: Setting) -> Ask:
     call = generate_call(
         model, stream, system + in_json.words, contents, {**config, **modalities}, **fields
     )
-    wants = ChatWants(
+    options = ChatOptions(
         names=tools.names,
         custom=tools.custom,
         legacy=legacy,
@@ -2523,9 +2523,9 @@ def openai_chat_request(body: Fields, setting: Setting) -> Ask:
         wav=wav,
         one_call=body.get("parallel_tool_calls", bool) is False,
         usage=openai_counts_tokens(body),
-        thoughts="reasoning" if setting.ollama else "reasoning_content",
+        thoughts="reasoning" if context.ollama else "reasoning_content",
     )
-    return Ask((call,) * (body.number("n", 1, MOST_CALLS, int) or 1), stream, wants, asked)
+    return Plan((call,) * (body.number("n", 1, MOST_CALLS, int) or 1), stream, options, asked)
 
 
 def is_cursors(body: Fields) -> bool:
@@ -2534,12 +2534,12 @@ def is_cursors(body: Fields) -> bool:
 
 
 def openai_chat_turns(
-    body: Fields, model: Model, setting: Setting
+    body: Fields, model: Model, context: Context
 ) -> tuple[list[Part], list[JSON], list[Fields]]:
     """(the system's parts, the turns, further lists of tools); from `input` where there are no messages."""
     if is_cursors(body):
         body.mark_read("messages")
-        history = openai_history(body, model, setting)
+        history = openai_history(body, model, context)
         return history.system, history.contents, history.tools
     if not body.require("messages", list):
         raise wrong_value(
@@ -2550,30 +2550,30 @@ def openai_chat_turns(
     return (*openai_turns(body, model), [])
 
 
-def openai_config(body: Fields, model: Model, setting: Setting) -> JSON:
+def openai_config(body: Fields, model: Model, context: Context) -> JSON:
     """The generationConfig that chat completions and legacy completions share."""
     effort = openai_effort(body)
-    limit = openai_limit(body, "max_completion_tokens", setting)
+    limit = openai_limit(body, "max_completion_tokens", context)
     if limit is None and is_cursors(body):
-        limit = openai_limit(body, "max_output_tokens", setting)
-    older = openai_limit(body, "max_tokens", setting)
+        limit = openai_limit(body, "max_output_tokens", context)
+    older = openai_limit(body, "max_tokens", context)
     return {
-        **openai_sampling(body, model, limit or older, setting),
+        **openai_sampling(body, model, limit or older, context),
         **openai_thinking(
             body,
             "reasoning_effort",
             model,
             effort,
-            effort is not None or setting.ollama,
+            effort is not None or context.ollama,
             None if limit else older,
         ),
     }  # the newer limit counts thoughts at OpenAI too
 
 
-def openai_limit(body: Fields, key: str, setting: Setting) -> int | None:
+def openai_limit(body: Fields, key: str, context: Context) -> int | None:
     """The most tokens that may come out; Ollama takes a number below 1 for no limit."""
     limit = body.get(key, int)
-    if setting.ollama or limit is None or limit >= 1:
+    if context.ollama or limit is None or limit >= 1:
         return limit if limit and limit > 0 else None
     raise ProxyError(
         400,
@@ -2583,15 +2583,15 @@ def openai_limit(body: Fields, key: str, setting: Setting) -> int | None:
     )
 
 
-def openai_sampling(body: Fields, model: Model, limit: int | None, setting: Setting) -> JSON:
+def openai_sampling(body: Fields, model: Model, limit: int | None, context: Context) -> JSON:
     """The part of a generationConfig that is not about thinking. Ollama refuses no temperature for its height."""
     return sampling_config(
         model,
         stop_sequences(body),
         limit=limit,
         seed=body.get("seed", int),
-        temperature=body.number("temperature", 0, math.inf if setting.ollama else 2),
-        top_p=body.number("top_p", 0, math.inf if setting.ollama else 1),
+        temperature=body.number("temperature", 0, math.inf if context.ollama else 2),
+        top_p=body.number("top_p", 0, math.inf if context.ollama else 1),
         top_k=body.get("top_k", int),
         penalty=lambda key: body.number(key, -2, 2),
     )
@@ -2780,10 +2780,10 @@ def openai_usage(usage: Usage) -> JSON:
     }
 
 
-def openai_call(call: Call, wants: ChatWants) -> JSON:
+def openai_call(call: Call, options: ChatOptions) -> JSON:
     """A call as OpenAI tells it, with its signature in Google's field for clients that keep what they do not know."""
-    name = wants.names.get(call.name, call.name)
-    if name in wants.custom:
+    name = options.names.get(call.name, call.name)
+    if name in options.custom:
         made = {
             "id": call.id,
             "type": "custom",
@@ -2834,11 +2834,11 @@ def chat_events(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[Text | C
     text: list[str] = []
     called = False
     for event in read_gemini(chunks, exchange):
-        if type(event) is Call and exchange.wants.one_call:
+        if type(event) is Call and exchange.options.one_call:
             if called:
                 continue
             called = True
-        if exchange.wants.unfence:
+        if exchange.options.unfence:
             if type(event) is Text and not event.thought:
                 text.append(event.text)
                 continue
@@ -2862,7 +2862,7 @@ def openai_base(exchange: Exchange, prefix: str, kind: str) -> JSON:
         "object": kind,
         "created": int(exchange.created),
         "model": exchange.model,
-        **({"system_fingerprint": "fp_ollama"} if exchange.setting.ollama else {}),
+        **({"system_fingerprint": "fp_ollama"} if exchange.context.ollama else {}),
     }
 
 
@@ -2888,7 +2888,7 @@ def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSO
             (sound if event.mime.startswith("audio/") else images).append(event)
         else:
             end = event
-    wants = exchange.wants
+    options = exchange.options
     content = "".join(texts)
     message: JSON = {
         "role": "assistant",
@@ -2897,11 +2897,11 @@ def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSO
         "annotations": [openai_annotation(citation) for citation in end.citations],
     }
     if thoughts:
-        message[wants.thoughts] = "".join(thoughts)
-    if calls and wants.legacy:
-        message["function_call"] = openai_call(calls[0], wants)["function"]
+        message[options.thoughts] = "".join(thoughts)
+    if calls and options.legacy:
+        message["function_call"] = openai_call(calls[0], options)["function"]
     elif calls:
-        message["tool_calls"] = [openai_call(call, wants) for call in calls]
+        message["tool_calls"] = [openai_call(call, options) for call in calls]
     if images:
         message["images"] = [openai_image(image, i) for i, image in enumerate(images)]
     if sound:
@@ -2910,7 +2910,7 @@ def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSO
         "index": index,
         "message": message,
         "logprobs": None,
-        "finish_reason": openai_finish(end, wants.legacy),
+        "finish_reason": openai_finish(end, options.legacy),
         **odd_end(end),
     }
 
@@ -2938,7 +2938,7 @@ def wav_file(samples: bytes, rate: int) -> bytes:
 
 def openai_audio(sound: list[Media], exchange: Exchange, transcript: str) -> JSON:
     data = sound_bytes(sound)
-    data = wav_file(data, sound_rate(sound[0].mime)) if exchange.wants.wav else data
+    data = wav_file(data, sound_rate(sound[0].mime)) if exchange.options.wav else data
     return {
         "id": exchange.new_id("audio_"),
         "data": base64.b64encode(data).decode(),
@@ -2949,9 +2949,9 @@ def openai_audio(sound: list[Media], exchange: Exchange, transcript: str) -> JSO
 
 def openai_chat_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
     """Chunks, choice after choice; nothing before Gemini's first word."""
-    wants = exchange.wants
+    options = exchange.options
     base = openai_base(exchange, "chatcmpl-", "chat.completion.chunk")
-    more = {"usage": None} if wants.usage else {}
+    more = {"usage": None} if options.usage else {}
     for index, chunks in enumerate(answers):
         for delta, finish, odd in openai_deltas(chunks, exchange):
             yield {
@@ -2967,7 +2967,7 @@ def openai_chat_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) ->
                 ],
                 **more,
             }
-    if wants.usage:
+    if options.usage:
         yield {**base, "choices": [], "usage": openai_usage(exchange.usage)}
 
 
@@ -2975,7 +2975,7 @@ def openai_deltas(
     chunks: Iterator[JSON], exchange: Exchange
 ) -> Iterator[tuple[JSON, str | None, JSON]]:
     """(delta, finish_reason, more of the choice) for each event of one answer; the role comes first, and once."""
-    wants, nothing = exchange.wants, {}
+    options, nothing = exchange.options, {}
     count, images, started, sound = 0, 0, False, None
     for event in chat_events(chunks, exchange):
         kind = type(event)
@@ -2983,13 +2983,13 @@ def openai_deltas(
             started = True
             yield {"role": "assistant", "content": None if kind is Call else ""}, None, nothing
         if kind is Text:
-            yield {wants.thoughts if event.thought else "content": event.text}, None, nothing
-        elif kind is Call and wants.legacy:
+            yield {options.thoughts if event.thought else "content": event.text}, None, nothing
+        elif kind is Call and options.legacy:
             if count == 0:
-                yield {"function_call": openai_call(event, wants)["function"]}, None, nothing
+                yield {"function_call": openai_call(event, options)["function"]}, None, nothing
             count += 1
         elif kind is Call:
-            yield {"tool_calls": [{"index": count, **openai_call(event, wants)}]}, None, nothing
+            yield {"tool_calls": [{"index": count, **openai_call(event, options)}]}, None, nothing
             count += 1
         elif kind is Media and event.mime.startswith("audio/"):
             yield (
@@ -3015,28 +3015,28 @@ def openai_deltas(
                     None,
                     nothing,
                 )
-            yield {}, openai_finish(event, wants.legacy), odd_end(event)
+            yield {}, openai_finish(event, options.legacy), odd_end(event)
 
 
 # ---- embeddings ----
 
 
-class EmbedWants(NamedTuple):
+class EmbedOptions(NamedTuple):
     count: int  # vectors
     base64: bool = False
 
 
-def openai_embeddings_request(body: Fields, setting: Setting) -> Ask:
+def openai_embeddings_request(body: Fields, context: Context) -> Plan:
     """Embeddings: https://platform.openai.com/docs/api-reference/embeddings/create"""
     asked = body.require("model", str)
-    model = model_named(asked, setting)
+    model = model_named(asked, context)
     texts = openai_inputs(body)
     form = body.choice("encoding_format", "float", "base64")
     dimensions = body.number("dimensions", 1, 2**31 - 1, int)
-    return Ask(
+    return Plan(
         embed_calls(model, texts, dimensions),
         False,
-        EmbedWants(len(texts), form == "base64"),
+        EmbedOptions(len(texts), form == "base64"),
         asked,
     )
 
@@ -3067,7 +3067,7 @@ def openai_inputs(body: Fields) -> list[str]:
 def read_vectors(answers: Iterator[Iterator[JSON]], exchange: Exchange) -> list[list[float]]:
     """The vectors of all batches in order, each of unit length; a 502 where one is missing."""
     vectors: list[list[float]] = []
-    for call, chunks in zip(exchange.ask.calls, answers):
+    for call, chunks in zip(exchange.plan.calls, answers):
         for chunk in chunks:
             embeddings = [] if call.optional else expect(chunk, "embeddings", list)
             vectors += [
@@ -3078,8 +3078,8 @@ def read_vectors(answers: Iterator[Iterator[JSON]], exchange: Exchange) -> list[
             )
             counted = counted or get_or_empty(chunk, "totalTokens", int)
             exchange.usage = exchange.usage.plus(Usage(prompt=max(0, counted)))
-    if len(vectors) != exchange.wants.count:
-        raise nonsense(f"{len(vectors)} vectors for {exchange.wants.count} texts")
+    if len(vectors) != exchange.options.count:
+        raise nonsense(f"{len(vectors)} vectors for {exchange.options.count} texts")
     return vectors
 
 
@@ -3109,7 +3109,7 @@ def openai_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JS
         {
             "object": "embedding",
             "index": i,
-            "embedding": packed(vector) if exchange.wants.base64 else vector,
+            "embedding": packed(vector) if exchange.options.base64 else vector,
         }
         for i, vector in enumerate(vectors)
     ]
@@ -3120,17 +3120,17 @@ def openai_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JS
 # ---- legacy completions ----
 
 
-class CompletionWants(NamedTuple):
+class CompletionOptions(NamedTuple):
     """What a completion's reply has to mind."""
 
     echoes: tuple[str, ...]  # for each choice what stands before its text
     usage: bool = False  # a last chunk with the token counts
 
 
-def openai_completions_request(body: Fields, setting: Setting) -> Ask:
+def openai_completions_request(body: Fields, context: Context) -> Plan:
     """Legacy completions: https://platform.openai.com/docs/api-reference/completions/create"""
     asked = body.require("model", str)
-    model = model_named(asked, setting)
+    model = model_named(asked, context)
     prompts, stream = openai_prompts(body), bool(body.get("stream", bool))
     n, best = body.number("n", 1, MOST_CALLS, int) or 1, body.number("best_of", 0, 20, int)
     if len(prompts) * n > MOST_CALLS:
@@ -3141,14 +3141,14 @@ def openai_completions_request(body: Fields, setting: Setting) -> Ask:
         )
     if best and best > n:
         body.ignore("best_of")  # there are no probabilities to choose by
-    config = openai_completion_config(body, model, setting)
+    config = openai_completion_config(body, model, context)
     suffix, echo = body.get("suffix", str), body.get("echo", bool)
     calls = [openai_completion_call(model, stream, prompt, suffix, config) for prompt in prompts]
-    wants = CompletionWants(
+    options = CompletionOptions(
         tuple(prompt if echo else "" for prompt in prompts for _ in range(n)),
         openai_counts_tokens(body),
     )
-    return Ask(tuple(call for call in calls for _ in range(n)), stream, wants, asked)
+    return Plan(tuple(call for call in calls for _ in range(n)), stream, options, asked)
 
 
 def openai_prompts(body: Fields) -> list[str]:
@@ -3169,9 +3169,9 @@ def openai_prompts(body: Fields) -> list[str]:
     return body.strings("prompt")
 
 
-def openai_completion_config(body: Fields, model: Model, setting: Setting) -> JSON:
+def openai_completion_config(body: Fields, model: Model, context: Context) -> JSON:
     """Chat's settings. A limit is meant for the text alone: with one, a model thinks as little as it can."""
-    config = openai_config(body, model, setting)
+    config = openai_config(body, model, context)
     thinking = config.pop("thinkingConfig", {})
     if "maxOutputTokens" in config and not thinking.keys() - {"includeThoughts"}:
         thinking = thinking_config(model, "none", False)
@@ -3200,7 +3200,7 @@ def openai_pieces(
     exchange: Exchange, answers: Iterator[Iterator[JSON]]
 ) -> Iterator[tuple[int, str, End | None]]:
     """(index of the choice, text, the End) for each piece of a completion; a choice's last piece has its End."""
-    for (index, before), chunks in zip(enumerate(exchange.wants.echoes), answers):
+    for (index, before), chunks in zip(enumerate(exchange.options.echoes), answers):
         for event in read_gemini(chunks, exchange):
             if type(event) is End:
                 yield index, before, event
@@ -3244,11 +3244,11 @@ def openai_completions_stream(
     """Chunks, choice after choice, in the form of whole completions."""
     base, more = (
         openai_base(exchange, "cmpl-", "text_completion"),
-        {"usage": None} if exchange.wants.usage else {},
+        {"usage": None} if exchange.options.usage else {},
     )
     for index, text, end in openai_pieces(exchange, answers):
         yield {**base, "choices": [openai_text_choice(index, text, end)], **more}
-    if exchange.wants.usage:
+    if exchange.options.usage:
         yield {**base, "choices": [], "usage": openai_usage(exchange.usage)}
 
 
@@ -3266,12 +3266,12 @@ STAND_INS = {
 }
 
 
-def openai_media_model(asked: str | None, what: str, setting: Setting) -> Model:
+def openai_media_model(asked: str | None, what: str, context: Context) -> Model:
     """The model for one of STAND_INS. A glob for chats, such as `-alias='gpt-*=...'`, makes no painter of its model."""
     openais, geminis, ours = STAND_INS[what]
-    model, plain = model_named(asked or ours, setting), plain_name(asked or "", setting.ollama)
+    model, plain = model_named(asked or ours, context), plain_name(asked or "", context.ollama)
     chosen = re.match(geminis, model.name) or any(
-        name in (asked, plain) for name, _ in setting.aliases
+        name in (asked, plain) for name, _ in context.aliases
     )
     return model_of(ours) if re.match(openais, plain) and not chosen else model
 
@@ -3339,16 +3339,16 @@ PICTURE_TYPES = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 PICTURE_FORMS = (*PICTURE_TYPES.values(), "gif", "svg")
 
 
-class ImageWants(NamedTuple):
+class ImageOptions(NamedTuple):
     """What the reply with pictures has to mind."""
 
     url: bool = False  # in data URLs
 
 
-def openai_images_request(body: Fields, setting: Setting) -> Ask:
+def openai_images_request(body: Fields, context: Context) -> Plan:
     """Images: https://platform.openai.com/docs/api-reference/images/create"""
     asked = body.get("model", str)
-    model = openai_media_model(asked, "picture", setting)
+    model = openai_media_model(asked, "picture", context)
     prompt, n = openai_written(body, "prompt"), body.number("n", 1, 10, int) or 1
     form, kind = (
         body.choice("response_format", "url", "b64_json"),
@@ -3367,7 +3367,7 @@ def openai_images_request(body: Fields, setting: Setting) -> Ask:
     by_url = (
         form == "url" or form is None and (asked or "").startswith("dall-e")
     )  # whose default it is
-    return Ask((call,) * n, stream, ImageWants(by_url), asked or model.name)
+    return Plan((call,) * n, stream, ImageOptions(by_url), asked or model.name)
 
 
 def openai_image_config(body: Fields, model: Model) -> JSON:
@@ -3418,7 +3418,7 @@ def openai_images_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]
     pictures = [picture for picture, _ in openai_pictures(exchange, answers)]
     data = [
         {"url": f"data:{picture.mime};base64,{picture.data}"}
-        if exchange.wants.url
+        if exchange.options.url
         else {"b64_json": picture.data}
         for picture in pictures
     ]
@@ -3454,7 +3454,7 @@ def openai_images_failure(exchange: Exchange, error: ProxyError) -> list[JSON]:
 # ---- speech ----
 
 
-class SpeechWants(NamedTuple):
+class SpeechOptions(NamedTuple):
     """What the reply with sound has to mind."""
 
     pcm: bool = False  # bare samples; else a WAV file, the only one that the library can make
@@ -3465,10 +3465,10 @@ class SpeechWants(NamedTuple):
 PCM = Framing("audio/pcm", itemgetter("audio"), beat=b"", tells=False)
 
 
-def openai_speech_request(body: Fields, setting: Setting) -> Ask:
+def openai_speech_request(body: Fields, context: Context) -> Plan:
     """Speech: https://platform.openai.com/docs/api-reference/audio/createSpeech"""
     asked = body.require("model", str)
-    model = openai_media_model(asked, "speech", setting)
+    model = openai_media_model(asked, "speech", context)
     text, manner = openai_written(body, "input"), body.get("instructions", str)
     kind = body.choice("response_format", "mp3", "opus", "aac", "flac", "wav", "pcm") or "mp3"
     events, pcm = body.choice("stream_format", "audio", "sse") == "sse", kind == "pcm"
@@ -3480,8 +3480,8 @@ def openai_speech_request(body: Fields, setting: Setting) -> Ask:
     call = generate_call(
         model, piecemeal, [], [user_turn(text_part(prompt))], speech_config(body, "voice")
     )
-    return Ask(
-        (call,), events or piecemeal, SpeechWants(pcm, events), asked, SSE if events else PCM
+    return Plan(
+        (call,), events or piecemeal, SpeechOptions(pcm, events), asked, SSE if events else PCM
     )
 
 
@@ -3491,30 +3491,30 @@ def openai_speech_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]
     if not sound or end.finish != "stop":
         raise withheld("speech", end, said)
     samples = sound_bytes(sound)
-    if exchange.wants.pcm:
+    if exchange.options.pcm:
         return Payload(samples, "audio/pcm")
     return Payload(wav_file(samples, sound_rate(sound[0].mime)), "audio/wav")
 
 
 def openai_speech_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
     """Sound as it comes: events, or the bytes themselves under "audio"."""
-    wants, said, begun = exchange.wants, "", False
+    options, said, begun = exchange.options, "", False
     for event in read_gemini(next(answers), exchange):
         if type(event) is Media and event.mime.startswith("audio/"):
             data = sound_bytes([event])
-            if not begun and not wants.pcm:
+            if not begun and not options.pcm:
                 data = endless_wav(sound_rate(event.mime)) + data
             begun = True
             yield (
                 {"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()}
-                if wants.events
+                if options.events
                 else {"audio": data}
             )
         elif type(event) is Text and not event.thought:
             said += event.text
         elif type(event) is End and (not begun or event.finish != "stop"):
             raise withheld("speech", event, said)
-    if wants.events:
+    if options.events:
         yield {"type": "speech.audio.done", "usage": openai_media_usage(exchange.usage)}
 
 
@@ -3561,7 +3561,7 @@ TIMED_SCHEMA = {
 }
 
 
-class TranscriptWants(NamedTuple):
+class TranscriptOptions(NamedTuple):
     """What the reply with a transcript has to mind."""
 
     form: str = "json"
@@ -3577,19 +3577,21 @@ class Segment(NamedTuple):
     speaker: str
 
 
-def openai_transcriptions_request(body: Fields, setting: Setting) -> Ask:
+def openai_transcriptions_request(body: Fields, context: Context) -> Plan:
     """Transcriptions: https://platform.openai.com/docs/api-reference/audio/createTranscription"""
-    return openai_transcript_ask(body, setting, "transcribe", TRANSCRIPT_FORMS)
+    return openai_transcript_plan(body, context, "transcribe", TRANSCRIPT_FORMS)
 
 
-def openai_translations_request(body: Fields, setting: Setting) -> Ask:
+def openai_translations_request(body: Fields, context: Context) -> Plan:
     """Translations: https://platform.openai.com/docs/api-reference/audio/createTranslation"""
-    return openai_transcript_ask(body, setting, "translate", TRANSCRIPT_FORMS[:5])
+    return openai_transcript_plan(body, context, "translate", TRANSCRIPT_FORMS[:5])
 
 
-def openai_transcript_ask(body: Fields, setting: Setting, task: str, forms: tuple[str, ...]) -> Ask:
+def openai_transcript_plan(
+    body: Fields, context: Context, task: str, forms: tuple[str, ...]
+) -> Plan:
     asked = body.require("model", str)
-    model = openai_media_model(asked, "transcript", setting)
+    model = openai_media_model(asked, "transcript", context)
     recording, form = openai_recording(body), body.choice("response_format", *forms) or "json"
     form_scalars(body, "temperature", "stream")
     stream, timed = bool(body.get("stream", bool)), form in TIMED_FORMS
@@ -3610,7 +3612,7 @@ def openai_transcript_ask(body: Fields, setting: Setting, task: str, forms: tupl
         [user_turn(recording, words)],
         {**config, **({"thinkingConfig": thinking} if thinking else {})},
     )
-    return Ask((call,), call.streaming, TranscriptWants(form, task), asked)
+    return Plan((call,), call.streaming, TranscriptOptions(form, task), asked)
 
 
 def openai_recording(body: Fields) -> Part:
@@ -3658,27 +3660,27 @@ def openai_transcriptions_response(exchange: Exchange, answers: Iterator[Iterato
         _, said, end = read_media(chunks, exchange, "audio/")
     if end.finish != "stop":
         raise withheld("transcript", end, said)
-    if exchange.wants.form in TIMED_FORMS:
+    if exchange.options.form in TIMED_FORMS:
         return openai_timed_transcript(exchange, said)
-    if exchange.wants.form == "text":
+    if exchange.options.form == "text":
         return Payload(said.strip().encode("utf-8", "replace") + b"\n")
     return {"text": said.strip(), "usage": openai_transcript_usage(exchange.usage)}
 
 
 def openai_timed_transcript(exchange: Exchange, said: str) -> Any:
     """A transcript with times, from Gemini's JSON. Probabilities, which Gemini does not tell, are left out."""
-    wants, spoken = exchange.wants, parsed_object(unfenced(said))
+    options, spoken = exchange.options, parsed_object(unfenced(said))
     if spoken is None:
         raise nonsense("the transcript is no JSON")
     segments = [read_segment(segment) for segment in expect(spoken, "segments", list)]
-    if wants.form in ("srt", "vtt"):
-        return Payload(subtitles(segments, wants.form).encode("utf-8", "replace"))
+    if options.form in ("srt", "vtt"):
+        return Payload(subtitles(segments, options.form).encode("utf-8", "replace"))
     whole = {
-        "task": wants.task,
+        "task": options.task,
         "duration": max((segment.end for segment in segments), default=0.0),
         "text": " ".join(segment.text for segment in segments),
     }
-    if wants.form == "diarized_json":
+    if options.form == "diarized_json":
         return {
             **whole,
             "segments": [
@@ -3689,7 +3691,7 @@ def openai_timed_transcript(exchange: Exchange, said: str) -> Any:
         }
     return {
         **whole,
-        "language": "english" if wants.task == "translate" else expect(spoken, "language", str),
+        "language": "english" if options.task == "translate" else expect(spoken, "language", str),
         "segments": [
             {"id": i, "start": segment.start, "end": segment.end, "text": segment.text}
             for i, segment in enumerate(segments)
@@ -3767,7 +3769,7 @@ def openai_transcriptions_stream(
 GEMINI_OPENED = 1702425600  # 13 December 2023: Gemini's API opened; it tells no dates of its models
 
 
-def usable_models(answers: Iterator[Iterator[JSON]], setting: Setting) -> dict[str, JSON]:
+def usable_models(answers: Iterator[Iterator[JSON]], context: Context) -> dict[str, JSON]:
     """Gemini's models that can chat or embed, by their plain names; then the names that stand for one of these."""
     found: dict[str, JSON] = {}
     for chunks in answers:
@@ -3777,56 +3779,56 @@ def usable_models(answers: Iterator[Iterator[JSON]], setting: Setting) -> dict[s
                 name = get_or_empty(entry, "name", str)
                 if name and ("generateContent" in methods or "embedContent" in methods):
                     found[name[7:] if name.startswith("models/") else name] = entry
-    names = [name for name, _ in setting.aliases if not re.search(r"[*?\[]", name)] + list(
-        setting.kept()
+    names = [name for name, _ in context.aliases if not re.search(r"[*?\[]", name)] + list(
+        context.kept()
     )
     found.update(
         {
             name: found[to]
             for name in names
-            for to in [model_named(name, setting).name]
+            for to in [model_named(name, context).name]
             if to in found
         }
     )
     return found
 
 
-def openai_models_request(body: Fields, setting: Setting) -> Ask:
-    return Ask((MODELS_CALL,), model=setting.params.get("model", ""))
+def openai_models_request(body: Fields, context: Context) -> Plan:
+    return Plan((MODELS_CALL,), model=context.params.get("model", ""))
 
 
-def openai_model_entry(id: str, setting: Setting) -> JSON:
+def openai_model_entry(id: str, context: Context) -> JSON:
     return {
         "id": id,
         "object": "model",
         "created": GEMINI_OPENED,
-        "owned_by": "library" if setting.ollama else "google",
+        "owned_by": "library" if context.ollama else "google",
     }
 
 
 def openai_models_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    setting = exchange.setting
+    context = exchange.context
     names = [
         name
-        for name in usable_models(answers, setting)
-        if not setting.ollama or not UNLISTED.search(name)
+        for name in usable_models(answers, context)
+        if not context.ollama or not UNLISTED.search(name)
     ]
     # Codex wants a list of its own here. An entry would have to bring a system prompt in place of Codex's own.
-    codex = {"models": []} if "client_version" in setting.query else {}
+    codex = {"models": []} if "client_version" in context.query else {}
     return {
         "object": "list",
         "data": [
-            openai_model_entry(tagged(name) if setting.ollama else name, setting) for name in names
+            openai_model_entry(tagged(name) if context.ollama else name, context) for name in names
         ],
         **codex,
     }
 
 
 def openai_model_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    asked, setting = exchange.model, exchange.setting
-    if model_named(asked, setting).name not in usable_models(answers, setting):
+    asked, context = exchange.model, exchange.context
+    if model_named(asked, context).name not in usable_models(answers, context):
         raise no_such_model(asked)
-    return openai_model_entry(asked if setting.ollama else plain_name(asked, False), setting)
+    return openai_model_entry(asked if context.ollama else plain_name(asked, False), context)
 
 
 # ---- errors and routes ----
@@ -3857,7 +3859,7 @@ class History(NamedTuple):
     """What the input items come to, as it grows."""
 
     model: Model
-    setting: Setting
+    context: Context
     system: list[Part]
     contents: list[JSON]
     signatures: dict[str, str]  # of calls, by their ids, from reasoning items of ours
@@ -3952,7 +3954,7 @@ def openai_reference_item(item: Fields, history: History) -> None:
     tail, _, position = id.partition("_")[2].rpartition("_")
     key = ("input" if position[:1] == "i" else "response", "resp_" + tail)
     if key not in history.kept:
-        told = openai_recalled(*key, history.setting) or []
+        told = openai_recalled(*key, history.context) or []
         history.kept[key] = told if type(told) is list else told["output"]
     found = next((kept for kept in history.kept[key] if kept.get("id") == id), None)
     if found is None or found.get("type") == "item_reference":
@@ -4020,25 +4022,25 @@ def unsealed(text: str, model: Model) -> dict[str, str] | None:
 # ---- what is kept ----
 
 
-def openai_recalled(kind: str, id: str, setting: Setting) -> Any:
+def openai_recalled(kind: str, id: str, context: Context) -> Any:
     """The response or the "input" that was kept under a response's id, or None.
 
     They lie apart, for the input is larger, and are kept anew: what is in use is not to be the next to go.
     """
-    told = setting.recall(f"{kind}:{id}")
+    told = context.recall(f"{kind}:{id}")
     if not told:
         return None
-    setting.store(f"{kind}:{id}", told)
+    context.store(f"{kind}:{id}", told)
     return json.loads(told)
 
 
-def openai_past(id: str | None, setting: Setting) -> list[JSON]:
+def openai_past(id: str | None, context: Context) -> list[JSON]:
     """The items of all responses up to this one, the oldest first; OpenAI's 404 where one of them is forgotten."""
     past: list[list[JSON]] = []
     while id:
         told, items = (
-            openai_recalled("response", id, setting),
-            openai_recalled("input", id, setting),
+            openai_recalled("response", id, context),
+            openai_recalled("input", id, context),
         )
         if told is None or items is None:
             raise ProxyError(
@@ -4077,7 +4079,7 @@ def openai_kept_items(told: str | list[JSON], tail: str) -> list[JSON]:
 # ---- the request ----
 
 
-class ResponseWants(NamedTuple):
+class ResponseOptions(NamedTuple):
     """What a response has to mind."""
 
     names: dict[str, str]  # Gemini's names of functions -> the client's
@@ -4095,20 +4097,20 @@ class ResponseWants(NamedTuple):
         return "reasoning.encrypted_content" in self.included
 
 
-def openai_responses_request(body: Fields, setting: Setting) -> Ask:
+def openai_responses_request(body: Fields, context: Context) -> Plan:
     """Responses: https://platform.openai.com/docs/api-reference/responses/create"""
     asked = body.require("model", str)
-    model = model_named(asked, setting)
+    model = model_named(asked, context)
     stream = bool(body.get("stream", bool))
-    history = openai_history(body, model, setting)
+    history = openai_history(body, model, context)
     tools = openai_tools(body, *history.tools)
     mode, allowed = openai_tool_choice(body, "tool_choice", tools)
     text = body.object("text") or Fields({}, "text", body.tracked)
     in_json = json_answer(openai_response_format(text, "format"), tools, model)
     effort, summary = openai_reasoning(body)
-    shown = summary is not None or (setting.ollama and effort != "none")
+    shown = summary is not None or (context.ollama and effort != "none")
     config = {
-        **openai_sampling(body, model, openai_limit(body, "max_output_tokens", setting), setting),
+        **openai_sampling(body, model, openai_limit(body, "max_output_tokens", context), context),
         **openai_thinking(body, "reasoning.effort", model, effort, shown),
         **in_json.config,
     }
@@ -4127,7 +4129,7 @@ def openai_responses_request(body: Fields, setting: Setting) -> Ask:
         "reasoning": {"effort": effort, "summary": summary},
         "service_tier": fields.get("serviceTier", "default"),
     }
-    wants = ResponseWants(
+    options = ResponseOptions(
         names=tools.names,
         custom=tools.custom,
         spaces=tools.spaces,
@@ -4138,10 +4140,10 @@ def openai_responses_request(body: Fields, setting: Setting) -> Ask:
         summary=shown or config.get("thinkingConfig", {}).get("includeThoughts", False),
         included=openai_included(body),
     )
-    return Ask((call,), stream, wants, asked)
+    return Plan((call,), stream, options, asked)
 
 
-def openai_history(body: Fields, model: Model, setting: Setting) -> History:
+def openai_history(body: Fields, model: Model, context: Context) -> History:
     """The conversation: the earlier responses, whose instructions do not count any more, and then the input."""
     for key, kinds in (("conversation", (str, dict)), ("prompt", (dict,))):
         if body.data.get(key) and type(body.data[key]) in kinds:
@@ -4158,9 +4160,9 @@ def openai_history(body: Fields, model: Model, setting: Setting) -> History:
             path="input",
         )
     history = History(
-        model, setting, [text_part(instructions)] if instructions else [], [], {}, [], {}
+        model, context, [text_part(instructions)] if instructions else [], [], {}, [], {}
     )
-    for i, item in enumerate(openai_past(previous, setting)):
+    for i, item in enumerate(openai_past(previous, context)):
         openai_item(Fields(item, f"previous_response_id[{i}]"), history)
     if type(told) is str:
         history.contents.append(user_turn(text_part(told)))
@@ -4267,7 +4269,7 @@ class Reply:
     """
 
     def __init__(self, exchange: Exchange):
-        self.exchange, self.wants, self.count = exchange, exchange.wants, 0
+        self.exchange, self.options, self.count = exchange, exchange.options, 0
         id = exchange.new_id("resp_")
         self.tail = id.partition("_")[2]  # which every item's id has in it
         self.output: list[JSON] = []
@@ -4279,7 +4281,7 @@ class Reply:
             "status": "in_progress",
             "error": None,
             "incomplete_details": None,
-            **self.wants.echo,
+            **self.options.echo,
             "output": self.output,
             "usage": None,
         }
@@ -4379,10 +4381,10 @@ class Reply:
         }
 
     def call(self, call: Call) -> Iterator[JSON]:
-        name = self.wants.names.get(call.name, call.name)
-        space = self.wants.spaces.get(name)
+        name = self.options.names.get(call.name, call.name)
+        space = self.options.spaces.get(name)
         short = name[len(space) + 1 :] if space else name
-        if name in self.wants.custom:
+        if name in self.options.custom:
             kind, prefix, key, value, more = (
                 "custom_tool_call",
                 "ctc_",
@@ -4419,7 +4421,7 @@ class Reply:
     def search(self, end: End) -> Iterator[JSON]:
         """What Gemini looked for. It tells so at its end only, so this comes after the message that rests on it."""
         action = {"type": "search", "query": end.queries[0], "queries": list(end.queries)}
-        if "web_search_call.action.sources" in self.wants.included:
+        if "web_search_call.action.sources" in self.options.included:
             urls = dict.fromkeys(citation.url for citation in end.citations)
             action["sources"] = [{"type": "url", "url": url} for url in urls]
         yield self.add(
@@ -4431,7 +4433,7 @@ class Reply:
 
     def finish(self, end: End, calls: list[Call]) -> Iterator[JSON]:
         """The rest: citations, the calls after the signatures that belong to them, and how it all ended."""
-        seal = sealed(calls, self.exchange.ask.calls[0].model) if self.wants.sealed else None
+        seal = sealed(calls, self.exchange.plan.calls[0].model) if self.options.sealed else None
         status, more = openai_end(end)
         if seal and self.open is FORMS["reasoning"]:
             yield from self.close(encrypted_content=seal)
@@ -4490,8 +4492,8 @@ class Reply:
         )
         if self.response["store"]:
             store, items = (
-                self.exchange.setting.store,
-                openai_kept_items(self.wants.items, self.tail),
+                self.exchange.context.store,
+                openai_kept_items(self.options.items, self.tail),
             )
             store("input:" + self.response["id"], encode_json(items))
             store("response:" + self.response["id"], encode_json(self.response))
@@ -4519,7 +4521,7 @@ def openai_responses_stream(
         if not reply.count:
             yield from reply.begin()
         if type(event) is Text:
-            if not event.thought or exchange.wants.summary:
+            if not event.thought or exchange.options.summary:
                 yield from reply.say("reasoning" if event.thought else "message", event.text)
         elif type(event) is Call:
             calls.append(event)
@@ -4554,38 +4556,38 @@ def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[JSON
 # ---- what a request would cost, and what becomes of a response ----
 
 
-def openai_input_tokens_request(body: Fields, setting: Setting) -> Ask:
+def openai_input_tokens_request(body: Fields, context: Context) -> Plan:
     """The tokens of a request that is not made: /v1/responses/input_tokens takes the same body."""
-    ask = openai_responses_request(body, setting)
-    return ask._replace(calls=(count_call(ask.calls[0]),), stream=False)
+    plan = openai_responses_request(body, context)
+    return plan._replace(calls=(count_call(plan.calls[0]),), stream=False)
 
 
 def openai_input_tokens_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     return {"object": "response.input_tokens", "input_tokens": read_count(answers)}
 
 
-def openai_kept_request(body: Fields, setting: Setting) -> Ask:
+def openai_kept_request(body: Fields, context: Context) -> Plan:
     """A response that was kept; OpenAI's 404 where it is not there (any more)."""
-    id = setting.params["id"]
-    told = openai_recalled("response", id, setting)
+    id = context.params["id"]
+    told = openai_recalled("response", id, context)
     if told is None:
         raise ProxyError(404, f"Response with id '{id[:80]}' not found.")
-    if setting.query.get("stream") == "true":
+    if context.query.get("stream") == "true":
         raise wrong_value(
             "stream",
             "Invalid value for 'stream': only a response that is under way could be streamed.",
         )
-    return Ask(wants=told)
+    return Plan(options=told)
 
 
 def openai_kept_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    return exchange.wants
+    return exchange.options
 
 
 def openai_forget_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    id = exchange.wants["id"]
+    id = exchange.options["id"]
     for kind in ("response", "input"):
-        exchange.setting.keep(f"{kind}:{id}", "")
+        exchange.context.keep(f"{kind}:{id}", "")
     return {"id": id, "object": "response", "deleted": True}
 
 
@@ -4595,8 +4597,8 @@ def openai_cancel_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]
 
 def openai_input_items_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     """A page of a response's own input, the newest first unless the client wants it otherwise."""
-    query = exchange.setting.query
-    items = openai_recalled("input", exchange.wants["id"], exchange.setting) or []
+    query = exchange.context.query
+    items = openai_recalled("input", exchange.options["id"], exchange.context) or []
     items = items if query.get("order") == "asc" else items[::-1]
     limit = query.get("limit", "20")
     if not re.fullmatch(r"[1-9]\d?|100", limit, re.ASCII):
@@ -4733,19 +4735,19 @@ def tagged(name: str) -> str:
     return name if ":" in name else name + ":latest"
 
 
-def ollama_asked(body: Fields, setting: Setting, missing: ProxyError) -> tuple[str, Model, Recipe]:
+def ollama_asked(body: Fields, context: Context, missing: ProxyError) -> tuple[str, Model, Recipe]:
     """(the model as the client spelt it, Gemini's model, the recipe)."""
     asked = body.get("model", str)
     if not asked:
         raise missing
-    return asked, model_named(asked, setting), recipe_named(asked, setting)
+    return asked, model_named(asked, context), recipe_named(asked, context)
 
 
 def model_required() -> ProxyError:
     return ProxyError(400, "model is required", path="model")
 
 
-class OllamaWants(NamedTuple):
+class OllamaOptions(NamedTuple):
     """What a chat's or a prompt's reply has to mind."""
 
     names: dict[str, str] = {}  # Gemini's names of functions -> the client's
@@ -4867,29 +4869,32 @@ def ollama_images(fields: Fields) -> list[Part]:
     return [media_part(image, None, f"{path}[{i}]", "x.jpeg") for i, image in enumerate(images)]
 
 
-def ollama_wants(body: Fields, asked: str, **more: Any) -> OllamaWants:
-    return OllamaWants(name=plain_name(asked, True), lasts=ollama_keep_alive(body), **more)
+def ollama_chat_options(body: Fields, asked: str, **more: Any) -> OllamaOptions:
+    return OllamaOptions(name=plain_name(asked, True), lasts=ollama_keep_alive(body), **more)
 
 
-def ollama_load(body: Fields, asked: str) -> Ask:
+def ollama_load(body: Fields, asked: str) -> Plan:
     """Nothing is asked: the model is to be loaded, or with keep_alive 0 to be dropped. It must exist."""
-    wants = ollama_wants(body, asked)
+    options = ollama_chat_options(body, asked)
     body.mark_read(*body.data)
-    return Ask(
-        (MODELS_CALL,), False, wants._replace(loading="load" if wants.lasts else "unload"), asked
+    return Plan(
+        (MODELS_CALL,),
+        False,
+        options._replace(loading="load" if options.lasts else "unload"),
+        asked,
     )
 
 
 def ollama_loaded(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     """The end of a load or an unload."""
-    ollama_known(exchange.model, answers, exchange.setting)
+    ollama_known(exchange.model, answers, exchange.context)
     ollama_used(exchange)
-    return {**ollama_base(exchange), "done": True, "done_reason": exchange.wants.loading}
+    return {**ollama_base(exchange), "done": True, "done_reason": exchange.options.loading}
 
 
-def ollama_known(asked: str, answers: Iterator[Iterator[JSON]], setting: Setting) -> JSON:
+def ollama_known(asked: str, answers: Iterator[Iterator[JSON]], context: Context) -> JSON:
     """Gemini's entry for the model that a client means; a 404 if there is none."""
-    entry = usable_models(answers, setting).get(model_named(asked, setting).name)
+    entry = usable_models(answers, context).get(model_named(asked, context).name)
     if entry is None:
         raise no_such_model(asked)
     return entry
@@ -4900,11 +4905,11 @@ MOST_LOADED = 100  # models that are counted as loaded
 
 def ollama_used(exchange: Exchange) -> None:
     """Count the model as loaded, for as long as keep_alive says."""
-    wants, loaded = exchange.wants, exchange.setting.loaded
-    if wants.lasts > 0:
-        loaded[wants.name] = exchange.now() + wants.lasts
+    options, loaded = exchange.options, exchange.context.loaded
+    if options.lasts > 0:
+        loaded[options.name] = exchange.now() + options.lasts
     else:
-        loaded.pop(wants.name, None)
+        loaded.pop(options.name, None)
     for name in list(loaded)[:-MOST_LOADED]:  # a copy, for other requests change it too
         loaded.pop(name, None)
 
@@ -4939,14 +4944,14 @@ def ollama_metrics(exchange: Exchange, first: float | None, end: End) -> JSON:
     }
 
 
-def ollama_call(call: Call, index: int, wants: OllamaWants) -> JSON:
+def ollama_call(call: Call, index: int, options: OllamaOptions) -> JSON:
     """A call; some clients read the index beside the function, others inside."""
     return {
         "id": call.id,
         "index": index,
         "function": {
             "index": index,
-            "name": wants.names.get(call.name, call.name),
+            "name": options.names.get(call.name, call.name),
             "arguments": call.args,
         },
     }
@@ -4963,7 +4968,7 @@ def ollama_events(
             if kind is Text:
                 yield {"thinking" if event.thought else "content": event.text}, None
             elif kind is Call:
-                yield {"tool_calls": [ollama_call(event, count, exchange.wants)]}, None
+                yield {"tool_calls": [ollama_call(event, count, exchange.options)]}, None
                 count += 1
             elif kind is Media:
                 picture = event.mime.startswith("image/")
@@ -4985,9 +4990,9 @@ def ollama_sum(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> tuple[J
 # ---- chat ----
 
 
-def ollama_chat_request(body: Fields, setting: Setting) -> Ask:
+def ollama_chat_request(body: Fields, context: Context) -> Plan:
     """Chat: https://docs.ollama.com/api/chat"""
-    asked, model, recipe = ollama_asked(body, setting, model_required())
+    asked, model, recipe = ollama_asked(body, context, model_required())
     messages = body.objects("messages")
     if not messages:
         return ollama_load(body, asked)
@@ -5013,7 +5018,7 @@ def ollama_chat_request(body: Fields, setting: Setting) -> Ask:
             contents.append(
                 user_turn(*openai_parts(message, "content", model), *ollama_images(message))
             )
-    return ollama_ask(body, asked, model, recipe, stream, system, contents)
+    return ollama_plan(body, asked, model, recipe, stream, system, contents)
 
 
 def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
@@ -5037,7 +5042,7 @@ def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
     return parts
 
 
-def ollama_ask(
+def ollama_plan(
     body: Fields,
     asked: str,
     model: Model,
@@ -5045,7 +5050,7 @@ def ollama_ask(
     stream: bool,
     system: list[Part],
     contents: list[JSON],
-) -> Ask:
+) -> Plan:
     """The call for a chat or a prompt, with all that both may set."""
     tools = openai_tools(body)
     in_json = json_answer(ollama_format(body), tools, model)
@@ -5058,16 +5063,16 @@ def ollama_ask(
         config,
         **tool_fields(tools, None, [], body, model),
     )
-    return Ask(
+    return Plan(
         (call,),
         stream,
-        ollama_wants(body, asked, names=tools.names, unfence=in_json.unfence),
+        ollama_chat_options(body, asked, names=tools.names, unfence=in_json.unfence),
         asked,
     )
 
 
 def ollama_chat_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    if exchange.wants.loading:
+    if exchange.options.loading:
         return {**ollama_loaded(exchange, answers), "message": {"role": "assistant", "content": ""}}
     message, end = ollama_sum(exchange, answers)
     return {
@@ -5098,9 +5103,9 @@ def ollama_chat_beat(exchange: Exchange) -> JSON:
 # ---- generate ----
 
 
-def ollama_generate_request(body: Fields, setting: Setting) -> Ask:
+def ollama_generate_request(body: Fields, context: Context) -> Plan:
     """Generate: https://docs.ollama.com/api/generate"""
-    asked, model, recipe = ollama_asked(body, setting, no_such_model(""))
+    asked, model, recipe = ollama_asked(body, context, no_such_model(""))
     prompt, suffix, system = (body.get(key, str) or "" for key in ("prompt", "suffix", "system"))
     raw, images = body.get("raw", bool), ollama_images(body)
     if raw and (system or body.get("template", str) or body.get("context", list)):
@@ -5111,7 +5116,7 @@ def ollama_generate_request(body: Fields, setting: Setting) -> Ask:
     system = "" if raw else system or recipe.system
     if suffix:
         system, prompt = gap_instruction(system), gap_prompt(prompt, suffix)
-    return ollama_ask(
+    return ollama_plan(
         body,
         asked,
         model,
@@ -5123,7 +5128,7 @@ def ollama_generate_request(body: Fields, setting: Setting) -> Ask:
 
 
 def ollama_generate_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    if exchange.wants.loading:
+    if exchange.options.loading:
         return {**ollama_loaded(exchange, answers), "response": ""}
     message, end = ollama_sum(exchange, answers)
     return {
@@ -5159,9 +5164,9 @@ def ollama_generate_beat(exchange: Exchange) -> JSON:
 # ---- embeddings ----
 
 
-def ollama_embed_request(body: Fields, setting: Setting) -> Ask:
+def ollama_embed_request(body: Fields, context: Context) -> Plan:
     """Embed: https://docs.ollama.com/api/embed"""
-    asked, model, _ = ollama_asked(body, setting, no_such_model(""))
+    asked, model, _ = ollama_asked(body, context, no_such_model(""))
     value = body.data.get("input")
     body.read.add("input")
     if type(value) not in (str, list, type(None)):
@@ -5177,11 +5182,11 @@ def ollama_embed_request(body: Fields, setting: Setting) -> Ask:
     calls = (
         embed_calls(model, [text or " " for text in texts], dimensions) if texts else ()
     )  # Gemini takes no empty text
-    return Ask(calls, False, EmbedWants(len(texts)), asked)
+    return Plan(calls, False, EmbedOptions(len(texts)), asked)
 
 
 def ollama_embed_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    if not exchange.wants.count:
+    if not exchange.options.count:
         return {"model": exchange.model, "embeddings": []}
     vectors = read_vectors(answers, exchange)
     total = max(1, int((exchange.now() - exchange.created) * 1e9))
@@ -5194,21 +5199,21 @@ def ollama_embed_response(exchange: Exchange, answers: Iterator[Iterator[JSON]])
     }
 
 
-def ollama_embeddings_request(body: Fields, setting: Setting) -> Ask:
+def ollama_embeddings_request(body: Fields, context: Context) -> Plan:
     """The older call: one prompt, one vector."""
-    asked, model, _ = ollama_asked(body, setting, model_required())
+    asked, model, _ = ollama_asked(body, context, model_required())
     prompt = body.get("prompt", str)
     ollama_keep_alive(body)
-    return Ask(
+    return Plan(
         embed_calls(model, [prompt], None) if prompt else (),
         False,
-        EmbedWants(1 if prompt else 0),
+        EmbedOptions(1 if prompt else 0),
         asked,
     )
 
 
 def ollama_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    return {"embedding": read_vectors(answers, exchange)[0] if exchange.wants.count else []}
+    return {"embedding": read_vectors(answers, exchange)[0] if exchange.options.count else []}
 
 
 # ---- the models ----
@@ -5264,12 +5269,12 @@ def ollama_entry(name: str, entry: JSON) -> JSON:
     }
 
 
-def ollama_models_request(body: Fields, setting: Setting) -> Ask:
-    return Ask((MODELS_CALL,))
+def ollama_models_request(body: Fields, context: Context) -> Plan:
+    return Plan((MODELS_CALL,))
 
 
 def ollama_tags_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    models = usable_models(answers, exchange.setting)
+    models = usable_models(answers, exchange.context)
     return {
         "models": [
             ollama_entry(name, entry) for name, entry in models.items() if not UNLISTED.search(name)
@@ -5277,7 +5282,7 @@ def ollama_tags_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
     }
 
 
-class ManageWants(NamedTuple):
+class ManageOptions(NamedTuple):
     """What is to be done about a model."""
 
     name: str = ""
@@ -5295,10 +5300,12 @@ def ollama_managed(body: Fields, *keys: str) -> str:
     return name
 
 
-def ollama_show_request(body: Fields, setting: Setting) -> Ask:
+def ollama_show_request(body: Fields, context: Context) -> Plan:
     name = ollama_managed(body)
     body.mark_read("options")
-    return Ask((MODELS_CALL,), False, ManageWants(name, recipe=recipe_named(name, setting)), name)
+    return Plan(
+        (MODELS_CALL,), False, ManageOptions(name, recipe=recipe_named(name, context)), name
+    )
 
 
 # Clients look into it for what a model can do: for the word "tools", and for .Suffix.
@@ -5307,9 +5314,9 @@ OLLAMA_TEMPLATE = "{{ if .Suffix }}{{ .Suffix }}{{ end }}{{ if .Tools }}tools{{ 
 
 def ollama_show_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     """What clients decide by: capabilities, and the context length under exactly one key."""
-    asked, recipe = exchange.wants.name, exchange.wants.recipe
+    asked, recipe = exchange.options.name, exchange.options.recipe
     try:
-        entry = ollama_known(asked, answers, exchange.setting)
+        entry = ollama_known(asked, answers, exchange.context)
     except ProxyError as error:
         error.model = tagged(asked)  # so Ollama says
         raise
@@ -5339,16 +5346,16 @@ def ollama_show_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
     }
 
 
-def ollama_ps_request(body: Fields, setting: Setting) -> Ask:
-    return Ask((MODELS_CALL,) if setting.loaded else ())
+def ollama_ps_request(body: Fields, context: Context) -> Plan:
+    return Plan((MODELS_CALL,) if context.loaded else ())
 
 
 def ollama_ps_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     """The models that were used lately, the one that stays longest first."""
-    loaded, now = exchange.setting.loaded, exchange.now()
+    loaded, now = exchange.context.loaded, exchange.now()
     for name in [name for name, until in list(loaded.items()) if until <= now]:
         loaded.pop(name, None)
-    models = usable_models(answers, exchange.setting) if loaded else {}
+    models = usable_models(answers, exchange.context) if loaded else {}
     shown = [
         (until, ollama_entry(name, models[name]))
         for name, until in list(loaded.items())
@@ -5367,16 +5374,16 @@ def ollama_ps_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) ->
     }
 
 
-def ollama_pull_request(body: Fields, setting: Setting) -> Ask:
+def ollama_pull_request(body: Fields, context: Context) -> Plan:
     name = ollama_managed(body)
-    return Ask((MODELS_CALL,), body.get("stream", bool) is not False, ManageWants(name), name)
+    return Plan((MODELS_CALL,), body.get("stream", bool) is not False, ManageOptions(name), name)
 
 
 def ollama_pull_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
     """Nothing is downloaded; programs wait for "success"."""
-    models = usable_models(answers, exchange.setting)
+    models = usable_models(answers, exchange.context)
     yield {"status": "pulling manifest"}
-    if model_named(exchange.wants.name, exchange.setting).name not in models:
+    if model_named(exchange.options.name, exchange.context).name not in models:
         raise ProxyError(500, "pull model manifest: file does not exist")
     yield from (
         {"status": status} for status in ("verifying sha256 digest", "writing manifest", "success")
@@ -5387,21 +5394,21 @@ def ollama_pull_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
     return list(ollama_pull_stream(exchange, answers))[-1]
 
 
-def ollama_copy_request(body: Fields, setting: Setting) -> Ask:
+def ollama_copy_request(body: Fields, context: Context) -> Plan:
     source, to = ollama_managed(body, "source"), ollama_managed(body, "destination")
-    return Ask(
-        (MODELS_CALL,), False, ManageWants(source, to, recipe_named(source, setting)), source
+    return Plan(
+        (MODELS_CALL,), False, ManageOptions(source, to, recipe_named(source, context)), source
     )
 
 
 def ollama_copy_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Payload:
-    wants = exchange.wants
-    source = model_named(wants.name, exchange.setting).name
-    models = usable_models(answers, exchange.setting)
+    options = exchange.options
+    source = model_named(options.name, exchange.context).name
+    models = usable_models(answers, exchange.context)
     if source not in models:
-        raise ProxyError(404, f"model {json.dumps(wants.name[:200])} not found")
+        raise ProxyError(404, f"model {json.dumps(options.name[:200])} not found")
     ollama_keep_recipe(
-        exchange, plain_name(wants.to, True), wants.recipe._replace(source=source), models
+        exchange, plain_name(options.to, True), options.recipe._replace(source=source), models
     )
     return Payload(b"")
 
@@ -5416,20 +5423,20 @@ def ollama_keep_recipe(
     exchange: Exchange, name: str, recipe: Recipe, models: dict[str, JSON]
 ) -> None:
     """Remember another name for a model. A name of Gemini's own stays Gemini's."""
-    setting, text = exchange.setting, json.dumps(recipe._asdict())
-    known = setting.recall("model:" + name)
+    context, text = exchange.context, json.dumps(recipe._asdict())
+    known = context.recall("model:" + name)
     if name in models and not known or not re.fullmatch(r"[\w.:/-]{1,200}", name, re.A):
         raise ProxyError(
             400, f"the name {json.dumps(name[:200])} is taken, or is not a valid model name"
         )
-    if len(text) > MOST_RECIPE or len(setting.kept()) >= MOST_RECIPES and not known:
+    if len(text) > MOST_RECIPE or len(context.kept()) >= MOST_RECIPES and not known:
         raise ProxyError(
             400, "there is no room for this model: what it says is too long, or there are too many"
         )
-    setting.keep("model:" + name, text)
+    context.keep("model:" + name, text)
 
 
-def ollama_create_request(body: Fields, setting: Setting) -> Ask:
+def ollama_create_request(body: Fields, context: Context) -> Plan:
     """A model `from` one of Gemini's, with `system` and `parameters` of its own; there are no weights to build from."""
     name, source = ollama_managed(body), body.get("from", str)
     if not source or body.get("files", dict) or body.get("adapters", dict):
@@ -5439,8 +5446,8 @@ def ollama_create_request(body: Fields, setting: Setting) -> Ask:
             path="from",
         )
     model, old, system = (
-        model_named(source, setting),
-        recipe_named(source, setting),
+        model_named(source, context),
+        recipe_named(source, context),
         body.get("system", str),
     )
     parameters = body.object("parameters") or Fields({}, "parameters", body.tracked)
@@ -5448,19 +5455,19 @@ def ollama_create_request(body: Fields, setting: Setting) -> Ask:
     recipe = Recipe(
         model.name, old.system if system is None else system, {**old.options, **parameters.data}
     )
-    return Ask(
+    return Plan(
         (MODELS_CALL,),
         body.get("stream", bool) is not False,
-        ManageWants(name, recipe=recipe),
+        ManageOptions(name, recipe=recipe),
         name,
     )
 
 
 def ollama_create_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
-    wants, models = exchange.wants, usable_models(answers, exchange.setting)
-    if wants.recipe.source not in models:
-        raise no_such_model(wants.recipe.source)
-    ollama_keep_recipe(exchange, plain_name(wants.name, True), wants.recipe, models)
+    options, models = exchange.options, usable_models(answers, exchange.context)
+    if options.recipe.source not in models:
+        raise no_such_model(options.recipe.source)
+    ollama_keep_recipe(exchange, plain_name(options.name, True), options.recipe, models)
     yield from (
         {"status": status} for status in ("creating new layer", "writing manifest", "success")
     )
@@ -5470,21 +5477,23 @@ def ollama_create_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]
     return list(ollama_create_stream(exchange, answers))[-1]
 
 
-def ollama_delete_request(body: Fields, setting: Setting) -> Ask:
+def ollama_delete_request(body: Fields, context: Context) -> Plan:
     name = ollama_managed(body)
-    return Ask((MODELS_CALL,), False, ManageWants(name, recipe=recipe_named(name, setting)), name)
+    return Plan(
+        (MODELS_CALL,), False, ManageOptions(name, recipe=recipe_named(name, context)), name
+    )
 
 
 def ollama_delete_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Payload:
-    wants = exchange.wants
-    if wants.recipe.source:
-        exchange.setting.keep("model:" + plain_name(wants.name, True), "")
+    options = exchange.options
+    if options.recipe.source:
+        exchange.context.keep("model:" + plain_name(options.name, True), "")
         return Payload(b"")
-    if plain_name(wants.name, True) in usable_models(answers, exchange.setting):
+    if plain_name(options.name, True) in usable_models(answers, exchange.context):
         raise ProxyError(
-            403, f"model '{wants.name[:200]}' is Google's and cannot be deleted from here"
+            403, f"model '{options.name[:200]}' is Google's and cannot be deleted from here"
         )
-    raise no_such_model(wants.name)
+    raise no_such_model(options.name)
 
 
 # ---- the rest ----
@@ -5492,17 +5501,17 @@ def ollama_delete_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]
 
 def says(
     value: Any,
-) -> tuple[Callable[[Fields, Setting], Ask], Callable[[Exchange, Iterator[Iterator[JSON]]], Any]]:
+) -> tuple[Callable[[Fields, Context], Plan], Callable[[Exchange, Iterator[Iterator[JSON]]], Any]]:
     """The request and response functions of a route that always says the same."""
-    return (lambda body, setting: Ask(), lambda exchange, answers: value)
+    return (lambda body, context: Plan(), lambda exchange, answers: value)
 
 
 def refuses(
     status: int, message: str
-) -> tuple[Callable[[Fields, Setting], Ask], Callable[[Exchange, Iterator[Iterator[JSON]]], Any]]:
+) -> tuple[Callable[[Fields, Context], Plan], Callable[[Exchange, Iterator[Iterator[JSON]]], Any]]:
     """The request and response functions of a route that always refuses."""
 
-    def request(body: Fields, setting: Setting) -> Ask:
+    def request(body: Fields, context: Context) -> Plan:
         raise ProxyError(status, message)
 
     return request, lambda exchange, answers: None
@@ -5909,7 +5918,7 @@ def anthropic_tool_choice(body: Fields, tools: Tools) -> tuple[str | None, list[
 MOST_OUTPUT = 65536  # tokens that Gemini's models give at most; those before 2.5 give 8192
 
 
-class AnthropicWants(NamedTuple):
+class AnthropicOptions(NamedTuple):
     """What a message's reply has to mind."""
 
     names: dict[str, str]  # Gemini's names of functions -> the client's
@@ -5918,16 +5927,16 @@ class AnthropicWants(NamedTuple):
     thinking: bool = False  # the client takes thinking blocks, and so signatures in them
 
 
-def anthropic_messages_request(body: Fields, setting: Setting) -> Ask:
+def anthropic_messages_request(body: Fields, context: Context) -> Plan:
     """Messages: https://platform.claude.com/docs/en/api/messages"""
     body.require("max_tokens", int)
-    return anthropic_ask(body, setting, bool(body.get("stream", bool)))
+    return anthropic_plan(body, context, bool(body.get("stream", bool)))
 
 
-def anthropic_ask(body: Fields, setting: Setting, stream: bool = False) -> Ask:
+def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan:
     """The call for a message, or for one to be counted."""
     asked = body.require("model", str)
-    model = model_named(asked, setting)
+    model = model_named(asked, context)
     if not body.require("messages", list):
         raise wrong_value("messages", "messages: at least one message is required")
     anthropic_thread(body)
@@ -5948,8 +5957,8 @@ def anthropic_ask(body: Fields, setting: Setting, stream: bool = False) -> Ask:
         {**config, **thinking, **in_json.config},
         **tool_fields(tools, mode, allowed, body, model),
     )
-    return Ask(
-        (call,), stream, AnthropicWants(tools.names, one_call, in_json.unfence, thoughts), asked
+    return Plan(
+        (call,), stream, AnthropicOptions(tools.names, one_call, in_json.unfence, thoughts), asked
     )
 
 
@@ -6066,7 +6075,7 @@ def anthropic_pieces(
 
     A signature rides in the thinking block before its call, where the client takes one: it must send that back.
     """
-    wants, said = exchange.wants, []
+    options, said = exchange.options, []
     for event in events:
         kind = type(event)
         if kind is Text and event.thought:
@@ -6077,12 +6086,12 @@ def anthropic_pieces(
         elif kind is Media:
             yield TEXT_BLOCK, {"type": "text_delta", "text": media_note(event)}
         elif kind is Call:
-            if event.signature and wants.thinking:
+            if event.signature and options.thinking:
                 yield THINKING_BLOCK, {"type": "signature_delta", "signature": event.signature}
             block = {
                 "type": "tool_use",
                 "id": event.id,
-                "name": wants.names.get(event.name, event.name),
+                "name": options.names.get(event.name, event.name),
                 "input": {},
             }
             yield block, {"type": "input_json_delta", "partial_json": encode_json(event.args)}
@@ -6206,10 +6215,10 @@ def anthropic_grow(block: JSON, delta: JSON) -> None:
 # ---- counting ----
 
 
-def anthropic_count_request(body: Fields, setting: Setting) -> Ask:
+def anthropic_count_request(body: Fields, context: Context) -> Plan:
     """Count tokens: https://platform.claude.com/docs/en/api/messages-count-tokens"""
-    ask = anthropic_ask(body, setting)
-    return ask._replace(calls=(count_call(ask.calls[0]),))
+    plan = anthropic_plan(body, context)
+    return plan._replace(calls=(count_call(plan.calls[0]),))
 
 
 def anthropic_count_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
@@ -6311,14 +6320,14 @@ def seasoned(call: GeminiCall, recipe: Recipe) -> GeminiCall:
 def with_recipes(protocol: Protocol) -> Protocol:
     """The protocol on an Ollama server, where clients make models of their own and use them everywhere."""
 
-    def heeds(request: Callable[[Fields, Setting], Ask]) -> Callable[[Fields, Setting], Ask]:
-        def seasoned_request(body: Fields, setting: Setting) -> Ask:
-            ask = request(body, setting)
-            recipe = recipe_named(ask.model, setting)
+    def heeds(request: Callable[[Fields, Context], Plan]) -> Callable[[Fields, Context], Plan]:
+        def seasoned_request(body: Fields, context: Context) -> Plan:
+            plan = request(body, context)
+            recipe = recipe_named(plan.model, context)
             return (
-                ask._replace(calls=tuple(seasoned(call, recipe) for call in ask.calls))
+                plan._replace(calls=tuple(seasoned(call, recipe) for call in plan.calls))
                 if recipe.source
-                else ask
+                else plan
             )
 
         return seasoned_request
@@ -7203,7 +7212,7 @@ class Gemini:
         )  # and no other: no redirect is followed, and a refusal is an answer
         self.models: dict[str, tuple[float, list[JSON]]] = {}  # by key
 
-    def ask(self, calls: Iterable[GeminiCall], watch: Watch, key: str) -> Answers:
+    def call(self, calls: Iterable[GeminiCall], watch: Watch, key: str) -> Answers:
         return Answers(self, calls, watch, key)
 
     def signed(self, call: GeminiCall, key: str) -> GeminiCall:
@@ -7757,26 +7766,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
             found.route.failure,
         )
         self.key = self.gemini_key()
-        setting = server.setting_for(self.key)
+        context = server.context_for(self.key)
         if found.params or query:
-            setting = setting._replace(
+            context = context._replace(
                 params=found.params, query=dict(urllib.parse.parse_qsl(query))
             )
         try:
             body = self.read_fields(found.route)
-            ask = found.route.request(body, setting)
+            plan = found.route.request(body, context)
         except RecursionError:
             raise nested_too_deeply() from None
-        self.ignored, self.framing = body.ignored(), ask.framing or found.route.framing
+        self.ignored, self.framing = body.ignored(), plan.framing or found.route.framing
         body.tracked.clear()  # or they keep each other, and a large body, until the collector comes by
         self.exchange = Exchange(
-            ask, setting, lambda calls: server.gemini.remember(ask.calls[0], self.key, calls)
+            plan, context, lambda calls: server.gemini.remember(plan.calls[0], self.key, calls)
         )
-        beats = ask.stream and (found.route.beat or self.framing.beat)
+        beats = plan.stream and (found.route.beat or self.framing.beat)
         beat = functools.partial(self.beat, found.route) if beats else None
         self.watch = Watch(self.connection, server.config.timeout, server.stopping, beat)
-        with server.gemini.ask(ask.calls, self.watch, self.key) as self.answers:
-            if ask.stream:
+        with server.gemini.call(plan.calls, self.watch, self.key) as self.answers:
+            if plan.stream:
                 self.send_stream(found.route.stream(self.exchange, iter(self.answers)))
             else:
                 self.send_answer(found.route.response(self.exchange, iter(self.answers)))
@@ -7819,7 +7828,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 names = [
                     get_or_empty(entry, "name", str) for chunk in lists for entry in chunk["models"]
                 ]
-                error.listed = model_named(error.model, self.exchange.setting).path in names
+                error.listed = model_named(error.model, self.exchange.context).path in names
 
     def fail(self, error: ProxyError) -> None:
         """Tell an error: as an answer, or in mid-stream as the last event."""
@@ -7983,7 +7992,7 @@ class Server(http.server.ThreadingHTTPServer):
             [*dict.fromkeys(routes), *("GET " + path for path in self.own_pages)], config.workers
         )
         self.gemini = Gemini(config.upstream, config.state, self.metrics.add)
-        self.setting_for = functools.lru_cache(maxsize=64)(self.make_setting)  # by Gemini key
+        self.context_for = functools.lru_cache(maxsize=64)(self.make_context)  # by Gemini key
         self.loaded: dict[str, float] = {}
         self.handlers: set[Handler] = set()  # one for each connection
         self.newcomers: set[socket.socket] = set()  # those whose handler has not begun yet
@@ -8020,12 +8029,12 @@ class Server(http.server.ThreadingHTTPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
 
-    def make_setting(self, key: str) -> Setting:
+    def make_context(self, key: str) -> Context:
         """What requests with this Gemini key may depend on. With -client-keys, each has a memory of its own."""
         memory, shelf = self.gemini.memory, scope_of(key) + ":" if self.config.client_keys else ""
         ollama = self.config.api == "ollama"
         aliases = tuple((plain_name(name, True), to) for name, to in self.config.aliases)
-        return Setting(
+        return Context(
             aliases if ollama else self.config.aliases,
             ollama,
             time.time,

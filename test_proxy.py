@@ -523,7 +523,7 @@ from pathlib import Path
 import pytest
 
 import proxy_to_gemini as proxy
-from proxy_to_gemini import Call, End, Exchange, Fields, ProxyError, Setting, Text, Usage
+from proxy_to_gemini import Call, End, Exchange, Fields, ProxyError, Context, Text, Usage
 
 HERE = Path(__file__).resolve().parent
 FLASH, NEWEST, EMBEDDER = "gemini-2.5-flash", "gemini-3.8-flash", "gemini-embedding-001"
@@ -565,14 +565,14 @@ def function(name, **properties):
 WEATHER, CLOCK = function("weather", city="string"), function("clock", city="string")
 
 
-def exchange(ask=None, setting=Setting()):
+def exchange(plan=None, context=Context()):
     """An exchange whose ids count up, at a time that stands still."""
     count = itertools.count(1)
-    setting = setting._replace(
+    context = context._replace(
         now=lambda: 1700000000.5, new_id=lambda prefix: f"{prefix}{next(count)}"
     )
     return Exchange(
-        ask or proxy.Ask(model="m"), setting, lambda calls: [f"call_{next(count)}" for _ in calls]
+        plan or proxy.Plan(model="m"), context, lambda calls: [f"call_{next(count)}" for _ in calls]
     )
 
 
@@ -580,11 +580,11 @@ def chat(*messages, model=FLASH, **more):
     return {"model": model, "messages": list(messages) or [user("Hi")], **more}
 
 
-def asked(body, request=proxy.openai_chat_request, setting=Setting()):
-    """(the Ask, what was ignored) for a body."""
+def asked(body, request=proxy.openai_chat_request, context=Context()):
+    """(the Plan, what was ignored) for a body."""
     fields = Fields(body)
-    ask = request(fields, setting)
-    return ask, fields.ignored()
+    plan = request(fields, context)
+    return plan, fields.ignored()
 
 
 def gemini_body(body, **how):
@@ -611,12 +611,12 @@ def read(*chunks):
     return list(proxy.read_gemini(iter(chunks), exchange()))
 
 
-def respond(body, *answers, setting=Setting()):
+def respond(body, *answers, context=Context()):
     """(the whole answer, the streamed events) to a body, when Gemini says this: a list of chunks for each call."""
-    ask = asked(body, setting=setting)[0]
+    plan = asked(body, context=context)[0]
     return (
-        proxy.openai_chat_response(exchange(ask, setting), map(iter, answers)),
-        list(proxy.openai_chat_stream(exchange(ask, setting), map(iter, answers))),
+        proxy.openai_chat_response(exchange(plan, context), map(iter, answers)),
+        list(proxy.openai_chat_stream(exchange(plan, context), map(iter, answers))),
     )
 
 
@@ -751,7 +751,7 @@ def test_what_is_sent_is_ascii_and_never_nan():
 def test_model_names(asked_for, path):
     assert (
         proxy.model_named(
-            asked_for, Setting(aliases=(("gpt-*", NEWEST), ("gpt-exact", "gemma-4")))
+            asked_for, Context(aliases=(("gpt-*", NEWEST), ("gpt-exact", "gemma-4")))
         ).path
         == path
     )
@@ -784,7 +784,7 @@ def test_model_names(asked_for, path):
 def test_a_name_never_changes_the_url(name):
     for ollama in (False, True):
         with pytest.raises(ProxyError) as caught:
-            proxy.model_named(name, Setting(ollama=ollama))
+            proxy.model_named(name, Context(ollama=ollama))
         assert (caught.value.status, caught.value.code) == (404, "model_not_found")
 
 
@@ -1407,10 +1407,10 @@ def test_a_chat_becomes_a_request():
         max_completion_tokens=100,
         reasoning_effort="low",
     )
-    ask, ignored = asked(body)
+    plan, ignored = asked(body)
     assert (
-        ask.calls[0].path == "models/gemini-3.8-flash:generateContent"
-        and not ask.stream
+        plan.calls[0].path == "models/gemini-3.8-flash:generateContent"
+        and not plan.stream
         and ignored == []
     )
     assert gemini_body(body) == {
@@ -1583,9 +1583,9 @@ def test_googles_own_settings_in_camel_case_and_beside_an_empty_extra_body():
 def test_what_a_schema_is_for_reaches_the_model():
     schema = {"type": "object", "properties": {"a": {"type": "string"}}}
     named = {"name": "bill", "description": "In EUR", "strict": True, "schema": schema}
-    ask, ignored = asked(chat(response_format={"type": "json_schema", "json_schema": named}))
+    plan, ignored = asked(chat(response_format={"type": "json_schema", "json_schema": named}))
     assert (
-        ask.calls[0].body["generationConfig"]["responseJsonSchema"]
+        plan.calls[0].body["generationConfig"]["responseJsonSchema"]
         == {"description": "In EUR", **schema}
         and not ignored
     )
@@ -1606,9 +1606,9 @@ def test_the_body_of_a_response_sent_to_chats():
         "max_output_tokens": 77,
         "text": {"format": {"type": "json_object"}},
     }
-    ask, ignored = asked(body)
+    plan, ignored = asked(body)
     assert (
-        ask.calls[0].body
+        plan.calls[0].body
         == {
             "contents": [u("Hi")],
             "generationConfig": {"maxOutputTokens": 77, "responseMimeType": "application/json"},
@@ -1618,8 +1618,8 @@ def test_the_body_of_a_response_sent_to_chats():
 
 
 def test_a_named_choice_without_tools_is_ignored():
-    ask, ignored = asked(chat(tool_choice={"type": "function", "function": {"name": "f"}}))
-    assert ignored == ["tool_choice"] and "toolConfig" not in ask.calls[0].body
+    plan, ignored = asked(chat(tool_choice={"type": "function", "function": {"name": "f"}}))
+    assert ignored == ["tool_choice"] and "toolConfig" not in plan.calls[0].body
 
 
 def test_half_an_emoji_goes_to_gemini_as_what_it_takes():
@@ -2058,18 +2058,18 @@ def test_every_script_survives():
 
 
 def embed(body, *answers):
-    ask = asked(body, proxy.openai_embeddings_request)[0]
-    return proxy.openai_embeddings_response(exchange(ask), map(iter, answers))
+    plan = asked(body, proxy.openai_embeddings_request)[0]
+    return proxy.openai_embeddings_response(exchange(plan), map(iter, answers))
 
 
 def test_embeddings():
     body = {"model": EMBEDDER, "input": ["one", "two"], "dimensions": 2}
-    ask = asked(body, proxy.openai_embeddings_request)[0]
-    assert [call.path.partition(":")[2] for call in ask.calls] == [
+    plan = asked(body, proxy.openai_embeddings_request)[0]
+    assert [call.path.partition(":")[2] for call in plan.calls] == [
         "batchEmbedContents",
         "countTokens",
     ]
-    assert ask.calls[0].body["requests"][1] == {
+    assert plan.calls[0].body["requests"][1] == {
         "model": "models/gemini-embedding-001",
         "content": {"parts": [{"text": "two"}]},
         "outputDimensionality": 2,
@@ -2091,16 +2091,16 @@ def test_embeddings():
 
 
 def test_many_texts_go_in_batches_in_order():
-    ask = asked(
+    plan = asked(
         {"model": "gemini-embedding-2", "input": [str(i) for i in range(250)]},
         proxy.openai_embeddings_request,
     )[0]
     sent = [
         request["content"]["parts"][0]["text"]
-        for call in ask.calls
+        for call in plan.calls
         for request in call.body["requests"]
     ]
-    assert [len(call.body["requests"]) for call in ask.calls] == [100, 100, 50] and sent == [
+    assert [len(call.body["requests"]) for call in plan.calls] == [100, 100, 50] and sent == [
         str(i) for i in range(250)
     ]
 
@@ -2135,17 +2135,17 @@ SOUND = blob("audio/L16;codec=pcm;rate=24000", base64.b64encode(SAMPLES_OF_SOUND
 RIFF = proxy.wav_file(SAMPLES_OF_SOUND, 24000)
 
 
-def endpoint(name, body, *answers, setting=Setting()):
+def endpoint(name, body, *answers, context=Context()):
     """(the whole answer, the streamed events) of one of OpenAI's endpoints; the stand-in must find nothing wrong with its calls."""
     route = next(route for route in proxy.OPENAI.routes if route.path == "/v1/" + name)
-    ask = asked(body, route.request, setting)[0]
-    assert [refusal_of("/v1beta/" + call.path, call.body) for call in ask.calls] == [None] * len(
-        ask.calls
+    plan = asked(body, route.request, context)[0]
+    assert [refusal_of("/v1beta/" + call.path, call.body) for call in plan.calls] == [None] * len(
+        plan.calls
     )
-    whole_answer = route.response(exchange(ask, setting), map(iter, answers))
+    whole_answer = route.response(exchange(plan, context), map(iter, answers))
     return whole_answer, list(
-        route.stream(exchange(ask, setting), map(iter, answers))
-    ) if ask.stream else []
+        route.stream(exchange(plan, context), map(iter, answers))
+    ) if plan.stream else []
 
 
 def complete(*answers, **body):
@@ -2273,7 +2273,7 @@ def test_what_cannot_be_completed(path, more):
     ],
 )
 def test_openais_media_models_have_stand_ins(what, name, aliases, model):
-    assert proxy.openai_media_model(name, what, Setting(aliases=aliases)).name == model
+    assert proxy.openai_media_model(name, what, Context(aliases=aliases)).name == model
 
 
 def draw(*answers, **body):
@@ -2456,15 +2456,15 @@ def test_what_speech_asks():
         "speed": 2,
         "response_format": "opus",
     }
-    ask, ignored = asked(body, proxy.openai_speech_request)
-    assert ask.calls[0].body == {
+    plan, ignored = asked(body, proxy.openai_speech_request)
+    assert plan.calls[0].body == {
         "contents": [u("Cheerfully\n\nSay: Hello")],
         "generationConfig": {
             "responseModalities": ["AUDIO"],
             "speechConfig": {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": "Zephyr"}}},
         },
     }
-    assert ignored == ["response_format", "speed"] and not ask.stream
+    assert ignored == ["response_format", "speed"] and not plan.stream
     older = asked(
         {
             **body,
@@ -2669,8 +2669,8 @@ def test_what_a_transcript_asks():
         "timestamp_granularities": ["word"],
         "response_format": "verbose_json",
     }
-    ask, ignored = asked(body, proxy.openai_transcriptions_request)
-    sent = ask.calls[0].body
+    plan, ignored = asked(body, proxy.openai_transcriptions_request)
+    sent = plan.calls[0].body
     assert (
         sent["contents"][0]["parts"][0] == blob("audio/wav", base64.b64encode(RIFF).decode())
         and sent["generationConfig"]["temperature"] == 0.2
@@ -2783,7 +2783,7 @@ def test_bare_sound_on_the_wire(server, gemini):
         Line(server) as line,
         pytest.raises(ValueError),
     ):  # it breaks off: no word of an error among the samples, and no end
-        line.ask("POST", "/v1/audio/speech", body)
+        line.plan("POST", "/v1/audio/speech", body)
     headers = post(server, "/v1/audio/speech", {**body, "response_format": "mp3"})[1]
     assert (headers["content-type"], headers["x-proxy-ignored"]) == ("audio/wav", "response_format")
 
@@ -2802,9 +2802,9 @@ def test_an_ollama_server_lacks_what_ollama_lacks(gemini):
 
 def test_models():
     answers = [[{"models": MODELS}]]
-    setting = Setting(aliases=(("gpt-4o", FLASH), ("gpt-*", FLASH)))
+    context = Context(aliases=(("gpt-4o", FLASH), ("gpt-*", FLASH)))
     listed = proxy.openai_models_response(
-        exchange(asked({}, proxy.openai_models_request, setting)[0], setting), map(iter, answers)
+        exchange(asked({}, proxy.openai_models_request, context)[0], context), map(iter, answers)
     )
     assert [entry["id"] for entry in listed["data"]] == [FLASH, NEWEST, EMBEDDER, "gpt-4o"]
     assert listed["data"][0] == {
@@ -2820,7 +2820,7 @@ def test_models():
         ("gemini-9", False),
         ("veo-3.1", False),
     ):
-        one = setting._replace(params={"model": name})
+        one = context._replace(params={"model": name})
         one = exchange(asked({}, proxy.openai_models_request, one)[0], one)
         if found:
             assert proxy.openai_model_response(one, map(iter, answers))["id"] == name.replace(
@@ -2869,7 +2869,7 @@ SEAL = base64.b64encode(
 def remembering():
     """A setting with a memory."""
     memory = {}
-    return Setting(
+    return Context(
         recall=memory.get,
         store=memory.__setitem__,
         keep=lambda key, text: memory.pop(key),
@@ -2877,23 +2877,23 @@ def remembering():
     )
 
 
-def responding(body, *answers, setting=Setting()):
+def responding(body, *answers, context=Context()):
     """The events of a response, when Gemini says these chunks; their last one is the whole answer."""
-    ask = asked({"model": FLASH, **body}, proxy.openai_responses_request, setting)[0]
-    events = list(proxy.openai_responses_stream(exchange(ask, setting), map(iter, [answers])))
+    plan = asked({"model": FLASH, **body}, proxy.openai_responses_request, context)[0]
+    events = list(proxy.openai_responses_stream(exchange(plan, context), map(iter, [answers])))
     assert (
-        proxy.openai_responses_response(exchange(ask, setting), map(iter, [answers]))
+        proxy.openai_responses_response(exchange(plan, context), map(iter, [answers]))
         == events[-1]["response"]
     )
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     return events
 
 
-def items_to_gemini(*items, setting=Setting(), **more):
+def items_to_gemini(*items, context=Context(), **more):
     return gemini_body(
         {"model": FLASH, "input": list(items), **more},
         request=proxy.openai_responses_request,
-        setting=setting,
+        context=context,
     )
 
 
@@ -3145,7 +3145,7 @@ def test_a_response_that_breaks_off():
         last["response"]["output"][0]["content"][0]["text"],
     ) == ("incomplete", "Hel")
     *_, slow = proxy.openai_responses_failure(
-        exchange(made.ask), ProxyError(429, "Slow.", code="rate_limit_exceeded", again=1.5)
+        exchange(made.plan), ProxyError(429, "Slow.", code="rate_limit_exceeded", again=1.5)
     )
     assert (
         slow["response"]["error"]
@@ -3271,7 +3271,7 @@ def test_what_a_response_cannot_take_is_named():
         {"type": "web_search", "search_context_size": "low"},
         {"type": "code_interpreter", "container": {"type": "auto"}},
     ]
-    ask, ignored = asked(
+    plan, ignored = asked(
         {
             "model": NEWEST,
             "input": items,
@@ -3292,7 +3292,7 @@ def test_what_a_response_cannot_take_is_named():
         "tools[].search_context_size",
         "x",
     ]
-    assert ask.calls[0].body["tools"] == [{"googleSearch": {}}, {"codeExecution": {}}]
+    assert plan.calls[0].body["tools"] == [{"googleSearch": {}}, {"codeExecution": {}}]
     sealed = {"type": "reasoning", "summary": [], "encrypted_content": SEAL}
     for model, named in ((NEWEST, []), (FLASH, ["input[].encrypted_content"])):
         assert (
@@ -3445,11 +3445,11 @@ def test_a_picture_in_a_response():
 
 
 def test_a_response_goes_on_from_what_was_kept():
-    setting = remembering()
+    context = remembering()
     first = responding(
-        {"input": "Who?", "instructions": "Be brief."}, whole("Gem."), setting=setting
+        {"input": "Who?", "instructions": "Be brief."}, whole("Gem."), context=context
     )[-1]["response"]
-    again = items_to_gemini(user("And now?"), previous_response_id=first["id"], setting=setting)
+    again = items_to_gemini(user("And now?"), previous_response_id=first["id"], context=context)
     assert (
         again["contents"] == [u("Who?"), m("Gem."), u("And now?")]
         and "systemInstruction" not in again
@@ -3462,42 +3462,42 @@ def test_a_response_goes_on_from_what_was_kept():
             {"type": "item_reference", "id": "msg_1_i0"},
             reference,
             user("And now?"),
-            setting=setting,
+            context=context,
         )
         assert by_reference["contents"] == again["contents"]
-    kept = proxy.openai_kept_request(Fields({}), setting)
-    assert proxy.openai_kept_response(exchange(kept, setting), iter(())) == first
-    assert proxy.openai_forget_response(exchange(kept, setting), iter(())) == {
+    kept = proxy.openai_kept_request(Fields({}), context)
+    assert proxy.openai_kept_response(exchange(kept, context), iter(())) == first
+    assert proxy.openai_forget_response(exchange(kept, context), iter(())) == {
         "id": first["id"],
         "object": "response",
         "deleted": True,
     }
     with pytest.raises(ProxyError) as caught:
-        proxy.openai_kept_request(Fields({}), setting)
+        proxy.openai_kept_request(Fields({}), context)
     assert caught.value.status == 404
-    assert setting.recall("input:resp_1") is None
+    assert context.recall("input:resp_1") is None
     assert (
         refused(
             {"model": FLASH, "previous_response_id": first["id"]},
-            lambda fields, _: proxy.openai_responses_request(fields, setting),
+            lambda fields, _: proxy.openai_responses_request(fields, context),
         ).code
         == "previous_response_not_found"
     )
     unkept = remembering()
-    responding({"input": "Who?", "store": False}, whole("Gem."), setting=unkept)
+    responding({"input": "Who?", "store": False}, whole("Gem."), context=unkept)
     assert unkept.recall("response:resp_1") is None
 
 
 def test_the_items_of_a_kept_response():
-    setting = remembering()
+    context = remembering()
     responding(
-        {"input": [user("a"), assistant("b", id=None), user("c")]}, whole("d"), setting=setting
+        {"input": [user("a"), assistant("b", id=None), user("c")]}, whole("d"), context=context
     )
-    ask = proxy.openai_kept_request(Fields({}), setting)
+    plan = proxy.openai_kept_request(Fields({}), context)
 
     def page(**query):
         return proxy.openai_input_items_response(
-            exchange(ask, setting._replace(query=query)), iter(())
+            exchange(plan, context._replace(query=query)), iter(())
         )
 
     assert [item["id"] for item in page()["data"]] == ["msg_1_i2", "msg_1_i1", "msg_1_i0"]
@@ -3566,7 +3566,7 @@ def test_thoughts_come_when_they_are_asked_for():
         ] == kinds
     assert [
         item["type"]
-        for item in responding({"input": "Hi"}, whole(thought, "42"), setting=OLLAMA)[-1][
+        for item in responding({"input": "Hi"}, whole(thought, "42"), context=OLLAMA)[-1][
             "response"
         ]["output"]
     ] == ["reasoning", "message"]
@@ -3596,7 +3596,7 @@ def test_the_body_of_a_response_in_a_chat():
 
 def test_codex_gets_a_list_of_its_own():
     listed = proxy.openai_models_response(
-        exchange(proxy.Ask(), Setting(query={"client_version": "0.171.0"})),
+        exchange(proxy.Plan(), Context(query={"client_version": "0.171.0"})),
         iter([iter([{"models": MODELS}])]),
     )
     assert listed["models"] == [] and listed["data"]
@@ -3606,21 +3606,21 @@ def test_codex_gets_a_list_of_its_own():
 # 6. Ollama
 # ======================================================================================
 
-OLLAMA = Setting(ollama=True)
+OLLAMA = Context(ollama=True)
 
 
-def ollama(body, *answers, path="/api/chat", setting=OLLAMA):
+def ollama(body, *answers, path="/api/chat", context=OLLAMA):
     """(the whole answer, the streamed events) to a body, when Gemini says this."""
     route = all_routes()["ollama", "POST", path]
-    ask = asked(body, route.request, setting)[0]
+    plan = asked(body, route.request, context)[0]
     return (
-        route.response(exchange(ask, setting), map(iter, answers)),
-        list(route.stream(exchange(ask, setting), map(iter, answers))) if ask.stream else None,
+        route.response(exchange(plan, context), map(iter, answers)),
+        list(route.stream(exchange(plan, context), map(iter, answers))) if plan.stream else None,
     )
 
 
 def ollama_body(body, path="/api/chat"):
-    return gemini_body(body, request=all_routes()["ollama", "POST", path].request, setting=OLLAMA)
+    return gemini_body(body, request=all_routes()["ollama", "POST", path].request, context=OLLAMA)
 
 
 STAMP = {"model": FLASH, "created_at": "2023-11-14T22:13:20.500000Z"}
@@ -3679,8 +3679,8 @@ def test_an_ollama_chat_becomes_a_request():
             "thinkingConfig": {"thinkingLevel": "LOW", "includeThoughts": True},
         },
     }
-    ask, ignored = asked(body, proxy.ollama_chat_request, OLLAMA)
-    assert ask.stream and ask.calls[0].streaming and ignored == ["options.num_ctx"]
+    plan, ignored = asked(body, proxy.ollama_chat_request, OLLAMA)
+    assert plan.stream and plan.calls[0].streaming and ignored == ["options.num_ctx"]
 
 
 def test_whole_numbers_are_cut_as_ollama_does():
@@ -3784,8 +3784,8 @@ def test_think(think, config):
     ],
 )
 def test_ollamas_spellings_of_a_model(name):
-    ask = asked(chat(model=name), proxy.ollama_chat_request, OLLAMA)[0]
-    assert ask.calls[0].model.name == FLASH and ask.model == name
+    plan = asked(chat(model=name), proxy.ollama_chat_request, OLLAMA)[0]
+    assert plan.calls[0].model.name == FLASH and plan.model == name
 
 
 def test_results_without_an_id_go_by_name_or_order():
@@ -3887,20 +3887,20 @@ def test_ollamas_generate():
     ],
 )
 def test_nothing_asked_is_a_load_or_an_unload(keep_alive, reason):
-    setting = OLLAMA._replace(loaded={})
+    context = OLLAMA._replace(loaded={})
     for path, more in (("/api/chat", {"messages": []}), ("/api/generate", {})):
         answer, _ = ollama(
             {"model": FLASH, "keep_alive": keep_alive, **more},
             [{"models": MODELS}],
             path=path,
-            setting=setting,
+            context=context,
         )
         assert (answer["done"], answer["done_reason"], "total_duration" in answer) == (
             True,
             reason,
             False,
         )
-        assert (FLASH in setting.loaded) is (reason == "load")
+        assert (FLASH in context.loaded) is (reason == "load")
 
 
 OLLAMA_REFUSES = {  # what is wrong: (path, body, status, Ollama's text or the place that it names)
@@ -4015,20 +4015,20 @@ def test_ollamas_embeddings():
             "embeddings": [],
         }
     assert ollama({"model": EMBEDDER, "prompt": ""}, path="/api/embeddings")[0] == {"embedding": []}
-    ask = asked({"model": EMBEDDER, "input": ["a", ""]}, proxy.ollama_embed_request, OLLAMA)[0]
+    plan = asked({"model": EMBEDDER, "input": ["a", ""]}, proxy.ollama_embed_request, OLLAMA)[0]
     assert [
-        request["content"]["parts"][0]["text"] for request in ask.calls[0].body["requests"]
+        request["content"]["parts"][0]["text"] for request in plan.calls[0].body["requests"]
     ] == ["a", " "]
 
 
-def manage(method, path, body, setting):
+def manage(method, path, body, context):
     route = all_routes()["ollama", method, path]
-    ask = asked(body, route.request, setting)[0]
-    answers = iter([iter([{"models": MODELS}])] * len(ask.calls))
+    plan = asked(body, route.request, context)[0]
+    answers = iter([iter([{"models": MODELS}])] * len(plan.calls))
     return (
-        list(route.stream(exchange(ask, setting), answers))
-        if ask.stream
-        else route.response(exchange(ask, setting), answers)
+        list(route.stream(exchange(plan, context), answers))
+        if plan.stream
+        else route.response(exchange(plan, context), answers)
     )
 
 
@@ -4064,12 +4064,12 @@ def test_ollamas_lists_say_what_clients_insist_on():
 
 
 def test_ollamas_running_models():
-    setting = OLLAMA._replace(loaded={FLASH: 1700000100.0, NEWEST: 1700000200.0, "gone": 1.0})
-    running = manage("GET", "/api/ps", {}, setting)["models"]
+    context = OLLAMA._replace(loaded={FLASH: 1700000100.0, NEWEST: 1700000200.0, "gone": 1.0})
+    running = manage("GET", "/api/ps", {}, context)["models"]
     assert [entry["name"] for entry in running] == [
         NEWEST + ":latest",
         FLASH + ":latest",
-    ] and "gone" not in setting.loaded
+    ] and "gone" not in context.loaded
     assert (
         running[1]["expires_at"] == "2023-11-14T22:15:00.000000Z"
         and running[0]["context_length"] == 1048576
@@ -4079,13 +4079,13 @@ def test_ollamas_running_models():
 
 def test_names_that_clients_make():
     kept = {}
-    setting = OLLAMA._replace(
+    context = OLLAMA._replace(
         recall=kept.get,
         keep=kept.__setitem__,
         kept=lambda: {key[6:]: text for key, text in kept.items() if text},
     )
     assert manage(
-        "POST", "/api/copy", {"source": FLASH, "destination": "gpt-4o"}, setting
+        "POST", "/api/copy", {"source": FLASH, "destination": "gpt-4o"}, context
     ) == proxy.Payload(b"")
     assert manage(
         "POST",
@@ -4097,11 +4097,11 @@ def test_names_that_clients_make():
             "parameters": {"temperature": 0.1},
             "stream": False,
         },
-        setting,
+        context,
     ) == {"status": "success"}
     body = (
         asked(
-            chat(model="Pirate:latest", options={"top_k": 3}), proxy.ollama_chat_request, setting
+            chat(model="Pirate:latest", options={"top_k": 3}), proxy.ollama_chat_request, context
         )[0]
         .calls[0]
         .body
@@ -4112,10 +4112,10 @@ def test_names_that_clients_make():
         and body["generationConfig"]["topK"] == 3
     )
     assert "pirate:latest" in [
-        entry["name"] for entry in manage("GET", "/api/tags", {}, setting)["models"]
+        entry["name"] for entry in manage("GET", "/api/tags", {}, context)["models"]
     ]
     assert (
-        manage("POST", "/api/show", {"model": "pirate"}, setting)["details"]["parent_model"]
+        manage("POST", "/api/show", {"model": "pirate"}, context)["details"]["parent_model"]
         == FLASH
     )
     for body in (
@@ -4124,17 +4124,17 @@ def test_names_that_clients_make():
         {"source": FLASH, "destination": "a b"},
     ):
         with pytest.raises(ProxyError):
-            manage("POST", "/api/copy", body, setting)
-    assert manage("DELETE", "/api/delete", {"model": "gpt-4o"}, setting) == proxy.Payload(b"")
+            manage("POST", "/api/copy", body, context)
+    assert manage("DELETE", "/api/delete", {"model": "gpt-4o"}, context) == proxy.Payload(b"")
     for name, status in (("gpt-4o", 404), (FLASH, 403)):
         with pytest.raises(ProxyError) as caught:
-            manage("DELETE", "/api/delete", {"name": name}, setting)
+            manage("DELETE", "/api/delete", {"name": name}, context)
         assert caught.value.status == status
 
 
 def test_a_model_made_from_an_alias_is_geminis():
     kept = {}
-    setting = OLLAMA._replace(
+    context = OLLAMA._replace(
         recall=kept.get,
         keep=kept.__setitem__,
         kept=lambda: {key[6:]: text for key, text in kept.items() if text},
@@ -4149,13 +4149,13 @@ def test_a_model_made_from_an_alias_is_geminis():
                 "from": source,
                 "parameters": {"temperature": 0.1, "top_p": 0.5},
             },
-            setting,
+            context,
         )
         name = "luigi" if source == "mario" else "mario"
         (call,) = asked(
             chat(model=name, options={"temperature": None, "top_p": 1}),
             proxy.ollama_chat_request,
-            setting,
+            context,
         )[0].calls
         assert call.model.name == (
             NEWEST if source == "gpt-4o" else FLASH if source == "fast" else NEWEST
@@ -4169,7 +4169,7 @@ def test_a_model_made_from_an_alias_is_geminis():
             "POST",
             "/api/create",
             {"model": "x", "from": FLASH, "parameters": {"temperature": "0.7"}},
-            setting,
+            context,
         )
     assert (caught.value.status, caught.value.path) == (400, "parameters.temperature")
 
@@ -4177,13 +4177,13 @@ def test_a_model_made_from_an_alias_is_geminis():
 def test_a_recipe_for_a_model_without_a_system_instruction():
     recipe = json.dumps({"source": "gemma-3-27b-it", "system": "Say arr.", "options": {}})
     route = proxy.find_route("ollama", "POST", "/v1/chat/completions").route
-    ask = route.request(
+    plan = route.request(
         Fields(chat(model="pirate")),
-        Setting(ollama=True, recall=lambda key: recipe if key.startswith("model:pirate") else None),
+        Context(ollama=True, recall=lambda key: recipe if key.startswith("model:pirate") else None),
     )
     assert (
-        ask.calls[0].body["contents"][0] == u("Say arr.")
-        and "systemInstruction" not in ask.calls[0].body
+        plan.calls[0].body["contents"][0] == u("Say arr.")
+        and "systemInstruction" not in plan.calls[0].body
     )
 
 
@@ -4200,13 +4200,13 @@ def test_a_pull_of_what_gemini_has_succeeds_and_of_else_fails():
 
 def test_openais_routes_on_an_ollama_server():
     answer, events = respond(
-        chat(stream=True), [whole({"text": "Hm", "thought": True}, "42")], setting=OLLAMA
+        chat(stream=True), [whole({"text": "Hm", "thought": True}, "42")], context=OLLAMA
     )
     assert answer["choices"][0]["message"]["reasoning"] == "Hm" and {"reasoning": "Hm"} in deltas(
         events
     )
     listed = proxy.openai_models_response(
-        exchange(proxy.Ask(), OLLAMA), iter([iter([{"models": MODELS}])])
+        exchange(proxy.Plan(), OLLAMA), iter([iter([{"models": MODELS}])])
     )["data"]
     assert listed[0] == {
         "id": FLASH + ":latest",
@@ -4220,7 +4220,7 @@ def test_openais_routes_on_an_ollama_server():
 # 7. Anthropic
 # ======================================================================================
 
-CLAUDE = Setting(ollama=True, aliases=(("claude-*", NEWEST),))
+CLAUDE = Context(ollama=True, aliases=(("claude-*", NEWEST),))
 ASK_CITY = {
     "name": "weather",
     "description": "The weather",
@@ -4233,14 +4233,14 @@ def said_to_claude(*messages, model="claude-opus-5", **more):
 
 
 def claude_body(body):
-    return gemini_body(body, request=proxy.anthropic_messages_request, setting=CLAUDE)
+    return gemini_body(body, request=proxy.anthropic_messages_request, context=CLAUDE)
 
 
 def claude_says(body, *chunks):
     """(the whole message, the streamed events) when Gemini says these chunks; an event adds up to the same message."""
-    ask = asked(body, proxy.anthropic_messages_request, CLAUDE)[0]
+    plan = asked(body, proxy.anthropic_messages_request, CLAUDE)[0]
     message, events = (
-        make(exchange(ask, CLAUDE), iter([iter(chunks)]))
+        make(exchange(plan, CLAUDE), iter([iter(chunks)]))
         for make in (proxy.anthropic_messages_response, proxy.anthropic_messages_stream)
     )
     return message, list(events)
@@ -4296,10 +4296,10 @@ def test_a_message_becomes_a_request():
             "stopSequences": ["END"],
         },
     }
-    ask, ignored = asked(body, proxy.anthropic_messages_request, CLAUDE)
+    plan, ignored = asked(body, proxy.anthropic_messages_request, CLAUDE)
     assert (
-        ask.calls[0].path == "models/gemini-3.8-flash:generateContent"
-        and ask.model == "claude-opus-5"
+        plan.calls[0].path == "models/gemini-3.8-flash:generateContent"
+        and plan.model == "claude-opus-5"
     )
     assert ignored == ["max_tokens>65536", "metadata", "system[].x-anthropic-billing-header"]
 
@@ -4600,7 +4600,7 @@ def test_a_search_can_be_chosen_but_not_forced_and_can_be_forbidden():
 def test_thinking(model, more, config, shown):
     body = said_to_claude(model=model, **more)
     assert claude_body(body)["generationConfig"].get("thinkingConfig") == config
-    assert asked(body, proxy.anthropic_messages_request, CLAUDE)[0].wants.thinking is shown
+    assert asked(body, proxy.anthropic_messages_request, CLAUDE)[0].options.thinking is shown
 
 
 @pytest.mark.parametrize(
@@ -4844,7 +4844,7 @@ def test_ollama_takes_numbers_that_openai_refuses():
         "temperature": 3,
         "top_p": 1.5,
     }
-    config = asked(body, setting=Setting(ollama=True))[0].calls[0].body["generationConfig"]
+    config = asked(body, context=Context(ollama=True))[0].calls[0].body["generationConfig"]
     assert "maxOutputTokens" not in config and (config["temperature"], config["topP"]) == (2, 1)
     with pytest.raises(ProxyError, match="max_tokens"):
         asked(body)
@@ -4889,11 +4889,11 @@ def test_recipes_hold_on_every_route(gemini):
 def test_recipes_count():
     recipe = json.dumps({"source": FLASH, "system": "Say arr.", "options": {"temperature": 0.1}})
     route = proxy.find_route("ollama", "POST", "/v1/messages/count_tokens").route
-    ask = route.request(
+    plan = route.request(
         Fields(chat(model="pirate")),
-        Setting(ollama=True, recall=lambda key: recipe if key.startswith("model:pirate") else None),
+        Context(ollama=True, recall=lambda key: recipe if key.startswith("model:pirate") else None),
     )
-    counted = ask.calls[0].body["generateContentRequest"]
+    counted = plan.calls[0].body["generateContentRequest"]
     assert (
         counted["systemInstruction"]["parts"][0]["text"] == "Say arr."
         and "generationConfig" not in counted
@@ -4953,11 +4953,11 @@ def test_tokens_are_counted_by_gemini():
         ),
         "max_tokens": None,
     }
-    ask = asked(body, proxy.anthropic_count_request, CLAUDE)[0]
-    inner_body = ask.calls[0].body["generateContentRequest"]
+    plan = asked(body, proxy.anthropic_count_request, CLAUDE)[0]
+    inner_body = plan.calls[0].body["generateContentRequest"]
     assert (
-        ask.calls[0].path == "models/gemini-3.8-flash:countTokens"
-        and refusal_of(ask.calls[0].path, ask.calls[0].body) is None
+        plan.calls[0].path == "models/gemini-3.8-flash:countTokens"
+        and refusal_of(plan.calls[0].path, plan.calls[0].body) is None
     )
     assert inner_body["model"] == "models/gemini-3.8-flash" and set(inner_body) == {
         "model",
@@ -4972,7 +4972,7 @@ def test_tokens_are_counted_by_gemini():
         )
         is None
     )
-    assert proxy.anthropic_count_response(exchange(ask), iter([iter([{"totalTokens": 61}])])) == {
+    assert proxy.anthropic_count_response(exchange(plan), iter([iter([{"totalTokens": 61}])])) == {
         "input_tokens": 61
     }
 
@@ -5139,8 +5139,8 @@ def test_no_stream_says_a_word_before_gemini_does(route):
         "stream_format": "sse",
         "file": proxy.Upload("a.wav", "audio/wav", b"x"),
     }
-    ask = route.request(
-        Fields({**body, "model": "mine"} if "create" in route.path else body), Setting(ollama=True)
+    plan = route.request(
+        Fields({**body, "model": "mine"} if "create" in route.path else body), Context(ollama=True)
     )
     read = []
 
@@ -5148,7 +5148,7 @@ def test_no_stream_says_a_word_before_gemini_does(route):
         read.append(True)
         yield {**whole("Hello", blob("image/png", PNG), SOUND), "models": MODELS}
 
-    events = route.stream(exchange(ask), iter([chunks()]))
+    events = route.stream(exchange(plan), iter([chunks()]))
     assert not read
     next(events)
     assert read
@@ -5181,12 +5181,12 @@ def service(url, timeout=5.0, beat=None):
     """(ask, the service, the client) of a Gemini service at that URL; `ask` gives the chunks of one call."""
     gemini, client = proxy.Gemini(url), Nobody()
 
-    def ask(call, **how):
+    def plan(call, **how):
         watch = proxy.Watch(client.here, how.pop("timeout", timeout), beat=how.pop("beat", beat))
-        with gemini.ask((call,), watch, "the-key") as answers:
+        with gemini.plan((call,), watch, "the-key") as answers:
             return [list(chunks) for chunks in answers][0]
 
-    yield ask, gemini, client
+    yield plan, gemini, client
     while gemini.pool.idle:
         gemini.pool.drop_oldest()
     client.here.close()
@@ -5198,17 +5198,17 @@ STREAM = proxy.generate_call(proxy.model_of(FLASH), True, [], [u("Hi")], {})
 
 
 def test_connections_are_used_again_and_replaced_when_stale(gemini):
-    with service(gemini.url) as (ask, service_, client):
+    with service(gemini.url) as (plan, service_, client):
         for call in (PLAIN, STREAM) * 5:
-            assert "Hello" in json.dumps(ask(call))
+            assert "Hello" in json.dumps(plan(call))
         assert service_.pool.opened == 1 and len(gemini.asked) == 10
         gemini.say(Say(cut=0), whole("At last."))
-        assert ask(PLAIN) == [whole("At last.")] and service_.pool.opened == 2
+        assert plan(PLAIN) == [whole("At last.")] and service_.pool.opened == 2
 
 
 def test_the_request_is_what_gemini_wants_and_nothing_more(gemini):
-    with service(gemini.url) as (ask, service_, client):
-        ask(PLAIN)
+    with service(gemini.url) as (plan, service_, client):
+        plan(PLAIN)
     headers = {name.lower(): value for name, value in gemini.headers[0].items()}
     assert (
         set(headers) == {"host", "content-type", "user-agent", "x-goog-api-key", "content-length"}
@@ -5217,9 +5217,9 @@ def test_the_request_is_what_gemini_wants_and_nothing_more(gemini):
     assert gemini.paths == ["/v1beta/models/gemini-2.5-flash:generateContent"]
 
 
-def refusal_by(ask, call=PLAIN, **how):
+def refusal_by(plan, call=PLAIN, **how):
     with pytest.raises(ProxyError) as caught:
-        ask(call, **how)
+        plan(call, **how)
     return caught.value
 
 
@@ -5239,8 +5239,8 @@ def refusal_by(ask, call=PLAIN, **how):
 def test_only_what_may_go_well_is_tried_again(gemini, monkeypatch, said, tries):
     monkeypatch.setattr(proxy.random, "uniform", lambda low, high: 0.01)
     gemini.say(*[said] * 9)
-    with service(gemini.url) as (ask, service_, client):
-        error = refusal_by(ask)
+    with service(gemini.url) as (plan, service_, client):
+        error = refusal_by(plan)
     assert len(gemini.asked) == tries and error.status == (
         502 if said.raw is not None else said.status
     )
@@ -5253,8 +5253,8 @@ def test_a_short_trouble_is_not_noticed(gemini):
         gemini_error(429, "slow", "X", detail("RetryInfo", retryDelay="0.1s")),
         whole("Fine."),
     )
-    with service(gemini.url) as (ask, service_, client):
-        assert ask(PLAIN) == [whole("Fine.")]
+    with service(gemini.url) as (plan, service_, client):
+        assert plan(PLAIN) == [whole("Fine.")]
 
 
 def test_a_setting_that_is_refused_is_left_out_and_told(gemini):
@@ -5265,7 +5265,7 @@ def test_a_setting_that_is_refused_is_left_out_and_told(gemini):
         proxy.model_of(NEWEST), False, [], [u("Hi")], {"thinkingConfig": {"thinkingLevel": "LOW"}}
     )
     with service(gemini.url) as (_, service_, client):
-        with service_.ask((call,), proxy.Watch(client.here, 5), "the-key") as answers:
+        with service_.plan((call,), proxy.Watch(client.here, 5), "the-key") as answers:
             assert [list(chunks) for chunks in answers] == [
                 [whole("Fine.")]
             ] and answers.ignored == ["thinkingConfig"]
@@ -5274,8 +5274,8 @@ def test_a_setting_that_is_refused_is_left_out_and_told(gemini):
 
 def test_after_the_first_byte_nothing_is_asked_again(gemini):
     gemini.say(Say(chunk("Once "), chunk("upon"), cut=1), whole("again"))
-    with service(gemini.url) as (ask, service_, client):
-        assert "broke off" in refusal_by(ask, STREAM).message
+    with service(gemini.url) as (plan, service_, client):
+        assert "broke off" in refusal_by(plan, STREAM).message
     assert len(gemini.asked) == 1
 
 
@@ -5283,8 +5283,8 @@ def test_what_breaks_late_is_not_asked_again(gemini, monkeypatch):
     """Gemini may have been at work on it, and what is asked twice is paid twice."""
     monkeypatch.setattr(proxy, "EARLY", 0.05)
     gemini.say(Say(whole("late"), delay=0.2, cut=0), whole("Hello"))
-    with service(gemini.url) as (ask, service_, client):
-        assert refusal_by(ask).status == 502 and len(gemini.asked) == 1
+    with service(gemini.url) as (plan, service_, client):
+        assert refusal_by(plan).status == 502 and len(gemini.asked) == 1
 
 
 def test_a_long_line_of_the_log_keeps_its_end(capfd):
@@ -5359,28 +5359,28 @@ def mute():
 def test_a_connection_that_is_not_made(scheme, port_of, monkeypatch):
     """Each step of making it ends in time, beats meanwhile, and notices a client that leaves."""
     monkeypatch.setattr(proxy, "BEAT", 0.02)
-    with port_of() as port, service(f"{scheme}://127.0.0.1:{port}") as (ask, service_, client):
+    with port_of() as port, service(f"{scheme}://127.0.0.1:{port}") as (plan, service_, client):
         beats = []
         monkeypatch.setattr(proxy, "CONNECT_TIMEOUT", 0.2)
-        assert refusal_by(ask, STREAM, beat=lambda: beats.append(1)).status == 504 and beats
+        assert refusal_by(plan, STREAM, beat=lambda: beats.append(1)).status == 504 and beats
         monkeypatch.setattr(proxy, "CONNECT_TIMEOUT", 20)
         threading.Timer(0.1, client.leave).start()
         began = time.monotonic()
         with pytest.raises(proxy.ClientGone):
-            ask(PLAIN)
+            plan(PLAIN)
         assert time.monotonic() - began < 10 and not service_.pool.idle
 
 
 def test_a_proxy_that_says_nothing_is_left_by_those_who_leave(monkeypatch):
     with mute() as port:
         monkeypatch.setenv("HTTPS_PROXY", f"127.0.0.1:{port}")
-        with service("https://gemini.example") as (ask, service_, client):
+        with service("https://gemini.example") as (plan, service_, client):
             monkeypatch.setattr(proxy, "CONNECT_TIMEOUT", 0.1)
-            assert refusal_by(ask).status == 504
+            assert refusal_by(plan).status == 504
             monkeypatch.setattr(proxy, "CONNECT_TIMEOUT", 20)
             threading.Timer(0.1, client.leave).start()
             with pytest.raises(proxy.ClientGone):
-                ask(PLAIN)
+                plan(PLAIN)
 
 
 def test_patience_ends(gemini, monkeypatch):
@@ -5394,66 +5394,66 @@ def test_patience_ends(gemini, monkeypatch):
         ),
         whole("Hello"),
     )
-    with service(gemini.url) as (ask, service_, client):
-        assert refusal_by(ask).status == 503 and len(gemini.asked) == 1
+    with service(gemini.url) as (plan, service_, client):
+        assert refusal_by(plan).status == 503 and len(gemini.asked) == 1
 
 
 def test_silence_is_a_504_and_hangs_up(gemini):
     gemini.say(Say(whole("late"), delay=30))
-    with service(gemini.url) as (ask, service_, client):
-        assert refusal_by(ask, timeout=0.1).status == 504 and gemini.gone.wait(5)
+    with service(gemini.url) as (plan, service_, client):
+        assert refusal_by(plan, timeout=0.1).status == 504 and gemini.gone.wait(5)
 
 
 def test_silence_in_a_stream_beats(gemini, monkeypatch):
     monkeypatch.setattr(proxy, "BEAT", 0.05)
     beats = []
     gemini.say(Say(chunk("a"), whole("b"), delay=0.3, gap=0.3))
-    with service(gemini.url) as (ask, service_, client):
-        assert ask(STREAM, beat=lambda: beats.append(1)) == [chunk("a"), whole("b")]
+    with service(gemini.url) as (plan, service_, client):
+        assert plan(STREAM, beat=lambda: beats.append(1)) == [chunk("a"), whole("b")]
     assert len(beats) >= 4
 
 
 @pytest.mark.parametrize("how", [{"delay": 30}, {"gap": 30}])
 def test_a_client_that_leaves_stops_gemini(gemini, how):
     gemini.say(Say(chunk("Once "), whole("upon"), **how))
-    with service(gemini.url) as (ask, service_, client):
+    with service(gemini.url) as (plan, service_, client):
         threading.Timer(0.1, client.leave).start()
         with pytest.raises(proxy.ClientGone):
-            ask(STREAM)
+            plan(STREAM)
         assert gemini.gone.wait(5)
 
 
 def test_a_client_that_says_the_next_thing_early_is_still_there(gemini):
     gemini.say(Say(whole("Hello"), delay=0.2))
-    with service(gemini.url) as (ask, service_, client):
+    with service(gemini.url) as (plan, service_, client):
         client.there.sendall(b"GET / HTTP/1.1\r\n")
-        assert ask(PLAIN) == [whole("Hello")]
+        assert plan(PLAIN) == [whole("Hello")]
 
 
 def test_nobody_there():
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
-        with service(f"http://127.0.0.1:{nobody.getsockname()[1]}") as (ask, service_, client):
-            error = refusal_by(ask)
+        with service(f"http://127.0.0.1:{nobody.getsockname()[1]}") as (plan, service_, client):
+            error = refusal_by(plan)
     assert error.status == 502 and "refused" in error.message
 
 
 def test_the_key_is_masked_where_gemini_quotes_it(gemini):
     gemini.say(gemini_error(403, "Consumer the-key is suspended"))
-    with service(gemini.url) as (ask, service_, client):
-        assert refusal_by(ask).message == "Consumer [the Gemini key] is suspended"
+    with service(gemini.url) as (plan, service_, client):
+        assert refusal_by(plan).message == "Consumer [the Gemini key] is suspended"
 
 
 def test_the_list_of_models_is_kept(gemini):
-    with service(gemini.url) as (ask, service_, client):
-        assert ask(proxy.MODELS_CALL) == [{"models": MODELS}]
+    with service(gemini.url) as (plan, service_, client):
+        assert plan(proxy.MODELS_CALL) == [{"models": MODELS}]
         gemini.shutdown()
-        assert ask(proxy.MODELS_CALL) == [{"models": MODELS}]
+        assert plan(proxy.MODELS_CALL) == [{"models": MODELS}]
         since, models = service_.models["the-key"]
         service_.models["the-key"] = since - 1e6, models
         gemini.server_close()
         service_.pool.drop_oldest()
-        assert ask(proxy.MODELS_CALL, timeout=0.1) == [{"models": MODELS}], (
+        assert plan(proxy.MODELS_CALL, timeout=0.1) == [{"models": MODELS}], (
             "better an old list than none"
         )
 
@@ -5556,7 +5556,7 @@ class Line:
         self.socket.sendall(data)
         return self
 
-    def ask(self, method, path, body=None, version="1.1", **headers):
+    def plan(self, method, path, body=None, version="1.1", **headers):
         data = (
             b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         )
@@ -5601,7 +5601,7 @@ class Line:
 
 def post(server, path="/v1/chat/completions", body=None, **headers):
     with Line(server) as line:
-        return line.ask("POST", path, chat() if body is None else body, **headers)
+        return line.plan("POST", path, chat() if body is None else body, **headers)
 
 
 def error_of(reply):
@@ -5680,12 +5680,12 @@ def test_keep_alive_pipelining_and_http_1_0(server, gemini):
         for i in range(3):
             assert f"number {i}" in line.reply()[2].decode()
         assert (
-            line.ask("GET", "/healthz", Connection="close")[1]["connection"] == "close"
+            line.plan("GET", "/healthz", Connection="close")[1]["connection"] == "close"
             and line.ended()
         )
     for stream in (False, True):
         with Line(server) as line:
-            status, headers, body = line.ask(
+            status, headers, body = line.plan(
                 "POST", "/v1/chat/completions", chat(stream=stream), version="1.0"
             )
             assert (
@@ -5821,10 +5821,10 @@ def test_bodies_that_are_too_large_or_bombs(server, monkeypatch):
 def test_rubbish_in_a_body_is_a_400_and_the_connection_goes_on(server, gemini, raw):
     with Line(server) as line:
         assert (
-            error_of(line.ask("POST", "/v1/chat/completions", raw))["type"]
+            error_of(line.plan("POST", "/v1/chat/completions", raw))["type"]
             == "invalid_request_error"
         )
-        assert line.ask("POST", "/v1/chat/completions", chat())[0] == 200
+        assert line.plan("POST", "/v1/chat/completions", chat())[0] == 200
 
 
 def test_refusals_have_a_status_also_for_streams(server, gemini):
@@ -5906,7 +5906,7 @@ def test_the_log_tells_neither_keys_nor_content(server, capfd):
         Authorization="Bearer secret",
     )
     with Line(server) as line:
-        line.ask("GET", "/\x1b[31m%0aFORGED", User_Agent="\x1b[2J")
+        line.plan("GET", "/\x1b[31m%0aFORGED", User_Agent="\x1b[2J")
     said, deadline = "", time.monotonic() + 5
     while (
         said.count("\n") < 2 and time.monotonic() < deadline
@@ -5925,13 +5925,14 @@ def test_the_log_tells_neither_keys_nor_content(server, capfd):
 
 def test_methods_and_paths(server):
     with Line(server) as line:
-        assert line.ask("HEAD", "/healthz")[0] == 200 and line.ask("GET", "/healthz")[2] == b"ok"
-        assert "api = openai" in line.ask("GET", "/")[2].decode()
-        assert line.ask("GET", "http://localhost/healthz")[0] == 200
-        status, headers, _ = line.ask("GET", "/v1/chat/completions")
+        assert line.plan("HEAD", "/healthz")[0] == 200 and line.plan("GET", "/healthz")[2] == b"ok"
+        assert "api = openai" in line.plan("GET", "/")[2].decode()
+        assert line.plan("GET", "http://localhost/healthz")[0] == 200
+        status, headers, _ = line.plan("GET", "/v1/chat/completions")
         assert status == 405 and headers["allow"] == "POST"
         assert (
-            error_of(line.ask("GET", "/v1/nonsense"))["message"] == "Invalid URL (GET /v1/nonsense)"
+            error_of(line.plan("GET", "/v1/nonsense"))["message"]
+            == "Invalid URL (GET /v1/nonsense)"
         )
 
 
@@ -5957,7 +5958,7 @@ def test_foreign_pages_may_not_call(server, gemini, origin):
         len(gemini.asked),
     ) == (ORIGINS[origin],) * 2 + (int(ORIGINS[origin]),)
     with Line(server) as line:
-        status, headers, _ = line.ask(
+        status, headers, _ = line.plan(
             "OPTIONS",
             "/v1/chat/completions",
             Origin=origin,
@@ -6017,9 +6018,9 @@ def test_the_clients_key(gemini):
             assert reply[0] == (200 if allowed else 401), headers
             assert allowed or error_of(reply)["code"] == "invalid_api_key"
         with Line(server) as line:
-            assert line.ask("GET", "/healthz")[0] == line.ask("GET", "/")[0] == 200
-            assert line.ask("OPTIONS", "/v1/models", Origin="http://localhost")[0] == 204
-            assert line.ask("GET", "/v1/models")[0] == 401
+            assert line.plan("GET", "/healthz")[0] == line.plan("GET", "/")[0] == 200
+            assert line.plan("OPTIONS", "/v1/models", Origin="http://localhost")[0] == 204
+            assert line.plan("GET", "/v1/models")[0] == 401
     assert "px-1" not in str(gemini.headers)
 
 
@@ -6110,7 +6111,7 @@ def key_of(gemini):
 def metrics_of(server):
     """The lines of /metrics, as a dict."""
     with Line(server) as line:
-        status, headers, body = line.ask("GET", "/metrics")
+        status, headers, body = line.plan("GET", "/metrics")
     assert status == 200 and headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     lines = [
         line.rpartition(" ") for line in body.decode().splitlines() if not line.startswith("#")
@@ -6240,7 +6241,7 @@ def test_the_stream_of_a_response(server, gemini):
 def test_a_response_is_kept_for_its_own_key(gemini):
     with serving(gemini.url, client_keys=True) as server, Line(server) as line:
         made = json.loads(
-            line.ask(
+            line.plan(
                 "POST",
                 "/v1/responses",
                 {"model": FLASH, "input": "Hi"},
@@ -6248,15 +6249,15 @@ def test_a_response_is_kept_for_its_own_key(gemini):
             )[2]
         )
         assert [
-            line.ask("GET", f"/v1/responses/{made['id']}", Authorization=f"Bearer AIza-{who}")[0]
+            line.plan("GET", f"/v1/responses/{made['id']}", Authorization=f"Bearer AIza-{who}")[0]
             for who in "ab"
         ] == [200, 404]
         assert (
-            line.ask("DELETE", f"/v1/responses/{made['id']}", Authorization="Bearer AIza-b")[0]
+            line.plan("DELETE", f"/v1/responses/{made['id']}", Authorization="Bearer AIza-b")[0]
             == 404
         )
         assert json.loads(
-            line.ask("DELETE", f"/v1/responses/{made['id']}", Authorization="Bearer AIza-a")[2]
+            line.plan("DELETE", f"/v1/responses/{made['id']}", Authorization="Bearer AIza-a")[2]
         )["deleted"]
         server.gemini.memory.database.close()
 
@@ -6273,14 +6274,14 @@ def test_clients_with_keys_of_their_own(gemini):
         assert post(server, "/api/chat", Authorization="Bearer AIza \xe9")[0] == 401
         for who in ("a", "b"):
             assert (
-                line.ask(
+                line.plan(
                     "POST", "/api/chat", chat(stream=False), Authorization=f"Bearer AIza-{who}"
                 )[0]
                 == 200
             )
             assert key_of(gemini) == f"AIza-{who}"
         assert (
-            line.ask(
+            line.plan(
                 "POST",
                 "/api/copy",
                 {"source": FLASH, "destination": "mine"},
@@ -6292,13 +6293,13 @@ def test_clients_with_keys_of_their_own(gemini):
             [
                 model["name"]
                 for model in json.loads(
-                    line.ask("GET", "/api/tags", Authorization=f"Bearer AIza-{who}")[2]
+                    line.plan("GET", "/api/tags", Authorization=f"Bearer AIza-{who}")[2]
                 )["models"]
             ]
             for who in "ab"
         ]
         assert ["mine:latest" in of_one for of_one in names] == [True, False]
-        assert line.ask("GET", "/healthz")[0] == 200
+        assert line.plan("GET", "/healthz")[0] == 200
 
 
 def test_what_is_kept_in_a_file_outlives_the_server(gemini, tmp_path):
@@ -6374,15 +6375,15 @@ def test_ids_of_clients_open_nothing_else(gemini):
 def test_a_log_that_nobody_reads_stops_no_answer(gemini):
     with start("-listen=127.0.0.1:0", "-upstream", gemini.url, **ENV) as process:
         with Line(At(port_of(process))) as line:
-            assert {line.ask("GET", "/healthz" + "?" + "x" * 100)[0] for _ in range(1500)} == {
+            assert {line.plan("GET", "/healthz" + "?" + "x" * 100)[0] for _ in range(1500)} == {
                 200
             }, "the pipe holds a few hundred lines"
-            assert line.ask("GET", "/" + "x" * 4000)[0] == 404
+            assert line.plan("GET", "/" + "x" * 4000)[0] == 404
 
 
 def test_headers_of_a_preflight_stay_small(server):
     with Line(server) as line:
-        headers = line.ask(
+        headers = line.plan(
             "OPTIONS",
             "/v1/models",
             Origin="http://localhost",
@@ -6429,14 +6430,14 @@ def test_a_second_user_at_the_same_time(server, gemini):
 
 def test_an_ollama_server_on_the_wire(gemini):
     with serving(gemini.url, api="ollama") as server, Line(server) as line:
-        status, headers, body = line.ask("GET", "/")
+        status, headers, body = line.plan("GET", "/")
         assert (status, body, headers["content-type"]) == (
             200,
             b"Ollama is running",
             "text/plain; charset=utf-8",
-        ) and line.ask("HEAD", "/")[0] == 200
+        ) and line.plan("HEAD", "/")[0] == 200
         gemini.say([chunk("Straße"), whole("\u2028")])
-        status, headers, body = line.ask("POST", "/api/chat", chat())
+        status, headers, body = line.plan("POST", "/api/chat", chat())
         assert (
             headers["content-type"] == "application/x-ndjson"
             and body.isascii()
@@ -6444,24 +6445,27 @@ def test_an_ollama_server_on_the_wire(gemini):
             and b"\n\n" not in body
         )
         assert [json.loads(line_)["done"] for line_ in body.splitlines()] == [False, False, True]
-        assert line.ask("POST", "/api/chat", b"")[::2] == (400, b'{"error":"missing request body"}')
-        assert (
-            line.ask("GET", "/api/nonsense")[::2] == (404, b"404 page not found")
-            and line.ask("GET", "/api/chat")[0] == 405
+        assert line.plan("POST", "/api/chat", b"")[::2] == (
+            400,
+            b'{"error":"missing request body"}',
         )
         assert (
-            line.ask("POST", "/api/me", b"")[::2] == (401, b'{"error":"unauthorized"}')
-            and line.ask("HEAD", "/api/blobs/sha256:x")[0] == 404
+            line.plan("GET", "/api/nonsense")[::2] == (404, b"404 page not found")
+            and line.plan("GET", "/api/chat")[0] == 405
+        )
+        assert (
+            line.plan("POST", "/api/me", b"")[::2] == (401, b'{"error":"unauthorized"}')
+            and line.plan("HEAD", "/api/blobs/sha256:x")[0] == 404
         )
         gemini.say(gemini_error(404, "models/gemini-9 is not found"))
-        assert line.ask("POST", "/api/chat", chat(model="gemini-9"))[::2] == (
+        assert line.plan("POST", "/api/chat", chat(model="gemini-9"))[::2] == (
             404,
             b'{"error":"model \'gemini-9\' not found"}',
         )
         gemini.say(gemini_error(400, "API key not valid. Please pass a valid API key."))
-        assert line.ask("POST", "/v1/chat/completions", chat())[0] == 403
+        assert line.plan("POST", "/v1/chat/completions", chat())[0] == 403
         gemini.say(Say(chunk("Once "), SHED))
-        lines = line.ask("POST", "/api/chat", chat())[2].splitlines()
+        lines = line.plan("POST", "/api/chat", chat())[2].splitlines()
         assert json.loads(lines[-1]) == {"error": "shed"} and json.loads(lines[-2])["done"] is False
 
 
@@ -6470,7 +6474,7 @@ def test_aliases_on_an_ollama_server_are_known_in_any_spelling(gemini):
         gemini.url, api="ollama", aliases=(("Qwen:latest", FLASH), ("GPT-*", NEWEST))
     ) as server:
         with Line(server) as line:
-            assert b'"name":"qwen:latest"' in line.ask("GET", "/api/tags")[2]
+            assert b'"name":"qwen:latest"' in line.plan("GET", "/api/tags")[2]
         for name, model in (
             ("qwen", FLASH),
             ("Qwen:latest", FLASH),
@@ -6695,7 +6699,7 @@ def test_its_life_under_systemd(gemini, tmp_path, workers):
             until(lambda: post(server)[0] == 200 and key_of(gemini) == "AIza-new")
             gemini.say(Say(chunk("Once "), whole("upon"), gap=0.3))
             with Line(server) as line, Line(server) as idle:
-                assert idle.ask("GET", "/healthz")[0] == 200
+                assert idle.plan("GET", "/healthz")[0] == 200
                 data = json.dumps(chat(stream=True)).encode()
                 line.send(
                     b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
@@ -6729,13 +6733,13 @@ def test_a_stream_that_would_take_too_long_is_told_of_the_end(gemini, monkeypatc
             % (len(data), data)
         )
         assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
-        assert all("connection" not in one.ask("GET", "/healthz")[1] for one in (old, idle))
+        assert all("connection" not in one.plan("GET", "/healthz")[1] for one in (old, idle))
         life.ended = True
         until(lambda: server.draining)
-        assert new.ask("GET", "/healthz")[::2] == (503, b"ending"), (
+        assert new.plan("GET", "/healthz")[::2] == (503, b"ending"), (
             "who had come is served, and told"
         )
-        status, headers, _ = old.ask("POST", "/v1/chat/completions", chat())
+        status, headers, _ = old.plan("POST", "/v1/chat/completions", chat())
         assert (status, headers["connection"]) == (200, "close") and old.ended(), (
             "no request is lost to a connection that is just closed"
         )
@@ -7407,7 +7411,7 @@ def test_the_readmes_parameters_of_responses_are_treated_as_it_says():
         for name in names.split(", ")
     }
     assert set(table) == set(RESPONSE_SAMPLES)
-    setting = Setting(
+    context = Context(
         recall=lambda key: (
             "[]"
             if key.startswith("input:")
@@ -7418,7 +7422,7 @@ def test_the_readmes_parameters_of_responses_are_treated_as_it_says():
         ignored = asked(
             {"model": FLASH, "input": "Hi", name: RESPONSE_SAMPLES[name]},
             proxy.openai_responses_request,
-            setting,
+            context,
         )[1]
         assert (name in ignored) is (kind == "ignored"), (name, ignored)
 
@@ -7556,10 +7560,10 @@ def test_anthropics_own_library(gemini):
             base_url=server.url, api_key="any", max_retries=0, _strict_response_validation=True
         ) as client,
     ):
-        ask = {"model": "claude-opus-5", "max_tokens": 2000, "tools": [ASK_CITY]}
+        plan = {"model": "claude-opus-5", "max_tokens": 2000, "tools": [ASK_CITY]}
         history = [user("Hi")]
         with client.messages.stream(
-            messages=history, thinking={"type": "adaptive"}, **ask
+            messages=history, thinking={"type": "adaptive"}, **plan
         ) as stream:
             message = stream.get_final_message()
         assert [block.type for block in message.content] == [
@@ -7571,19 +7575,19 @@ def test_anthropics_own_library(gemini):
             user([used(message.content[1].id, '{"temp": 3}')]),
         ]
         assert (
-            client.messages.create(messages=history, **ask).content[0].text
+            client.messages.create(messages=history, **plan).content[0].text
             == 'The function said: {"temp": 3}'
         )
         assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
         assert (
             client.messages.count_tokens(
-                model=ask["model"], messages=history, tools=ask["tools"]
+                model=plan["model"], messages=history, tools=plan["tools"]
             ).input_tokens
             == 7
         )
         gemini.say(gemini_error(429, "Slow down.", "X", detail("RetryInfo", retryDelay="9s")))
         with pytest.raises(anthropic.RateLimitError) as caught:
-            client.messages.create(messages=[user("Hi")], **ask)
+            client.messages.create(messages=[user("Hi")], **plan)
         assert caught.value.request_id == caught.value.body["request_id"]
 
 
