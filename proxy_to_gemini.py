@@ -365,7 +365,7 @@ def parse_body(raw: bytes, content_type: str = "") -> Fields:
     return Fields(data)
 
 
-MOST_PARTS = 100  # of a form
+MAX_FORM_PARTS = 100  # of a form
 FORM_TYPE = re.compile(
     r"multipart/form-data\s*(?:;[^;]*)*?;\s*boundary=(\"?)"
     r"([0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-])\1\s*(?:;.*)?",
@@ -389,9 +389,9 @@ def parse_form(raw: bytes, content_type: str) -> Fields:
     match = FORM_TYPE.fullmatch(content_type)
     if not match:
         raise no_form("the Content-Type must be multipart/form-data with a boundary")
-    first, *pieces = (b"\r\n" + raw).split(b"\r\n--" + match.group(2).encode(), MOST_PARTS + 1)
-    if len(pieces) > MOST_PARTS:
-        raise no_form(f"it has more than {MOST_PARTS} parts")
+    first, *pieces = (b"\r\n" + raw).split(b"\r\n--" + match.group(2).encode(), MAX_FORM_PARTS + 1)
+    if len(pieces) > MAX_FORM_PARTS:
+        raise no_form(f"it has more than {MAX_FORM_PARTS} parts")
     if first.strip() or not pieces or not re.match(rb"--[ \t]*(\r\n|\Z)", pieces[-1]):
         raise no_form("it does not begin and end with the boundary")
     data: JSON = {}
@@ -1147,12 +1147,14 @@ def thinking_config(model: Model, effort: str | None, thoughts: bool) -> JSON:
     return config
 
 
-SMALL = 1024  # tokens; a model that thinks as it likes can use up so many before its first word
+SMALL_OUTPUT_TOKENS = (
+    1024  # tokens; a model that thinks as it likes can use up so many before its first word
+)
 
 
 def effort_within(limit: int | None, effort: str | None) -> str | None:
     """The effort to think with, for a client that knows of none, and whose limit is meant for the answer alone."""
-    return "none" if effort is None and limit and 0 < limit < SMALL else effort
+    return "none" if effort is None and limit and 0 < limit < SMALL_OUTPUT_TOKENS else effort
 
 
 def not_heeded(effort: str | None, config: JSON | None) -> bool:
@@ -1438,7 +1440,7 @@ def gap_prompt(before: str, after: str) -> str:
     return f"<before>{before}</before><gap/><after>{after}</after>"
 
 
-EMBED_BATCH = 100  # inputs that Gemini takes in one call
+MAX_EMBED_BATCH = 100  # inputs that Gemini takes in one call
 
 
 def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple[GeminiCall, ...]:
@@ -1449,9 +1451,11 @@ def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple
     ]
     batches = [
         GeminiCall(
-            f"{model.path}:batchEmbedContents", {"requests": requests[i : i + EMBED_BATCH]}, model
+            f"{model.path}:batchEmbedContents",
+            {"requests": requests[i : i + MAX_EMBED_BATCH]},
+            model,
         )
-        for i in range(0, len(requests), EMBED_BATCH)
+        for i in range(0, len(requests), MAX_EMBED_BATCH)
     ]
     if re.search(r"embedding-00\d$", model.path):
         contents = [user_turn(*map(text_part, texts))]
@@ -2483,7 +2487,7 @@ class ChatOptions(NamedTuple):
     wav: bool = False  # sound is wanted as WAV
 
 
-MOST_CALLS = 128  # choices that one request may ask for
+MAX_CHOICES = 128  # choices that one request may ask for
 
 
 def openai_counts_tokens(body: Fields) -> bool:
@@ -2525,7 +2529,7 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
         usage=openai_counts_tokens(body),
         thoughts="reasoning" if context.ollama else "reasoning_content",
     )
-    return Plan((call,) * (body.number("n", 1, MOST_CALLS, int) or 1), stream, options, asked)
+    return Plan((call,) * (body.number("n", 1, MAX_CHOICES, int) or 1), stream, options, asked)
 
 
 def is_cursors(body: Fields) -> bool:
@@ -3132,12 +3136,12 @@ def openai_completions_request(body: Fields, context: Context) -> Plan:
     asked = body.require("model", str)
     model = model_named(asked, context)
     prompts, stream = openai_prompts(body), bool(body.get("stream", bool))
-    n, best = body.number("n", 1, MOST_CALLS, int) or 1, body.number("best_of", 0, 20, int)
-    if len(prompts) * n > MOST_CALLS:
+    n, best = body.number("n", 1, MAX_CHOICES, int) or 1, body.number("best_of", 0, 20, int)
+    if len(prompts) * n > MAX_CHOICES:
         raise wrong_value(
             "prompt",
             f"Invalid value for 'prompt': {len(prompts)} prompts with {n} choices each are "
-            f"more than {MOST_CALLS} choices.",
+            f"more than {MAX_CHOICES} choices.",
         )
     if best and best > n:
         body.ignore("best_of")  # there are no probabilities to choose by
@@ -4760,7 +4764,7 @@ class OllamaOptions(NamedTuple):
 
 DURATION = re.compile(r"([+-]?)((?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|ms|s|m|h))+")
 UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-FOREVER = 1e10
+FOREVER_SECONDS = 1e10
 
 
 def ollama_keep_alive(body: Fields) -> float:
@@ -4778,7 +4782,7 @@ def ollama_keep_alive(body: Fields) -> float:
         value = sum(float(number) * UNITS[unit] for number, unit in parts) * (
             -1 if value.startswith("-") else 1
         )
-    return FOREVER if value < 0 else float(min(value, FOREVER))
+    return FOREVER_SECONDS if value < 0 else float(min(value, FOREVER_SECONDS))
 
 
 THINK_WORDS = '"high", "medium", "low", "max", true, or false'
@@ -4900,7 +4904,7 @@ def ollama_known(asked: str, answers: Iterator[Iterator[JSON]], context: Context
     return entry
 
 
-MOST_LOADED = 100  # models that are counted as loaded
+MAX_LOADED_MODELS = 100  # models that are counted as loaded
 
 
 def ollama_used(exchange: Exchange) -> None:
@@ -4910,7 +4914,7 @@ def ollama_used(exchange: Exchange) -> None:
         loaded[options.name] = exchange.now() + options.lasts
     else:
         loaded.pop(options.name, None)
-    for name in list(loaded)[:-MOST_LOADED]:  # a copy, for other requests change it too
+    for name in list(loaded)[:-MAX_LOADED_MODELS]:  # a copy, for other requests change it too
         loaded.pop(name, None)
 
 
@@ -5366,7 +5370,7 @@ def ollama_ps_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) ->
             {
                 **{key: entry[key] for key in ("name", "model", "size", "digest", "details")},
                 "size_vram": entry["size"],
-                "expires_at": ollama_time(min(until, now + FOREVER)),
+                "expires_at": ollama_time(min(until, now + FOREVER_SECONDS)),
                 "context_length": entry["details"]["context_length"],
             }
             for until, entry in sorted(shown, key=itemgetter(0), reverse=True)
@@ -5413,7 +5417,7 @@ def ollama_copy_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
     return Payload(b"")
 
 
-MOST_RECIPE, MOST_RECIPES = (
+MAX_RECIPE_CHARACTERS, MAX_RECIPES = (
     1 << 20,
     200,
 )  # characters of a recipe, and recipes, which are not forgotten
@@ -5429,7 +5433,7 @@ def ollama_keep_recipe(
         raise ProxyError(
             400, f"the name {json.dumps(name[:200])} is taken, or is not a valid model name"
         )
-    if len(text) > MOST_RECIPE or len(context.kept()) >= MOST_RECIPES and not known:
+    if len(text) > MAX_RECIPE_CHARACTERS or len(context.kept()) >= MAX_RECIPES and not known:
         raise ProxyError(
             400, "there is no room for this model: what it says is too long, or there are too many"
         )
@@ -5915,7 +5919,7 @@ def anthropic_tool_choice(body: Fields, tools: Tools) -> tuple[str | None, list[
 
 # ---- the request ----
 
-MOST_OUTPUT = 65536  # tokens that Gemini's models give at most; those before 2.5 give 8192
+MAX_OUTPUT_TOKENS = 65536  # tokens that Gemini's models give at most; those before 2.5 give 8192
 
 
 class AnthropicOptions(NamedTuple):
@@ -5978,7 +5982,7 @@ def anthropic_thread(body: Fields) -> None:
 def anthropic_config(body: Fields, model: Model) -> JSON:
     limit, most = (
         body.number("max_tokens", 1, math.inf, int),
-        MOST_OUTPUT if model.generation >= 2.5 else 8192,
+        MAX_OUTPUT_TOKENS if model.generation >= 2.5 else 8192,
     )
     if limit and limit > most:
         body.ignore(f"max_tokens>{most}")
@@ -6432,40 +6436,46 @@ def find_route(api: str, method: str, path: str) -> Found:
 # 9. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
 # ======================================================================================
 
-CONNECT_TIMEOUT = 10.0  # seconds for a TCP connection, and for its TLS handshake
-ONE_ADDRESS = 2.5  # seconds of these for one of several addresses
-IDLE_CONNECTION = (
+CONNECT_SECONDS = 10.0  # seconds for a TCP connection, and for its TLS handshake
+ADDRESS_SECONDS = 2.5  # seconds of these for one of several addresses
+IDLE_CONNECTION_SECONDS = (
     55.0  # seconds that an unused connection is kept: middleboxes give up at 60 and more
 )
-MOST_IDLE = 128  # connections that are kept unused
-INSTANT = 0.0002  # seconds within which what one waits for was there already
-BEAT = 10.0  # seconds of silence after which a stream says that it is alive
-TRIES = 3  # of one call in all
-EARLY = 1.0  # seconds after a call within which a connection that breaks has asked for nothing yet
-PATIENCE = (
+MAX_IDLE_CONNECTIONS = 128  # connections that are kept unused
+READY_SECONDS = 0.0002  # seconds within which what one waits for was there already
+KEEP_ALIVE_SECONDS = 10.0  # seconds of silence after which a stream says that it is alive
+MAX_ATTEMPTS = 3  # of one call in all
+BROKEN_RETRY_SECONDS = (
+    1.0  # seconds after a call within which a connection that breaks has asked for nothing yet
+)
+RETRY_WINDOW_SECONDS = (
     30.0  # seconds after which a call that fails is not tried again: its client has waited enough
 )
-SHORT_DELAY = (
+MAX_BACKOFF_SECONDS = (
     2.0  # seconds that Gemini may ask for, for a call to be tried again here and not by the client
 )
-TOGETHER = 4  # calls of one request that are under way at the same time
-MODELS_KEPT = 300.0  # seconds that Gemini's list of models is kept
-ERROR_BODY = 1 << 20  # bytes that are read of a refusal
+MAX_PARALLEL_CALLS = 4  # calls of one request that are under way at the same time
+MODEL_LIST_SECONDS = 300.0  # seconds that Gemini's list of models is kept
+MAX_ERROR_BYTES = 1 << 20  # bytes that are read of a refusal
 KEY_MASK = "[the Gemini key]"
-MOST_PAGES = 50  # of Gemini's list of models
-LOCKED = 1.0  # seconds to wait for a state file that another process has locked
-REST = 5.0  # seconds in which a state file in trouble is not tried again
-MOST_LISTS = 32  # of models that are kept, one for each key (-client-keys)
+MAX_MODEL_PAGES = 50  # of Gemini's list of models
+STATE_LOCK_SECONDS = 1.0  # seconds to wait for a state file that another process has locked
+STATE_RETRY_SECONDS = 5.0  # seconds in which a state file in trouble is not tried again
+MAX_MODEL_LISTS = 32  # of models that are kept, one for each key (-client-keys)
 HEADERS = {"Content-Type": "application/json", "User-Agent": f"proxy-to-gemini/{VERSION}"}
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HEADER_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n".encode())
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?\r\n")
-ONCE = ("host", "content-length", "transfer-encoding")  # headers of which two would be a riddle
-MOST_HEAD = 64 << 10  # bytes of the first line and the headers of a request or an answer
+SINGLE_HEADERS = (
+    "host",
+    "content-length",
+    "transfer-encoding",
+)  # headers of which two would be a riddle
+MAX_HEAD_BYTES = 64 << 10  # bytes of the first line and the headers of a request or an answer
 
 # Linux tells at once that the far end hung up, even behind unread bytes; PyPy 3.9 lacks the name but not the thing.
-HUNG_UP = getattr(select, "POLLRDHUP", 0x2000 if sys.platform.startswith("linux") else 0)
+POLLRDHUP = getattr(select, "POLLRDHUP", 0x2000 if sys.platform.startswith("linux") else 0)
 
 
 class ClientGone(Exception):
@@ -6497,7 +6507,7 @@ def read_headers(file: io.BufferedReader, left: int) -> dict[str, str]:
             match.group(1).decode().lower(),
             match.group(2).strip(b" \t").decode("latin-1"),
         )
-        if name in headers and name in ONCE:
+        if name in headers and name in SINGLE_HEADERS:
             raise BadHead(400, f"The header {name} comes twice.")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
 
@@ -6517,7 +6527,7 @@ class Watch:
         beat: Callable[[], None] | None = None,
     ):
         self.client, self.silence, self.stopping = client, silence, stopping
-        self.beat = beat  # called every BEAT seconds of silence
+        self.beat = beat  # called every KEEP_ALIVE_SECONDS seconds of silence
         self.polls: dict[tuple[socket.socket | None, int], Any] = {}
 
     def poll(self, gemini: socket.socket | None, event: int) -> Any:
@@ -6529,7 +6539,7 @@ class Watch:
         if gemini is not None:
             poll.register(gemini, event)
         if self.client is not None:
-            poll.register(self.client, HUNG_UP or select.POLLIN)
+            poll.register(self.client, POLLRDHUP or select.POLLIN)
         if self.stopping >= 0:
             poll.register(self.stopping, select.POLLIN)
         return poll
@@ -6541,7 +6551,10 @@ class Watch:
         the seconds that it took."""
         poll, mine = self.poll(gemini, event), -1 if gemini is None else gemini.fileno()
         began = time.monotonic()
-        over, beats = began + (self.silence if seconds is None else seconds), began + BEAT
+        over, beats = (
+            began + (self.silence if seconds is None else seconds),
+            began + KEEP_ALIVE_SECONDS,
+        )
         while True:
             now = time.monotonic()
             until = min(over, beats) if self.beat else over
@@ -6560,11 +6573,11 @@ class Watch:
                 )
             if self.beat and now >= beats:
                 self.beat()
-                beats = now + BEAT
+                beats = now + KEEP_ALIVE_SECONDS
 
     def client_left(self, poll: Any) -> bool:
         """Whether the client hung up; where the system only tells that there is something to read, look at it."""
-        if HUNG_UP:
+        if POLLRDHUP:
             return True
         try:
             if self.client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
@@ -6593,13 +6606,13 @@ class Response(http.client.HTTPResponse):
         status = 100
         try:
             while status < 200:
-                line = self.fp.readline(MOST_HEAD)
+                line = self.fp.readline(MAX_HEAD_BYTES)
                 match = STATUS_LINE.fullmatch(line)
                 if not line:
                     raise http.client.RemoteDisconnected("the connection ended before an answer")
                 if not match:
                     raise http.client.BadStatusLine(ascii(line[:60]))
-                status, headers = int(match.group(2)), read_headers(self.fp, MOST_HEAD)
+                status, headers = int(match.group(2)), read_headers(self.fp, MAX_HEAD_BYTES)
             length = int(headers.get("content-length", -1))
         except (BadHead, ValueError) as error:
             raise http.client.HTTPException(str(error)) from None
@@ -6649,7 +6662,7 @@ class Line(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         if self.slow and not self.pending():
-            self.slow = self.watch.wait(self.sock) > INSTANT
+            self.slow = self.watch.wait(self.sock) > READY_SECONDS
         count = self.patiently(self.sock.recv_into, buffer)
         self.spoken = self.spoken or count > 0
         return count
@@ -6665,16 +6678,16 @@ class Line(io.RawIOBase):
                 event = select.POLLOUT
             except BlockingIOError:
                 event = select.POLLIN if act == self.sock.recv_into else select.POLLOUT
-            self.slow = self.watch.wait(self.sock, event) > INSTANT
+            self.slow = self.watch.wait(self.sock, event) > READY_SECONDS
 
 
 def dial(host: str, port: int, watch: Watch) -> socket.socket:
-    """A non-blocking connection to the first of a host's addresses that answers, in CONNECT_TIMEOUT for all of them.
+    """A non-blocking connection to the first of a host's addresses that answers, in CONNECT_SECONDS for all of them.
 
     The library gives each the whole time, and where a network drops IPv6 without a word, Google has several in vain.
     (Only the look-up of the name cannot be watched: the C library does it.)
     """
-    until, trouble = time.monotonic() + CONNECT_TIMEOUT, OSError("the name has no address")
+    until, trouble = time.monotonic() + CONNECT_SECONDS, OSError("the name has no address")
     families: dict[int, list[tuple]] = {}
     for one in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         families.setdefault(one[0], []).append(one)
@@ -6686,7 +6699,7 @@ def dial(host: str, port: int, watch: Watch) -> socket.socket:
         try:
             sock = socket.socket(family, kind, protocol)
             try:
-                reach(sock, where, watch, min(left, ONE_ADDRESS) if i < len(found) else left)
+                reach(sock, where, watch, min(left, ADDRESS_SECONDS) if i < len(found) else left)
                 return sock
             except BaseException:
                 sock.close()
@@ -6717,7 +6730,7 @@ class Connection(http.client.HTTPConnection):
 
     def open(self, watch: Watch) -> None:
         """Connect, with an eye on the client (connect(), the library's, sees nobody leave)."""
-        watch = Watch(watch.client, CONNECT_TIMEOUT, watch.stopping, watch.beat)
+        watch = Watch(watch.client, CONNECT_SECONDS, watch.stopping, watch.beat)
         way = self.pool.proxy
         self.sock = dial(way.host if way else self.host, way.port if way else self.port, watch)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -6813,7 +6826,7 @@ class Pool(urllib.request.BaseHandler):
                 return None
             poll = select.poll()
             poll.register(connection.sock, select.POLLIN)  # readable means closed, or out of step
-            if time.monotonic() - since < IDLE_CONNECTION and not poll.poll(0):
+            if time.monotonic() - since < IDLE_CONNECTION_SECONDS and not poll.poll(0):
                 return connection
             connection.close()
 
@@ -6825,7 +6838,7 @@ class Pool(urllib.request.BaseHandler):
     def give(self, response: Response) -> None:
         """Keep the connection of an answer that has been read to its end."""
         self.idle.append((time.monotonic(), response.connection))
-        while len(self.idle) > MOST_IDLE:
+        while len(self.idle) > MAX_IDLE_CONNECTIONS:
             self.drop_oldest()
 
     def drop_oldest(self) -> None:
@@ -6839,7 +6852,7 @@ class Pool(urllib.request.BaseHandler):
     def tidy(self) -> None:
         """Close what has been idle for too long."""
         with contextlib.suppress(IndexError):
-            while time.monotonic() - self.idle[0][0] > IDLE_CONNECTION:
+            while time.monotonic() - self.idle[0][0] > IDLE_CONNECTION_SECONDS:
                 self.drop_oldest()
 
 
@@ -6898,8 +6911,8 @@ TROUBLES = (OSError, http.client.HTTPException)
 class Flight:
     """One call to Gemini: sent when it is made, read by chunks().
 
-    It is tried again, TRIES times in all, while no byte of an answer has come: when Gemini says so (gemini_refusal's
-    `again`, of SHORT_DELAY at most), and when the connection broke within EARLY; but not once PATIENCE is at its end.
+    It is tried again, MAX_ATTEMPTS times in all, while no byte of an answer has come: when Gemini says so (gemini_refusal's
+    `again`, of MAX_BACKOFF_SECONDS at most), and when the connection broke within BROKEN_RETRY_SECONDS; but not once RETRY_WINDOW_SECONDS is at its end.
     """
 
     def __init__(
@@ -6959,9 +6972,11 @@ class Flight:
             mended, names = (
                 repaired(self.call, error.message) if error.status == 400 else (None, [])
             )
-            late = time.monotonic() - self.began > PATIENCE
-            hopeless = mended is None and (error.again is None or error.again > SHORT_DELAY or late)
-            if hopeless or self.tries >= TRIES:
+            late = time.monotonic() - self.began > RETRY_WINDOW_SECONDS
+            hopeless = mended is None and (
+                error.again is None or error.again > MAX_BACKOFF_SECONDS or late
+            )
+            if hopeless or self.tries >= MAX_ATTEMPTS:
                 raise error
             if mended is not None:
                 self.call = mended
@@ -6981,13 +6996,15 @@ class Flight:
                 if self.response.status == 200:
                     self.gemini.pool.remember(self.response)
                     return None
-                raw = self.response.read(ERROR_BODY).replace(self.key.encode(), KEY_MASK.encode())
+                raw = self.response.read(MAX_ERROR_BYTES).replace(
+                    self.key.encode(), KEY_MASK.encode()
+                )
                 return gemini_refusal(self.response.status, read_json(raw), raw)
             except TROUBLES as trouble:
                 self.trouble = trouble
         error = self.trouble if isinstance(self.trouble, ProxyError) else unreachable(self.trouble)
         lost = self.response is None or not self.response.spoken
-        early = self.response is None or time.monotonic() - self.sent < EARLY
+        early = self.response is None or time.monotonic() - self.sent < BROKEN_RETRY_SECONDS
         if (
             lost
             and early
@@ -7031,7 +7048,7 @@ class Answers:
         self.flights: collections.deque[Flight] = collections.deque()
 
     def __iter__(self) -> Iterator[Iterator[JSON]]:
-        self.flights.extend(itertools.islice(self.calls, TOGETHER))
+        self.flights.extend(itertools.islice(self.calls, MAX_PARALLEL_CALLS))
         while self.flights:
             yield self.flights[0].chunks()
             self.flights.popleft().release()
@@ -7053,11 +7070,11 @@ class ModelList:
 
     def chunks(self) -> Iterator[JSON]:
         since, models = self.gemini.models.get(self.key, (-math.inf, None))
-        if time.monotonic() - since > MODELS_KEPT:
+        if time.monotonic() - since > MODEL_LIST_SECONDS:
             try:
                 models = self.pages()
                 self.gemini.models[self.key] = time.monotonic(), models
-                while len(self.gemini.models) > MOST_LISTS:
+                while len(self.gemini.models) > MAX_MODEL_LISTS:
                     self.gemini.models.pop(next(iter(self.gemini.models)), None)
             except ProxyError:
                 if models is None:
@@ -7067,7 +7084,7 @@ class ModelList:
     def pages(self) -> list[JSON]:
         models: list[JSON] = []
         token = ""
-        for _ in range(MOST_PAGES):
+        for _ in range(MAX_MODEL_PAGES):
             call = GeminiCall(
                 "models?pageSize=1000"
                 + (f"&pageToken={urllib.parse.quote(token)}" if token else "")
@@ -7077,7 +7094,7 @@ class ModelList:
             token = expect(page, "nextPageToken", str).encode("ascii", "ignore").decode()
             if not token:
                 return models
-        raise nonsense(f"more than {MOST_PAGES} pages of models")
+        raise nonsense(f"more than {MAX_MODEL_PAGES} pages of models")
 
     def release(self) -> None:
         """It holds nothing back."""
@@ -7095,7 +7112,7 @@ class Memory:
     MAKE = (
         "PRAGMA journal_mode = WAL",
         "PRAGMA synchronous = OFF",  # what a crash loses was lost before
-        "CREATE TABLE IF NOT EXISTS memory (key TEXT PRIMARY KEY, alias TEXT, value TEXT)",
+        "CREATE TABLE IF NOT EXISTS memory (key TEXT PRIMARY KEY_PATTERN, alias TEXT, value TEXT)",
         "CREATE INDEX IF NOT EXISTS aliases ON memory (alias)",
     )
     KEEP = "INSERT OR REPLACE INTO memory VALUES (?, ?, ?)"
@@ -7126,7 +7143,7 @@ class Memory:
                     os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
                 )  # nobody else's to read
             database = sqlite3.connect(
-                self.path, timeout=LOCKED, isolation_level=None, check_same_thread=False
+                self.path, timeout=STATE_LOCK_SECONDS, isolation_level=None, check_same_thread=False
             )
             for statement in self.MAKE:
                 database.execute(
@@ -7159,7 +7176,7 @@ class Memory:
             except UnicodeEncodeError:  # a lone surrogate, which nothing that was kept has
                 return []
             except (sqlite3.Error, OSError) as error:
-                self.rest[reads] = time.monotonic() + REST
+                self.rest[reads] = time.monotonic() + STATE_RETRY_SECONDS
                 log(f"what is to be remembered in {self.path} is in trouble: {error}")
                 return None
 
@@ -7259,24 +7276,26 @@ def scope_of(key: str) -> str:
 # 10. Server: the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
 # ======================================================================================
 
-MOST_BODY = 128 << 20  # bytes; Gemini takes 100 MB
-MOST_UNPACKED = (
+MAX_BODY_BYTES = 128 << 20  # bytes; Gemini takes 100 MB
+MAX_UNPACKED_BYTES = (
     32 << 20
 )  # bytes of a compressed body, once unpacked: pictures and sound do not shrink
-CLIENT_TIMEOUT = (
+CLIENT_SECONDS = (
     60.0  # seconds without a byte from a client, or without it taking one; and for a whole head
 )
-BODY_TIMEOUT = 900.0  # seconds for a whole body
-MOST_CONNECTIONS = 10_000  # of clients; the next one waits until another leaves
-AT_A_TIME = 16  # clients that are accepted before the next look at anything else
-FULL = 0.1  # seconds to wait where there is no room for another connection
-NOTICE = 1.0  # seconds for load balancers to see that the server ends, while it still serves
-DRAIN = 6.5  # seconds more that answers under way get, before they are told so
-LAST_WORDS = 1.0  # seconds to tell it, and for a request that is just coming in
-TIDY = 5.0  # seconds between two looks at what can be given back
-LINGER = 1.0  # seconds for a client to read a refusal of what it still sends
-KEY = r"[!-~]{1,1000}"  # what can be sent in a header as a key
-MOST_IGNORED = 4000  # characters of x-proxy-ignored: nginx takes 8 KB of headers in all
+BODY_SECONDS = 900.0  # seconds for a whole body
+MAX_CONNECTIONS = 10_000  # of clients; the next one waits until another leaves
+ACCEPT_BATCH = 16  # clients that are accepted before the next look at anything else
+FULL_PAUSE_SECONDS = 0.1  # seconds to wait where there is no room for another connection
+DRAIN_NOTICE_SECONDS = (
+    1.0  # seconds for load balancers to see that the server ends, while it still serves
+)
+DRAIN_SECONDS = 6.5  # seconds more that answers under way get, before they are told so
+FINAL_SECONDS = 1.0  # seconds to tell it, and for a request that is just coming in
+TIDY_SECONDS = 5.0  # seconds between two looks at what can be given back
+LINGER_SECONDS = 1.0  # seconds for a client to read a refusal of what it still sends
+KEY_PATTERN = r"[!-~]{1,1000}"  # what can be sent in a header as a key
+MAX_IGNORED_CHARACTERS = 4000  # characters of x-proxy-ignored: nginx takes 8 KB of headers in all
 
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f]+) HTTP/1\.([0-9])\r\n".encode())
 APP_ORIGINS = (
@@ -7482,14 +7501,14 @@ class ClientLine(io.RawIOBase):
         """What has come; nothing when the client left, or when the server ends and no request is coming."""
         while True:
             ready = (self.idle_poll if self.idle else self.busy_poll).poll(
-                max(0, min(CLIENT_TIMEOUT, self.until - time.monotonic())) * 1000
+                max(0, min(CLIENT_SECONDS, self.until - time.monotonic())) * 1000
             )
             if not ready:
                 raise socket.timeout("the client is silent")
             now = time.monotonic()
             if all(fd != self.fd for fd, _ in ready):
                 grace = (
-                    self.came + LAST_WORDS - now if self.fresh else 0
+                    self.came + FINAL_SECONDS - now if self.fresh else 0
                 )  # its first request may just be coming
                 if not self.busy_poll.poll(max(0, grace) * 1000):
                     return 0
@@ -7499,12 +7518,12 @@ class ClientLine(io.RawIOBase):
                 continue
             if self.idle:
                 self.idle = self.fresh = False
-                self.until = now + CLIENT_TIMEOUT
+                self.until = now + CLIENT_SECONDS
             return count
 
     def may_come(self) -> bool:
-        """Whether a request may still come in when the server ends: not one that has begun LAST_WORDS ago."""
-        return self.until - CLIENT_TIMEOUT > time.monotonic() - LAST_WORDS
+        """Whether a request may still come in when the server ends: not one that has begun FINAL_SECONDS ago."""
+        return self.until - CLIENT_SECONDS > time.monotonic() - FINAL_SECONDS
 
     def send(self, data: bytes) -> None:
         """All of it, as fast as the client takes it."""
@@ -7515,7 +7534,7 @@ class ClientLine(io.RawIOBase):
             except BlockingIOError:
                 room = select.poll()
                 room.register(self.sock, select.POLLOUT)
-                if not room.poll(CLIENT_TIMEOUT * 1000):
+                if not room.poll(CLIENT_SECONDS * 1000):
                     raise socket.timeout("the client takes nothing") from None
 
 
@@ -7554,9 +7573,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
         try:
             self.line.idle, self.line.until = True, math.inf
-            line = self.rfile.readline(MOST_HEAD)
+            line = self.rfile.readline(MAX_HEAD_BYTES)
             line = (
-                self.rfile.readline(MOST_HEAD) if line == b"\r\n" else line
+                self.rfile.readline(MAX_HEAD_BYTES) if line == b"\r\n" else line
             )  # RFC 9112, section 2.2
             if not line:
                 return
@@ -7600,11 +7619,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         match = REQUEST_LINE.fullmatch(line)
         if not match:
             raise ProxyError(
-                414 if len(line) >= MOST_HEAD else 400, "This is not an HTTP/1.1 request line."
+                414 if len(line) >= MAX_HEAD_BYTES else 400, "This is not an HTTP/1.1 request line."
             )
         self.command, self.path = match.group(1).decode(), match.group(2).decode("latin-1")
         self.request_version = "HTTP/1.0" if match.group(3) == b"0" else "HTTP/1.1"
-        headers = read_headers(self.rfile, MOST_HEAD - len(line))
+        headers = read_headers(self.rfile, MAX_HEAD_BYTES - len(line))
         self.headers, self.answering = headers, True
         self.line.until = math.inf
         self.body_left = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
@@ -7621,11 +7640,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ProxyError(400, "The framing of this request's body is ambiguous.")
         if coding is None and length is not None and not re.fullmatch(r"[0-9]{1,15}", length):
             raise ProxyError(400, "Content-Length is not a number.")
-        if coding is None and int(length or 0) > MOST_BODY:
+        if coding is None and int(length or 0) > MAX_BODY_BYTES:
             raise too_large()
         if self.body_left and self.headers.get("expect", "").lower() == "100-continue":
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.line.until = time.monotonic() + BODY_TIMEOUT
+        self.line.until = time.monotonic() + BODY_SECONDS
         body = self.read_chunked() if coding else self.read_exactly(int(length or 0))
         self.body_left = False
         return decoded_body(body, self.headers.get("content-encoding", "identity").lower())
@@ -7637,7 +7656,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return data
 
     def read_chunked(self) -> bytes:
-        pieces, left = [], MOST_BODY
+        pieces, left = [], MAX_BODY_BYTES
         while True:
             line = self.rfile.readline(1024)
             match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n", line)
@@ -7652,7 +7671,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             pieces.append(self.read_exactly(size))
             if self.read_exactly(2) != b"\r\n":
                 raise ProxyError(400, "A chunk of the body is longer than it says.")
-        trailers = MOST_HEAD
+        trailers = MAX_HEAD_BYTES
         while line != b"\r\n":
             line = self.rfile.readline(trailers + 1)
             trailers -= len(line)
@@ -7705,7 +7724,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         keys = [
             key for key in self.client_keys() if not (config.proxy_key and self.is_proxy_key(key))
         ]
-        if not keys or not re.fullmatch(KEY, keys[0]):
+        if not keys or not re.fullmatch(KEY_PATTERN, keys[0]):
             raise ProxyError(
                 401,
                 "You didn't provide an API key: this server wants your own Gemini key as the API key "
@@ -7851,8 +7870,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         names = self.ignored + (self.answers.ignored if self.answers else [])
         names = [re.sub(r"[^!-+\--~]", "?", name)[:200] for name in names]
         text = ", ".join(dict.fromkeys(names))
-        if len(text) > MOST_IGNORED:
-            text = text[:MOST_IGNORED].rpartition(", ")[0] + ", ..."
+        if len(text) > MAX_IGNORED_CHARACTERS:
+            text = text[:MAX_IGNORED_CHARACTERS].rpartition(", ")[0] + ", ..."
         return [("x-proxy-ignored", text)] if text else []
 
     def head(self, status: int, content_type: str, headers: list[tuple[str, str]]) -> bytes:
@@ -7919,8 +7938,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.body_left:
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
-                self.connection.settimeout(LINGER)
-                until = time.monotonic() + LINGER
+                self.connection.settimeout(LINGER_SECONDS)
+                until = time.monotonic() + LINGER_SECONDS
                 while time.monotonic() < until and self.connection.recv(1 << 16):
                     pass
         self.rfile.close()
@@ -7947,7 +7966,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def too_large() -> ProxyError:
-    return ProxyError(413, f"The body of this request is larger than {MOST_BODY >> 20} MiB.")
+    return ProxyError(413, f"The body of this request is larger than {MAX_BODY_BYTES >> 20} MiB.")
 
 
 def decoded_body(body: bytes, coding: str) -> bytes:
@@ -7961,12 +7980,12 @@ def decoded_body(body: bytes, coding: str) -> bytes:
         )
     machine = zlib.decompressobj(wbits=47)  # gzip or zlib, by its head
     try:
-        data = machine.decompress(body, MOST_UNPACKED)
+        data = machine.decompress(body, MAX_UNPACKED_BYTES)
     except zlib.error as error:
         raise ProxyError(400, f"The body is not {coding}: {error}") from None
     if machine.unconsumed_tail:
         raise ProxyError(
-            413, f"The body of this request unpacks to more than {MOST_UNPACKED >> 20} MiB."
+            413, f"The body of this request unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB."
         )
     if not machine.eof:
         raise ProxyError(400, f"The {coding} body breaks off.")
@@ -8077,9 +8096,9 @@ class Server(http.server.ThreadingHTTPServer):
         poll = select.poll()
         poll.register(life.pipe, select.POLLIN)
         while not life.over():
-            room = len(self.handlers) < most_connections()
+            room = len(self.handlers) < max_connections()
             poll.register(self.socket, select.POLLIN if room else 0)
-            for fd, _ in poll.poll(1000 * (life.nap if room else FULL)):
+            for fd, _ in poll.poll(1000 * (life.nap if room else FULL_PAUSE_SECONDS)):
                 if fd == life.pipe:
                     life.hear()
                 else:
@@ -8091,17 +8110,17 @@ class Server(http.server.ThreadingHTTPServer):
         self.drain(end, stop)
 
     def drain(self, end: int, stop: int) -> None:
-        """Go on while connections are used again; then give answers under way DRAIN seconds, and LAST_WORDS.
+        """Go on while connections are used again; then give answers under way DRAIN_SECONDS seconds, and FINAL_SECONDS.
 
         A connection that is closed in the moment in which its next request comes in loses that request, and a load
         balancer may not send it again. So each is told with an answer that it was the last one, and health checks
         have the time to say so before the silent ones are closed.
         """
-        self.draining, until = True, time.monotonic() + NOTICE
+        self.draining, until = True, time.monotonic() + DRAIN_NOTICE_SECONDS
         while (self.handlers or self.newcomers) and time.monotonic() < until:
             if select.select([self.socket], [], [], 0.01)[0]:
                 self.take_in()
-        until += LAST_WORDS  # whom a last answer sends away comes back at once, but not for ever
+        until += FINAL_SECONDS  # whom a last answer sends away comes back at once, but not for ever
         while (
             not self.shared
             and time.monotonic() < until
@@ -8110,10 +8129,10 @@ class Server(http.server.ThreadingHTTPServer):
             self.take_in()
         self.server_close()
         os.close(end)
-        self.wait_for_handlers(LAST_WORDS, lambda handler: handler.line.may_come())
-        self.wait_for_handlers(DRAIN, lambda handler: handler.answering)
+        self.wait_for_handlers(FINAL_SECONDS, lambda handler: handler.line.may_come())
+        self.wait_for_handlers(DRAIN_SECONDS, lambda handler: handler.answering)
         os.close(stop)
-        self.wait_for_handlers(LAST_WORDS, lambda handler: handler.answering)
+        self.wait_for_handlers(FINAL_SECONDS, lambda handler: handler.answering)
 
     def wait_for_handlers(self, seconds: float, counts: Callable[[Handler], bool]) -> None:
         until = time.monotonic() + seconds
@@ -8125,7 +8144,7 @@ class Server(http.server.ThreadingHTTPServer):
     def reload(self) -> None:
         """Read the Gemini key again."""
         key = gemini_key(os.environ)
-        usable = re.fullmatch(KEY, key)
+        usable = re.fullmatch(KEY_PATTERN, key)
         if usable:
             self.config = self.config._replace(key=key)
         log(
@@ -8136,7 +8155,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def take_in(self) -> None:
         """Accept who waits, several at a time: when a thousand come at once, each wait would cost a turn of theirs."""
-        for _ in range(AT_A_TIME):
+        for _ in range(ACCEPT_BATCH):
             try:
                 client, address = self.get_request()
             except OSError:
@@ -8155,7 +8174,7 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self.gemini.pool.drop_oldest()
-                time.sleep(FULL)  # the client waits, and so does the processor
+                time.sleep(FULL_PAUSE_SECONDS)  # the client waits, and so does the processor
             raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -8163,7 +8182,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Every few seconds, see what can be given back."""
-        if time.monotonic() - self.tidied > TIDY:
+        if time.monotonic() - self.tidied > TIDY_SECONDS:
             self.tidied = time.monotonic()
             self.gemini.pool.tidy()
             self.take_stock()
@@ -8180,11 +8199,11 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 @functools.lru_cache(maxsize=1)
-def most_connections() -> int:
+def max_connections() -> int:
     """How many clients there may be: each may need a file more for its way to Gemini."""
     import resource
 
-    return min(MOST_CONNECTIONS, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 16))
+    return min(MAX_CONNECTIONS, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 16))
 
 
 @functools.lru_cache(maxsize=1)
@@ -8378,7 +8397,7 @@ def configured(arguments: list[str], env: Mapping[str, str]) -> tuple[Config, ar
     key = gemini_key(env)
     if not key and not flags.client_keys:
         sys.exit(NO_KEY)
-    if key and not re.fullmatch(KEY, key):
+    if key and not re.fullmatch(KEY_PATTERN, key):
         sys.exit(
             "proxy-to-gemini: the key in GEMINI_API_KEY has characters that no key has; it cannot be sent."
         )
@@ -8579,7 +8598,7 @@ class Workers:
         self.life.tell("STOPPING=1")
         self.server.server_close()  # or the kernel takes clients whom no worker will serve
         self.signal(signal.SIGTERM)
-        until = time.monotonic() + NOTICE + DRAIN + 3 * LAST_WORDS
+        until = time.monotonic() + DRAIN_NOTICE_SECONDS + DRAIN_SECONDS + 3 * FINAL_SECONDS
         while self.numbers and time.monotonic() < until:
             poll.poll(100)
             self.life.hear()
@@ -8658,7 +8677,7 @@ def check_name(config: Config, gemini: Gemini) -> str:
 
 
 def check_connection(config: Config, gemini: Gemini) -> str:
-    with contextlib.closing(gemini.pool.connect(Watch(None, CHECK_TIMEOUT))) as connection:
+    with contextlib.closing(gemini.pool.connect(Watch(None, CHECK_SECONDS))) as connection:
         if not gemini.pool.secure:
             return f"{config.upstream}, without TLS"
         issuer = dict(pair for name in connection.sock.getpeercert()["issuer"] for pair in name)
@@ -8685,14 +8704,14 @@ def check_key(config: Config, gemini: Gemini) -> str:
 def listed_models(config: Config, gemini: Gemini) -> list[JSON]:
     return [
         entry
-        for chunk in ModelList(gemini, Watch(None, CHECK_TIMEOUT), config.key).chunks()
+        for chunk in ModelList(gemini, Watch(None, CHECK_SECONDS), config.key).chunks()
         for entry in chunk["models"]
     ]
 
 
 def check_clock(config: Config, gemini: Gemini) -> str:
     flight = Flight(
-        gemini, GeminiCall("models?pageSize=1"), Watch(None, CHECK_TIMEOUT), config.key, []
+        gemini, GeminiCall("models?pageSize=1"), Watch(None, CHECK_SECONDS), config.key, []
     )
     flight.begin()
     told = flight.response and email.utils.parsedate_tz(flight.response.headers.get("date", ""))
@@ -8726,14 +8745,14 @@ def check_answer(config: Config, gemini: Gemini) -> str:
     model = model_of(max(fitting or names, key=lambda name: model_of(name).generation))
     began = time.monotonic()
     call = generate_call(model, False, [], [user_turn(text_part("Say hello in one word."))], {})
-    (answer,) = Flight(gemini, call, Watch(None, CHECK_TIMEOUT), config.key, []).chunks()
+    (answer,) = Flight(gemini, call, Watch(None, CHECK_SECONDS), config.key, []).chunks()
     text = texts_of(
         get_or_empty(get_or_empty(first_candidate(answer), "content", dict), "parts", list)
     )
     return f"{model.name} said {text[:40]!a} after {time.monotonic() - began:.1f} seconds"
 
 
-CHECK_TIMEOUT = 30.0  # seconds
+CHECK_SECONDS = 30.0  # seconds
 
 # What must work, in the order in which one rests on the other; and what to mend where it does not.
 CHECKS = (
@@ -8784,12 +8803,12 @@ def check(config: Config) -> int:
 
 # ---- start and end ----
 
-COLLECT = (
+GC_THRESHOLDS = (
     20_000,
     20,
     20,
 )  # new objects until the collector comes by, and its turns until it looks at older ones
-SWITCH = (
+SWITCH_INTERVAL_SECONDS = (
     0.05  # seconds until a thread insists on its turn; at 0.005, a thousand threads do little else
 )
 
@@ -8799,7 +8818,7 @@ def raise_limits() -> None:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * MOST_CONNECTIONS + 64
+    wanted = 2 * MAX_CONNECTIONS + 64
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(
             resource.RLIMIT_NOFILE, (max(soft, min(hard, wanted)) if hard > 0 else wanted, hard)
@@ -8814,7 +8833,7 @@ def spare_the_collector() -> None:
     """
     if hasattr(gc, "freeze"):
         gc.freeze()
-        gc.set_threshold(*COLLECT)
+        gc.set_threshold(*GC_THRESHOLDS)
 
 
 def opened(config: Config) -> Server:
@@ -8860,7 +8879,7 @@ def main() -> None:
     if flags.check:
         sys.exit(check(config))
     raise_limits()
-    sys.setswitchinterval(SWITCH)
+    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     with contextlib.ExitStack() as stack:
         if (
             config.workers > 1 and config.state == ":memory:"

@@ -5312,7 +5312,7 @@ def test_families_of_addresses_take_turns(monkeypatch):
     addresses(monkeypatch, "fc00::1", "fc00::2", "fc00::3", "127.0.0.2")
 
     def refuse(sock, where, watch, seconds):
-        tried.append((where[0], seconds > proxy.ONE_ADDRESS))
+        tried.append((where[0], seconds > proxy.ADDRESS_SECONDS))
         raise TimeoutError
 
     monkeypatch.setattr(proxy, "reach", refuse)
@@ -7198,22 +7198,35 @@ def test_the_readmes_limits_are_the_programs():
     told = {what: f"{limit}, {then}" for what, limit, then in readme_table("Limits")}
     mib, kib = (lambda number: f"{number >> 20} MiB"), (lambda number: f"{number >> 10} KiB")
     for words, facts in (
-        ("body of a request", [mib(proxy.MOST_BODY)]),
-        ("body in gzip", [mib(proxy.MOST_UNPACKED)]),
-        ("request line", [kib(proxy.MOST_HEAD)]),
-        ("headers of an answer", [f"{proxy.MOST_IGNORED} characters"]),
-        ("a client's silence", [f"{proxy.CLIENT_TIMEOUT:g} s"]),
-        ("a whole request", [f"{proxy.CLIENT_TIMEOUT:g} s", f"{proxy.BODY_TIMEOUT:g} s"]),
-        ("connections of clients", [f"{proxy.MOST_CONNECTIONS:,}"]),
-        ("connections to Gemini", [f"{proxy.MOST_IDLE} unused", f"{proxy.IDLE_CONNECTION:g} s"]),
-        ("a connection to Gemini", [f"{proxy.CONNECT_TIMEOUT:g} s"]),
+        ("body of a request", [mib(proxy.MAX_BODY_BYTES)]),
+        ("body in gzip", [mib(proxy.MAX_UNPACKED_BYTES)]),
+        ("request line", [kib(proxy.MAX_HEAD_BYTES)]),
+        ("headers of an answer", [f"{proxy.MAX_IGNORED_CHARACTERS} characters"]),
+        ("a client's silence", [f"{proxy.CLIENT_SECONDS:g} s"]),
+        ("a whole request", [f"{proxy.CLIENT_SECONDS:g} s", f"{proxy.BODY_SECONDS:g} s"]),
+        ("connections of clients", [f"{proxy.MAX_CONNECTIONS:,}"]),
+        (
+            "connections to Gemini",
+            [f"{proxy.MAX_IDLE_CONNECTIONS} unused", f"{proxy.IDLE_CONNECTION_SECONDS:g} s"],
+        ),
+        ("a connection to Gemini", [f"{proxy.CONNECT_SECONDS:g} s"]),
         (
             "Gemini's silence",
-            [f"{proxy.configured([], ENV)[0].timeout:g} s", f"every {proxy.BEAT:g} s"],
+            [
+                f"{proxy.configured([], ENV)[0].timeout:g} s",
+                f"every {proxy.KEEP_ALIVE_SECONDS:g} s",
+            ],
         ),
-        ("tries", [f"{proxy.TRIES}, ", f"{proxy.SHORT_DELAY:g} s", f"{proxy.PATIENCE:g} s"]),
+        (
+            "tries",
+            [
+                f"{proxy.MAX_ATTEMPTS}, ",
+                f"{proxy.MAX_BACKOFF_SECONDS:g} s",
+                f"{proxy.RETRY_WINDOW_SECONDS:g} s",
+            ],
+        ),
         ("memory", [f"{proxy.Memory.ROWS:,} rows", mib(proxy.Memory.SIZE)]),
-        ("answers under way", [f"{proxy.NOTICE + proxy.DRAIN:.0f} s"]),
+        ("answers under way", [f"{proxy.DRAIN_NOTICE_SECONDS + proxy.DRAIN_SECONDS:.0f} s"]),
     ):
         (row,) = [row for what, row in told.items() if what.startswith(words)]
         assert all(fact in row for fact in facts), (words, facts, row)
