@@ -8,7 +8,7 @@ It needs Python 3.9 or newer and nothing else. How a request goes through this f
 
     client JSON --parse--> Fields --route.request--> Plan(GeminiCall, ...) --Gemini--> chunks of Gemini JSON
                                                                                          | read_gemini
-                                                             Text | Call | Media | End <-'
+                                                             Text | ToolCall | Media | End <-'
     whole answer <--route.response--|
     wire events  <--route.stream----'     a whole answer is a stream of one chunk
 
@@ -30,7 +30,7 @@ memory come in as arguments. Gemini's JSON is the only intermediate form between
 
 Words
     body       the client's JSON, as Fields: it knows the place of each value, and which were read
-    call       one HTTP request to Gemini, not yet sent; a Call is a function call that Gemini makes
+    call       one HTTP request to Gemini, not yet sent; a ToolCall is a function call that Gemini makes
     chunk      one GenerateContentResponse of Gemini's; a plain answer is a single chunk
     content    one turn of Gemini's history: a role and its parts
     event      what read_gemini makes of chunks, and what a stream says to the client
@@ -109,7 +109,7 @@ class ProxyError(Exception):
         path: str | None = None,
         headers: dict[str, str] | None = None,
         upstream: bool = False,
-        again: float | None = None,
+        retry_after: float | None = None,
     ):
         super().__init__(message)
         self.status = status  # of the HTTP answer
@@ -118,7 +118,9 @@ class ProxyError(Exception):
         self.path = path  # the field it is about, such as "messages[2].role"
         self.headers = headers or {}  # such as Retry-After
         self.upstream = upstream  # whether Gemini said so
-        self.again = again  # seconds after which the same call may go well; None: it will not
+        self.retry_after = (
+            retry_after  # seconds after which the same call may go well; None: it will not
+        )
         self.model = ""  # the model it is about, as the client spelt it
         self.listed: bool | None = (
             None  # whether Gemini lists that model; None if that is not known
@@ -522,7 +524,9 @@ class Usage(NamedTuple):
 class Exchange:
     """What a reply may depend on besides Gemini's answer."""
 
-    def __init__(self, plan: Plan, context: Context, remember: Callable[[list[Call]], list[str]]):
+    def __init__(
+        self, plan: Plan, context: Context, remember: Callable[[list[ToolCall]], list[str]]
+    ):
         self.plan, self.model, self.options = plan, plan.model, plan.options
         self.context, self.now, self.new_id = context, context.now, context.new_id
         self.created = context.now()  # seconds since 1970
@@ -530,7 +534,7 @@ class Exchange:
         self.usage = Usage()  # of all that was read so far
         self.told: Any = None  # what a stream has said so far, where its failure must go on from it
 
-    def known(self, calls: list[Call]) -> list[Call]:
+    def known(self, calls: list[ToolCall]) -> list[ToolCall]:
         """The calls with ids of ours, under which they are remembered."""
         return (
             [call._replace(id=id) for call, id in zip(calls, self.remember(calls))] if calls else []
@@ -928,7 +932,7 @@ def result_part(
     media: list[Part] = (),
     failed: bool = False,
 ) -> Part:
-    """A functionResponse, whose call settled_turns finds; `media` goes inside on Gemini 3 and beside elsewhere."""
+    """A functionResponse, whose call valid_turns finds; `media` goes inside on Gemini 3 and beside elsewhere."""
     if type(content) is str:
         told = None if failed else parsed_object(content)
         content = (
@@ -1001,11 +1005,11 @@ def model_turn(*parts: Part) -> JSON:
     return {"role": "model", "parts": list(parts)}
 
 
-def says_something(part: Part) -> bool:
+def has_content(part: Part) -> bool:
     return part.get("text") != "" or "thoughtSignature" in part
 
 
-def settled_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
+def valid_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     """The history in the order that Gemini accepts, with nothing lost.
 
     Neighbours of one role are one turn; the results of a turn's calls follow it in one turn of their own, in
@@ -1015,15 +1019,15 @@ def settled_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     """
     turns: list[JSON] = []
     kept = [
-        (content["role"], [part for part in content["parts"] if says_something(part)])
+        (content["role"], [part for part in content["parts"] if has_content(part)])
         for content in contents
     ]
     for role, group in itertools.groupby((turn for turn in kept if turn[1]), key=itemgetter(0)):
         parts = [part for _, inner_parts in group for part in inner_parts]
         asked = turns[-1]["parts"] if turns else []
-        turns += [model_turn(*parts)] if role == "model" else answered(asked, parts, model)
+        turns += [model_turn(*parts)] if role == "model" else tool_result_turns(asked, parts, model)
     if turns and turns[-1]["role"] == "model":
-        turns += answered(turns[-1]["parts"], [], model)
+        turns += tool_result_turns(turns[-1]["parts"], [], model)
     if turns and turns[0]["role"] == "model":
         turns.insert(0, user_turn(text_part(" ")))
     if turns and turns[-1]["role"] == "model" and not model.prefills:
@@ -1031,7 +1035,7 @@ def settled_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     return turns
 
 
-def answered(asked: list[Part], said: list[Part], model: Model) -> list[JSON]:
+def tool_result_turns(asked: list[Part], said: list[Part], model: Model) -> list[JSON]:
     """The user's turns after a model's turn: the results of its calls, then the rest of what was said."""
     calls = [part["functionCall"] for part in asked if "functionCall" in part]
     results = [part["functionResponse"] for part in said if "functionResponse" in part]
@@ -1157,7 +1161,7 @@ def effort_within(limit: int | None, effort: str | None) -> str | None:
     return "none" if effort is None and limit and 0 < limit < SMALL_OUTPUT_TOKENS else effort
 
 
-def not_heeded(effort: str | None, config: JSON | None) -> bool:
+def effort_unsupported(effort: str | None, config: JSON | None) -> bool:
     """Whether an effort has no effect, or thinking goes on although it should not."""
     return effort is not None and (
         not config or effort == "none" and config.get("thinkingBudget") != 0
@@ -1287,7 +1291,9 @@ class Tools(NamedTuple):
     strict: bool = False  # whether a call must keep to its schema
     search: str = ""  # what the client calls Google Search, where it asks for it
     code: str = ""  # and code execution
-    spaces: dict[str, str] = {}  # the client's name of a function in a namespace -> the namespace
+    namespaces: dict[
+        str, str
+    ] = {}  # the client's name of a function in a namespace -> the namespace
 
 
 OPEN_ENDED = (
@@ -1402,10 +1408,8 @@ def generate_call(
     **fields: Any,
 ) -> GeminiCall:
     """The call for a history, which is settled here. Gemini wants one turn at least, which may be empty."""
-    turns = settled_turns(contents, model) or [user_turn(text_part(""))]
-    body = with_system(
-        {"contents": turns}, [part for part in system if says_something(part)], model
-    )
+    turns = valid_turns(contents, model) or [user_turn(text_part(""))]
+    body = with_system({"contents": turns}, [part for part in system if has_content(part)], model)
     if config:
         body["generationConfig"] = config
     body.update(fields)
@@ -1671,7 +1675,7 @@ def gemini_refusal(status: int, said: Any, raw: bytes = b"") -> ProxyError:
         text = " ".join(raw[:200].decode("utf-8", "replace").split())
         text = f": {text}" if text else "."
         message = f"Gemini, or something on the way to it, answered with status {status}{text}"
-    again = (
+    retry_after = (
         retry_delay(details, message)
         if status == 429
         else 0.0
@@ -1679,8 +1683,8 @@ def gemini_refusal(status: int, said: Any, raw: bytes = b"") -> ProxyError:
         else None
     )
     headers = (
-        {"Retry-After": str(max(1, math.ceil(again)))}
-        if again is not None and status == 429
+        {"Retry-After": str(max(1, math.ceil(retry_after)))}
+        if retry_after is not None and status == 429
         else {}
     )
     code = None
@@ -1693,14 +1697,16 @@ def gemini_refusal(status: int, said: Any, raw: bytes = b"") -> ProxyError:
     elif status == 404:
         code = "model_not_found"
     elif status == 429 and final_quota(details, message):
-        code, again, headers["x-should-retry"] = "insufficient_quota", None, "false"
+        code, retry_after, headers["x-should-retry"] = "insufficient_quota", None, "false"
     elif status == 429:
         code = "rate_limit_exceeded"
     elif "exceeds the maximum number of tokens" in message:
         code = "context_length_exceeded"
     if not 400 <= status <= 599:
         status, code = 502, None
-    return ProxyError(status, message, code=code, headers=headers, upstream=True, again=again)
+    return ProxyError(
+        status, message, code=code, headers=headers, upstream=True, retry_after=retry_after
+    )
 
 
 def retry_delay(details: list[JSON], message: str) -> float | None:
@@ -1722,7 +1728,7 @@ def final_quota(details: list[JSON], message: str) -> bool:
     return any("PerDay" in quota for quota in quotas) or bool(re.search(r"limit: 0\b", message))
 
 
-def nonsense(what: str) -> ProxyError:
+def invalid_answer(what: str) -> ProxyError:
     return ProxyError(502, f"Gemini's answer makes no sense: {what}.", upstream=True)
 
 
@@ -1730,7 +1736,7 @@ def read_count(answers: Iterable[Iterable[JSON]]) -> int:
     """The tokens that a countTokens call counted."""
     count = next(chunk.get("totalTokens") for chunks in answers for chunk in chunks)
     if type(count) is not int:
-        raise nonsense("a count without a number")
+        raise invalid_answer("a count without a number")
     return count
 
 
@@ -1751,7 +1757,7 @@ def read_chunk(data: bytes) -> JSON:
     if type(chunk) is not dict:
         if type(chunk) is list and get_or_empty(chunk and chunk[0], "error", dict):
             raise in_stream_refusal(chunk[0])
-        raise nonsense(f"expected a JSON object, but got {len(data)} bytes of something else")
+        raise invalid_answer(f"expected a JSON object, but got {len(data)} bytes of something else")
     if "error" in chunk:
         raise in_stream_refusal(chunk)
     return chunk
@@ -1816,7 +1822,7 @@ class Text(NamedTuple):
     thought: bool = False  # a summary of the model's thoughts, not its answer
 
 
-class Call(NamedTuple):
+class ToolCall(NamedTuple):
     """A function call; its id is ours."""
 
     name: str  # Gemini's
@@ -1904,7 +1910,7 @@ def expect(value: JSON, key: str, kind: type) -> Any:
     if found is None:
         return kind()
     if type(found) is not kind:
-        raise nonsense(f"{key} is {kind_of(found)}")
+        raise invalid_answer(f"{key} is {kind_of(found)}")
     return found
 
 
@@ -1915,13 +1921,15 @@ def first_candidate(chunk: JSON) -> JSON:
     """The candidate of a chunk, or an empty one: every call asks for one only."""
     for candidate in expect(chunk, "candidates", list):
         if type(candidate) is not dict:
-            raise nonsense("a candidate is no object")
+            raise invalid_answer("a candidate is no object")
         if not candidate.get("index"):
             return candidate
     return {}
 
 
-def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | Call | Media | End]:
+def read_gemini(
+    chunks: Iterable[JSON], exchange: Exchange
+) -> Iterator[Text | ToolCall | Media | End]:
     """What Gemini says, in order, and one End; a 502 where it never ends.
 
     Calls come last, when the answer is complete: a client must not act on one that Gemini takes back, or has
@@ -1934,7 +1942,7 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
     pieces: list[
         tuple[str, bool]
     ] = []  # the answer's text, and whether it is Gemini's own or our rendering
-    calls: list[Call] = []
+    calls: list[ToolCall] = []
     own: list[JSON] = []  # parts of Gemini's own tools, for the call that comes after them
     done: set[str] = set()  # functions that Gemini's servers have answered
     for chunk in chunks:
@@ -1949,7 +1957,7 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
             )
         for part in expect(expect(candidate, "content", dict), "parts", list):
             event = read_part(part, done)
-            if type(event) is Call:
+            if type(event) is ToolCall:
                 calls.append(event._replace(before=tuple(own)))
                 own = []
             elif event is not None:
@@ -1972,10 +1980,10 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Text | C
     yield End(finish, bool(calls), reason or blocked, message, counted, citations, queries)
 
 
-def read_part(part: Any, done: set) -> Text | Call | Media | None:
+def read_part(part: Any, done: set) -> Text | ToolCall | Media | None:
     """The event of one part; None where it has nothing for the client."""
     if type(part) is not dict:
-        raise nonsense("a part is no object")
+        raise invalid_answer("a part is no object")
     if "text" in part:
         text = expect(part, "text", str)
         return Text(text, part.get("thought") is True) if text else None
@@ -1983,8 +1991,8 @@ def read_part(part: Any, done: set) -> Text | Call | Media | None:
         call = expect(part, "functionCall", dict)
         signature = expect(part, "thoughtSignature", str)
         if signature and not is_base64(signature):
-            raise nonsense("thoughtSignature is not base64")
-        return Call(expect(call, "name", str), expect(call, "args", dict), signature or None)
+            raise invalid_answer("thoughtSignature is not base64")
+        return ToolCall(expect(call, "name", str), expect(call, "args", dict), signature or None)
     if "functionResponse" in part:
         done.add(expect(expect(part, "functionResponse", dict), "name", str))
     elif part.get("thought"):
@@ -2237,36 +2245,36 @@ def openai_call_part(call: Fields) -> Part:
         return call_part(
             custom.require("name", str),
             {CUSTOM_INPUT: custom.get("input", str) or ""},
-            plain_id(id),
-            carried_signature(call, custom),
+            strip_signature(id),
+            client_signature(call, custom),
         )
     function = call.object("function")
     if function is None:
         raise wrong_type(call.path_of("function"), (dict,), None)
     args = call_arguments(function.get("arguments", str, dict))
     return call_part(
-        function.require("name", str), args, plain_id(id), carried_signature(call, function)
+        function.require("name", str), args, strip_signature(id), client_signature(call, function)
     )
 
 
 # What LiteLLM and Bifrost put between a call's id and its signature, in the histories that they leave.
-LADEN_ID_MARKS = ("__thought__", "_ts_")
+SIGNED_ID_MARKS = ("__thought__", "_ts_")
 
 
-def laden_id(id: str) -> tuple[str, str]:
+def split_signed_id(id: str) -> tuple[str, str]:
     """(the id itself, the signature that rides behind it or "")."""
-    for mark in LADEN_ID_MARKS:
+    for mark in SIGNED_ID_MARKS:
         plain, _, tail = id.rpartition(mark)
         if len(tail) >= 40 and plain and is_base64(tail):
             return plain, tail
     return id, ""
 
 
-def plain_id(id: str | None) -> str | None:
-    return laden_id(id)[0] if id else id
+def strip_signature(id: str | None) -> str | None:
+    return split_signed_id(id)[0] if id else id
 
 
-def carried_signature(call: Fields, function: Fields) -> str | None:
+def client_signature(call: Fields, function: Fields) -> str | None:
     """The thought signature that the client kept for us, in Google's form or in one of other proxies'."""
     call.mark_read("extra_content", "provider_specific_fields")
     function.mark_read("thought_signature", "provider_specific_fields")
@@ -2280,7 +2288,7 @@ def carried_signature(call: Fields, function: Fields) -> str | None:
         get_or_empty(
             get_or_empty(function.data, "provider_specific_fields", dict), "thought_signature", str
         ),
-        laden_id(get_or_empty(call.data, "id", str))[1],
+        split_signed_id(get_or_empty(call.data, "id", str))[1],
     ):
         if len(found) > 8 and is_base64(found):
             return found
@@ -2292,11 +2300,13 @@ def openai_result_part(
 ) -> Part:
     """A tool's result, under these keys: text, JSON in a text, or parts; pictures go beside the text.
 
-    Many clients do not say whose it is; settled_turns goes by the order then.
+    Many clients do not say whose it is; valid_turns goes by the order then.
     """
     name = message.get("tool_name", str) or message.get("name", str)
     return result_of_parts(
-        name, [*openai_parts(message, content, model), *images], plain_id(message.get(id, str))
+        name,
+        [*openai_parts(message, content, model), *images],
+        strip_signature(message.get(id, str)),
     )
 
 
@@ -2309,10 +2319,10 @@ def openai_tools(body: Fields, *more: Fields) -> Tools:
     declared: dict[str, JSON] = {}
     names: dict[str, str] = {}
     custom: set[str] = set()
-    spaces: dict[str, str] = {}
+    namespaces: dict[str, str] = {}
     own: dict[str, str] = {}
     strict = False
-    for tool, space, note in [
+    for tool, namespace, note in [
         found for fields in (body, *more) for found in openai_tool_list(fields)
     ]:
         kind = tool.get("type", str) or "function"
@@ -2328,10 +2338,10 @@ def openai_tools(body: Fields, *more: Fields) -> Tools:
         if wrapper in tool.data and tool.data[wrapper] is None:
             raise wrong_type(tool.path_of(wrapper), (dict,), None)
         function = tool.object(wrapper) or tool
-        name = openai_tool(function, kind == "custom", declared, names, custom, space, note)
+        name = openai_tool(function, kind == "custom", declared, names, custom, namespace, note)
         strict = strict or bool(function.get("strict", bool))
-        if space:
-            spaces[name] = space
+        if namespace:
+            namespaces[name] = namespace
     for function in body.objects("functions"):
         openai_tool(function, False, declared, names, custom)
     if body.data.get("tool_choice") == "none":
@@ -2343,7 +2353,7 @@ def openai_tools(body: Fields, *more: Fields) -> Tools:
         strict,
         own.get("search", ""),
         own.get("code", ""),
-        spaces,
+        namespaces,
     )
 
 
@@ -2352,23 +2362,25 @@ HOSTED_TOOLS = (("web_search", "search"), ("code_interpreter", "code"))
 
 
 def openai_tool_list(
-    fields: Fields, space: str = "", note: str = ""
+    fields: Fields, namespace: str = "", note: str = ""
 ) -> Iterator[tuple[Fields, str, str]]:
     """The tools of a body's, each with its namespace or "", and what is told of the namespace with its first one."""
     for tool in fields.objects("tools"):
         if tool.data.get("type") == "namespace":
             tool.mark_read("type")
             yield from openai_tool_list(
-                tool, spaced(space, tool.require("name", str)), tool.get("description", str) or ""
+                tool,
+                qualified_name(namespace, tool.require("name", str)),
+                tool.get("description", str) or "",
             )
         else:
-            yield tool, space, note
+            yield tool, namespace, note
             note = ""
 
 
-def spaced(space: str | None, name: str) -> str:
+def qualified_name(namespace: str | None, name: str) -> str:
     """The name of a function in a namespace, as real Ollama writes it too."""
-    return f"{space}.{name}" if space else name
+    return f"{namespace}.{name}" if namespace else name
 
 
 def openai_tool(
@@ -2377,14 +2389,14 @@ def openai_tool(
     declared: dict[str, JSON],
     names: dict[str, str],
     texts: set[str],
-    space: str = "",
+    namespace: str = "",
     note: str = "",
     schema: str = "parameters",
 ) -> str:
     """Declare one function, whose schema stands under that key, and tell its whole name; of two with the same name the
     first one counts."""
     name, description = (
-        spaced(space, openai_function_name(function)),
+        qualified_name(namespace, openai_function_name(function)),
         function.get("description", str),
     )
     description = f"{note}\n{description or ''}".strip() if note else description
@@ -2462,7 +2474,7 @@ def openai_chosen(choice: Fields, tools: Tools) -> str:
     """The name of a function that must be among the tools."""
     kind = choice.get("type", str) or "function"
     function = (choice.object(kind) if type(choice.data.get(kind)) is dict else None) or choice
-    name = spaced(function.get("namespace", str), function.require("name", str))
+    name = qualified_name(function.get("namespace", str), function.require("name", str))
     if name not in tools.names.values():
         raise wrong_value(
             function.path_of("name"),
@@ -2611,7 +2623,7 @@ def openai_thinking(
 ) -> JSON:
     """The rest of it, for an effort that stood under this key, and a limit of the answer without its thoughts."""
     config = thinking_config(model, effort_within(limit, effort), thoughts)
-    if not_heeded(effort, config):
+    if effort_unsupported(effort, config):
         body.ignore(key)
     return {"thinkingConfig": config} if config else {}
 
@@ -2759,7 +2771,7 @@ def openai_finish(end: End, legacy: bool = False) -> str:
     )
 
 
-def odd_end(end: End) -> JSON:
+def native_finish(end: End) -> JSON:
     """Gemini's own words for an end that OpenAI has no word for, under OpenRouter's key for it."""
     if end.finish in ("stop", "length") and end.reason in ("STOP", "MAX_TOKENS"):
         return {}
@@ -2784,7 +2796,7 @@ def openai_usage(usage: Usage) -> JSON:
     }
 
 
-def openai_call(call: Call, options: ChatOptions) -> JSON:
+def openai_call(call: ToolCall, options: ChatOptions) -> JSON:
     """A call as OpenAI tells it, with its signature in Google's field for clients that keep what they do not know."""
     name = options.names.get(call.name, call.name)
     if name in options.custom:
@@ -2806,7 +2818,7 @@ def openai_call(call: Call, options: ChatOptions) -> JSON:
     )
 
 
-def custom_input(call: Call) -> str:
+def custom_input(call: ToolCall) -> str:
     """The text for a custom tool; a model that made up parameters of its own is quoted."""
     text = call.args.get(CUSTOM_INPUT)
     return text if type(text) is str else encode_json(call.args)
@@ -2833,12 +2845,14 @@ def openai_image(media: Media, index: int) -> JSON:
     }
 
 
-def chat_events(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[Text | Call | Media | End]:
+def chat_events(
+    chunks: Iterator[JSON], exchange: Exchange
+) -> Iterator[Text | ToolCall | Media | End]:
     """read_gemini's events, with what the client wants of them as a whole: one call, JSON without a fence."""
     text: list[str] = []
     called = False
     for event in read_gemini(chunks, exchange):
-        if type(event) is Call and exchange.options.one_call:
+        if type(event) is ToolCall and exchange.options.one_call:
             if called:
                 continue
             called = True
@@ -2846,7 +2860,9 @@ def chat_events(chunks: Iterator[JSON], exchange: Exchange) -> Iterator[Text | C
             if type(event) is Text and not event.thought:
                 text.append(event.text)
                 continue
-            if type(event) in (Call, End) and text:  # the calls come last, after all of the text
+            if (
+                type(event) in (ToolCall, End) and text
+            ):  # the calls come last, after all of the text
                 yield Text(unfenced("".join(text)))
                 text.clear()
         yield event
@@ -2886,7 +2902,7 @@ def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSO
     for event in chat_events(chunks, exchange):
         if type(event) is Text:
             (thoughts if event.thought else texts).append(event.text)
-        elif type(event) is Call:
+        elif type(event) is ToolCall:
             calls.append(event)
         elif type(event) is Media:
             (sound if event.mime.startswith("audio/") else images).append(event)
@@ -2915,14 +2931,14 @@ def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSO
         "message": message,
         "logprobs": None,
         "finish_reason": openai_finish(end, options.legacy),
-        **odd_end(end),
+        **native_finish(end),
     }
 
 
 def sound_bytes(sound: list[Media]) -> bytes:
     """The samples of Gemini's speech: 16 bits, little-endian, mono (whatever "audio/L16" says)."""
     if not all(is_base64(piece.data) for piece in sound):
-        raise nonsense("sound that is not base64")
+        raise invalid_answer("sound that is not base64")
     return b"".join(decode_base64(piece.data) for piece in sound)
 
 
@@ -2985,14 +3001,14 @@ def openai_deltas(
         kind = type(event)
         if not started:
             started = True
-            yield {"role": "assistant", "content": None if kind is Call else ""}, None, nothing
+            yield {"role": "assistant", "content": None if kind is ToolCall else ""}, None, nothing
         if kind is Text:
             yield {options.thoughts if event.thought else "content": event.text}, None, nothing
-        elif kind is Call and options.legacy:
+        elif kind is ToolCall and options.legacy:
             if count == 0:
                 yield {"function_call": openai_call(event, options)["function"]}, None, nothing
             count += 1
-        elif kind is Call:
+        elif kind is ToolCall:
             yield {"tool_calls": [{"index": count, **openai_call(event, options)}]}, None, nothing
             count += 1
         elif kind is Media and event.mime.startswith("audio/"):
@@ -3019,7 +3035,7 @@ def openai_deltas(
                     None,
                     nothing,
                 )
-            yield {}, openai_finish(event, options.legacy), odd_end(event)
+            yield {}, openai_finish(event, options.legacy), native_finish(event)
 
 
 # ---- embeddings ----
@@ -3083,7 +3099,7 @@ def read_vectors(answers: Iterator[Iterator[JSON]], exchange: Exchange) -> list[
             counted = counted or get_or_empty(chunk, "totalTokens", int)
             exchange.usage = exchange.usage.plus(Usage(prompt=max(0, counted)))
     if len(vectors) != exchange.options.count:
-        raise nonsense(f"{len(vectors)} vectors for {exchange.options.count} texts")
+        raise invalid_answer(f"{len(vectors)} vectors for {exchange.options.count} texts")
     return vectors
 
 
@@ -3092,9 +3108,9 @@ def unit_vector(values: list[Any]) -> list[float]:
     try:
         length = math.hypot(*values)
     except (TypeError, OverflowError):
-        raise nonsense("a vector that is not made of numbers") from None
+        raise invalid_answer("a vector that is not made of numbers") from None
     if not values or not 0 < length < math.inf:
-        raise nonsense("an empty vector")
+        raise invalid_answer("an empty vector")
     return values if abs(length - 1) < 1e-6 else [value / length for value in values]
 
 
@@ -3224,7 +3240,7 @@ def openai_text_choice(index: int, text: str, end: End | None) -> JSON:
         "index": index,
         "logprobs": None,
         "finish_reason": finish,
-        **(odd_end(end) if end else {}),
+        **(native_finish(end) if end else {}),
     }
 
 
@@ -3259,7 +3275,7 @@ def openai_completions_stream(
 # ---- media: models, what they make, and why they do not ----
 
 # OpenAI's names (and Google's former ones), Gemini's models that can do it, and the one for who names none of these.
-STAND_INS = {
+DEFAULT_MEDIA_MODELS = {
     "picture": (
         r"dall-e|(chat)?gpt-image|imagen",
         r"gemini-.*image|.*banana",
@@ -3271,8 +3287,8 @@ STAND_INS = {
 
 
 def openai_media_model(asked: str | None, what: str, context: Context) -> Model:
-    """The model for one of STAND_INS. A glob for chats, such as `-alias='gpt-*=...'`, makes no painter of its model."""
-    openais, geminis, ours = STAND_INS[what]
+    """The model for one of DEFAULT_MEDIA_MODELS. A glob for chats, such as `-alias='gpt-*=...'`, makes no painter of its model."""
+    openais, geminis, ours = DEFAULT_MEDIA_MODELS[what]
     model, plain = model_named(asked or ours, context), plain_name(asked or "", context.ollama)
     chosen = re.match(geminis, model.name) or any(
         name in (asked, plain) for name, _ in context.aliases
@@ -3288,7 +3304,7 @@ def read_media(
     for event in read_gemini(chunks, exchange):
         if type(event) is Media and event.mime.startswith(kind):
             if not is_base64(event.data):
-                raise nonsense("media that are not base64")
+                raise invalid_answer("media that are not base64")
             found.append(event)
         elif type(event) is Text and not event.thought:
             said += event.text
@@ -3297,7 +3313,7 @@ def read_media(
     return found, said, end
 
 
-def withheld(what: str, end: End, said: str = "") -> ProxyError:
+def no_media_error(what: str, end: End, said: str = "") -> ProxyError:
     """The error for what Gemini did not make, or not to its end, in its own words."""
     words = end.message or said.strip()[:1000]
     return ProxyError(
@@ -3308,7 +3324,7 @@ def withheld(what: str, end: End, said: str = "") -> ProxyError:
     )
 
 
-def openai_written(body: Fields, key: str) -> str:
+def openai_nonblank(body: Fields, key: str) -> str:
     """A text that must say something."""
     text = body.require(key, str)
     if not text.strip():
@@ -3353,7 +3369,7 @@ def openai_images_request(body: Fields, context: Context) -> Plan:
     """Images: https://platform.openai.com/docs/api-reference/images/create"""
     asked = body.get("model", str)
     model = openai_media_model(asked, "picture", context)
-    prompt, n = openai_written(body, "prompt"), body.number("n", 1, 10, int) or 1
+    prompt, n = openai_nonblank(body, "prompt"), body.number("n", 1, 10, int) or 1
     form, kind = (
         body.choice("response_format", "url", "b64_json"),
         body.choice("output_format", *PICTURE_FORMS),
@@ -3407,7 +3423,7 @@ def openai_pictures(
         for picture in pictures:
             count += 1
             yield picture, end.usage
-        refusal = refusal if pictures else withheld("picture", end, said)
+        refusal = refusal if pictures else no_media_error("picture", end, said)
     if refusal and not count:
         raise refusal
 
@@ -3473,7 +3489,7 @@ def openai_speech_request(body: Fields, context: Context) -> Plan:
     """Speech: https://platform.openai.com/docs/api-reference/audio/createSpeech"""
     asked = body.require("model", str)
     model = openai_media_model(asked, "speech", context)
-    text, manner = openai_written(body, "input"), body.get("instructions", str)
+    text, manner = openai_nonblank(body, "input"), body.get("instructions", str)
     kind = body.choice("response_format", "mp3", "opus", "aac", "flac", "wav", "pcm") or "mp3"
     events, pcm = body.choice("stream_format", "audio", "sse") == "sse", kind == "pcm"
     if kind not in ("pcm", "wav"):
@@ -3493,7 +3509,7 @@ def openai_speech_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]
     for chunks in answers:
         sound, said, end = read_media(chunks, exchange, "audio/")
     if not sound or end.finish != "stop":
-        raise withheld("speech", end, said)
+        raise no_media_error("speech", end, said)
     samples = sound_bytes(sound)
     if exchange.options.pcm:
         return Payload(samples, "audio/pcm")
@@ -3517,7 +3533,7 @@ def openai_speech_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
         elif type(event) is Text and not event.thought:
             said += event.text
         elif type(event) is End and (not begun or event.finish != "stop"):
-            raise withheld("speech", event, said)
+            raise no_media_error("speech", event, said)
     if options.events:
         yield {"type": "speech.audio.done", "usage": openai_media_usage(exchange.usage)}
 
@@ -3663,7 +3679,7 @@ def openai_transcriptions_response(exchange: Exchange, answers: Iterator[Iterato
     for chunks in answers:
         _, said, end = read_media(chunks, exchange, "audio/")
     if end.finish != "stop":
-        raise withheld("transcript", end, said)
+        raise no_media_error("transcript", end, said)
     if exchange.options.form in TIMED_FORMS:
         return openai_timed_transcript(exchange, said)
     if exchange.options.form == "text":
@@ -3675,7 +3691,7 @@ def openai_timed_transcript(exchange: Exchange, said: str) -> Any:
     """A transcript with times, from Gemini's JSON. Probabilities, which Gemini does not tell, are left out."""
     options, spoken = exchange.options, parsed_object(unfenced(said))
     if spoken is None:
-        raise nonsense("the transcript is no JSON")
+        raise invalid_answer("the transcript is no JSON")
     segments = [read_segment(segment) for segment in expect(spoken, "segments", list)]
     if options.form in ("srt", "vtt"):
         return Payload(subtitles(segments, options.form).encode("utf-8", "replace"))
@@ -3706,7 +3722,7 @@ def openai_timed_transcript(exchange: Exchange, said: str) -> Any:
 def read_segment(segment: Any) -> Segment:
     """One of Gemini's segments; a 502 where it has no times that make sense."""
     if type(segment) is not dict:
-        raise nonsense("a segment of the transcript is no object")
+        raise invalid_answer("a segment of the transcript is no object")
     start, end = (read_time(expect(segment, key, str)) for key in ("start", "end"))
     return Segment(
         start,
@@ -3722,7 +3738,7 @@ def read_time(text: str) -> float:
         r"(?:(?:(\d{1,3}):)?(\d{1,4}):)?(\d{1,6}(?:[.,]\d{1,9})?)", text.strip(), re.A
     )
     if not told:
-        raise nonsense(f"a time in the transcript is {text[:40]!r}")
+        raise invalid_answer(f"a time in the transcript is {text[:40]!r}")
     hours, minutes, seconds = told.groups()
     return round(
         int(hours or 0) * 3600 + int(minutes or 0) * 60 + float(seconds.replace(",", ".")), 3
@@ -3760,7 +3776,7 @@ def openai_transcriptions_stream(
             said += event.text
             yield {"type": "transcript.text.delta", "delta": event.text}
         elif type(event) is End and event.finish != "stop":
-            raise withheld("transcript", event)
+            raise no_media_error("transcript", event)
     yield {
         "type": "transcript.text.done",
         "text": said,
@@ -3899,13 +3915,13 @@ def openai_message_item(item: Fields, history: History) -> None:
 def openai_call_item(item: Fields, history: History) -> None:
     """A call of a function or of a custom tool."""
     told = item.require("call_id", str)
-    name = spaced(item.get("namespace", str), item.require("name", str))
+    name = qualified_name(item.get("namespace", str), item.require("name", str))
     if item.data["type"] == "custom_tool_call":
         args = {CUSTOM_INPUT: item.get("input", str) or ""}
     else:
         args = call_arguments(item.get("arguments", str, dict))
-    id, laden = laden_id(told)
-    signature = carried_signature(item, item) or history.signatures.get(id) or laden
+    id, laden = split_signed_id(told)
+    signature = client_signature(item, item) or history.signatures.get(id) or laden
     history.contents.append(model_turn(call_part(name, args, id, signature)))
 
 
@@ -4000,7 +4016,7 @@ OPENAI_ITEMS: dict[str, Callable[[Fields, History], None]] = {
 }
 
 
-def sealed(calls: list[Call], model: Model) -> str | None:
+def sealed(calls: list[ToolCall], model: Model) -> str | None:
     """The signatures of these calls as the opaque text of a reasoning item; None where there are none."""
     signatures = {call.id: call.signature for call in calls if call.signature}
     told = {"generation": int(model.generation), "signatures": signatures}
@@ -4088,7 +4104,7 @@ class ResponseOptions(NamedTuple):
 
     names: dict[str, str]  # Gemini's names of functions -> the client's
     custom: frozenset[str]  # the client's names of tools that take plain text
-    spaces: dict[str, str]  # the client's names of functions in namespaces -> the namespaces
+    namespaces: dict[str, str]  # the client's names of functions in namespaces -> the namespaces
     echo: JSON  # what a response repeats of its request
     items: str | list[JSON]  # the client's own items, to be kept
     one_call: bool
@@ -4136,7 +4152,7 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     options = ResponseOptions(
         names=tools.names,
         custom=tools.custom,
-        spaces=tools.spaces,
+        namespaces=tools.namespaces,
         echo=echo,
         items=body.data.get("input") or [],
         one_call=one_call,
@@ -4214,7 +4230,7 @@ def openai_echo(body: Fields, text: Fields) -> JSON:
         "temperature": told.get("temperature"),
         "text": {**text.data, "format": text.data.get("format") or {"type": "text"}},
         "tool_choice": told.get("tool_choice") or "auto",
-        "tools": [openai_told_tool(tool) for tool in told.get("tools") or ()],
+        "tools": [openai_echoed_tool(tool) for tool in told.get("tools") or ()],
         "top_logprobs": get_or_empty(told, "top_logprobs", int),
         "top_p": told.get("top_p"),
         "truncation": body.choice("truncation", "auto", "disabled") or "disabled",
@@ -4222,7 +4238,7 @@ def openai_echo(body: Fields, text: Fields) -> JSON:
     }
 
 
-def openai_told_tool(tool: JSON) -> JSON:
+def openai_echoed_tool(tool: JSON) -> JSON:
     """A tool as a response repeats it: with the keys that every function has there."""
     if tool.get("type") != "function":
         return tool
@@ -4232,7 +4248,7 @@ def openai_told_tool(tool: JSON) -> JSON:
 # ---- the answer ----
 
 
-class Form(NamedTuple):
+class ItemShape(NamedTuple):
     """An item that comes bit by bit: its id, its key and kind of parts, and the words of its events."""
 
     prefix: str
@@ -4244,8 +4260,8 @@ class Form(NamedTuple):
     lists: tuple[str, ...]  # what its parts have besides the text
 
 
-FORMS = {
-    "message": Form(
+ITEM_SHAPES = {
+    "message": ItemShape(
         "msg_",
         "content",
         "output_text",
@@ -4254,7 +4270,7 @@ FORMS = {
         "output_text",
         ("annotations", "logprobs"),
     ),
-    "reasoning": Form(
+    "reasoning": ItemShape(
         "rs_",
         "summary",
         "summary_text",
@@ -4266,7 +4282,7 @@ FORMS = {
 }
 
 
-class Reply:
+class ResponseBuilder:
     """A response as it grows, and the events that tell of it: one item after the other, each whole at its end.
 
     (The order of events, and what client libraries make of any other: openai-python's lib/streaming/responses.)
@@ -4289,7 +4305,7 @@ class Reply:
             "output": self.output,
             "usage": None,
         }
-        self.open: Form | None = None  # of the item that has not ended yet
+        self.open: ItemShape | None = None  # of the item that has not ended yet
         self.pieces: list[str] = []  # its text
         self.messages: list[
             tuple[int, int]
@@ -4327,7 +4343,7 @@ class Reply:
 
     def say(self, kind: str, text: str) -> Iterator[JSON]:
         """A bit of a message or of reasoning."""
-        if self.open is not FORMS[kind]:
+        if self.open is not ITEM_SHAPES[kind]:
             yield from self.close()
             yield from self.start(kind)
         self.pieces.append(text)
@@ -4335,7 +4351,7 @@ class Reply:
         yield self.here(self.open.text + ".delta", **{self.open.index: 0}, delta=text, **more)
 
     def start(self, kind: str) -> Iterator[JSON]:
-        self.open, self.pieces = FORMS[kind], []
+        self.open, self.pieces = ITEM_SHAPES[kind], []
         if kind == "message":
             self.messages.append((self.said, len(self.output)))
         more = {"status": "in_progress", "role": "assistant"} if kind == "message" else {}
@@ -4384,10 +4400,10 @@ class Reply:
             "title": citation.title,
         }
 
-    def call(self, call: Call) -> Iterator[JSON]:
+    def call(self, call: ToolCall) -> Iterator[JSON]:
         name = self.options.names.get(call.name, call.name)
-        space = self.options.spaces.get(name)
-        short = name[len(space) + 1 :] if space else name
+        namespace = self.options.namespaces.get(name)
+        short = name[len(namespace) + 1 :] if namespace else name
         if name in self.options.custom:
             kind, prefix, key, value, more = (
                 "custom_tool_call",
@@ -4406,7 +4422,7 @@ class Reply:
                 "status": "in_progress",
                 "call_id": call.id,
                 "name": short,
-                **({"namespace": space} if space else {}),
+                **({"namespace": namespace} if namespace else {}),
                 key: "",
             },
         )
@@ -4435,11 +4451,11 @@ class Reply:
             yield self.here("web_search_call." + step)
         yield self.done(status="completed")
 
-    def finish(self, end: End, calls: list[Call]) -> Iterator[JSON]:
+    def finish(self, end: End, calls: list[ToolCall]) -> Iterator[JSON]:
         """The rest: citations, the calls after the signatures that belong to them, and how it all ended."""
         seal = sealed(calls, self.exchange.plan.calls[0].model) if self.options.sealed else None
         status, more = openai_end(end)
-        if seal and self.open is FORMS["reasoning"]:
+        if seal and self.open is ITEM_SHAPES["reasoning"]:
             yield from self.close(encrypted_content=seal)
             seal = None
         yield from self.close(
@@ -4471,7 +4487,7 @@ class Reply:
             start, index = next(
                 (found for found in reversed(self.messages) if found[0] <= citation.start), (0, -1)
             )
-            if self.open is FORMS["message"] and index == len(self.output) - 1:
+            if self.open is ITEM_SHAPES["message"] and index == len(self.output) - 1:
                 last.append(citation)
             elif index >= 0:
                 self.output[index]["content"][0]["annotations"].append(
@@ -4508,11 +4524,14 @@ def openai_end(end: End) -> tuple[str, JSON]:
     """(the status of a response, what it says about that), with Gemini's own words."""
     if end.finish == "failed":
         message = end.message or f"Gemini ended its answer with {end.reason}."
-        return "failed", {"error": {"code": "server_error", "message": message}, **odd_end(end)}
+        return "failed", {
+            "error": {"code": "server_error", "message": message},
+            **native_finish(end),
+        }
     reason = {"length": "max_output_tokens", "filter": "content_filter"}.get(end.finish)
     return ("incomplete" if reason else "completed"), {
         "incomplete_details": {"reason": reason} if reason else None,
-        **odd_end(end),
+        **native_finish(end),
     }
 
 
@@ -4520,14 +4539,14 @@ def openai_responses_stream(
     exchange: Exchange, answers: Iterator[Iterator[JSON]]
 ) -> Iterator[JSON]:
     """The events of a response; nothing before Gemini's first word."""
-    reply, calls = Reply(exchange), []
+    reply, calls = ResponseBuilder(exchange), []
     for event in chat_events(next(answers), exchange):
         if not reply.count:
             yield from reply.begin()
         if type(event) is Text:
             if not event.thought or exchange.options.summary:
                 yield from reply.say("reasoning" if event.thought else "message", event.text)
-        elif type(event) is Call:
+        elif type(event) is ToolCall:
             calls.append(event)
         elif type(event) is Media and event.mime.startswith("image/"):
             yield from reply.show(event)
@@ -4549,8 +4568,12 @@ def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[JSON
     Codex and others read from its words when to try again.
     """
     told = openai_error(error)[1]["error"]
-    wait = f" Please try again in {error.again:g}s." if error.again and error.status == 429 else ""
-    reply = exchange.told or Reply(exchange)
+    wait = (
+        f" Please try again in {error.retry_after:g}s."
+        if error.retry_after and error.status == 429
+        else ""
+    )
+    reply = exchange.told or ResponseBuilder(exchange)
     return [
         *(() if reply.count else reply.begin()),
         reply.fail({"code": told["code"] or "invalid_prompt", "message": told["message"] + wait}),
@@ -4806,7 +4829,7 @@ def ollama_think(body: Fields, model: Model, limit: int | None) -> JSON:
     config = thinking_config(
         model, effort if think else effort_within(limit, effort), think is not False
     )
-    if config and not_heeded(effort, config):
+    if config and effort_unsupported(effort, config):
         body.ignore("think")
     return config
 
@@ -4938,7 +4961,7 @@ def ollama_metrics(exchange: Exchange, first: float | None, end: End) -> JSON:
     return {
         "done": True,
         "done_reason": "length" if end.finish == "length" else "stop",
-        **odd_end(end),
+        **native_finish(end),
         "total_duration": total,
         "load_duration": load,
         "prompt_eval_count": end.usage.prompt,
@@ -4948,7 +4971,7 @@ def ollama_metrics(exchange: Exchange, first: float | None, end: End) -> JSON:
     }
 
 
-def ollama_call(call: Call, index: int, options: OllamaOptions) -> JSON:
+def ollama_call(call: ToolCall, index: int, options: OllamaOptions) -> JSON:
     """A call; some clients read the index beside the function, others inside."""
     return {
         "id": call.id,
@@ -4971,7 +4994,7 @@ def ollama_events(
             kind = type(event)
             if kind is Text:
                 yield {"thinking" if event.thought else "content": event.text}, None
-            elif kind is Call:
+            elif kind is ToolCall:
                 yield {"tool_calls": [ollama_call(event, count, exchange.options)]}, None
                 count += 1
             elif kind is Media:
@@ -5039,8 +5062,8 @@ def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
             call_part(
                 function.require("name", str),
                 args,
-                plain_id(call.get("id", str)),
-                carried_signature(call, function),
+                strip_signature(call.get("id", str)),
+                client_signature(call, function),
             )
         )
     return parts
@@ -5503,14 +5526,14 @@ def ollama_delete_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]
 # ---- the rest ----
 
 
-def says(
+def static_answer(
     value: Any,
 ) -> tuple[Callable[[Fields, Context], Plan], Callable[[Exchange, Iterator[Iterator[JSON]]], Any]]:
     """The request and response functions of a route that always says the same."""
     return (lambda body, context: Plan(), lambda exchange, answers: value)
 
 
-def refuses(
+def static_error(
     status: int, message: str
 ) -> tuple[Callable[[Fields, Context], Plan], Callable[[Exchange, Iterator[Iterator[JSON]]], Any]]:
     """The request and response functions of a route that always refuses."""
@@ -5521,7 +5544,7 @@ def refuses(
     return request, lambda exchange, answers: None
 
 
-def fixed(method: str, path: str, functions: tuple[Callable, Callable]) -> Route:
+def static_route(method: str, path: str, functions: tuple[Callable, Callable]) -> Route:
     """A route that reads nothing of a request."""
     return Route(method, path, *functions, takes=no_body)
 
@@ -5529,8 +5552,8 @@ def fixed(method: str, path: str, functions: tuple[Callable, Callable]) -> Route
 NDJSON = Framing(
     "application/x-ndjson", lambda event: encode_json(event).encode() + b"\n", beat=b""
 )
-NO_CLOUD = refuses(403, "ollama cloud is disabled: remote inference is unavailable")
-NO_BLOBS = refuses(
+NO_CLOUD = static_error(403, "ollama cloud is disabled: remote inference is unavailable")
+NO_BLOBS = static_error(
     400, "there are no files behind this server, and none can be put there: its models are Gemini's"
 )
 
@@ -5573,8 +5596,10 @@ OLLAMA = Protocol(
         Route("GET", "/api/tags", ollama_models_request, ollama_tags_response),
         Route("POST", "/api/show", ollama_show_request, ollama_show_response),
         Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response),
-        fixed("GET", "/api/version", says({"version": OLLAMA_VERSION})),
-        fixed("GET", "/api/status", says({"cloud": {"disabled": True, "source": "env"}})),
+        static_route("GET", "/api/version", static_answer({"version": OLLAMA_VERSION})),
+        static_route(
+            "GET", "/api/status", static_answer({"cloud": {"disabled": True, "source": "env"}})
+        ),
         Route(
             "POST",
             "/api/pull",
@@ -5595,19 +5620,23 @@ OLLAMA = Protocol(
         ),
         Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response),
         Route("DELETE", "/api/delete", ollama_delete_request, ollama_delete_response),
-        fixed(
+        static_route(
             "POST",
             "/api/push",
-            refuses(400, "models cannot be pushed from here: they are Google's"),
+            static_error(400, "models cannot be pushed from here: they are Google's"),
         ),
-        fixed("GET", "/api/blobs/{digest}", refuses(404, "there is no such file here")),
-        fixed("POST", "/api/blobs/{digest}", NO_BLOBS),
-        fixed("POST", "/api/me", refuses(401, "unauthorized")),
-        fixed("POST", "/api/signout", refuses(401, "you are not currently signed in")),
-        fixed("DELETE", "/api/user/keys/{key}", refuses(401, "you are not currently signed in")),
-        fixed("POST", "/api/experimental/web_search", NO_CLOUD),
-        fixed("POST", "/api/experimental/web_fetch", NO_CLOUD),
-        fixed("GET", "/api/experimental/model-recommendations", says({"recommendations": []})),
+        static_route("GET", "/api/blobs/{digest}", static_error(404, "there is no such file here")),
+        static_route("POST", "/api/blobs/{digest}", NO_BLOBS),
+        static_route("POST", "/api/me", static_error(401, "unauthorized")),
+        static_route("POST", "/api/signout", static_error(401, "you are not currently signed in")),
+        static_route(
+            "DELETE", "/api/user/keys/{key}", static_error(401, "you are not currently signed in")
+        ),
+        static_route("POST", "/api/experimental/web_search", NO_CLOUD),
+        static_route("POST", "/api/experimental/web_fetch", NO_CLOUD),
+        static_route(
+            "GET", "/api/experimental/model-recommendations", static_answer({"recommendations": []})
+        ),
     ),
     ollama_error,
     lambda error: ollama_error(error)[1],
@@ -5677,12 +5706,12 @@ def anthropic_reference_part(block: Fields, model: Model) -> list[Part]:
 def anthropic_call_part(block: Fields, model: Model) -> list[Part]:
     block.mark_read("caller")
     id = block.require("id", str)
-    signature = laden_id(id)[1]
+    signature = split_signed_id(id)[1]
     return [
         call_part(
             block.require("name", str),
             block.get("input", dict) or {},
-            plain_id(id),
+            strip_signature(id),
             signature or None,
         )
     ]
@@ -5697,7 +5726,7 @@ def anthropic_result_part(block: Fields, model: Model) -> list[Part]:
         result_of_parts(
             None,
             parts,
-            plain_id(block.require("tool_use_id", str)),
+            strip_signature(block.require("tool_use_id", str)),
             bool(block.get("is_error", bool)),
         )
     ]
@@ -6017,7 +6046,7 @@ def anthropic_thinking(
     config = thinking_config(model, effort if told else effort_within(limit, effort), shown)
     if told and budget and isinstance(model.thinking, Budget):
         config["thinkingBudget"] = min(max(budget, model.thinking.low), model.thinking.high)
-    if not_heeded(effort, config):
+    if effort_unsupported(effort, config):
         body.ignore("thinking" if thinking else "output_config.effort")
     return {"thinkingConfig": config} if config else {}, told
 
@@ -6062,7 +6091,7 @@ def anthropic_ending(end: End) -> JSON:
         "stop_reason": ANTHROPIC_STOPS.get(end.finish) or ("tool_use" if end.calls else "end_turn"),
         "stop_sequence": None,
         **({"stop_details": refusal} if end.finish == "filter" else {}),
-        **odd_end(end),
+        **native_finish(end),
     }
 
 
@@ -6073,7 +6102,7 @@ GROWING = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta"
 
 
 def anthropic_pieces(
-    events: Iterable[Text | Call | Media | End], exchange: Exchange
+    events: Iterable[Text | ToolCall | Media | End], exchange: Exchange
 ) -> Iterator[tuple[Any, Any]]:
     """(a block as it begins, a delta or None), piece after piece; then (None, the End).
 
@@ -6089,7 +6118,7 @@ def anthropic_pieces(
             yield TEXT_BLOCK, {"type": "text_delta", "text": event.text}
         elif kind is Media:
             yield TEXT_BLOCK, {"type": "text_delta", "text": media_note(event)}
-        elif kind is Call:
+        elif kind is ToolCall:
             if event.signature and options.thinking:
                 yield THINKING_BLOCK, {"type": "signature_delta", "signature": event.signature}
             block = {
@@ -6299,11 +6328,11 @@ def without_401(protocol: Protocol) -> Protocol:
     return protocol._replace(error=error)
 
 
-def seasoned(call: GeminiCall, recipe: Recipe) -> GeminiCall:
+def apply_recipe(call: GeminiCall, recipe: Recipe) -> GeminiCall:
     """The call with what a recipe adds to it: options that the client did not set, and words in place of none."""
     counted = (call.body or {}).get("generateContentRequest")
     if counted:
-        asked = seasoned(call._replace(body=counted), recipe).body
+        asked = apply_recipe(call._replace(body=counted), recipe).body
         asked.pop("generationConfig")
         return call._replace(body={"generateContentRequest": asked})
     if not call.body or "contents" not in call.body:
@@ -6324,24 +6353,24 @@ def seasoned(call: GeminiCall, recipe: Recipe) -> GeminiCall:
 def with_recipes(protocol: Protocol) -> Protocol:
     """The protocol on an Ollama server, where clients make models of their own and use them everywhere."""
 
-    def heeds(request: Callable[[Fields, Context], Plan]) -> Callable[[Fields, Context], Plan]:
-        def seasoned_request(body: Fields, context: Context) -> Plan:
+    def wrapped(request: Callable[[Fields, Context], Plan]) -> Callable[[Fields, Context], Plan]:
+        def request_with_recipe(body: Fields, context: Context) -> Plan:
             plan = request(body, context)
             recipe = recipe_named(plan.model, context)
             return (
-                plan._replace(calls=tuple(seasoned(call, recipe) for call in plan.calls))
+                plan._replace(calls=tuple(apply_recipe(call, recipe) for call in plan.calls))
                 if recipe.source
                 else plan
             )
 
-        return seasoned_request
+        return request_with_recipe
 
     return protocol._replace(
-        routes=tuple(route._replace(request=heeds(route.request)) for route in protocol.routes)
+        routes=tuple(route._replace(request=wrapped(route.request)) for route in protocol.routes)
     )
 
 
-def lacking(protocol: Protocol, paths: tuple[str, ...]) -> Protocol:
+def without_routes(protocol: Protocol, paths: tuple[str, ...]) -> Protocol:
     """The protocol without the routes of these paths."""
     return protocol._replace(
         routes=tuple(route for route in protocol.routes if route.path not in paths)
@@ -6349,14 +6378,14 @@ def lacking(protocol: Protocol, paths: tuple[str, ...]) -> Protocol:
 
 
 # What of OpenAI's a real Ollama server does not mount.
-OPENAIS_ALONE = ("/v1/images/generations", "/v1/audio/speech", "/v1/audio/translations")
+OPENAI_ONLY_PATHS = ("/v1/images/generations", "/v1/audio/speech", "/v1/audio/translations")
 
 # What each -api mounts; the first protocol whose beginning fits a path tells of errors there.
 MOUNTS: dict[str, tuple[tuple[str, Protocol], ...]] = {
     "openai": (("/", OPENAI),),
     "ollama": (
         ("/v1/messages", with_recipes(ANTHROPIC)),
-        ("/v1", with_recipes(without_401(lacking(OPENAI, OPENAIS_ALONE)))),
+        ("/v1", with_recipes(without_401(without_routes(OPENAI, OPENAI_ONLY_PATHS)))),
         ("/", OLLAMA),
     ),
 }
@@ -6958,7 +6987,7 @@ class Flight:
         finally:
             self.release()
 
-    def answered(self) -> None:
+    def tool_result_turns(self) -> None:
         """Go on until Gemini has said 200, with what is worth another try; raises its refusal."""
         while True:
             error = self.begin()
@@ -6974,7 +7003,7 @@ class Flight:
             )
             late = time.monotonic() - self.began > RETRY_WINDOW_SECONDS
             hopeless = mended is None and (
-                error.again is None or error.again > MAX_BACKOFF_SECONDS or late
+                error.retry_after is None or error.retry_after > MAX_BACKOFF_SECONDS or late
             )
             if hopeless or self.tries >= MAX_ATTEMPTS:
                 raise error
@@ -6983,7 +7012,8 @@ class Flight:
                 self.ignored += names
             elif not stale:
                 self.watch.wait(
-                    None, seconds=max(error.again, 0.2 * 2**self.tries * random.uniform(0.5, 1))
+                    None,
+                    seconds=max(error.retry_after, 0.2 * 2**self.tries * random.uniform(0.5, 1)),
                 )
             self.gemini.count("upstream_retries_total")
             self.send(anew=lost)
@@ -7011,7 +7041,7 @@ class Flight:
             and isinstance(self.trouble, ConnectionError)
             and not isinstance(self.trouble, ConnectionRefusedError)
         ):
-            error.again = (
+            error.retry_after = (
                 0.0  # later on, Gemini may be at work on it, and what is asked twice is paid twice
             )
         return error
@@ -7094,7 +7124,7 @@ class ModelList:
             token = expect(page, "nextPageToken", str).encode("ascii", "ignore").decode()
             if not token:
                 return models
-        raise nonsense(f"more than {MAX_MODEL_PAGES} pages of models")
+        raise invalid_answer(f"more than {MAX_MODEL_PAGES} pages of models")
 
     def release(self) -> None:
         """It holds nothing back."""
@@ -7250,7 +7280,7 @@ class Gemini:
 
         return restore_signatures(call, scope_of(key), recall, count) if call.model else call
 
-    def remember(self, call: GeminiCall, key: str, calls: list[Call]) -> list[str]:
+    def remember(self, call: GeminiCall, key: str, calls: list[ToolCall]) -> list[str]:
         """Ids for the function calls in the answer to this call; what they will want again is kept under them."""
         ids = ["call_" + secrets.token_hex(12) for _ in calls]
         if any(made.signature or made.before for made in calls):
@@ -7598,7 +7628,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.explain(error)
             self.fail(error)
         except RecursionError:
-            self.fail(nonsense("it is nested too deeply"))
+            self.fail(invalid_answer("it is nested too deeply"))
         except (ClientGone, OSError):
             self.status = self.status or 499
             raise

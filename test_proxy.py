@@ -523,7 +523,7 @@ from pathlib import Path
 import pytest
 
 import proxy_to_gemini as proxy
-from proxy_to_gemini import Call, End, Exchange, Fields, ProxyError, Context, Text, Usage
+from proxy_to_gemini import ToolCall, End, Exchange, Fields, ProxyError, Context, Text, Usage
 
 HERE = Path(__file__).resolve().parent
 FLASH, NEWEST, EMBEDDER = "gemini-2.5-flash", "gemini-3.8-flash", "gemini-embedding-001"
@@ -999,7 +999,7 @@ HISTORIES = {
 @pytest.mark.parametrize("history, settled", HISTORIES.values(), ids=list(HISTORIES))
 def test_turns_are_settled(history, settled):
     before = json.dumps(history)
-    assert proxy.settled_turns(history, proxy.model_of(FLASH)) == settled
+    assert proxy.valid_turns(history, proxy.model_of(FLASH)) == settled
     assert json.dumps(history) == before
 
 
@@ -1013,7 +1013,7 @@ def test_only_the_newer_models_refuse_to_go_on_with_their_own_turn():
         (NEWEST, "user"),
         ("gemini-flash-latest", "user"),
     ):
-        assert proxy.settled_turns([u("q"), m("Once")], proxy.model_of(name))[-1]["role"] == ends
+        assert proxy.valid_turns([u("q"), m("Once")], proxy.model_of(name))[-1]["role"] == ends
 
 
 @pytest.mark.parametrize(
@@ -1273,7 +1273,7 @@ def test_text_thoughts_and_calls_come_in_order_and_calls_last():
         Text("Hm", True),
         Text("A"),
         Text("B"),
-        Call("f", {"a": 1}, sign("s"), "call_1"),
+        ToolCall("f", {"a": 1}, sign("s"), "call_1"),
         End("stop", True, "STOP", "", Usage(prompt=4, output=7, thoughts=2), []),
     ]
 
@@ -2647,14 +2647,14 @@ def test_transcripts_with_times():
         transcribe([whole(TIMED)], "audio/translations", response_format="verbose_json")[0]["task"]
         == "translate"
     )
-    for nonsense in (
+    for invalid_answer in (
         "Hello.",
         '{"segments":[7]}',
         '{"segments":[{"start":"soon","end":"later","text":""}]}',
         '{"segments":[{"start":1,"end":2,"text":""}]}',
     ):
         with pytest.raises(ProxyError) as caught:
-            transcribe([whole(nonsense)], response_format="srt")
+            transcribe([whole(invalid_answer)], response_format="srt")
         assert caught.value.status == 502
 
 
@@ -3145,7 +3145,7 @@ def test_a_response_that_breaks_off():
         last["response"]["output"][0]["content"][0]["text"],
     ) == ("incomplete", "Hel")
     *_, slow = proxy.openai_responses_failure(
-        exchange(made.plan), ProxyError(429, "Slow.", code="rate_limit_exceeded", again=1.5)
+        exchange(made.plan), ProxyError(429, "Slow.", code="rate_limit_exceeded", retry_after=1.5)
     )
     assert (
         slow["response"]["error"]
@@ -3449,10 +3449,12 @@ def test_a_response_goes_on_from_what_was_kept():
     first = responding(
         {"input": "Who?", "instructions": "Be brief."}, whole("Gem."), context=context
     )[-1]["response"]
-    again = items_to_gemini(user("And now?"), previous_response_id=first["id"], context=context)
+    retry_after = items_to_gemini(
+        user("And now?"), previous_response_id=first["id"], context=context
+    )
     assert (
-        again["contents"] == [u("Who?"), m("Gem."), u("And now?")]
-        and "systemInstruction" not in again
+        retry_after["contents"] == [u("Who?"), m("Gem."), u("And now?")]
+        and "systemInstruction" not in retry_after
     )
     for reference in (
         {"type": "item_reference", "id": first["output"][0]["id"]},
@@ -3464,7 +3466,7 @@ def test_a_response_goes_on_from_what_was_kept():
             user("And now?"),
             context=context,
         )
-        assert by_reference["contents"] == again["contents"]
+        assert by_reference["contents"] == retry_after["contents"]
     kept = proxy.openai_kept_request(Fields({}), context)
     assert proxy.openai_kept_response(exchange(kept, context), iter(())) == first
     assert proxy.openai_forget_response(exchange(kept, context), iter(())) == {
@@ -4827,7 +4829,7 @@ def test_sound_without_a_place_is_a_note():
 
 def test_a_response_that_fails_before_its_first_word_begins_all_the_same():
     made = exchange(asked({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0])
-    events = proxy.openai_responses_failure(made, ProxyError(429, "slow down", again=7.0))
+    events = proxy.openai_responses_failure(made, ProxyError(429, "slow down", retry_after=7.0))
     assert [event["type"] for event in events] == [
         "response.created",
         "response.in_progress",
@@ -6851,12 +6853,12 @@ def test_workers_share_what_they_know_and_are_replaced(gemini):
         answered = lambda: metrics_of(server).get(
             'requests_total{route="POST /v1/chat/completions",status="200"}'
         )
-        until(lambda: answered() == 12)
+        until(lambda: tool_result_turns() == 12)
         victim = before.pop()
         os.kill(victim, signal.SIGKILL)
         until(lambda: len(children_of(process.pid) - {victim}) == 2)
         assert post(server)[0] == 200
-        until(lambda: answered() == 13)
+        until(lambda: tool_result_turns() == 13)
         gemini.say(Say(chunk("Once "), whole("upon"), gap=1.0))
         with Line(server) as line:
             data = json.dumps(chat(stream=True)).encode()
