@@ -275,8 +275,8 @@ class Fields:
         items = self.get(key, list)
         if not items:
             return []
-        path, family = self.path_of(key), self.tracked
-        return [Fields(item, f"{path}[{i}]", family) for i, item in enumerate(items)]
+        path, tracked = self.path_of(key), self.tracked
+        return [Fields(item, f"{path}[{i}]", tracked) for i, item in enumerate(items)]
 
     def strings(self, key: str) -> list[str]:
         """The strings under this key, which may be a list of them or a single one."""

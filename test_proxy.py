@@ -1790,7 +1790,7 @@ REFUSED = {  # what is wrong: (the place that the error names, the body)
 }
 
 
-@pytest.mark.parametrize("place, body", REFUSED.values(), ids=list(REFUSED))
+@pytest.mark.parametrize("path, body", REFUSED.values(), ids=list(REFUSED))
 def test_bad_input_is_a_400_that_names_the_place(path, body):
     error = refused(body)
     assert (error.status, error.path) == (400, path) and path in error.message
