@@ -514,8 +514,8 @@ class Usage(NamedTuple):
     cached: int = 0  # of these, from Gemini's cache
     output: int = 0  # came out, thoughts included
     thoughts: int = 0  # of these, thoughts
-    heard: int = 0  # of the prompt, sound
-    spoken: int = 0  # of the output, sound
+    audio_input: int = 0  # of the prompt, sound
+    audio_output: int = 0  # of the output, sound
 
     def plus(self, other: Usage) -> Usage:
         return Usage(*map(sum, zip(self, other)))
@@ -2021,7 +2021,7 @@ def read_usage(usage: JSON) -> Usage:
         value = usage.get(key)
         return value if type(value) is int and value > 0 else 0
 
-    def of_sound(key: str) -> int:
+    def audio_tokens(key: str) -> int:
         details = [
             detail
             for detail in get_or_empty(usage, key, list)
@@ -2035,8 +2035,8 @@ def read_usage(usage: JSON) -> Usage:
         cached=count("cachedContentTokenCount"),
         output=count("candidatesTokenCount") + thoughts,
         thoughts=thoughts,
-        heard=of_sound("promptTokensDetails"),
-        spoken=of_sound("candidatesTokensDetails"),
+        audio_input=audio_tokens("promptTokensDetails"),
+        audio_output=audio_tokens("candidatesTokensDetails"),
     )
 
 
@@ -2786,10 +2786,10 @@ def openai_usage(usage: Usage) -> JSON:
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.output,
         "total_tokens": usage.prompt + usage.output,
-        "prompt_tokens_details": {"cached_tokens": usage.cached, "audio_tokens": usage.heard},
+        "prompt_tokens_details": {"cached_tokens": usage.cached, "audio_tokens": usage.audio_input},
         "completion_tokens_details": {
             "reasoning_tokens": usage.thoughts,
-            "audio_tokens": usage.spoken,
+            "audio_tokens": usage.audio_output,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,
         },
@@ -2897,7 +2897,7 @@ def openai_chat_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
 
 def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSON:
     """One answer as a choice of a whole completion."""
-    texts, thoughts, calls, images, sound = [], [], [], [], []
+    texts, thoughts, calls, images, audio = [], [], [], [], []
     end = None
     for event in chat_events(chunks, exchange):
         if type(event) is Text:
@@ -2905,14 +2905,14 @@ def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSO
         elif type(event) is ToolCall:
             calls.append(event)
         elif type(event) is Media:
-            (sound if event.mime.startswith("audio/") else images).append(event)
+            (audio if event.mime.startswith("audio/") else images).append(event)
         else:
             end = event
     options = exchange.options
     content = "".join(texts)
     message: JSON = {
         "role": "assistant",
-        "content": content or (None if calls or sound else ""),
+        "content": content or (None if calls or audio else ""),
         "refusal": None,
         "annotations": [openai_annotation(citation) for citation in end.citations],
     }
@@ -2924,8 +2924,8 @@ def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSO
         message["tool_calls"] = [openai_call(call, options) for call in calls]
     if images:
         message["images"] = [openai_image(image, i) for i, image in enumerate(images)]
-    if sound:
-        message["audio"] = openai_audio(sound, exchange, content)
+    if audio:
+        message["audio"] = openai_audio(audio, exchange, content)
     return {
         "index": index,
         "message": message,
@@ -2935,14 +2935,14 @@ def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSO
     }
 
 
-def sound_bytes(sound: list[Media]) -> bytes:
+def audio_bytes(audio: list[Media]) -> bytes:
     """The samples of Gemini's speech: 16 bits, little-endian, mono (whatever "audio/L16" says)."""
-    if not all(is_base64(piece.data) for piece in sound):
+    if not all(is_base64(piece.data) for piece in audio):
         raise invalid_answer("sound that is not base64")
-    return b"".join(decode_base64(piece.data) for piece in sound)
+    return b"".join(decode_base64(piece.data) for piece in audio)
 
 
-def sound_rate(mime: str) -> int:
+def audio_rate(mime: str) -> int:
     """Samples a second."""
     told = re.search(r"rate=([1-9]\d{3,5})\b", mime)
     return int(told.group(1)) if told else 24000
@@ -2956,9 +2956,9 @@ def wav_file(samples: bytes, rate: int) -> bytes:
     return out.getvalue()
 
 
-def openai_audio(sound: list[Media], exchange: Exchange, transcript: str) -> JSON:
-    data = sound_bytes(sound)
-    data = wav_file(data, sound_rate(sound[0].mime)) if exchange.options.wav else data
+def openai_audio(audio: list[Media], exchange: Exchange, transcript: str) -> JSON:
+    data = audio_bytes(audio)
+    data = wav_file(data, audio_rate(audio[0].mime)) if exchange.options.wav else data
     return {
         "id": exchange.new_id("audio_"),
         "data": base64.b64encode(data).decode(),
@@ -2996,7 +2996,7 @@ def openai_deltas(
 ) -> Iterator[tuple[JSON, str | None, JSON]]:
     """(delta, finish_reason, more of the choice) for each event of one answer; the role comes first, and once."""
     options, nothing = exchange.options, {}
-    count, images, started, sound = 0, 0, False, None
+    count, images, started, audio = 0, 0, False, None
     for event in chat_events(chunks, exchange):
         kind = type(event)
         if not started:
@@ -3016,18 +3016,18 @@ def openai_deltas(
                 {
                     "audio": {
                         "data": event.data,
-                        **({} if sound else {"id": exchange.new_id("audio_")}),
+                        **({} if audio else {"id": exchange.new_id("audio_")}),
                     }
                 },
                 None,
                 nothing,
             )
-            sound = event
+            audio = event
         elif kind is Media:
             yield {"images": [openai_image(event, images)]}, None, nothing
             images += 1
         else:
-            if sound:
+            if audio:
                 yield {"audio": {"expires_at": int(exchange.created) + 3600}}, None, nothing
             if event.citations:
                 yield (
@@ -3355,8 +3355,8 @@ RATIOS = (
     "16:9",
     "21:9",
 )  # those that all models take
-PICTURE_TYPES = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
-PICTURE_FORMS = (*PICTURE_TYPES.values(), "gif", "svg")
+IMAGE_TYPES = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+IMAGE_FORMATS = (*IMAGE_TYPES.values(), "gif", "svg")
 
 
 class ImageOptions(NamedTuple):
@@ -3372,7 +3372,7 @@ def openai_images_request(body: Fields, context: Context) -> Plan:
     prompt, n = openai_nonblank(body, "prompt"), body.number("n", 1, 10, int) or 1
     form, kind = (
         body.choice("response_format", "url", "b64_json"),
-        body.choice("output_format", *PICTURE_FORMS),
+        body.choice("output_format", *IMAGE_FORMATS),
     )
     if kind not in (
         None,
@@ -3413,17 +3413,17 @@ def ratio_of(words: str) -> float:
     return int(width) / int(height)
 
 
-def openai_pictures(
+def openai_image_results(
     exchange: Exchange, answers: Iterator[Iterator[JSON]]
 ) -> Iterator[tuple[Media, Usage]]:
     """(a picture, the tokens of its call) for each; a 400 with Gemini's words where there is none at all."""
     refusal, count = None, 0
     for chunks in answers:
-        pictures, said, end = read_media(chunks, exchange, "image/")
-        for picture in pictures:
+        images, said, end = read_media(chunks, exchange, "image/")
+        for image in images:
             count += 1
-            yield picture, end.usage
-        refusal = refusal if pictures else no_media_error("picture", end, said)
+            yield image, end.usage
+        refusal = refusal if images else no_media_error("picture", end, said)
     if refusal and not count:
         raise refusal
 
@@ -3435,14 +3435,14 @@ def openai_image_usage(usage: Usage) -> JSON:
 
 
 def openai_images_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    pictures = [picture for picture, _ in openai_pictures(exchange, answers)]
+    images = [image for image, _ in openai_image_results(exchange, answers)]
     data = [
-        {"url": f"data:{picture.mime};base64,{picture.data}"}
+        {"url": f"data:{image.mime};base64,{image.data}"}
         if exchange.options.url
-        else {"b64_json": picture.data}
-        for picture in pictures
+        else {"b64_json": image.data}
+        for image in images
     ]
-    kind = PICTURE_TYPES.get(pictures[0].mime)
+    kind = IMAGE_TYPES.get(images[0].mime)
     return {
         "created": int(exchange.created),
         "data": data,
@@ -3453,15 +3453,15 @@ def openai_images_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]
 
 def openai_images_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
     """Each picture when it is there: Gemini shows no half ones."""
-    for picture, usage in openai_pictures(exchange, answers):
+    for image, usage in openai_image_results(exchange, answers):
         yield {
             "type": "image_generation.completed",
-            "b64_json": picture.data,
+            "b64_json": image.data,
             "created_at": int(exchange.created),
             "size": "auto",
             "quality": "auto",
             "background": "auto",
-            "output_format": PICTURE_TYPES.get(picture.mime, picture.mime),
+            "output_format": IMAGE_TYPES.get(image.mime, image.mime),
             "usage": openai_image_usage(usage),
         }
 
@@ -3507,13 +3507,13 @@ def openai_speech_request(body: Fields, context: Context) -> Plan:
 
 def openai_speech_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Payload:
     for chunks in answers:
-        sound, said, end = read_media(chunks, exchange, "audio/")
-    if not sound or end.finish != "stop":
+        audio, said, end = read_media(chunks, exchange, "audio/")
+    if not audio or end.finish != "stop":
         raise no_media_error("speech", end, said)
-    samples = sound_bytes(sound)
+    samples = audio_bytes(audio)
     if exchange.options.pcm:
         return Payload(samples, "audio/pcm")
-    return Payload(wav_file(samples, sound_rate(sound[0].mime)), "audio/wav")
+    return Payload(wav_file(samples, audio_rate(audio[0].mime)), "audio/wav")
 
 
 def openai_speech_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
@@ -3521,9 +3521,9 @@ def openai_speech_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
     options, said, begun = exchange.options, "", False
     for event in read_gemini(next(answers), exchange):
         if type(event) is Media and event.mime.startswith("audio/"):
-            data = sound_bytes([event])
+            data = audio_bytes([event])
             if not begun and not options.pcm:
-                data = endless_wav(sound_rate(event.mime)) + data
+                data = endless_wav(audio_rate(event.mime)) + data
             begun = True
             yield (
                 {"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()}
@@ -3762,8 +3762,8 @@ def clock(seconds: float, mark: str) -> str:
 
 
 def openai_transcript_usage(usage: Usage) -> JSON:
-    heard = min(usage.heard, usage.prompt)
-    details = {"text_tokens": usage.prompt - heard, "audio_tokens": heard}
+    audio = min(usage.audio_input, usage.prompt)
+    details = {"text_tokens": usage.prompt - audio, "audio_tokens": audio}
     return {"type": "tokens", **openai_media_usage(usage, input_token_details=details)}
 
 
@@ -4998,8 +4998,8 @@ def ollama_events(
                 yield {"tool_calls": [ollama_call(event, count, exchange.options)]}, None
                 count += 1
             elif kind is Media:
-                picture = event.mime.startswith("image/")
-                yield {"images": [event.data]} if picture else {"content": media_note(event)}, None
+                image = event.mime.startswith("image/")
+                yield {"images": [event.data]} if image else {"content": media_note(event)}, None
             else:
                 ollama_used(exchange)
                 yield {}, event

@@ -1728,11 +1728,11 @@ def test_a_picture_from_a_tool():
             model=model,
         )
 
-    picture = {"inlineData": {"mimeType": "image/png", "data": PNG}}
+    image = {"inlineData": {"mimeType": "image/png", "data": PNG}}
     assert gemini_body(body(NEWEST))["contents"][2]["parts"][0]["functionResponse"]["parts"] == [
-        picture
+        image
     ]
-    assert gemini_body(body(FLASH))["contents"][3]["parts"] == [picture]
+    assert gemini_body(body(FLASH))["contents"][3]["parts"] == [image]
 
 
 REFUSED = {  # what is wrong: (the place that the error names, the body)
@@ -2031,7 +2031,7 @@ def test_pictures_and_sound_in_a_chat():
         "responseModalities": ["AUDIO"],
         "speechConfig": {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": "Kore"}}},
     }
-    sound = respond(
+    audio = respond(
         body,
         [
             whole(
@@ -2044,7 +2044,7 @@ def test_pictures_and_sound_in_a_chat():
             )
         ],
     )[0]
-    assert base64.b64decode(sound["choices"][0]["message"]["audio"]["data"]).startswith(b"RIFF")
+    assert base64.b64decode(audio["choices"][0]["message"]["audio"]["data"]).startswith(b"RIFF")
 
 
 def test_every_script_survives():
@@ -2776,8 +2776,8 @@ def test_bare_sound_on_the_wire(server, gemini):
         [chunk(SOUND), whole(finish="OTHER_SAFETY"), b"{"],
         whole(SOUND),
     )
-    status, headers, sound = post(server, "/v1/audio/speech", body)
-    assert (status, headers["content-type"], sound) == (200, "audio/pcm", SAMPLES_OF_SOUND * 2)
+    status, headers, audio = post(server, "/v1/audio/speech", body)
+    assert (status, headers["content-type"], audio) == (200, "audio/pcm", SAMPLES_OF_SOUND * 2)
     assert post(server, "/v1/audio/speech", body)[0] == 400
     with (
         Line(server) as line,
@@ -4811,16 +4811,16 @@ def test_a_search_is_told_with_its_sources():
 
 
 def test_sound_without_a_place_is_a_note():
-    sound = {"inlineData": {"mimeType": "audio/wav", "data": PNG}}
+    audio = {"inlineData": {"mimeType": "audio/wav", "data": PNG}}
     note = "\n[Gemini made something of type audio/wav, for which there is no place here.]\n"
     made = exchange(asked({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0])
-    response = proxy.openai_responses_response(made, iter([iter([whole("Hear:", sound)])]))
+    response = proxy.openai_responses_response(made, iter([iter([whole("Hear:", audio)])]))
     assert [part["text"] for item in response["output"] for part in item["content"]] == [
         "Hear:" + note
     ]
     made = exchange(asked({"model": FLASH, "prompt": "Hi"}, proxy.openai_completions_request)[0])
     assert (
-        proxy.openai_completions_response(made, iter([iter([whole("Hear:", sound)])]))["choices"][
+        proxy.openai_completions_response(made, iter([iter([whole("Hear:", audio)])]))["choices"][
             0
         ]["text"]
         == "Hear:" + note
@@ -7710,8 +7710,8 @@ def test_openais_own_library_and_media(server, gemini):
         assert client.audio.speech.create(model="tts-1", voice="alloy", input="Hi").content == RIFF
         with client.audio.speech.with_streaming_response.create(
             model="tts-1", voice="alloy", input="Hi", response_format="pcm"
-        ) as sound:
-            assert b"".join(sound.iter_bytes()) == SAMPLES_OF_SOUND * 2
+        ) as audio:
+            assert b"".join(audio.iter_bytes()) == SAMPLES_OF_SOUND * 2
         gemini.say(whole("Hei."), [chunk("He"), whole("i.")], whole(TIMED), whole(TIMED))
         assert (
             client.audio.transcriptions.create(
