@@ -554,10 +554,10 @@ class Framing(NamedTuple):
     content_type: str
     encode: Callable[[JSON], bytes]
     end: bytes = b""  # after the last event of a stream that went well
-    beat: bytes = (
+    keep_alive: bytes = (
         b": keep-alive\n\n"  # says that the stream is alive; routes may have a beat of their own
     )
-    tells: bool = True  # whether an error can be an event
+    carries_errors: bool = True  # whether an error can be an event
 
 
 def encode_sse(event: JSON) -> bytes:
@@ -586,7 +586,7 @@ class Route(NamedTuple):
     response: Callable[[Exchange, Iterator[Iterator[JSON]]], Any]
     stream: Callable[[Exchange, Iterator[Iterator[JSON]]], Iterator[JSON]] | None = None
     framing: Framing = SSE
-    beat: Callable[[Exchange], JSON] | None = (
+    keep_alive: Callable[[Exchange], JSON] | None = (
         None  # an event that says nothing, if framing.beat will not do
     )
     takes: Callable[[bytes, str], Fields] = parse_body  # reads the body, given its Content-Type
@@ -3482,7 +3482,7 @@ class SpeechOptions(NamedTuple):
 
 
 # Bare samples as they come. There is no word for an error among them, so a failure breaks the answer off.
-PCM = Framing("audio/pcm", itemgetter("audio"), beat=b"", tells=False)
+PCM = Framing("audio/pcm", itemgetter("audio"), keep_alive=b"", carries_errors=False)
 
 
 def openai_speech_request(body: Fields, context: Context) -> Plan:
@@ -5122,7 +5122,7 @@ def ollama_chat_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) ->
         }
 
 
-def ollama_chat_beat(exchange: Exchange) -> JSON:
+def ollama_chat_keep_alive(exchange: Exchange) -> JSON:
     """A chunk that says nothing: NDJSON has no comments."""
     return {**ollama_base(exchange), "message": {"role": "assistant", "content": ""}, "done": False}
 
@@ -5184,7 +5184,7 @@ def generated(message: JSON) -> JSON:
     return {"response": message.get("content", ""), **rest}
 
 
-def ollama_generate_beat(exchange: Exchange) -> JSON:
+def ollama_generate_keep_alive(exchange: Exchange) -> JSON:
     return {**ollama_base(exchange), "response": "", "done": False}
 
 
@@ -5550,7 +5550,7 @@ def static_route(method: str, path: str, functions: tuple[Callable, Callable]) -
 
 
 NDJSON = Framing(
-    "application/x-ndjson", lambda event: encode_json(event).encode() + b"\n", beat=b""
+    "application/x-ndjson", lambda event: encode_json(event).encode() + b"\n", keep_alive=b""
 )
 NO_CLOUD = static_error(403, "ollama cloud is disabled: remote inference is unavailable")
 NO_BLOBS = static_error(
@@ -5580,7 +5580,7 @@ OLLAMA = Protocol(
             ollama_chat_response,
             ollama_chat_stream,
             NDJSON,
-            ollama_chat_beat,
+            ollama_chat_keep_alive,
         ),
         Route(
             "POST",
@@ -5589,7 +5589,7 @@ OLLAMA = Protocol(
             ollama_generate_response,
             ollama_generate_stream,
             NDJSON,
-            ollama_generate_beat,
+            ollama_generate_keep_alive,
         ),
         Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response),
         Route("POST", "/api/embeddings", ollama_embeddings_request, ollama_embeddings_response),
@@ -6553,10 +6553,10 @@ class Watch:
         client: socket.socket | None,
         silence: float,
         stopping: int = -1,
-        beat: Callable[[], None] | None = None,
+        keep_alive: Callable[[], None] | None = None,
     ):
         self.client, self.silence, self.stopping = client, silence, stopping
-        self.beat = beat  # called every KEEP_ALIVE_SECONDS seconds of silence
+        self.keep_alive = keep_alive  # called every KEEP_ALIVE_SECONDS seconds of silence
         self.polls: dict[tuple[socket.socket | None, int], Any] = {}
 
     def poll(self, gemini: socket.socket | None, event: int) -> Any:
@@ -6580,13 +6580,13 @@ class Watch:
         the seconds that it took."""
         poll, mine = self.poll(gemini, event), -1 if gemini is None else gemini.fileno()
         began = time.monotonic()
-        over, beats = (
+        over, keep_alive_due = (
             began + (self.silence if seconds is None else seconds),
             began + KEEP_ALIVE_SECONDS,
         )
         while True:
             now = time.monotonic()
-            until = min(over, beats) if self.beat else over
+            until = min(over, keep_alive_due) if self.keep_alive else over
             ready = poll.poll(max(0, math.ceil((until - now) * 1000)))
             for fd, _ in ready:
                 if fd == self.stopping:
@@ -6600,9 +6600,9 @@ class Watch:
                 raise ProxyError(
                     504, f"Gemini has been silent for {self.silence:g} seconds.", upstream=True
                 )
-            if self.beat and now >= beats:
-                self.beat()
-                beats = now + KEEP_ALIVE_SECONDS
+            if self.keep_alive and now >= keep_alive_due:
+                self.keep_alive()
+                keep_alive_due = now + KEEP_ALIVE_SECONDS
 
     def client_left(self, poll: Any) -> bool:
         """Whether the client hung up; where the system only tells that there is something to read, look at it."""
@@ -6759,7 +6759,7 @@ class Connection(http.client.HTTPConnection):
 
     def open(self, watch: Watch) -> None:
         """Connect, with an eye on the client (connect(), the library's, sees nobody leave)."""
-        watch = Watch(watch.client, CONNECT_SECONDS, watch.stopping, watch.beat)
+        watch = Watch(watch.client, CONNECT_SECONDS, watch.stopping, watch.keep_alive)
         way = self.pool.proxy
         self.sock = dial(way.host if way else self.host, way.port if way else self.port, watch)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -7830,9 +7830,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.exchange = Exchange(
             plan, context, lambda calls: server.gemini.remember(plan.calls[0], self.key, calls)
         )
-        beats = plan.stream and (found.route.beat or self.framing.beat)
-        beat = functools.partial(self.beat, found.route) if beats else None
-        self.watch = Watch(self.connection, server.config.timeout, server.stopping, beat)
+        keep_alive_due = plan.stream and (found.route.keep_alive or self.framing.keep_alive)
+        keep_alive = functools.partial(self.keep_alive, found.route) if keep_alive_due else None
+        self.watch = Watch(self.connection, server.config.timeout, server.stopping, keep_alive)
         with server.gemini.call(plan.calls, self.watch, self.key) as self.answers:
             if plan.stream:
                 self.send_stream(found.route.stream(self.exchange, iter(self.answers)))
@@ -7862,10 +7862,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.emit(encode(event))
         self.emit(self.framing.end, last=True)
 
-    def beat(self, route: Route) -> None:
+    def keep_alive(self, route: Route) -> None:
         """Say that the stream is alive."""
         self.emit(
-            route.framing.encode(route.beat(self.exchange)) if route.beat else self.framing.beat
+            route.framing.encode(route.keep_alive(self.exchange))
+            if route.keep_alive
+            else self.framing.keep_alive
         )
 
     def explain(self, error: ProxyError) -> None:
@@ -7948,7 +7950,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 *self.ignored_header(),
             ]
             head = self.head(200, self.framing.content_type, headers)
-            self.framed = self.framing.tells
+            self.framed = self.framing.carries_errors
         if self.chunked:
             data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (
                 b"0\r\n\r\n" if last else b""

@@ -5179,12 +5179,14 @@ class Nobody:
 
 
 @contextlib.contextmanager
-def service(url, timeout=5.0, beat=None):
+def service(url, timeout=5.0, keep_alive=None):
     """(ask, the service, the client) of a Gemini service at that URL; `ask` gives the chunks of one call."""
     gemini, client = proxy.Gemini(url), Nobody()
 
     def plan(call, **how):
-        watch = proxy.Watch(client.here, how.pop("timeout", timeout), beat=how.pop("beat", beat))
+        watch = proxy.Watch(
+            client.here, how.pop("timeout", timeout), keep_alive=how.pop("beat", keep_alive)
+        )
         with gemini.plan((call,), watch, "the-key") as answers:
             return [list(chunks) for chunks in answers][0]
 
@@ -5362,9 +5364,12 @@ def test_a_connection_that_is_not_made(scheme, port_of, monkeypatch):
     """Each step of making it ends in time, beats meanwhile, and notices a client that leaves."""
     monkeypatch.setattr(proxy, "BEAT", 0.02)
     with port_of() as port, service(f"{scheme}://127.0.0.1:{port}") as (plan, service_, client):
-        beats = []
+        keep_alive_due = []
         monkeypatch.setattr(proxy, "CONNECT_TIMEOUT", 0.2)
-        assert refusal_by(plan, STREAM, beat=lambda: beats.append(1)).status == 504 and beats
+        assert (
+            refusal_by(plan, STREAM, keep_alive=lambda: keep_alive_due.append(1)).status == 504
+            and keep_alive_due
+        )
         monkeypatch.setattr(proxy, "CONNECT_TIMEOUT", 20)
         threading.Timer(0.1, client.leave).start()
         began = time.monotonic()
@@ -5408,11 +5413,11 @@ def test_silence_is_a_504_and_hangs_up(gemini):
 
 def test_silence_in_a_stream_beats(gemini, monkeypatch):
     monkeypatch.setattr(proxy, "BEAT", 0.05)
-    beats = []
+    keep_alive_due = []
     gemini.say(Say(chunk("a"), whole("b"), delay=0.3, gap=0.3))
     with service(gemini.url) as (plan, service_, client):
-        assert plan(STREAM, beat=lambda: beats.append(1)) == [chunk("a"), whole("b")]
-    assert len(beats) >= 4
+        assert plan(STREAM, keep_alive=lambda: keep_alive_due.append(1)) == [chunk("a"), whole("b")]
+    assert len(keep_alive_due) >= 4
 
 
 @pytest.mark.parametrize("how", [{"delay": 30}, {"gap": 30}])
