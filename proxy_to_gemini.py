@@ -1563,7 +1563,7 @@ def plain_part(part: Part) -> JSON:
     return out
 
 
-class Trail:
+class ConversationDigest:
     """Digests that tie each call to the conversation that led to it: system, all turns before, name, arguments."""
 
     def __init__(self, body: JSON, scope: str):
@@ -1586,7 +1586,7 @@ class Trail:
         return digest.hexdigest()
 
 
-class Recalled(NamedTuple):
+class KnownCall(NamedTuple):
     """What is known of a function call that a client sends back."""
 
     signature: str | None = None
@@ -1596,7 +1596,7 @@ class Recalled(NamedTuple):
 def restore_signatures(
     call: GeminiCall,
     scope: str,
-    recall: Callable[[str | None, str, str], Recalled],
+    recall: Callable[[str | None, str, str], KnownCall],
     count: Callable[[str], None] = lambda origin: None,
 ) -> GeminiCall:
     """The call with what its history lost: signatures, and the parts of Gemini's own tools.
@@ -1608,7 +1608,7 @@ def restore_signatures(
     if not any("functionCall" in part for content in turns for part in content["parts"]):
         return call
     mixed = call.body.get("toolConfig", {}).get("includeServerSideToolInvocations")
-    trail, contents = Trail(call.body, scope), []
+    trail, contents = ConversationDigest(call.body, scope), []
     for content in turns:
         first, parts = True, []
         for part in content["parts"]:
@@ -1635,7 +1635,7 @@ def restore_signatures(
 def count_call(call: GeminiCall) -> GeminiCall:
     """The call that counts the tokens that another one would send (ai.google.dev/api/tokens)."""
     signed = restore_signatures(
-        call, "", lambda *_: Recalled()
+        call, "", lambda *_: KnownCall()
     )  # Gemini may well look for them here too
     asked = {key: value for key, value in signed.body.items() if key != "generationConfig"}
     return GeminiCall(
@@ -6541,7 +6541,7 @@ def read_headers(file: io.BufferedReader, left: int) -> dict[str, str]:
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
 
 
-class Watch:
+class Waiter:
     """The one place that waits: for Gemini, with an eye on the client that Gemini's answer is for.
 
     While Gemini is silent, the client's thread sleeps here. Bytes from Gemini wake it; so do a client that leaves, the
@@ -6622,8 +6622,8 @@ class Watch:
 class Response(http.client.HTTPResponse):
     """An answer of Gemini's, and the connection that it comes over; begin() reads its head."""
 
-    def __init__(self, connection: Connection, watch: Watch, kept: bool, method: str):
-        self.line = Line(connection.sock, watch)
+    def __init__(self, connection: Connection, waiter: Waiter, kept: bool, method: str):
+        self.line = UpstreamSocket(connection.sock, waiter)
         super().__init__(self.line, method=method)
         self.connection, self.kept = (
             connection,
@@ -6673,11 +6673,11 @@ class Response(http.client.HTTPResponse):
         return self.isclosed() and not self.will_close
 
 
-class Line(io.RawIOBase):
-    """A (non-blocking) socket to Gemini as a file for http.client; it waits in its Watch."""
+class UpstreamSocket(io.RawIOBase):
+    """A (non-blocking) socket to Gemini as a file for http.client; it waits in its Waiter."""
 
-    def __init__(self, sock: socket.socket, watch: Watch):
-        self.sock, self.watch, self.spoken = sock, watch, False
+    def __init__(self, sock: socket.socket, waiter: Waiter):
+        self.sock, self.waiter, self.spoken = sock, waiter, False
         self.pending = getattr(
             sock, "pending", int
         )  # counts bytes of which TLS knows, and poll does not
@@ -6691,7 +6691,7 @@ class Line(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         if self.slow and not self.pending():
-            self.slow = self.watch.wait(self.sock) > READY_SECONDS
+            self.slow = self.waiter.wait(self.sock) > READY_SECONDS
         count = self.patiently(self.sock.recv_into, buffer)
         self.spoken = self.spoken or count > 0
         return count
@@ -6707,16 +6707,16 @@ class Line(io.RawIOBase):
                 event = select.POLLOUT
             except BlockingIOError:
                 event = select.POLLIN if act == self.sock.recv_into else select.POLLOUT
-            self.slow = self.watch.wait(self.sock, event) > READY_SECONDS
+            self.slow = self.waiter.wait(self.sock, event) > READY_SECONDS
 
 
-def dial(host: str, port: int, watch: Watch) -> socket.socket:
+def dial(host: str, port: int, waiter: Waiter) -> socket.socket:
     """A non-blocking connection to the first of a host's addresses that answers, in CONNECT_SECONDS for all of them.
 
     The library gives each the whole time, and where a network drops IPv6 without a word, Google has several in vain.
     (Only the look-up of the name cannot be watched: the C library does it.)
     """
-    until, trouble = time.monotonic() + CONNECT_SECONDS, OSError("the name has no address")
+    until, failure = time.monotonic() + CONNECT_SECONDS, OSError("the name has no address")
     families: dict[int, list[tuple]] = {}
     for one in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         families.setdefault(one[0], []).append(one)
@@ -6728,22 +6728,22 @@ def dial(host: str, port: int, watch: Watch) -> socket.socket:
         try:
             sock = socket.socket(family, kind, protocol)
             try:
-                reach(sock, where, watch, min(left, ADDRESS_SECONDS) if i < len(found) else left)
+                reach(sock, where, waiter, min(left, ADDRESS_SECONDS) if i < len(found) else left)
                 return sock
             except BaseException:
                 sock.close()
                 raise
         except OSError as error:
-            trouble = error
-    raise trouble
+            failure = error
+    raise failure
 
 
-def reach(sock: socket.socket, where: Any, watch: Watch, seconds: float) -> None:
+def reach(sock: socket.socket, where: Any, waiter: Waiter, seconds: float) -> None:
     """Connect the socket, which blocks no longer; an OSError where that fails or takes more than so many seconds."""
     sock.setblocking(False)
     error = sock.connect_ex(where)
     if error == errno.EINPROGRESS:
-        if watch.wait(sock, select.POLLOUT, seconds) >= seconds:
+        if waiter.wait(sock, select.POLLOUT, seconds) >= seconds:
             raise TimeoutError
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if error:
@@ -6757,30 +6757,32 @@ class Connection(http.client.HTTPConnection):
         super().__init__(pool.host, pool.port)
         self.pool = pool
 
-    def open(self, watch: Watch) -> None:
+    def open(self, waiter: Waiter) -> None:
         """Connect, with an eye on the client (connect(), the library's, sees nobody leave)."""
-        watch = Watch(watch.client, CONNECT_SECONDS, watch.stopping, watch.keep_alive)
-        way = self.pool.proxy
-        self.sock = dial(way.host if way else self.host, way.port if way else self.port, watch)
+        waiter = Waiter(waiter.client, CONNECT_SECONDS, waiter.stopping, waiter.keep_alive)
+        proxy = self.pool.proxy
+        self.sock = dial(
+            proxy.host if proxy else self.host, proxy.port if proxy else self.port, waiter
+        )
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.pool.secure:
-            if way:
-                self.tunnel(way, watch)
-            self.shake_hands(watch)
+            if proxy:
+                self.tunnel(proxy, waiter)
+            self.shake_hands(waiter)
 
-    def tunnel(self, way: WayThrough, watch: Watch) -> None:
+    def tunnel(self, proxy: HttpProxy, waiter: Waiter) -> None:
         """Have the proxy connect us (RFC 9110, section 9.3.6)."""
         host = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-        headers = "".join(f"{name}: {value}\r\n" for name, value in way.headers.items())
-        answer = Response(self, watch, False, "CONNECT")
+        headers = "".join(f"{name}: {value}\r\n" for name, value in proxy.headers.items())
+        answer = Response(self, waiter, False, "CONNECT")
         answer.send(f"CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n{headers}\r\n".encode("latin-1"))
         answer.begin()
         if not 200 <= answer.status < 300:
             raise OSError(
-                f"the proxy {way.host}:{way.port} says {answer.status} {answer.reason}".rstrip()
+                f"the proxy {proxy.host}:{proxy.port} says {answer.status} {answer.reason}".rstrip()
             )
 
-    def shake_hands(self, watch: Watch) -> None:
+    def shake_hands(self, waiter: Waiter) -> None:
         """Speak TLS from here on; the session of an earlier connection saves half of the handshake."""
         self.sock = self.pool.context.wrap_socket(
             self.sock,
@@ -6788,7 +6790,7 @@ class Connection(http.client.HTTPConnection):
             session=self.pool.session,
             do_handshake_on_connect=False,
         )
-        Line(self.sock, watch).patiently(lambda nothing: self.sock.do_handshake(), b"")
+        UpstreamSocket(self.sock, waiter).patiently(lambda nothing: self.sock.do_handshake(), b"")
 
 
 class Pool(urllib.request.BaseHandler):
@@ -6809,17 +6811,19 @@ class Pool(urllib.request.BaseHandler):
     def https_open(self, request: urllib.request.Request) -> Response:
         """Send the request, and give its Response, of which nothing is read yet."""
         kept = None if request.anew else self.take()
-        connection = kept or self.connect(request.watch)
+        connection = kept or self.connect(request.waiter)
         try:
             body, method = request.data, request.get_method()
             if not kept:
-                request.watch.wait(None, seconds=0)  # a client that left meanwhile asks for nothing
+                request.waiter.wait(
+                    None, seconds=0
+                )  # a client that left meanwhile asks for nothing
             lines = [f"{method} {self.target(request.selector)} HTTP/1.1", f"Host: {request.host}"]
             lines += [f"{name}: {value}" for name, value in request.header_items()]
             lines += [] if body is None else [f"Content-Length: {len(body)}"]
             if self.proxy and not self.secure:
                 lines += [f"{name}: {value}" for name, value in self.proxy.headers.items()]
-            response = Response(connection, request.watch, kept is not None, method)
+            response = Response(connection, request.waiter, kept is not None, method)
             response.send("\r\n".join(lines + ["", ""]).encode("latin-1") + (body or b""))
             return response
         except BaseException:
@@ -6836,11 +6840,11 @@ class Pool(urllib.request.BaseHandler):
             else selector
         )
 
-    def connect(self, watch: Watch) -> Connection:
+    def connect(self, waiter: Waiter) -> Connection:
         self.opened += 1
         connection = Connection(self)
         try:
-            connection.open(watch)
+            connection.open(waiter)
         except BaseException:
             connection.close()
             raise
@@ -6885,7 +6889,7 @@ class Pool(urllib.request.BaseHandler):
                 self.drop_oldest()
 
 
-class WayThrough(NamedTuple):
+class HttpProxy(NamedTuple):
     """An HTTP proxy on the way to Gemini."""
 
     host: str
@@ -6893,7 +6897,7 @@ class WayThrough(NamedTuple):
     headers: dict[str, str]
 
 
-def proxy_for(scheme: str, host: str) -> WayThrough | None:
+def proxy_for(scheme: str, host: str) -> HttpProxy | None:
     """The proxy that the environment names for this scheme and host, in any of the usual spellings."""
     url = urllib.request.getproxies().get(scheme)
     if not url or urllib.request.proxy_bypass(host):
@@ -6907,7 +6911,7 @@ def proxy_for(scheme: str, host: str) -> WayThrough | None:
             f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
         )
         headers["Proxy-Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
-    return WayThrough(parts.hostname, parts.port or 80, headers)
+    return HttpProxy(parts.hostname, parts.port or 80, headers)
 
 
 def tls_context() -> ssl.SSLContext:
@@ -6920,24 +6924,24 @@ def tls_context() -> ssl.SSLContext:
     return context
 
 
-def unreachable(trouble: BaseException) -> ProxyError:
+def unreachable(failure: BaseException) -> ProxyError:
     """What it means to the client that Gemini could not be reached, or broke off."""
-    if isinstance(trouble, urllib.error.URLError) and isinstance(trouble.reason, BaseException):
-        trouble = trouble.reason
-    if isinstance(trouble, (TimeoutError, socket.timeout)):
+    if isinstance(failure, urllib.error.URLError) and isinstance(failure.reason, BaseException):
+        failure = failure.reason
+    if isinstance(failure, (TimeoutError, socket.timeout)):
         return ProxyError(504, "Gemini could not be reached in time.", upstream=True)
-    if isinstance(trouble, http.client.IncompleteRead):
+    if isinstance(failure, http.client.IncompleteRead):
         return ProxyError(502, "Gemini's answer broke off.", upstream=True)
-    words = getattr(trouble, "strerror", None) or str(trouble) or type(trouble).__name__
+    words = getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
     return ProxyError(
         502, f"Gemini could not be reached, or does not speak HTTP: {words}", upstream=True
     )
 
 
-TROUBLES = (OSError, http.client.HTTPException)
+TRANSPORT_ERRORS = (OSError, http.client.HTTPException)
 
 
-class Flight:
+class UpstreamCall:
     """One call to Gemini: sent when it is made, read by chunks().
 
     It is tried again, MAX_ATTEMPTS times in all, while no byte of an answer has come: when Gemini says so (gemini_refusal's
@@ -6945,12 +6949,12 @@ class Flight:
     """
 
     def __init__(
-        self, gemini: Gemini, call: GeminiCall, watch: Watch, key: str, ignored: list[str]
+        self, gemini: Gemini, call: GeminiCall, waiter: Waiter, key: str, ignored: list[str]
     ):
-        self.gemini, self.call, self.watch, self.key = gemini, call, watch, key
+        self.gemini, self.call, self.waiter, self.key = gemini, call, waiter, key
         self.ignored = ignored  # names of what had to be left out for Gemini to take it
         self.response: Response | None = None
-        self.trouble: BaseException | None = None  # why it could not be sent
+        self.failure: BaseException | None = None  # why it could not be sent
         self.tries, self.began = 0, time.monotonic()
         self.send()
 
@@ -6964,12 +6968,12 @@ class Flight:
         request = urllib.request.Request(
             self.gemini.base + self.call.path, body, {"x-goog-api-key": self.key, **HEADERS}
         )
-        request.watch, request.anew = self.watch, anew
+        request.waiter, request.anew = self.waiter, anew
         try:
-            self.response, self.trouble = self.gemini.opener.open(request), None
+            self.response, self.failure = self.gemini.opener.open(request), None
             self.sent = time.monotonic()
-        except (ProxyError, *TROUBLES) as trouble:
-            self.response, self.trouble = None, trouble
+        except (ProxyError, *TRANSPORT_ERRORS) as failure:
+            self.response, self.failure = None, failure
 
     def chunks(self) -> Iterator[JSON]:
         """What Gemini answers: one chunk, or those of a stream. Whatever goes wrong is a ProxyError, or ClientGone."""
@@ -6979,9 +6983,9 @@ class Flight:
                 yield from read_events(iter(functools.partial(self.response.read1, 65536), b""))
             else:
                 yield read_chunk(self.response.read())
-        except (ProxyError, *TROUBLES) as trouble:
+        except (ProxyError, *TRANSPORT_ERRORS) as failure:
             if not self.call.optional:
-                error = trouble if isinstance(trouble, ProxyError) else unreachable(trouble)
+                error = failure if isinstance(failure, ProxyError) else unreachable(failure)
                 raise masked(error, self.key) from None
             yield {}
         finally:
@@ -7011,7 +7015,7 @@ class Flight:
                 self.call = mended
                 self.ignored += names
             elif not stale:
-                self.watch.wait(
+                self.waiter.wait(
                     None,
                     seconds=max(error.retry_after, 0.2 * 2**self.tries * random.uniform(0.5, 1)),
                 )
@@ -7020,7 +7024,7 @@ class Flight:
 
     def begin(self) -> ProxyError | None:
         """Read the head of the answer; None if it is a 200, else what it means."""
-        if self.trouble is None:
+        if self.failure is None:
             try:
                 self.response.begin()
                 if self.response.status == 200:
@@ -7030,16 +7034,16 @@ class Flight:
                     self.key.encode(), KEY_MASK.encode()
                 )
                 return gemini_refusal(self.response.status, read_json(raw), raw)
-            except TROUBLES as trouble:
-                self.trouble = trouble
-        error = self.trouble if isinstance(self.trouble, ProxyError) else unreachable(self.trouble)
+            except TRANSPORT_ERRORS as failure:
+                self.failure = failure
+        error = self.failure if isinstance(self.failure, ProxyError) else unreachable(self.failure)
         lost = self.response is None or not self.response.spoken
         early = self.response is None or time.monotonic() - self.sent < BROKEN_RETRY_SECONDS
         if (
             lost
             and early
-            and isinstance(self.trouble, ConnectionError)
-            and not isinstance(self.trouble, ConnectionRefusedError)
+            and isinstance(self.failure, ConnectionError)
+            and not isinstance(self.failure, ConnectionRefusedError)
         ):
             error.retry_after = (
                 0.0  # later on, Gemini may be at work on it, and what is asked twice is paid twice
@@ -7064,39 +7068,39 @@ def masked(error: ProxyError, key: str) -> ProxyError:
     return error
 
 
-class Answers:
+class CallBatch:
     """The answers to the calls of one request, in order. Leaving it hangs up on what is unread."""
 
-    def __init__(self, gemini: Gemini, calls: Iterable[GeminiCall], watch: Watch, key: str):
+    def __init__(self, gemini: Gemini, calls: Iterable[GeminiCall], waiter: Waiter, key: str):
         self.ignored: list[str] = []
         self.calls = (
-            Flight(gemini, gemini.signed(call, key), watch, key, self.ignored)
+            UpstreamCall(gemini, gemini.signed(call, key), waiter, key, self.ignored)
             if call is not MODELS_CALL
-            else ModelList(gemini, watch, key)
+            else ModelList(gemini, waiter, key)
             for call in calls
         )
-        self.flights: collections.deque[Flight] = collections.deque()
+        self.pending: collections.deque[UpstreamCall] = collections.deque()
 
     def __iter__(self) -> Iterator[Iterator[JSON]]:
-        self.flights.extend(itertools.islice(self.calls, MAX_PARALLEL_CALLS))
-        while self.flights:
-            yield self.flights[0].chunks()
-            self.flights.popleft().release()
-            self.flights.extend(itertools.islice(self.calls, 1))
+        self.pending.extend(itertools.islice(self.calls, MAX_PARALLEL_CALLS))
+        while self.pending:
+            yield self.pending[0].chunks()
+            self.pending.popleft().release()
+            self.pending.extend(itertools.islice(self.calls, 1))
 
-    def __enter__(self) -> Answers:
+    def __enter__(self) -> CallBatch:
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        for flight in self.flights:
-            flight.release()
+        for upstream_call in self.pending:
+            upstream_call.release()
 
 
 class ModelList:
     """Gemini's whole list of models as one chunk; kept for a few minutes, and longer while Gemini is in trouble."""
 
-    def __init__(self, gemini: Gemini, watch: Watch, key: str):
-        self.gemini, self.watch, self.key = gemini, watch, key
+    def __init__(self, gemini: Gemini, waiter: Waiter, key: str):
+        self.gemini, self.waiter, self.key = gemini, waiter, key
 
     def chunks(self) -> Iterator[JSON]:
         since, models = self.gemini.models.get(self.key, (-math.inf, None))
@@ -7119,7 +7123,7 @@ class ModelList:
                 "models?pageSize=1000"
                 + (f"&pageToken={urllib.parse.quote(token)}" if token else "")
             )
-            (page,) = Flight(self.gemini, call, self.watch, self.key, []).chunks()
+            (page,) = UpstreamCall(self.gemini, call, self.waiter, self.key, []).chunks()
             models += expect(page, "models", list)
             token = expect(page, "nextPageToken", str).encode("ascii", "ignore").decode()
             if not token:
@@ -7259,21 +7263,21 @@ class Gemini:
         )  # and no other: no redirect is followed, and a refusal is an answer
         self.models: dict[str, tuple[float, list[JSON]]] = {}  # by key
 
-    def call(self, calls: Iterable[GeminiCall], watch: Watch, key: str) -> Answers:
-        return Answers(self, calls, watch, key)
+    def call(self, calls: Iterable[GeminiCall], waiter: Waiter, key: str) -> CallBatch:
+        return CallBatch(self, calls, waiter, key)
 
     def signed(self, call: GeminiCall, key: str) -> GeminiCall:
         """The call with what its history lost; what another generation of models had said stays out."""
 
-        def recall(id: str | None, digest: str, name: str) -> Recalled:
+        def recall(id: str | None, digest: str, name: str) -> KnownCall:
             found = self.memory.get(f"{scope_of(key)}:call:{id}", digest)
             if not found:
-                return Recalled()
+                return KnownCall()
             generation, known, signature, *before = found.split(" ", 3)
             if (generation, known) != (str(int(call.model.generation)), name):
                 self.count("signatures_total", "foreign")
-                return Recalled()
-            return Recalled(signature, tuple(json.loads(before[0])) if before else ())
+                return KnownCall()
+            return KnownCall(signature, tuple(json.loads(before[0])) if before else ())
 
         def count(origin: str) -> None:
             self.count("signatures_total", origin)
@@ -7284,7 +7288,7 @@ class Gemini:
         """Ids for the function calls in the answer to this call; what they will want again is kept under them."""
         ids = ["call_" + secrets.token_hex(12) for _ in calls]
         if any(made.signature or made.before for made in calls):
-            trail = Trail(call.body, scope_of(key))
+            trail = ConversationDigest(call.body, scope_of(key))
             for content in call.body["contents"]:
                 trail.turn(content)
             for id, made in zip(ids, calls):
@@ -7460,7 +7464,7 @@ class Metrics:
     def set(self, name: str, value: float) -> None:
         self.numbers[self.row + self.slot(name, ())] = value
 
-    def watch(self, name: str, *labels: str, seconds: float) -> None:
+    def observe(self, name: str, *labels: str, seconds: float) -> None:
         """Count an observation in a histogram."""
         at = self.row + self.slot(name, labels)
         with self.lock:
@@ -7510,7 +7514,7 @@ def metric_lines(name: str, labels: list[str], numbers: list[float]) -> list[str
 # ---- connections ----
 
 
-class ClientLine(io.RawIOBase):
+class ClientSocket(io.RawIOBase):
     """A client's (non-blocking) socket as a file that waits; between requests only while the server goes on."""
 
     def __init__(self, sock: socket.socket, ending: int):
@@ -7578,11 +7582,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection = self.request
         self.connection.setblocking(False)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.line = ClientLine(self.connection, self.server.ending)
+        self.line = ClientSocket(self.connection, self.server.ending)
         self.rfile = io.BufferedReader(self.line)
         self.body_left = self.answering = False
         self.server.handlers.add(self)
-        self.server.newcomers.discard(self.request)
+        self.server.unstarted.discard(self.request)
 
     # ---- requests ----
 
@@ -7832,8 +7836,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
         keep_alive_due = plan.stream and (found.route.keep_alive or self.framing.keep_alive)
         keep_alive = functools.partial(self.keep_alive, found.route) if keep_alive_due else None
-        self.watch = Watch(self.connection, server.config.timeout, server.stopping, keep_alive)
-        with server.gemini.call(plan.calls, self.watch, self.key) as self.answers:
+        self.waiter = Waiter(self.connection, server.config.timeout, server.stopping, keep_alive)
+        with server.gemini.call(plan.calls, self.waiter, self.key) as self.answers:
             if plan.stream:
                 self.send_stream(found.route.stream(self.exchange, iter(self.answers)))
             else:
@@ -7875,7 +7879,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if error.code == "model_not_found" and error.upstream and self.exchange:
             error.model = self.exchange.model
             with contextlib.suppress(ProxyError):
-                lists = ModelList(self.server.gemini, self.watch, self.key).chunks()
+                lists = ModelList(self.server.gemini, self.waiter, self.key).chunks()
                 names = [
                     get_or_empty(entry, "name", str) for chunk in lists for entry in chunk["models"]
                 ]
@@ -7989,8 +7993,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if getattr(usage, kind):
                     metrics.add("tokens_total", kind, amount=getattr(usage, kind))
         metrics.add("requests_total", self.route, str(self.status))
-        metrics.watch("request_seconds", self.route, seconds=now - self.began)
-        metrics.watch("first_byte_seconds", self.route, seconds=self.spoke - self.began)
+        metrics.observe("request_seconds", self.route, seconds=now - self.began)
+        metrics.observe("first_byte_seconds", self.route, seconds=self.spoke - self.began)
         log(
             f"{self.command or '-'} {self.path.partition('?')[0][:200] or '-'} {self.status} "
             f"{(now - self.began) * 1000:.0f} ms{model}"
@@ -8046,7 +8050,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.context_for = functools.lru_cache(maxsize=64)(self.make_context)  # by Gemini key
         self.loaded: dict[str, float] = {}
         self.handlers: set[Handler] = set()  # one for each connection
-        self.newcomers: set[socket.socket] = set()  # those whose handler has not begun yet
+        self.unstarted: set[socket.socket] = set()  # those whose handler has not begun yet
         self.draining, self.tidied = False, -math.inf
         self.ending = (
             self.stopping
@@ -8117,28 +8121,28 @@ class Server(http.server.ThreadingHTTPServer):
         return (503, Payload(b"ending")) if self.draining else (200, Payload(b"ok"))
 
     def metrics_page(self) -> tuple[int, Payload]:
-        self.take_stock()
+        self.update_gauges()
         return 200, self.metrics.page(self.config)
 
     # ---- its life ----
 
-    def run(self, life: Life) -> None:
+    def run(self, signals: Signals) -> None:
         """Accept clients until a signal says stop; then let what is under way end."""
         (self.ending, end), (self.stopping, stop) = os.pipe(), os.pipe()
         poll = select.poll()
-        poll.register(life.pipe, select.POLLIN)
-        while not life.over():
+        poll.register(signals.pipe, select.POLLIN)
+        while not signals.over():
             room = len(self.handlers) < max_connections()
             poll.register(self.socket, select.POLLIN if room else 0)
-            for fd, _ in poll.poll(1000 * (life.nap if room else FULL_PAUSE_SECONDS)):
-                if fd == life.pipe:
-                    life.hear()
+            for fd, _ in poll.poll(1000 * (signals.poll_seconds if room else FULL_PAUSE_SECONDS)):
+                if fd == signals.pipe:
+                    signals.drain_pipe()
                 else:
-                    self.take_in()
-            if life.asks(signal.SIGHUP):
+                    self.accept_pending()
+            if signals.asks(signal.SIGHUP):
                 self.reload()
             self.service_actions()
-        life.tell("STOPPING=1")
+        signals.tell("STOPPING=1")
         self.drain(end, stop)
 
     def drain(self, end: int, stop: int) -> None:
@@ -8149,16 +8153,16 @@ class Server(http.server.ThreadingHTTPServer):
         have the time to say so before the silent ones are closed.
         """
         self.draining, until = True, time.monotonic() + DRAIN_NOTICE_SECONDS
-        while (self.handlers or self.newcomers) and time.monotonic() < until:
+        while (self.handlers or self.unstarted) and time.monotonic() < until:
             if select.select([self.socket], [], [], 0.01)[0]:
-                self.take_in()
+                self.accept_pending()
         until += FINAL_SECONDS  # whom a last answer sends away comes back at once, but not for ever
         while (
             not self.shared
             and time.monotonic() < until
             and select.select([self.socket], [], [], 0)[0]
         ):
-            self.take_in()
+            self.accept_pending()
         self.server_close()
         os.close(end)
         self.wait_for_handlers(FINAL_SECONDS, lambda handler: handler.line.may_come())
@@ -8169,7 +8173,7 @@ class Server(http.server.ThreadingHTTPServer):
     def wait_for_handlers(self, seconds: float, counts: Callable[[Handler], bool]) -> None:
         until = time.monotonic() + seconds
         while time.monotonic() < until and (
-            self.newcomers or any(counts(handler) for handler in list(self.handlers))
+            self.unstarted or any(counts(handler) for handler in list(self.handlers))
         ):
             time.sleep(0.01)
 
@@ -8185,19 +8189,19 @@ class Server(http.server.ThreadingHTTPServer):
             else "there is no usable Gemini key; the old one stays"
         )
 
-    def take_in(self) -> None:
+    def accept_pending(self) -> None:
         """Accept who waits, several at a time: when a thousand come at once, each wait would cost a turn of theirs."""
         for _ in range(ACCEPT_BATCH):
             try:
                 client, address = self.get_request()
             except OSError:
                 return
-            self.newcomers.add(client)
+            self.unstarted.add(client)
             try:
                 self.process_request(client, address)
             except RuntimeError as error:  # there can be no more threads
                 log(f"a client is turned away: {error}")
-                self.newcomers.discard(client)
+                self.unstarted.discard(client)
                 self.shutdown_request(client)
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -8217,10 +8221,10 @@ class Server(http.server.ThreadingHTTPServer):
         if time.monotonic() - self.tidied > TIDY_SECONDS:
             self.tidied = time.monotonic()
             self.gemini.pool.tidy()
-            self.take_stock()
+            self.update_gauges()
             give_memory_back()
 
-    def take_stock(self) -> None:
+    def update_gauges(self) -> None:
         """Count what is there just now."""
         handlers, pool = list(self.handlers), self.gemini.pool
         self.metrics.set("clients", len(handlers))
@@ -8545,7 +8549,7 @@ def handed_over_socket(env: Mapping[str, str]) -> socket.socket | None:
     return sock
 
 
-class Life:
+class Signals:
     """What this process is asked by signals, and what systemd is told of it."""
 
     def __init__(self, env: Mapping[str, str]):
@@ -8557,8 +8561,8 @@ class Life:
         self.watchdog = (
             int(told) / 1e6 if mine and re.fullmatch(r"[1-9]\d{0,15}", told) else math.inf
         )  # seconds
-        self.nap = min(1.0, self.watchdog / 4)
-        self.barked = -math.inf
+        self.poll_seconds = min(1.0, self.watchdog / 4)
+        self.last_ping = -math.inf
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, lambda number, frame: self.heard.add(number))
         self.begin()
@@ -8575,7 +8579,7 @@ class Life:
         self.heard.discard(signal.SIGCHLD)
         self.begin()
 
-    def hear(self) -> None:
+    def drain_pipe(self) -> None:
         """Take what woke us."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.pipe, 4096)
@@ -8588,8 +8592,8 @@ class Life:
 
     def over(self) -> bool:
         """Whether it is time to end; until then the watchdog is told that we are well."""
-        if time.monotonic() - self.barked > self.watchdog / 2.5:
-            self.barked = time.monotonic()
+        if time.monotonic() - self.last_ping > self.watchdog / 2.5:
+            self.last_ping = time.monotonic()
             self.tell("WATCHDOG=1")
         orphaned = self.parent and os.getppid() != self.parent
         return bool(orphaned or self.heard & {signal.SIGTERM, signal.SIGINT})
@@ -8610,36 +8614,36 @@ class Life:
 class Workers:
     """The processes that share the port: each is a fork of this one, which only looks after them."""
 
-    def __init__(self, server: Server, life: Life, count: int):
-        self.server, self.life, self.count = server, life, count
+    def __init__(self, server: Server, signals: Signals, count: int):
+        self.server, self.signals, self.count = server, signals, count
         self.numbers: dict[int, int] = {}  # by process id
         self.due = [0.0] * count  # when each may be started again
 
     def run(self) -> None:
         """Replace those that die, until a signal ends them all; those that will not end are killed."""
         poll = select.poll()
-        poll.register(self.life.pipe, select.POLLIN)
-        while not self.life.over():
+        poll.register(self.signals.pipe, select.POLLIN)
+        while not self.signals.over():
             self.start_missing()
-            poll.poll(self.life.nap * 1000)
-            self.life.hear()
-            if self.life.asks(signal.SIGHUP):
+            poll.poll(self.signals.poll_seconds * 1000)
+            self.signals.drain_pipe()
+            if self.signals.asks(signal.SIGHUP):
                 self.server.reload()  # for those that are forked later
                 self.signal(signal.SIGHUP)
-            self.bury()
-        self.life.tell("STOPPING=1")
+            self.reap()
+        self.signals.tell("STOPPING=1")
         self.server.server_close()  # or the kernel takes clients whom no worker will serve
         self.signal(signal.SIGTERM)
         until = time.monotonic() + DRAIN_NOTICE_SECONDS + DRAIN_SECONDS + 3 * FINAL_SECONDS
         while self.numbers and time.monotonic() < until:
             poll.poll(100)
-            self.life.hear()
-            self.bury()
+            self.signals.drain_pipe()
+            self.reap()
         self.signal(signal.SIGKILL)
 
     def start_missing(self) -> None:
         for number in set(range(self.count)) - set(self.numbers.values()):
-            if time.monotonic() < self.due[number] or self.life.over():
+            if time.monotonic() < self.due[number] or self.signals.over():
                 continue
             self.due[number] = (
                 time.monotonic() + 1
@@ -8657,9 +8661,9 @@ class Workers:
     def work(self, number: int, parent: int) -> None:
         """What a worker does from its first to its last moment."""
         try:
-            self.life.begin_as_worker(parent)
+            self.signals.begin_as_worker(parent)
             self.server.metrics.take(number)
-            self.server.run(self.life)
+            self.server.run(self.signals)
         except BaseException:
             log(f"a worker has a bug; please report it: {traceback.format_exc()}")
         finally:
@@ -8670,7 +8674,7 @@ class Workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def bury(self) -> None:
+    def reap(self) -> None:
         """See who has ended."""
         with contextlib.suppress(ChildProcessError):
             while True:
@@ -8709,7 +8713,7 @@ def check_name(config: Config, gemini: Gemini) -> str:
 
 
 def check_connection(config: Config, gemini: Gemini) -> str:
-    with contextlib.closing(gemini.pool.connect(Watch(None, CHECK_SECONDS))) as connection:
+    with contextlib.closing(gemini.pool.connect(Waiter(None, CHECK_SECONDS))) as connection:
         if not gemini.pool.secure:
             return f"{config.upstream}, without TLS"
         issuer = dict(pair for name in connection.sock.getpeercert()["issuer"] for pair in name)
@@ -8736,18 +8740,20 @@ def check_key(config: Config, gemini: Gemini) -> str:
 def listed_models(config: Config, gemini: Gemini) -> list[JSON]:
     return [
         entry
-        for chunk in ModelList(gemini, Watch(None, CHECK_SECONDS), config.key).chunks()
+        for chunk in ModelList(gemini, Waiter(None, CHECK_SECONDS), config.key).chunks()
         for entry in chunk["models"]
     ]
 
 
 def check_clock(config: Config, gemini: Gemini) -> str:
-    flight = Flight(
-        gemini, GeminiCall("models?pageSize=1"), Watch(None, CHECK_SECONDS), config.key, []
+    upstream_call = UpstreamCall(
+        gemini, GeminiCall("models?pageSize=1"), Waiter(None, CHECK_SECONDS), config.key, []
     )
-    flight.begin()
-    told = flight.response and email.utils.parsedate_tz(flight.response.headers.get("date", ""))
-    flight.release()
+    upstream_call.begin()
+    told = upstream_call.response and email.utils.parsedate_tz(
+        upstream_call.response.headers.get("date", "")
+    )
+    upstream_call.release()
     if not told:
         return "Gemini does not tell the time"
     apart = abs(time.time() - email.utils.mktime_tz(told))
@@ -8777,7 +8783,7 @@ def check_answer(config: Config, gemini: Gemini) -> str:
     model = model_of(max(fitting or names, key=lambda name: model_of(name).generation))
     began = time.monotonic()
     call = generate_call(model, False, [], [user_turn(text_part("Say hello in one word."))], {})
-    (answer,) = Flight(gemini, call, Watch(None, CHECK_SECONDS), config.key, []).chunks()
+    (answer,) = UpstreamCall(gemini, call, Waiter(None, CHECK_SECONDS), config.key, []).chunks()
     text = texts_of(
         get_or_empty(get_or_empty(first_candidate(answer), "content", dict), "parts", list)
     )
@@ -8889,7 +8895,7 @@ def opened(config: Config) -> Server:
 
 def serve(config: Config) -> None:
     """Serve until a signal says stop."""
-    life = Life(os.environ)
+    signals = Signals(os.environ)
     server = opened(config)
     spare_the_collector()
     log(
@@ -8899,11 +8905,11 @@ def serve(config: Config) -> None:
         log(
             "warning: whoever reaches this port can spend the Gemini key; set PROXY_API_KEY, or listen on 127.0.0.1"
         )
-    life.tell("READY=1", f"STATUS=api {config.api} at {server.url}")
+    signals.tell("READY=1", f"STATUS=api {config.api} at {server.url}")
     if config.workers > 1:
-        Workers(server, life, config.workers).run()
+        Workers(server, signals, config.workers).run()
     else:
-        server.run(life)
+        server.run(signals)
 
 
 def main() -> None:

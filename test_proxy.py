@@ -593,7 +593,7 @@ def gemini_body(body, **how):
     assert (
         refusal_of(
             "/v1beta/" + call.path,
-            proxy.restore_signatures(call, "", lambda *_: proxy.Recalled()).body,
+            proxy.restore_signatures(call, "", lambda *_: proxy.KnownCall()).body,
         )
         is None
     )
@@ -1131,7 +1131,7 @@ def call_with(signature):
 
 
 def trail_of(*contents, system="", scope="key"):
-    trail = proxy.Trail({"systemInstruction": {"parts": [{"text": system}]}}, scope)
+    trail = proxy.ConversationDigest({"systemInstruction": {"parts": [{"text": system}]}}, scope)
     for content in contents:
         trail.turn(content)
     return trail
@@ -1661,7 +1661,7 @@ def test_a_history_with_tools():
     )
     (call,) = asked(body)[0].calls
     signed = proxy.restore_signatures(
-        call, "", lambda id, digest, name: proxy.Recalled(sign("known") if id == "b" else None)
+        call, "", lambda id, digest, name: proxy.KnownCall(sign("known") if id == "b" else None)
     )
     assert signed.body["contents"][1:] == [
         {
@@ -2780,7 +2780,7 @@ def test_bare_sound_on_the_wire(server, gemini):
     assert (status, headers["content-type"], audio) == (200, "audio/pcm", SAMPLES_OF_SOUND * 2)
     assert post(server, "/v1/audio/speech", body)[0] == 400
     with (
-        Line(server) as line,
+        UpstreamSocket(server) as line,
         pytest.raises(ValueError),
     ):  # it breaks off: no word of an error among the samples, and no end
         line.plan("POST", "/v1/audio/speech", body)
@@ -5184,10 +5184,10 @@ def service(url, timeout=5.0, keep_alive=None):
     gemini, client = proxy.Gemini(url), Nobody()
 
     def plan(call, **how):
-        watch = proxy.Watch(
+        waiter = proxy.Waiter(
             client.here, how.pop("timeout", timeout), keep_alive=how.pop("beat", keep_alive)
         )
-        with gemini.plan((call,), watch, "the-key") as answers:
+        with gemini.plan((call,), waiter, "the-key") as answers:
             return [list(chunks) for chunks in answers][0]
 
     yield plan, gemini, client
@@ -5269,7 +5269,7 @@ def test_a_setting_that_is_refused_is_left_out_and_told(gemini):
         proxy.model_of(NEWEST), False, [], [u("Hi")], {"thinkingConfig": {"thinkingLevel": "LOW"}}
     )
     with service(gemini.url) as (_, service_, client):
-        with service_.plan((call,), proxy.Watch(client.here, 5), "the-key") as answers:
+        with service_.plan((call,), proxy.Waiter(client.here, 5), "the-key") as answers:
             assert [list(chunks) for chunks in answers] == [
                 [whole("Fine.")]
             ] and answers.ignored == ["thinkingConfig"]
@@ -5315,13 +5315,13 @@ def test_families_of_addresses_take_turns(monkeypatch):
     tried = []
     addresses(monkeypatch, "fc00::1", "fc00::2", "fc00::3", "127.0.0.2")
 
-    def refuse(sock, where, watch, seconds):
+    def refuse(sock, where, waiter, seconds):
         tried.append((where[0], seconds > proxy.ADDRESS_SECONDS))
         raise TimeoutError
 
     monkeypatch.setattr(proxy, "reach", refuse)
     with pytest.raises(TimeoutError):
-        proxy.dial("gemini", 1, proxy.Watch(None, 1))
+        proxy.dial("gemini", 1, proxy.Waiter(None, 1))
     assert tried == [
         ("fc00::1", False),
         ("127.0.0.2", False),
@@ -5333,7 +5333,7 @@ def test_families_of_addresses_take_turns(monkeypatch):
 def test_the_first_address_that_answers_is_taken(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         addresses(monkeypatch, "127.0.0.2", "127.0.0.1", port=listener.getsockname()[1])
-        with proxy.dial("gemini", 0, proxy.Watch(None, 1)) as sock:
+        with proxy.dial("gemini", 0, proxy.Waiter(None, 1)) as sock:
             assert sock.getpeername() == listener.getsockname()
 
 
@@ -5545,7 +5545,7 @@ def server(gemini):
         yield server
 
 
-class Line:
+class UpstreamSocket:
     """A client's connection, for requests that no library would send."""
 
     def __init__(self, server):
@@ -5607,7 +5607,7 @@ class Line:
 
 
 def post(server, path="/v1/chat/completions", body=None, **headers):
-    with Line(server) as line:
+    with UpstreamSocket(server) as line:
         return line.plan("POST", path, chat() if body is None else body, **headers)
 
 
@@ -5677,7 +5677,7 @@ def test_what_was_ignored_is_told(server):
 
 
 def test_keep_alive_pipelining_and_http_1_0(server, gemini):
-    with Line(server) as line:
+    with UpstreamSocket(server) as line:
         one = (
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
         )
@@ -5691,7 +5691,7 @@ def test_keep_alive_pipelining_and_http_1_0(server, gemini):
             and line.ended()
         )
     for stream in (False, True):
-        with Line(server) as line:
+        with UpstreamSocket(server) as line:
             status, headers, body = line.plan(
                 "POST", "/v1/chat/completions", chat(stream=stream), version="1.0"
             )
@@ -5705,7 +5705,7 @@ def test_keep_alive_pipelining_and_http_1_0(server, gemini):
 
 def test_chunked_bodies_and_expectations(server):
     data = json.dumps(chat()).encode()
-    with Line(server) as line:
+    with UpstreamSocket(server) as line:
         for size in (1, 7, 4096):
             pieces = b"".join(
                 b"%x;a=b\r\n%b\r\n" % (len(data[i : i + size]), data[i : i + size])
@@ -5755,7 +5755,7 @@ BAD_FRAMING = [
 def test_a_request_that_could_be_read_in_two_ways_is_refused_and_ends_the_connection(
     server, gemini, field
 ):
-    with Line(server) as line:
+    with UpstreamSocket(server) as line:
         line.send(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n" + field + b"\r\n\r\n"
         )
@@ -5784,7 +5784,7 @@ def test_a_request_that_could_be_read_in_two_ways_is_refused_and_ends_the_connec
     ],
 )
 def test_broken_chunks(server, chunks):
-    with Line(server) as line:
+    with UpstreamSocket(server) as line:
         line.send(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
             + chunks
@@ -5804,7 +5804,7 @@ def test_broken_chunks(server, chunks):
     ],
 )
 def test_bad_request_lines(server, line_):
-    with Line(server) as line:
+    with UpstreamSocket(server) as line:
         assert line.send(line_ + b"\r\n").reply()[0] in (400, 414) and line.ended()
 
 
@@ -5826,7 +5826,7 @@ def test_bodies_that_are_too_large_or_bombs(server, monkeypatch):
 
 @pytest.mark.parametrize("raw", [raw for raw in RUBBISH if raw])
 def test_rubbish_in_a_body_is_a_400_and_the_connection_goes_on(server, gemini, raw):
-    with Line(server) as line:
+    with UpstreamSocket(server) as line:
         assert (
             error_of(line.plan("POST", "/v1/chat/completions", raw))["type"]
             == "invalid_request_error"
@@ -5850,12 +5850,12 @@ def test_refusals_have_a_status_also_for_streams(server, gemini):
 
 
 def test_a_failure_in_mid_stream_is_the_last_event(server, gemini):
-    for trouble in (
+    for failure in (
         Say(chunk("Once "), SHED),
         Say(chunk("Once "), chunk("upon"), cut=1),
         Say(chunk("Once ")),
     ):
-        gemini.say(trouble)
+        gemini.say(failure)
         status, headers, body = post(server, body=chat(stream=True))
         events = [json.loads(event[6:]) for event in body.decode().split("\n\n")[:-1]]
         assert status == 200 and [d.get("content") for d in deltas(events[:-1])] == ["", "Once "]
@@ -5884,7 +5884,7 @@ def test_a_client_that_leaves_is_noticed(server, gemini):
     for stream in (False, True):
         gemini.gone.clear()
         gemini.say(Say(chunk("Once "), whole("upon"), delay=30))
-        with Line(server) as line:
+        with UpstreamSocket(server) as line:
             data = json.dumps(chat(stream=stream)).encode()
             line.send(
                 b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
@@ -5912,7 +5912,7 @@ def test_the_log_tells_neither_keys_nor_content(server, capfd):
         body=chat(user("secret words")),
         Authorization="Bearer secret",
     )
-    with Line(server) as line:
+    with UpstreamSocket(server) as line:
         line.plan("GET", "/\x1b[31m%0aFORGED", User_Agent="\x1b[2J")
     said, deadline = "", time.monotonic() + 5
     while (
@@ -5931,7 +5931,7 @@ def test_the_log_tells_neither_keys_nor_content(server, capfd):
 
 
 def test_methods_and_paths(server):
-    with Line(server) as line:
+    with UpstreamSocket(server) as line:
         assert line.plan("HEAD", "/healthz")[0] == 200 and line.plan("GET", "/healthz")[2] == b"ok"
         assert "api = openai" in line.plan("GET", "/")[2].decode()
         assert line.plan("GET", "http://localhost/healthz")[0] == 200
@@ -5964,7 +5964,7 @@ def test_foreign_pages_may_not_call(server, gemini, origin):
         headers.get("access-control-allow-origin") == origin,
         len(gemini.asked),
     ) == (ORIGINS[origin],) * 2 + (int(ORIGINS[origin]),)
-    with Line(server) as line:
+    with UpstreamSocket(server) as line:
         status, headers, _ = line.plan(
             "OPTIONS",
             "/v1/chat/completions",
@@ -6024,7 +6024,7 @@ def test_the_clients_key(gemini):
             reply = post(server, **headers)
             assert reply[0] == (200 if allowed else 401), headers
             assert allowed or error_of(reply)["code"] == "invalid_api_key"
-        with Line(server) as line:
+        with UpstreamSocket(server) as line:
             assert line.plan("GET", "/healthz")[0] == line.plan("GET", "/")[0] == 200
             assert line.plan("OPTIONS", "/v1/models", Origin="http://localhost")[0] == 204
             assert line.plan("GET", "/v1/models")[0] == 401
@@ -6117,7 +6117,7 @@ def key_of(gemini):
 
 def metrics_of(server):
     """The lines of /metrics, as a dict."""
-    with Line(server) as line:
+    with UpstreamSocket(server) as line:
         status, headers, body = line.plan("GET", "/metrics")
     assert status == 200 and headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     lines = [
@@ -6199,7 +6199,7 @@ def test_rows_of_the_metrics_add_up():
         metrics.add("tokens_total", "prompt", amount=2)
         metrics.add("requests_total", "GET /invented", "799")
         metrics.set("in_flight", 5)
-        metrics.watch("request_seconds", "GET /x", seconds=0.05 * 3**worker)
+        metrics.waiter("request_seconds", "GET /x", seconds=0.05 * 3**worker)
     metrics.take(1)
     page = metrics.page(proxy.Config("openai", ("", 1), "", "k")).data.decode()
     for line in (
@@ -6246,7 +6246,7 @@ def test_the_stream_of_a_response(server, gemini):
 
 
 def test_a_response_is_kept_for_its_own_key(gemini):
-    with serving(gemini.url, client_keys=True) as server, Line(server) as line:
+    with serving(gemini.url, client_keys=True) as server, UpstreamSocket(server) as line:
         made = json.loads(
             line.plan(
                 "POST",
@@ -6276,7 +6276,10 @@ def test_clients_with_keys_of_their_own(gemini):
             and key_of(gemini) == "AIza-a"
         )
         assert post(server, Authorization="Bearer px-1")[0] == 401
-    with serving(gemini.url, api="ollama", client_keys=True) as server, Line(server) as line:
+    with (
+        serving(gemini.url, api="ollama", client_keys=True) as server,
+        UpstreamSocket(server) as line,
+    ):
         assert error_of(post(server))["code"] == "invalid_api_key"
         assert post(server, "/api/chat", Authorization="Bearer AIza \xe9")[0] == 401
         for who in ("a", "b"):
@@ -6381,7 +6384,7 @@ def test_ids_of_clients_open_nothing_else(gemini):
 
 def test_a_log_that_nobody_reads_stops_no_answer(gemini):
     with start("-listen=127.0.0.1:0", "-upstream", gemini.url, **ENV) as process:
-        with Line(At(port_of(process))) as line:
+        with UpstreamSocket(At(port_of(process))) as line:
             assert {line.plan("GET", "/healthz" + "?" + "x" * 100)[0] for _ in range(1500)} == {
                 200
             }, "the pipe holds a few hundred lines"
@@ -6389,7 +6392,7 @@ def test_a_log_that_nobody_reads_stops_no_answer(gemini):
 
 
 def test_headers_of_a_preflight_stay_small(server):
-    with Line(server) as line:
+    with UpstreamSocket(server) as line:
         headers = line.plan(
             "OPTIONS",
             "/v1/models",
@@ -6416,7 +6419,7 @@ def test_a_client_that_dawdles_is_hung_up_on(gemini, monkeypatch):
             b"GET /hea",
             b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 9\r\n\r\n{",
         ):
-            with Line(server) as line:
+            with UpstreamSocket(server) as line:
                 assert line.send(begun).ended()
 
 
@@ -6436,7 +6439,7 @@ def test_a_second_user_at_the_same_time(server, gemini):
 
 
 def test_an_ollama_server_on_the_wire(gemini):
-    with serving(gemini.url, api="ollama") as server, Line(server) as line:
+    with serving(gemini.url, api="ollama") as server, UpstreamSocket(server) as line:
         status, headers, body = line.plan("GET", "/")
         assert (status, body, headers["content-type"]) == (
             200,
@@ -6480,7 +6483,7 @@ def test_aliases_on_an_ollama_server_are_known_in_any_spelling(gemini):
     with serving(
         gemini.url, api="ollama", aliases=(("Qwen:latest", FLASH), ("GPT-*", NEWEST))
     ) as server:
-        with Line(server) as line:
+        with UpstreamSocket(server) as line:
             assert b'"name":"qwen:latest"' in line.plan("GET", "/api/tags")[2]
         for name, model in (
             ("qwen", FLASH),
@@ -6499,7 +6502,7 @@ def test_silent_managing_beats_in_json_too(gemini, monkeypatch):
     pages = proxy.ModelList.pages
 
     def slow(self):
-        self.watch.wait(None, seconds=0.2)
+        self.waiter.wait(None, seconds=0.2)
         return pages(self)
 
     monkeypatch.setattr(proxy.ModelList, "pages", slow)
@@ -6667,7 +6670,7 @@ def port_of(process):
 
 
 class At:
-    """A server in another process, for Line and post."""
+    """A server in another process, for UpstreamSocket and post."""
 
     def __init__(self, port):
         self.server_port = port
@@ -6705,7 +6708,7 @@ def test_its_life_under_systemd(gemini, tmp_path, workers):
             process.send_signal(signal.SIGHUP)
             until(lambda: post(server)[0] == 200 and key_of(gemini) == "AIza-new")
             gemini.say(Say(chunk("Once "), whole("upon"), gap=0.3))
-            with Line(server) as line, Line(server) as idle:
+            with UpstreamSocket(server) as line, UpstreamSocket(server) as idle:
                 assert idle.plan("GET", "/healthz")[0] == 200
                 data = json.dumps(chat(stream=True)).encode()
                 line.send(
@@ -6724,16 +6727,21 @@ def test_a_stream_that_would_take_too_long_is_told_of_the_end(gemini, monkeypatc
     gemini.say(Say(chunk("Once "), whole("upon"), gap=30))
     server = proxy.Server(proxy.Config("openai", ("127.0.0.1", 0), gemini.url, "the-key"))
 
-    class Life:
+    class Signals:
         pipe, wake = os.pipe()
-        nap, ended = 0.01, False
-        hear = asks = tell = lambda *_: None
+        poll_seconds, ended = 0.01, False
+        drain_pipe = asks = tell = lambda *_: None
         over = lambda self: self.ended
 
-    life = Life()
-    thread = threading.Thread(target=server.run, args=(life,))
+    signals = Signals()
+    thread = threading.Thread(target=server.run, args=(signals,))
     thread.start()
-    with Line(server) as line, Line(server) as new, Line(server) as old, Line(server) as idle:
+    with (
+        UpstreamSocket(server) as line,
+        UpstreamSocket(server) as new,
+        UpstreamSocket(server) as old,
+        UpstreamSocket(server) as idle,
+    ):
         data = json.dumps(chat(stream=True)).encode()
         line.send(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
@@ -6741,7 +6749,7 @@ def test_a_stream_that_would_take_too_long_is_told_of_the_end(gemini, monkeypatc
         )
         assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
         assert all("connection" not in one.plan("GET", "/healthz")[1] for one in (old, idle))
-        life.ended = True
+        signals.ended = True
         until(lambda: server.draining)
         assert new.plan("GET", "/healthz")[::2] == (503, b"ending"), (
             "who had come is served, and told"
@@ -6761,7 +6769,7 @@ def test_a_stream_that_would_take_too_long_is_told_of_the_end(gemini, monkeypatc
         )
     thread.join(5)
     server.gemini.pool.close()
-    for end in (life.pipe, life.wake, server.ending, server.stopping):
+    for end in (signals.pipe, signals.wake, server.ending, server.stopping):
         os.close(end)
     assert not thread.is_alive()
 
@@ -6865,7 +6873,7 @@ def test_workers_share_what_they_know_and_are_replaced(gemini):
         assert post(server)[0] == 200
         until(lambda: tool_result_turns() == 13)
         gemini.say(Say(chunk("Once "), whole("upon"), gap=1.0))
-        with Line(server) as line:
+        with UpstreamSocket(server) as line:
             data = json.dumps(chat(stream=True)).encode()
             line.send(
                 b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
@@ -6984,13 +6992,13 @@ def test_the_checks_tell_what_to_mend(gemini, capsys, tmp_path):
     ]
     assert "gemini-3.8-flash said 'Hello from the stand-in" in said and "the-key" not in said
     with socket.create_server(("127.0.0.1", 0)) as other:
-        for trouble, words in (
+        for failure, words in (
             (config._replace(listen=other.getsockname()), "in use"),
             (config._replace(upstream="http://127.0.0.1:1"), "refused"),
             (config._replace(state=str(tmp_path / "no" / "file")), "No such file"),
             (config._replace(upstream="http://nowhere.invalid"), "FAIL  name"),
         ):
-            assert proxy.check(trouble) == 1
+            assert proxy.check(failure) == 1
             last, mend = capsys.readouterr().out.splitlines()[-2:]
             assert last.startswith("FAIL") and words in last and mend.startswith("      mend: ")
 
