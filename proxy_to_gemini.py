@@ -199,7 +199,7 @@ class Fields:
     what the client is told was ignored.
     """
 
-    __slots__ = ("data", "place", "read", "tracked")
+    __slots__ = ("data", "path", "read", "tracked")
 
     def __init__(self, data: Any, path: str = "", tracked: list | None = None):
         if type(data) is not dict:
@@ -6556,7 +6556,7 @@ class Waiter:
         keep_alive: Callable[[], None] | None = None,
     ):
         self.client, self.silence, self.stopping = client, silence, stopping
-        self.keep_alive = keep_alive  # called every KEEP_ALIVE_SECONDS seconds of silence
+        self.keep_alive = keep_alive  # called every KEEP_ALIVE_SECONDS of silence
         self.polls: dict[tuple[socket.socket | None, int], Any] = {}
 
     def poll(self, gemini: socket.socket | None, event: int) -> Any:
@@ -6945,7 +6945,8 @@ class UpstreamCall:
     """One call to Gemini: sent when it is made, read by chunks().
 
     It is tried again, MAX_ATTEMPTS times in all, while no byte of an answer has come: when Gemini says so (gemini_refusal's
-    `again`, of MAX_BACKOFF_SECONDS at most), and when the connection broke within BROKEN_RETRY_SECONDS; but not once RETRY_WINDOW_SECONDS is at its end.
+    `again`, of MAX_BACKOFF_SECONDS at most), and when the connection broke within BROKEN_RETRY_SECONDS; but not
+    once RETRY_WINDOW_SECONDS is at its end.
     """
 
     def __init__(
@@ -6978,7 +6979,7 @@ class UpstreamCall:
     def chunks(self) -> Iterator[JSON]:
         """What Gemini answers: one chunk, or those of a stream. Whatever goes wrong is a ProxyError, or ClientGone."""
         try:
-            self.answered()
+            self.await_ok()
             if self.call.streaming:
                 yield from read_events(iter(functools.partial(self.response.read1, 65536), b""))
             else:
@@ -6991,7 +6992,7 @@ class UpstreamCall:
         finally:
             self.release()
 
-    def tool_result_turns(self) -> None:
+    def await_ok(self) -> None:
         """Go on until Gemini has said 200, with what is worth another try; raises its refusal."""
         while True:
             error = self.begin()
@@ -7146,7 +7147,7 @@ class Memory:
     MAKE = (
         "PRAGMA journal_mode = WAL",
         "PRAGMA synchronous = OFF",  # what a crash loses was lost before
-        "CREATE TABLE IF NOT EXISTS memory (key TEXT PRIMARY KEY_PATTERN, alias TEXT, value TEXT)",
+        "CREATE TABLE IF NOT EXISTS memory (key TEXT PRIMARY KEY, alias TEXT, value TEXT)",
         "CREATE INDEX IF NOT EXISTS aliases ON memory (alias)",
     )
     KEEP = "INSERT OR REPLACE INTO memory VALUES (?, ?, ?)"
@@ -8146,7 +8147,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.drain(end, stop)
 
     def drain(self, end: int, stop: int) -> None:
-        """Go on while connections are used again; then give answers under way DRAIN_SECONDS seconds, and FINAL_SECONDS.
+        """Go on while connections are used again; then give answers under way DRAIN_SECONDS, and FINAL_SECONDS.
 
         A connection that is closed in the moment in which its next request comes in loses that request, and a load
         balancer may not send it again. So each is told with an answer that it was the last one, and health checks
