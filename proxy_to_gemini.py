@@ -563,7 +563,7 @@ class Exchange:
         self.ids = 0  # how many there are so far
         self.created = self.now = created  # seconds since 1970; the shell moves `now` on
         self.usage = Usage()  # of all that was read so far
-        self.prompt = Usage()  # what Gemini's first chunk says of the tokens
+        self.prompt: Usage | None = None  # what Gemini's first chunk says of the tokens
         self.builder: ResponseBuilder | None = None  # from which a failed stream goes on
 
     def new_id(self, prefix: str) -> str:
@@ -8058,7 +8058,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if self.failure
                 else [self.protocol.stream_error(error)]
             )
-            self.emit(b"".join(map(self.framing.encode, told)), last=True)
+            self.emit(b"".join(map(self.framing.encode, self.stored(iter(told)))), last=True)
         else:
             self.close_connection = self.close_connection or not self.command
             self.send_answer(*reversed(self.protocol.error(error)), list(error.headers.items()))

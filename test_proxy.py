@@ -1346,7 +1346,7 @@ def test_text_thoughts_and_calls_come_in_order_and_calls_last():
         Text("Hm", True),
         Text("A"),
         Text("B"),
-        ToolCall("f", {"a": 1}, sign("s"), "call_1"),
+        ToolCall("f", {"a": 1}, sign("s")),
         End("stop", True, "STOP", "", Usage(prompt=4, output=7, thoughts=2), []),
     ]
 
@@ -4024,18 +4024,23 @@ OLLAMA_REFUSES = {  # what is wrong: (path, body, status, Ollama's text or the p
         "tools[0].function.name",
     ),
     "files to build from": ("/api/create", {"model": "x", "files": {"a": "b"}}, 400, "from"),
-    "a push": ("/api/push", {"model": "x"}, 400, "cannot be pushed"),
 }
 
 
 @pytest.mark.parametrize(
     "path, body, status, words", OLLAMA_REFUSES.values(), ids=list(OLLAMA_REFUSES)
 )
-def test_ollamas_own_words_for_bad_input(path, body, status, words):
+def test_ollamas_words_for_bad_input(path, body, status, words):
     with pytest.raises(ProxyError) as caught:
         asked(body, all_routes()["ollama", "POST", path].request, OLLAMA)
-    got, told = proxy.ollama_error(caught.value)
-    assert got == status and words in told["error"]
+    got, body = proxy.ollama_error(caught.value)
+    assert got == status
+    assert words in body["error"]
+
+
+def test_nothing_can_be_pushed():
+    refusal = all_routes()["ollama", "POST", "/api/push"].answer
+    assert refusal == proxy.Refusal(400, "models cannot be pushed from here: they are Google's")
 
 
 def test_ollamas_errors():
@@ -5208,7 +5213,8 @@ def test_no_stream_says_a_word_before_gemini_does(route):
         read.append(True)
         yield {**whole("Hello", blob("image/png", PNG), SOUND), "models": MODELS}
 
-    events = route.stream(exchange(plan), iter([chunks()]))
+    one = exchange(plan)
+    events = route.stream(one, events_of(one, [chunks()]))
     assert not read
     next(events)
     assert read
@@ -7494,13 +7500,9 @@ def test_the_readmes_parameters_of_responses_are_treated_as_it_says():
         for name in names.split(", ")
     }
     assert set(table) == set(RESPONSE_SAMPLES)
-    context = Context(
-        recall=lambda key: (
-            "[]"
-            if key.startswith("input:")
-            else json.dumps({"output": [], "previous_response_id": None})
-        )
-    )
+    id = RESPONSE_SAMPLES["previous_response_id"]
+    response = json.dumps({"output": [], "previous_response_id": None})
+    context = Context(stored={f"input:{id}": "[]", f"response:{id}": response})
     for name, kind in table.items():
         ignored = asked(
             {"model": FLASH, "input": "Hi", name: RESPONSE_SAMPLES[name]},
