@@ -6,40 +6,46 @@
 
 It needs Python 3.9 or newer and nothing else. How a request goes through this file:
 
-    client JSON --parse--> Fields --route.request--> Plan(GeminiCall, ...) --Gemini--> chunks of Gemini JSON
-                                                                                         | read_gemini
-                                                             Text | ToolCall | Media | End <-'
-    whole answer <--route.response--|
-    wire events  <--route.stream----'     a whole answer is a stream of one chunk
+    client JSON --parse--> Fields --route.request--> Plan(GeminiCall, ...) --Client--> chunks of JSON
+                    |                     ^                                               |
+                    '--> Chat --chat_call-' (chat endpoints)                         read_gemini
+                                                                                          v
+    whole answer <--route.response-- Answer <--whole-- Text | ToolCall | Media | End (ids by Server)
+    wire events  <--route.stream----------------------'
 
 Where to look
-    1. Vocabulary       the nouns everything else is written in
-    2. Writing Gemini   parts, turns, thinking by model, functions and schemas, whole requests
-    3. Reading Gemini   from bytes to chunks, from chunks to events; refusals, usage, citations
-    4. OpenAI           chat completions, embeddings, completions, pictures, speech, transcripts, models
-    5. Responses        OpenAI's newer endpoint, from input items to output items
-    6. Ollama           chat, generate, embeddings, models and their management
-    7. Anthropic        messages and their counting
-    8. Routing          which route answers a path, and in which protocol an error is told
-    9. Client           the only code that talks to Gemini: pooled connections, waiting, retries, memory
-    10. Server          the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
-    11. Command line    flags and environment, systemd, workers, checks, start and end
+    1. Vocabulary                the nouns everything else is written in
+    2. Models                    one table of what their names say; names, stand-ins and recipes
+    3. Writing Gemini            parts, turns, settings, functions and schemas, repairs, signatures
+    4. Reading Gemini            from bytes to chunks, from chunks to events; refusals, usage, citations
+    5. Conversation              a question and an answer in nobody's dialect, and what the dialects share
+    6. OpenAI chat               messages, tools, settings, choices and chunks
+    7. OpenAI's other endpoints  embeddings, completions, images, speech, transcripts, models
+    8. Responses                 OpenAI's newer endpoint, from input items to output items; OpenAI's routes
+    9. Ollama                    chat, generate, embeddings, models and their management
+    10. Anthropic                messages and their counting
+    11. Routing                  which route answers a path, and in which protocol an error is told
+    12. Client                   the only code that talks to Gemini: pooled connections, waiting, retries, memory
+    13. Server                   the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
+    14. Command line             flags and environment, systemd, workers, checks, start and end
 
-Sections 1 to 8 are pure: they know no socket, clock, randomness, environment or log; time, ids and
-memory come in as arguments. Gemini's JSON is the only intermediate form between the protocols.
+Sections 1 to 11 are pure: they get values and give values. Time and ids are given to them; what is
+stored is looked up before (Route.keys), and what they want to be kept they return (Keep). Gemini's
+JSON is the form of parts and turns; a Chat is a question to a model in nobody's dialect, and an
+Answer is what a whole answer adds up to. A fifth dialect fills a Chat and reads an Answer.
 
 Words
-    body       the client's JSON, as Fields: it knows the place of each value, and which were read
-    call       one HTTP request to Gemini, not yet sent; a ToolCall is a function call that Gemini makes
+    body       the client's JSON, as Fields: it knows the path of each value, and which were read
+    call       one HTTP request to Gemini, not yet sent; a tool call is one that Gemini makes
     chunk      one GenerateContentResponse of Gemini's; a plain answer is a single chunk
     content    one turn of Gemini's history: a role and its parts
-    event      what read_gemini makes of chunks, and what a stream says to the client
+    event      what read_gemini makes of chunks, and what a stream sends to the client
     exchange   one request of a client's and its answer
-    signature  Gemini 3's opaque `thoughtSignature`, without which it refuses its own function calls
+    recipe     a model that an Ollama client created: one of Gemini's, with words and options
+    signature  Gemini 3's opaque `thoughtSignature`, without which it refuses its own tool calls
 
-Declined, and why: fetching what a client names (a proxy with a key is no place for that), guessing
-vectors for token numbers (they are OpenAI's), several providers (there are good routers), a page to
-look at, plug-ins.
+Declined, and why: fetching what a client names (a proxy with a key must not), inventing vectors for
+token numbers (they are OpenAI's), several providers (there are good routers), plug-ins.
 """
 
 from __future__ import annotations
@@ -88,6 +94,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from re import Pattern
 from typing import Any, Callable, NamedTuple, Union
+
 
 # ======================================================================================
 # 1. Vocabulary: the nouns everything else is written in
@@ -662,10 +669,8 @@ class Protocol(NamedTuple):
 
 
 # ======================================================================================
-# 2. Writing Gemini: parts, turns, thinking by model, functions and schemas, whole requests
+# 2. Models: one table of what their names say; names, stand-ins and recipes
 # ======================================================================================
-
-# ---- models ----
 
 
 class Levels(NamedTuple):
@@ -849,6 +854,56 @@ def model_named(model_name: str, context: Context) -> Model:
         raise no_such_model(model_name)
     return model_of(name)
 
+
+# OpenAI's names (and Google's former ones), Gemini's models that can do it, and the one for who names none of these.
+DEFAULT_MEDIA_MODELS = {
+    "image": (
+        r"dall-e|(chat)?gpt-image|imagen",
+        r"gemini-.*image|.*banana",
+        "gemini-nano-banana-2.1",
+    ),
+    "speech": (r"tts-1|gpt-.*(tts|audio)", r"gemini-.*(tts|audio)", "gemini-3.8-flash-tts"),
+    "transcript": (r"whisper|gpt-.*transcribe", r"gemini|gemma", "gemini-3.8-flash"),
+}
+
+
+def media_model(model_name: str | None, what: str, context: Context) -> Model:
+    """The model for one of DEFAULT_MEDIA_MODELS. A glob for chats, such as `-alias='gpt-*=...'`, makes no painter of its model."""
+    openais, geminis, ours = DEFAULT_MEDIA_MODELS[what]
+    model, plain = (
+        model_named(model_name or ours, context),
+        plain_name(model_name or "", context.ollama),
+    )
+    chosen = re.match(geminis, model.name) or any(
+        name in (model_name, plain) for name, _ in context.aliases
+    )
+    return model_of(ours) if re.match(openais, plain) and not chosen else model
+
+
+GEMINI_OPENED = 1702425600  # 13 December 2023: Gemini's API opened; it tells no dates of its models
+
+
+def usable_models(answers: Answers, context: Context) -> dict[str, JSON]:
+    """Gemini's models that can chat or embed, by their plain names; then the names that stand for one of these."""
+    models: dict[str, JSON] = {}
+    for chunks in answers:
+        for chunk in chunks:
+            for entry in expect(chunk, "models", list):
+                methods = get_or_empty(entry, "supportedGenerationMethods", list)
+                name = get_or_empty(entry, "name", str)
+                if name and ("generateContent" in methods or "embedContent" in methods):
+                    models[re.sub("^models/", "", name)] = entry
+    names = [name for name, _ in context.aliases if not re.search(r"[*?\[]", name)]
+    for name in names + recipe_names(context):
+        model_name = model_named(name, context).name
+        if model_name in models:
+            models[name] = models[model_name]
+    return models
+
+
+# ======================================================================================
+# 3. Writing Gemini: parts, turns, settings, functions and schemas, repairs, signatures
+# ======================================================================================
 
 # ---- parts ----
 
@@ -1563,19 +1618,6 @@ def generate_call(
     return GeminiCall(f"{model.path}:{verb}", body, model, streaming, generates=True)
 
 
-def gap_instruction(system: str) -> str:
-    """What to do with a gap_prompt, after the client's own instruction."""
-    return (f"{system}\n\n" if system else "") + (
-        "You fill a gap in a text, as an editor's completion does. You get what stands before the gap and what stands "
-        "after it. Answer with what belongs into the gap and with nothing else: no explanation, no code fence, and "
-        "nothing that is there already."
-    )
-
-
-def gap_prompt(before: str, after: str) -> str:
-    return f"<before>{before}</before><gap/><after>{after}</after>"
-
-
 MAX_EMBED_BATCH = 100  # inputs that Gemini takes in one call
 
 
@@ -1602,7 +1644,6 @@ def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple
 
 
 MODELS_CALL = GeminiCall("models")  # Gemini's whole list, which the client keeps for a few minutes
-
 
 # ---- repairs ----
 
@@ -1773,7 +1814,7 @@ def count_call(call: GeminiCall, model: Model) -> GeminiCall:
 
 
 # ======================================================================================
-# 3. Reading Gemini: from bytes to chunks, from chunks to events; refusals, usage, citations
+# 4. Reading Gemini: from bytes to chunks, from chunks to events; refusals, usage, citations
 # ======================================================================================
 
 # ---- refusals ----
@@ -1964,11 +2005,6 @@ class ToolCall(NamedTuple):
 class Media(NamedTuple):
     mime: str
     data: str  # base64
-
-
-def media_note(media: Media) -> str:
-    """What stands in a text for media that have no place in the client's protocol."""
-    return f"\n[Gemini made something of type {media.mime}, for which there is no place here.]\n"
 
 
 class Citation(NamedTuple):
@@ -2251,10 +2287,177 @@ def character(offset: int, said: bytes, pieces: list[tuple[str, bool]]) -> int:
 
 
 # ======================================================================================
-# 4. OpenAI: chat completions, embeddings, completions, pictures, speech, transcripts, models
+# 5. Conversation: a question and an answer in nobody's dialect, and what the dialects share
 # ======================================================================================
 
-# ---- content parts, which chat and responses share ----
+# ---- questions ----
+
+
+class Chat(NamedTuple):
+    """One question to a model, in nobody's dialect; every chat endpoint comes to one."""
+
+    model: Model
+    system: list[Part]
+    contents: list[JSON]  # Gemini's turns, in the client's order
+    tools: Tools = Tools()
+    choice: ToolChoice = ToolChoice()
+    thinking: Thinking = Thinking()
+    sampling: JSON = {}  # from sampling_config
+    schema: JSON | None = None  # of an answer in JSON; ANY_JSON where any will do; None: text
+    settings: JSON = {}  # more of the generationConfig: modalities, speech
+    fields: JSON = {}  # more of the request: Google's own settings
+    recipe: Recipe = Recipe()
+    stream: bool = False
+
+
+def chat_call(chat: Chat, body: Fields) -> GeminiCall:
+    """The call for a chat. Only here is decided how its parts go together on each model.
+
+    What has no effect is named as ignored in `body`.
+    """
+    model, recipe, tools = chat.model, chat.recipe, chat.tools
+    system = [part for part in chat.system if has_content(part)]
+    if recipe.system and not system:
+        system = [text_part(recipe.system)]
+    sampling = {**recipe_sampling(recipe, model), **chat.sampling}
+    config = {key: value for key, value in sampling.items() if value is not None}
+    limit = config.get("maxOutputTokens")
+    config.update(given(thinkingConfig=chat_thinking(chat.thinking, model, limit, body)))
+    has_tools = bool(tools.declarations or tools.hosted())
+    in_words = chat.schema is not None and has_tools and not model.json_with_tools
+    if in_words:
+        system.append(json_words(chat.schema or {}))
+    else:
+        config.update(json_config(chat.schema))
+    config.update(chat.settings)
+    fields = {**tool_fields(tools, chat.choice, model, body), **chat.fields}
+    call = generate_call(model, chat.stream, system, chat.contents, config, **fields)
+    return call._replace(unfence=in_words)
+
+
+def recipe_sampling(recipe: Recipe, model: Model) -> JSON:
+    """What a recipe sets where the client sets nothing."""
+    return ollama_sampling(Fields(recipe.options), model) if recipe.options else {}
+
+
+def plan_count(plan: Plan) -> Plan:
+    """The plan to count the tokens of a chat in place of asking it."""
+    assert plan.chat is not None
+    return plan._replace(calls=(count_call(plan.calls[0], plan.chat.model),), stream=False)
+
+
+def gap_instruction(system: str) -> str:
+    """What to do with a gap_prompt, after the client's own instruction."""
+    return (f"{system}\n\n" if system else "") + (
+        "You fill a gap in a text, as an editor's completion does. You get what stands before the gap and what stands "
+        "after it. Answer with what belongs into the gap and with nothing else: no explanation, no code fence, and "
+        "nothing that is there already."
+    )
+
+
+def gap_prompt(before: str, after: str) -> str:
+    return f"<before>{before}</before><gap/><after>{after}</after>"
+
+
+# ---- answers ----
+
+
+def chat_events(events: Iterable[Event], call: GeminiCall, chat: Chat) -> Iterator[Event]:
+    """The events as the client of this chat wants them: functions by its own names for them, one
+    call where it wants no more, and JSON without a code fence."""
+    texts: list[str] = []
+    calls = 0
+    for event in events:
+        if isinstance(event, ToolCall):
+            calls += 1
+            if calls > 1 and not chat.choice.parallel:
+                continue
+            event = event._replace(name=chat.tools.names.get(event.name, event.name))  # noqa: PLW2901
+        elif call.unfence and isinstance(event, Text) and not event.thought:
+            texts.append(event.text)
+            continue
+        if texts and isinstance(event, (ToolCall, End)):  # they come after all of the text
+            yield Text(unfenced("".join(texts)))
+            texts.clear()
+        yield event
+
+
+class Answer(NamedTuple):
+    """What a whole answer adds up to."""
+
+    events: list[Text | ToolCall | Media]  # in order; neighbouring texts of one kind are one
+    end: End
+
+    @property
+    def text(self) -> str:
+        return self.join(thought=False)
+
+    @property
+    def thoughts(self) -> str:
+        return self.join(thought=True)
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        return [event for event in self.events if isinstance(event, ToolCall)]
+
+    def join(self, thought: bool) -> str:
+        texts = [event for event in self.events if isinstance(event, Text)]
+        return "".join(event.text for event in texts if event.thought == thought)
+
+    def media(self, kind: str) -> list[Media]:
+        """Those of this kind, such as "image/"."""
+        media = [event for event in self.events if isinstance(event, Media)]
+        return [event for event in media if event.mime.startswith(kind)]
+
+
+def whole(events: Iterable[Event]) -> Answer:
+    """The sum of an answer's events."""
+    items: list[Text | ToolCall | Media] = []
+    for kind, group in itertools.groupby(events, key=kind_of_event):
+        if kind in ("text", "thought"):
+            items.append(Text("".join(event.text for event in group), kind == "thought"))
+        elif kind == "End":
+            (end,) = group
+        else:
+            items += group
+    return Answer(items, end)
+
+
+def kind_of_event(event: Event) -> str:
+    if isinstance(event, Text):
+        return "thought" if event.thought else "text"
+    return type(event).__name__
+
+
+def unfenced(text: str) -> str:
+    """The JSON in a code fence, where a model could not leave it away."""
+    first, newline, rest = text.strip().partition("\n")
+    inside_fence = newline and re.fullmatch(r"```\w*", first.rstrip()) and rest.endswith("```")
+    return rest[:-3].strip() if inside_fence else text
+
+
+def media_note(media: Media) -> str:
+    """What stands in a text for media that have no place in the client's protocol."""
+    return f"\n[Gemini made something of type {media.mime}, for which there is no place here.]\n"
+
+
+def native_finish(end: End) -> JSON:
+    """Gemini's own words for an end that OpenAI has no word for, under OpenRouter's key for it."""
+    if end.finish in ("stop", "length") and end.reason in ("STOP", "MAX_TOKENS"):
+        return {}
+    return {
+        "native_finish_reason": end.reason,
+        **({"finish_message": end.message} if end.message else {}),
+    }
+
+
+def custom_input(call: ToolCall) -> str:
+    """The text for a custom tool; a model that made up parameters of its own is quoted."""
+    text = call.args.get(CUSTOM_INPUT)
+    return text if type(text) is str else encode_json(call.args)
+
+
+# ---- content parts, in the form of OpenAI's that Ollama shares ----
 
 DETAILS = {
     "low": "MEDIA_RESOLUTION_LOW",
@@ -2263,11 +2466,11 @@ DETAILS = {
 }
 
 
-def openai_text_part(part: Fields, model: Model) -> Part:
+def text_content(part: Fields, model: Model) -> Part:
     return text_part(part.require("refusal" if part.data["type"] == "refusal" else "text", str))
 
 
-def openai_link_part(part: Fields, model: Model) -> Part:
+def link_content(part: Fields, model: Model) -> Part:
     """A picture or a video: its URL stands bare or in an object, and `detail` beside it."""
     key = part.data["type"].replace("input_", "").replace("_url", "") + "_url"
     no_file_store(part)
@@ -2281,7 +2484,7 @@ def openai_link_part(part: Fields, model: Model) -> Part:
     return found
 
 
-def openai_audio_part(part: Fields, model: Model) -> Part:
+def audio_content(part: Fields, model: Model) -> Part:
     audio = part.object("input_audio") if "input_audio" in part.data else part
     if audio is None:
         raise wrong_type(part.path_of("input_audio"), (dict,), None)
@@ -2293,7 +2496,7 @@ def openai_audio_part(part: Fields, model: Model) -> Part:
     )
 
 
-def openai_file_part(part: Fields, model: Model) -> Part:
+def file_content(part: Fields, model: Model) -> Part:
     file = part.object("file") if "file" in part.data else part
     if file is None:
         raise wrong_type(part.path_of("file"), (dict,), None)
@@ -2316,22 +2519,22 @@ def no_file_store(part: Fields) -> None:
         )
 
 
-OPENAI_PARTS = {
-    "text": openai_text_part,
-    "input_text": openai_text_part,
-    "output_text": openai_text_part,
-    "refusal": openai_text_part,
-    "image_url": openai_link_part,
-    "input_image": openai_link_part,
-    "video_url": openai_link_part,
-    "input_video": openai_link_part,
-    "input_audio": openai_audio_part,
-    "file": openai_file_part,
-    "input_file": openai_file_part,
+CONTENT_PARTS = {
+    "text": text_content,
+    "input_text": text_content,
+    "output_text": text_content,
+    "refusal": text_content,
+    "image_url": link_content,
+    "input_image": link_content,
+    "video_url": link_content,
+    "input_video": link_content,
+    "input_audio": audio_content,
+    "file": file_content,
+    "input_file": file_content,
 }
 
 
-def openai_parts(message: Fields, key: str, model: Model) -> list[Part]:
+def content_parts(message: Fields, key: str, model: Model) -> list[Part]:
     """The parts of a message's content: a string, a list of typed parts, one such part, or nothing."""
     content = message.get(key, str, list, dict)
     if not content:
@@ -2341,80 +2544,29 @@ def openai_parts(message: Fields, key: str, model: Model) -> list[Part]:
     parts = []
     for part in [message.object(key)] if type(content) is dict else message.objects(key):
         kind = part.require("type", str)
-        if kind not in OPENAI_PARTS:
-            raise part.unknown_choice("type", kind, OPENAI_PARTS)
+        if kind not in CONTENT_PARTS:
+            raise part.unknown_choice("type", kind, CONTENT_PARTS)
         part.mark_read("annotations", "logprobs", "prompt_cache_breakpoint", "cache_control")
-        parts.append(OPENAI_PARTS[kind](part, model))
+        parts.append(CONTENT_PARTS[kind](part, model))
     return parts
 
 
-# ---- chat: the history ----
+def tool_message_part(
+    message: Fields, content: str, id: str, model: Model, images: Iterable[Part] = ()
+) -> Part:
+    """A tool's result, under these keys: text, JSON in a text, or parts; pictures go beside the text.
 
-OPENAI_ROLES = ("developer", "system", "user", "assistant", "tool", "function")
-
-
-def openai_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
-    """(the system's parts, the turns) of the messages, still in the client's order."""
-    system: list[Part] = []
-    contents: list[JSON] = []
-    for message in body.objects("messages"):
-        openai_turn(message, model, system, contents)
-    return system, contents
-
-
-def openai_turn(message: Fields, model: Model, system: list[Part], contents: list[JSON]) -> None:
-    """Add what one message says."""
-    role = message.require("role", str).lower()
-    if role == "user":
-        contents.append(user_turn(*openai_parts(message, "content", model)))
-    elif role in ("assistant", "model"):
-        contents.append(model_turn(*openai_assistant_parts(message, model)))
-    elif role in ("system", "developer"):
-        system += openai_parts(message, "content", model)
-    elif role in ("tool", "function"):
-        contents.append(user_turn(openai_result_part(message, "content", "tool_call_id", model)))
-    else:
-        raise message.unknown_choice("role", role, OPENAI_ROLES)
-
-
-def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
-    """What the model said earlier. Its thoughts do not go back; its signatures do the job."""
-    message.mark_read("reasoning_content", "reasoning", "reasoning_details", "annotations")
-    parts = openai_parts(message, "content", model)
-    refusal = message.get("refusal", str)
-    parts += [text_part(refusal)] if refusal else []
-    parts += [
-        openai_link_part(image, model)
-        for image in message.objects("images")
-        if image.data.get("type") == "image_url"
-    ]
-    parts += [openai_call_part(call) for call in message.objects("tool_calls")]
-    legacy = message.object("function_call")
-    if legacy is not None:
-        parts.append(
-            call_part(
-                legacy.require("name", str), call_arguments(legacy.get("arguments", str, dict))
-            )
-        )
-    return parts
-
-
-def openai_call_part(call: Fields) -> Part:
-    call.mark_read("type", "index")
-    id = call.get("id", str)
-    custom = call.object("custom")
-    if custom is not None:
-        return call_part(
-            custom.require("name", str),
-            {CUSTOM_INPUT: custom.get("input", str) or ""},
-            strip_signature(id),
-            client_signature(call, custom),
-        )
-    function = call.require_object("function")
-    args = call_arguments(function.get("arguments", str, dict))
-    return call_part(
-        function.require("name", str), args, strip_signature(id), client_signature(call, function)
+    Many clients do not say whose it is; valid_turns goes by the order then.
+    """
+    name = message.get("tool_name", str) or message.get("name", str)
+    return result_of_parts(
+        name,
+        [*content_parts(message, content, model), *images],
+        strip_signature(message.get(id, str)),
     )
+
+
+# ---- tool calls in histories ----
 
 
 # What LiteLLM and Bifrost put between a call's id and its signature, in the histories that they leave.
@@ -2455,22 +2607,7 @@ def client_signature(call: Fields, function: Fields) -> str | None:
     return None
 
 
-def openai_result_part(
-    message: Fields, content: str, id: str, model: Model, images: Iterable[Part] = ()
-) -> Part:
-    """A tool's result, under these keys: text, JSON in a text, or parts; pictures go beside the text.
-
-    Many clients do not say whose it is; valid_turns goes by the order then.
-    """
-    name = message.get("tool_name", str) or message.get("name", str)
-    return result_of_parts(
-        name,
-        [*openai_parts(message, content, model), *images],
-        strip_signature(message.get(id, str)),
-    )
-
-
-# ---- chat: tools ----
+# ---- tools ----
 
 
 class ToolBuilder:
@@ -2504,23 +2641,21 @@ class ToolBuilder:
         )
 
 
-def openai_tools(body: Fields, *more: Fields) -> Tools:
+def chat_tools(body: Fields, *more: Fields) -> Tools:
     """`tools` and the older `functions`, in the form of chats and in the flat one of responses, which some clients send
     to chats; `more` are other lists of tools."""
     builder = ToolBuilder()
     for fields in (body, *more):
-        for tool, namespace, note in openai_tool_list(fields):
-            openai_tool(tool, namespace, note, builder, body)
+        for tool, namespace, note in tool_list(fields):
+            chat_tool(tool, namespace, note, builder, body)
     for function in body.objects("functions"):
-        openai_function(function, builder)
+        chat_function(function, builder)
     if body.data.get("tool_choice") == "none":
         builder.hosted = {"search": "", "code": ""}
     return builder.tools()
 
 
-def openai_tool(
-    tool: Fields, namespace: str, note: str, builder: ToolBuilder, body: Fields
-) -> None:
+def chat_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder, body: Fields) -> None:
     """Add one tool of any type; what Gemini has nothing for is named as ignored."""
     kind = tool.get("type", str) or "function"
     hosted = next((name for start, name in HOSTED_TOOLS if kind.startswith(start)), None)
@@ -2534,11 +2669,15 @@ def openai_tool(
         if wrapper in tool.data and tool.data[wrapper] is None:
             raise wrong_type(tool.path_of(wrapper), (dict,), None)
         function = tool.object(wrapper) or tool
-        openai_function(function, builder, kind == "custom", namespace, note)
+        chat_function(function, builder, kind == "custom", namespace, note)
         builder.strict = builder.strict or bool(function.get("strict", bool))
 
 
-def openai_function(
+# OpenAI's own tools that Gemini has too, by the beginning of their types: they come with dates behind.
+HOSTED_TOOLS = (("web_search", "search"), ("code_interpreter", "code"))
+
+
+def chat_function(
     function: Fields,
     builder: ToolBuilder,
     custom: bool = False,
@@ -2546,13 +2685,13 @@ def openai_function(
     note: str = "",
 ) -> None:
     """Declare one function; `note` describes its namespace."""
-    name = qualified_name(namespace, openai_function_name(function))
+    name = qualified_name(namespace, function_name(function))
     description = function.get("description", str)
     if note:
         description = f"{note}\n{description or ''}".strip()
     if custom:
         function.mark_read("format")
-        declaration = custom_declaration(name, description, openai_grammar(function))
+        declaration = custom_declaration(name, description, grammar_words(function))
     else:
         declaration = function_declaration(name, description, function.get("parameters", dict))
     builder.declare(function, name, declaration, custom)
@@ -2560,18 +2699,14 @@ def openai_function(
         builder.namespaces[name] = namespace
 
 
-# OpenAI's own tools that Gemini has too, by the beginning of their types: they come with dates behind.
-HOSTED_TOOLS = (("web_search", "search"), ("code_interpreter", "code"))
-
-
-def openai_tool_list(
+def tool_list(
     fields: Fields, namespace: str = "", note: str = ""
 ) -> Iterator[tuple[Fields, str, str]]:
     """The tools of a body's, each with its namespace or "", and what is told of the namespace with its first one."""
     for tool in fields.objects("tools"):
         if tool.data.get("type") == "namespace":
             tool.mark_read("type")
-            yield from openai_tool_list(
+            yield from tool_list(
                 tool,
                 qualified_name(namespace, tool.require("name", str)),
                 tool.get("description", str) or "",
@@ -2586,7 +2721,7 @@ def qualified_name(namespace: str | None, name: str) -> str:
     return f"{namespace}.{name}" if namespace else name
 
 
-def openai_function_name(function: Fields) -> str:
+def function_name(function: Fields) -> str:
     name = function.require("name", str)
     if not name:
         raise wrong_value(
@@ -2595,7 +2730,7 @@ def openai_function_name(function: Fields) -> str:
     return name
 
 
-def openai_grammar(function: Fields) -> str:
+def grammar_words(function: Fields) -> str:
     """The grammar of a custom tool's text, in words: Gemini cannot be held to it."""
     grammar = get_or_empty(function.data, "format", dict)
     grammar = get_or_empty(grammar, "grammar", dict) or grammar
@@ -2612,6 +2747,119 @@ TOOL_CHOICES = {
     "any": "ANY",
     "validated": "VALIDATED",
 }
+
+# ---- vectors ----
+
+
+class EmbedOptions(NamedTuple):
+    count: int  # vectors
+    base64: bool = False
+
+
+def read_vectors(answers: Iterator[Iterator[JSON]], exchange: Exchange) -> list[list[float]]:
+    """The vectors of all batches in order, each of unit length; a 502 where one is missing."""
+    vectors: list[list[float]] = []
+    for call, chunks in zip(exchange.plan.calls, answers):
+        for chunk in chunks:
+            embeddings = [] if call.optional else expect(chunk, "embeddings", list)
+            vectors += [
+                unit_vector(get_or_empty(embedding, "values", list)) for embedding in embeddings
+            ]
+            counted = get_or_empty(
+                get_or_empty(chunk, "usageMetadata", dict), "promptTokenCount", int
+            )
+            counted = counted or get_or_empty(chunk, "totalTokens", int)
+            exchange.usage = exchange.usage.plus(Usage(prompt=max(0, counted)))
+    if len(vectors) != exchange.options.count:
+        raise invalid_answer(f"{len(vectors)} vectors for {exchange.options.count} texts")
+    return vectors
+
+
+def unit_vector(values: list[Any]) -> list[float]:
+    """The same direction with length 1: OpenAI's are so, and Gemini's are not when they are cut short."""
+    try:
+        length = math.hypot(*values)
+    except (TypeError, OverflowError):
+        raise invalid_answer("a vector that is not made of numbers") from None
+    if not values or not 0 < length < math.inf:
+        raise invalid_answer("an empty vector")
+    return values if abs(length - 1) < 1e-6 else [value / length for value in values]
+
+
+# ======================================================================================
+# 6. OpenAI chat: messages, tools, settings, choices and chunks
+# ======================================================================================
+
+# ---- chat: the history ----
+
+OPENAI_ROLES = ("developer", "system", "user", "assistant", "tool", "function")
+
+
+def openai_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
+    """(the system's parts, the turns) of the messages, still in the client's order."""
+    system: list[Part] = []
+    contents: list[JSON] = []
+    for message in body.objects("messages"):
+        openai_turn(message, model, system, contents)
+    return system, contents
+
+
+def openai_turn(message: Fields, model: Model, system: list[Part], contents: list[JSON]) -> None:
+    """Add what one message says."""
+    role = message.require("role", str).lower()
+    if role == "user":
+        contents.append(user_turn(*content_parts(message, "content", model)))
+    elif role in ("assistant", "model"):
+        contents.append(model_turn(*openai_assistant_parts(message, model)))
+    elif role in ("system", "developer"):
+        system += content_parts(message, "content", model)
+    elif role in ("tool", "function"):
+        contents.append(user_turn(tool_message_part(message, "content", "tool_call_id", model)))
+    else:
+        raise message.unknown_choice("role", role, OPENAI_ROLES)
+
+
+def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
+    """What the model said earlier. Its thoughts do not go back; its signatures do the job."""
+    message.mark_read("reasoning_content", "reasoning", "reasoning_details", "annotations")
+    parts = content_parts(message, "content", model)
+    refusal = message.get("refusal", str)
+    parts += [text_part(refusal)] if refusal else []
+    parts += [
+        link_content(image, model)
+        for image in message.objects("images")
+        if image.data.get("type") == "image_url"
+    ]
+    parts += [openai_call_part(call) for call in message.objects("tool_calls")]
+    legacy = message.object("function_call")
+    if legacy is not None:
+        parts.append(
+            call_part(
+                legacy.require("name", str), call_arguments(legacy.get("arguments", str, dict))
+            )
+        )
+    return parts
+
+
+def openai_call_part(call: Fields) -> Part:
+    call.mark_read("type", "index")
+    id = call.get("id", str)
+    custom = call.object("custom")
+    if custom is not None:
+        return call_part(
+            custom.require("name", str),
+            {CUSTOM_INPUT: custom.get("input", str) or ""},
+            strip_signature(id),
+            client_signature(call, custom),
+        )
+    function = call.require_object("function")
+    args = call_arguments(function.get("arguments", str, dict))
+    return call_part(
+        function.require("name", str), args, strip_signature(id), client_signature(call, function)
+    )
+
+
+# ---- chat: the choice of tools ----
 
 
 def openai_tool_choice(body: Fields, key: str, tools: Tools) -> ToolChoice:
@@ -2689,7 +2937,7 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
     model_name = body.require("model", str)
     model = model_named(model_name, context)
     system, contents, more_tools = openai_chat_turns(body, model, context)
-    tools = openai_tools(body, *more_tools)
+    tools = chat_tools(body, *more_tools)
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
     choice = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
     if body.object("web_search_options") is not None and body.data.get("tool_choice") != "none":
@@ -2929,16 +3177,6 @@ def openai_finish(end: End, legacy: bool = False) -> str:
     )
 
 
-def native_finish(end: End) -> JSON:
-    """Gemini's own words for an end that OpenAI has no word for, under OpenRouter's key for it."""
-    if end.finish in ("stop", "length") and end.reason in ("STOP", "MAX_TOKENS"):
-        return {}
-    return {
-        "native_finish_reason": end.reason,
-        **({"finish_message": end.message} if end.message else {}),
-    }
-
-
 def openai_usage(usage: Usage) -> JSON:
     return {
         "prompt_tokens": usage.prompt,
@@ -2967,12 +3205,6 @@ def openai_call(call: ToolCall, chat: Chat) -> JSON:
     return entry
 
 
-def custom_input(call: ToolCall) -> str:
-    """The text for a custom tool; a model that made up parameters of its own is quoted."""
-    text = call.args.get(CUSTOM_INPUT)
-    return text if type(text) is str else encode_json(call.args)
-
-
 def openai_annotation(citation: Citation) -> JSON:
     return {
         "type": "url_citation",
@@ -2992,127 +3224,6 @@ def openai_image(media: Media, index: int) -> JSON:
         "image_url": {"url": f"data:{media.mime};base64,{media.data}"},
         "index": index,
     }
-
-
-class Chat(NamedTuple):
-    """One question to a model, in nobody's dialect; every chat endpoint comes to one."""
-
-    model: Model
-    system: list[Part]
-    contents: list[JSON]  # Gemini's turns, in the client's order
-    tools: Tools = Tools()
-    choice: ToolChoice = ToolChoice()
-    thinking: Thinking = Thinking()
-    sampling: JSON = {}  # from sampling_config
-    schema: JSON | None = None  # of an answer in JSON; ANY_JSON where any will do; None: text
-    settings: JSON = {}  # more of the generationConfig: modalities, speech
-    fields: JSON = {}  # more of the request: Google's own settings
-    recipe: Recipe = Recipe()
-    stream: bool = False
-
-
-def chat_call(chat: Chat, body: Fields) -> GeminiCall:
-    """The call for a chat. Only here is decided how its parts go together on each model.
-
-    What has no effect is named as ignored in `body`.
-    """
-    model, recipe, tools = chat.model, chat.recipe, chat.tools
-    system = [part for part in chat.system if has_content(part)]
-    if recipe.system and not system:
-        system = [text_part(recipe.system)]
-    sampling = {**recipe_sampling(recipe, model), **chat.sampling}
-    config = {key: value for key, value in sampling.items() if value is not None}
-    limit = config.get("maxOutputTokens")
-    config.update(given(thinkingConfig=chat_thinking(chat.thinking, model, limit, body)))
-    has_tools = bool(tools.declarations or tools.hosted())
-    in_words = chat.schema is not None and has_tools and not model.json_with_tools
-    if in_words:
-        system.append(json_words(chat.schema or {}))
-    else:
-        config.update(json_config(chat.schema))
-    config.update(chat.settings)
-    fields = {**tool_fields(tools, chat.choice, model, body), **chat.fields}
-    call = generate_call(model, chat.stream, system, chat.contents, config, **fields)
-    return call._replace(unfence=in_words)
-
-
-def recipe_sampling(recipe: Recipe, model: Model) -> JSON:
-    """What a recipe sets where the client sets nothing."""
-    return ollama_sampling(Fields(recipe.options), model) if recipe.options else {}
-
-
-def chat_events(events: Iterable[Event], call: GeminiCall, chat: Chat) -> Iterator[Event]:
-    """The events as the client of this chat wants them: functions by its own names for them, one
-    call where it wants no more, and JSON without a code fence."""
-    texts: list[str] = []
-    calls = 0
-    for event in events:
-        if isinstance(event, ToolCall):
-            calls += 1
-            if calls > 1 and not chat.choice.parallel:
-                continue
-            event = event._replace(name=chat.tools.names.get(event.name, event.name))  # noqa: PLW2901
-        elif call.unfence and isinstance(event, Text) and not event.thought:
-            texts.append(event.text)
-            continue
-        if texts and isinstance(event, (ToolCall, End)):  # they come after all of the text
-            yield Text(unfenced("".join(texts)))
-            texts.clear()
-        yield event
-
-
-class Answer(NamedTuple):
-    """What a whole answer adds up to."""
-
-    events: list[Text | ToolCall | Media]  # in order; neighbouring texts of one kind are one
-    end: End
-
-    @property
-    def text(self) -> str:
-        return self.join(thought=False)
-
-    @property
-    def thoughts(self) -> str:
-        return self.join(thought=True)
-
-    @property
-    def calls(self) -> list[ToolCall]:
-        return [event for event in self.events if isinstance(event, ToolCall)]
-
-    def join(self, thought: bool) -> str:
-        texts = [event for event in self.events if isinstance(event, Text)]
-        return "".join(event.text for event in texts if event.thought == thought)
-
-    def media(self, kind: str) -> list[Media]:
-        """Those of this kind, such as "image/"."""
-        media = [event for event in self.events if isinstance(event, Media)]
-        return [event for event in media if event.mime.startswith(kind)]
-
-
-def whole(events: Iterable[Event]) -> Answer:
-    """The sum of an answer's events."""
-    items: list[Text | ToolCall | Media] = []
-    for kind, group in itertools.groupby(events, key=kind_of_event):
-        if kind in ("text", "thought"):
-            items.append(Text("".join(event.text for event in group), kind == "thought"))
-        elif kind == "End":
-            (end,) = group
-        else:
-            items += group
-    return Answer(items, end)
-
-
-def kind_of_event(event: Event) -> str:
-    if isinstance(event, Text):
-        return "thought" if event.thought else "text"
-    return type(event).__name__
-
-
-def unfenced(text: str) -> str:
-    """The JSON in a code fence, where a model could not leave it away."""
-    first, newline, rest = text.strip().partition("\n")
-    inside_fence = newline and re.fullmatch(r"```\w*", first.rstrip()) and rest.endswith("```")
-    return rest[:-3].strip() if inside_fence else text
 
 
 def openai_base(exchange: Exchange, prefix: str, kind: str) -> JSON:
@@ -3253,12 +3364,11 @@ def openai_deltas(
             images += 1
 
 
+# ======================================================================================
+# 7. OpenAI's other endpoints: embeddings, completions, images, speech, transcripts, models
+# ======================================================================================
+
 # ---- embeddings ----
-
-
-class EmbedOptions(NamedTuple):
-    count: int  # vectors
-    base64: bool = False
 
 
 def openai_embeddings_request(body: Fields, context: Context) -> Plan:
@@ -3297,36 +3407,6 @@ def openai_inputs(body: Fields) -> list[str]:
         if not text:
             raise wrong_value(path, f"Invalid '{path}': input cannot be an empty string.")
     return texts
-
-
-def read_vectors(answers: Iterator[Iterator[JSON]], exchange: Exchange) -> list[list[float]]:
-    """The vectors of all batches in order, each of unit length; a 502 where one is missing."""
-    vectors: list[list[float]] = []
-    for call, chunks in zip(exchange.plan.calls, answers):
-        for chunk in chunks:
-            embeddings = [] if call.optional else expect(chunk, "embeddings", list)
-            vectors += [
-                unit_vector(get_or_empty(embedding, "values", list)) for embedding in embeddings
-            ]
-            counted = get_or_empty(
-                get_or_empty(chunk, "usageMetadata", dict), "promptTokenCount", int
-            )
-            counted = counted or get_or_empty(chunk, "totalTokens", int)
-            exchange.usage = exchange.usage.plus(Usage(prompt=max(0, counted)))
-    if len(vectors) != exchange.options.count:
-        raise invalid_answer(f"{len(vectors)} vectors for {exchange.options.count} texts")
-    return vectors
-
-
-def unit_vector(values: list[Any]) -> list[float]:
-    """The same direction with length 1: OpenAI's are so, and Gemini's are not when they are cut short."""
-    try:
-        length = math.hypot(*values)
-    except (TypeError, OverflowError):
-        raise invalid_answer("a vector that is not made of numbers") from None
-    if not values or not 0 < length < math.inf:
-        raise invalid_answer("an empty vector")
-    return values if abs(length - 1) < 1e-6 else [value / length for value in values]
 
 
 def packed(vector: list[float]) -> str:
@@ -3493,31 +3573,7 @@ def openai_completions_stream(
         yield {**base, "choices": [], "usage": openai_usage(exchange.usage)}
 
 
-# ---- media: models, what they make, and why they do not ----
-
-# OpenAI's names (and Google's former ones), Gemini's models that can do it, and the one for who names none of these.
-DEFAULT_MEDIA_MODELS = {
-    "image": (
-        r"dall-e|(chat)?gpt-image|imagen",
-        r"gemini-.*image|.*banana",
-        "gemini-nano-banana-2.1",
-    ),
-    "speech": (r"tts-1|gpt-.*(tts|audio)", r"gemini-.*(tts|audio)", "gemini-3.8-flash-tts"),
-    "transcript": (r"whisper|gpt-.*transcribe", r"gemini|gemma", "gemini-3.8-flash"),
-}
-
-
-def openai_media_model(model_name: str | None, what: str, context: Context) -> Model:
-    """The model for one of DEFAULT_MEDIA_MODELS. A glob for chats, such as `-alias='gpt-*=...'`, makes no painter of its model."""
-    openais, geminis, ours = DEFAULT_MEDIA_MODELS[what]
-    model, plain = (
-        model_named(model_name or ours, context),
-        plain_name(model_name or "", context.ollama),
-    )
-    chosen = re.match(geminis, model.name) or any(
-        name in (model_name, plain) for name, _ in context.aliases
-    )
-    return model_of(ours) if re.match(openais, plain) and not chosen else model
+# ---- what the media endpoints share ----
 
 
 def media_answer(events: Iterable[Event], kind: str) -> Answer:
@@ -3581,7 +3637,7 @@ class ImageOptions(NamedTuple):
 def openai_images_request(body: Fields, context: Context) -> Plan:
     """Images: https://platform.openai.com/docs/api-reference/images/create"""
     model_name = body.get("model", str)
-    model = openai_media_model(model_name, "image", context)
+    model = media_model(model_name, "image", context)
     prompt, n = openai_nonblank(body, "prompt"), body.number("n", 1, 10, int) or 1
     form = body.choice("response_format", "url", "b64_json")
     if body.choice("output_format", *IMAGE_FORMATS) not in (None, model.image_format):
@@ -3693,7 +3749,7 @@ PCM = Framing("audio/pcm", itemgetter("audio"), keep_alive=b"", carries_errors=F
 def openai_speech_request(body: Fields, context: Context) -> Plan:
     """Speech: https://platform.openai.com/docs/api-reference/audio/createSpeech"""
     model_name = body.require("model", str)
-    model = openai_media_model(model_name, "speech", context)
+    model = media_model(model_name, "speech", context)
     text, manner = openai_nonblank(body, "input"), body.get("instructions", str)
     kind = body.choice("response_format", "mp3", "opus", "aac", "flac", "wav", "pcm") or "mp3"
     events, pcm = body.choice("stream_format", "audio", "sse") == "sse", kind == "pcm"
@@ -3817,7 +3873,7 @@ def openai_transcript_plan(
     body: Fields, context: Context, task: str, forms: tuple[str, ...]
 ) -> Plan:
     model_name = body.require("model", str)
-    model = openai_media_model(model_name, "transcript", context)
+    model = media_model(model_name, "transcript", context)
     recording = openai_recording(body)
     form = body.choice("response_format", *forms) or "json"
     form_scalars(body, "temperature", "stream")
@@ -3990,26 +4046,6 @@ def openai_transcriptions_stream(exchange: Exchange, answers: Answers) -> Iterat
 
 # ---- models ----
 
-GEMINI_OPENED = 1702425600  # 13 December 2023: Gemini's API opened; it tells no dates of its models
-
-
-def usable_models(answers: Answers, context: Context) -> dict[str, JSON]:
-    """Gemini's models that can chat or embed, by their plain names; then the names that stand for one of these."""
-    models: dict[str, JSON] = {}
-    for chunks in answers:
-        for chunk in chunks:
-            for entry in expect(chunk, "models", list):
-                methods = get_or_empty(entry, "supportedGenerationMethods", list)
-                name = get_or_empty(entry, "name", str)
-                if name and ("generateContent" in methods or "embedContent" in methods):
-                    models[re.sub("^models/", "", name)] = entry
-    names = [name for name, _ in context.aliases if not re.search(r"[*?\[]", name)]
-    for name in names + recipe_names(context):
-        model_name = model_named(name, context).name
-        if model_name in models:
-            models[name] = models[model_name]
-    return models
-
 
 def openai_models_request(body: Fields, context: Context) -> Plan:
     return Plan((MODELS_CALL,), model=context.params.get("model", ""))
@@ -4051,7 +4087,7 @@ def openai_model_response(exchange: Exchange, answers: Iterator[Iterator[JSON]])
     )
 
 
-# ---- errors and routes ----
+# ---- errors ----
 
 OPENAI_TYPES = {403: "permission_error", 429: "requests"}
 
@@ -4069,7 +4105,7 @@ def openai_error(error: ProxyError) -> tuple[int, JSON]:
 
 
 # ======================================================================================
-# 5. Responses: OpenAI's newer endpoint, from input items to output items
+# 8. Responses: OpenAI's newer endpoint, from input items to output items; OpenAI's routes
 # ======================================================================================
 
 # ---- input items ----
@@ -4129,7 +4165,7 @@ def openai_call_item(item: Fields, history: History) -> None:
 
 def openai_output_item(item: Fields, history: History) -> None:
     """The result of such a call."""
-    history.contents.append(user_turn(openai_result_part(item, "output", "call_id", history.model)))
+    history.contents.append(user_turn(tool_message_part(item, "output", "call_id", history.model)))
 
 
 def openai_local_call_item(item: Fields, history: History) -> None:
@@ -4237,7 +4273,7 @@ def unsealed(text: str, model: Model) -> dict[str, str] | None:
     } or None
 
 
-# ---- what is kept ----
+# ---- what is stored ----
 
 
 def reference_key(id: str) -> str:
@@ -4357,7 +4393,7 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     model_name = body.require("model", str)
     model = model_named(model_name, context)
     history = openai_history(body, model, context)
-    tools = openai_tools(body, *history.tools)
+    tools = chat_tools(body, *history.tools)
     choice = openai_tool_choice(body, "tool_choice", tools)
     text = body.object_or_empty("text")
     effort, summary = openai_reasoning(body)
@@ -4802,12 +4838,6 @@ def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[Any]
 # ---- what a request would cost, and what becomes of a response ----
 
 
-def plan_count(plan: Plan) -> Plan:
-    """The plan to count the tokens of a chat in place of asking it."""
-    assert plan.chat is not None
-    return plan._replace(calls=(count_call(plan.calls[0], plan.chat.model),), stream=False)
-
-
 def openai_input_tokens_request(body: Fields, context: Context) -> Plan:
     """The tokens of a request that is not made: /v1/responses/input_tokens takes the same body."""
     plan = openai_responses_request(body, context)
@@ -4988,8 +5018,9 @@ OPENAI = Protocol(
     lambda error: openai_error(error)[1],
 )
 
+
 # ======================================================================================
-# 6. Ollama: chat, generate, embeddings, models and their management
+# 9. Ollama: chat, generate, embeddings, models and their management
 # ======================================================================================
 
 OLLAMA_VERSION = "0.33.0"  # plain and recent: clients compare it by its numbers
@@ -5223,15 +5254,15 @@ def ollama_chat_request(body: Fields, context: Context) -> Plan:
     for message in messages:
         role = (message.get("role", str) or "user").lower()
         if role in ("system", "developer"):
-            system += openai_parts(message, "content", model)
+            system += content_parts(message, "content", model)
         elif role == "tool":
             images = ollama_images(message)
-            result = openai_result_part(message, "content", "tool_call_id", model, images)
+            result = tool_message_part(message, "content", "tool_call_id", model, images)
             contents.append(user_turn(result))
         elif role in ("assistant", "model"):
             contents.append(model_turn(*ollama_assistant_parts(message, model)))
         else:
-            parts = openai_parts(message, "content", model) + ollama_images(message)
+            parts = content_parts(message, "content", model) + ollama_images(message)
             contents.append(user_turn(*parts))
     recipe = recipe_named(model_name, context)
     return ollama_plan(body, model_name, Chat(model, system, contents, recipe=recipe))
@@ -5239,7 +5270,7 @@ def ollama_chat_request(body: Fields, context: Context) -> Plan:
 
 def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
     message.mark_read("thinking")
-    parts = openai_parts(message, "content", model) + ollama_images(message)
+    parts = content_parts(message, "content", model) + ollama_images(message)
     for call in message.objects("tool_calls"):
         call.mark_read("type", "index")
         function = call.require_object("function")
@@ -5261,7 +5292,7 @@ def ollama_plan(body: Fields, model_name: str, chat: Chat) -> Plan:
     ollama_no_logprobs(body)
     options = body.object_or_empty("options")
     chat = chat._replace(
-        tools=openai_tools(body),
+        tools=chat_tools(body),
         thinking=ollama_thinking(body, chat.model),
         sampling=ollama_sampling(options, chat.model),
         schema=ollama_format(body),
@@ -5609,8 +5640,7 @@ def recipe_to_keep(name: str, recipe: Recipe, context: Context, models: dict[str
     full = len(recipe_names(context)) >= MAX_RECIPES and not known
     if full or len(text) > MAX_RECIPE_CHARACTERS:
         raise ProxyError(
-            400,
-            "there is no room for this model: what it says is too long, or there are too many",
+            400, "there is no room for this model: what it says is too long, or there are too many"
         )
     return Keep(key, text, pinned=True)
 
@@ -5768,8 +5798,9 @@ OLLAMA = Protocol(
     lambda error: ollama_error(error)[1],
 )
 
+
 # ======================================================================================
-# 7. Anthropic: messages and their counting
+# 10. Anthropic: messages and their counting
 # ======================================================================================
 
 # ---- content blocks ----
@@ -6030,7 +6061,7 @@ def anthropic_tool(tool: Fields, builder: ToolBuilder) -> None:
     known = ANTHROPIC_TOOLS.get(kind) or ANTHROPIC_TOOLS.get(family)
     tool.mark_read("eager_input_streaming", "defer_loading")  # about when Claude sees it
     if kind == "custom":
-        name, description = openai_function_name(tool), tool.get("description", str)
+        name, description = function_name(tool), tool.get("description", str)
         schema = tool.get("input_schema", dict)
         builder.declare(tool, name, function_declaration(name, description, schema))
         builder.strict = builder.strict or bool(tool.get("strict", bool))
@@ -6415,8 +6446,9 @@ ANTHROPIC = Protocol(
     ("request-id",),
 )
 
+
 # ======================================================================================
-# 8. Routing: which route answers a path, and in which protocol an error is told
+# 11. Routing: which route answers a path, and in which protocol an error is told
 # ======================================================================================
 
 
@@ -6522,7 +6554,7 @@ def find_route(api: str, method: str, path: str) -> Found:
 
 
 # ======================================================================================
-# 9. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
+# 12. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
 # ======================================================================================
 
 CONNECT_SECONDS = 10.0  # seconds for a TCP connection, and for its TLS handshake
@@ -7403,7 +7435,7 @@ def scope_of(key: str) -> str:
 
 
 # ======================================================================================
-# 10. Server: the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
+# 13. Server: the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
 # ======================================================================================
 
 MAX_BODY_BYTES = 128 << 20  # bytes; Gemini takes 100 MB
@@ -8418,7 +8450,7 @@ def give_memory_back() -> None:
 
 
 # ======================================================================================
-# 11. Command line: flags and environment, systemd, workers, checks, start and end
+# 14. Command line: flags and environment, systemd, workers, checks, start and end
 # ======================================================================================
 
 GEMINI = "https://generativelanguage.googleapis.com"

@@ -2345,7 +2345,7 @@ def test_what_cannot_be_completed(path, more):
     ],
 )
 def test_openais_media_models_have_stand_ins(what, name, aliases, model):
-    assert proxy.openai_media_model(name, what, Context(aliases=aliases)).name == model
+    assert proxy.media_model(name, what, Context(aliases=aliases)).name == model
 
 
 def draw(*answers, **body):
