@@ -644,7 +644,7 @@ class Route(NamedTuple):
     keep_alive: Callable[[Exchange], JSON] | None = None  # an event, where framing has no bytes
     parse: Callable[[bytes, str], Fields] = parse_body  # (body, Content-Type)
     failure: Callable[[Exchange, ProxyError], list[JSON]] | None = None  # last events of a failure
-    keys: Callable[[Fields, Context], list[str]] = no_keys  # of stored texts that `request` needs
+    keys: Callable[[Fields, Context], list[str]] = no_keys  # of stored texts, besides recipes
     answer: Any = None
 
     @property
@@ -822,8 +822,8 @@ def recipe_keys(body: Fields, context: Context) -> list[str]:
 
 
 def all_recipe_keys(body: Fields, context: Context) -> list[str]:
-    """The same, and those of all recipes, for what is about the list of models."""
-    return [RECIPE + "*", *recipe_keys(body, context)] if context.ollama else []
+    """The key that stands for those of all recipes, for what is about the list of models."""
+    return [RECIPE + "*"] if context.ollama else []
 
 
 def recipe_named(name: str, context: Context) -> Recipe:
@@ -4289,7 +4289,7 @@ def stored_keys(id: str) -> list[str]:
 
 def openai_keys(body: Fields, context: Context) -> list[str]:
     """The keys of what a request for a response rests on; stored_links finds what that rests on."""
-    keys = recipe_keys(body, context)
+    keys: list[str] = []
     previous = body.data.get("previous_response_id")
     if type(previous) is str:
         keys += stored_keys(previous)
@@ -4955,20 +4955,13 @@ OPENAI = Protocol(
         Route(
             "DELETE", "/v1/responses/{id}", openai_stored_request, openai_delete_response, **STORED
         ),
-        Route(
-            "POST",
-            "/v1/embeddings",
-            openai_embeddings_request,
-            openai_embeddings_response,
-            keys=recipe_keys,
-        ),
+        Route("POST", "/v1/embeddings", openai_embeddings_request, openai_embeddings_response),
         Route(
             "POST",
             "/v1/completions",
             openai_completions_request,
             openai_completions_response,
             openai_completions_stream,
-            keys=recipe_keys,
         ),
         Route(
             "POST",
@@ -4993,7 +4986,6 @@ OPENAI = Protocol(
             openai_transcriptions_response,
             openai_transcriptions_stream,
             parse=parse_form,
-            keys=recipe_keys,
         ),
         Route(
             "POST",
@@ -5743,14 +5735,8 @@ OLLAMA = Protocol(
             ollama_generate_keep_alive,
             keys=all_recipe_keys,
         ),
-        Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response, keys=recipe_keys),
-        Route(
-            "POST",
-            "/api/embeddings",
-            ollama_embeddings_request,
-            ollama_embeddings_response,
-            keys=recipe_keys,
-        ),
+        Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response),
+        Route("POST", "/api/embeddings", ollama_embeddings_request, ollama_embeddings_response),
         Route(
             "GET", "/api/tags", ollama_models_request, ollama_tags_response, keys=all_recipe_keys
         ),
@@ -6431,14 +6417,9 @@ ANTHROPIC = Protocol(
             anthropic_messages_stream,
             NAMED_SSE,
             lambda exchange: {"type": "ping"},
-            keys=recipe_keys,
         ),
         Route(
-            "POST",
-            "/v1/messages/count_tokens",
-            anthropic_count_request,
-            anthropic_count_response,
-            keys=recipe_keys,
+            "POST", "/v1/messages/count_tokens", anthropic_count_request, anthropic_count_response
         ),
     ),
     anthropic_error,
@@ -7971,7 +7952,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             context = server.context._replace(params=params, query=query)
             if context.ollama:
                 context = context._replace(loaded=dict(server.loaded))
-            keys = route.keys(body, context)
+            keys = recipe_keys(body, context) + route.keys(body, context)
             if keys:
                 context = context._replace(stored=server.shelf(self.key).look_up(keys))
             plan = route.request(body, context)

@@ -587,7 +587,7 @@ class Notes(dict):
 
 def looked_up(route, body, context, notes):
     """The context with what the route wants to know of what is stored."""
-    keys = route.keys(Fields(body), context)
+    keys = proxy.recipe_keys(Fields(body), context) + route.keys(Fields(body), context)
     return context._replace(stored=proxy.Shelf(notes, "").look_up(keys))
 
 
