@@ -2790,18 +2790,39 @@ def unit_vector(values: list[Any]) -> list[float]:
 # 6. OpenAI chat: messages, tools, settings, choices and chunks
 # ======================================================================================
 
-# ---- chat: the history ----
+# ---- messages ----
 
+LIMIT_KEYS = ("max_completion_tokens",)
+EMPTY_ARRAY = "empty array. Expected an array with minimum length 1"
 OPENAI_ROLES = ("developer", "system", "user", "assistant", "tool", "function")
 
 
-def openai_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
-    """(the system's parts, the turns) of the messages, still in the client's order."""
-    system: list[Part] = []
-    contents: list[JSON] = []
+class ChatInput(NamedTuple):
+    """What a chat's body and a response's body hold in different places."""
+
+    system: list[Part]
+    contents: list[JSON]  # Gemini's turns, in the client's order
+    tools: list[Fields]  # further lists of tools
+    format: tuple[Fields, str]  # the object and its key that hold the format of the answer
+    limit_keys: tuple[str, ...]  # of the limits that count thoughts
+
+
+def openai_chat_input(body: Fields, model: Model, context: Context) -> ChatInput:
+    """The messages. Cursor sends the body of a response to chats (BerriAI/litellm#34029)."""
+    if body.data.get("input") and not body.data.get("messages"):
+        body.mark_read("messages")
+        history = openai_history(body, model, context)
+        text = body.object("text")
+        form = (text, "format") if text else (body, "response_format")
+        keys = (*LIMIT_KEYS, "max_output_tokens")
+        return ChatInput(history.system, history.contents, history.tools, form, keys)
+    if not body.require("messages", list):
+        problem = f"{EMPTY_ARRAY}, but got an empty array instead."
+        raise wrong_value("messages", f"Invalid 'messages': {problem}")
+    chat = ChatInput([], [], [], (body, "response_format"), LIMIT_KEYS)
     for message in body.objects("messages"):
-        openai_turn(message, model, system, contents)
-    return system, contents
+        openai_turn(message, model, chat.system, chat.contents)
+    return chat
 
 
 def openai_turn(message: Fields, model: Model, system: list[Part], contents: list[JSON]) -> None:
@@ -2820,211 +2841,162 @@ def openai_turn(message: Fields, model: Model, system: list[Part], contents: lis
 
 
 def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
-    """What the model said earlier. Its thoughts do not go back; its signatures do the job."""
+    """What the model said earlier. Its thoughts do not go back: their signatures stand for them."""
     message.mark_read("reasoning_content", "reasoning", "reasoning_details", "annotations")
     parts = content_parts(message, "content", model)
     refusal = message.get("refusal", str)
-    parts += [text_part(refusal)] if refusal else []
-    parts += [
-        link_content(image, model)
-        for image in message.objects("images")
-        if image.data.get("type") == "image_url"
-    ]
+    if refusal:
+        parts.append(text_part(refusal))
+    images = [image for image in message.objects("images") if image.data.get("type") == "image_url"]
+    parts += [link_content(image, model) for image in images]
     parts += [openai_call_part(call) for call in message.objects("tool_calls")]
     legacy = message.object("function_call")
     if legacy is not None:
-        parts.append(
-            call_part(
-                legacy.require("name", str), call_arguments(legacy.get("arguments", str, dict))
-            )
-        )
+        name, arguments = legacy.require("name", str), legacy.get("arguments", str, dict)
+        parts.append(call_part(name, call_arguments(arguments)))
     return parts
 
 
 def openai_call_part(call: Fields) -> Part:
     call.mark_read("type", "index")
-    id = call.get("id", str)
-    custom = call.object("custom")
-    if custom is not None:
-        return call_part(
-            custom.require("name", str),
-            {CUSTOM_INPUT: custom.get("input", str) or ""},
-            strip_signature(id),
-            client_signature(call, custom),
-        )
-    function = call.require_object("function")
-    args = call_arguments(function.get("arguments", str, dict))
-    return call_part(
-        function.require("name", str), args, strip_signature(id), client_signature(call, function)
-    )
+    call_id = strip_signature(call.get("id", str))
+    function = call.object("custom")
+    if function is not None:
+        args = {CUSTOM_INPUT: function.get("input", str) or ""}
+    else:
+        function = call.require_object("function")
+        args = call_arguments(function.get("arguments", str, dict))
+    name = function.require("name", str)
+    return call_part(name, args, call_id, client_signature(call, function))
 
 
-# ---- chat: the choice of tools ----
+# ---- the choice of tools ----
 
 
 def openai_tool_choice(body: Fields, key: str, tools: Tools) -> ToolChoice:
     """The choice of tools under this key, and `parallel_tool_calls`."""
     parallel = body.get("parallel_tool_calls", bool) is not False
     choice = body.get(key, str, dict)
+    mode: str | None = None
+    names: list[str] = []
     if choice is None or not tools.declarations:
         if choice not in (None, "auto", "none"):
             body.ignore(key)
-        return ToolChoice(parallel=parallel)
-    if type(choice) is str:
-        return ToolChoice(TOOL_CHOICES[body.choice(key, *TOOL_CHOICES) or "auto"], (), parallel)
-    fields = body.require_object(key)
-    kind = fields.get("type", str) or "function"
-    if kind == "allowed_tools":
-        mode, names = openai_allowed_tools(fields, key, tools)
-        return ToolChoice(mode, names, parallel)
-    if kind not in ("function", "custom"):
-        body.ignore(key)
-        fields.mark_read(*fields.data)
-        return ToolChoice(parallel=parallel)
-    return ToolChoice("ANY", [openai_chosen(fields, tools)], parallel)
+    elif isinstance(choice, str):
+        mode = TOOL_CHOICES[body.choice(key, *TOOL_CHOICES) or "auto"]
+    else:
+        mode, names = openai_chosen_tools(body.require_object(key), key, tools)
+    return ToolChoice(mode, names, parallel)
 
 
-def openai_allowed_tools(choice: Fields, key: str, tools: Tools) -> tuple[str, list[str]]:
-    """(Gemini's mode, the client's names of the functions) of a choice among some of the tools."""
+def openai_chosen_tools(choice: Fields, key: str, tools: Tools) -> tuple[str | None, list[str]]:
+    """(Gemini's mode, the client's names of the functions) of a choice of one tool or of some."""
+    kind = choice.get("type", str) or "function"
+    if kind in ("function", "custom"):
+        return "ANY", [openai_chosen_name(choice, tools)]
+    if kind != "allowed_tools":
+        choice.ignore(key)
+        choice.mark_read(*choice.data)
+        return None, []
     allowed = choice.object("allowed_tools") or choice
     mode = allowed.choice("mode", "auto", "required")
     names: list[str] = []
     for tool in allowed.objects("tools"):
         if tool.data.get("type", "function") in ("function", "custom"):
-            names.append(openai_chosen(tool, tools))
+            names.append(openai_chosen_name(tool, tools))
         else:
             tool.ignore(key)
     if not names:
         return "NONE", []
-    return {"required": "ANY"}.get(mode or "", "VALIDATED"), names
+    return "ANY" if mode == "required" else "VALIDATED", names
 
 
-def openai_chosen(choice: Fields, tools: Tools) -> str:
-    """The name of a function that must be among the tools."""
+def openai_chosen_name(choice: Fields, tools: Tools) -> str:
+    """The name of a function, nested or flat, that must be among the tools."""
     kind = choice.get("type", str) or "function"
-    function = (choice.object(kind) if type(choice.data.get(kind)) is dict else None) or choice
+    function = choice
+    if isinstance(choice.data.get(kind), dict):
+        function = choice.require_object(kind)
     name = qualified_name(function.get("namespace", str), function.require("name", str))
     if name not in tools.names.values():
-        raise wrong_value(
-            function.path_of("name"),
-            f"Invalid value for '{function.path_of('name')}': no function {name[:80]!r} is among the tools.",
-        )
+        path = function.path_of("name")
+        message = f"Invalid value for '{path}': no function {name[:80]!r} is among the tools."
+        raise wrong_value(path, message)
     return name
 
 
-# ---- chat: the request ----
+# ---- the request ----
+
+MAX_CHOICES = 128  # of one request
 
 
 class ChatOptions(NamedTuple):
-    """What only the answer to a chat can fulfil."""
+    """What the answer to a chat depends on."""
 
     legacy: bool = False  # functions in place of tools
     usage: bool = False  # a last chunk with the token counts
     wav: bool = False  # audio as WAV
 
 
-MAX_CHOICES = 128  # that one request may ask for
-
-
-def openai_counts_tokens(body: Fields) -> bool:
-    """Whether a stream is to end with a chunk of token counts."""
-    options = body.object("stream_options")
-    return bool(options and options.get("include_usage", bool))
-
-
 def openai_chat_request(body: Fields, context: Context) -> Plan:
     """Chat completions: https://platform.openai.com/docs/api-reference/chat/create"""
     model_name = body.require("model", str)
     model = model_named(model_name, context)
-    system, contents, more_tools = openai_chat_turns(body, model, context)
-    tools = chat_tools(body, *more_tools)
+    chat_input = openai_chat_input(body, model, context)
+    tools = chat_tools(body, *chat_input.tools)
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
     choice = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
     if body.object("web_search_options") is not None and body.data.get("tool_choice") != "none":
         tools = tools._replace(search="web_search_options")
-    sampling, answer_only = openai_chat_sampling(body, model, context)
+    sampling, answer_only = openai_chat_sampling(body, model, context, chat_input.limit_keys)
     settings, wav = openai_modalities(body)
     fields, google = openai_google(body)
     effort = openai_effort(body)
     show = effort is not None or context.ollama
     chat = Chat(
         model,
-        system,
-        contents,
-        tools,
-        choice,
-        Thinking(effort, None, show, answer_only, "reasoning_effort", google),
-        sampling,
-        openai_chat_schema(body),
-        settings,
-        fields,
-        recipe_named(model_name, context),
-        bool(body.get("stream", bool)),
+        chat_input.system,
+        chat_input.contents,
+        tools=tools,
+        choice=choice,
+        thinking=Thinking(effort, None, show, answer_only, "reasoning_effort", google),
+        sampling=sampling,
+        schema=openai_response_format(*chat_input.format),
+        settings=settings,
+        fields=fields,
+        recipe=recipe_named(model_name, context),
+        stream=bool(body.get("stream", bool)),
     )
     calls = (chat_call(chat, body),) * (body.number("n", 1, MAX_CHOICES, int) or 1)
     options = ChatOptions(legacy, openai_counts_tokens(body), wav)
     return Plan(calls, chat.stream, options, model_name, chat=chat)
 
 
-def openai_chat_schema(body: Fields) -> JSON | None:
-    """The schema of the answer; Cursor sends it as a response's."""
-    text = body.object("text") if is_cursors(body) else None
-    return openai_response_format(text, "format") if text else openai_response_format(body)
+def openai_counts_tokens(body: Fields) -> bool:
+    """Whether a stream is to end with a chunk of token counts."""
+    return bool(body.object_or_empty("stream_options").get("include_usage", bool))
 
 
-def is_cursors(body: Fields) -> bool:
-    """Whether it is the body of a response, which Cursor sends to chats."""
-    return bool(body.data.get("input")) and not body.data.get("messages")
-
-
-def openai_chat_turns(
-    body: Fields, model: Model, context: Context
-) -> tuple[list[Part], list[JSON], list[Fields]]:
-    """(the system's parts, the turns, further lists of tools); from `input` where there are no messages."""
-    if is_cursors(body):
-        body.mark_read("messages")
-        history = openai_history(body, model, context)
-        return history.system, history.contents, history.tools
-    if not body.require("messages", list):
-        raise wrong_value(
-            "messages",
-            "Invalid 'messages': empty array. Expected an array with minimum length 1, "
-            "but got an empty array instead.",
-        )
-    return (*openai_turns(body, model), [])
-
-
-def openai_chat_sampling(body: Fields, model: Model, context: Context) -> tuple[JSON, bool]:
-    """(the sampling, whether its limit is for the answer without its thoughts).
-
-    `max_completion_tokens` counts thoughts at OpenAI too; the older `max_tokens` does not know any.
-    """
-    keys = (
-        ["max_completion_tokens", "max_output_tokens"]
-        if is_cursors(body)
-        else ["max_completion_tokens"]
-    )
+def openai_chat_sampling(
+    body: Fields, model: Model, context: Context, keys: Iterable[str]
+) -> tuple[JSON, bool]:
+    """(the sampling, whether its limit is for the answer without its thoughts): the limits under
+    `keys` count thoughts, and the older `max_tokens` does not (googleapis/python-genai#811)."""
     limits = [openai_limit(body, key, context) for key in keys]
-    limit = next((number for number in limits if number), None)
+    limit = next(filter(None, limits), None)
     older = openai_limit(body, "max_tokens", context)
     return openai_sampling(body, model, limit or older, context), not limit
 
 
 def openai_limit(body: Fields, key: str, context: Context) -> int | None:
-    """The most tokens that may come out; Ollama takes a number below 1 for no limit."""
-    limit = body.get(key, int)
-    if context.ollama or limit is None or limit >= 1:
-        return limit if limit and limit > 0 else None
-    raise ProxyError(
-        400,
-        f"Invalid value for '{body.path_of(key)}': it must be 1 or more.",
-        code="integer_below_min_value",
-        path=body.path_of(key),
-    )
+    """The most tokens that may come out; in Ollama, a number below 1 is no limit."""
+    if not context.ollama:
+        body.number(key, 1, math.inf, int)
+    return max(body.get(key, int) or 0, 0) or None
 
 
 def openai_sampling(body: Fields, model: Model, limit: int | None, context: Context) -> JSON:
-    """Ollama refuses no temperature for its height."""
+    # Ollama has no upper bounds.
     highest, highest_p = (math.inf, math.inf) if context.ollama else (2.0, 1.0)
     return sampling_config(
         body.number("temperature", 0, highest),
@@ -3038,35 +3010,62 @@ def openai_sampling(body: Fields, model: Model, limit: int | None, context: Cont
 
 
 def openai_effort(body: Fields) -> str | None:
-    """The effort to think with: OpenAI's `reasoning_effort`, or OpenRouter's and Ollama's `reasoning.effort`."""
+    """The effort to think with: `reasoning_effort`, or OpenRouter's and Ollama's `reasoning`."""
     effort = body.choice("reasoning_effort", *EFFORTS)
-    reasoning = body.object("reasoning") if effort is None else None
-    if reasoning is not None:
-        effort = reasoning.choice("effort", *EFFORTS)
-        if effort is None and reasoning.get("enabled", bool) is not None:
-            effort = "medium" if reasoning.data["enabled"] else "none"
+    if effort is not None:
+        return effort
+    reasoning = body.object_or_empty("reasoning")
+    effort = reasoning.choice("effort", *EFFORTS)
+    if effort is None and reasoning.get("enabled", bool) is not None:
+        return "medium" if reasoning.data["enabled"] else "none"
     return effort
 
 
-def openai_response_format(body: Fields, key: str = "response_format") -> JSON | None:
-    """The schema of the answer; ANY_JSON where it may be any JSON; None where it is text. (In `format` it is flat.)"""
-    wanted = body.object(key)
-    if wanted is None:
+def openai_response_format(body: Fields, key: str) -> JSON | None:
+    """The schema of the answer: ANY_JSON where any JSON will do, None where it is text."""
+    form = body.object(key)
+    if form is None:
         return None
-    kind = wanted.require("type", str)
-    if kind == "json_schema":
-        schema = wanted if key == "format" else wanted.object("json_schema")
-        if schema is None:
-            raise wrong_type(wanted.path_of("json_schema"), (dict,), None)
-        schema.mark_read("name", "strict")
-        told, found = schema.get("description", str), schema.get("schema", dict) or ANY_JSON
-        return {"description": told, **found} if told else found
-    if kind not in ("text", "json_object"):
-        raise wanted.unknown_choice("type", kind, ("text", "json_object", "json_schema"))
-    return ANY_JSON if kind == "json_object" else None
+    kind = form.require("type", str)
+    if kind not in ("text", "json_object", "json_schema"):
+        raise form.unknown_choice("type", kind, ("text", "json_object", "json_schema"))
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return ANY_JSON
+    if key == "response_format":  # a response's `format` is flat
+        form = form.require_object("json_schema")
+    form.mark_read("name", "strict")
+    description = given(description=form.get("description", str))
+    return {**description, **(form.get("schema", dict) or ANY_JSON)}
 
 
-# OpenAI's voices, each with one of Gemini's that comes near it; Gemini's own names are taken too.
+MODALITIES = ("text", "audio", "image")
+AUDIO_FORMATS = ("wav", "aac", "mp3", "flac", "opus", "pcm16", "pcm")
+
+
+def openai_modalities(body: Fields) -> tuple[JSON, bool]:
+    """(the settings for an answer in other forms than text, whether audio is wanted as WAV)."""
+    modalities = [word.lower() for word in body.strings("modalities")]
+    for word in modalities:
+        if word not in MODALITIES:
+            raise body.unknown_choice("modalities", word, MODALITIES)
+    if "audio" in modalities:
+        audio = body.object_or_empty("audio")
+        form = audio.choice("format", *AUDIO_FORMATS) or "wav"
+        pcm = form in ("pcm16", "pcm")
+        wav = not pcm and not body.data.get("stream")  # a stream is in pcm16, as OpenAI's
+        if not pcm and not (wav and form == "wav"):
+            body.ignore("audio.format")
+        return speech_config(audio, "voice"), wav
+    if "image" in modalities:
+        words = [word.upper() for word in ("text", "image") if word in modalities]
+        return {"responseModalities": words}, False
+    return {}, False
+
+
+# OpenAI's voices, each with one of Gemini's that comes near it. Gemini's own names are taken too:
+# https://ai.google.dev/gemini-api/docs/speech-generation
 VOICES = {
     "alloy": "Kore",
     "ash": "Orus",
@@ -3082,70 +3081,39 @@ VOICES = {
     "shimmer": "Autonoe",
     "verse": "Fenrir",
 }
-GEMINI_VOICES = frozenset(
-    (
-        "Zephyr Puck Charon Kore Fenrir Leda Orus Aoede Callirrhoe Autonoe Enceladus Iapetus Umbriel Algieba Despina "
-        "Erinome Algenib Rasalgethi Laomedeia Achernar Alnilam Schedar Gacrux Pulcherrima Achird Zubenelgenubi "
-        "Vindemiatrix Sadachbia Sadaltager Sulafat"
-    ).split()
+GEMINI_VOICES = (
+    "Zephyr Puck Charon Kore Fenrir Leda Orus Aoede Callirrhoe Autonoe Enceladus Iapetus Umbriel "
+    "Algieba Despina Erinome Algenib Rasalgethi Laomedeia Achernar Alnilam Schedar Gacrux "
+    "Pulcherrima Achird Zubenelgenubi Vindemiatrix Sadachbia Sadaltager Sulafat"
 )
 
 
 def speech_config(fields: Fields, key: str) -> JSON:
-    """The settings for an answer in sound, in the voice under this key; a strange voice is the default one."""
+    """The settings for an answer in speech; an unknown voice is named as ignored."""
     voice = fields.get(key, str, dict)
-    voice = get_or_empty(voice, "id", str) if type(voice) is dict else voice or "alloy"
-    name = VOICES.get(voice.lower()) or (
-        voice.capitalize() if voice.capitalize() in GEMINI_VOICES else None
-    )
+    if isinstance(voice, dict):
+        voice = get_or_empty(voice, "id", str)
+    elif not voice:
+        voice = "alloy"
+    name = VOICES.get(voice.lower())
+    if name is None and voice.capitalize() in GEMINI_VOICES.split():
+        name = voice.capitalize()
     if name is None:
         fields.ignore(fields.path_of(key))
-    return {
-        "responseModalities": ["AUDIO"],
-        "speechConfig": {
-            "voiceConfig": {"prebuiltVoiceConfig": {"voiceName": name or VOICES["alloy"]}}
-        },
-    }
-
-
-def openai_modalities(body: Fields) -> tuple[JSON, bool]:
-    """(the settings for an answer in other forms than text, whether sound is wanted as WAV)."""
-    wanted = [word.lower() for word in body.strings("modalities")]
-    for word in wanted:
-        if word not in ("text", "audio", "image"):
-            raise body.unknown_choice("modalities", word, ("text", "audio", "image"))
-    if "audio" in wanted:
-        audio = body.object("audio") or Fields({}, "audio", body.tracked)
-        kind = audio.choice("format", "wav", "aac", "mp3", "flac", "opus", "pcm16", "pcm") or "wav"
-        wav = kind not in ("pcm16", "pcm") and not body.data.get(
-            "stream"
-        )  # a stream is in pcm16, as OpenAI's
-        if kind not in ("pcm16", "pcm") and (kind != "wav" or not wav):
-            body.ignore("audio.format")
-        return speech_config(audio, "voice"), wav
-    return (
-        {"responseModalities": ["TEXT", "IMAGE"] if "text" in wanted else ["IMAGE"]}
-        if "image" in wanted
-        else {}
-    ), False
+        name = VOICES["alloy"]
+    config = {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": name}}}
+    return {"responseModalities": ["AUDIO"], "speechConfig": config}
 
 
 def openai_google(body: Fields) -> tuple[JSON, JSON]:
-    """(fields of the request, a thinkingConfig): Google's own settings, as its OpenAI endpoint takes
-    them (`extra_body.google` or `google`), and the service tier."""
-    fields: JSON = {}
-    config: JSON = {}
-    extra = body.object("extra_body")
-    google = (extra and extra.object("google")) or body.object("google")
-    if google is not None:
-        fields.update(google_keys(google, cachedContent=str, safetySettings=list))
-        thinking = google.object("thinking_config") or google.object("thinkingConfig")
-        if thinking is not None:
-            config = google_keys(
-                thinking, thinkingBudget=int, thinkingLevel=str, includeThoughts=bool
-            )
-            if "thinkingLevel" in config:
-                config["thinkingLevel"] = config["thinkingLevel"].upper()
+    """(fields of the request, a thinkingConfig): Google's own settings in `extra_body.google` or
+    `google` (https://ai.google.dev/gemini-api/docs/openai), and the service tier."""
+    google = body.object_or_empty("extra_body").object("google") or body.object_or_empty("google")
+    fields = google_settings(google, cachedContent=str, safetySettings=list)
+    thinking = google.object("thinking_config") or google.object_or_empty("thinkingConfig")
+    config = google_settings(thinking, thinkingBudget=int, thinkingLevel=str, includeThoughts=bool)
+    if "thinkingLevel" in config:
+        config["thinkingLevel"] = config["thinkingLevel"].upper()
     tier = body.get("service_tier", str)
     if tier in ("flex", "priority"):
         fields["serviceTier"] = tier
@@ -3154,46 +3122,45 @@ def openai_google(body: Fields) -> tuple[JSON, JSON]:
     return fields, config
 
 
-def google_keys(fields: Fields, **kinds: type) -> JSON:
-    """Settings of Google's by their names in camelCase, which clients may also write in snake_case."""
-    found = {}
+def google_settings(fields: Fields, **kinds: type) -> JSON:
+    """Settings by their names in camelCase; clients may write these in snake_case too."""
+    settings = {}
     for key, kind in kinds.items():
-        values = [
-            fields.get(name, kind)
-            for name in (re.sub("[A-Z]", lambda big: "_" + big[0].lower(), key), key)
-        ]
-        found.update({key: value for value in values if value is not None and value != ""})
-    return found
+        for name in (re.sub("([A-Z])", r"_\1", key).lower(), key):
+            value = fields.get(name, kind)
+            if value not in (None, ""):
+                settings[key] = value
+    return settings
 
 
-# ---- chat: the answer ----
+# ---- the answer ----
 
 OPENAI_FINISH = {"length": "length", "filter": "content_filter"}  # else "stop", or "tool_calls"
 
 
 def openai_finish(end: End, legacy: bool = False) -> str:
-    return OPENAI_FINISH.get(end.finish) or (
-        ("function_call" if legacy else "tool_calls") if end.calls else "stop"
-    )
+    if end.finish in OPENAI_FINISH:
+        return OPENAI_FINISH[end.finish]
+    if end.calls and legacy:
+        return "function_call"
+    return "tool_calls" if end.calls else "stop"
 
 
 def openai_usage(usage: Usage) -> JSON:
+    output = {"reasoning_tokens": usage.thoughts, "audio_tokens": usage.audio_output}
+    prediction = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
     return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.output,
         "total_tokens": usage.prompt + usage.output,
         "prompt_tokens_details": {"cached_tokens": usage.cached, "audio_tokens": usage.audio_input},
-        "completion_tokens_details": {
-            "reasoning_tokens": usage.thoughts,
-            "audio_tokens": usage.audio_output,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
-        },
+        "completion_tokens_details": {**output, **prediction},
     }
 
 
 def openai_call(call: ToolCall, chat: Chat) -> JSON:
-    """A call as OpenAI writes it, with its signature in Google's field for clients that keep what they do not know."""
+    """A tool call. Its signature stands in Google's field, for clients that send back all they get:
+    https://ai.google.dev/gemini-api/docs/thought-signatures"""
     if call.name in chat.tools.custom:
         custom = {"name": call.name, "input": custom_input(call)}
         entry = {"id": call.id, "type": "custom", "custom": custom}
@@ -3206,94 +3173,84 @@ def openai_call(call: ToolCall, chat: Chat) -> JSON:
 
 
 def openai_annotation(citation: Citation) -> JSON:
-    return {
-        "type": "url_citation",
-        "url_citation": {
-            "start_index": citation.start,
-            "end_index": citation.end,
-            "url": citation.url,
-            "title": citation.title,
-        },
-    }
+    start, end, url, title = citation
+    fields = {"start_index": start, "end_index": end, "url": url, "title": title}
+    return {"type": "url_citation", "url_citation": fields}
 
 
 def openai_image(media: Media, index: int) -> JSON:
-    """A picture, as OpenRouter and LiteLLM tell it; OpenAI has no form for one in a chat."""
-    return {
-        "type": "image_url",
-        "image_url": {"url": f"data:{media.mime};base64,{media.data}"},
-        "index": index,
-    }
+    """An image in the form of OpenRouter and LiteLLM; OpenAI has none for images in a chat."""
+    url = f"data:{media.mime};base64,{media.data}"
+    return {"type": "image_url", "image_url": {"url": url}, "index": index}
 
 
 def openai_base(exchange: Exchange, prefix: str, kind: str) -> JSON:
-    """What completions and their chunks begin with. The fingerprint is a real Ollama's, by which clients know it."""
-    base = {
-        "id": exchange.new_id(prefix),
-        "object": kind,
-        "created": int(exchange.created),
-        "model": exchange.model,
-    }
-    return {**base, "system_fingerprint": "fp_ollama"} if exchange.context.ollama else base
+    """The first fields of completions and chunks. Clients know an Ollama by its fingerprint."""
+    created = int(exchange.created)
+    base = {"id": exchange.new_id(prefix), "object": kind, "created": created}
+    base["model"] = exchange.model
+    if exchange.context.ollama:
+        base["system_fingerprint"] = "fp_ollama"
+    return base
 
 
 def openai_chat_response(exchange: Exchange, answers: Answers) -> JSON:
     choices = [openai_choice(i, whole(events), exchange) for i, events in enumerate(answers)]
-    return {
-        **openai_base(exchange, "chatcmpl-", "chat.completion"),
-        "choices": choices,
-        "usage": openai_usage(exchange.usage),
-    }
+    base = openai_base(exchange, "chatcmpl-", "chat.completion")
+    return {**base, "choices": choices, "usage": openai_usage(exchange.usage)}
 
 
 def thoughts_key(context: Context) -> str:
-    """Where thoughts go: https://api-docs.deepseek.com/guides/reasoning_model; Ollama has its own key."""
+    """The field of thoughts: https://api-docs.deepseek.com/guides/reasoning_model, or Ollama's."""
     return "reasoning" if context.ollama else "reasoning_content"
 
 
 def openai_choice(index: int, answer: Answer, exchange: Exchange) -> JSON:
     """One answer as a choice of a whole completion."""
-    text, calls, end = answer.text, answer.calls, answer.end
+    assert exchange.chat is not None
+    end, legacy = answer.end, exchange.options.legacy
+    calls = [openai_call(call, exchange.chat) for call in answer.calls]
     audio = answer.media("audio/")
     images = [media for media in answer.media("") if media not in audio]
-    legacy = exchange.options.legacy
-    message: JSON = {
-        "role": "assistant",
-        "content": text or (None if calls or audio else ""),
-        "refusal": None,
-        "annotations": [openai_annotation(citation) for citation in end.citations],
-    }
+    message: JSON = {"role": "assistant", "content": answer.text, "refusal": None}
+    if not answer.text and (calls or audio):
+        message["content"] = None
+    message["annotations"] = [openai_annotation(citation) for citation in end.citations]
     if answer.thoughts:
         message[thoughts_key(exchange.context)] = answer.thoughts
-    entries = [openai_call(call, exchange.chat) for call in calls]
-    if entries and legacy:
-        message["function_call"] = entries[0]["function"]
-    elif entries:
-        message["tool_calls"] = entries
+    if calls and legacy:
+        message["function_call"] = calls[0]["function"]
+    elif calls:
+        message["tool_calls"] = calls
     if images:
         message["images"] = [openai_image(image, i) for i, image in enumerate(images)]
     if audio:
-        message["audio"] = openai_audio(audio, exchange, text)
-    return {
-        "index": index,
-        "message": message,
-        "logprobs": None,
-        "finish_reason": openai_finish(end, legacy),
-        **native_finish(end),
-    }
+        message["audio"] = openai_audio(audio, exchange, answer.text)
+    choice = {"index": index, "message": message, "logprobs": None}
+    return {**choice, "finish_reason": openai_finish(end, legacy), **native_finish(end)}
+
+
+def openai_audio(audio: list[Media], exchange: Exchange, transcript: str) -> JSON:
+    data = audio_bytes(audio)
+    if exchange.options.wav:
+        data = wav_file(data, audio_rate(audio[0].mime))
+    text, expires_at = base64.b64encode(data).decode(), int(exchange.created) + 3600
+    audio_id = exchange.new_id("audio_")
+    return {"id": audio_id, "data": text, "expires_at": expires_at, "transcript": transcript}
 
 
 def audio_bytes(audio: list[Media]) -> bytes:
-    """The samples of Gemini's speech: 16 bits, little-endian, mono (whatever "audio/L16" says)."""
-    if not all(is_base64(piece.data) for piece in audio):
+    """The samples of Gemini's speech: 16 bits, little-endian, mono, whatever "audio/L16" means
+    (https://ai.google.dev/gemini-api/docs/speech-generation)."""
+    if not all(is_base64(media.data) for media in audio):
         raise invalid_answer("sound that is not base64")
-    return b"".join(decode_base64(piece.data) for piece in audio)
+    return b"".join(decode_base64(media.data) for media in audio)
 
 
 def audio_rate(mime: str) -> int:
     """Samples a second."""
-    told = re.search(r"rate=([1-9]\d{3,5})\b", mime)
-    return int(told.group(1)) if told else 24000
+    match = re.search(r"rate=([1-9]\d{3,5})\b", mime)
+    return int(match.group(1)) if match else 24000
 
 
 def wav_file(samples: bytes, rate: int) -> bytes:
@@ -3304,63 +3261,57 @@ def wav_file(samples: bytes, rate: int) -> bytes:
     return out.getvalue()
 
 
-def openai_audio(audio: list[Media], exchange: Exchange, transcript: str) -> JSON:
-    data = audio_bytes(audio)
-    if exchange.options.wav:
-        data = wav_file(data, audio_rate(audio[0].mime))
-    return {
-        "id": exchange.new_id("audio_"),
-        "data": base64.b64encode(data).decode(),
-        "expires_at": int(exchange.created) + 3600,
-        "transcript": transcript,
-    }
-
-
 def openai_chat_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
-    """Chunks, choice after choice; nothing before Gemini's first word."""
+    """Chunks, choice after choice; nothing before Gemini's first event."""
+    options: ChatOptions = exchange.options
     base = openai_base(exchange, "chatcmpl-", "chat.completion.chunk")
-    more = {"usage": None} if exchange.options.usage else {}
+    more = {"usage": None} if options.usage else {}
     for index, events in enumerate(answers):
-        for delta, finish, native in openai_deltas(events, exchange):
-            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
-            yield {**base, "choices": [{**choice, **native}], **more}
-    if exchange.options.usage:
+        for delta, end in openai_deltas(events, exchange):
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            if end:
+                finish = openai_finish(end, options.legacy)
+                choice.update(finish_reason=finish, **native_finish(end))
+            yield {**base, "choices": [choice], **more}
+    if options.usage:
         yield {**base, "choices": [], "usage": openai_usage(exchange.usage)}
 
 
-def openai_deltas(
-    events: Iterable[Event], exchange: Exchange
-) -> Iterator[tuple[JSON, str | None, JSON]]:
-    """(delta, finish_reason, more of the choice) for each event of one answer; the role comes first, and once."""
-    more: JSON = {}
+def openai_deltas(events: Iterable[Event], exchange: Exchange) -> Iterator[tuple[JSON, End | None]]:
+    """(delta, the End beside the last one) for the events of one answer.
+
+    OpenAI's libraries add them up: a role or an id comes once, and annotations in one delta.
+    """
+    assert exchange.chat is not None
     thoughts, legacy = thoughts_key(exchange.context), exchange.options.legacy
-    calls = images = audio = count = 0
-    for event in events:
-        if not count:
+    calls = images = audio = 0
+    for i, event in enumerate(events):
+        if i == 0:
             content = None if isinstance(event, ToolCall) else ""
-            yield {"role": "assistant", "content": content}, None, more
-        count += 1
+            yield {"role": "assistant", "content": content}, None
         if isinstance(event, Text):
-            yield {thoughts if event.thought else "content": event.text}, None, more
+            yield {thoughts if event.thought else "content": event.text}, None
         elif isinstance(event, ToolCall):
             entry = openai_call(event, exchange.chat)
             if not legacy:
-                yield {"tool_calls": [{"index": calls, **entry}]}, None, more
+                yield {"tool_calls": [{"index": calls, **entry}]}, None
             elif not calls:
-                yield {"function_call": entry["function"]}, None, more
+                yield {"function_call": entry["function"]}, None
             calls += 1
         elif isinstance(event, End):
             if audio:
-                yield {"audio": {"expires_at": int(exchange.created) + 3600}}, None, more
+                yield {"audio": {"expires_at": int(exchange.created) + 3600}}, None
             if event.citations:
-                yield {"annotations": [openai_annotation(c) for c in event.citations]}, None, more
-            yield {}, openai_finish(event, legacy), native_finish(event)
+                yield {"annotations": [openai_annotation(c) for c in event.citations]}, None
+            yield {}, event
         elif event.mime.startswith("audio/"):
-            id = {} if audio else {"id": exchange.new_id("audio_")}
-            yield {"audio": {"data": event.data, **id}}, None, more
+            delta = {"data": event.data}
+            if not audio:
+                delta["id"] = exchange.new_id("audio_")
+            yield {"audio": delta}, None
             audio += 1
         else:
-            yield {"images": [openai_image(event, images)]}, None, more
+            yield {"images": [openai_image(event, images)]}, None
             images += 1
 
 
@@ -3375,68 +3326,67 @@ def openai_embeddings_request(body: Fields, context: Context) -> Plan:
     """Embeddings: https://platform.openai.com/docs/api-reference/embeddings/create"""
     model_name = body.require("model", str)
     model = model_named(model_name, context)
-    texts = openai_inputs(body)
-    form = body.choice("encoding_format", "float", "base64")
-    dimensions = body.number("dimensions", 1, 2**31 - 1, int)
-    return Plan(
-        embed_calls(model, texts, dimensions),
-        False,
-        EmbedOptions(len(texts), form == "base64"),
-        model_name,
-    )
-
-
-def openai_inputs(body: Fields) -> list[str]:
-    """The texts to embed. OpenAI's token numbers mean nothing to Gemini."""
-    value = body.require("input", str, list)
-    texts = [value] if type(value) is str else value
-    if not texts:
-        raise wrong_value(
-            "input", "Invalid 'input': empty array. Expected an array with minimum length 1."
-        )
+    body.require("input", str, list)
+    texts = openai_texts(body, "input", "embedded", LANGCHAIN_HINT)
     for i, text in enumerate(texts):
-        path = "input" if type(value) is str else f"input[{i}]"
-        if type(text) is int or (type(text) is list and all(type(token) is int for token in text)):
-            raise wrong_value(
-                "input",
-                "Invalid 'input': arrays of tokens cannot be embedded here, since the numbers "
-                "are OpenAI's; send strings (LangChain: check_embedding_ctx_length=False).",
-            )
-        if type(text) is not str:
-            raise wrong_type(path, (str,), text)
         if not text:
+            path = f"input[{i}]" if isinstance(body.data["input"], list) else "input"
             raise wrong_value(path, f"Invalid '{path}': input cannot be an empty string.")
-    return texts
+    form = body.choice("encoding_format", "float", "base64")
+    calls = embed_calls(model, texts, body.number("dimensions", 1, 2**31 - 1, int))
+    return Plan(calls, False, EmbedOptions(len(texts), form == "base64"), model_name)
+
+
+LANGCHAIN_HINT = " (LangChain: check_embedding_ctx_length=False)"
+
+
+def openai_texts(body: Fields, key: str, participle: str, hint: str = "") -> list[str]:
+    """The texts under this key, one or several. OpenAI's token numbers mean nothing to Gemini."""
+    items = body.get(key, str, list)
+    if items == []:
+        raise wrong_value(key, f"Invalid '{key}': {EMPTY_ARRAY}.")
+    if isinstance(items, list) and any(map(is_tokens, items)):
+        reason = f"cannot be {participle} here, since the numbers are OpenAI's; send strings{hint}"
+        raise wrong_value(key, f"Invalid '{key}': arrays of tokens {reason}.")
+    return body.strings(key)
+
+
+def is_tokens(item: Any) -> bool:
+    """Whether this is a token's number, or a list of them."""
+    return type(item) is int or type(item) is list and all(type(token) is int for token in item)
+
+
+def openai_embeddings_response(exchange: Exchange, answers: Answers) -> JSON:
+    vectors: list[Any] = read_vectors(answers, exchange)
+    if exchange.options.base64:
+        vectors = [packed(vector) for vector in vectors]
+    data = [
+        {"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)
+    ]
+    tokens = exchange.usage.prompt
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": exchange.model, "usage": usage}
 
 
 def packed(vector: list[float]) -> str:
-    """A vector as base64 of little-endian 32-bit floats, which OpenAI's libraries ask for by default."""
+    """Base64 of little-endian 32-bit floats: OpenAI's libraries ask for it unless told otherwise."""
     floats = array.array("f", vector)
     if sys.byteorder == "big":
         floats.byteswap()
     return base64.b64encode(floats.tobytes()).decode()
 
 
-def openai_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    vectors = read_vectors(answers, exchange)
-    tokens = exchange.usage.prompt
-    data = [
-        {
-            "object": "embedding",
-            "index": i,
-            "embedding": packed(vector) if exchange.options.base64 else vector,
-        }
-        for i, vector in enumerate(vectors)
-    ]
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return {"object": "list", "data": data, "model": exchange.model, "usage": usage}
-
-
 # ---- legacy completions ----
+
+COMPLETION_INSTRUCTION = (
+    "You are a text completion engine. Go on from the exact point where the user's text ends, or, "
+    "if it is an instruction or a question, with what it asks for. Do not repeat the text, and add "
+    "nothing about it."
+)
 
 
 class CompletionOptions(NamedTuple):
-    """What a completion's reply has to mind."""
+    """What the answer to a completion depends on."""
 
     echoes: tuple[str, ...]  # for each choice what stands before its text
     usage: bool = False  # a last chunk with the token counts
@@ -3445,15 +3395,12 @@ class CompletionOptions(NamedTuple):
 def openai_completions_request(body: Fields, context: Context) -> Plan:
     """Legacy completions: https://platform.openai.com/docs/api-reference/completions/create"""
     model_name = body.require("model", str)
-    prompts = openai_prompts(body)
+    prompts = openai_texts(body, "prompt", "completed") or [""]
     n = body.number("n", 1, MAX_CHOICES, int) or 1
     best = body.number("best_of", 0, 20, int)
     if len(prompts) * n > MAX_CHOICES:
-        raise wrong_value(
-            "prompt",
-            f"Invalid value for 'prompt': {len(prompts)} prompts with {n} choices each are "
-            f"more than {MAX_CHOICES} choices.",
-        )
+        count = f"{len(prompts)} prompts with {n} choices each are more than {MAX_CHOICES} choices"
+        raise wrong_value("prompt", f"Invalid value for 'prompt': {count}.")
     if best and best > n:
         body.ignore("best_of")  # there are no probabilities to choose by
     chat = openai_completion_chat(body, model_name, context)
@@ -3465,115 +3412,79 @@ def openai_completions_request(body: Fields, context: Context) -> Plan:
             system, text = gap_instruction(""), gap_prompt(prompt, suffix)
         one = chat._replace(system=[text_part(system)], contents=[user_turn(text_part(text))])
         calls += [chat_call(one, body)] * n
-    echoes = [prompt for prompt in prompts for _ in range(n)]
-    if not body.get("echo", bool):
-        echoes = [""] * len(echoes)
+    echoes = [""] * len(calls)
+    if body.get("echo", bool):
+        echoes = [prompt for prompt in prompts for _ in range(n)]
     options = CompletionOptions(tuple(echoes), openai_counts_tokens(body))
     return Plan(tuple(calls), chat.stream, options, model_name, chat=chat)
 
 
-def openai_prompts(body: Fields) -> list[str]:
-    """The texts to go on from; none is an empty one. OpenAI's token numbers mean nothing to Gemini."""
-    value = body.get("prompt", str, list)
-    if value is None or type(value) is str:
-        return [value or ""]
-    if not value:
-        raise wrong_value(
-            "prompt", "Invalid 'prompt': empty array. Expected an array with minimum length 1."
-        )
-    if any(type(prompt) in (int, list) for prompt in value):
-        raise wrong_value(
-            "prompt",
-            "Invalid 'prompt': arrays of tokens cannot be completed here, since the numbers "
-            "are OpenAI's; send strings.",
-        )
-    return body.strings("prompt")
-
-
 def openai_completion_chat(body: Fields, model_name: str, context: Context) -> Chat:
-    """All of a completion but its prompt. A limit is meant for the text alone: with one, a model
-    thinks as little as it can."""
+    """All of a completion but its prompt. A limit is for the text alone: with one, a model thinks
+    as little as it can."""
     model = model_named(model_name, context)
-    sampling, _ = openai_chat_sampling(body, model, context)
+    sampling, _ = openai_chat_sampling(body, model, context, LIMIT_KEYS)
     effort = openai_effort(body)
     thinking = Thinking(effort, field="reasoning_effort")
     if effort is None and sampling.get("maxOutputTokens"):
         thinking = Thinking("none")
-    return Chat(
-        model,
-        [],
-        [],
-        thinking=thinking,
-        sampling=sampling,
-        recipe=recipe_named(model_name, context),
-        stream=bool(body.get("stream", bool)),
-    )
-
-
-COMPLETION_INSTRUCTION = (
-    "You are a text completion engine. Go on from the exact point where the user's text ends, or, if it is an "
-    "instruction or a question, with what it asks for. Do not repeat the text, and add nothing about it."
-)
-
-
-def openai_pieces(exchange: Exchange, answers: Answers) -> Iterator[tuple[int, str, End | None]]:
-    """(index of the choice, text, the End) for each piece of a completion; a choice's last piece has its End."""
-    for (index, before), events in zip(enumerate(exchange.options.echoes), answers):
-        for event in events:
-            if isinstance(event, End):
-                yield index, before, event
-                continue
-            text = ""
-            if isinstance(event, Media):
-                text = media_note(event)
-            elif isinstance(event, Text) and not event.thought:
-                text = event.text
-            if text:
-                yield index, before + text, None
-                before = ""
+    recipe, stream = recipe_named(model_name, context), bool(body.get("stream", bool))
+    return Chat(model, [], [], thinking=thinking, sampling=sampling, recipe=recipe, stream=stream)
 
 
 def openai_text_choice(index: int, text: str, end: End | None) -> JSON:
-    finish = OPENAI_FINISH.get(end.finish, "stop") if end else None
-    return {
-        "text": text,
-        "index": index,
-        "logprobs": None,
-        "finish_reason": finish,
-        **(native_finish(end) if end else {}),
-    }
+    choice = {"text": text, "index": index, "logprobs": None, "finish_reason": None}
+    if end:
+        choice.update(finish_reason=OPENAI_FINISH.get(end.finish, "stop"), **native_finish(end))
+    return choice
+
+
+def completion_text(event: Event) -> str:
+    """What an event adds to a completion's text."""
+    if isinstance(event, Media):
+        return media_note(event)
+    return event.text if isinstance(event, Text) and not event.thought else ""
 
 
 def openai_completions_response(exchange: Exchange, answers: Answers) -> JSON:
     choices: list[JSON] = []
-    texts: list[str] = []
-    for index, piece, end in openai_pieces(exchange, answers):
-        texts.append(piece)
-        if end:
-            choices.append(openai_text_choice(index, "".join(texts), end))
-            texts = []
-    return {
-        **openai_base(exchange, "cmpl-", "text_completion"),
-        "choices": choices,
-        "usage": openai_usage(exchange.usage),
-    }
+    for index, events in enumerate(answers):
+        answer = whole(events)
+        text = exchange.options.echoes[index] + "".join(map(completion_text, answer.events))
+        choices.append(openai_text_choice(index, text, answer.end))
+    base = openai_base(exchange, "cmpl-", "text_completion")
+    return {**base, "choices": choices, "usage": openai_usage(exchange.usage)}
 
 
-def openai_completions_stream(
-    exchange: Exchange, answers: Iterator[Iterator[JSON]]
-) -> Iterator[JSON]:
+def openai_completions_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
     """Chunks, choice after choice, in the form of whole completions."""
-    base, more = (
-        openai_base(exchange, "cmpl-", "text_completion"),
-        {"usage": None} if exchange.options.usage else {},
-    )
-    for index, text, end in openai_pieces(exchange, answers):
-        yield {**base, "choices": [openai_text_choice(index, text, end)], **more}
-    if exchange.options.usage:
+    options: CompletionOptions = exchange.options
+    base = openai_base(exchange, "cmpl-", "text_completion")
+    more = {"usage": None} if options.usage else {}
+    for index, events in enumerate(answers):
+        before = options.echoes[index]
+        for event in events:
+            end = event if isinstance(event, End) else None
+            text = completion_text(event)
+            if text or end:
+                choice = openai_text_choice(index, before + text, end)
+                yield {**base, "choices": [choice], **more}
+                before = ""
+    if options.usage:
         yield {**base, "choices": [], "usage": openai_usage(exchange.usage)}
 
 
 # ---- what the media endpoints share ----
+
+
+class MediaOptions(NamedTuple):
+    """What an answer of a media endpoint depends on."""
+
+    url: bool = False  # images in data URLs; else in bare base64
+    pcm: bool = False  # speech in bare samples; else in WAV, all that the library can make
+    events: bool = False  # speech in server-sent events; else in bytes
+    form: str = "json"  # of a transcript
+    task: str = "transcribe"  # or "translate"
 
 
 def media_answer(events: Iterable[Event], kind: str) -> Answer:
@@ -3595,43 +3506,24 @@ def no_media_error(what: str, end: End, text: str = "") -> ProxyError:
 
 def openai_nonblank(body: Fields, key: str) -> str:
     """A text that must say something."""
-    text = body.require(key, str)
+    text: str = body.require(key, str)
     if not text.strip():
-        raise wrong_value(body.path_of(key), f"Invalid '{body.path_of(key)}': empty string.")
+        raise wrong_value(key, f"Invalid '{key}': empty string.")
     return text
 
 
 def openai_media_usage(usage: Usage, **details: JSON) -> JSON:
-    return {
-        "input_tokens": usage.prompt,
-        **details,
-        "output_tokens": usage.output,
-        "total_tokens": usage.prompt + usage.output,
-    }
+    total = usage.prompt + usage.output
+    output = {"output_tokens": usage.output, "total_tokens": total}
+    return {"input_tokens": usage.prompt, **details, **output}
 
 
 # ---- images ----
 
-RATIOS = (
-    "1:1",
-    "2:3",
-    "3:2",
-    "3:4",
-    "4:3",
-    "4:5",
-    "5:4",
-    "9:16",
-    "16:9",
-    "21:9",
-)  # those that all models take
+# Those that all models take: https://ai.google.dev/gemini-api/docs/image-generation
+RATIOS = ("1:1", "2:3", "3:2", "3:4", "4:3", "4:5", "5:4", "9:16", "16:9", "21:9")
 IMAGE_TYPES = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 IMAGE_FORMATS = (*IMAGE_TYPES.values(), "gif", "svg")
-
-
-class ImageOptions(NamedTuple):
-    """What the reply with pictures has to mind."""
-
-    url: bool = False  # in data URLs
 
 
 def openai_images_request(body: Fields, context: Context) -> Plan:
@@ -3648,12 +3540,12 @@ def openai_images_request(body: Fields, context: Context) -> Plan:
     if stream and form == "url":
         body.ignore("response_format")  # events have no field for one
     by_default = form is None and (model_name or "").startswith("dall-e")
-    options = ImageOptions(form == "url" or by_default)
+    options = MediaOptions(form == "url" or by_default)
     return Plan((call,) * n, stream, options, model_name or model.name)
 
 
 def openai_image_config(body: Fields, model: Model) -> JSON:
-    """The imageConfig for `size`: the nearest of Gemini's ratios, and more pixels where the model can."""
+    """The imageConfig for `size`: the nearest ratio, and more pixels where the model can."""
     size = (body.get("size", str) or "auto").lower()
     match = re.fullmatch(r"([1-9]\d{1,4})\s*x\s*([1-9]\d{1,4})", size)
     if size == "auto":
@@ -3662,8 +3554,8 @@ def openai_image_config(body: Fields, model: Model) -> JSON:
         message = f"Invalid value for 'size': {size[:80]!r}. Expected 'auto' or WIDTHxHEIGHT."
         raise wrong_value("size", message)
     width, height = map(int, match.groups())
-    ratio = min(RATIOS, key=lambda ratio: abs(math.log(width / height) - math.log(ratio_of(ratio))))
-    config = {"aspectRatio": ratio}
+    target = math.log(width / height)
+    config = {"aspectRatio": min(RATIOS, key=lambda ratio: abs(target - math.log(ratio_of(ratio))))}
     side = math.sqrt(width * height)
     if side > 2900 and model.large_images:
         config["imageSize"] = "4K"
@@ -3678,7 +3570,7 @@ def ratio_of(words: str) -> float:
 
 
 def openai_image_results(answers: Answers) -> Iterator[tuple[Media, Usage]]:
-    """(an image, the tokens of its call) for each; a 400 with Gemini's words where there is none at all."""
+    """(an image, the tokens of its call) for each; a 400 in Gemini's words where there is none."""
     refusal: ProxyError | None = None
     count = 0
     for events in answers:
@@ -3694,9 +3586,8 @@ def openai_image_results(answers: Answers) -> Iterator[tuple[Media, Usage]]:
 
 
 def openai_image_usage(usage: Usage) -> JSON:
-    return openai_media_usage(
-        usage, input_tokens_details={"text_tokens": usage.prompt, "image_tokens": 0}
-    )
+    details = {"text_tokens": usage.prompt, "image_tokens": 0}
+    return openai_media_usage(usage, input_tokens_details=details)
 
 
 def openai_images_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -3719,9 +3610,7 @@ def openai_images_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]
             "type": "image_generation.completed",
             "b64_json": image.data,
             "created_at": int(exchange.created),
-            "size": "auto",
-            "quality": "auto",
-            "background": "auto",
+            **dict.fromkeys(("size", "quality", "background"), "auto"),
             "output_format": IMAGE_TYPES.get(image.mime, image.mime),
             "usage": openai_image_usage(usage),
         }
@@ -3735,14 +3624,7 @@ def openai_images_failure(exchange: Exchange, error: ProxyError) -> list[JSON]:
 # ---- speech ----
 
 
-class SpeechOptions(NamedTuple):
-    """What the reply with sound has to mind."""
-
-    pcm: bool = False  # bare samples; else a WAV file, the only one that the library can make
-    events: bool = False  # in server-sent events; else as it is
-
-
-# Bare samples as they come. There is no word for an error among them, so a failure breaks the answer off.
+# Bare samples as they come. No error can stand among them, so a failure breaks the answer off.
 PCM = Framing("audio/pcm", itemgetter("audio"), keep_alive=b"", carries_errors=False)
 
 
@@ -3751,18 +3633,18 @@ def openai_speech_request(body: Fields, context: Context) -> Plan:
     model_name = body.require("model", str)
     model = media_model(model_name, "speech", context)
     text, manner = openai_nonblank(body, "input"), body.get("instructions", str)
-    kind = body.choice("response_format", "mp3", "opus", "aac", "flac", "wav", "pcm") or "mp3"
-    events, pcm = body.choice("stream_format", "audio", "sse") == "sse", kind == "pcm"
-    if kind not in ("pcm", "wav"):
+    form = body.choice("response_format", "mp3", "opus", "aac", "flac", "wav", "pcm") or "mp3"
+    events, pcm = body.choice("stream_format", "audio", "sse") == "sse", form == "pcm"
+    if form not in ("pcm", "wav"):
         body.ignore("response_format")
-    # A bare text is sometimes answered in place of being spoken; the older models say all at once.
+    # A bare text is sometimes answered in place of being spoken.
     prompt = f"{manner}\n\nSay: {text}" if manner else f"Say: {text}"
-    piecemeal = model.streams_speech and (pcm or events)
-    call = generate_call(
-        model, piecemeal, [], [user_turn(text_part(prompt))], speech_config(body, "voice")
-    )
+    streaming = model.streams_speech and (pcm or events)
+    config = speech_config(body, "voice")
+    call = generate_call(model, streaming, [], [user_turn(text_part(prompt))], config)
+    framing = SSE if events else PCM
     return Plan(
-        (call,), events or piecemeal, SpeechOptions(pcm, events), model_name, SSE if events else PCM
+        (call,), events or streaming, MediaOptions(pcm=pcm, events=events), model_name, framing
     )
 
 
@@ -3779,14 +3661,15 @@ def openai_speech_response(exchange: Exchange, answers: Answers) -> Payload:
 
 def openai_speech_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
     """Audio as it comes: events, or the bytes themselves under "audio"."""
-    options = exchange.options
+    options: MediaOptions = exchange.options
     texts: list[str] = []
     begun = False
     for event in next(answers):
         if isinstance(event, Media) and event.mime.startswith("audio/"):
             data = audio_bytes([event])
-            if not begun and not options.pcm:
-                data = endless_wav(audio_rate(event.mime)) + data
+            if not begun and not options.pcm:  # players take no length for an unknown one
+                head = wav_file(b"", audio_rate(event.mime))
+                data = head[:4] + b"\xff" * 4 + head[8:40] + b"\xff" * 4 + data
             begun = True
             if options.events:
                 yield {"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()}
@@ -3800,58 +3683,41 @@ def openai_speech_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]
         yield {"type": "speech.audio.done", "usage": openai_media_usage(exchange.usage)}
 
 
-def endless_wav(rate: int) -> bytes:
-    """The head of a WAV file whose length is not known yet, which players take for as long as it goes on."""
-    head = wav_file(b"", rate)
-    return head[:4] + b"\xff" * 4 + head[8:40] + b"\xff" * 4
-
-
 # ---- transcriptions and translations ----
 
 TRANSCRIPT_FORMS = ("json", "text", "srt", "verbose_json", "vtt", "diarized_json")
 TIMED_FORMS = TRANSCRIPT_FORMS[2:]
 TASKS = {
-    "transcribe": "Write down what is said in this recording, word for word, in the language that is spoken.",
-    "translate": "Write down in English what is said in this recording, whatever language is spoken.",
+    "transcribe": "Write down what is said in this recording, word for word, in the language that "
+    "is spoken.",
+    "translate": "Write down in English what is said in this recording, whatever language is "
+    "spoken.",
 }
+LANGUAGE_WORDS = "the language that is spoken, in English and lower case"
+SPEAKER_WORDS = "A for the first speaker, B for the second, and so on"
 TIME = {"type": "string", "description": "HH:MM:SS.mmm from the beginning of the recording"}
+SEGMENT_SCHEMA = {
+    "type": "object",
+    "required": ["start", "end", "speaker", "text"],
+    "properties": {
+        "start": TIME,
+        "end": TIME,
+        "text": {"type": "string", "description": "a sentence, or a part of one"},
+        "speaker": {"type": "string", "description": SPEAKER_WORDS},
+    },
+}
 TIMED_SCHEMA = {
     "type": "object",
     "required": ["language", "segments"],
     "properties": {
-        "language": {
-            "type": "string",
-            "description": "the language that is spoken, in English and lower case",
-        },
-        "segments": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["start", "end", "speaker", "text"],
-                "properties": {
-                    "start": TIME,
-                    "end": TIME,
-                    "text": {"type": "string", "description": "a sentence, or a part of one"},
-                    "speaker": {
-                        "type": "string",
-                        "description": "A for the first speaker, B for the second, and so on",
-                    },
-                },
-            },
-        },
+        "language": {"type": "string", "description": LANGUAGE_WORDS},
+        "segments": {"type": "array", "items": SEGMENT_SCHEMA},
     },
 }
 
 
-class TranscriptOptions(NamedTuple):
-    """What the reply with a transcript has to mind."""
-
-    form: str = "json"
-    task: str = "transcribe"
-
-
 class Segment(NamedTuple):
-    """A piece of a transcript, with its time in seconds."""
+    """A piece of a transcript; its times are in seconds from the beginning."""
 
     start: float
     end: float
@@ -3869,9 +3735,7 @@ def openai_translations_request(body: Fields, context: Context) -> Plan:
     return openai_transcript_plan(body, context, "translate", TRANSCRIPT_FORMS[:5])
 
 
-def openai_transcript_plan(
-    body: Fields, context: Context, task: str, forms: tuple[str, ...]
-) -> Plan:
+def openai_transcript_plan(body: Fields, context: Context, task: str, forms: Iterable[str]) -> Plan:
     model_name = body.require("model", str)
     model = media_model(model_name, "transcript", context)
     recording = openai_recording(body)
@@ -3894,25 +3758,23 @@ def openai_transcript_plan(
         stream=stream and not timed,
     )
     call = chat_call(chat, body)
-    return Plan((call,), chat.stream, TranscriptOptions(form, task), model_name)
+    return Plan((call,), chat.stream, MediaOptions(form=form, task=task), model_name)
 
 
 def openai_recording(body: Fields) -> Part:
     """The uploaded file, by what it is rather than by what it is called."""
-    upload = body.require("file", Upload)
+    upload: Upload = body.require("file", Upload)
     if not upload.data:
         raise wrong_value("file", "Invalid 'file': the file is empty.")
     data = base64.b64encode(upload.data).decode()
-    told, named = MIME_SPELLINGS.get(upload.mime, upload.mime), extension_type(upload.name) or ""
-    mime = sniffed(data) or named or told
-    if mime.startswith("video/") and (named.startswith("audio/") or told.startswith("audio/")):
-        mime = mime.replace("video", "audio")  # browsers record sound into containers for both
+    label = MIME_SPELLINGS.get(upload.mime, upload.mime)
+    by_name = extension_type(upload.name) or ""
+    mime = sniffed(data) or by_name or label
+    if mime.startswith("video/") and any(t.startswith("audio/") for t in (label, by_name)):
+        mime = mime.replace("video", "audio")  # browsers record audio into containers for both
     if not mime.startswith(("audio/", "video/")):
-        raise wrong_value(
-            "file",
-            "Invalid file format. Supported formats: flac, m4a, mp3, mp4, mpeg, mpga, oga, ogg, "
-            "wav and webm.",
-        )
+        formats = "flac, m4a, mp3, mp4, mpeg, mpga, oga, ogg, wav and webm"
+        raise wrong_value("file", f"Invalid file format. Supported formats: {formats}.")
     return {"inlineData": {"mimeType": mime, "data": data}}
 
 
@@ -3920,107 +3782,104 @@ def openai_transcript_words(body: Fields, task: str, timed: bool) -> str:
     """What Gemini is to do with the recording."""
     languages = [*filter(None, body.strings("language") + body.strings("languages"))]
     prompt = body.get("prompt", str)
-    words = [
-        TASKS[task],
-        "Cut it into segments at pauses and at changes of the speaker."
-        if timed
-        else "Answer with these words alone: no times, no names of speakers, no remarks. Without words, with nothing.",
-    ]
+    words = [TASKS[task]]
+    if timed:
+        words.append("Cut it into segments at pauses and at changes of the speaker.")
+    else:
+        words.append(
+            "Answer with these words alone: no times, no names of speakers, no remarks. Without "
+            "words, with nothing."
+        )
     if languages:
         words.append(f"Spoken is (ISO 639): {', '.join(languages)}.")
     if prompt:
-        words.append(
-            "Spell names and words as in this text, or go on from it, but do not repeat it: "
-            + prompt
-        )
+        hint = "Spell names and words as in this text, or go on from it, but do not repeat it: "
+        words.append(hint + prompt)
     return "\n".join(words)
 
 
-def openai_transcriptions_response(exchange: Exchange, answers: Answers) -> Any:
-    """A transcript in the form that was wanted: JSON, or a Payload of plain text."""
+def openai_transcriptions_response(exchange: Exchange, answers: Answers) -> JSON | Payload:
+    """A transcript in the form that the client wants: JSON, or a Payload of plain text."""
     answer = whole(next(answers))
-    text = answer.text
     if answer.end.finish != "stop":
-        raise no_media_error("transcript", answer.end, text)
+        raise no_media_error("transcript", answer.end, answer.text)
     if exchange.options.form in TIMED_FORMS:
-        return openai_timed_transcript(exchange, text)
+        return openai_timed_transcript(exchange, answer.text)
+    text = answer.text.strip()
     if exchange.options.form == "text":
-        return Payload(text.strip().encode("utf-8", "replace") + b"\n")
-    return {"text": text.strip(), "usage": openai_transcript_usage(exchange.usage)}
+        return Payload(text.encode("utf-8", "replace") + b"\n")
+    return {"text": text, "usage": openai_transcript_usage(exchange.usage)}
 
 
-def openai_timed_transcript(exchange: Exchange, said: str) -> Any:
-    """A transcript with times, from Gemini's JSON. Probabilities, which Gemini does not tell, are left out."""
-    options, spoken = exchange.options, parsed_object(unfenced(said))
-    if spoken is None:
+def openai_timed_transcript(exchange: Exchange, text: str) -> JSON | Payload:
+    """A transcript with times, from Gemini's JSON, which has no probabilities."""
+    form, task = exchange.options.form, exchange.options.task
+    transcript = parsed_object(unfenced(text))
+    if transcript is None:
         raise invalid_answer("the transcript is no JSON")
-    segments = [read_segment(segment) for segment in expect(spoken, "segments", list)]
-    if options.form in ("srt", "vtt"):
-        return Payload(subtitles(segments, options.form).encode("utf-8", "replace"))
-    whole = {
-        "task": options.task,
+    segments = [read_segment(segment) for segment in expect(transcript, "segments", list)]
+    if form in ("srt", "vtt"):
+        return Payload(subtitles(segments, form).encode("utf-8", "replace"))
+    fields: JSON = {
+        "task": task,
         "duration": max((segment.end for segment in segments), default=0.0),
         "text": " ".join(segment.text for segment in segments),
     }
-    if options.form == "diarized_json":
-        return {
-            **whole,
-            "segments": [
-                {"type": "transcript.text.segment", "id": f"seg_{i}", **segment._asdict()}
-                for i, segment in enumerate(segments)
-            ],
-            "usage": openai_transcript_usage(exchange.usage),
-        }
-    return {
-        **whole,
-        "language": "english" if options.task == "translate" else expect(spoken, "language", str),
-        "segments": [
-            {"id": i, "start": segment.start, "end": segment.end, "text": segment.text}
+    if form == "diarized_json":
+        kind = "transcript.text.segment"
+        fields["segments"] = [
+            {"type": kind, "id": f"seg_{i}", **segment._asdict()}
             for i, segment in enumerate(segments)
-        ],
-    }
+        ]
+        return {**fields, "usage": openai_transcript_usage(exchange.usage)}
+    fields["language"] = "english"
+    if task == "transcribe":
+        fields["language"] = expect(transcript, "language", str)
+    fields["segments"] = [
+        {"id": i, "start": segment.start, "end": segment.end, "text": segment.text}
+        for i, segment in enumerate(segments)
+    ]
+    return fields
 
 
 def read_segment(segment: Any) -> Segment:
-    """One of Gemini's segments; a 502 where it has no times that make sense."""
-    if type(segment) is not dict:
+    """One of Gemini's segments; a 502 where its times make no sense."""
+    if not isinstance(segment, dict):
         raise invalid_answer("a segment of the transcript is no object")
     start, end = (read_time(expect(segment, key, str)) for key in ("start", "end"))
-    return Segment(
-        start,
-        max(start, end),
-        expect(segment, "text", str).strip(),
-        expect(segment, "speaker", str) or "A",
-    )
+    text, speaker = expect(segment, "text", str).strip(), expect(segment, "speaker", str)
+    return Segment(start, max(start, end), text, speaker or "A")
 
 
 def read_time(text: str) -> float:
     """Seconds from [[HH:]MM:]SS[.mmm]."""
-    told = re.fullmatch(
-        r"(?:(?:(\d{1,3}):)?(\d{1,4}):)?(\d{1,6}(?:[.,]\d{1,9})?)", text.strip(), re.A
-    )
-    if not told:
+    pattern = r"(?:(?:(\d{1,3}):)?(\d{1,4}):)?(\d{1,6}(?:[.,]\d{1,9})?)"
+    match = re.fullmatch(pattern, text.strip(), re.A)
+    if not match:
         raise invalid_answer(f"a time in the transcript is {text[:40]!r}")
-    hours, minutes, seconds = told.groups()
-    return round(
-        int(hours or 0) * 3600 + int(minutes or 0) * 60 + float(seconds.replace(",", ".")), 3
-    )
+    hours, minutes, seconds = match.groups("0")
+    return round(int(hours) * 3600 + int(minutes) * 60 + float(seconds.replace(",", ".")), 3)
 
 
 def subtitles(segments: list[Segment], form: str) -> str:
-    """The segments as SubRip or WebVTT, where no text may hold an empty line or an arrow."""
-    mark = "," if form == "srt" else "."
+    """The segments as SubRip or WebVTT, where no text may hold an empty line or an arrow:
+    https://www.w3.org/TR/webvtt1/"""
     blocks = []
     for i, segment in enumerate(segments, 1):
         text = " ".join(segment.text.split()).replace("-->", "->")
-        times = f"{clock(segment.start, mark)} --> {clock(segment.end, mark)}"
-        blocks.append(f"{i}\n{times}\n{text}\n" if form == "srt" else f"{times}\n{text}\n")
-    return "\n".join(blocks if form == "srt" else ["WEBVTT\n", *blocks])
+        times = f"{clock(segment.start)} --> {clock(segment.end)}"
+        if form == "srt":
+            times = f"{i}\n{times.replace('.', ',')}"
+        blocks.append(f"{times}\n{text}\n")
+    if form == "vtt":
+        blocks.insert(0, "WEBVTT\n")
+    return "\n".join(blocks)
 
 
-def clock(seconds: float, mark: str) -> str:
+def clock(seconds: float) -> str:
+    """HH:MM:SS.mmm"""
     whole, thousandths = divmod(round(seconds * 1000), 1000)
-    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}{mark}{thousandths:03}"
+    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}.{thousandths:03}"
 
 
 def openai_transcript_usage(usage: Usage) -> JSON:
@@ -4037,11 +3896,8 @@ def openai_transcriptions_stream(exchange: Exchange, answers: Answers) -> Iterat
             yield {"type": "transcript.text.delta", "delta": event.text}
         elif isinstance(event, End) and event.finish != "stop":
             raise no_media_error("transcript", event)
-    yield {
-        "type": "transcript.text.done",
-        "text": "".join(texts),
-        "usage": openai_transcript_usage(exchange.usage),
-    }
+    usage = openai_transcript_usage(exchange.usage)
+    yield {"type": "transcript.text.done", "text": "".join(texts), "usage": usage}
 
 
 # ---- models ----
@@ -4051,40 +3907,31 @@ def openai_models_request(body: Fields, context: Context) -> Plan:
     return Plan((MODELS_CALL,), model=context.params.get("model", ""))
 
 
-def openai_model_entry(id: str, context: Context) -> JSON:
-    return {
-        "id": id,
-        "object": "model",
-        "created": GEMINI_OPENED,
-        "owned_by": "library" if context.ollama else "google",
-    }
+def openai_model_entry(name: str, context: Context) -> JSON:
+    owner = "library" if context.ollama else "google"
+    return {"id": name, "object": "model", "created": GEMINI_OPENED, "owned_by": owner}
 
 
-def openai_models_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+def openai_models_response(exchange: Exchange, answers: Answers) -> JSON:
     context = exchange.context
-    names = [
-        name
-        for name in usable_models(answers, context)
-        if not context.ollama or not UNLISTED.search(name)
-    ]
-    # Codex wants a list of its own here. An entry would have to bring a system prompt in place of Codex's own.
-    codex = {"models": []} if "client_version" in context.query else {}
-    return {
-        "object": "list",
-        "data": [
-            openai_model_entry(tagged(name) if context.ollama else name, context) for name in names
-        ],
-        **codex,
-    }
+    names = list(usable_models(answers, context))
+    if context.ollama:
+        names = [tagged(name) for name in names if not UNLISTED.search(name)]
+    models = {"object": "list", "data": [openai_model_entry(name, context) for name in names]}
+    if "client_version" in context.query:
+        # Codex needs a list of its own (openai/codex#35758). An entry would have to bring a system
+        # prompt in place of Codex's own.
+        models["models"] = []
+    return models
 
 
-def openai_model_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    model_name, context = exchange.model, exchange.context
-    if model_named(model_name, context).name not in usable_models(answers, context):
-        raise no_such_model(model_name)
-    return openai_model_entry(
-        model_name if context.ollama else plain_name(model_name, False), context
-    )
+def openai_model_response(exchange: Exchange, answers: Answers) -> JSON:
+    name, context = exchange.model, exchange.context
+    if model_named(name, context).name not in usable_models(answers, context):
+        raise no_such_model(name)
+    if not context.ollama:
+        name = plain_name(name, False)
+    return openai_model_entry(name, context)
 
 
 # ---- errors ----
@@ -4094,14 +3941,13 @@ OPENAI_TYPES = {403: "permission_error", 429: "requests"}
 
 def openai_error(error: ProxyError) -> tuple[int, JSON]:
     """OpenAI's form of an error: https://platform.openai.com/docs/guides/error-codes"""
-    kind = OPENAI_TYPES.get(error.status) or (
-        "server_error" if error.status >= 500 else "invalid_request_error"
-    )
-    kind = error.code if error.code == "insufficient_quota" else kind
-    code = error.code or ("server_error" if error.status >= 500 else None)
-    return error.status, {
-        "error": {"message": error.message, "type": kind, "param": error.path, "code": code}
-    }
+    kind, code = OPENAI_TYPES.get(error.status, "invalid_request_error"), error.code
+    if code == "insufficient_quota":
+        kind = code
+    elif error.status >= 500:
+        kind, code = "server_error", code or "server_error"
+    body = {"message": error.message, "type": kind, "param": error.path, "code": code}
+    return error.status, {"error": body}
 
 
 # ======================================================================================
