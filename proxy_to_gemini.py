@@ -2790,7 +2790,7 @@ def unit_vector(values: list[Any]) -> list[float]:
 # 6. OpenAI chat: messages, tools, settings, choices and chunks
 # ======================================================================================
 
-# ---- messages ----
+# ---- messages and the choice of tools ----
 
 LIMIT_KEYS = ("max_completion_tokens",)
 EMPTY_ARRAY = "empty array. Expected an array with minimum length 1"
@@ -2870,9 +2870,6 @@ def openai_call_part(call: Fields) -> Part:
     return call_part(name, args, call_id, client_signature(call, function))
 
 
-# ---- the choice of tools ----
-
-
 def openai_tool_choice(body: Fields, key: str, tools: Tools) -> ToolChoice:
     """The choice of tools under this key, and `parallel_tool_calls`."""
     parallel = body.get("parallel_tool_calls", bool) is not False
@@ -2942,26 +2939,26 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
     """Chat completions: https://platform.openai.com/docs/api-reference/chat/create"""
     model_name = body.require("model", str)
     model = model_named(model_name, context)
-    chat_input = openai_chat_input(body, model, context)
-    tools = chat_tools(body, *chat_input.tools)
+    question = openai_chat_input(body, model, context)
+    tools = chat_tools(body, *question.tools)
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
     choice = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
     if body.object("web_search_options") is not None and body.data.get("tool_choice") != "none":
         tools = tools._replace(search="web_search_options")
-    sampling, answer_only = openai_chat_sampling(body, model, context, chat_input.limit_keys)
+    sampling, answer_only = openai_chat_sampling(body, model, context, question.limit_keys)
     settings, wav = openai_modalities(body)
     fields, google = openai_google(body)
     effort = openai_effort(body)
     show = effort is not None or context.ollama
     chat = Chat(
         model,
-        chat_input.system,
-        chat_input.contents,
+        question.system,
+        question.contents,
         tools=tools,
         choice=choice,
         thinking=Thinking(effort, None, show, answer_only, "reasoning_effort", google),
         sampling=sampling,
-        schema=openai_response_format(*chat_input.format),
+        schema=openai_response_format(*question.format),
         settings=settings,
         fields=fields,
         recipe=recipe_named(model_name, context),
@@ -3012,12 +3009,10 @@ def openai_sampling(body: Fields, model: Model, limit: int | None, context: Cont
 def openai_effort(body: Fields) -> str | None:
     """The effort to think with: `reasoning_effort`, or OpenRouter's and Ollama's `reasoning`."""
     effort = body.choice("reasoning_effort", *EFFORTS)
-    if effort is not None:
-        return effort
-    reasoning = body.object_or_empty("reasoning")
-    effort = reasoning.choice("effort", *EFFORTS)
-    if effort is None and reasoning.get("enabled", bool) is not None:
-        return "medium" if reasoning.data["enabled"] else "none"
+    if effort is None:
+        reasoning = body.object_or_empty("reasoning")
+        enabled = {True: "medium", False: "none"}
+        effort = reasoning.choice("effort", *EFFORTS) or enabled.get(reasoning.get("enabled", bool))
     return effort
 
 
@@ -3064,7 +3059,12 @@ def openai_modalities(body: Fields) -> tuple[JSON, bool]:
     return {}, False
 
 
-# OpenAI's voices, each with one of Gemini's that comes near it. Gemini's own names are taken too:
+GEMINI_VOICES = (
+    "Zephyr Puck Charon Kore Fenrir Leda Orus Aoede Callirrhoe Autonoe Enceladus Iapetus Umbriel "
+    "Algieba Despina Erinome Algenib Rasalgethi Laomedeia Achernar Alnilam Schedar Gacrux "
+    "Pulcherrima Achird Zubenelgenubi Vindemiatrix Sadachbia Sadaltager Sulafat"
+)
+# OpenAI's voices, each with one of Gemini's that comes near it, and Gemini's own names:
 # https://ai.google.dev/gemini-api/docs/speech-generation
 VOICES = {
     "alloy": "Kore",
@@ -3080,12 +3080,8 @@ VOICES = {
     "sage": "Vindemiatrix",
     "shimmer": "Autonoe",
     "verse": "Fenrir",
+    **{name.lower(): name for name in GEMINI_VOICES.split()},
 }
-GEMINI_VOICES = (
-    "Zephyr Puck Charon Kore Fenrir Leda Orus Aoede Callirrhoe Autonoe Enceladus Iapetus Umbriel "
-    "Algieba Despina Erinome Algenib Rasalgethi Laomedeia Achernar Alnilam Schedar Gacrux "
-    "Pulcherrima Achird Zubenelgenubi Vindemiatrix Sadachbia Sadaltager Sulafat"
-)
 
 
 def speech_config(fields: Fields, key: str) -> JSON:
@@ -3095,12 +3091,9 @@ def speech_config(fields: Fields, key: str) -> JSON:
         voice = get_or_empty(voice, "id", str)
     elif not voice:
         voice = "alloy"
-    name = VOICES.get(voice.lower())
-    if name is None and voice.capitalize() in GEMINI_VOICES.split():
-        name = voice.capitalize()
-    if name is None:
+    if voice.lower() not in VOICES:
         fields.ignore(fields.path_of(key))
-        name = VOICES["alloy"]
+    name = VOICES.get(voice.lower(), VOICES["alloy"])
     config = {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": name}}}
     return {"responseModalities": ["AUDIO"], "speechConfig": config}
 
@@ -3186,8 +3179,7 @@ def openai_image(media: Media, index: int) -> JSON:
 
 def openai_base(exchange: Exchange, prefix: str, kind: str) -> JSON:
     """The first fields of completions and chunks. Clients know an Ollama by its fingerprint."""
-    created = int(exchange.created)
-    base = {"id": exchange.new_id(prefix), "object": kind, "created": created}
+    base = {"id": exchange.new_id(prefix), "object": kind, "created": int(exchange.created)}
     base["model"] = exchange.model
     if exchange.context.ollama:
         base["system_fingerprint"] = "fp_ollama"
@@ -3233,32 +3225,10 @@ def openai_choice(index: int, answer: Answer, exchange: Exchange) -> JSON:
 def openai_audio(audio: list[Media], exchange: Exchange, transcript: str) -> JSON:
     data = audio_bytes(audio)
     if exchange.options.wav:
-        data = wav_file(data, audio_rate(audio[0].mime))
+        data = wav_file(data, audio[0].mime)
     text, expires_at = base64.b64encode(data).decode(), int(exchange.created) + 3600
     audio_id = exchange.new_id("audio_")
     return {"id": audio_id, "data": text, "expires_at": expires_at, "transcript": transcript}
-
-
-def audio_bytes(audio: list[Media]) -> bytes:
-    """The samples of Gemini's speech: 16 bits, little-endian, mono, whatever "audio/L16" means
-    (https://ai.google.dev/gemini-api/docs/speech-generation)."""
-    if not all(is_base64(media.data) for media in audio):
-        raise invalid_answer("sound that is not base64")
-    return b"".join(decode_base64(media.data) for media in audio)
-
-
-def audio_rate(mime: str) -> int:
-    """Samples a second."""
-    match = re.search(r"rate=([1-9]\d{3,5})\b", mime)
-    return int(match.group(1)) if match else 24000
-
-
-def wav_file(samples: bytes, rate: int) -> bytes:
-    out = io.BytesIO()
-    with wave.open(out, "wb") as file:
-        file.setparams((1, 2, rate, 0, "NONE", ""))
-        file.writeframes(samples)
-    return out.getvalue()
 
 
 def openai_chat_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
@@ -3280,7 +3250,7 @@ def openai_chat_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
 def openai_deltas(events: Iterable[Event], exchange: Exchange) -> Iterator[tuple[JSON, End | None]]:
     """(delta, the End beside the last one) for the events of one answer.
 
-    OpenAI's libraries add them up: a role or an id comes once, and annotations in one delta.
+    OpenAI's libraries add deltas up, so the role, an id and all annotations stand in one delta.
     """
     assert exchange.chat is not None
     thoughts, legacy = thoughts_key(exchange.context), exchange.options.legacy
@@ -3327,7 +3297,8 @@ def openai_embeddings_request(body: Fields, context: Context) -> Plan:
     model_name = body.require("model", str)
     model = model_named(model_name, context)
     body.require("input", str, list)
-    texts = openai_texts(body, "input", "embedded", LANGCHAIN_HINT)
+    hint = " (LangChain: check_embedding_ctx_length=False)"
+    texts = openai_texts(body, "input", "embedded", hint)
     for i, text in enumerate(texts):
         if not text:
             path = f"input[{i}]" if isinstance(body.data["input"], list) else "input"
@@ -3335,9 +3306,6 @@ def openai_embeddings_request(body: Fields, context: Context) -> Plan:
     form = body.choice("encoding_format", "float", "base64")
     calls = embed_calls(model, texts, body.number("dimensions", 1, 2**31 - 1, int))
     return Plan(calls, False, EmbedOptions(len(texts), form == "base64"), model_name)
-
-
-LANGCHAIN_HINT = " (LangChain: check_embedding_ctx_length=False)"
 
 
 def openai_texts(body: Fields, key: str, participle: str, hint: str = "") -> list[str]:
@@ -3353,7 +3321,8 @@ def openai_texts(body: Fields, key: str, participle: str, hint: str = "") -> lis
 
 def is_tokens(item: Any) -> bool:
     """Whether this is a token's number, or a list of them."""
-    return type(item) is int or type(item) is list and all(type(token) is int for token in item)
+    numbers = item if isinstance(item, list) else [item]
+    return all(type(number) is int for number in numbers)
 
 
 def openai_embeddings_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -3369,7 +3338,7 @@ def openai_embeddings_response(exchange: Exchange, answers: Answers) -> JSON:
 
 
 def packed(vector: list[float]) -> str:
-    """Base64 of little-endian 32-bit floats: OpenAI's libraries ask for it unless told otherwise."""
+    """Base64 of little-endian 32-bit floats, which OpenAI's libraries ask for by default."""
     floats = array.array("f", vector)
     if sys.byteorder == "big":
         floats.byteswap()
@@ -3521,7 +3490,7 @@ def openai_media_usage(usage: Usage, **details: JSON) -> JSON:
 # ---- images ----
 
 # Those that all models take: https://ai.google.dev/gemini-api/docs/image-generation
-RATIOS = ("1:1", "2:3", "3:2", "3:4", "4:3", "4:5", "5:4", "9:16", "16:9", "21:9")
+RATIOS = ((1, 1), (2, 3), (3, 2), (3, 4), (4, 3), (4, 5), (5, 4), (9, 16), (16, 9), (21, 9))
 IMAGE_TYPES = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 IMAGE_FORMATS = (*IMAGE_TYPES.values(), "gif", "svg")
 
@@ -3555,18 +3524,14 @@ def openai_image_config(body: Fields, model: Model) -> JSON:
         raise wrong_value("size", message)
     width, height = map(int, match.groups())
     target = math.log(width / height)
-    config = {"aspectRatio": min(RATIOS, key=lambda ratio: abs(target - math.log(ratio_of(ratio))))}
+    ratio = min(RATIOS, key=lambda ratio: abs(target - math.log(ratio[0] / ratio[1])))
+    config = {"aspectRatio": f"{ratio[0]}:{ratio[1]}"}
     side = math.sqrt(width * height)
     if side > 2900 and model.large_images:
         config["imageSize"] = "4K"
     elif side > 1450 and model.large_images:
         config["imageSize"] = "2K"
     return {"imageConfig": config}
-
-
-def ratio_of(words: str) -> float:
-    width, _, height = words.partition(":")
-    return int(width) / int(height)
 
 
 def openai_image_results(answers: Answers) -> Iterator[tuple[Media, Usage]]:
@@ -3595,12 +3560,9 @@ def openai_images_response(exchange: Exchange, answers: Answers) -> JSON:
     data = [{"b64_json": image.data} for image in images]
     if exchange.options.url:
         data = [{"url": f"data:{image.mime};base64,{image.data}"} for image in images]
-    return {
-        "created": int(exchange.created),
-        "data": data,
-        **given(output_format=IMAGE_TYPES.get(images[0].mime)),
-        "usage": openai_image_usage(exchange.usage),
-    }
+    form = given(output_format=IMAGE_TYPES.get(images[0].mime))
+    usage = openai_image_usage(exchange.usage)
+    return {"created": int(exchange.created), "data": data, **form, "usage": usage}
 
 
 def openai_images_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
@@ -3623,7 +3585,6 @@ def openai_images_failure(exchange: Exchange, error: ProxyError) -> list[JSON]:
 
 # ---- speech ----
 
-
 # Bare samples as they come. No error can stand among them, so a failure breaks the answer off.
 PCM = Framing("audio/pcm", itemgetter("audio"), keep_alive=b"", carries_errors=False)
 
@@ -3642,10 +3603,8 @@ def openai_speech_request(body: Fields, context: Context) -> Plan:
     streaming = model.streams_speech and (pcm or events)
     config = speech_config(body, "voice")
     call = generate_call(model, streaming, [], [user_turn(text_part(prompt))], config)
-    framing = SSE if events else PCM
-    return Plan(
-        (call,), events or streaming, MediaOptions(pcm=pcm, events=events), model_name, framing
-    )
+    options = MediaOptions(pcm=pcm, events=events)
+    return Plan((call,), events or streaming, options, model_name, SSE if events else PCM)
 
 
 def openai_speech_response(exchange: Exchange, answers: Answers) -> Payload:
@@ -3656,7 +3615,25 @@ def openai_speech_response(exchange: Exchange, answers: Answers) -> Payload:
     samples = audio_bytes(audio)
     if exchange.options.pcm:
         return Payload(samples, "audio/pcm")
-    return Payload(wav_file(samples, audio_rate(audio[0].mime)), "audio/wav")
+    return Payload(wav_file(samples, audio[0].mime), "audio/wav")
+
+
+def audio_bytes(audio: list[Media]) -> bytes:
+    """The samples of Gemini's speech: 16 bits, little-endian, mono, whatever "audio/L16" means."""
+    if not all(is_base64(media.data) for media in audio):
+        raise invalid_answer("sound that is not base64")
+    return b"".join(decode_base64(media.data) for media in audio)
+
+
+def wav_file(samples: bytes, mime: str) -> bytes:
+    """A WAV file of such samples, at the rate that their MIME type names."""
+    match = re.search(r"rate=([1-9]\d{3,5})\b", mime)
+    rate = int(match.group(1)) if match else 24000  # samples a second
+    out = io.BytesIO()
+    with wave.open(out, "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes(samples)
+    return out.getvalue()
 
 
 def openai_speech_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
@@ -3667,8 +3644,8 @@ def openai_speech_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]
     for event in next(answers):
         if isinstance(event, Media) and event.mime.startswith("audio/"):
             data = audio_bytes([event])
-            if not begun and not options.pcm:  # players take no length for an unknown one
-                head = wav_file(b"", audio_rate(event.mime))
+            if not begun and not options.pcm:  # the greatest length: players read to the end
+                head = wav_file(b"", event.mime)
                 data = head[:4] + b"\xff" * 4 + head[8:40] + b"\xff" * 4 + data
             begun = True
             if options.events:
@@ -3727,15 +3704,15 @@ class Segment(NamedTuple):
 
 def openai_transcriptions_request(body: Fields, context: Context) -> Plan:
     """Transcriptions: https://platform.openai.com/docs/api-reference/audio/createTranscription"""
-    return openai_transcript_plan(body, context, "transcribe", TRANSCRIPT_FORMS)
+    return openai_recording_plan(body, context, "transcribe", TRANSCRIPT_FORMS)
 
 
 def openai_translations_request(body: Fields, context: Context) -> Plan:
     """Translations: https://platform.openai.com/docs/api-reference/audio/createTranslation"""
-    return openai_transcript_plan(body, context, "translate", TRANSCRIPT_FORMS[:5])
+    return openai_recording_plan(body, context, "translate", TRANSCRIPT_FORMS[:5])
 
 
-def openai_transcript_plan(body: Fields, context: Context, task: str, forms: Iterable[str]) -> Plan:
+def openai_recording_plan(body: Fields, context: Context, task: str, forms: Iterable[str]) -> Plan:
     model_name = body.require("model", str)
     model = media_model(model_name, "transcript", context)
     recording = openai_recording(body)
@@ -3770,7 +3747,7 @@ def openai_recording(body: Fields) -> Part:
     label = MIME_SPELLINGS.get(upload.mime, upload.mime)
     by_name = extension_type(upload.name) or ""
     mime = sniffed(data) or by_name or label
-    if mime.startswith("video/") and any(t.startswith("audio/") for t in (label, by_name)):
+    if mime.startswith("video/") and any(name.startswith("audio/") for name in (label, by_name)):
         mime = mime.replace("video", "audio")  # browsers record audio into containers for both
     if not mime.startswith(("audio/", "video/")):
         formats = "flac, m4a, mp3, mp4, mpeg, mpga, oga, ogg, wav and webm"
@@ -3878,8 +3855,8 @@ def subtitles(segments: list[Segment], form: str) -> str:
 
 def clock(seconds: float) -> str:
     """HH:MM:SS.mmm"""
-    whole, thousandths = divmod(round(seconds * 1000), 1000)
-    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}.{thousandths:03}"
+    total, thousandths = divmod(round(seconds * 1000), 1000)
+    return f"{total // 3600:02}:{total // 60 % 60:02}:{total % 60:02}.{thousandths:03}"
 
 
 def openai_transcript_usage(usage: Usage) -> JSON:
@@ -3918,10 +3895,8 @@ def openai_models_response(exchange: Exchange, answers: Answers) -> JSON:
     if context.ollama:
         names = [tagged(name) for name in names if not UNLISTED.search(name)]
     models = {"object": "list", "data": [openai_model_entry(name, context) for name in names]}
-    if "client_version" in context.query:
-        # Codex needs a list of its own (openai/codex#35758). An entry would have to bring a system
-        # prompt in place of Codex's own.
-        models["models"] = []
+    if "client_version" in context.query:  # Codex wants a list of its own (openai/codex#35758)
+        models["models"] = []  # of models with prompts, which would replace Codex's
     return models
 
 
