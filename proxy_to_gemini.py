@@ -2905,7 +2905,7 @@ def openai_chosen_tools(choice: Fields, key: str, tools: Tools) -> tuple[str | N
             tool.ignore(key)
     if not names:
         return "NONE", []
-    return "ANY" if mode == "required" else "VALIDATED", names
+    return TOOL_CHOICES[mode or "auto"] or "VALIDATED", names
 
 
 def openai_chosen_name(choice: Fields, tools: Tools) -> str:
@@ -3132,11 +3132,11 @@ OPENAI_FINISH = {"length": "length", "filter": "content_filter"}  # else "stop",
 
 
 def openai_finish(end: End, legacy: bool = False) -> str:
-    if end.finish in OPENAI_FINISH:
-        return OPENAI_FINISH[end.finish]
-    if end.calls and legacy:
+    if not end.calls or end.finish in OPENAI_FINISH:
+        return OPENAI_FINISH.get(end.finish, "stop")
+    if legacy:
         return "function_call"
-    return "tool_calls" if end.calls else "stop"
+    return "tool_calls"
 
 
 def openai_usage(usage: Usage) -> JSON:
@@ -3194,7 +3194,9 @@ def openai_chat_response(exchange: Exchange, answers: Answers) -> JSON:
 
 def thoughts_key(context: Context) -> str:
     """The field of thoughts: https://api-docs.deepseek.com/guides/reasoning_model, or Ollama's."""
-    return "reasoning" if context.ollama else "reasoning_content"
+    if context.ollama:
+        return "reasoning"
+    return "reasoning_content"
 
 
 def openai_choice(index: int, answer: Answer, exchange: Exchange) -> JSON:
@@ -3240,8 +3242,9 @@ def openai_chat_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
         for delta, end in openai_deltas(events, exchange):
             choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
             if end:
-                finish = openai_finish(end, options.legacy)
-                choice.update(finish_reason=finish, **native_finish(end))
+                choice.update(
+                    finish_reason=openai_finish(end, options.legacy), **native_finish(end)
+                )
             yield {**base, "choices": [choice], **more}
     if options.usage:
         yield {**base, "choices": [], "usage": openai_usage(exchange.usage)}
@@ -3299,10 +3302,11 @@ def openai_embeddings_request(body: Fields, context: Context) -> Plan:
     body.require("input", str, list)
     hint = " (LangChain: check_embedding_ctx_length=False)"
     texts = openai_texts(body, "input", "embedded", hint)
-    for i, text in enumerate(texts):
-        if not text:
-            path = f"input[{i}]" if isinstance(body.data["input"], list) else "input"
-            raise wrong_value(path, f"Invalid '{path}': input cannot be an empty string.")
+    if "" in texts:
+        path = "input"
+        if body.data["input"]:
+            path = f"input[{texts.index('')}]"
+        raise wrong_value(path, f"Invalid '{path}': input cannot be an empty string.")
     form = body.choice("encoding_format", "float", "base64")
     calls = embed_calls(model, texts, body.number("dimensions", 1, 2**31 - 1, int))
     return Plan(calls, False, EmbedOptions(len(texts), form == "base64"), model_name)
@@ -3321,8 +3325,7 @@ def openai_texts(body: Fields, key: str, participle: str, hint: str = "") -> lis
 
 def is_tokens(item: Any) -> bool:
     """Whether this is a token's number, or a list of them."""
-    numbers = item if isinstance(item, list) else [item]
-    return all(type(number) is int for number in numbers)
+    return type(item) is int or (type(item) is list and all(type(n) is int for n in item))
 
 
 def openai_embeddings_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -3332,8 +3335,7 @@ def openai_embeddings_response(exchange: Exchange, answers: Answers) -> JSON:
     data = [
         {"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)
     ]
-    tokens = exchange.usage.prompt
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    usage = dict.fromkeys(("prompt_tokens", "total_tokens"), exchange.usage.prompt)
     return {"object": "list", "data": data, "model": exchange.model, "usage": usage}
 
 
@@ -3401,10 +3403,11 @@ def openai_completion_chat(body: Fields, model_name: str, context: Context) -> C
     return Chat(model, [], [], thinking=thinking, sampling=sampling, recipe=recipe, stream=stream)
 
 
-def openai_text_choice(index: int, text: str, end: End | None) -> JSON:
+def openai_text_choice(index: int, text: str, event: Event) -> JSON:
+    """A choice of a completion; the last event of its answer brings the finish reason."""
     choice = {"text": text, "index": index, "logprobs": None, "finish_reason": None}
-    if end:
-        choice.update(finish_reason=OPENAI_FINISH.get(end.finish, "stop"), **native_finish(end))
+    if isinstance(event, End):
+        choice.update(finish_reason=OPENAI_FINISH.get(event.finish, "stop"), **native_finish(event))
     return choice
 
 
@@ -3412,7 +3415,9 @@ def completion_text(event: Event) -> str:
     """What an event adds to a completion's text."""
     if isinstance(event, Media):
         return media_note(event)
-    return event.text if isinstance(event, Text) and not event.thought else ""
+    if isinstance(event, Text) and not event.thought:
+        return event.text
+    return ""
 
 
 def openai_completions_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -3433,10 +3438,9 @@ def openai_completions_stream(exchange: Exchange, answers: Answers) -> Iterator[
     for index, events in enumerate(answers):
         before = options.echoes[index]
         for event in events:
-            end = event if isinstance(event, End) else None
             text = completion_text(event)
-            if text or end:
-                choice = openai_text_choice(index, before + text, end)
+            if text or isinstance(event, End):
+                choice = openai_text_choice(index, before + text, event)
                 yield {**base, "choices": [choice], **more}
                 before = ""
     if options.usage:
@@ -3468,7 +3472,7 @@ def no_media_error(what: str, end: End, text: str = "") -> ProxyError:
     """The error for what Gemini did not make, or not to its end, in its own words."""
     words = end.message or text.strip()[:1000]
     words = f": {words}" if words else "."
-    code = "content_policy_violation" if end.finish == "filter" else None
+    code = {"filter": "content_policy_violation"}.get(end.finish)
     message = f"Gemini made no whole {what} ({end.reason}){words}"
     return ProxyError(400, message, code=code, upstream=True)
 
@@ -3599,7 +3603,7 @@ def openai_speech_request(body: Fields, context: Context) -> Plan:
     if form not in ("pcm", "wav"):
         body.ignore("response_format")
     # A bare text is sometimes answered in place of being spoken.
-    prompt = f"{manner}\n\nSay: {text}" if manner else f"Say: {text}"
+    prompt = "\n\n".join(filter(None, (manner, f"Say: {text}")))
     streaming = model.streams_speech and (pcm or events)
     config = speech_config(body, "voice")
     call = generate_call(model, streaming, [], [user_turn(text_part(prompt))], config)
@@ -3627,11 +3631,10 @@ def audio_bytes(audio: list[Media]) -> bytes:
 
 def wav_file(samples: bytes, mime: str) -> bytes:
     """A WAV file of such samples, at the rate that their MIME type names."""
-    match = re.search(r"rate=([1-9]\d{3,5})\b", mime)
-    rate = int(match.group(1)) if match else 24000  # samples a second
+    rates = re.findall(r"rate=([1-9]\d{3,5})\b", mime) or [24000]  # samples a second
     out = io.BytesIO()
     with wave.open(out, "wb") as file:
-        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.setparams((1, 2, int(rates[0]), 0, "NONE", ""))
         file.writeframes(samples)
     return out.getvalue()
 
