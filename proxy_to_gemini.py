@@ -3235,18 +3235,16 @@ def openai_audio(audio: list[Media], exchange: Exchange, transcript: str) -> JSO
 
 def openai_chat_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
     """Chunks, choice after choice; nothing before Gemini's first event."""
-    options: ChatOptions = exchange.options
+    legacy, usage = exchange.options.legacy, exchange.options.usage
     base = openai_base(exchange, "chatcmpl-", "chat.completion.chunk")
-    more = {"usage": None} if options.usage else {}
+    more = {"usage": None} if usage else {}
     for index, events in enumerate(answers):
         for delta, end in openai_deltas(events, exchange):
             choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
             if end:
-                choice.update(
-                    finish_reason=openai_finish(end, options.legacy), **native_finish(end)
-                )
+                choice.update(finish_reason=openai_finish(end, legacy), **native_finish(end))
             yield {**base, "choices": [choice], **more}
-    if options.usage:
+    if usage:
         yield {**base, "choices": [], "usage": openai_usage(exchange.usage)}
 
 
