@@ -804,6 +804,93 @@ def test_what_is_sent_is_ascii_and_never_nan():
         proxy.encode_json({"x": float("inf")})
 
 
+def test_half_an_emoji_goes_to_gemini_as_a_replacement_character():
+    data = proxy.gemini_json({"text": "a \ud83d b \U0001f600 \\ud83d", "args": {"\udc00": "x"}})
+    assert data.decode() == '{"text":"a \ufffd b \U0001f600 \\\\ud83d","args":{"\ufffd":"x"}}'
+
+
+def form(*parts, boundary="b0un:d"):
+    """(body, Content-Type) of a form: (name, text), or (name, file name, type, bytes)."""
+    body = b""
+    for name, *values in parts:
+        file, data = "", values[-1]
+        if len(values) == 1:
+            data = data.encode()
+        else:
+            file = f'; filename="{values[0]}"\r\nContent-Type: {values[1]}'
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'
+        body += head.encode() + data + b"\r\n"
+    return body + f"--{boundary}--\r\n".encode(), f'multipart/form-data; boundary="{boundary}"'
+
+
+def test_a_form_becomes_texts_files_and_lists():
+    tricky = b"\r\n\r\n--b0un:\r\n\0\xff--"
+    parts = (
+        ("model", "m\r\nn"),
+        ("file", '\u00e5 \\"b\\".wav', "Audio/WAV; x=y", tricky),
+        ("g[]", "a"),
+        ("g[]", "b"),
+    )
+    assert proxy.parse_form(*form(*parts)).data == {
+        "model": "m\r\nn",
+        "file": proxy.Upload('\u00e5 "b".wav', "audio/wav", tricky),
+        "g": ["a", "b"],
+    }
+
+
+def test_a_form_in_loose_spelling_is_taken():
+    raw = (
+        b"--x \r\ncontent-disposition:form-data;name=a;filename*=UTF-8''b%20c.mp3\r\n\r\n1\r\n--x--"
+    )
+    fields = proxy.parse_form(raw, "Multipart/Form-Data; charset=utf-8; BOUNDARY=x")
+    assert fields.data == {"a": proxy.Upload("UTF-8''b c.mp3", "", b"1")}
+
+
+def test_numbers_and_booleans_of_a_form_are_read_under_their_keys_alone():
+    fields = Fields({"temperature": "0.5", "stream": "True", "prompt": "7"})
+    proxy.form_scalars(fields, "temperature", "stream", "missing")
+    assert fields.data == {"temperature": 0.5, "stream": True, "prompt": "7"}
+
+
+GOOD_FORM, FORM_KIND = form(("model", "m"))
+
+
+@pytest.mark.parametrize(
+    "raw, kind",
+    [
+        (b"", FORM_KIND),
+        (b"{}", "application/json"),
+        (GOOD_FORM, "multipart/form-data"),
+        (GOOD_FORM, "multipart/form-data; boundary="),
+        (GOOD_FORM, FORM_KIND + "x\0"),
+        (GOOD_FORM, "multipart/form-data; boundary=other"),
+        (b"x" + GOOD_FORM, FORM_KIND),
+        (GOOD_FORM[:-6], FORM_KIND),
+        (GOOD_FORM.replace(b"name", b"nome"), FORM_KIND),
+        (GOOD_FORM.replace(b"form-data", b"attachment"), FORM_KIND),
+        (GOOD_FORM.replace(b"Content-D", b"X-D"), FORM_KIND),
+        (GOOD_FORM.replace(b"; n", b"\r\n; n"), FORM_KIND),
+        (GOOD_FORM.replace(b"\r\n\r\n", b"\r\n"), FORM_KIND),
+        (
+            GOOD_FORM.replace(b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: base64\r\n\r\n"),
+            FORM_KIND,
+        ),
+        (GOOD_FORM.replace(b'"model"', b'""'), FORM_KIND),
+        (GOOD_FORM.replace(b'"model"', b'"\xff"'), FORM_KIND),
+        (GOOD_FORM.replace(b"\r\nm", b"\r\n\xff"), FORM_KIND),
+        (GOOD_FORM.replace(b'"model"', b'"' + b"x" * 9000 + b'"'), FORM_KIND),
+        form(("a", "1"), ("a", "2")),
+        form(("a[]", "1"), ("a", "2")),
+        form(("a", "1"), ("a[]", "2")),
+        form(*[("x[]", "y")] * 101),
+    ],
+)
+def test_what_is_no_form_is_a_400(raw, kind):
+    with pytest.raises(ProxyError) as caught:
+        proxy.parse_form(raw, kind)
+    assert caught.value.status == 400
+
+
 # ======================================================================================
 # 2. Writing Gemini
 # ======================================================================================
@@ -1225,6 +1312,13 @@ def test_a_trail_ties_a_call_to_its_conversation():
     assert trail_of(*with_ids[0]).call("f", {}) == trail_of(*with_ids[1]).call("f", {})
 
 
+def test_an_enum_beside_an_any_of_becomes_an_all_of():
+    schema = proxy.gemini_schema({"anyOf": [{"type": "string"}], "enum": ["a", None]})
+    assert schema == {
+        "allOf": [{"anyOf": [{"enum": ["a"]}, {"type": "null"}]}, {"anyOf": [{"type": "string"}]}]
+    }
+
+
 # ======================================================================================
 # 3. Reading Gemini
 # ======================================================================================
@@ -1451,8 +1545,145 @@ def test_citations_count_characters_and_not_bytes():
     assert told == text[:5] + "\n```python\n1\n```\n" + text[5:]
 
 
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        [b"a\r", b"\n", b"\nb\n"],
+        [b"a\r\n\nb\n"],
+        [b"a\r", b"\n\nb\n"],
+        [b"a\r\n", b"\nb", b"\n"],
+    ],
+)
+def test_blocks_cut_between_cr_and_lf_are_the_same_lines(blocks):
+    assert list(proxy.read_lines(blocks)) == [b"a", b"", b"b"]
+
+
 # ======================================================================================
-# 4. OpenAI
+# 5. Conversation
+# ======================================================================================
+
+
+def blob(mime, data):
+    return {"inlineData": {"mimeType": mime, "data": data}}
+
+
+@pytest.mark.parametrize("model", [NEWEST, FLASH])
+def test_an_image_from_a_tool_stands_in_its_result_or_beside_it(model):
+    content = [
+        {"type": "text", "text": "Here:"},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}},
+    ]
+    body = chat(
+        user("q"),
+        assistant(None, tool_calls=[tool_call("a", "look", "{}")]),
+        {"role": "tool", "tool_call_id": "a", "content": content},
+        model=model,
+    )
+    contents = gemini_body(body)["contents"]
+    parts = contents[-1]["parts"]
+    if model == NEWEST:
+        parts = contents[2]["parts"][0]["functionResponse"]["parts"]
+    assert parts == [{"inlineData": {"mimeType": "image/png", "data": PNG}}]
+
+
+@pytest.mark.parametrize(
+    "signature, carrier",
+    [
+        ("s", {"extra_content": {"google": {"thought_signature": sign("s")}}}),
+        ("s", {"provider_specific_fields": {"thought_signature": sign("s")}}),
+        ("a longer one", {"id": "call_1__thought__" + sign("a longer one")}),
+        ("a longer one", {"id": "call_1_ts_" + sign("a longer one")}),
+        (
+            "s",
+            {"function": {"name": "weather", "arguments": "{}", "thought_signature": sign("s")}},
+        ),
+    ],
+)
+def test_signatures_that_clients_and_other_proxies_kept_are_restored(signature, carrier):
+    client_call = {**tool_call("call_1", "weather", "{}"), **carrier}
+    result = {"role": "tool", "tool_call_id": client_call["id"], "content": "ok"}
+    body = gemini_body(chat(user("q"), assistant(None, tool_calls=[client_call]), result))
+    part = body["contents"][1]["parts"][0]
+    assert part["thoughtSignature"] == sign(signature)
+    assert part["functionCall"]["id"] == "call_1"
+
+
+def test_tools_of_all_forms_become_declarations_once_each():
+    now = {"type": "function", "function": {"name": "now"}}
+    sql = {"type": "custom", "custom": {"name": "sql"}}
+    body = chat(tools=[WEATHER, now, sql, CLOCK["function"], WEATHER])
+    declarations = gemini_body(body)["tools"][0]["functionDeclarations"]
+    assert declarations[0] == {
+        "name": "weather",
+        "description": "The weather",
+        "parametersJsonSchema": WEATHER["function"]["parameters"],
+    }
+    assert declarations[1] == {"name": "now"}
+    assert [d["name"] for d in declarations] == ["weather", "now", "sql", "clock"]
+
+
+def test_search_and_functions_go_together_only_on_gemini_3():
+    new = gemini_body(chat(model=NEWEST, tools=[WEATHER], web_search_options={}))
+    assert new["tools"][1] == {"googleSearch": {}}
+    assert new["toolConfig"] == {"includeServerSideToolInvocations": True}
+    assert asked(chat(tools=[WEATHER], web_search_options={}))[1] == ["web_search_options"]
+
+
+def test_a_search_without_functions_goes_to_every_model():
+    assert gemini_body(chat(web_search_options={}))["tools"] == [{"googleSearch": {}}]
+
+
+SCHEMA_FORMAT = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "x",
+        "schema": {"type": "object", "properties": {"kind": {"const": "a"}}},
+        "strict": True,
+    },
+}
+
+
+def test_a_schema_becomes_the_settings_of_a_json_answer():
+    config = {
+        "responseMimeType": "application/json",
+        "responseJsonSchema": {"type": "object", "properties": {"kind": {"enum": ["a"]}}},
+    }
+    assert gemini_body(chat(response_format=SCHEMA_FORMAT))["generationConfig"] == config
+    beside_tools = chat(model=NEWEST, tools=[WEATHER], response_format=SCHEMA_FORMAT)
+    assert gemini_body(beside_tools)["generationConfig"] == config
+
+
+def test_json_without_a_schema_is_asked_for_by_its_mime_type():
+    body = gemini_body(chat(response_format={"type": "json_object"}))
+    assert body["generationConfig"] == {"responseMimeType": "application/json"}
+
+
+def test_json_beside_tools_is_asked_for_in_words_before_gemini_3():
+    body = gemini_body(chat(tools=[WEATHER], response_format=SCHEMA_FORMAT))
+    assert "generationConfig" not in body
+    assert '"kind"' in body["systemInstruction"]["parts"][0]["text"]
+
+
+def test_json_that_was_asked_for_in_words_loses_its_fence():
+    answer, events = respond(
+        chat(tools=[WEATHER], response_format=SCHEMA_FORMAT, stream=True),
+        [chunk("```json\n"), whole('{"kind":"a"}\n```')],
+    )
+    assert answer["choices"][0]["message"]["content"] == '{"kind":"a"}'
+    assert [d["content"] for d in deltas(events) if d.get("content")] == ['{"kind":"a"}']
+
+
+def test_without_parallel_calls_only_the_first_one_is_passed_on():
+    answer, events = respond(
+        chat(tools=[WEATHER], parallel_tool_calls=False, stream=True),
+        [whole(call("weather"), call("weather"))],
+    )
+    assert len(answer["choices"][0]["message"]["tool_calls"]) == 1
+    assert len([d for d in deltas(events) if "tool_calls" in d]) == 1
+
+
+# ======================================================================================
+# 6. OpenAI chat
 # ======================================================================================
 
 
@@ -1481,11 +1712,9 @@ def test_a_chat_becomes_a_request():
         reasoning_effort="low",
     )
     plan, ignored = asked(body)
-    assert (
-        plan.calls[0].path == "models/gemini-3.8-flash:generateContent"
-        and not plan.stream
-        and ignored == []
-    )
+    assert plan.calls[0].path == "models/gemini-3.8-flash:generateContent"
+    assert not plan.stream
+    assert ignored == []
     assert gemini_body(body) == {
         "contents": [
             {
@@ -1512,209 +1741,6 @@ def test_a_chat_becomes_a_request():
             "thinkingConfig": {"thinkingLevel": "LOW", "includeThoughts": True},
         },
     }
-
-
-def test_tools_become_declarations():
-    body = chat(
-        tools=[
-            WEATHER,
-            {"type": "function", "function": {"name": "now"}},
-            {"type": "custom", "custom": {"name": "sql"}},
-            CLOCK["function"],
-            WEATHER,
-        ]
-    )
-    declared = gemini_body(body)["tools"][0]["functionDeclarations"]
-    assert declared[0] == {
-        "name": "weather",
-        "description": "The weather",
-        "parametersJsonSchema": WEATHER["function"]["parameters"],
-    }
-    assert declared[1] == {"name": "now"} and [d["name"] for d in declared] == [
-        "weather",
-        "now",
-        "sql",
-        "clock",
-    ]
-
-
-@pytest.mark.parametrize(
-    "choice, config",
-    [
-        ("auto", None),
-        ("none", {"mode": "NONE"}),
-        ("required", {"mode": "ANY"}),
-        ("any", {"mode": "ANY"}),
-        ("validated", {"mode": "VALIDATED"}),
-        (
-            {"type": "function", "function": {"name": "clock"}},
-            {"mode": "ANY", "allowedFunctionNames": ["clock"]},
-        ),
-        ({"type": "function", "name": "clock"}, {"mode": "ANY", "allowedFunctionNames": ["clock"]}),
-        (
-            {
-                "type": "allowed_tools",
-                "allowed_tools": {
-                    "mode": "required",
-                    "tools": [{"type": "function", "function": {"name": "clock"}}],
-                },
-            },
-            {"mode": "ANY", "allowedFunctionNames": ["clock"]},
-        ),
-        (
-            {
-                "type": "allowed_tools",
-                "mode": "auto",
-                "tools": [{"type": "function", "name": "clock"}],
-            },
-            {"mode": "VALIDATED", "allowedFunctionNames": ["clock"]},
-        ),
-    ],
-)
-def test_tool_choices(choice, config):
-    assert (
-        gemini_body(chat(tools=[WEATHER, CLOCK], tool_choice=choice))
-        .get("toolConfig", {})
-        .get("functionCallingConfig")
-        == config
-    )
-
-
-def test_a_tool_choice_without_tools_is_no_error():
-    for choice in ("auto", "none", "required"):
-        assert "toolConfig" not in gemini_body(chat(tools=[], tool_choice=choice))
-    assert asked(chat(tool_choice="required"))[1] == ["tool_choice"]
-
-
-def test_search_and_functions_go_together_only_on_gemini_3():
-    new = gemini_body(chat(model=NEWEST, tools=[WEATHER], web_search_options={}))
-    assert new["tools"][1] == {"googleSearch": {}} and new["toolConfig"] == {
-        "includeServerSideToolInvocations": True
-    }
-    assert asked(chat(tools=[WEATHER], web_search_options={}))[1] == ["web_search_options"]
-    assert gemini_body(chat(web_search_options={}))["tools"] == [{"googleSearch": {}}]
-
-
-def test_an_answer_in_json():
-    schema = {"type": "object", "properties": {"kind": {"const": "a"}}}
-    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
-    config = {
-        "responseMimeType": "application/json",
-        "responseJsonSchema": {"type": "object", "properties": {"kind": {"enum": ["a"]}}},
-    }
-    assert gemini_body(chat(response_format=wanted))["generationConfig"] == config
-    assert gemini_body(chat(response_format={"type": "json_object"}))["generationConfig"] == {
-        "responseMimeType": "application/json"
-    }
-    assert (
-        gemini_body(chat(model=NEWEST, tools=[WEATHER], response_format=wanted))["generationConfig"]
-        == config
-    )
-    old = gemini_body(chat(tools=[WEATHER], response_format=wanted))
-    assert (
-        "generationConfig" not in old and '"kind"' in old["systemInstruction"]["parts"][0]["text"]
-    )
-    answer, events = respond(
-        chat(tools=[WEATHER], response_format=wanted, stream=True),
-        [chunk("```json\n"), whole('{"kind":"a"}\n```')],
-    )
-    assert answer["choices"][0]["message"]["content"] == '{"kind":"a"}'
-    assert [d["content"] for d in deltas(events) if d.get("content")] == ['{"kind":"a"}']
-
-
-def test_googles_own_settings_pass():
-    google = {
-        "thinking_config": {"thinking_budget": 800, "include_thoughts": True},
-        "cached_content": "cachedContents/x",
-    }
-    for more in ({"extra_body": {"google": google}}, {"google": google}):
-        body = gemini_body(chat(**more))
-        assert (
-            body["generationConfig"]
-            == {"thinkingConfig": {"thinkingBudget": 800, "includeThoughts": True}}
-            and body["cachedContent"] == "cachedContents/x"
-        )
-
-
-def test_googles_own_settings_in_camel_case_and_beside_an_empty_extra_body():
-    google = {
-        "thinkingConfig": {"thinkingBudget": 0, "includeThoughts": False},
-        "cachedContent": "cachedContents/x",
-        "safetySettings": [{"category": "C", "threshold": "T"}],
-    }
-    for more in ({"extra_body": {"google": google}}, {"extra_body": {}, "google": google}):
-        body = gemini_body(chat(**more))
-        assert body["generationConfig"] == {
-            "thinkingConfig": {"thinkingBudget": 0, "includeThoughts": False}
-        }
-        assert (body["cachedContent"], body["safetySettings"]) == (
-            "cachedContents/x",
-            google["safetySettings"],
-        )
-
-
-def test_what_a_schema_is_for_reaches_the_model():
-    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
-    named = {"name": "bill", "description": "In EUR", "strict": True, "schema": schema}
-    plan, ignored = asked(chat(response_format={"type": "json_schema", "json_schema": named}))
-    assert (
-        plan.calls[0].body["generationConfig"]["responseJsonSchema"]
-        == {"description": "In EUR", **schema}
-        and not ignored
-    )
-    own = {**named, "schema": {**schema, "description": "Its own"}}
-    assert (
-        gemini_body(chat(response_format={"type": "json_schema", "json_schema": own}))[
-            "generationConfig"
-        ]["responseJsonSchema"]["description"]
-        == "Its own"
-    )
-
-
-def test_the_body_of_a_response_sent_to_chats():
-    """Cursor does that."""
-    body = {
-        "model": FLASH,
-        "input": [user("Hi")],
-        "max_output_tokens": 77,
-        "text": {"format": {"type": "json_object"}},
-    }
-    plan, ignored = asked(body)
-    assert (
-        plan.calls[0].body
-        == {
-            "contents": [u("Hi")],
-            "generationConfig": {"maxOutputTokens": 77, "responseMimeType": "application/json"},
-        }
-        and not ignored
-    )
-
-
-def test_a_named_choice_without_tools_is_ignored():
-    plan, ignored = asked(chat(tool_choice={"type": "function", "function": {"name": "f"}}))
-    assert ignored == ["tool_choice"] and "toolConfig" not in plan.calls[0].body
-
-
-def test_half_an_emoji_goes_to_gemini_as_what_it_takes():
-    made = proxy.gemini_json({"text": "a \ud83d b \U0001f600 \\ud83d", "args": {"\udc00": "x"}})
-    assert made.decode() == '{"text":"a \ufffd b \U0001f600 \\\\ud83d","args":{"\ufffd":"x"}}'
-
-
-def test_a_choice_of_values_beside_a_choice_of_kinds():
-    made = proxy.gemini_schema({"anyOf": [{"type": "string"}], "enum": ["a", None]})
-    assert made == {
-        "allOf": [{"anyOf": [{"enum": ["a"]}, {"type": "null"}]}, {"anyOf": [{"type": "string"}]}]
-    }
-
-
-def test_lines_cut_between_cr_and_lf():
-    for cut in (
-        [b"a\r", b"\n", b"\nb\n"],
-        [b"a\r\n\nb\n"],
-        [b"a\r", b"\n\nb\n"],
-        [b"a\r\n", b"\nb", b"\n"],
-    ):
-        assert list(proxy.read_lines(cut)) == [b"a", b"", b"b"], cut
 
 
 def test_a_history_with_tools():
@@ -1761,51 +1787,109 @@ def test_a_history_with_tools():
 
 
 @pytest.mark.parametrize(
-    "carrier",
+    "choice, config",
     [
-        {"extra_content": {"google": {"thought_signature": sign("s")}}},
-        {"provider_specific_fields": {"thought_signature": sign("s")}},
-        {"id": "call_1__thought__" + sign("a longer one")},
-        {"id": "call_1_ts_" + sign("a longer one")},
-        {"function": {"name": "weather", "arguments": "{}", "thought_signature": sign("s")}},
+        ("auto", None),
+        ("none", {"mode": "NONE"}),
+        ("required", {"mode": "ANY"}),
+        ("any", {"mode": "ANY"}),
+        ("validated", {"mode": "VALIDATED"}),
+        (
+            {"type": "function", "function": {"name": "clock"}},
+            {"mode": "ANY", "allowedFunctionNames": ["clock"]},
+        ),
+        ({"type": "function", "name": "clock"}, {"mode": "ANY", "allowedFunctionNames": ["clock"]}),
+        (
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {
+                    "mode": "required",
+                    "tools": [{"type": "function", "function": {"name": "clock"}}],
+                },
+            },
+            {"mode": "ANY", "allowedFunctionNames": ["clock"]},
+        ),
+        (
+            {
+                "type": "allowed_tools",
+                "mode": "auto",
+                "tools": [{"type": "function", "name": "clock"}],
+            },
+            {"mode": "VALIDATED", "allowedFunctionNames": ["clock"]},
+        ),
     ],
 )
-def test_signatures_that_clients_and_other_proxies_kept(carrier):
-    made = {**tool_call("call_1", "weather", "{}"), **carrier}
-    part = gemini_body(
-        chat(
-            user("q"),
-            assistant(None, tool_calls=[made]),
-            {"role": "tool", "tool_call_id": made["id"], "content": "ok"},
-        )
-    )["contents"][1]["parts"][0]
+def test_choices_of_tools_become_geminis_modes(choice, config):
     assert (
-        part["thoughtSignature"] in (sign("s"), sign("a longer one"))
-        and part["functionCall"]["id"] == "call_1"
+        gemini_body(chat(tools=[WEATHER, CLOCK], tool_choice=choice))
+        .get("toolConfig", {})
+        .get("functionCallingConfig")
+        == config
     )
 
 
-def test_a_picture_from_a_tool():
-    def body(model):
-        return chat(
-            user("q"),
-            assistant(None, tool_calls=[tool_call("a", "look", "{}")]),
-            {
-                "role": "tool",
-                "tool_call_id": "a",
-                "content": [
-                    {"type": "text", "text": "Here:"},
-                    {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}},
-                ],
-            },
-            model=model,
-        )
+def test_a_tool_choice_without_tools_is_no_error():
+    for choice in ("auto", "none", "required"):
+        assert "toolConfig" not in gemini_body(chat(tools=[], tool_choice=choice))
+    assert asked(chat(tool_choice="required"))[1] == ["tool_choice"]
 
-    image = {"inlineData": {"mimeType": "image/png", "data": PNG}}
-    assert gemini_body(body(NEWEST))["contents"][2]["parts"][0]["functionResponse"]["parts"] == [
-        image
-    ]
-    assert gemini_body(body(FLASH))["contents"][3]["parts"] == [image]
+
+def test_a_named_choice_without_tools_is_ignored():
+    plan, ignored = asked(chat(tool_choice={"type": "function", "function": {"name": "f"}}))
+    assert ignored == ["tool_choice"]
+    assert "toolConfig" not in plan.calls[0].body
+
+
+def test_googles_own_settings_pass():
+    google = {
+        "thinking_config": {"thinking_budget": 800, "include_thoughts": True},
+        "cached_content": "cachedContents/x",
+    }
+    for more in ({"extra_body": {"google": google}}, {"google": google}):
+        body = gemini_body(chat(**more))
+        config = {"thinkingConfig": {"thinkingBudget": 800, "includeThoughts": True}}
+        assert body["generationConfig"] == config
+        assert body["cachedContent"] == "cachedContents/x"
+
+
+def test_googles_own_settings_pass_in_camel_case_and_beside_an_empty_extra_body():
+    google = {
+        "thinkingConfig": {"thinkingBudget": 0, "includeThoughts": False},
+        "cachedContent": "cachedContents/x",
+        "safetySettings": [{"category": "C", "threshold": "T"}],
+    }
+    for more in ({"extra_body": {"google": google}}, {"extra_body": {}, "google": google}):
+        body = gemini_body(chat(**more))
+        config = {"thinkingConfig": {"thinkingBudget": 0, "includeThoughts": False}}
+        assert body["generationConfig"] == config
+        assert body["cachedContent"] == "cachedContents/x"
+        assert body["safetySettings"] == google["safetySettings"]
+
+
+@pytest.mark.parametrize("own", [{}, {"description": "Its own"}])
+def test_the_description_of_a_schema_reaches_the_model(own):
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, **own}
+    named = {"name": "bill", "description": "In EUR", "strict": True, "schema": schema}
+    plan, ignored = asked(chat(response_format={"type": "json_schema", "json_schema": named}))
+    config = plan.calls[0].body["generationConfig"]
+    assert config["responseJsonSchema"] == {"description": "In EUR", **schema}
+    assert ignored == []
+
+
+def test_the_body_of_a_response_is_taken_for_a_chat():
+    """Cursor sends such bodies."""
+    body = {
+        "model": FLASH,
+        "input": [user("Hi")],
+        "max_output_tokens": 77,
+        "text": {"format": {"type": "json_object"}},
+    }
+    plan, ignored = asked(body)
+    assert plan.calls[0].body == {
+        "contents": [u("Hi")],
+        "generationConfig": {"maxOutputTokens": 77, "responseMimeType": "application/json"},
+    }
+    assert ignored == []
 
 
 REFUSED = {  # what is wrong: (the place that the error names, the body)
@@ -1866,13 +1950,12 @@ REFUSED = {  # what is wrong: (the place that the error names, the body)
 @pytest.mark.parametrize("path, body", REFUSED.values(), ids=list(REFUSED))
 def test_bad_input_is_a_400_that_names_the_place(path, body):
     error = refused(body)
-    assert (error.status, error.path) == (400, path) and path in error.message
-    status, told = proxy.openai_error(error)
-    assert (
-        status == 400
-        and told["error"]["param"] == path
-        and told["error"]["type"] == "invalid_request_error"
-    )
+    assert (error.status, error.path) == (400, path)
+    assert path in error.message
+    status, answer = proxy.openai_error(error)
+    assert status == 400
+    assert answer["error"]["param"] == path
+    assert answer["error"]["type"] == "invalid_request_error"
 
 
 def test_a_whole_completion():
@@ -1985,11 +2068,12 @@ def test_a_streamed_completion():
         ),
         event({}, "tool_calls"),
     ]
-    assert events[-1]["choices"] == [] and events[-1]["usage"]["total_tokens"] == 11
+    assert events[-1]["choices"] == []
+    assert events[-1]["usage"]["total_tokens"] == 11
 
 
 @pytest.mark.parametrize(
-    "said, content, finish",
+    "last_chunk, content, finish",
     [
         (whole("Once", finish="MAX_TOKENS"), "Once", "length"),
         (whole(finish="MAX_TOKENS"), "", "length"),
@@ -1999,54 +2083,44 @@ def test_a_streamed_completion():
         (whole("x", finish="OTHER"), "x", "stop"),
     ],
 )
-def test_ends(said, content, finish):
-    answer, events = respond(chat(stream=True), [said])
+def test_geminis_finish_reasons_become_openais(last_chunk, content, finish):
+    answer, events = respond(chat(stream=True), [last_chunk])
     choice = answer["choices"][0]
-    assert (choice["message"]["content"], choice["finish_reason"]) == (content, finish)
-    assert (
-        "".join(d.get("content") or "" for d in deltas(events)) == content
-        and events[-1]["choices"][0]["finish_reason"] == finish
-    )
-    assert choice.get("finish_message") == ("f(" if "f(" in str(said) else None)
+    assert choice["message"]["content"] == content
+    assert choice["finish_reason"] == finish
+    assert "".join(d.get("content") or "" for d in deltas(events)) == content
+    assert events[-1]["choices"][0]["finish_reason"] == finish
+
+
+def test_geminis_own_words_for_an_end_stay_readable():
+    last_chunk = whole(finish="MALFORMED_FUNCTION_CALL", finishMessage="f(")
+    assert respond(chat(), [last_chunk])[0]["choices"][0]["finish_message"] == "f("
+    assert "finish_message" not in respond(chat(), [whole("x", finish="OTHER")])[0]["choices"][0]
 
 
 def test_several_choices_are_several_calls():
     assert len(asked(chat(n=3))[0].calls) == 3
     answer, events = respond(chat(n=2, stream=True), [whole("One")], [whole("Two")])
-    assert [choice["message"]["content"] for choice in answer["choices"]] == [
-        "One",
-        "Two",
-    ] and answer["usage"]["total_tokens"] == 22
+    assert [choice["message"]["content"] for choice in answer["choices"]] == ["One", "Two"]
+    assert answer["usage"]["total_tokens"] == 22
     assert [event["choices"][0]["index"] for event in events] == [0, 0, 0, 1, 1, 1]
 
 
-def test_no_parallel_calls_is_one_call():
-    answer, events = respond(
-        chat(tools=[WEATHER], parallel_tool_calls=False, stream=True),
-        [whole(call("weather"), call("weather"))],
-    )
-    assert (
-        len(answer["choices"][0]["message"]["tool_calls"]) == 1
-        and len([d for d in deltas(events) if "tool_calls" in d]) == 1
-    )
-
-
-def test_legacy_functions():
+def test_legacy_functions_are_answered_with_a_function_call():
     body = chat(functions=[WEATHER["function"]], function_call={"name": "weather"}, stream=True)
     assert gemini_body(body)["toolConfig"]["functionCallingConfig"] == {
         "mode": "ANY",
         "allowedFunctionNames": ["weather"],
     }
     answer, events = respond(body, [whole(call("weather", {"city": "Oslo"}))])
-    assert answer["choices"][0]["message"]["function_call"] == {
-        "name": "weather",
-        "arguments": '{"city":"Oslo"}',
-    }
-    assert (
-        answer["choices"][0]["finish_reason"]
-        == events[-1]["choices"][0]["finish_reason"]
-        == "function_call"
-    )
+    function_call = {"name": "weather", "arguments": '{"city":"Oslo"}'}
+    assert answer["choices"][0]["message"]["function_call"] == function_call
+    assert answer["choices"][0]["finish_reason"] == "function_call"
+    assert {"function_call": function_call} in deltas(events)
+    assert events[-1]["choices"][0]["finish_reason"] == "function_call"
+
+
+def test_a_history_with_legacy_functions():
     history = chat(
         user("q"),
         assistant(None, function_call={"name": "weather", "arguments": "{}"}),
@@ -2057,77 +2131,86 @@ def test_legacy_functions():
     ]
 
 
-def test_custom_tools():
-    body = chat(
-        tools=[
-            {
-                "type": "custom",
-                "custom": {
-                    "name": "sql",
-                    "format": {
-                        "type": "grammar",
-                        "grammar": {"syntax": "lark", "definition": "start: X"},
-                    },
-                },
-            }
-        ]
-    )
-    assert "start: X" in gemini_body(body)["tools"][0]["functionDeclarations"][0]["description"]
-    made = respond(body, [whole(call("sql", {"input": "select 1"}))])[0]["choices"][0]["message"][
-        "tool_calls"
-    ][0]
-    assert made == {
+def test_the_grammar_of_a_custom_tool_stands_in_its_description():
+    grammar = {"syntax": "lark", "definition": "start: X"}
+    custom = {"name": "sql", "format": {"type": "grammar", "grammar": grammar}}
+    body = gemini_body(chat(tools=[{"type": "custom", "custom": custom}]))
+    assert "start: X" in body["tools"][0]["functionDeclarations"][0]["description"]
+
+
+def test_a_call_of_a_custom_tool_goes_there_and_back():
+    body = chat(tools=[{"type": "custom", "custom": {"name": "sql"}}])
+    answer = respond(body, [whole(call("sql", {"input": "select 1"}))])[0]
+    (client_call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert client_call == {
         "id": "call_1",
         "type": "custom",
         "custom": {"name": "sql", "input": "select 1"},
     }
-    part = gemini_body(chat(user("q"), assistant(None, tool_calls=[made])))["contents"][1]["parts"][
-        0
-    ]
-    assert part["functionCall"]["args"] == {"input": "select 1"}
+    history = gemini_body(chat(user("q"), assistant(None, tool_calls=[client_call])))
+    assert history["contents"][1]["parts"][0]["functionCall"]["args"] == {"input": "select 1"}
 
 
-def test_pictures_and_sound_in_a_chat():
+IMAGE_ENTRY = {
+    "type": "image_url",
+    "image_url": {"url": f"data:image/png;base64,{PNG}"},
+    "index": 0,
+}
+
+
+def test_images_of_geminis_stand_beside_the_text():
     answer, events = respond(
-        chat(stream=True, modalities=["text", "image"]),
-        [whole("Here", {"inlineData": {"mimeType": "image/png", "data": PNG}})],
+        chat(stream=True, modalities=["text", "image"]), [whole("Here", blob("image/png", PNG))]
     )
-    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}, "index": 0}
-    assert answer["choices"][0]["message"]["images"] == [image] and {"images": [image]} in deltas(
-        events
-    )
-    assert gemini_body(chat(assistant("", images=[image]), user("Redder")))["contents"][1][
-        "parts"
-    ] == [{"inlineData": {"mimeType": "image/png", "data": PNG}}]
+    assert answer["choices"][0]["message"]["images"] == [IMAGE_ENTRY]
+    assert {"images": [IMAGE_ENTRY]} in deltas(events)
+
+
+def test_images_in_a_history_go_back():
+    body = gemini_body(chat(assistant("", images=[IMAGE_ENTRY]), user("Redder")))
+    assert body["contents"][1]["parts"] == [blob("image/png", PNG)]
+
+
+def test_an_answer_in_audio_is_wav_unless_it_is_streamed():
     body = chat(modalities=["text", "audio"], audio={"voice": "alloy", "format": "wav"})
     assert gemini_body(body)["generationConfig"] == {
         "responseModalities": ["AUDIO"],
         "speechConfig": {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": "Kore"}}},
     }
-    audio = respond(
-        body,
-        [
-            whole(
-                {
-                    "inlineData": {
-                        "mimeType": "audio/L16;rate=24000",
-                        "data": base64.b64encode(b"\1\2").decode(),
-                    }
-                }
-            )
-        ],
-    )[0]
-    assert base64.b64decode(audio["choices"][0]["message"]["audio"]["data"]).startswith(b"RIFF")
+    samples = base64.b64encode(b"\1\2").decode()
+    answer = respond(body, [whole(blob("audio/L16;rate=24000", samples))])[0]
+    audio = answer["choices"][0]["message"]["audio"]
+    assert base64.b64decode(audio["data"]).startswith(b"RIFF")
+    events = respond({**body, "stream": True}, [whole(blob("audio/L16;rate=24000", samples))])[1]
+    assert {"audio": {"data": samples, "id": "audio_2"}} in deltas(events)
 
 
 def test_every_script_survives():
     answer, events = respond(chat(user(SCRIPTS), stream=True), [*map(chunk, SCRIPTS), whole("")])
-    assert (
-        answer["choices"][0]["message"]["content"]
-        == "".join(d.get("content") or "" for d in deltas(events))
-        == SCRIPTS
-    )
+    assert answer["choices"][0]["message"]["content"] == SCRIPTS
+    assert "".join(d.get("content") or "" for d in deltas(events)) == SCRIPTS
     assert gemini_body(chat(user(SCRIPTS)))["contents"] == [u(SCRIPTS)]
+
+
+# ======================================================================================
+# 7. OpenAI's other endpoints
+# ======================================================================================
+
+PCM_SAMPLES = bytes(range(8))
+AUDIO = blob("audio/L16;codec=pcm;rate=24000", base64.b64encode(PCM_SAMPLES).decode())
+RIFF = proxy.wav_file(PCM_SAMPLES, "")
+
+
+def endpoint(name, body, *answers, context=Context()):
+    """(the whole answer, the streamed events) of one of OpenAI's endpoints; the stand-in must find nothing wrong with its calls."""
+    route = next(route for route in proxy.OPENAI.routes if route.path == "/v1/" + name)
+    plan = asked(body, route.request, context)[0]
+    assert [refusal_of("/v1beta/" + call.path, call.body) for call in plan.calls] == [None] * len(
+        plan.calls
+    )
+    whole_answer = whole_of(route, exchange(plan, context), *answers)
+    events = stream_of(route, exchange(plan, context), *answers) if plan.stream else []
+    return whole_answer, events
 
 
 def embed(body, *answers):
@@ -2135,20 +2218,23 @@ def embed(body, *answers):
     return proxy.openai_embeddings_response(exchange(plan), map(iter, answers))
 
 
-def test_embeddings():
-    body = {"model": EMBEDDER, "input": ["one", "two"], "dimensions": 2}
-    plan = asked(body, proxy.openai_embeddings_request)[0]
-    assert [call.path.partition(":")[2] for call in plan.calls] == [
-        "batchEmbedContents",
-        "countTokens",
-    ]
+TWO_TEXTS = {"model": EMBEDDER, "input": ["one", "two"], "dimensions": 2}
+TWO_VECTORS = [{"embeddings": [{"values": [3, 4]}, {"values": [0.6, 0.8]}]}]
+
+
+def test_texts_to_embed_become_a_batch_and_a_count():
+    plan = asked(TWO_TEXTS, proxy.openai_embeddings_request)[0]
+    verbs = [call.path.partition(":")[2] for call in plan.calls]
+    assert verbs == ["batchEmbedContents", "countTokens"]
     assert plan.calls[0].body["requests"][1] == {
         "model": "models/gemini-embedding-001",
         "content": {"parts": [{"text": "two"}]},
         "outputDimensionality": 2,
     }
-    vectors = [{"embeddings": [{"values": [3, 4]}, {"values": [0.6, 0.8]}]}]
-    assert embed(body, vectors, [{"totalTokens": 7}]) == {
+
+
+def test_vectors_have_unit_length():
+    assert embed(TWO_TEXTS, TWO_VECTORS, [{"totalTokens": 7}]) == {
         "object": "list",
         "model": EMBEDDER,
         "usage": {"prompt_tokens": 7, "total_tokens": 7},
@@ -2157,25 +2243,27 @@ def test_embeddings():
             {"object": "embedding", "index": 1, "embedding": [0.6, 0.8]},
         ],
     }
-    packed = embed({**body, "encoding_format": "base64"}, vectors, [{}])["data"][0]["embedding"]
-    assert struct.unpack("<2f", base64.b64decode(packed)) == pytest.approx((0.6, 0.8))
+
+
+def test_vectors_in_base64_are_little_endian_floats():
+    answer = embed({**TWO_TEXTS, "encoding_format": "base64"}, TWO_VECTORS, [{}])
+    vector = struct.unpack("<2f", base64.b64decode(answer["data"][0]["embedding"]))
+    assert vector == pytest.approx((0.6, 0.8))
+
+
+def test_a_missing_vector_is_an_error():
     with pytest.raises(ProxyError, match="1 vectors for 2"):
-        embed(body, [{"embeddings": [{"values": [1]}]}], [{}])
+        embed(TWO_TEXTS, [{"embeddings": [{"values": [1]}]}], [{}])
 
 
 def test_many_texts_go_in_batches_in_order():
-    plan = asked(
-        {"model": "gemini-embedding-2", "input": [str(i) for i in range(250)]},
-        proxy.openai_embeddings_request,
-    )[0]
-    sent = [
-        request["content"]["parts"][0]["text"]
-        for call in plan.calls
-        for request in call.body["requests"]
-    ]
-    assert [len(call.body["requests"]) for call in plan.calls] == [100, 100, 50] and sent == [
-        str(i) for i in range(250)
-    ]
+    texts = [str(i) for i in range(250)]
+    body = {"model": "gemini-embedding-2", "input": texts}
+    plan = asked(body, proxy.openai_embeddings_request)[0]
+    batches = [call.body["requests"] for call in plan.calls]
+    assert [len(batch) for batch in batches] == [100, 100, 50]
+    sent = [request["content"]["parts"][0]["text"] for batch in batches for request in batch]
+    assert sent == texts
 
 
 @pytest.mark.parametrize(
@@ -2192,32 +2280,11 @@ def test_many_texts_go_in_batches_in_order():
         ("model", {"model": None}),
     ],
 )
-def test_what_cannot_be_embedded(path, more):
+def test_what_cannot_be_embedded_is_a_400(path, more):
     assert (
         refused({"model": EMBEDDER, "input": "x", **more}, proxy.openai_embeddings_request).path
         == path
     )
-
-
-def blob(mime, data):
-    return {"inlineData": {"mimeType": mime, "data": data}}
-
-
-SAMPLES_OF_SOUND = bytes(range(8))
-SOUND = blob("audio/L16;codec=pcm;rate=24000", base64.b64encode(SAMPLES_OF_SOUND).decode())
-RIFF = proxy.wav_file(SAMPLES_OF_SOUND, "")
-
-
-def endpoint(name, body, *answers, context=Context()):
-    """(the whole answer, the streamed events) of one of OpenAI's endpoints; the stand-in must find nothing wrong with its calls."""
-    route = next(route for route in proxy.OPENAI.routes if route.path == "/v1/" + name)
-    plan = asked(body, route.request, context)[0]
-    assert [refusal_of("/v1beta/" + call.path, call.body) for call in plan.calls] == [None] * len(
-        plan.calls
-    )
-    whole_answer = whole_of(route, exchange(plan, context), *answers)
-    events = stream_of(route, exchange(plan, context), *answers) if plan.stream else []
-    return whole_answer, events
 
 
 def complete(*answers, **body):
@@ -2245,34 +2312,26 @@ def test_a_legacy_completion():
         (" a time", None),
         ("", "stop"),
     ]
-    assert [event["usage"] for event in events] == [None, None, None, answer["usage"]] and events[
-        -1
-    ]["choices"] == []
-    assert (
-        complete([whole("", finish="SAFETY")])[0]["choices"][0]["finish_reason"] == "content_filter"
-    )
+    assert [event["usage"] for event in events] == [None, None, None, answer["usage"]]
+    assert events[-1]["choices"] == []
 
 
-def test_several_prompts_and_choices():
-    answer, events = complete(
-        [whole("a")],
-        [whole("b")],
-        [whole("c")],
-        [whole("d")],
-        prompt=["A", "B"],
-        n=2,
-        echo=True,
-        stream=True,
-    )
+def test_a_completion_that_gemini_refuses_ends_with_content_filter():
+    answer = complete([whole("", finish="SAFETY")])[0]
+    assert answer["choices"][0]["finish_reason"] == "content_filter"
+
+
+def test_several_prompts_with_several_choices_and_their_echoes():
+    answers = [[whole(letter)] for letter in "abcd"]
+    answer, events = complete(*answers, prompt=["A", "B"], n=2, echo=True, stream=True)
     assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [
         (0, "Aa"),
         (1, "Ab"),
         (2, "Bc"),
         (3, "Bd"),
     ]
-    assert [event["choices"][0]["text"] for event in events][:4] == ["Aa", "", "Ab", ""] and answer[
-        "usage"
-    ]["total_tokens"] == 44
+    assert answer["usage"]["total_tokens"] == 44
+    assert [event["choices"][0]["text"] for event in events][:4] == ["Aa", "", "Ab", ""]
 
 
 def completion(**body):
@@ -2281,28 +2340,32 @@ def completion(**body):
     )
 
 
-def test_what_a_completion_asks():
-    assert completion(stop="END", temperature=0.5)["generationConfig"] == {
-        "temperature": 0.5,
-        "stopSequences": ["END"],
-    }
-    assert completion(max_tokens=16)["generationConfig"] == {
-        "maxOutputTokens": 16,
-        "thinkingConfig": {"thinkingBudget": 0},
-    }  # thoughts would eat it up
-    assert completion(reasoning_effort="low", max_tokens=16)["generationConfig"][
-        "thinkingConfig"
-    ] == {"thinkingBudget": 1024}
-    gap = completion(prompt="def f(", suffix="return 1")
-    assert (
-        gap["contents"] == [u("<before>def f(</before><gap/><after>return 1</after>")]
-        and "gap" in gap["systemInstruction"]["parts"][0]["text"]
-    )
+def test_the_settings_of_a_completion_go_to_gemini():
+    config = {"temperature": 0.5, "stopSequences": ["END"]}
+    assert completion(stop="END", temperature=0.5)["generationConfig"] == config
+
+
+def test_a_completion_with_a_limit_thinks_as_little_as_it_can():
+    config = {"maxOutputTokens": 16, "thinkingConfig": {"thinkingBudget": 0}}
+    assert completion(max_tokens=16)["generationConfig"] == config
+    config = completion(reasoning_effort="low", max_tokens=16)["generationConfig"]
+    assert config["thinkingConfig"] == {"thinkingBudget": 1024}
+
+
+def test_a_completion_with_a_suffix_fills_a_gap():
+    body = completion(prompt="def f(", suffix="return 1")
+    assert body["contents"] == [u("<before>def f(</before><gap/><after>return 1</after>")]
+    assert "gap" in body["systemInstruction"]["parts"][0]["text"]
+
+
+def test_a_completion_without_a_prompt_goes_on_from_nothing():
     assert completion(prompt=None)["contents"] == [u("")]
-    assert asked(
-        {"model": FLASH, "prompt": "x", "best_of": 3, "logprobs": 2, "user": "u"},
-        proxy.openai_completions_request,
-    )[1] == ["best_of", "logprobs", "user"]
+
+
+def test_what_a_completion_cannot_do_is_named_as_ignored():
+    body = {"model": FLASH, "prompt": "x", "best_of": 3, "logprobs": 2, "user": "u"}
+    ignored = asked(body, proxy.openai_completions_request)[1]
+    assert ignored == ["best_of", "logprobs", "user"]
 
 
 @pytest.mark.parametrize(
@@ -2321,7 +2384,7 @@ def test_what_a_completion_asks():
         ("max_tokens", {"max_tokens": "many"}),
     ],
 )
-def test_what_cannot_be_completed(path, more):
+def test_what_cannot_be_completed_is_a_400(path, more):
     assert (
         refused({"model": FLASH, "prompt": "x", **more}, proxy.openai_completions_request).path
         == path
@@ -2344,7 +2407,7 @@ def test_what_cannot_be_completed(path, more):
         ("transcript", "gpt-4o-transcribe", (("gpt-*", FLASH),), FLASH),
     ],
 )
-def test_openais_media_models_have_stand_ins(what, name, aliases, model):
+def test_openais_media_models_stand_for_geminis(what, name, aliases, model):
     assert proxy.media_model(name, what, Context(aliases=aliases)).name == model
 
 
@@ -2356,80 +2419,79 @@ def draw(*answers, **body):
     )
 
 
-def test_pictures():
-    answer, events = draw(
-        [whole("Here:", blob("image/png", PNG))], [whole(blob("image/png", PNG))], n=2, stream=True
-    )
-    usage = {
-        "input_tokens": 4,
-        "input_tokens_details": {"text_tokens": 4, "image_tokens": 0},
-        "output_tokens": 7,
-        "total_tokens": 11,
-    }
-    assert answer == {
+IMAGE_USAGE = {
+    "input_tokens": 4,
+    "input_tokens_details": {"text_tokens": 4, "image_tokens": 0},
+    "output_tokens": 7,
+    "total_tokens": 11,
+}
+
+
+def test_images_are_answered_in_base64():
+    answers = [whole("Here:", blob("image/png", PNG))], [whole(blob("image/png", PNG))]
+    assert draw(*answers, n=2)[0] == {
         "created": 1700000000,
         "data": [{"b64_json": PNG}] * 2,
         "output_format": "png",
         "usage": {
-            **usage,
+            **IMAGE_USAGE,
             "input_tokens": 8,
             "input_tokens_details": {"text_tokens": 8, "image_tokens": 0},
             "output_tokens": 14,
             "total_tokens": 22,
         },
     }
-    assert (
-        events
-        == [
-            {
-                "type": "image_generation.completed",
-                "b64_json": PNG,
-                "created_at": 1700000000,
-                "size": "auto",
-                "quality": "auto",
-                "background": "auto",
-                "output_format": "png",
-                "usage": usage,
-            }
-        ]
-        * 2
-    )
-    for more in ({"response_format": "url"}, {"model": "dall-e-2"}):
-        assert draw([whole(blob("image/jpeg", "AAAA"))], **more)[0]["data"] == [
-            {"url": "data:image/jpeg;base64,AAAA"}
-        ]
-    assert (
-        len(draw([whole(finish="NO_IMAGE")], [whole(blob("image/png", PNG))], n=2)[0]["data"]) == 1
-    )
+
+
+def test_streamed_images_are_one_event_each():
+    answers = [whole("Here:", blob("image/png", PNG))], [whole(blob("image/png", PNG))]
+    event = {
+        "type": "image_generation.completed",
+        "b64_json": PNG,
+        "created_at": 1700000000,
+        "size": "auto",
+        "quality": "auto",
+        "background": "auto",
+        "output_format": "png",
+        "usage": IMAGE_USAGE,
+    }
+    assert draw(*answers, n=2, stream=True)[1] == [event, event]
+
+
+@pytest.mark.parametrize("more", [{"response_format": "url"}, {"model": "dall-e-2"}])
+def test_images_are_answered_in_data_urls_where_the_client_wants_urls(more):
+    answer = draw([whole(blob("image/jpeg", "AAAA"))], **more)[0]
+    assert answer["data"] == [{"url": "data:image/jpeg;base64,AAAA"}]
+
+
+def test_one_image_of_two_is_no_error():
+    answer = draw([whole(finish="NO_IMAGE")], [whole(blob("image/png", PNG))], n=2)[0]
+    assert len(answer["data"]) == 1
 
 
 @pytest.mark.parametrize(
     "size, model, config",
     [
-        (None, FLASH, None),
-        ("auto", FLASH, None),
-        ("1024x1024", FLASH, {"aspectRatio": "1:1"}),
-        ("1792x1024", FLASH, {"aspectRatio": "16:9"}),
-        ("1024X1536", NEWEST, {"aspectRatio": "2:3"}),
-        ("256x256", NEWEST, {"aspectRatio": "1:1"}),
-        ("2048x2048", NEWEST, {"aspectRatio": "1:1", "imageSize": "2K"}),
-        ("4096x2304", NEWEST, {"aspectRatio": "16:9", "imageSize": "4K"}),
-        ("4096x2304", FLASH, {"aspectRatio": "16:9"}),
-        ("9999x10", FLASH, {"aspectRatio": "21:9"}),
+        (None, FLASH, {}),
+        ("auto", FLASH, {}),
+        ("1024x1024", FLASH, {"imageConfig": {"aspectRatio": "1:1"}}),
+        ("1792x1024", FLASH, {"imageConfig": {"aspectRatio": "16:9"}}),
+        ("1024X1536", NEWEST, {"imageConfig": {"aspectRatio": "2:3"}}),
+        ("256x256", NEWEST, {"imageConfig": {"aspectRatio": "1:1"}}),
+        ("2048x2048", NEWEST, {"imageConfig": {"aspectRatio": "1:1", "imageSize": "2K"}}),
+        ("4096x2304", NEWEST, {"imageConfig": {"aspectRatio": "16:9", "imageSize": "4K"}}),
+        ("4096x2304", FLASH, {"imageConfig": {"aspectRatio": "16:9"}}),
+        ("9999x10", FLASH, {"imageConfig": {"aspectRatio": "21:9"}}),
     ],
 )
-def test_sizes_become_ratios(size, model, config):
-    body = gemini_body(
-        {"model": model, "prompt": "A dot", "size": size}, request=proxy.openai_images_request
-    )
-    assert body["generationConfig"] == {
-        "responseModalities": ["IMAGE"],
-        **({"imageConfig": config} if config else {}),
-    }
+def test_sizes_become_the_nearest_ratio(size, model, config):
+    body = {"model": model, "prompt": "A dot", "size": size}
+    sent = gemini_body(body, request=proxy.openai_images_request)["generationConfig"]
+    assert sent == {"responseModalities": ["IMAGE"], **config}
 
 
 @pytest.mark.parametrize(
-    "said, code, words",
+    "last_chunk, code, words",
     [
         (
             whole(finish="IMAGE_SAFETY", finishMessage="Too grim."),
@@ -2444,13 +2506,13 @@ def test_sizes_become_ratios(size, model, config):
         ),
     ],
 )
-def test_a_picture_that_is_not_drawn_is_an_error(said, code, words):
+def test_an_image_that_is_not_drawn_is_an_error(last_chunk, code, words):
     with pytest.raises(ProxyError, match=words) as caught:
-        draw([said])
+        draw([last_chunk])
     assert (caught.value.status, caught.value.code) == (400, code)
 
 
-def test_what_no_picture_heeds():
+def test_what_has_no_effect_on_an_image_is_named_as_ignored():
     body = {
         "model": NEWEST,
         "prompt": "A dot",
@@ -2461,7 +2523,8 @@ def test_what_no_picture_heeds():
         "user": "u",
         "partial_images": 2,
     }
-    assert asked(body, proxy.openai_images_request)[1] == [
+    ignored = asked(body, proxy.openai_images_request)[1]
+    assert ignored == [
         "background",
         "output_format",
         "partial_images",
@@ -2469,20 +2532,12 @@ def test_what_no_picture_heeds():
         "style",
         "user",
     ]
-    assert (
-        asked(
-            {
-                **body,
-                **dict.fromkeys(body, None),
-                "model": NEWEST,
-                "prompt": "x",
-                "quality": "auto",
-                "output_format": "jpeg",
-            },
-            proxy.openai_images_request,
-        )[1]
-        == []
-    )
+
+
+def test_defaults_of_an_image_are_not_named_as_ignored():
+    absent = dict.fromkeys(["background", "style", "user", "partial_images", "size", "n"])
+    body = {"model": NEWEST, "prompt": "x", "quality": "auto", "output_format": "jpeg", **absent}
+    assert asked(body, proxy.openai_images_request)[1] == []
 
 
 def speak(*chunks, **body):
@@ -2493,42 +2548,47 @@ def speak(*chunks, **body):
     )
 
 
-def test_speech():
-    two = [chunk(SOUND), whole(SOUND)]
-    assert (
-        speak(*two, response_format="wav")[0]
-        == speak(*two)[0]
-        == proxy.Payload(proxy.wav_file(SAMPLES_OF_SOUND * 2, ""), "audio/wav")
-    )
-    answer, events = speak(*two, response_format="pcm")
-    assert (
-        answer == proxy.Payload(SAMPLES_OF_SOUND * 2, "audio/pcm")
-        and [*map(proxy.PCM.encode, events)] == [SAMPLES_OF_SOUND] * 2
-    )
-    events = speak(*two, stream_format="sse")[1]
+TWO_PIECES = [chunk(AUDIO), whole(AUDIO)]
+
+
+def test_speech_is_wav_whatever_other_format_the_client_wants():
+    wav = proxy.Payload(proxy.wav_file(PCM_SAMPLES * 2, ""), "audio/wav")
+    assert speak(*TWO_PIECES, response_format="wav")[0] == wav
+    assert speak(*TWO_PIECES)[0] == wav
+
+
+def test_speech_in_pcm_is_streamed_as_it_comes():
+    answer, events = speak(*TWO_PIECES, response_format="pcm")
+    assert answer == proxy.Payload(PCM_SAMPLES * 2, "audio/pcm")
+    assert [*map(proxy.PCM.encode, events)] == [PCM_SAMPLES] * 2
+
+
+def test_speech_in_events_begins_with_the_head_of_an_endless_wav():
+    events = speak(*TWO_PIECES, stream_format="sse")[1]
     assert [event["type"] for event in events] == ["speech.audio.delta"] * 2 + ["speech.audio.done"]
-    head, more = (base64.b64decode(event["audio"]) for event in events[:2])
-    assert (
-        head == RIFF[:4] + b"\xff" * 4 + RIFF[8:40] + b"\xff" * 4 + SAMPLES_OF_SOUND
-        and more == SAMPLES_OF_SOUND
-    )
+    first, second = (base64.b64decode(event["audio"]) for event in events[:2])
+    assert first == RIFF[:4] + b"\xff" * 4 + RIFF[8:40] + b"\xff" * 4 + PCM_SAMPLES
+    assert second == PCM_SAMPLES
     assert events[2]["usage"] == {"input_tokens": 4, "output_tokens": 7, "total_tokens": 11}
-    assert (
-        speak(*two, stream_format="sse", response_format="pcm")[1][0]["audio"]
-        == SOUND["inlineData"]["data"]
-    )
 
 
-def test_what_speech_asks():
-    body = {
-        "model": "tts-1",
-        "input": "Hello",
-        "voice": {"id": "nova"},
-        "instructions": "Cheerfully",
-        "speed": 2,
-        "response_format": "opus",
-    }
-    plan, ignored = asked(body, proxy.openai_speech_request)
+def test_speech_in_events_of_pcm_has_no_head():
+    events = speak(*TWO_PIECES, stream_format="sse", response_format="pcm")[1]
+    assert events[0]["audio"] == AUDIO["inlineData"]["data"]
+
+
+SPEECH_BODY = {
+    "model": "tts-1",
+    "input": "Hello",
+    "voice": {"id": "nova"},
+    "instructions": "Cheerfully",
+    "speed": 2,
+    "response_format": "opus",
+}
+
+
+def test_speech_asks_for_a_voice_and_a_manner():
+    plan, ignored = asked(SPEECH_BODY, proxy.openai_speech_request)
     assert plan.calls[0].body == {
         "contents": [u("Cheerfully\n\nSay: Hello")],
         "generationConfig": {
@@ -2536,129 +2596,74 @@ def test_what_speech_asks():
             "speechConfig": {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": "Zephyr"}}},
         },
     }
-    assert ignored == ["response_format", "speed"] and not plan.stream
-    older = asked(
-        {
-            **body,
-            "model": "gemini-2.5-flash-preview-tts",
-            "response_format": "pcm",
-            "voice": "Kore",
-            "speed": 1.0,
-        },
-        proxy.openai_speech_request,
-    )
-    assert (older[0].stream, older[0].calls[0].streaming, older[1]) == (False, False, [])
+    assert ignored == ["response_format", "speed"]
+    assert not plan.stream
 
 
+def test_older_models_speak_all_at_once():
+    older = {"model": "gemini-2.5-flash-preview-tts", "response_format": "pcm"}
+    body = {**SPEECH_BODY, **older, "voice": "Kore", "speed": 1.0}
+    plan, ignored = asked(body, proxy.openai_speech_request)
+    assert not plan.stream
+    assert not plan.calls[0].streaming
+    assert ignored == []
+
+
+def test_an_unknown_voice_is_named_as_ignored():
+    body = {"model": "tts-1", "input": "Hello", "voice": "mine"}
+    plan, ignored = asked(body, proxy.openai_speech_request)
+    voice = plan.calls[0].body["generationConfig"]["speechConfig"]["voiceConfig"]
+    assert voice == {"prebuiltVoiceConfig": {"voiceName": "Kore"}}
+    assert ignored == ["response_format", "voice"]
+
+
+@pytest.mark.parametrize("more", [{}, {"stream_format": "sse"}])
 @pytest.mark.parametrize(
-    "chunks", [[whole("No.")], [whole(finish="SAFETY")], [chunk(SOUND), whole(finish="MAX_TOKENS")]]
+    "chunks", [[whole("No.")], [whole(finish="SAFETY")], [chunk(AUDIO), whole(finish="MAX_TOKENS")]]
 )
-def test_speech_that_is_not_whole_is_an_error(chunks):
-    for more in ({}, {"stream_format": "sse"}):
-        with pytest.raises(ProxyError, match="no whole speech"):
-            speak(*chunks, **more)
+def test_speech_that_is_not_whole_is_an_error(chunks, more):
+    with pytest.raises(ProxyError, match="no whole speech"):
+        speak(*chunks, **more)
 
 
-def form(*parts, boundary="b0un:d"):
-    """(body, Content-Type) of a form: (name, text), or (name, file name, type, bytes)."""
-    body = b""
-    for name, *told in parts:
-        told = [told[0].encode()] if len(told) == 1 else told
-        file = f'; filename="{told[0]}"\r\nContent-Type: {told[1]}' if len(told) == 3 else ""
-        body += (
-            f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode()
-            + told[-1]
-            + b"\r\n"
-        )
-    return body + f"--{boundary}--\r\n".encode(), f'multipart/form-data; boundary="{boundary}"'
+PCM_BODY = {"model": "tts-1", "input": "Hello", "voice": "alloy", "response_format": "pcm"}
 
 
-def test_forms():
-    tricky = b"\r\n\r\n--b0un:\r\n\0\xff--"
-    fields = proxy.parse_form(
-        *form(
-            ("model", "m\r\nn"),
-            ("file", '\u00e5 \\"b\\".wav', "Audio/WAV; x=y", tricky),
-            ("g[]", "a"),
-            ("g[]", "b"),
-        )
-    )
-    assert fields.data == {
-        "model": "m\r\nn",
-        "file": proxy.Upload('\u00e5 "b".wav', "audio/wav", tricky),
-        "g": ["a", "b"],
-    }
-    raw = (
-        b"--x \r\ncontent-disposition:form-data;name=a;filename*=UTF-8''b%20c.mp3\r\n\r\n1\r\n--x--"
-    )
-    assert proxy.parse_form(raw, "Multipart/Form-Data; charset=utf-8; BOUNDARY=x").data == {
-        "a": proxy.Upload("UTF-8''b c.mp3", "", b"1")
-    }
-    fields.data.update(temperature="0.5", stream="True", prompt="7")
-    proxy.form_scalars(fields, "temperature", "stream", "missing")
-    assert (fields.data["temperature"], fields.data["stream"], fields.data["prompt"]) == (
-        0.5,
-        True,
-        "7",
-    )
+def test_bare_samples_on_the_wire(server, gemini):
+    gemini.say([chunk(AUDIO), whole(AUDIO)])
+    status, headers, audio = post(server, "/v1/audio/speech", PCM_BODY)
+    assert (status, headers["content-type"]) == (200, "audio/pcm")
+    assert audio == PCM_SAMPLES * 2
 
 
-GOOD_FORM, FORM_KIND = form(("model", "m"))
+def test_speech_that_gemini_refuses_is_a_400_on_the_wire(server, gemini):
+    gemini.say([whole("No.")])
+    assert post(server, "/v1/audio/speech", PCM_BODY)[0] == 400
 
 
-@pytest.mark.parametrize(
-    "raw, kind",
-    [
-        (b"", FORM_KIND),
-        (b"{}", "application/json"),
-        (GOOD_FORM, "multipart/form-data"),
-        (GOOD_FORM, "multipart/form-data; boundary="),
-        (GOOD_FORM, FORM_KIND + "x\0"),
-        (GOOD_FORM, "multipart/form-data; boundary=other"),
-        (b"x" + GOOD_FORM, FORM_KIND),
-        (GOOD_FORM[:-6], FORM_KIND),
-        (GOOD_FORM.replace(b"name", b"nome"), FORM_KIND),
-        (GOOD_FORM.replace(b"form-data", b"attachment"), FORM_KIND),
-        (GOOD_FORM.replace(b"Content-D", b"X-D"), FORM_KIND),
-        (GOOD_FORM.replace(b"; n", b"\r\n; n"), FORM_KIND),
-        (GOOD_FORM.replace(b"\r\n\r\n", b"\r\n"), FORM_KIND),
-        (
-            GOOD_FORM.replace(b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: base64\r\n\r\n"),
-            FORM_KIND,
-        ),
-        (GOOD_FORM.replace(b'"model"', b'""'), FORM_KIND),
-        (GOOD_FORM.replace(b'"model"', b'"\xff"'), FORM_KIND),
-        (GOOD_FORM.replace(b"\r\nm", b"\r\n\xff"), FORM_KIND),
-        (GOOD_FORM.replace(b'"model"', b'"' + b"x" * 9000 + b'"'), FORM_KIND),
-        form(("a", "1"), ("a", "2")),
-        form(("a[]", "1"), ("a", "2")),
-        form(("a", "1"), ("a[]", "2")),
-        form(*[("x[]", "y")] * 101),
-    ],
-)
-def test_what_is_no_form_is_a_400(raw, kind):
-    with pytest.raises(ProxyError) as caught:
-        proxy.parse_form(raw, kind)
-    assert caught.value.status == 400
+def test_bare_samples_that_fail_break_off(server, gemini):
+    """No error can stand among the samples, and there is no end."""
+    gemini.say([chunk(AUDIO), whole(finish="OTHER_SAFETY"), b"{"])
+    with UpstreamSocket(server) as line, pytest.raises(ValueError):
+        line.plan("POST", "/v1/audio/speech", PCM_BODY)
 
 
-def transcribe(said, name="audio/transcriptions", **body):
-    return endpoint(
-        name, {"model": FLASH, "file": proxy.Upload("a.wav", "audio/x-wav", RIFF), **body}, said
-    )
+def test_a_format_that_cannot_be_made_is_named_on_the_wire(server, gemini):
+    gemini.say(whole(AUDIO))
+    headers = post(server, "/v1/audio/speech", {**PCM_BODY, "response_format": "mp3"})[1]
+    assert headers["content-type"] == "audio/wav"
+    assert headers["x-proxy-ignored"] == "response_format"
 
 
-def test_transcripts():
-    answer, events = transcribe(
-        [
-            chunk(" God "),
-            whole(
-                "morgen.\n",
-                usage={**USAGE, "promptTokensDetails": [{"modality": "AUDIO", "tokenCount": 3}]},
-            ),
-        ],
-        stream="true",
-    )
+def transcribe(chunks, name="audio/transcriptions", **body):
+    file = proxy.Upload("a.wav", "audio/x-wav", RIFF)
+    return endpoint(name, {"model": FLASH, "file": file, **body}, chunks)
+
+
+def test_a_transcript_whole_and_streamed():
+    details = [{"modality": "AUDIO", "tokenCount": 3}]
+    last_chunk = whole("morgen.\n", usage={**USAGE, "promptTokensDetails": details})
+    answer, events = transcribe([chunk(" God "), last_chunk], stream="true")
     usage = {
         "type": "tokens",
         "input_tokens": 4,
@@ -2672,11 +2677,20 @@ def test_transcripts():
         {"type": "transcript.text.delta", "delta": "morgen.\n"},
         {"type": "transcript.text.done", "text": " God morgen.\n", "usage": usage},
     ]
+
+
+def test_a_transcript_in_plain_text():
     assert transcribe([whole("Hei.")], response_format="text")[0] == proxy.Payload(b"Hei.\n")
+
+
+def test_silence_has_an_empty_transcript():
     assert transcribe([whole("")])[0]["text"] == ""
-    for finish in ("RECITATION", "MAX_TOKENS"):
-        with pytest.raises(ProxyError, match=finish):
-            transcribe([whole("Yesterday", finish=finish)], stream="true")
+
+
+@pytest.mark.parametrize("finish", ["RECITATION", "MAX_TOKENS"])
+def test_a_transcript_that_is_not_whole_is_an_error(finish):
+    with pytest.raises(ProxyError, match=finish):
+        transcribe([whole("Yesterday", finish=finish)], stream="true")
 
 
 TIMED = json.dumps(
@@ -2690,77 +2704,99 @@ TIMED = json.dumps(
 )
 
 
-def test_transcripts_with_times():
-    srt = "1\n00:00:01,500 --> 00:00:02,000\nHello -> there.\n\n2\n01:01:01,250 --> 01:01:01,250\nBye.\n"
-    assert transcribe([whole(TIMED)], response_format="srt")[0].data.decode() == srt
-    vtt = "WEBVTT\n\n00:00:01.500 --> 00:00:02.000\nHello -> there.\n\n01:01:01.250 --> 01:01:01.250\nBye.\n"
-    assert transcribe([whole(TIMED)], response_format="vtt")[0].data.decode() == vtt
-    base = {"task": "transcribe", "duration": 3661.25, "text": "Hello --> there. Bye."}
-    segments = [
-        {"start": 1.5, "end": 2.0, "text": "Hello --> there."},
-        {"start": 3661.25, "end": 3661.25, "text": "Bye."},
+@pytest.mark.parametrize(
+    "form, text",
+    [
+        (
+            "srt",
+            "1\n00:00:01,500 --> 00:00:02,000\nHello -> there.\n\n"
+            "2\n01:01:01,250 --> 01:01:01,250\nBye.\n",
+        ),
+        (
+            "vtt",
+            "WEBVTT\n\n00:00:01.500 --> 00:00:02.000\nHello -> there.\n\n"
+            "01:01:01.250 --> 01:01:01.250\nBye.\n",
+        ),
+    ],
+)
+def test_a_transcript_as_subtitles(form, text):
+    assert transcribe([whole(TIMED)], response_format=form)[0].data.decode() == text
+
+
+TIMED_BASE = {"task": "transcribe", "duration": 3661.25, "text": "Hello --> there. Bye."}
+
+
+def test_a_transcript_with_segments_is_never_streamed():
+    answer, events = transcribe([whole(TIMED)], response_format="verbose_json", stream="true")
+    assert answer == {
+        **TIMED_BASE,
+        "language": "english",
+        "segments": [
+            {"id": 0, "start": 1.5, "end": 2.0, "text": "Hello --> there."},
+            {"id": 1, "start": 3661.25, "end": 3661.25, "text": "Bye."},
+        ],
+    }
+    assert events == []
+
+
+def test_a_transcript_with_speakers():
+    fenced = whole("```json\n" + TIMED + "\n```")
+    answer = transcribe([fenced], response_format="diarized_json")[0]
+    assert {key: answer[key] for key in TIMED_BASE} == TIMED_BASE
+    assert [(entry["id"], entry["speaker"], entry["type"]) for entry in answer["segments"]] == [
+        ("seg_0", "A", "transcript.text.segment"),
+        ("seg_1", "B", "transcript.text.segment"),
     ]
-    verbose = transcribe([whole(TIMED)], response_format="verbose_json", stream="true")
-    assert verbose == (
-        {
-            **base,
-            "language": "english",
-            "segments": [{"id": i, **segment} for i, segment in enumerate(segments)],
-        },
-        [],
-    )
-    diarized = transcribe([whole("```json\n" + TIMED + "\n```")], response_format="diarized_json")[
-        0
-    ]
-    assert {key: diarized[key] for key in base} == base and [
-        (s["id"], s["speaker"], s["type"]) for s in diarized["segments"]
-    ] == [("seg_0", "A", "transcript.text.segment"), ("seg_1", "B", "transcript.text.segment")]
-    assert (
-        transcribe([whole(TIMED)], "audio/translations", response_format="verbose_json")[0]["task"]
-        == "translate"
-    )
-    for invalid_answer in (
+
+
+def test_a_translation_names_its_task():
+    answer = transcribe([whole(TIMED)], "audio/translations", response_format="verbose_json")[0]
+    assert answer["task"] == "translate"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "Hello.",
         '{"segments":[7]}',
         '{"segments":[{"start":"soon","end":"later","text":""}]}',
         '{"segments":[{"start":1,"end":2,"text":""}]}',
-    ):
-        with pytest.raises(ProxyError) as caught:
-            transcribe([whole(invalid_answer)], response_format="srt")
-        assert caught.value.status == 502
+    ],
+)
+def test_segments_that_make_no_sense_are_a_502(text):
+    with pytest.raises(ProxyError) as caught:
+        transcribe([whole(text)], response_format="srt")
+    assert caught.value.status == 502
 
 
-def test_what_a_transcript_asks():
-    body = {
-        "model": "gemini-3.8-flash",
-        "file": proxy.Upload("a.wav", "audio/x-wav", RIFF),
-        "language": "no",
-        "prompt": "\u00c5se",
-        "temperature": "0.2",
-        "include": ["logprobs"],
-        "timestamp_granularities": ["word"],
-        "response_format": "verbose_json",
-    }
-    plan, ignored = asked(body, proxy.openai_transcriptions_request)
-    sent = plan.calls[0].body
-    assert (
-        sent["contents"][0]["parts"][0] == blob("audio/wav", base64.b64encode(RIFF).decode())
-        and sent["generationConfig"]["temperature"] == 0.2
-    )
-    assert (
-        "no" in sent["contents"][0]["parts"][1]["text"]
-        and "\u00c5se" in sent["contents"][0]["parts"][1]["text"]
-        and ignored == ["include", "timestamp_granularities"]
-    )
-    assert (
-        sent["generationConfig"]["thinkingConfig"] == {"thinkingLevel": "LOW"}
-        and sent["generationConfig"]["responseJsonSchema"]["properties"]["segments"]
-    )
-    assert asked({**body, "stream": "true"}, proxy.openai_transcriptions_request)[1] == [
-        "include",
-        "stream",
-        "timestamp_granularities",
-    ]
+TIMED_BODY = {
+    "model": "gemini-3.8-flash",
+    "file": proxy.Upload("a.wav", "audio/x-wav", RIFF),
+    "language": "no",
+    "prompt": "\u00c5se",
+    "temperature": "0.2",
+    "include": ["logprobs"],
+    "timestamp_granularities": ["word"],
+    "response_format": "verbose_json",
+}
+
+
+def test_a_transcript_asks_with_the_recording_and_words():
+    sent = asked(TIMED_BODY, proxy.openai_transcriptions_request)[0].calls[0].body
+    recording, words = sent["contents"][0]["parts"]
+    assert recording == blob("audio/wav", base64.b64encode(RIFF).decode())
+    assert "no" in words["text"]
+    assert "\u00c5se" in words["text"]
+    assert sent["generationConfig"]["temperature"] == 0.2
+    assert sent["generationConfig"]["thinkingConfig"] == {"thinkingLevel": "LOW"}
+    assert sent["generationConfig"]["responseJsonSchema"]["properties"]["segments"]
+
+
+def test_what_a_transcript_cannot_do_is_named_as_ignored():
+    ignored = asked(TIMED_BODY, proxy.openai_transcriptions_request)[1]
+    assert ignored == ["include", "timestamp_granularities"]
+    ignored = asked({**TIMED_BODY, "stream": "true"}, proxy.openai_transcriptions_request)[1]
+    assert ignored == ["include", "stream", "timestamp_granularities"]
 
 
 @pytest.mark.parametrize(
@@ -2773,22 +2809,25 @@ def test_what_a_transcript_asks():
         (("a.webm", "video/webm", b"\x1a\x45\xdf\xa3"), "video/webm"),
         (("a.flac", "", b"?"), "audio/flac"),
         (("a", "audio/aiff", b"?"), "audio/aiff"),
-        (("a.txt", "text/plain", b"?"), None),
-        (("a.wav", "audio/wav", b"%PDF-1"), None),
-        (("a.wav", "audio/wav", b""), None),
     ],
 )
 def test_recordings_are_taken_for_what_they_are(upload, mime):
     body = {"model": FLASH, "file": proxy.Upload(*upload)}
-    if mime is None:
-        assert refused(body, proxy.openai_transcriptions_request).path == "file"
-    else:
-        assert (
-            asked(body, proxy.openai_transcriptions_request)[0]
-            .calls[0]
-            .body["contents"][0]["parts"][0]["inlineData"]["mimeType"]
-            == mime
-        )
+    (call,) = asked(body, proxy.openai_transcriptions_request)[0].calls
+    assert call.body["contents"][0]["parts"][0]["inlineData"]["mimeType"] == mime
+
+
+@pytest.mark.parametrize(
+    "upload",
+    [
+        ("a.txt", "text/plain", b"?"),
+        ("a.wav", "audio/wav", b"%PDF-1"),
+        ("a.wav", "audio/wav", b""),
+    ],
+)
+def test_files_that_are_no_recordings_are_refused(upload):
+    body = {"model": FLASH, "file": proxy.Upload(*upload)}
+    assert refused(body, proxy.openai_transcriptions_request).path == "file"
 
 
 @pytest.mark.parametrize(
@@ -2804,7 +2843,7 @@ def test_recordings_are_taken_for_what_they_are(upload, mime):
         ("language", {"language": 7}),
     ],
 )
-def test_what_cannot_be_written_down(path, more):
+def test_what_cannot_be_transcribed_is_a_400(path, more):
     assert (
         refused(
             {"model": FLASH, "file": proxy.Upload("a.wav", "", RIFF), **more},
@@ -2815,49 +2854,29 @@ def test_what_cannot_be_written_down(path, more):
 
 
 def test_a_form_on_the_wire(server, gemini):
-    gemini.say(whole("Hei."), [chunk("He"), whole("i.")])
-    parts = ("model", "whisper-1"), ("file", "a.wav", "audio/wav", RIFF), ("user", "me")
-    raw, kind = form(*parts)
+    gemini.say(whole("Hei."))
+    raw, kind = form(*UPLOAD_PARTS)
     status, headers, body = post(server, "/v1/audio/transcriptions", raw, Content_Type=kind)
-    assert (status, json.loads(body)["text"], headers["x-proxy-ignored"], gemini.paths) == (
-        200,
-        "Hei.",
-        "user",
-        ["/v1beta/models/gemini-3.8-flash:generateContent"],
-    )
-    raw, kind = form(*parts, ("stream", "true"))
-    assert (
-        post(server, "/audio/transcriptions", raw, Content_Type=kind)[2]
-        .decode()
-        .count("transcript.text.delta")
-        == 2
-    )
-    assert (
-        error_of(post(server, "/v1/audio/transcriptions", form(parts[0])[0], Content_Type=kind))[
-            "param"
-        ]
-        == "file"
-    )
+    assert status == 200
+    assert json.loads(body)["text"] == "Hei."
+    assert headers["x-proxy-ignored"] == "user"
+    assert gemini.paths == ["/v1beta/models/gemini-3.8-flash:generateContent"]
 
 
-def test_bare_sound_on_the_wire(server, gemini):
-    body = {"model": "tts-1", "input": "Hello", "voice": "alloy", "response_format": "pcm"}
-    gemini.say(
-        [chunk(SOUND), whole(SOUND)],
-        [whole("No.")],
-        [chunk(SOUND), whole(finish="OTHER_SAFETY"), b"{"],
-        whole(SOUND),
-    )
-    status, headers, audio = post(server, "/v1/audio/speech", body)
-    assert (status, headers["content-type"], audio) == (200, "audio/pcm", SAMPLES_OF_SOUND * 2)
-    assert post(server, "/v1/audio/speech", body)[0] == 400
-    with (
-        UpstreamSocket(server) as line,
-        pytest.raises(ValueError),
-    ):  # it breaks off: no word of an error among the samples, and no end
-        line.plan("POST", "/v1/audio/speech", body)
-    headers = post(server, "/v1/audio/speech", {**body, "response_format": "mp3"})[1]
-    assert (headers["content-type"], headers["x-proxy-ignored"]) == ("audio/wav", "response_format")
+def test_a_form_on_the_wire_that_wants_a_stream(server, gemini):
+    gemini.say([chunk("He"), whole("i.")])
+    raw, kind = form(*UPLOAD_PARTS, ("stream", "true"))
+    body = post(server, "/audio/transcriptions", raw, Content_Type=kind)[2]
+    assert body.decode().count("transcript.text.delta") == 2
+
+
+def test_a_form_on_the_wire_without_its_file(server):
+    raw, kind = form(UPLOAD_PARTS[0])
+    answer = post(server, "/v1/audio/transcriptions", raw, Content_Type=kind)
+    assert error_of(answer)["param"] == "file"
+
+
+UPLOAD_PARTS = ("model", "whisper-1"), ("file", "a.wav", "audio/wav", RIFF), ("user", "me")
 
 
 def test_an_ollama_server_lacks_what_ollama_lacks(gemini):
@@ -2872,35 +2891,40 @@ def test_an_ollama_server_lacks_what_ollama_lacks(gemini):
         assert [post(server, "/v1/" + path, {})[0] for path in paths] == [400, 400, 404, 404, 404]
 
 
-def test_models():
-    answers = [[{"models": MODELS}]]
-    context = Context(aliases=(("gpt-4o", FLASH), ("gpt-*", FLASH)))
-    listed = proxy.openai_models_response(
-        exchange(asked({}, proxy.openai_models_request, context)[0], context), map(iter, answers)
-    )
-    assert [entry["id"] for entry in listed["data"]] == [FLASH, NEWEST, EMBEDDER, "gpt-4o"]
-    assert listed["data"][0] == {
+MODEL_ANSWERS = [[{"models": MODELS}]]
+MODEL_CONTEXT = Context(aliases=(("gpt-4o", FLASH), ("gpt-*", FLASH)))
+
+
+def models_exchange(context):
+    return exchange(asked({}, proxy.openai_models_request, context)[0], context)
+
+
+def test_the_list_of_models_holds_what_can_chat_or_embed_and_aliases():
+    one = models_exchange(MODEL_CONTEXT)
+    entries = proxy.openai_models_response(one, map(iter, MODEL_ANSWERS))["data"]
+    assert [entry["id"] for entry in entries] == [FLASH, NEWEST, EMBEDDER, "gpt-4o"]
+    assert entries[0] == {
         "id": FLASH,
         "object": "model",
         "created": proxy.GEMINI_OPENED,
         "owned_by": "google",
     }
-    for name, found in (
-        (FLASH, True),
-        ("models/" + FLASH, True),
-        ("gpt-5", True),
-        ("gemini-9", False),
-        ("veo-3.1", False),
-    ):
-        one = context._replace(params={"model": name})
-        one = exchange(asked({}, proxy.openai_models_request, one)[0], one)
-        if found:
-            assert proxy.openai_model_response(one, map(iter, answers))["id"] == name.replace(
-                "models/", ""
-            )
-        else:
-            with pytest.raises(ProxyError):
-                proxy.openai_model_response(one, map(iter, answers))
+
+
+@pytest.mark.parametrize(
+    "name, id", [(FLASH, FLASH), ("models/" + FLASH, FLASH), ("gpt-5", "gpt-5")]
+)
+def test_a_model_is_described_under_the_clients_name(name, id):
+    one = models_exchange(MODEL_CONTEXT._replace(params={"model": name}))
+    assert proxy.openai_model_response(one, map(iter, MODEL_ANSWERS))["id"] == id
+
+
+@pytest.mark.parametrize("name", ["gemini-9", "veo-3.1"])
+def test_a_model_that_cannot_be_used_is_unknown(name):
+    one = models_exchange(MODEL_CONTEXT._replace(params={"model": name}))
+    with pytest.raises(ProxyError, match="does not exist") as caught:
+        proxy.openai_model_response(one, map(iter, MODEL_ANSWERS))
+    assert caught.value.status == 404
 
 
 @pytest.mark.parametrize(
@@ -2916,7 +2940,7 @@ def test_models():
         (ProxyError(502, "m"), "server_error", "server_error"),
     ],
 )
-def test_openais_errors(error, kind, code):
+def test_errors_have_openais_types_and_codes(error, kind, code):
     assert proxy.openai_error(error) == (
         error.status,
         {"error": {"message": "m", "type": kind, "param": None, "code": code}},
@@ -5211,7 +5235,7 @@ def test_no_stream_says_a_word_before_gemini_does(route):
 
     def chunks():
         read.append(True)
-        yield {**whole("Hello", blob("image/png", PNG), SOUND), "models": MODELS}
+        yield {**whole("Hello", blob("image/png", PNG), AUDIO), "models": MODELS}
 
     one = exchange(plan)
     events = route.stream(one, events_of(one, [chunks()]))
@@ -7776,12 +7800,12 @@ def test_openais_own_library_and_media(server, gemini):
                 model="gpt-image-1", prompt="A dot", stream=True, partial_images=1
             )
         ] == [PNG]
-        gemini.say(whole(SOUND), [chunk(SOUND), whole(SOUND)])
+        gemini.say(whole(AUDIO), [chunk(AUDIO), whole(AUDIO)])
         assert client.audio.speech.create(model="tts-1", voice="alloy", input="Hi").content == RIFF
         with client.audio.speech.with_streaming_response.create(
             model="tts-1", voice="alloy", input="Hi", response_format="pcm"
         ) as audio:
-            assert b"".join(audio.iter_bytes()) == SAMPLES_OF_SOUND * 2
+            assert b"".join(audio.iter_bytes()) == PCM_SAMPLES * 2
         gemini.say(whole("Hei."), [chunk("He"), whole("i.")], whole(TIMED), whole(TIMED))
         assert (
             client.audio.transcriptions.create(
