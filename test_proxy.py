@@ -1687,60 +1687,63 @@ def test_without_parallel_calls_only_the_first_one_is_passed_on():
 # ======================================================================================
 
 
-def test_a_chat_becomes_a_request():
-    body = chat(
-        {"role": "system", "content": "Be brief."},
-        {"role": "developer", "content": [{"type": "text", "text": "And kind."}]},
-        user(
-            [
-                {"type": "text", "text": "What is this?"},
+FULL_CHAT = chat(
+    {"role": "system", "content": "Be brief."},
+    {"role": "developer", "content": [{"type": "text", "text": "And kind."}]},
+    user(
+        [
+            {"type": "text", "text": "What is this?"},
+            {
+                "type": "image_url",
+                "image_url": {"url": f"data:image/png;base64,{PNG}", "detail": "high"},
+            },
+        ]
+    ),
+    assistant("A dot."),
+    user("Sure?"),
+    model=NEWEST,
+    temperature=0,
+    top_p=0.5,
+    top_k=40,
+    seed=2**40 + 17,
+    stop="END",
+    max_completion_tokens=100,
+    reasoning_effort="low",
+)
+FULL_REQUEST = {
+    "contents": [
+        {
+            "role": "user",
+            "parts": [
+                {"text": "What is this?"},
                 {
-                    "type": "image_url",
-                    "image_url": {"url": f"data:image/png;base64,{PNG}", "detail": "high"},
+                    "inlineData": {"mimeType": "image/png", "data": PNG},
+                    "mediaResolution": {"level": "MEDIA_RESOLUTION_HIGH"},
                 },
-            ]
-        ),
-        assistant("A dot."),
-        user("Sure?"),
-        model=NEWEST,
-        temperature=0,
-        top_p=0.5,
-        top_k=40,
-        seed=2**40 + 17,
-        stop="END",
-        max_completion_tokens=100,
-        reasoning_effort="low",
-    )
-    plan, ignored = asked(body)
+            ],
+        },
+        {"role": "model", "parts": [{"text": "A dot."}]},
+        {"role": "user", "parts": [{"text": "Sure?"}]},
+    ],
+    "systemInstruction": {"parts": [{"text": "Be brief."}, {"text": "And kind."}]},
+    "generationConfig": {
+        "temperature": 0,
+        "topP": 0.5,
+        "topK": 40,
+        "maxOutputTokens": 100,
+        "seed": 17,
+        "stopSequences": ["END"],
+        "thinkingConfig": {"thinkingLevel": "LOW", "includeThoughts": True},
+    },
+}
+
+
+def test_a_chat_becomes_a_request():
+    plan, ignored = asked(FULL_CHAT)
     assert plan.calls[0].path == "models/gemini-3.8-flash:generateContent"
     assert not plan.stream
     assert ignored == []
-    assert gemini_body(body) == {
-        "contents": [
-            {
-                "role": "user",
-                "parts": [
-                    {"text": "What is this?"},
-                    {
-                        "inlineData": {"mimeType": "image/png", "data": PNG},
-                        "mediaResolution": {"level": "MEDIA_RESOLUTION_HIGH"},
-                    },
-                ],
-            },
-            {"role": "model", "parts": [{"text": "A dot."}]},
-            {"role": "user", "parts": [{"text": "Sure?"}]},
-        ],
-        "systemInstruction": {"parts": [{"text": "Be brief."}, {"text": "And kind."}]},
-        "generationConfig": {
-            "temperature": 0,
-            "topP": 0.5,
-            "topK": 40,
-            "maxOutputTokens": 100,
-            "seed": 17,
-            "stopSequences": ["END"],
-            "thinkingConfig": {"thinkingLevel": "LOW", "includeThoughts": True},
-        },
-    }
+    assert gemini_body(FULL_CHAT) == FULL_REQUEST
 
 
 def test_a_history_with_tools():
@@ -1958,6 +1961,48 @@ def test_bad_input_is_a_400_that_names_the_place(path, body):
     assert answer["error"]["type"] == "invalid_request_error"
 
 
+WHOLE_COMPLETION = {
+    "id": "chatcmpl-2",
+    "object": "chat.completion",
+    "created": 1700000000,
+    "model": FLASH,
+    "choices": [
+        {
+            "index": 0,
+            "message": {
+                "role": "assistant",
+                "content": "Let me look.",
+                "refusal": None,
+                "annotations": [],
+                "reasoning_content": "Hm",
+                "tool_calls": [
+                    {
+                        "id": "call_1",
+                        "type": "function",
+                        "function": {"name": "weather", "arguments": '{"city":"Oslo"}'},
+                        "extra_content": {"google": {"thought_signature": sign("s")}},
+                    }
+                ],
+            },
+            "logprobs": None,
+            "finish_reason": "tool_calls",
+        }
+    ],
+    "usage": {
+        "prompt_tokens": 4,
+        "completion_tokens": 7,
+        "total_tokens": 11,
+        "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 2,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    },
+}
+
+
 def test_a_whole_completion():
     answer, _ = respond(
         chat(tools=[WEATHER], reasoning_effort="low"),
@@ -1970,46 +2015,34 @@ def test_a_whole_completion():
             )
         ],
     )
-    assert answer == {
-        "id": "chatcmpl-2",
-        "object": "chat.completion",
+    assert answer == WHOLE_COMPLETION
+
+
+def chunk_of(delta, finish=None):
+    """A chunk of a streamed completion that counts its tokens at the end."""
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
         "created": 1700000000,
         "model": FLASH,
-        "choices": [
-            {
-                "index": 0,
-                "message": {
-                    "role": "assistant",
-                    "content": "Let me look.",
-                    "refusal": None,
-                    "annotations": [],
-                    "reasoning_content": "Hm",
-                    "tool_calls": [
-                        {
-                            "id": "call_1",
-                            "type": "function",
-                            "function": {"name": "weather", "arguments": '{"city":"Oslo"}'},
-                            "extra_content": {"google": {"thought_signature": sign("s")}},
-                        }
-                    ],
-                },
-                "logprobs": None,
-                "finish_reason": "tool_calls",
-            }
-        ],
-        "usage": {
-            "prompt_tokens": 4,
-            "completion_tokens": 7,
-            "total_tokens": 11,
-            "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
-            "completion_tokens_details": {
-                "reasoning_tokens": 2,
-                "audio_tokens": 0,
-                "accepted_prediction_tokens": 0,
-                "rejected_prediction_tokens": 0,
-            },
-        },
+        "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}],
+        "usage": None,
     }
+
+
+WEATHER_DELTA = {
+    "index": 0,
+    "id": "call_2",
+    "type": "function",
+    "function": {"name": "weather", "arguments": "{}"},
+    "extra_content": {"google": {"thought_signature": sign("s")}},
+}
+CLOCK_DELTA = {
+    "index": 1,
+    "id": "call_3",
+    "type": "function",
+    "function": {"name": "clock", "arguments": "{}"},
+}
 
 
 def test_a_streamed_completion():
@@ -2023,50 +2056,13 @@ def test_a_streamed_completion():
             whole(""),
         ],
     )
-    base = {
-        "id": "chatcmpl-1",
-        "object": "chat.completion.chunk",
-        "created": 1700000000,
-        "model": FLASH,
-    }
-
-    def event(delta, finish=None):
-        return {
-            **base,
-            "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}],
-            "usage": None,
-        }
-
     assert events[:-1] == [
-        event({"role": "assistant", "content": ""}),
-        event({"reasoning_content": "Hm"}),
-        event({"content": "Hel"}),
-        event(
-            {
-                "tool_calls": [
-                    {
-                        "index": 0,
-                        "id": "call_2",
-                        "type": "function",
-                        "function": {"name": "weather", "arguments": "{}"},
-                        "extra_content": {"google": {"thought_signature": sign("s")}},
-                    }
-                ]
-            }
-        ),
-        event(
-            {
-                "tool_calls": [
-                    {
-                        "index": 1,
-                        "id": "call_3",
-                        "type": "function",
-                        "function": {"name": "clock", "arguments": "{}"},
-                    }
-                ]
-            }
-        ),
-        event({}, "tool_calls"),
+        chunk_of({"role": "assistant", "content": ""}),
+        chunk_of({"reasoning_content": "Hm"}),
+        chunk_of({"content": "Hel"}),
+        chunk_of({"tool_calls": [WEATHER_DELTA]}),
+        chunk_of({"tool_calls": [CLOCK_DELTA]}),
+        chunk_of({}, "tool_calls"),
     ]
     assert events[-1]["choices"] == []
     assert events[-1]["usage"]["total_tokens"] == 11
@@ -2201,16 +2197,17 @@ AUDIO = blob("audio/L16;codec=pcm;rate=24000", base64.b64encode(PCM_SAMPLES).dec
 RIFF = proxy.wav_file(PCM_SAMPLES, "")
 
 
-def endpoint(name, body, *answers, context=Context()):
-    """(the whole answer, the streamed events) of one of OpenAI's endpoints; the stand-in must find nothing wrong with its calls."""
-    route = next(route for route in proxy.OPENAI.routes if route.path == "/v1/" + name)
-    plan = asked(body, route.request, context)[0]
-    assert [refusal_of("/v1beta/" + call.path, call.body) for call in plan.calls] == [None] * len(
-        plan.calls
-    )
-    whole_answer = whole_of(route, exchange(plan, context), *answers)
-    events = stream_of(route, exchange(plan, context), *answers) if plan.stream else []
-    return whole_answer, events
+def endpoint(name, body, *answers):
+    """(the whole answer, the events) of one of OpenAI's endpoints; the stand-in must find nothing
+    wrong with its calls."""
+    route = openai_route("/v1/" + name)
+    plan = asked(body, route.request)[0]
+    for call in plan.calls:
+        assert refusal_of("/v1beta/" + call.path, call.body) is None
+    answer = whole_of(route, exchange(plan), *answers)
+    if not plan.stream:
+        return answer, []
+    return answer, stream_of(route, exchange(plan), *answers)
 
 
 def embed(body, *answers):
@@ -2704,23 +2701,32 @@ TIMED = json.dumps(
 )
 
 
-@pytest.mark.parametrize(
-    "form, text",
-    [
-        (
-            "srt",
-            "1\n00:00:01,500 --> 00:00:02,000\nHello -> there.\n\n"
-            "2\n01:01:01,250 --> 01:01:01,250\nBye.\n",
-        ),
-        (
-            "vtt",
-            "WEBVTT\n\n00:00:01.500 --> 00:00:02.000\nHello -> there.\n\n"
-            "01:01:01.250 --> 01:01:01.250\nBye.\n",
-        ),
-    ],
-)
-def test_a_transcript_as_subtitles(form, text):
-    assert transcribe([whole(TIMED)], response_format=form)[0].data.decode() == text
+SUBTITLES = {
+    "srt": """\
+1
+00:00:01,500 --> 00:00:02,000
+Hello -> there.
+
+2
+01:01:01,250 --> 01:01:01,250
+Bye.
+""",
+    "vtt": """\
+WEBVTT
+
+00:00:01.500 --> 00:00:02.000
+Hello -> there.
+
+01:01:01.250 --> 01:01:01.250
+Bye.
+""",
+}
+
+
+@pytest.mark.parametrize("form", SUBTITLES)
+def test_a_transcript_as_subtitles(form):
+    answer = transcribe([whole(TIMED)], response_format=form)[0]
+    assert answer.data.decode() == SUBTITLES[form]
 
 
 TIMED_BASE = {"task": "transcribe", "duration": 3661.25, "text": "Hello --> there. Bye."}
@@ -2853,6 +2859,9 @@ def test_what_cannot_be_transcribed_is_a_400(path, more):
     )
 
 
+UPLOAD_PARTS = ("model", "whisper-1"), ("file", "a.wav", "audio/wav", RIFF), ("user", "me")
+
+
 def test_a_form_on_the_wire(server, gemini):
     gemini.say(whole("Hei."))
     raw, kind = form(*UPLOAD_PARTS)
@@ -2874,9 +2883,6 @@ def test_a_form_on_the_wire_without_its_file(server):
     raw, kind = form(UPLOAD_PARTS[0])
     answer = post(server, "/v1/audio/transcriptions", raw, Content_Type=kind)
     assert error_of(answer)["param"] == "file"
-
-
-UPLOAD_PARTS = ("model", "whisper-1"), ("file", "a.wav", "audio/wav", RIFF), ("user", "me")
 
 
 def test_an_ollama_server_lacks_what_ollama_lacks(gemini):
@@ -2912,11 +2918,11 @@ def test_the_list_of_models_holds_what_can_chat_or_embed_and_aliases():
 
 
 @pytest.mark.parametrize(
-    "name, id", [(FLASH, FLASH), ("models/" + FLASH, FLASH), ("gpt-5", "gpt-5")]
+    "name, entry_id", [(FLASH, FLASH), ("models/" + FLASH, FLASH), ("gpt-5", "gpt-5")]
 )
-def test_a_model_is_described_under_the_clients_name(name, id):
+def test_a_model_is_described_under_the_clients_name(name, entry_id):
     one = models_exchange(MODEL_CONTEXT._replace(params={"model": name}))
-    assert proxy.openai_model_response(one, map(iter, MODEL_ANSWERS))["id"] == id
+    assert proxy.openai_model_response(one, map(iter, MODEL_ANSWERS))["id"] == entry_id
 
 
 @pytest.mark.parametrize("name", ["gemini-9", "veo-3.1"])
