@@ -5791,34 +5791,29 @@ OLLAMA = Protocol(
 
 # ---- content blocks ----
 
-CONTENT_HOMES = {
-    "tool_use": "assistant",
-    "tool_result": "user",
-}  # blocks that only one role may say
+BLOCK_ROLES = {"tool_use": "assistant", "tool_result": "user"}  # who may send them
 
 
 def anthropic_text_part(block: Fields, model: Model) -> list[Part]:
-    block.mark_read("citations")  # of an answer that comes back; Gemini has its text
+    block.mark_read("citations")  # of an earlier answer; Gemini gets its text
     return [text_part(block.require("text", str))]
 
 
 def anthropic_source_parts(block: Fields, model: Model, name: str | None = None) -> list[Part]:
-    """The parts of a picture or a document, wherever its source says that it is."""
+    """The parts of an image or a document, by the type of its source."""
     block.require("source", dict)
-    source = block.object("source")
+    source = block.object_or_empty("source")
     kind = source.require("type", str)
     if kind == "base64":
-        return [
-            media_part(
-                source.require("data", str), source.get("media_type", str), source.path_of("data")
-            )
-        ]
+        data, mime = source.require("data", str), source.get("media_type", str)
+        return [media_part(data, mime, source.path_of("data"))]
     if kind == "url":
         return [source_part(source.require("url", str), None, source.path_of("url"), name)]
     if kind == "text":
         source.mark_read("media_type")
         return [text_part(source.require("data", str))]
     if kind == "content":
+        source.require("content", str, list)
         return anthropic_parts(source, "content", model)
     if kind == "file":
         source.require("file_id", str)
@@ -5827,56 +5822,41 @@ def anthropic_source_parts(block: Fields, model: Model, name: str | None = None)
 
 
 def anthropic_document_parts(block: Fields, model: Model) -> list[Part]:
-    """A document after its title and context; one behind a URL is a PDF, unless its name says otherwise."""
-    told = [block.get(key, str) for key in ("title", "context")]
-    head = "\n".join(filter(None, told))
-    return ([text_part(head + ":\n")] if head else []) + anthropic_source_parts(
-        block, model, "document.pdf"
-    )
+    """A document after its title and context. A URL without an ending is taken for a PDF."""
+    head = "\n".join(filter(None, [block.get("title", str), block.get("context", str)]))
+    parts = anthropic_source_parts(block, model, "document.pdf")
+    if head:
+        parts.insert(0, text_part(head + ":\n"))
+    return parts
 
 
 def anthropic_search_parts(block: Fields, model: Model) -> list[Part]:
-    """A search result of the client's own."""
+    """A result of the client's own search."""
     head = f"{block.get('title', str) or ''} ({block.get('source', str) or ''}):\n"
+    block.require("content", str, list)
     return [text_part(head), *anthropic_parts(block, "content", model)]
 
 
 def anthropic_reference_part(block: Fields, model: Model) -> list[Part]:
-    """A tool that a search for tools found: all of them are declared from the start."""
+    """A tool that a search for tools returned. Gemini knows all tools from the start."""
     return [text_part(block.require("tool_name", str))]
 
 
 def anthropic_call_part(block: Fields, model: Model) -> list[Part]:
     block.mark_read("caller")
-    id = block.require("id", str)
-    signature = split_signed_id(id)[1]
-    return [
-        call_part(
-            block.require("name", str),
-            block.get("input", dict) or {},
-            strip_signature(id),
-            signature or None,
-        )
-    ]
+    call_id, signature = split_signed_id(block.require("id", str))
+    name = block.require("name", str)
+    return [call_part(name, block.get("input", dict) or {}, call_id, signature)]
 
 
 def anthropic_result_part(block: Fields, model: Model) -> list[Part]:
-    """A tool's result: a text, or blocks of it."""
-    parts = (
-        anthropic_parts(block, "content", model, "tool") if block.get("content", str, list) else []
-    )
-    return [
-        result_of_parts(
-            None,
-            parts,
-            strip_signature(block.require("tool_use_id", str)),
-            bool(block.get("is_error", bool)),
-        )
-    ]
+    parts = anthropic_parts(block, "content", model, "tool")
+    call_id = strip_signature(block.require("tool_use_id", str))
+    return [result_of_parts(None, parts, call_id, bool(block.get("is_error", bool)))]
 
 
 def anthropic_thought(block: Fields, model: Model) -> list[Part]:
-    """Thoughts do not go back; the signature that rides in their block is taken by anthropic_parts."""
+    """Thoughts are not sent to Gemini; anthropic_parts takes the signature of their block."""
     block.mark_read("thinking", "signature", "data")
     return []
 
@@ -5895,67 +5875,60 @@ ANTHROPIC_BLOCKS: dict[str, Callable[[Fields, Model], list[Part]]] = {
 
 
 def anthropic_parts(message: Fields, key: str, model: Model, role: str = "") -> list[Part]:
-    """The parts of a content: a string, or a list of blocks. What Anthropic's own servers did is told as ignored.
-
-    A signature in a thinking block belongs to the next call of the message.
-    """
-    content = message.require(key, str, list)
-    if type(content) is str:
-        return [text_part(content)] if content else []
+    """The parts of a content, which is a string, a list of blocks, or nothing."""
+    content = message.get(key, str, list)
+    if not content:
+        return []
+    if isinstance(content, str):
+        return [text_part(content)]
     parts: list[Part] = []
     signature = ""
     for block in message.objects(key):
         kind = block.require("type", str)
-        if kind not in ANTHROPIC_BLOCKS:
+        if kind not in ANTHROPIC_BLOCKS:  # such as those of tools on Anthropic's servers
             block.ignore(re.sub(r"\[\d+\]", "[]", block.path) + "." + kind)
             block.mark_read(*block.data)
             continue
-        if CONTENT_HOMES.get(kind, role) != role:
-            raise wrong_value(
-                block.path_of("type"),
-                f"Invalid value for '{block.path_of('type')}': {kind} blocks can only stand "
-                f"in messages of role '{CONTENT_HOMES[kind]}'.",
-            )
+        if BLOCK_ROLES.get(kind, role) != role:
+            path, home = block.path_of("type"), BLOCK_ROLES[kind]
+            problem = f"{kind} blocks can only stand in messages of role '{home}'."
+            raise wrong_value(path, f"Invalid value for '{path}': {problem}")
         if block.data.get("citations") == {"enabled": False}:
             block.mark_read("citations")
-        made = ANTHROPIC_BLOCKS[kind](block, model)
+        block_parts = ANTHROPIC_BLOCKS[kind](block, model)
         if kind == "thinking":
-            signature = anthropic_signature(block) or signature
-        elif kind == "tool_use" and signature:
-            made[0]["thoughtSignature"], signature = signature, ""
-        parts += made
+            signature = thinking_signature(block) or signature
+        elif kind == "tool_use" and signature:  # which came before the message's next call
+            block_parts[0]["thoughtSignature"] = signature
+            signature = ""
+        parts += block_parts
     return parts
 
 
-def anthropic_signature(block: Fields) -> str:
-    """The signature of Gemini's in a thinking block, or "" where there is none."""
-    found = get_or_empty(block.data, "signature", str)
-    return found if len(found) > 8 and is_base64(found) else ""
+def thinking_signature(block: Fields) -> str:
+    """Gemini's signature in a thinking block; "" where there is none."""
+    signature: str = get_or_empty(block.data, "signature", str)
+    return signature if len(signature) > 8 and is_base64(signature) else ""
 
 
+# Claude Code begins its instructions with this line for Anthropic's servers. It is no instruction,
+# and may change from one request to the next.
+BILLING_HEADER = "x-anthropic-billing-header:"
 ANTHROPIC_ROLES = ("user", "assistant", "system")
-BILLING = "x-anthropic-billing-header:"  # Claude Code puts this line for Anthropic's servers before its instructions
-
-
-def anthropic_system(body: Fields, model: Model) -> list[Part]:
-    """The system's parts, but for what is no instruction, and may change from one request to the next."""
-    parts = (
-        anthropic_parts(body, "system", model, "system") if body.get("system", str, list) else []
-    )
-    said = [part for part in parts if not part.get("text", "").startswith(BILLING)]
-    if len(said) < len(parts):
-        body.ignore("system[]." + BILLING[:-1])
-    return said
 
 
 def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
-    """(the system's parts, the turns). What the system says between the turns stays there, marked as its own."""
-    system = anthropic_system(body, model)
+    """(the system's parts, the turns). System messages between turns stay there, marked as such."""
+    parts = anthropic_parts(body, "system", model, "system")
+    system = [part for part in parts if not part.get("text", "").startswith(BILLING_HEADER)]
+    if len(system) < len(parts):
+        body.ignore("system[]." + BILLING_HEADER[:-1])
     contents: list[JSON] = []
     for message in body.objects("messages"):
         role = message.require("role", str)
         if role not in ANTHROPIC_ROLES:
             raise message.unknown_choice("role", role, ANTHROPIC_ROLES)
+        message.require("content", str, list)
         parts = anthropic_parts(message, "content", model, role)
         if role == "assistant":
             contents.append(model_turn(*parts))
@@ -5970,13 +5943,8 @@ def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]
 
 # ---- tools ----
 
-
-def object_schema(required: tuple[str, ...], **properties: JSON) -> JSON:
-    return {"type": "object", "properties": properties, "required": list(required)}
-
-
 TEXT_SCHEMA: JSON = {"type": "string"}
-EDIT_SCHEMAS = {
+EDIT_FIELDS: JSON = {
     "path": TEXT_SCHEMA,
     "file_text": {"type": "string", "description": "The whole text of a file to create"},
     "old_str": {"type": "string", "description": "The text to replace; it must occur exactly once"},
@@ -5994,72 +5962,62 @@ EDIT_SCHEMAS = {
 }
 
 
-def edit_schema(required: tuple[str, ...], *commands: str, lacks: str = "", **more: JSON) -> JSON:
-    """The schema of a tool that edits files by commands."""
-    fields = {key: value for key, value in EDIT_SCHEMAS.items() if key != lacks}
-    return object_schema(
-        required, command={"type": "string", "enum": list(commands)}, **fields, **more
-    )
+def edit_fields(*commands: str, **more: JSON) -> JSON:
+    """The fields of a tool that edits files, with these commands besides the usual four."""
+    words = ["view", "create", "str_replace", "insert", *commands]
+    return {"command": {"type": "string", "enum": words}, **EDIT_FIELDS, **more}
 
 
-EDITS = ("view", "create", "str_replace", "insert")
+OLD_EDIT_FIELDS = edit_fields("undo_edit")
+del OLD_EDIT_FIELDS["insert_text"]
 OLD_EDITOR = (
-    "View, create and edit text files. Insert takes the text to insert as new_str; undo_edit takes back the "
-    "last edit of a file.",
-    edit_schema(("command", "path"), *EDITS, "undo_edit", lacks="insert_text"),
+    "View, create and edit text files. Insert takes the text to insert as new_str; undo_edit takes "
+    "back the last edit of a file."
 )
+MEMORY_FIELDS = edit_fields("delete", "rename", old_path=TEXT_SCHEMA, new_path=TEXT_SCHEMA)
+MEMORY = (
+    "Keep and look up notes in files under /memories, which outlive this conversation. Look "
+    "there before you begin. Rename takes old_path and new_path, all else takes path."
+)
+BASH_FIELDS: JSON = {"command": TEXT_SCHEMA, "restart": {"type": "boolean"}}
+BASH = "Run a command in a persistent bash session, or restart that session."
 
-# Tools that Anthropic's models know and clients run: what they do, and what they take.
-# (platform.claude.com/docs/en/agents-and-tools/tool-use: bash-tool, text-editor-tool, memory-tool)
-ANTHROPIC_TOOLS: dict[str, tuple[str, JSON]] = {
-    "bash": (
-        "Run a command in a persistent bash session, or restart that session.",
-        object_schema((), command=TEXT_SCHEMA, restart={"type": "boolean"}),
-    ),
-    "text_editor_20241022": OLD_EDITOR,
-    "text_editor_20250124": OLD_EDITOR,
-    "text_editor": ("View, create and edit text files.", edit_schema(("command", "path"), *EDITS)),
-    "memory": (
-        "Keep and look up notes in files under /memories, which outlive this conversation. Look there before "
-        "you begin. Rename takes old_path and new_path, all else takes path.",
-        edit_schema(
-            ("command",), *EDITS, "delete", "rename", old_path=TEXT_SCHEMA, new_path=TEXT_SCHEMA
-        ),
-    ),
+# (description, fields, required fields) of tools that Claude knows and clients run:
+# https://platform.claude.com/docs/en/agents-and-tools/tool-use/overview
+ANTHROPIC_TOOLS: dict[str, tuple[str, JSON, list[str]]] = {
+    "bash": (BASH, BASH_FIELDS, []),
+    "text_editor_20241022": (OLD_EDITOR, OLD_EDIT_FIELDS, ["command", "path"]),
+    "text_editor_20250124": (OLD_EDITOR, OLD_EDIT_FIELDS, ["command", "path"]),
+    "text_editor": ("View, create and edit text files.", edit_fields(), ["command", "path"]),
+    "memory": (MEMORY, MEMORY_FIELDS, ["command"]),
 }
+HOSTED_BY_ANTHROPIC = {"web_search": "search", "code_execution": "code"}
 
 
 def anthropic_tools(body: Fields) -> Tools:
-    """The tools: the client's own, those whose schema is Anthropic's, and Gemini's in place of Anthropic's servers'."""
+    """The client's own tools, those with a schema of Anthropic's, and Gemini's for hosted ones."""
     builder = ToolBuilder()
     for tool in body.objects("tools"):
-        anthropic_tool(tool, builder)
+        kind = tool.get("type", str) or "custom"
+        family = re.sub(r"_\d{8}$", "", kind)  # types end in a date
+        known = ANTHROPIC_TOOLS.get(kind) or ANTHROPIC_TOOLS.get(family)
+        tool.mark_read("eager_input_streaming", "defer_loading")  # about when Claude sees it
+        if kind == "custom":
+            name, description = function_name(tool), tool.get("description", str)
+            schema = tool.get("input_schema", dict)
+            builder.declare(tool, name, function_declaration(name, description, schema))
+            builder.strict = builder.strict or bool(tool.get("strict", bool))
+        elif known:
+            name, (description, fields, required) = tool.require("name", str), known
+            schema = {"type": "object", "properties": fields, "required": required}
+            builder.declare(tool, name, function_declaration(name, description, schema))
+        elif family in HOSTED_BY_ANTHROPIC:
+            tool.mark_read("name")
+            builder.hosted[HOSTED_BY_ANTHROPIC[family]] = f"tools[].{kind}"
+        else:
+            tool.ignore(f"tools[].{kind}")
+            tool.mark_read(*tool.data)
     return builder.tools()
-
-
-ANTHROPIC_HOSTED = {"web_search": "search", "code_execution": "code"}
-
-
-def anthropic_tool(tool: Fields, builder: ToolBuilder) -> None:
-    """Add one tool; what Gemini has nothing for is named as ignored."""
-    kind = tool.get("type", str) or "custom"
-    family = re.sub(r"_\d{8}$", "", kind)
-    known = ANTHROPIC_TOOLS.get(kind) or ANTHROPIC_TOOLS.get(family)
-    tool.mark_read("eager_input_streaming", "defer_loading")  # about when Claude sees it
-    if kind == "custom":
-        name, description = function_name(tool), tool.get("description", str)
-        schema = tool.get("input_schema", dict)
-        builder.declare(tool, name, function_declaration(name, description, schema))
-        builder.strict = builder.strict or bool(tool.get("strict", bool))
-    elif known:
-        name = tool.require("name", str)
-        builder.declare(tool, name, function_declaration(name, *known))
-    elif family in ANTHROPIC_HOSTED:
-        tool.mark_read("name")
-        builder.hosted[ANTHROPIC_HOSTED[family]] = f"tools[].{kind}"
-    else:
-        tool.ignore(f"tools[].{kind}")
-        tool.mark_read(*tool.data)
 
 
 def anthropic_tool_choice(body: Fields, tools: Tools) -> ToolChoice:
@@ -6071,18 +6029,17 @@ def anthropic_tool_choice(body: Fields, tools: Tools) -> ToolChoice:
     parallel = not choice.get("disable_parallel_tool_use", bool)
     if kind in ("auto", "none"):
         return ToolChoice(TOOL_CHOICES[kind], (), parallel)
-    name = choice.require("name", str) if kind == "tool" else ""
-    if name in tools.names.values():
-        return ToolChoice("ANY", (name,), parallel)
     if kind == "any" and tools.declarations:
         return ToolChoice("ANY", (), parallel)
-    listed = [get_or_empty(tool, "name", str) for tool in body.data.get("tools") or ()]
-    if name and name not in listed:
-        raise wrong_value(
-            choice.path_of("name"),
-            f"Invalid value for '{choice.path_of('name')}': no tool {name[:80]!r} is among "
-            "the tools.",
-        )
+    if kind == "tool":
+        name = choice.require("name", str)
+        if name in tools.names.values():
+            return ToolChoice("ANY", (name,), parallel)
+        listed = [get_or_empty(tool, "name", str) for tool in body.data.get("tools") or ()]
+        if name and name not in listed:
+            path = choice.path_of("name")
+            problem = f"no tool {name[:80]!r} is among the tools."
+            raise wrong_value(path, f"Invalid value for '{path}': {problem}")
     body.ignore("tool_choice")  # Gemini cannot be made to use its own tools
     return ToolChoice(parallel=parallel)
 
@@ -6108,7 +6065,7 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
     model = model_named(model_name, context)
     if not body.require("messages", list):
         raise wrong_value("messages", "messages: at least one message is required")
-    anthropic_thread(body)
+    refuse_continued_thread(body)
     system, contents = anthropic_turns(body, model)
     tools = anthropic_tools(body)
     choice = anthropic_tool_choice(body, tools)
@@ -6116,34 +6073,20 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
         tools = tools._replace(search="", code="")
     output = body.object_or_empty("output_config")
     sampling = anthropic_sampling(body, model)
-    thinking, blocks = anthropic_thinking(body, output)
-    chat = Chat(
-        model,
-        system,
-        contents,
-        tools,
-        choice,
-        thinking,
-        sampling,
-        anthropic_format(body, output),
-        recipe=recipe_named(model_name, context),
-        stream=stream,
-    )
-    calls = (chat_call(chat, body),)
-    return Plan(calls, stream, AnthropicOptions(blocks), model_name, chat=chat)
+    thinking, takes_blocks = anthropic_thinking(body, output)
+    schema = anthropic_schema(body, output)
+    chat = Chat(model, system, contents, tools, choice, thinking, sampling, schema)
+    chat = chat._replace(recipe=recipe_named(model_name, context), stream=stream)
+    options = AnthropicOptions(takes_blocks)
+    return Plan((chat_call(chat, body),), stream, options, model_name, chat=chat)
 
 
-def anthropic_thread(body: Fields) -> None:
-    """Nothing is kept here between two requests: a client that relies on it is told to send the whole conversation."""
-    thread = body.data.get("thread")
-    if get_or_empty(thread, "type", str) == "continue":
-        raise ProxyError(
-            404,
-            "No conversation is kept on this server: send all of its messages, with thread "
-            '{"type": "create"}.',
-            code="thread_not_found",
-            path="thread",
-        )
+def refuse_continued_thread(body: Fields) -> None:
+    """No thread is kept between two requests. (The tool_runner of anthropic 2.x sends `thread`.)"""
+    if get_or_empty(body.data.get("thread"), "type", str) == "continue":
+        hint = 'send all of its messages, with thread {"type": "create"}.'
+        message = f"No conversation is kept on this server: {hint}"
+        raise ProxyError(404, message, code="thread_not_found", path="thread")
 
 
 def anthropic_sampling(body: Fields, model: Model) -> JSON:
@@ -6151,21 +6094,13 @@ def anthropic_sampling(body: Fields, model: Model) -> JSON:
     if limit and limit > model.max_output:
         body.ignore(f"max_tokens>{model.max_output}")
         limit = model.max_output
-    return sampling_config(
-        body.number("temperature", 0, 2),
-        body.number("top_p", 0, 1),
-        body.get("top_k", int),
-        limit,
-        stops=stop_sequences(body, "stop_sequences"),
-    )
+    temperature, top_p = body.number("temperature", 0, 2), body.number("top_p", 0, 1)
+    top_k, stops = body.get("top_k", int), stop_sequences(body, "stop_sequences")
+    return sampling_config(temperature, top_p, top_k, limit, stops=stops)
 
 
 def anthropic_thinking(body: Fields, output: Fields) -> tuple[Thinking, bool]:
-    """(how to think, whether the client takes thinking blocks).
-
-    Without `thinking` the model thinks in its own way within the limit, and shows nothing of it. An
-    effort counts for more than a budget, which only the older models know.
-    """
+    """(how to think, whether the client takes thinking blocks); without `thinking` it takes none."""
     effort = output.choice("effort", *EFFORTS)
     thinking = body.object("thinking")
     if thinking is None:
@@ -6177,15 +6112,16 @@ def anthropic_thinking(body: Fields, output: Fields) -> tuple[Thinking, bool]:
     return Thinking(effort, budget, show, field="thinking"), True
 
 
-def anthropic_format(body: Fields, output: Fields) -> JSON | None:
-    """The schema of the answer, None where it is text: `output_config.format`, or `output_format` in older clients."""
-    wanted = output.object("format") or body.object("output_format")
-    if wanted is None:
+def anthropic_schema(body: Fields, output: Fields) -> JSON | None:
+    """The schema of a JSON answer: `output_config.format`, or `output_format` in older clients."""
+    form = output.object("format") or body.object("output_format")
+    if form is None:
         return None
-    kind = wanted.require("type", str)
+    kind = form.require("type", str)
     if kind != "json_schema":
-        raise wanted.unknown_choice("type", kind, ("json_schema",))
-    return wanted.require("schema", dict)
+        raise form.unknown_choice("type", kind, ("json_schema",))
+    schema: JSON = form.require("schema", dict)
+    return schema
 
 
 # ---- the answer ----
@@ -6194,173 +6130,150 @@ ANTHROPIC_STOPS = {"length": "max_tokens", "filter": "refusal"}  # else "end_tur
 
 
 def anthropic_usage(usage: Usage, queries: tuple[str, ...] = ()) -> JSON:
-    """Anthropic counts what came from a cache beside the rest of the input, not within it."""
-    return {
+    """Anthropic counts cached tokens beside the rest of the input, not within it."""
+    counts: JSON = {
         "input_tokens": max(0, usage.prompt - usage.cached),
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": usage.cached,
         "output_tokens": usage.output,
         "output_tokens_details": {"thinking_tokens": usage.thoughts},
-        **(
-            {"server_tool_use": {"web_search_requests": len(queries), "web_fetch_requests": 0}}
-            if queries
-            else {}
-        ),
     }
+    if queries:
+        counts["server_tool_use"] = {"web_search_requests": len(queries), "web_fetch_requests": 0}
+    return counts
 
 
 def anthropic_ending(end: End) -> JSON:
-    """How a message ended. Gemini does not tell which stop sequence it came to, nor whether it was one."""
-    told = end.message or f"Gemini ended its answer: {end.reason}"
-    refusal = {"type": "refusal", "category": None, "explanation": told}
-    return {
-        "stop_reason": ANTHROPIC_STOPS.get(end.finish) or ("tool_use" if end.calls else "end_turn"),
-        "stop_sequence": None,
-        **({"stop_details": refusal} if end.finish == "filter" else {}),
-        **native_finish(end),
-    }
+    """How a message ended. Gemini does not say whether it met a stop sequence, nor which one."""
+    default = "tool_use" if end.calls else "end_turn"
+    reason = ANTHROPIC_STOPS.get(end.finish, default)
+    ending: JSON = {"stop_reason": reason, "stop_sequence": None}
+    if reason == "refusal":
+        explanation = end.message or f"Gemini ended its answer: {end.reason}"
+        ending["stop_details"] = {"type": reason, "category": None, "explanation": explanation}
+    return {**ending, **native_finish(end)}
 
 
-# The blocks of an answer as they begin, and the key of each that grows.
-TEXT_BLOCK: JSON = {"type": "text", "text": ""}
-THINKING_BLOCK: JSON = {"type": "thinking", "thinking": "", "signature": ""}
-GROWING = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature"}
+# Blocks that grow, as they begin. Neighbours of one such type are one block; calls never join.
+GROWING_BLOCKS: dict[str, JSON] = {
+    "text": {"text": ""},
+    "thinking": {"thinking": "", "signature": ""},
+}
 
 
-def anthropic_pieces(
-    events: Iterable[Event], exchange: Exchange
-) -> Iterator[tuple[JSON | None, Any]]:
-    """(a block as it begins, a delta or None), piece after piece; then (None, the End).
+def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tuple[str, JSON]]:
+    """(type, fields) of each block, or piece of a growing one; at last those of the message_delta.
 
-    A signature rides in the thinking block before its call, where the client takes one: it must send that back.
+    A signature travels in a thinking block before its call: clients must send such blocks back.
+    https://platform.claude.com/docs/en/build-with-claude/extended-thinking
     """
+    options: AnthropicOptions = exchange.options
     texts: list[str] = []
     for event in events:
         if isinstance(event, Text) and event.thought:
-            yield THINKING_BLOCK, {"type": "thinking_delta", "thinking": event.text}
+            yield "thinking", {"thinking": event.text}
         elif isinstance(event, Text):
             texts.append(event.text)
-            yield TEXT_BLOCK, {"type": "text_delta", "text": event.text}
+            yield "text", {"text": event.text}
         elif isinstance(event, Media):
-            yield TEXT_BLOCK, {"type": "text_delta", "text": media_note(event)}
+            yield "text", {"text": media_note(event)}
         elif isinstance(event, ToolCall):
-            if event.signature and exchange.options.thinking:
-                yield THINKING_BLOCK, {"type": "signature_delta", "signature": event.signature}
-            block = {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
-            yield block, {"type": "input_json_delta", "partial_json": encode_json(event.args)}
+            if event.signature and options.thinking:
+                yield "thinking", {"signature": event.signature}
+            yield "tool_use", {"id": event.id, "name": event.name, "input": event.args}
         else:
             yield from anthropic_searches(event, "".join(texts), exchange)
-            yield None, event
+            usage = anthropic_usage(event.usage, event.queries)
+            yield "message_delta", {"delta": anthropic_ending(event), "usage": usage}
 
 
-def anthropic_searches(end: End, text: str, exchange: Exchange) -> Iterator[tuple[JSON, Any]]:
-    """The citations of a text, and the search that they come from: Gemini tells of both when all is said."""
+def anthropic_searches(end: End, text: str, exchange: Exchange) -> Iterator[tuple[str, JSON]]:
+    """The citations of a text, then the searches behind them: Gemini reports both at the end."""
+    citations: list[JSON] = []
+    results: dict[str, JSON] = {}
     for citation in end.citations:
-        yield (
-            TEXT_BLOCK,
-            {
-                "type": "citations_delta",
-                "citation": {
-                    "type": "web_search_result_location",
-                    "cited_text": text[citation.start : citation.end],
-                    "url": citation.url,
-                    "title": citation.title,
-                    "encrypted_index": "",
-                },
-            },
-        )
-    sources = {citation.url: citation.title for citation in end.citations}
-    results = [
-        {
-            "type": "web_search_result",
-            "url": url,
-            "title": title,
-            "encrypted_content": "",
-            "page_age": None,
-        }
-        for url, title in sources.items()
-    ]
+        link = {"url": citation.url, "title": citation.title}
+        quote = {"cited_text": text[citation.start : citation.end], **link, "encrypted_index": ""}
+        citations.append({"type": "web_search_result_location", **quote})
+        page = {**link, "encrypted_content": "", "page_age": None}
+        results[citation.url] = {"type": "web_search_result", **page}
+    if citations:
+        yield "text", {"citations": citations}
     for query in end.queries:
-        id = exchange.new_id("srvtoolu_")
-        yield (
-            {"type": "server_tool_use", "id": id, "name": "web_search", "input": {}},
-            {"type": "input_json_delta", "partial_json": encode_json({"query": query})},
-        )
-        yield {"type": "web_search_tool_result", "tool_use_id": id, "content": results}, None
+        call_id = exchange.new_id("srvtoolu_")
+        yield "server_tool_use", {"id": call_id, "name": "web_search", "input": {"query": query}}
+        yield "web_search_tool_result", {"tool_use_id": call_id, "content": [*results.values()]}
+
+
+def anthropic_start(exchange: Exchange, answers: Answers) -> tuple[JSON, Iterator[Event]]:
+    """(the message as it begins, the answer's events). It waits for the first, or for a refusal."""
+    events = next(answers)
+    first = next(events)
+    message: JSON = {
+        "id": exchange.new_id("msg_"),
+        "type": "message",
+        "role": "assistant",
+        "model": exchange.model,
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": anthropic_usage(exchange.prompt or Usage()),
+    }
+    return message, itertools.chain([first], events)
 
 
 def anthropic_messages_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
-    """The events of a message: its start, its blocks one after the other, how it ended."""
-    events = next(answers)
-    first = next(events)  # a refusal of Gemini's comes before it, and so before all of this
-    yield {
-        "type": "message_start",
-        "message": {
-            "id": exchange.new_id("msg_"),
-            "type": "message",
-            "role": "assistant",
-            "model": exchange.model,
-            "content": [],
-            "stop_reason": None,
-            "stop_sequence": None,
-            "usage": anthropic_usage(exchange.prompt or Usage()),
-        },
-    }
-    pieces = anthropic_pieces(itertools.chain([first], events), exchange)
-    for index, (block, group) in enumerate(itertools.groupby(pieces, key=itemgetter(0))):
-        deltas = map(itemgetter(1), group)
-        if block is None:
-            yield from map(anthropic_message_delta, deltas)
-        else:
-            yield from anthropic_block_events(index, block, deltas)
+    """The events of a message: https://platform.claude.com/docs/en/build-with-claude/streaming"""
+    message, events = anthropic_start(exchange, answers)
+    yield {"type": "message_start", "message": message}
+    index, open_kind = -1, ""
+    for kind, fields in anthropic_pieces(events, exchange):
+        grows = kind == open_kind and kind in GROWING_BLOCKS
+        if open_kind and not grows:
+            yield {"type": "content_block_stop", "index": index}
+        if kind == "message_delta":
+            yield {"type": kind, **fields}
+            break
+        if not grows:
+            index, open_kind = index + 1, kind
+            block = {"type": kind, **GROWING_BLOCKS.get(kind, fields)}
+            if "input" in fields:
+                block["input"] = {}
+            yield {"type": "content_block_start", "index": index, "content_block": block}
+        for delta in anthropic_deltas(fields):
+            yield {"type": "content_block_delta", "index": index, "delta": delta}
     yield {"type": "message_stop"}
 
 
-def anthropic_block_events(index: int, block: JSON, deltas: Iterable[Any]) -> Iterator[JSON]:
-    """The events of one block; blocks are numbered and never overlap."""
-    yield {"type": "content_block_start", "index": index, "content_block": block}
-    yield from (
-        {"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas if delta
-    )
-    yield {"type": "content_block_stop", "index": index}
-
-
-def anthropic_message_delta(end: End) -> JSON:
-    return {
-        "type": "message_delta",
-        "delta": anthropic_ending(end),
-        "usage": anthropic_usage(end.usage, end.queries),
-    }
+def anthropic_deltas(fields: JSON) -> Iterator[JSON]:
+    """The deltas that add these fields to a block."""
+    for key, value in fields.items():
+        if key in ("text", "thinking", "signature"):
+            yield {"type": f"{key}_delta", key: value}
+        elif key == "input":
+            yield {"type": "input_json_delta", "partial_json": encode_json(value)}
+        elif key == "citations":
+            yield from ({"type": "citations_delta", "citation": citation} for citation in value)
 
 
 def anthropic_messages_response(exchange: Exchange, answers: Answers) -> JSON:
-    """The message that the events of a stream add up to."""
-    message: JSON = {}
-    for event in anthropic_messages_stream(exchange, answers):
-        kind = event["type"]
-        if kind == "message_start":
-            message = event["message"]
-        elif kind == "content_block_start":
-            message["content"].append(dict(event["content_block"]))
-        elif kind == "content_block_delta":
-            anthropic_grow(message["content"][-1], event["delta"])
-        elif kind == "message_delta":
-            message.update(event["delta"], usage=event["usage"])
-    return message
+    """The message that the events of the stream would add up to."""
+    message, events = anthropic_start(exchange, answers)
+    answer = whole(events)
+    *pieces, (_, ending) = anthropic_pieces([*answer.events, answer.end], exchange)
+    content: list[JSON] = []
+    for kind, fields in pieces:
+        if kind not in GROWING_BLOCKS:
+            content.append({"type": kind, **fields})
+            continue
+        if not content or content[-1]["type"] != kind:
+            content.append({"type": kind, **GROWING_BLOCKS[kind]})
+        for key, value in fields.items():  # texts, or a list of citations
+            content[-1][key] = content[-1].get(key, []) + value
+    return {**message, "content": content, **ending["delta"], "usage": ending["usage"]}
 
 
-def anthropic_grow(block: JSON, delta: JSON) -> None:
-    """Add a delta to its block."""
-    key = GROWING.get(delta["type"])
-    if key:
-        block[key] += delta[key]
-    elif delta["type"] == "input_json_delta":
-        block["input"] = json.loads(delta["partial_json"])
-    else:
-        block.setdefault("citations", []).append(delta["citation"])
-
-
-# ---- counting ----
+# ---- counting, errors, routes ----
 
 
 def anthropic_count_request(body: Fields, context: Context) -> Plan:
@@ -6372,9 +6285,8 @@ def anthropic_count_response(exchange: Exchange, answers: Answers) -> JSON:
     return {"input_tokens": read_count(answers)}
 
 
-# ---- errors and routes ----
-
-ANTHROPIC_TYPES = {
+ANTHROPIC_ERROR_TYPES = {
+    **dict.fromkeys(range(500, 600), "api_error"),
     401: "authentication_error",
     402: "billing_error",
     403: "permission_error",
@@ -6384,44 +6296,42 @@ ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
     529: "overloaded_error",
-}
+}  # else "invalid_request_error"
 
 
 def anthropic_error(error: ProxyError) -> tuple[int, JSON]:
     """Anthropic's form of an error: https://platform.claude.com/docs/en/api/errors
 
-    A 401 of Gemini's is not one of this server's, which would have clients ask for another key of their own.
+    A 401 of Gemini's becomes a 403: it is about the server's key, not about the client's.
     """
-    status, message = 403 if error.status == 401 and error.upstream else error.status, error.message
+    status, message = error.status, error.message
+    if status == 401 and error.upstream:
+        status = 403
     if error.code == "model_not_found" and error.model.startswith("claude"):
-        message += " To have one of Gemini's models answer to this name, start the server with -alias='claude-*=MODEL'."
-    kind = ANTHROPIC_TYPES.get(status) or (
-        "api_error" if status >= 500 else "invalid_request_error"
-    )
-    details = {"details": {"error_code": error.code}} if error.code == "thread_not_found" else {}
-    return status, {
-        "type": "error",
-        "error": {"type": kind, "message": message, **details},
-        "request_id": error.request_id,
-    }
+        hint = "start the server with -alias='claude-*=MODEL'."
+        message += f" To have one of Gemini's models answer to this name, {hint}"
+    kind = ANTHROPIC_ERROR_TYPES.get(status, "invalid_request_error")
+    body: JSON = {"type": kind, "message": message}
+    if error.code == "thread_not_found":
+        body["details"] = {"error_code": error.code}
+    return status, {"type": "error", "error": body, "request_id": error.request_id}
 
 
+ANTHROPIC_ROUTES = (
+    Route(
+        "POST",
+        "/v1/messages",
+        anthropic_messages_request,
+        anthropic_messages_response,
+        anthropic_messages_stream,
+        NAMED_SSE,
+        lambda exchange: {"type": "ping"},
+    ),
+    Route("POST", "/v1/messages/count_tokens", anthropic_count_request, anthropic_count_response),
+)
 ANTHROPIC = Protocol(
     "anthropic",
-    (
-        Route(
-            "POST",
-            "/v1/messages",
-            anthropic_messages_request,
-            anthropic_messages_response,
-            anthropic_messages_stream,
-            NAMED_SSE,
-            lambda exchange: {"type": "ping"},
-        ),
-        Route(
-            "POST", "/v1/messages/count_tokens", anthropic_count_request, anthropic_count_response
-        ),
-    ),
+    ANTHROPIC_ROUTES,
     anthropic_error,
     lambda error: anthropic_error(error)[1],
     ("request-id",),
@@ -6434,38 +6344,31 @@ ANTHROPIC = Protocol(
 
 
 def without_401(protocol: Protocol) -> Protocol:
-    """The protocol on an Ollama server, whose clients take a 401 for a missing sign-in at ollama.com."""
+    """The protocol for Ollama's clients, to whom a 401 means a missing sign-in at ollama.com."""
 
-    def error(error: ProxyError) -> tuple[int, Any]:
+    def error_body(error: ProxyError) -> tuple[int, Any]:
         status, body = protocol.error(error)
-        return 403 if status == 401 and error.upstream else status, body
+        if status == 401 and error.upstream:
+            status = 403
+        return status, body
 
-    return protocol._replace(error=error)
-
-
-def without_routes(protocol: Protocol, paths: tuple[str, ...]) -> Protocol:
-    """The protocol without the routes of these paths."""
-    return protocol._replace(
-        routes=tuple(route for route in protocol.routes if route.path not in paths)
-    )
+    return protocol._replace(error=error_body)
 
 
-# What of OpenAI's a real Ollama server does not mount.
+# Paths of OpenAI's that a real Ollama server does not mount, and the protocol as it mounts it.
 OPENAI_ONLY_PATHS = ("/v1/images/generations", "/v1/audio/speech", "/v1/audio/translations")
+SHARED_ROUTES = tuple(route for route in OPENAI.routes if route.path not in OPENAI_ONLY_PATHS)
+SHARED_OPENAI = without_401(OPENAI._replace(routes=SHARED_ROUTES))
 
-# What each -api mounts; the first protocol whose beginning fits a path tells of errors there.
+# What each -api mounts. The first protocol whose prefix fits a path writes its errors.
 MOUNTS: dict[str, tuple[tuple[str, Protocol], ...]] = {
     "openai": (("/", OPENAI),),
-    "ollama": (
-        ("/v1/messages", ANTHROPIC),
-        ("/v1", without_401(without_routes(OPENAI, OPENAI_ONLY_PATHS))),
-        ("/", OLLAMA),
-    ),
+    "ollama": (("/v1/messages", ANTHROPIC), ("/v1", SHARED_OPENAI), ("/", OLLAMA)),
 }
 
 
-class Found(NamedTuple):
-    """A route for a path, and what the path holds."""
+class RouteMatch(NamedTuple):
+    """A route for a path, and the values of the segments that it captures."""
 
     protocol: Protocol
     route: Route
@@ -6474,31 +6377,26 @@ class Found(NamedTuple):
 
 @functools.cache
 def path_pattern(path: str) -> Pattern[str]:
-    """A route's path as a pattern; the last captured segment may hold slashes, as model names do."""
+    """A route's path as a pattern. The last captured segment may hold slashes, as in model names."""
     pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(path))
     return re.compile(re.sub(r"\[\^/\]\+\)$", ".+)", pattern) + r"\Z")
 
 
 def plain_path(path: str, api: str) -> str:
-    """The path as the routes spell it: users put /v1 into base URLs twice, or leave it out, or add slashes."""
-    path = re.sub(r"/{2,}", "/", "/" + path)
-    path = path.rstrip("/") or "/"
+    """The path as routes spell it: users write /v1 twice or never in base URLs, or add slashes."""
+    path = re.sub(r"/{2,}", "/", "/" + path).rstrip("/") or "/"
     path = re.sub(r"^(/v1)+(?=/|$)", "/v1", path)
-    if (
-        api == "openai"
-        and not path.startswith("/v1/")
-        and path not in ("/", "/healthz", "/metrics")
-    ):
-        path = "/v1" + path
-    return path
+    if api == "ollama" or path.startswith("/v1/") or path in ("/", "/healthz", "/metrics"):
+        return path
+    return "/v1" + path
 
 
 def protocol_of(api: str, path: str) -> Protocol:
-    """The protocol in which an error at this path is told."""
-    return next(protocol for beginning, protocol in MOUNTS[api] if path.startswith(beginning))
+    """The protocol that writes the errors at this path."""
+    return next(protocol for prefix, protocol in MOUNTS[api] if path.startswith(prefix))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def exact_routes(api: str) -> dict[tuple[str, str], tuple[Protocol, Route]]:
     return {
         (route.method, route.path): (protocol, route)
@@ -6507,31 +6405,29 @@ def exact_routes(api: str) -> dict[tuple[str, str], tuple[Protocol, Route]]:
     }
 
 
-def find_route(api: str, method: str, path: str) -> Found:
-    """The route for a method and a plain_path; a 404, or a 405 with Allow, where there is none. HEAD is like GET."""
-    method = "GET" if method == "HEAD" else method
+def find_route(api: str, method: str, path: str) -> RouteMatch:
+    """The route for a method and a plain_path; else a 404 or a 405 with Allow. HEAD is like GET."""
+    if method == "HEAD":
+        method = "GET"
     exact = exact_routes(api).get((method, path))
     if exact:
-        return Found(*exact, {})
-    allowed = []
-    for _, protocol in MOUNTS[api]:
-        for route in protocol.routes:
-            match = path_pattern(route.path).match(path)
-            if match and route.method == method:
-                params = {
-                    key: urllib.parse.unquote(value) for key, value in match.groupdict().items()
-                }
-                return Found(protocol, route, params)
-            allowed += [route.method] if match else []
-    if allowed:
-        allowed += ["HEAD"] if "GET" in allowed else []
-        raise ProxyError(
-            405,
-            f"Not allowed to {method[:20]} on {path[:200]}.",
-            code="method_not_supported",
-            headers={"Allow": ", ".join(dict.fromkeys(allowed))},
-        )
-    raise NoRoute(404, f"Invalid URL ({method[:20]} {path[:200]})")
+        return RouteMatch(*exact, {})
+    allowed: list[str] = []
+    routes = [(protocol, route) for _, protocol in MOUNTS[api] for route in protocol.routes]
+    for protocol, route in routes:
+        match = path_pattern(route.path).match(path)
+        if match and route.method == method:
+            params = {key: urllib.parse.unquote(text) for key, text in match.groupdict().items()}
+            return RouteMatch(protocol, route, params)
+        if match:
+            allowed.append(route.method)
+    if not allowed:
+        raise NoRoute(404, f"Invalid URL ({method[:20]} {path[:200]})")
+    if "GET" in allowed:
+        allowed.append("HEAD")
+    message = f"Not allowed to {method[:20]} on {path[:200]}."
+    headers = {"Allow": ", ".join(dict.fromkeys(allowed))}
+    raise ProxyError(405, message, code="method_not_supported", headers=headers)
 
 
 # ======================================================================================

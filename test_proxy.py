@@ -4327,7 +4327,7 @@ def test_a_message_becomes_a_request():
         assistant("Hello"),
         user("Bye"),
         system=[
-            {"type": "text", "text": proxy.BILLING + " cc_version=2"},
+            {"type": "text", "text": proxy.BILLING_HEADER + " cc_version=2"},
             {"type": "text", "text": "Be brief."},
         ],
         temperature=0.5,
