@@ -6100,7 +6100,7 @@ def anthropic_sampling(body: Fields, model: Model) -> JSON:
 
 
 def anthropic_thinking(body: Fields, output: Fields) -> tuple[Thinking, bool]:
-    """(how to think, whether the client takes thinking blocks); without `thinking` it takes none."""
+    """(how to think, whether the client takes thinking blocks); none without `thinking`."""
     effort = output.choice("effort", *EFFORTS)
     thinking = body.object("thinking")
     if thinking is None:
@@ -6377,7 +6377,7 @@ class RouteMatch(NamedTuple):
 
 @functools.cache
 def path_pattern(path: str) -> Pattern[str]:
-    """A route's path as a pattern. The last captured segment may hold slashes, as in model names."""
+    """A route's path as a pattern. Its last segment may hold slashes, as model names do."""
     pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(path))
     return re.compile(re.sub(r"\[\^/\]\+\)$", ".+)", pattern) + r"\Z")
 

@@ -4278,7 +4278,7 @@ def test_openais_routes_on_an_ollama_server():
 
 
 # ======================================================================================
-# 7. Anthropic
+# 10. Anthropic
 # ======================================================================================
 
 CLAUDE = Context(ollama=True, aliases=(("claude-*", NEWEST),))
@@ -4287,62 +4287,104 @@ ASK_CITY = {
     "description": "The weather",
     "input_schema": WEATHER["function"]["parameters"],
 }
+WEB_SEARCH = {"type": "web_search_20250305", "name": "web_search"}
+PNG_BLOCK = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}
+PNG_PART = {"inlineData": {"mimeType": "image/png", "data": PNG}}
 
 
-def said_to_claude(*messages, model="claude-opus-5", **more):
+def claude_chat(*messages, model="claude-opus-5", **more):
     return {"model": model, "max_tokens": 100, "messages": list(messages) or [user("Hi")], **more}
+
+
+def claude_plan(body):
+    return asked(body, proxy.anthropic_messages_request, CLAUDE)[0]
+
+
+def claude_ignored(body):
+    return asked(body, proxy.anthropic_messages_request, CLAUDE)[1]
 
 
 def claude_body(body):
     return gemini_body(body, request=proxy.anthropic_messages_request, context=CLAUDE)
 
 
-def claude_says(body, *chunks):
-    """(the whole message, the streamed events) when Gemini says these chunks; an event adds up to the same message."""
-    plan = asked(body, proxy.anthropic_messages_request, CLAUDE)[0]
-    route = proxy.ANTHROPIC.routes[0]
+def claude_answer(body, *chunks):
+    """(the whole message, the streamed events) when Gemini says these chunks; both say the same."""
+    plan, route = claude_plan(body), proxy.ANTHROPIC.routes[0]
     message = whole_of(route, exchange(plan, CLAUDE), chunks)
-    return message, stream_of(route, exchange(plan, CLAUDE), chunks)
+    events = stream_of(route, exchange(plan, CLAUDE), chunks)
+    assert added_up(events) == message
+    return message, events
 
 
-def use(id, name="weather", **input):
-    return {"type": "tool_use", "id": id, "name": name, "input": input or {"city": "Oslo"}}
+def added_up(events):
+    """The message that a client makes of the events of a stream."""
+    message = {}
+    for event in events:
+        if event["type"] == "message_start":
+            message = json.loads(json.dumps(event["message"]))
+        elif event["type"] == "content_block_start":
+            assert event["index"] == len(message["content"])
+            message["content"].append(dict(event["content_block"]))
+        elif event["type"] == "content_block_delta":
+            assert event["index"] == len(message["content"]) - 1
+            add_delta(message["content"][-1], event["delta"])
+        elif event["type"] == "message_delta":
+            message.update(event["delta"], usage=event["usage"])
+    return message
 
 
-def used(id, content="3", **more):
-    return {"type": "tool_result", "tool_use_id": id, "content": content, **more}
+def add_delta(block, delta):
+    kind = delta["type"].partition("_")[0]
+    if kind == "input":
+        block["input"] = json.loads(delta["partial_json"])
+    elif kind == "citations":
+        block.setdefault("citations", []).append(delta["citation"])
+    else:
+        block[kind] += delta[kind]
+
+
+def text_block(text, **more):
+    return {"type": "text", "text": text, **more}
+
+
+def tool_use(call_id, name="weather", **args):
+    return {"type": "tool_use", "id": call_id, "name": name, "input": args or {"city": "Oslo"}}
+
+
+def tool_result(call_id, content="3", **more):
+    return {"type": "tool_result", "tool_use_id": call_id, "content": content, **more}
+
+
+def document(source, **more):
+    return {"type": "document", "source": source, **more}
+
+
+@pytest.fixture
+def claude_server(gemini):
+    """A proxy that serves Anthropic's clients, in front of the stand-in."""
+    with serving(gemini.url, api="ollama", aliases=CLAUDE.aliases) as server:
+        yield server
+
+
+MESSAGE = claude_chat(
+    user([text_block("Hi"), PNG_BLOCK]),
+    assistant("Hello"),
+    user("Bye"),
+    system=[text_block(proxy.BILLING_HEADER + " cc_version=2"), text_block("Be brief.")],
+    temperature=0.5,
+    top_p=0.9,
+    top_k=40,
+    stop_sequences=["END"],
+    max_tokens=100_000,
+    metadata={"user_id": "u"},
+)
 
 
 def test_a_message_becomes_a_request():
-    body = said_to_claude(
-        user(
-            [
-                {"type": "text", "text": "Hi"},
-                {
-                    "type": "image",
-                    "source": {"type": "base64", "media_type": "image/png", "data": PNG},
-                },
-            ]
-        ),
-        assistant("Hello"),
-        user("Bye"),
-        system=[
-            {"type": "text", "text": proxy.BILLING_HEADER + " cc_version=2"},
-            {"type": "text", "text": "Be brief."},
-        ],
-        temperature=0.5,
-        top_p=0.9,
-        top_k=40,
-        stop_sequences=["END"],
-        max_tokens=100_000,
-        metadata={"user_id": "u"},
-    )
-    assert claude_body(body) == {
+    assert claude_body(MESSAGE) == {
         "contents": [
-            {
-                "role": "user",
-                "parts": [{"text": "Hi"}, {"inlineData": {"mimeType": "image/png", "data": PNG}}],
-            },
+            {"role": "user", "parts": [{"text": "Hi"}, PNG_PART]},
             {"role": "model", "parts": [{"text": "Hello"}]},
             {"role": "user", "parts": [{"text": "Bye"}]},
         ],
@@ -4355,34 +4397,28 @@ def test_a_message_becomes_a_request():
             "stopSequences": ["END"],
         },
     }
-    plan, ignored = asked(body, proxy.anthropic_messages_request, CLAUDE)
-    assert (
-        plan.calls[0].path == "models/gemini-3.8-flash:generateContent"
-        and plan.model == "claude-opus-5"
-    )
-    assert ignored == ["max_tokens>65536", "metadata", "system[].x-anthropic-billing-header"]
 
 
-def test_what_the_system_says_stays_in_its_place():
-    body = claude_body(
-        said_to_claude(
-            {"role": "system", "content": "Be brief."},
-            user("Hi"),
-            {"role": "system", "content": "It is late."},
-        )
-    )
-    assert body["systemInstruction"] == {"parts": [{"text": "Be brief."}]}
-    assert body["contents"] == [
-        {
-            "role": "user",
-            "parts": [
-                {"text": "Hi"},
-                {"text": "<system>\n"},
-                {"text": "It is late."},
-                {"text": "\n</system>"},
-            ],
-        }
+def test_a_message_goes_to_the_model_behind_the_alias():
+    plan = claude_plan(MESSAGE)
+    assert plan.calls[0].path == "models/gemini-3.8-flash:generateContent"
+    assert plan.model == "claude-opus-5"
+
+
+def test_what_a_message_loses_is_named_as_ignored():
+    assert claude_ignored(MESSAGE) == [
+        "max_tokens>65536",
+        "metadata",
+        "system[].x-anthropic-billing-header",
     ]
+
+
+def test_system_messages_stay_in_their_place():
+    first, later = ({"role": "system", "content": text} for text in ("Be brief.", "It is late."))
+    body = claude_body(claude_chat(first, user("Hi"), later))
+    assert body["systemInstruction"] == {"parts": [{"text": "Be brief."}]}
+    texts = ["Hi", "<system>\n", "It is late.", "\n</system>"]
+    assert body["contents"] == [{"role": "user", "parts": [{"text": text} for text in texts]}]
 
 
 @pytest.mark.parametrize(
@@ -4393,31 +4429,23 @@ def test_what_the_system_says_stays_in_its_place():
             [{"fileData": {"mimeType": "image/png", "fileUri": "https://example.com/a.png"}}],
         ),
         (
-            {"type": "document", "source": {"type": "url", "url": "https://example.com/a"}},
+            document({"type": "url", "url": "https://example.com/a"}),
             [{"fileData": {"mimeType": "application/pdf", "fileUri": "https://example.com/a"}}],
         ),
         (
-            {
-                "type": "document",
-                "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="},
-            },
+            document({"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}),
             [{"inlineData": {"mimeType": "application/pdf", "data": "JVBERi0="}}],
         ),
         (
-            {
-                "type": "document",
-                "title": "A",
-                "context": "B",
-                "source": {"type": "text", "media_type": "text/plain", "data": "C"},
-            },
+            document(
+                {"type": "text", "media_type": "text/plain", "data": "C"}, title="A", context="B"
+            ),
             [{"text": "A\nB:\n"}, {"text": "C"}],
         ),
         (
-            {
-                "type": "document",
-                "citations": {"enabled": False},
-                "source": {"type": "content", "content": [{"type": "text", "text": "C"}]},
-            },
+            document(
+                {"type": "content", "content": [text_block("C")]}, citations={"enabled": False}
+            ),
             [{"text": "C"}],
         ),
         (
@@ -4425,133 +4453,81 @@ def test_what_the_system_says_stays_in_its_place():
                 "type": "search_result",
                 "title": "T",
                 "source": "https://a",
-                "content": [{"type": "text", "text": "C"}],
+                "content": [text_block("C")],
             },
             [{"text": "T (https://a):\n"}, {"text": "C"}],
         ),
     ],
 )
-def test_blocks(block, parts):
-    body = said_to_claude(user([block]))
-    assert (
-        claude_body(body)["contents"][0]["parts"] == parts
-        and asked(body, proxy.anthropic_messages_request, CLAUDE)[1] == []
-    )
+def test_images_documents_and_search_results_become_parts(block, parts):
+    body = claude_chat(user([block]))
+    assert claude_body(body)["contents"][0]["parts"] == parts
+    assert claude_ignored(body) == []
 
 
-def test_blocks_of_anthropics_servers_are_told_as_ignored():
-    body = said_to_claude(
-        user("Hi"),
-        assistant(
-            [
-                {"type": "redacted_thinking", "data": "x"},
-                {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
-                {
-                    "type": "text",
-                    "text": "Hello",
-                    "citations": [{"type": "x"}],
-                    "cache_control": {"type": "ephemeral"},
-                },
-            ]
-        ),
-        user("Bye"),
-    )
+def test_blocks_of_anthropics_servers_are_ignored_by_name():
+    answer = text_block("Hello", citations=[{"type": "x"}], cache_control={"type": "ephemeral"})
+    search = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}}
+    thought = {"type": "redacted_thinking", "data": "x"}
+    body = claude_chat(user("Hi"), assistant([thought, search, answer]), user("Bye"))
     assert claude_body(body)["contents"][1] == {"role": "model", "parts": [{"text": "Hello"}]}
-    assert asked(body, proxy.anthropic_messages_request, CLAUDE)[1] == [
+    assert claude_ignored(body) == [
         "messages[].content[].cache_control",
         "messages[].content[].server_tool_use",
     ]
 
 
-def test_a_history_with_tools_and_a_signature_in_a_thinking_block():
-    body = claude_body(
-        said_to_claude(
-            user("Hi"),
-            assistant(
-                [
-                    {"type": "thinking", "thinking": "Hm", "signature": sign("a")},
-                    {"type": "text", "text": "Let me see."},
-                    use("t1"),
-                    use("t2", city="Bergen"),
-                ]
-            ),
-            user(
-                [
-                    {"type": "text", "text": "Well?"},
-                    used(
-                        "t2",
-                        [{"type": "text", "text": "no"}, {"type": "text", "text": "net"}],
-                        is_error=True,
-                    ),
-                    used(
-                        "t1",
-                        [
-                            {"type": "text", "text": "3"},
-                            {
-                                "type": "image",
-                                "source": {
-                                    "type": "base64",
-                                    "media_type": "image/png",
-                                    "data": PNG,
-                                },
-                            },
-                        ],
-                    ),
-                ]
-            ),
-            tools=[ASK_CITY],
-        )
-    )
-    first, second = (
-        {"id": id, "name": "weather", "args": {"city": city}}
-        for id, city in (("t1", "Oslo"), ("t2", "Bergen"))
-    )
-    assert body["contents"][1:] == [
+TOOL_HISTORY = claude_chat(
+    user("Hi"),
+    assistant(
+        [
+            {"type": "thinking", "thinking": "Hm", "signature": sign("a")},
+            text_block("Let me see."),
+            tool_use("t1"),
+            tool_use("t2", city="Bergen"),
+        ]
+    ),
+    user(
+        [
+            text_block("Well?"),
+            tool_result("t2", [text_block("no"), text_block("net")], is_error=True),
+            tool_result("t1", [text_block("3"), PNG_BLOCK]),
+        ]
+    ),
+    tools=[ASK_CITY],
+)
+
+
+def test_the_signature_in_a_thinking_block_goes_to_the_next_call():
+    assert claude_body(TOOL_HISTORY)["contents"][1]["parts"] == [
+        {"text": "Let me see."},
         {
-            "role": "model",
-            "parts": [
-                {"text": "Let me see."},
-                {"functionCall": first, "thoughtSignature": sign("a")},
-                {"functionCall": second},
-            ],
+            "functionCall": {"id": "t1", "name": "weather", "args": {"city": "Oslo"}},
+            "thoughtSignature": sign("a"),
         },
-        {
-            "role": "user",
-            "parts": [
-                {
-                    "functionResponse": {
-                        "id": "t1",
-                        "name": "weather",
-                        "response": {"output": "3"},
-                        "parts": [{"inlineData": {"mimeType": "image/png", "data": PNG}}],
-                    }
-                },
-                {
-                    "functionResponse": {
-                        "id": "t2",
-                        "name": "weather",
-                        "response": {"error": "no\nnet"},
-                    }
-                },
-            ],
-        },
-        {"role": "user", "parts": [{"text": "Well?"}]},
-    ]
-    assert body["tools"] == [
-        {
-            "functionDeclarations": [
-                {
-                    "name": "weather",
-                    "description": "The weather",
-                    "parametersJsonSchema": ASK_CITY["input_schema"],
-                }
-            ]
-        }
+        {"functionCall": {"id": "t2", "name": "weather", "args": {"city": "Bergen"}}},
     ]
 
 
-def test_tools_of_anthropics():
-    tools = [
+def test_tool_results_come_in_the_order_of_the_calls_and_before_other_text():
+    results, rest = claude_body(TOOL_HISTORY)["contents"][2:]
+    output = {"name": "weather", "response": {"output": "3"}, "parts": [PNG_PART]}
+    error = {"name": "weather", "response": {"error": "no\nnet"}}
+    assert results["parts"] == [
+        {"functionResponse": {"id": "t1", **output}},
+        {"functionResponse": {"id": "t2", **error}},
+    ]
+    assert rest == {"role": "user", "parts": [{"text": "Well?"}]}
+
+
+def test_a_clients_tool_is_declared_with_its_schema():
+    declaration = {"name": "weather", "description": "The weather"}
+    declaration["parametersJsonSchema"] = ASK_CITY["input_schema"]
+    assert claude_body(TOOL_HISTORY)["tools"] == [{"functionDeclarations": [declaration]}]
+
+
+ANTHROPICS_TOOLS = claude_chat(
+    tools=[
         {"type": "bash_20250124", "name": "bash"},
         {"type": "text_editor_20250124", "name": "str_replace_editor"},
         {
@@ -4565,35 +4541,33 @@ def test_tools_of_anthropics():
         {"type": "web_fetch_20250910", "name": "web_fetch"},
         {"type": "computer_toolset_20260801"},
     ]
-    body = said_to_claude(tools=tools)
-    functions, search, code = claude_body(body)["tools"]
-    declared = {
-        one["name"]: one["parametersJsonSchema"]["properties"]
-        for one in functions["functionDeclarations"]
-    }
-    assert list(declared) == [
-        "bash",
-        "str_replace_editor",
-        "str_replace_based_edit_tool",
-        "memory",
-    ] and (search, code) == ({"googleSearch": {}}, {"codeExecution": {}})
-    assert (
-        set(declared["bash"]) == {"command", "restart"}
-        and "undo_edit" in declared["str_replace_editor"]["command"]["enum"]
-    )
-    assert (
-        "insert_text" in declared["str_replace_based_edit_tool"]
-        and "rename" in declared["memory"]["command"]["enum"]
-    )
-    assert asked(body, proxy.anthropic_messages_request, CLAUDE)[1] == [
+)
+
+
+def test_tools_that_claude_knows_by_type_get_their_schemas():
+    declarations = claude_body(ANTHROPICS_TOOLS)["tools"][0]["functionDeclarations"]
+    fields = {one["name"]: one["parametersJsonSchema"]["properties"] for one in declarations}
+    names = ["bash", "str_replace_editor", "str_replace_based_edit_tool", "memory"]
+    assert list(fields) == names
+    assert set(fields["bash"]) == {"command", "restart"}
+    assert "undo_edit" in fields["str_replace_editor"]["command"]["enum"]
+    assert "insert_text" not in fields["str_replace_editor"]
+    assert "insert_text" in fields["str_replace_based_edit_tool"]
+    assert "rename" in fields["memory"]["command"]["enum"]
+
+
+def test_gemini_searches_and_runs_code_in_place_of_anthropics_servers():
+    tools = claude_body(ANTHROPICS_TOOLS)["tools"]
+    assert tools[1:] == [{"googleSearch": {}}, {"codeExecution": {}}]
+
+
+def test_tools_that_gemini_has_nothing_for_are_ignored_by_name():
+    assert claude_ignored(ANTHROPICS_TOOLS) == [
         "tools[].computer_toolset_20260801",
         "tools[].max_characters",
         "tools[].max_uses",
         "tools[].web_fetch_20250910",
     ]
-
-
-SEARCH = {"type": "web_search_20250305", "name": "web_search"}
 
 
 @pytest.mark.parametrize(
@@ -4605,21 +4579,25 @@ SEARCH = {"type": "web_search_20250305", "name": "web_search"}
         ({"type": "tool", "name": "weather"}, {"mode": "ANY", "allowedFunctionNames": ["weather"]}),
     ],
 )
-def test_choices_of_a_tool(choice, config):
-    body = claude_body(said_to_claude(tools=[ASK_CITY], tool_choice=choice))
+def test_a_tool_choice_becomes_geminis_mode(choice, config):
+    body = claude_body(claude_chat(tools=[ASK_CITY], tool_choice=choice))
     assert body.get("toolConfig", {}).get("functionCallingConfig") == config
 
 
-def test_a_search_can_be_chosen_but_not_forced_and_can_be_forbidden():
-    chosen = said_to_claude(tools=[SEARCH], tool_choice={"type": "tool", "name": "web_search"})
-    assert claude_body(chosen)["tools"] == [{"googleSearch": {}}] and asked(
-        chosen, proxy.anthropic_messages_request, CLAUDE
-    )[1] == ["tool_choice"]
-    assert "tools" not in claude_body(said_to_claude(tools=[SEARCH], tool_choice={"type": "none"}))
+def test_a_search_can_be_chosen_but_not_forced():
+    choice = {"type": "tool", "name": "web_search"}
+    body = claude_chat(tools=[WEB_SEARCH], tool_choice=choice)
+    assert claude_body(body)["tools"] == [{"googleSearch": {}}]
+    assert claude_ignored(body) == ["tool_choice"]
+
+
+def test_a_search_can_be_forbidden():
+    body = claude_chat(tools=[WEB_SEARCH], tool_choice={"type": "none"})
+    assert "tools" not in claude_body(body)
 
 
 @pytest.mark.parametrize(
-    "model, more, config, shown",
+    "model, more, config, takes_blocks",
     [
         (NEWEST, {"max_tokens": 1024}, None, False),
         (NEWEST, {"max_tokens": 1023}, {"thinkingLevel": "LOW"}, False),
@@ -4656,77 +4634,85 @@ def test_a_search_can_be_chosen_but_not_forced_and_can_be_forbidden():
         (FLASH, {"thinking": {"type": "disabled"}}, {"thinkingBudget": 0}, False),
     ],
 )
-def test_thinking(model, more, config, shown):
-    body = said_to_claude(model=model, **more)
+def test_thinking_by_type_budget_and_effort(model, more, config, takes_blocks):
+    body = claude_chat(model=model, **more)
     assert claude_body(body)["generationConfig"].get("thinkingConfig") == config
-    assert asked(body, proxy.anthropic_messages_request, CLAUDE)[0].options.thinking is shown
+    assert claude_plan(body).options.thinking is takes_blocks
 
 
 @pytest.mark.parametrize(
     "path, body",
     [
         ("model", {"max_tokens": 9}),
-        ("max_tokens", {**said_to_claude(), "max_tokens": None}),
-        ("max_tokens", said_to_claude(max_tokens=0)),
-        ("messages", {**said_to_claude(), "messages": []}),
-        ("messages[0].role", said_to_claude({"role": "wizard", "content": "Hi"})),
-        ("messages[0].content", said_to_claude(user(7))),
-        ("messages[0].content[0].type", said_to_claude(user([use("t1")]))),
-        ("messages[0].content[0].type", said_to_claude(assistant([used("t1")]))),
+        ("max_tokens", {**claude_chat(), "max_tokens": None}),
+        ("max_tokens", claude_chat(max_tokens=0)),
+        ("messages", {**claude_chat(), "messages": []}),
+        ("messages[0].role", claude_chat({"role": "wizard", "content": "Hi"})),
+        ("messages[0].content", claude_chat(user(7))),
+        ("messages[0].content", claude_chat(user(None))),
+        ("messages[0].content[0].type", claude_chat(user([tool_use("t1")]))),
+        ("messages[0].content[0].type", claude_chat(assistant([tool_result("t1")]))),
         (
             "messages[0].content[0].content[0].type",
-            said_to_claude(user([used("t1", [used("t2")])])),
+            claude_chat(user([tool_result("t1", [tool_result("t2")])])),
         ),
         (
             "messages[0].content[0].source.data",
-            said_to_claude(user([{"type": "image", "source": {"type": "base64", "data": "@"}}])),
+            claude_chat(user([{"type": "image", "source": {"type": "base64", "data": "@"}}])),
         ),
         (
             "messages[0].content[0].source.url",
-            said_to_claude(
+            claude_chat(
                 user([{"type": "image", "source": {"type": "url", "url": "http://localhost/a"}}])
             ),
         ),
         (
             "messages[0].content[0].source.file_id",
-            said_to_claude(
-                user([{"type": "document", "source": {"type": "file", "file_id": "f"}}])
-            ),
+            claude_chat(user([document({"type": "file", "file_id": "f"})])),
         ),
-        (
-            "messages[0].content[0].source.type",
-            said_to_claude(user([{"type": "document", "source": {"type": "smell"}}])),
-        ),
+        ("messages[0].content[0].source.type", claude_chat(user([document({"type": "smell"})]))),
         (
             "tool_choice.name",
-            said_to_claude(tools=[ASK_CITY], tool_choice={"type": "tool", "name": "clock"}),
+            claude_chat(tools=[ASK_CITY], tool_choice={"type": "tool", "name": "clock"}),
         ),
-        ("tools[0].name", said_to_claude(tools=[{"input_schema": {}}])),
-        ("thinking.type", said_to_claude(thinking={})),
-        ("thread", said_to_claude(thread={"type": "continue"})),
+        ("tools[0].name", claude_chat(tools=[{"input_schema": {}}])),
+        ("thinking.type", claude_chat(thinking={})),
     ],
 )
-def test_bad_messages_name_the_place(path, body):
+def test_a_bad_message_is_a_400_that_names_the_place(path, body):
     with pytest.raises(ProxyError) as caught:
-        asked(body, proxy.anthropic_messages_request, CLAUDE)
-    assert (caught.value.status, caught.value.path) == (404 if path == "thread" else 400, path)
+        claude_plan(body)
+    assert (caught.value.status, caught.value.path) == (400, path)
 
 
-def test_an_answer_in_json_for_claudes_clients():
-    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
-    for more in (
-        {"output_config": {"format": {"type": "json_schema", "schema": schema}}},
-        {"output_format": {"type": "json_schema", "schema": schema}},
-    ):
-        body = said_to_claude(**more)
-        assert (
-            claude_body(body)["generationConfig"]["responseJsonSchema"] == schema
-            and asked(body, proxy.anthropic_messages_request, CLAUDE)[1] == []
-        )
-    message, _ = claude_says(
-        said_to_claude(model=FLASH, tools=[ASK_CITY], **more), whole("```json\n{}\n```")
-    )
-    assert message["content"] == [{"type": "text", "text": "{}"}]
+def test_a_thread_cannot_be_continued():
+    with pytest.raises(ProxyError) as caught:
+        claude_plan(claude_chat(thread={"type": "continue"}))
+    assert (caught.value.status, caught.value.path) == (404, "thread")
+    error = proxy.anthropic_error(caught.value)[1]["error"]
+    assert error["details"] == {"error_code": "thread_not_found"}
+
+
+JSON_FORMAT = {
+    "type": "json_schema",
+    "schema": {"type": "object", "properties": {"a": {"type": "string"}}},
+}
+
+
+@pytest.mark.parametrize(
+    "more", [{"output_config": {"format": JSON_FORMAT}}, {"output_format": JSON_FORMAT}]
+)
+def test_a_format_becomes_a_response_schema(more):
+    body = claude_chat(**more)
+    config = claude_body(body)["generationConfig"]
+    assert config["responseJsonSchema"] == JSON_FORMAT["schema"]
+    assert claude_ignored(body) == []
+
+
+def test_an_answer_in_json_comes_without_a_code_fence():
+    body = claude_chat(model=FLASH, tools=[ASK_CITY], output_config={"format": JSON_FORMAT})
+    message, _ = claude_answer(body, whole("```json\n{}\n```"))
+    assert message["content"] == [text_block("{}")]
 
 
 STREAMED = b"".join(
@@ -4755,40 +4741,69 @@ STREAMED = b"".join(
 {"type":"message_stop"}
 """.strip().splitlines()
 )
+TOOL_CHUNKS = (
+    chunk(
+        {"text": "Hm.", "thought": True},
+        usage={"promptTokenCount": 4, "cachedContentTokenCount": 1},
+    ),
+    chunk("Let me "),
+    chunk("see."),
+    chunk(call("weather", {"city": "Oslo"}, "a"), call("weather", {"city": "Rome"})),
+    whole("", usage={**USAGE, "cachedContentTokenCount": 1}),
+)
 
 
-def test_a_streamed_message():
-    body = said_to_claude(tools=[ASK_CITY], thinking={"type": "adaptive"})
-    chunks = (
-        chunk(
-            {"text": "Hm.", "thought": True},
-            usage={"promptTokenCount": 4, "cachedContentTokenCount": 1},
-        ),
-        chunk("Let me "),
-        chunk("see."),
-        chunk(call("weather", {"city": "Oslo"}, "a"), call("weather", {"city": "Rome"})),
-        whole("", usage={**USAGE, "cachedContentTokenCount": 1}),
-    )
-    message, events = claude_says(body, *chunks)
+def test_a_streamed_message_byte_by_byte():
+    body = claude_chat(tools=[ASK_CITY], thinking={"type": "adaptive"})
+    _, events = claude_answer(body, *TOOL_CHUNKS)
     assert b"".join(map(proxy.NAMED_SSE.encode, events)) == STREAMED
+
+
+def test_a_whole_message():
+    body = claude_chat(tools=[ASK_CITY], thinking={"type": "adaptive"})
+    message, _ = claude_answer(body, *TOOL_CHUNKS)
     assert message["content"] == [
         {"type": "thinking", "thinking": "Hm.", "signature": ""},
-        {"type": "text", "text": "Let me see."},
+        text_block("Let me see."),
         {"type": "thinking", "thinking": "", "signature": sign("a")},
-        {"type": "tool_use", "id": "call_2", "name": "weather", "input": {"city": "Oslo"}},
-        {"type": "tool_use", "id": "call_3", "name": "weather", "input": {"city": "Rome"}},
+        tool_use("call_2", city="Oslo"),
+        tool_use("call_3", city="Rome"),
     ]
-    assert (message["stop_reason"], message["usage"]["output_tokens"]) == ("tool_use", 7)
+    assert message["stop_reason"] == "tool_use"
+    assert message["usage"]["output_tokens"] == 7
 
 
-def test_a_signature_is_shown_only_to_who_asked_for_thinking():
-    message, _ = claude_says(
-        said_to_claude(
-            tools=[ASK_CITY], tool_choice={"type": "auto", "disable_parallel_tool_use": True}
-        ),
-        whole(call("weather", {}, "a"), call("weather")),
+def test_a_signature_joins_the_thinking_block_before_it():
+    body = claude_chat(tools=[ASK_CITY], thinking={"type": "adaptive"})
+    thought = {"text": "Hm.", "thought": True}
+    message, _ = claude_answer(body, whole(thought, call("weather", {}, "a")))
+    block = {"type": "thinking", "thinking": "Hm.", "signature": sign("a")}
+    assert message["content"][0] == block
+    assert len(message["content"]) == 2
+
+
+def test_two_equal_calls_are_two_blocks():
+    plan = claude_plan(claude_chat(tools=[ASK_CITY]))
+    event = ToolCall("weather", {}, None, "call_1")
+    end = End("stop", True, "STOP", "", Usage(), [])
+    events = list(
+        proxy.anthropic_messages_stream(exchange(plan), iter([iter([event, event, end])]))
     )
+    assert [one["index"] for one in events if one["type"] == "content_block_start"] == [0, 1]
+    message = proxy.anthropic_messages_response(exchange(plan), iter([iter([event, event, end])]))
+    assert len(message["content"]) == 2
+
+
+def test_a_signature_goes_only_to_clients_that_take_thinking_blocks():
+    message, _ = claude_answer(claude_chat(tools=[ASK_CITY]), whole(call("weather", {}, "a")))
     assert [block["type"] for block in message["content"]] == ["tool_use"]
+
+
+def test_a_client_that_refuses_parallel_calls_gets_one():
+    choice = {"type": "auto", "disable_parallel_tool_use": True}
+    body = claude_chat(tools=[ASK_CITY], tool_choice=choice)
+    message, _ = claude_answer(body, whole(call("weather"), call("weather")))
+    assert len(message["content"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -4801,249 +4816,80 @@ def test_a_signature_is_shown_only_to_who_asked_for_thinking():
         ({"promptFeedback": {"blockReason": "SAFETY"}}, "refusal"),
     ],
 )
-def test_stop_reasons(answer, stop):
-    message, events = claude_says(said_to_claude(), answer)
-    assert message["stop_reason"] == events[-2]["delta"]["stop_reason"] == stop and (
-        "stop_details" in message
-    ) is (stop == "refusal")
+def test_a_finish_reason_becomes_a_stop_reason(answer, stop):
+    message, _ = claude_answer(claude_chat(), answer)
+    assert message["stop_reason"] == stop
+    assert ("stop_details" in message) is (stop == "refusal")
 
 
-def test_a_search_is_told_with_its_sources():
-    found = {
-        "webSearchQueries": ["wind"],
-        "groundingChunks": [{"web": {"uri": "https://a", "title": "A"}}],
-        "groundingSupports": [
-            {
-                "segment": {"startIndex": 0, "endIndex": 6, "text": "Æther"},
-                "groundingChunkIndices": [0],
-            }
-        ],
-    }
-    message, events = claude_says(
-        said_to_claude(tools=[SEARCH]), chunk("Æther"), whole(" wind", groundingMetadata=found)
-    )
+WIND_GROUNDING = {
+    "webSearchQueries": ["wind"],
+    "groundingChunks": [{"web": {"uri": "https://a", "title": "A"}}],
+    "groundingSupports": [
+        {"segment": {"startIndex": 0, "endIndex": 6, "text": "Æther"}, "groundingChunkIndices": [0]}
+    ],
+}
+WIND_CITATION = {
+    "type": "web_search_result_location",
+    "cited_text": "Æther",
+    "url": "https://a",
+    "title": "A",
+    "encrypted_index": "",
+}
+WIND_RESULT = {
+    "type": "web_search_result",
+    "url": "https://a",
+    "title": "A",
+    "encrypted_content": "",
+    "page_age": None,
+}
+
+
+def test_a_search_comes_after_the_text_that_cites_its_results():
+    chunks = chunk("Æther"), whole(" wind", groundingMetadata=WIND_GROUNDING)
+    message, _ = claude_answer(claude_chat(tools=[WEB_SEARCH]), *chunks)
+    search = {"type": "server_tool_use", "id": "srvtoolu_2", "name": "web_search"}
+    result = {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_2"}
     assert message["content"] == [
-        {
-            "type": "text",
-            "text": "Æther wind",
-            "citations": [
-                {
-                    "type": "web_search_result_location",
-                    "cited_text": "Æther",
-                    "url": "https://a",
-                    "title": "A",
-                    "encrypted_index": "",
-                }
-            ],
-        },
-        {
-            "type": "server_tool_use",
-            "id": "srvtoolu_2",
-            "name": "web_search",
-            "input": {"query": "wind"},
-        },
-        {
-            "type": "web_search_tool_result",
-            "tool_use_id": "srvtoolu_2",
-            "content": [
-                {
-                    "type": "web_search_result",
-                    "url": "https://a",
-                    "title": "A",
-                    "encrypted_content": "",
-                    "page_age": None,
-                }
-            ],
-        },
+        text_block("Æther wind", citations=[WIND_CITATION]),
+        {**search, "input": {"query": "wind"}},
+        {**result, "content": [WIND_RESULT]},
     ]
-    assert message["usage"]["server_tool_use"] == {
-        "web_search_requests": 1,
-        "web_fetch_requests": 0,
-    }
-    assert [event["index"] for event in events if event["type"] == "content_block_stop"] == [
-        0,
-        1,
-        2,
-    ]
+    searches = {"web_search_requests": 1, "web_fetch_requests": 0}
+    assert message["usage"]["server_tool_use"] == searches
 
 
-def test_sound_without_a_place_is_a_note():
-    audio = {"inlineData": {"mimeType": "audio/wav", "data": PNG}}
-    note = "\n[Gemini made something of type audio/wav, for which there is no place here.]\n"
-    made = exchange(asked({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0])
-    response = whole_of(RESPONSES_ROUTE, made, [whole("Hear:", audio)])
-    assert [part["text"] for item in response["output"] for part in item["content"]] == [
-        "Hear:" + note
-    ]
-    made = exchange(asked({"model": FLASH, "prompt": "Hi"}, proxy.openai_completions_request)[0])
-    assert (
-        whole_of(openai_route("/v1/completions"), made, [whole("Hear:", audio)])["choices"][0][
-            "text"
-        ]
-        == "Hear:" + note
-    )
+def test_citations_after_a_call_get_a_text_block_of_their_own():
+    answer = whole("Æther", call("weather"), groundingMetadata=WIND_GROUNDING)
+    message, _ = claude_answer(claude_chat(tools=[ASK_CITY]), answer)
+    assert [block["type"] for block in message["content"][:3]] == ["text", "tool_use", "text"]
+    assert message["content"][0] == text_block("Æther")
+    assert message["content"][2] == text_block("", citations=[WIND_CITATION])
 
 
-def test_a_response_that_fails_before_its_first_word_begins_all_the_same():
-    made = exchange(asked({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0])
-    failure = proxy.openai_responses_failure(made, ProxyError(429, "slow down", retry_after=7.0))
-    events = kept_by(failure, Notes())
-    assert [event["type"] for event in events] == [
-        "response.created",
-        "response.in_progress",
-        "response.failed",
-    ]
-    assert [event["sequence_number"] for event in events] == [0, 1, 2]
-
-
-def test_ollama_takes_numbers_that_openai_refuses():
-    body = {
-        "model": FLASH,
-        "messages": [user("Hi")],
-        "max_tokens": -1,
-        "temperature": 3,
-        "top_p": 1.5,
-    }
-    config = asked(body, context=Context(ollama=True))[0].calls[0].body["generationConfig"]
-    assert "maxOutputTokens" not in config and (config["temperature"], config["topP"]) == (2, 1)
-    with pytest.raises(ProxyError, match="max_tokens"):
-        asked(body)
-
-
-def test_recipes_hold_on_every_route(gemini):
-    with serving(gemini.url, api="ollama") as server:
-        post(
-            server,
-            "/api/create",
-            {
-                "model": "pirate",
-                "from": FLASH,
-                "system": "Say arr.",
-                "parameters": {"temperature": 0.1, "stop": ["END"]},
-            },
-        )
-        for path, body in (
-            ("/v1/chat/completions", chat(model="pirate")),
-            ("/v1/messages", {**chat(model="pirate"), "max_tokens": 9}),
-            ("/v1/responses", {"model": "pirate", "input": "Hi"}),
-            ("/api/chat", chat(model="pirate")),
-        ):
-            assert post(server, path, body)[0] == 200
-            asked_ = gemini.asked[-1]
-            assert (
-                asked_["systemInstruction"]["parts"][0]["text"] == "Say arr."
-                and asked_["generationConfig"]["temperature"] == 0.1
-            ), path
-        post(
-            server,
-            body=chat(model="pirate", tools=[WEATHER], response_format={"type": "json_object"}),
-        )
-        assert [part["text"][:8] for part in gemini.asked[-1]["systemInstruction"]["parts"]] == [
-            "Say arr.",
-            proxy.JSON_ALONE[:8],
-        ]
-        shown = json.loads(post(server, "/api/show", {"model": "pirate"})[2])
-        assert shown["parameters"] == 'temperature 0.1\nstop "END"'
-
-
-def test_recipes_count():
-    notes = Notes(
-        {
-            "model:pirate": json.dumps(
-                {"source": FLASH, "system": "Say arr.", "options": {"temperature": 0.1}}
-            )
-        }
-    )
-    route = proxy.find_route("ollama", "POST", "/v1/messages/count_tokens").route
-    plan = asked_with(chat(model="pirate"), OLLAMA, notes, route)
-    counted = plan.calls[0].body["generateContentRequest"]
-    assert (
-        counted["systemInstruction"]["parts"][0]["text"] == "Say arr."
-        and "generationConfig" not in counted
-    )
-
-
-def test_a_name_with_a_space_keeps_its_signature(server, gemini):
-    tool = {"type": "function", "function": {"name": "my tool"}}
-    gemini.say(whole(call("my_tool", {}, "s")))
-    message = kept(
-        json.loads(post(server, body=chat(model=NEWEST, tools=[tool]))[2])["choices"][0]["message"]
-    )
-    post(
-        server,
-        body=chat(
-            user("Hi"),
-            message,
-            {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "3"},
-            model=NEWEST,
-            tools=[tool],
-        ),
-    )
-    assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("s")
-
-
-def test_a_stream_of_pictures_that_breaks_off_says_so(server, gemini, monkeypatch):
-    monkeypatch.setattr(
-        proxy, "MAX_PARALLEL_CALLS", 1
-    )  # or the second picture's call may come first
-    gemini.say(
-        whole({"inlineData": {"mimeType": "image/png", "data": PNG}}), gemini_error(400, "boom")
-    )
-    body = post(server, "/v1/images/generations", {"prompt": "x", "n": 2, "stream": True})[
-        2
-    ].decode()
-    assert body.count("event: ") == 2 and "event: error\ndata: {" in body and "boom" in body
-
-
-def test_a_picture_is_a_note_in_a_message():
-    message, _ = claude_says(
-        said_to_claude(), whole("Look:", {"inlineData": {"mimeType": "image/png", "data": PNG}})
-    )
-    assert message["content"] == [
-        {
-            "type": "text",
-            "text": "Look:\n[Gemini made something of type image/png, for which there is no place here.]\n",
-        }
-    ]
+def test_an_image_is_a_note_in_the_text_of_a_message():
+    message, _ = claude_answer(claude_chat(), whole("Look:", PNG_PART))
+    note = "\n[Gemini made something of type image/png, for which there is no place here.]\n"
+    assert message["content"] == [text_block("Look:" + note)]
 
 
 def test_tokens_are_counted_by_gemini():
-    body = {
-        **said_to_claude(
-            user("Hi"),
-            assistant([use("t1")]),
-            user([used("t1")]),
-            system="Be brief.",
-            tools=[ASK_CITY],
-        ),
-        "max_tokens": None,
-    }
+    messages = user("Hi"), assistant([tool_use("t1")]), user([tool_result("t1")])
+    body = claude_chat(*messages, system="Be brief.", tools=[ASK_CITY], max_tokens=None)
     plan = asked(body, proxy.anthropic_count_request, CLAUDE)[0]
-    inner_body = plan.calls[0].body["generateContentRequest"]
-    assert (
-        plan.calls[0].path == "models/gemini-3.8-flash:countTokens"
-        and refusal_of(plan.calls[0].path, plan.calls[0].body) is None
-    )
-    assert inner_body["model"] == "models/gemini-3.8-flash" and set(inner_body) == {
-        "model",
-        "contents",
-        "systemInstruction",
-        "tools",
-    }
-    assert (
-        refusal_of(
-            "models/gemini-3.8-flash:generateContent",
-            {key: value for key, value in inner_body.items() if key != "model"},
-        )
-        is None
-    )
-    assert proxy.anthropic_count_response(exchange(plan), iter([iter([{"totalTokens": 61}])])) == {
-        "input_tokens": 61
-    }
+    call_path, call_body = plan.calls[0].path, plan.calls[0].body
+    assert call_path == "models/gemini-3.8-flash:countTokens"
+    assert refusal_of(call_path, call_body) is None
+    counted = dict(call_body["generateContentRequest"])
+    assert counted.pop("model") == "models/gemini-3.8-flash"
+    assert set(counted) == {"contents", "systemInstruction", "tools"}
+    assert refusal_of("models/gemini-3.8-flash:generateContent", counted) is None
+    count = proxy.anthropic_count_response(exchange(plan), iter([iter([{"totalTokens": 61}])]))
+    assert count == {"input_tokens": 61}
 
 
 @pytest.mark.parametrize(
-    "status, upstream, told, kind",
+    "status, upstream, client_status, kind",
     [
         (400, True, 400, "invalid_request_error"),
         (401, False, 401, "authentication_error"),
@@ -5053,95 +4899,89 @@ def test_tokens_are_counted_by_gemini():
         (413, False, 413, "request_too_large"),
         (429, True, 429, "rate_limit_error"),
         (500, True, 500, "api_error"),
+        (502, True, 502, "api_error"),
         (503, True, 503, "overloaded_error"),
         (504, True, 504, "timeout_error"),
     ],
 )
-def test_anthropics_errors(status, upstream, told, kind):
+def test_an_error_in_anthropics_form(status, upstream, client_status, kind):
     error = ProxyError(status, "No.", upstream=upstream)
     error.request_id = "req_1"
-    assert proxy.anthropic_error(error) == (
-        told,
-        {"type": "error", "error": {"type": kind, "message": "No."}, "request_id": "req_1"},
-    )
+    body = {"type": "error", "error": {"type": kind, "message": "No."}, "request_id": "req_1"}
+    assert proxy.anthropic_error(error) == (client_status, body)
 
 
-def test_a_name_of_anthropics_without_an_alias_is_told_what_to_do():
-    told = proxy.anthropic_error(proxy.no_such_model("claude-opus-5"))[1]["error"]
-    assert (
-        told["type"] == "not_found_error"
-        and "claude-opus-5" in told["message"]
-        and "-alias='claude-*=MODEL'" in told["message"]
-    )
+def test_the_error_for_a_claude_model_without_an_alias_says_what_to_do():
+    error = proxy.anthropic_error(proxy.no_such_model("claude-opus-5"))[1]["error"]
+    assert error["type"] == "not_found_error"
+    assert "claude-opus-5" in error["message"]
+    assert "-alias='claude-*=MODEL'" in error["message"]
 
 
-def test_messages_on_the_wire(gemini, monkeypatch):
+def test_a_stream_of_messages_is_kept_alive_by_pings(claude_server, gemini, monkeypatch):
     monkeypatch.setattr(proxy, "KEEP_ALIVE_SECONDS", 0.05)
-    with serving(gemini.url, api="ollama", aliases=(("claude-*", NEWEST),)) as server:
-        gemini.say(Say(whole("Hi"), delay=0.12))
-        status, headers, wire = post(
-            server, "/v1/messages?beta=true", said_to_claude(stream=True, metadata={"user_id": "u"})
-        )
-        assert (
-            status == 200
-            and wire.startswith(b'event: ping\ndata: {"type":"ping"}\n\n')
-            and wire.endswith(b'event: message_stop\ndata: {"type":"message_stop"}\n\n')
-        )
-        assert headers["request-id"] == headers["x-request-id"] and b"metadata" not in wire
-        gemini.say([chunk("Hel"), {"error": {"code": 503, "message": "Busy."}}])
-        status, headers, wire = post(server, "/v1/messages", said_to_claude(stream=True))
-        last = json.loads(wire.strip().rpartition(b"event: error\ndata: ")[2])
-        assert (
-            last
-            == {
-                "type": "error",
-                "error": {"type": "overloaded_error", "message": "Busy."},
-                "request_id": headers["request-id"],
-            }
-            and b"message_stop" not in wire
-        )
-        status, headers, body = post(server, "/v1/messages/batches", said_to_claude())
-        assert (status, json.loads(body)["error"]["type"]) == (404, "not_found_error")
-        assert json.loads(
-            post(server, "/v1/messages/count_tokens?beta=true", said_to_claude())[2]
-        ) == {"input_tokens": 7}
+    gemini.say(Say(whole("Hi"), delay=0.12))
+    body = claude_chat(stream=True, metadata={"user_id": "u"})
+    status, headers, wire = post(claude_server, "/v1/messages?beta=true", body)
+    assert status == 200
+    assert wire.startswith(b'event: ping\ndata: {"type":"ping"}\n\n')
+    assert wire.endswith(b'event: message_stop\ndata: {"type":"message_stop"}\n\n')
+    assert b"metadata" not in wire
+    assert headers["request-id"] == headers["x-request-id"]
 
 
-def test_claudes_signatures_are_found_by_id_where_no_thinking_is_shown(gemini):
-    with serving(gemini.url, api="ollama", aliases=(("claude-*", NEWEST),)) as server:
-        message = json.loads(post(server, "/v1/messages", said_to_claude(tools=[ASK_CITY]))[2])
-        block = {
-            **message["content"][0],
-            "input": {"city": "Oslo", "unit": "C"},
-        }  # Claude Code rewrites what it edits with
-        post(
-            server,
-            "/v1/messages",
-            said_to_claude(
-                user("Other words"), assistant([block]), user([used(block["id"])]), tools=[ASK_CITY]
-            ),
-        )
-        assert (
-            gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
-            and not gemini.refused
-        )
+def test_a_stream_of_messages_that_fails_ends_in_an_error_event(claude_server, gemini):
+    gemini.say([chunk("Hel"), {"error": {"code": 503, "message": "Busy."}}])
+    _, headers, wire = post(claude_server, "/v1/messages", claude_chat(stream=True))
+    assert json.loads(wire.strip().rpartition(b"event: error\ndata: ")[2]) == {
+        "type": "error",
+        "error": {"type": "overloaded_error", "message": "Busy."},
+        "request_id": headers["request-id"],
+    }
+    assert b"message_stop" not in wire
+
+
+def test_an_unknown_path_below_messages_is_a_404_in_anthropics_form(claude_server):
+    status, _, body = post(claude_server, "/v1/messages/batches", claude_chat())
+    assert status == 404
+    assert json.loads(body)["error"]["type"] == "not_found_error"
+
+
+def test_tokens_are_counted_on_the_wire(claude_server):
+    path = "/v1/messages/count_tokens?beta=true"
+    assert json.loads(post(claude_server, path, claude_chat())[2]) == {"input_tokens": 7}
+
+
+def test_claudes_signatures_are_remembered_by_id_where_no_thinking_is_visible(
+    claude_server, gemini
+):
+    answer = json.loads(post(claude_server, "/v1/messages", claude_chat(tools=[ASK_CITY]))[2])
+    # Claude Code rewrites the arguments of its edits.
+    block = {**answer["content"][0], "input": {"city": "Oslo", "unit": "C"}}
+    history = user("Other words"), assistant([block]), user([tool_result(block["id"])])
+    post(claude_server, "/v1/messages", claude_chat(*history, tools=[ASK_CITY]))
+    assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
+    assert not gemini.refused
 
 
 # ======================================================================================
-# 8. Routing
+# 11. Routing
 # ======================================================================================
 
 
-def test_the_paths_below_responses():
-    for method, path, function in (
+@pytest.mark.parametrize(
+    "method, path, response",
+    [
         ("POST", "/v1/responses", proxy.openai_responses_response),
         ("POST", "/v1/responses/input_tokens", proxy.openai_input_tokens_response),
         ("GET", "/v1/responses/resp_1", proxy.openai_stored_response),
         ("DELETE", "/v1/responses/resp_1", proxy.openai_delete_response),
         ("GET", "/v1/responses/resp_1/input_items", proxy.openai_input_items_response),
         ("POST", "/v1/responses/resp_1/cancel", proxy.openai_cancel_response),
-    ):
-        assert proxy.find_route("ollama", method, path).route.response is function
+    ],
+)
+def test_the_paths_below_responses_have_routes_of_their_own(method, path, response):
+    assert proxy.find_route("ollama", method, path).route.response is response
 
 
 @pytest.mark.parametrize(
@@ -5155,24 +4995,24 @@ def test_the_paths_below_responses():
         "chat/completions/",
     ],
 )
-def test_the_usual_misspellings_of_a_base_url(path):
-    assert (
-        proxy.find_route("openai", "POST", proxy.plain_path(path, "openai")).route.request
-        is proxy.openai_chat_request
-    )
+def test_the_usual_misspellings_of_a_base_url_work(path):
+    match = proxy.find_route("openai", "POST", proxy.plain_path(path, "openai"))
+    assert match.route.request is proxy.openai_chat_request
 
 
-def test_a_captured_segment_is_unquoted_after_it_was_found():
-    for path in ("/v1/models/models%2Fgemini-x", "/v1/models/models/gemini-x"):
-        assert proxy.find_route("openai", "HEAD", proxy.plain_path(path, "openai")).params == {
-            "model": "models/gemini-x"
-        }
+@pytest.mark.parametrize("path", ["/v1/models/models%2Fgemini-x", "/v1/models/models/gemini-x"])
+def test_a_captured_segment_is_unquoted_after_the_match(path):
+    match = proxy.find_route("openai", "HEAD", proxy.plain_path(path, "openai"))
+    assert match.params == {"model": "models/gemini-x"}
 
 
-def test_no_route():
+def test_a_wrong_method_is_a_405_that_names_the_right_ones():
     with pytest.raises(ProxyError) as caught:
         proxy.find_route("openai", "GET", "/v1/chat/completions")
     assert (caught.value.status, caught.value.headers) == (405, {"Allow": "POST"})
+
+
+def test_an_unknown_path_is_a_404():
     with pytest.raises(ProxyError) as caught:
         proxy.find_route("openai", "GET", "/v1/nonsense")
     assert caught.value.status == 404
@@ -5187,37 +5027,158 @@ def all_routes():
     }
 
 
+ANY_BODY = {
+    "model": FLASH,
+    "messages": [user("Hi")],
+    "input": "Hi",
+    "prompt": "Hi",
+    "max_tokens": 9,
+    "stream": True,
+    "from": FLASH,
+    "stream_format": "sse",
+    "file": proxy.Upload("a.wav", "audio/wav", b"x"),
+}  # every route with a stream takes it
+
+
 @pytest.mark.parametrize(
     "route",
     [route for route in all_routes().values() if route.stream],
     ids=lambda route: route.path,
 )
 def test_no_stream_says_a_word_before_gemini_does(route):
-    body = {
-        "model": FLASH,
-        "messages": [user("Hi")],
-        "input": "Hi",
-        "prompt": "Hi",
-        "max_tokens": 9,
-        "stream": True,
-        "from": FLASH,
-        "stream_format": "sse",
-        "file": proxy.Upload("a.wav", "audio/wav", b"x"),
-    }
-    plan = route.request(
-        Fields({**body, "model": "mine"} if "create" in route.path else body), Context(ollama=True)
-    )
-    read = []
+    body = {**ANY_BODY, "model": "mine"} if "create" in route.path else ANY_BODY
+    one = exchange(route.request(Fields(body), Context(ollama=True)))
+    chunks_read = []
 
     def chunks():
-        read.append(True)
-        yield {**whole("Hello", blob("image/png", PNG), SOUND), "models": MODELS}
+        chunks_read.append(True)
+        yield {**whole("Hello", PNG_PART, SOUND), "models": MODELS}
 
-    one = exchange(plan)
     events = route.stream(one, events_of(one, [chunks()]))
-    assert not read
+    assert not chunks_read
     next(events)
-    assert read
+    assert chunks_read
+
+
+# (to be sorted: section 6. OpenAI chat)
+
+
+def test_ollama_takes_numbers_that_openai_refuses():
+    body = chat(max_tokens=-1, temperature=3, top_p=1.5)
+    config = asked(body, context=Context(ollama=True))[0].calls[0].body["generationConfig"]
+    assert "maxOutputTokens" not in config
+    assert (config["temperature"], config["topP"]) == (2, 1)
+    with pytest.raises(ProxyError, match="max_tokens"):
+        asked(body)
+
+
+def test_a_function_name_with_a_space_keeps_its_signature(server, gemini):
+    tool = {"type": "function", "function": {"name": "my tool"}}
+    gemini.say(whole(call("my_tool", {}, "s")))
+    answer = json.loads(post(server, body=chat(model=NEWEST, tools=[tool]))[2])
+    message = kept(answer["choices"][0]["message"])
+    result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "3"}
+    post(server, body=chat(user("Hi"), message, result, model=NEWEST, tools=[tool]))
+    assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("s")
+
+
+# (to be sorted: section 7. OpenAI's other endpoints)
+
+
+def test_audio_is_a_note_in_the_text_of_a_completion():
+    body = {"model": FLASH, "prompt": "Hi"}
+    one = exchange(asked(body, proxy.openai_completions_request)[0])
+    audio = {"inlineData": {"mimeType": "audio/wav", "data": PNG}}
+    answer = whole_of(openai_route("/v1/completions"), one, [whole("Hear:", audio)])
+    note = "\n[Gemini made something of type audio/wav, for which there is no place here.]\n"
+    assert answer["choices"][0]["text"] == "Hear:" + note
+
+
+def test_a_stream_of_images_that_breaks_off_says_so(server, gemini, monkeypatch):
+    # Or the second image's call may come first.
+    monkeypatch.setattr(proxy, "MAX_PARALLEL_CALLS", 1)
+    image = {"inlineData": {"mimeType": "image/png", "data": PNG}}
+    gemini.say(whole(image), gemini_error(400, "boom"))
+    body = {"prompt": "x", "n": 2, "stream": True}
+    wire = post(server, "/v1/images/generations", body)[2].decode()
+    assert wire.count("event: ") == 2
+    assert "event: error\ndata: {" in wire
+    assert "boom" in wire
+
+
+# (to be sorted: section 8. Responses)
+
+
+def test_audio_is_a_note_in_the_text_of_a_response():
+    one = exchange(asked({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0])
+    audio = {"inlineData": {"mimeType": "audio/wav", "data": PNG}}
+    response = whole_of(RESPONSES_ROUTE, one, [whole("Hear:", audio)])
+    note = "\n[Gemini made something of type audio/wav, for which there is no place here.]\n"
+    texts = [part["text"] for item in response["output"] for part in item["content"]]
+    assert texts == ["Hear:" + note]
+
+
+def test_a_response_that_fails_before_its_first_word_begins_all_the_same():
+    one = exchange(asked({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0])
+    failure = proxy.openai_responses_failure(one, ProxyError(429, "slow down", retry_after=7.0))
+    events = kept_by(failure, Notes())
+    kinds = ["response.created", "response.in_progress", "response.failed"]
+    assert [event["type"] for event in events] == kinds
+    assert [event["sequence_number"] for event in events] == [0, 1, 2]
+
+
+# (to be sorted: section 9. Ollama)
+
+PIRATE = {
+    "model": "pirate",
+    "from": FLASH,
+    "system": "Say arr.",
+    "parameters": {"temperature": 0.1, "stop": ["END"]},
+}
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/chat/completions", chat(model="pirate")),
+        ("/v1/messages", chat(model="pirate", max_tokens=9)),
+        ("/v1/responses", {"model": "pirate", "input": "Hi"}),
+        ("/api/chat", chat(model="pirate")),
+    ],
+)
+def test_a_recipe_holds_on_every_route(path, body, gemini):
+    with serving(gemini.url, api="ollama") as server:
+        post(server, "/api/create", PIRATE)
+        assert post(server, path, body)[0] == 200
+    call_body = gemini.asked[-1]
+    assert call_body["systemInstruction"]["parts"][0]["text"] == "Say arr."
+    assert call_body["generationConfig"]["temperature"] == 0.1
+
+
+def test_a_recipes_words_come_before_those_that_ask_for_json(gemini):
+    body = chat(model="pirate", tools=[WEATHER], response_format={"type": "json_object"})
+    with serving(gemini.url, api="ollama") as server:
+        post(server, "/api/create", PIRATE)
+        post(server, body=body)
+    parts = gemini.asked[-1]["systemInstruction"]["parts"]
+    assert [part["text"][:8] for part in parts] == ["Say arr.", proxy.JSON_ALONE[:8]]
+
+
+def test_a_recipes_parameters_are_listed_as_ollama_lists_them(gemini):
+    with serving(gemini.url, api="ollama") as server:
+        post(server, "/api/create", PIRATE)
+        details = json.loads(post(server, "/api/show", {"model": "pirate"})[2])
+    assert details["parameters"] == 'temperature 0.1\nstop "END"'
+
+
+def test_a_recipes_words_are_counted_with_the_message():
+    recipe = {"source": FLASH, "system": "Say arr.", "options": {"temperature": 0.1}}
+    notes = Notes({"model:pirate": json.dumps(recipe)})
+    route = proxy.find_route("ollama", "POST", "/v1/messages/count_tokens").route
+    plan = asked_with(chat(model="pirate"), OLLAMA, notes, route)
+    counted = plan.calls[0].body["generateContentRequest"]
+    assert counted["systemInstruction"]["parts"][0]["text"] == "Say arr."
+    assert "generationConfig" not in counted
 
 
 # ======================================================================================
@@ -7599,7 +7560,7 @@ def test_the_readmes_parameters_of_messages_are_treated_as_it_says():
         key, _, inner_key = name.partition(".")
         more = {"tools": [ASK_CITY]} if name == "tool_choice" else {}
         body = {
-            **said_to_claude(),
+            **claude_chat(),
             **more,
             key: {inner_key: CLAUDE_SAMPLES[name]} if inner_key else CLAUDE_SAMPLES[name],
         }
@@ -7657,7 +7618,7 @@ def test_anthropics_own_library(gemini):
         ] and message.stop_reason == "tool_use"
         history += [
             {"role": "assistant", "content": message.content},
-            user([used(message.content[1].id, '{"temp": 3}')]),
+            user([tool_result(message.content[1].id, '{"temp": 3}')]),
         ]
         assert (
             client.messages.create(messages=history, **plan).content[0].text
