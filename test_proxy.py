@@ -639,7 +639,7 @@ def events_of(one, answers):
             yield iter(chunks)
             continue
         events = with_ids(proxy.read_gemini(iter(chunks), one), one)
-        yield proxy.chat_events(events, call, one.chat) if one.chat else events
+        yield proxy.chat_events(events, call, one.plan.chat) if one.plan.chat else events
 
 
 def with_ids(events, one):
@@ -2331,7 +2331,7 @@ def test_what_cannot_be_completed(path, more):
 @pytest.mark.parametrize(
     "what, name, aliases, model",
     [
-        ("image", None, (), "gemini-nano-banana-2.1"),
+        ("image", "", (), "gemini-nano-banana-2.1"),
         ("image", "dall-e-3", (), "gemini-nano-banana-2.1"),
         ("image", "gemini-2.5-flash-image", (), "gemini-2.5-flash-image"),
         ("image", "gpt-image-1", (("gpt-*", NEWEST),), "gemini-nano-banana-2.1"),
@@ -4057,7 +4057,7 @@ def test_ollamas_errors():
         and proxy.ollama_error(ProxyError(401, "no key"))[0] == 401
     )
     assert proxy.MOUNTS["ollama"][-2][1].error(ProxyError(401, "bad key", upstream=True))[0] == 403
-    assert proxy.ollama_error(proxy.NoRoute(404, "x")) == (
+    assert proxy.ollama_error(proxy.NoRouteError(404, "x")) == (
         404,
         proxy.Payload(b"404 page not found"),
     )
