@@ -216,6 +216,14 @@ def without_indexes(path: str) -> str:
     return re.sub(r"\[\d+\]", "[]", path)
 
 
+class Tracked(NamedTuple):
+    """An object of the client's JSON, and the keys of it that were read."""
+
+    path: str
+    data: JSON
+    read: set[str]
+
+
 class Fields:
     """An object of the client's JSON, which knows its path in the body and which of its keys were read.
 
@@ -225,14 +233,15 @@ class Fields:
 
     __slots__ = ("data", "path", "read", "tracked")
 
-    def __init__(self, data: Any, path: str = "", tracked: list[Fields | str] | None = None):
+    def __init__(self, data: Any, path: str = "", tracked: list[Tracked | str] | None = None):
         if type(data) is not dict:
             raise wrong_type(path, (dict,), data)
-        if tracked is None:
-            tracked = []
-        self.data, self.path, self.tracked = data, path, tracked
+        self.data, self.path = data, path
         self.read: set[str] = set()
-        tracked.append(self)  # it holds every Fields of this body, and names to report as ignored
+        # All objects of this body, and names to report as ignored. It does not hold the Fields, which
+        # hold it: a cycle would keep a large body until the garbage collector runs.
+        self.tracked: list[Tracked | str] = [] if tracked is None else tracked
+        self.tracked.append(Tracked(path, data, self.read))
 
     def path_of(self, key: str) -> str:
         """The path of a key in the body, such as "tools[0].function"."""
@@ -336,13 +345,13 @@ class Fields:
     def ignored(self) -> list[str]:
         """Whatever the client sent and nobody read, by its path without the indexes."""
         names: set[str] = set()
-        for fields in self.tracked:
-            if isinstance(fields, str):
-                names.add(fields)
+        for item in self.tracked:
+            if isinstance(item, str):
+                names.add(item)
                 continue
-            for key in fields.data.keys() - fields.read:
-                path = without_indexes(fields.path_of(key))
-                if not says_nothing(path, fields.data[key]):
+            for key in item.data.keys() - item.read:
+                path = without_indexes(f"{item.path}.{key}".lstrip("."))
+                if not says_nothing(path, item.data[key]):
                     names.add(path)
         return sorted(names)
 
@@ -7960,7 +7969,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except RecursionError:
             raise nested_too_deeply() from None
         self.ignored = body.ignored()
-        body.tracked.clear()  # or they keep each other, and a large body, until the collector comes by
         return plan, context
 
     def answer_route(self, route: Route, plan: Plan) -> None:
