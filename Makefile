@@ -52,8 +52,8 @@ install:
 	install -m 755 proxy_to_gemini.py "$(DESTDIR)$(HOME_DIR)/proxy_to_gemini.py"
 	install -m 644 README.md LICENSE "$(DESTDIR)$(HOME_DIR)/"
 	ln -sfn ../lib/proxy-to-gemini/proxy_to_gemini.py "$(DESTDIR)$(PREFIX)/bin/proxy-to-gemini"
-	umask 022; $(PYTHON) -B -c 'import sys, proxy_to_gemini as proxy; proxy.__file__ = sys.argv[1]; proxy.configured(["-print-unit", *sys.argv[2:]], {})' \
-	  "$(HOME_DIR)/proxy_to_gemini.py" $(FLAGS) > "$(DESTDIR)$(UNIT_DIR)/proxy-to-gemini.service"
+	umask 022; $(PYTHON) -B -c 'import sys, proxy_to_gemini as proxy; proxy.__file__ = sys.argv.pop(1); proxy.main()' \
+	  "$(HOME_DIR)/proxy_to_gemini.py" -print-unit $(FLAGS) > "$(DESTDIR)$(UNIT_DIR)/proxy-to-gemini.service"
 	@echo "Put the Gemini key where only root reads it, and start:"
 	@echo "  install -d -m 700 $(KEY_DIR) && install -m 600 /dev/stdin $(KEY_DIR)/gemini_api_key      # paste it, then Enter, Ctrl-D"
 	@echo "  systemctl daemon-reload && systemctl enable --now proxy-to-gemini"

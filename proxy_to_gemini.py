@@ -87,7 +87,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from operator import itemgetter
 from re import Pattern
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, NoReturn
 
 # ======================================================================================
 # 1. Vocabulary: the nouns everything else is written in
@@ -8132,7 +8132,8 @@ class Server(http.server.ThreadingHTTPServer):
         (self.ending, end), (self.stopping, stop) = os.pipe(), os.pipe()
         poll = select.poll()
         poll.register(signals.pipe, select.POLLIN)
-        while not signals.over():
+        while not signals.should_stop():
+            signals.ping_watchdog()
             room = len(self.handlers) < max_connections()
             poll.register(self.socket, select.POLLIN if room else 0)
             for fd, _ in poll.poll(1000 * (signals.poll_seconds if room else FULL_PAUSE_SECONDS)):
@@ -8140,10 +8141,10 @@ class Server(http.server.ThreadingHTTPServer):
                     signals.drain_pipe()
                 else:
                     self.accept_pending()
-            if signals.asks(signal.SIGHUP):
+            if signals.take(signal.SIGHUP):
                 self.reload()
             self.service_actions()
-        signals.tell("STOPPING=1")
+        signals.notify("STOPPING=1")
         self.drain(end, stop)
 
     def drain(self, end: int, stop: int) -> None:
@@ -8260,11 +8261,15 @@ def give_memory_back() -> None:
 # 11. Command line: flags and environment, systemd, workers, checks, start and end
 # ======================================================================================
 
-GEMINI = "https://generativelanguage.googleapis.com"
-NO_KEY = """proxy-to-gemini: there is no Gemini key. Get one at https://aistudio.google.com/apikey (free), and then:
+DEFAULT_UPSTREAM = "https://generativelanguage.googleapis.com"
+NO_KEY = """\
+proxy-to-gemini: there is no Gemini key. Get one at https://aistudio.google.com/apikey (free), then:
 
     GEMINI_API_KEY=<your key> python3 proxy_to_gemini.py
 """
+UNUSABLE_KEY = (
+    "proxy-to-gemini: the key in GEMINI_API_KEY has characters that no key has; it cannot be sent."
+)
 
 
 class Config(NamedTuple):
@@ -8279,8 +8284,11 @@ class Config(NamedTuple):
     timeout: float = 600.0  # seconds that Gemini may be silent
     proxy_key: str = ""  # what clients must send
     workers: int = 1  # processes
-    state: str = ":memory:"  # SQLite's name of the file that remembers
+    state: str = ":memory:"  # the file with signatures and responses, as SQLite names it
     client_keys: bool = False  # whether each client brings its own Gemini key
+
+
+# Types of flags: each returns the value of a flag, or raises what argparse prints with the usage.
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -8292,26 +8300,27 @@ def listen_address(text: str) -> tuple[str, int]:
 
 
 def base_url(text: str) -> str:
+    """The URL of a server, without a slash at its end."""
     try:
-        parts = urllib.parse.urlsplit(text)
-        fits = (
-            parts.scheme in ("http", "https")
-            and parts.hostname
-            and parts.port != 0
-            and not parts.query
-        )
-    except ValueError:
-        fits = False
-    if not fits:
+        url = urllib.parse.urlsplit(text)
+        valid = url.scheme in ("http", "https") and url.hostname and url.port != 0 and not url.query
+    except ValueError:  # a port that is not a number
+        valid = False
+    if not valid:
         raise argparse.ArgumentTypeError(f"{text!r} is not the URL of a server")
     return text.rstrip("/")
 
 
 def alias(text: str) -> tuple[str, str]:
+    """("gpt-*", "gemini-3.8-flash") from NAME=MODEL."""
     name, _, model = text.partition("=")
     if not name or not model:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MODEL")
     return name, re.sub("^models/", "", model)
+
+
+def origin_list(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
 
 
 def seconds(text: str) -> float:
@@ -8333,124 +8342,86 @@ def worker_count(text: str) -> int:
 def flag_parser() -> argparse.ArgumentParser:
     """The flags, spelt as Go does (-api=ollama), or with two dashes."""
     parser = argparse.ArgumentParser(
-        prog="proxy_to_gemini.py", allow_abbrev=False, description=__doc__.splitlines()[0]
+        prog="proxy_to_gemini.py",
+        allow_abbrev=False,
+        description=(__doc__ or "").partition("\n")[0],
     )
 
-    def flag(name: str, **how: Any) -> None:
-        parser.add_argument("-" + name, "--" + name, **how)
+    def flag(name: str, text: str, **options: Any) -> None:
+        parser.add_argument("-" + name, "--" + name, help=text, **options)
 
-    flag("api", choices=sorted(MOUNTS), default="openai", help="the protocol to serve")
-    flag(
-        "listen",
-        type=listen_address,
-        default=("127.0.0.1", 5555),
-        metavar="HOST:PORT",
-        help=":PORT is every interface",
+    def switch(name: str, text: str) -> None:
+        flag(name, text, action="store_true")
+
+    flag("api", "the protocol to serve", choices=sorted(MOUNTS), default="openai")
+    address = {"type": listen_address, "default": ("127.0.0.1", 5555), "metavar": "HOST:PORT"}
+    flag("listen", ":PORT is every interface", **address)
+    upstream = (
+        f"base URL of the Gemini API; {DEFAULT_UPSTREAM} unless $GOOGLE_GEMINI_BASE_URL is set"
     )
-    flag(
-        "upstream",
-        type=base_url,
-        default=None,
-        metavar="URL",
-        help=f"base URL of the Gemini API; {GEMINI} unless $GOOGLE_GEMINI_BASE_URL is set",
-    )
-    flag(
-        "alias",
-        type=alias,
-        action="append",
-        default=[],
-        metavar="NAME=MODEL",
-        help="another name for a model; NAME may be a glob; repeatable",
-    )
-    flag(
-        "origins",
-        type=lambda text: tuple(filter(None, text.split(","))),
-        default=(),
-        metavar="ORIGIN,...",
-        help="browser origins that may call besides this machine's and apps'; * is any",
-    )
-    flag(
-        "timeout",
-        type=seconds,
-        default=600.0,
-        metavar="SECONDS",
-        help="how long Gemini may be silent",
-    )
-    flag("workers", type=worker_count, default=1, metavar="N", help="processes that share the port")
-    flag(
-        "state", default=None, metavar="FILE", help="keeps signatures and responses over a restart"
-    )
-    flag(
-        "client-keys",
-        action="store_true",
-        help="every client brings its own Gemini key as its API key",
-    )
-    flag(
-        "check", action="store_true", help="tell what works on the way to Gemini, and what to mend"
-    )
-    flag(
-        "print-unit", action="store_true", help="print a systemd unit for this file and these flags"
-    )
-    flag("version", action="store_true", help="version, and the SHA-256 of this file")
+    flag("upstream", upstream, type=base_url, metavar="URL")
+    names = "another name for a model; NAME may be a glob; repeatable"
+    flag("alias", names, type=alias, action="append", default=[], metavar="NAME=MODEL")
+    origins = "browser origins that may call besides this machine's and apps'; * is any"
+    flag("origins", origins, type=origin_list, default=(), metavar="ORIGIN,...")
+    flag("timeout", "how long Gemini may be silent", type=seconds, default=600.0, metavar="SECONDS")
+    flag("workers", "processes that share the port", type=worker_count, default=1, metavar="N")
+    flag("state", "keeps signatures and responses over a restart", metavar="FILE")
+    switch("client-keys", "every client brings its own Gemini key as its API key")
+    switch("check", "tell what works on the way to Gemini, and what to mend")
+    switch("print-unit", "print a systemd unit for this file and these flags")
+    switch("version", "version, and the SHA-256 of this file")
     return parser
 
 
 def gemini_key(env: Mapping[str, str]) -> str:
     """The key from the environment or from systemd's credentials; "" where there is none."""
     for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
-        if env.get(name, "").strip():
-            return env[name].strip()
+        key = env.get(name, "").strip()
+        if key:
+            return key
     with contextlib.suppress(OSError, KeyError, UnicodeDecodeError):
-        with open(
-            os.path.join(env["CREDENTIALS_DIRECTORY"], "gemini_api_key"), encoding="utf-8"
-        ) as file:
+        path = os.path.join(env["CREDENTIALS_DIRECTORY"], "gemini_api_key")
+        with open(path, encoding="utf-8") as file:
             return file.read().strip()
     return ""
 
 
-def state_file(told: str | None, env: Mapping[str, str]) -> str:
-    """Where to remember: in the file that -state names, else in systemd's StateDirectory, else in memory only."""
+def state_file(flag: str | None, env: Mapping[str, str]) -> str:
+    """The file of -state, else one in systemd's StateDirectory, else SQLite's name for no file."""
+    if flag:
+        return flag
     folder = env.get("STATE_DIRECTORY", "").partition(":")[0]
-    return told or (os.path.join(folder, "proxy-to-gemini.db") if folder else ":memory:")
+    if folder:
+        return os.path.join(folder, "proxy-to-gemini.db")
+    return ":memory:"
 
 
-def configured(arguments: list[str], env: Mapping[str, str]) -> tuple[Config, argparse.Namespace]:
-    """(the configuration, the flags); ends the program where it is told wrongly (2), or has no usable key (1)."""
-    parser = flag_parser()
-    flags = parser.parse_args(arguments)
-    if flags.version:
-        with open(__file__, "rb") as file:
-            print(f"proxy-to-gemini {VERSION}, SHA-256 {hashlib.sha256(file.read()).hexdigest()}")
-        sys.exit(0)
-    if flags.print_unit:
-        print(unit([word for word in arguments if word.lstrip("-") != "print-unit"]))
-        sys.exit(0)
+def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
+    """The configuration; exits with 2 if a URL is wrong, with 1 if there is no usable key."""
     try:
-        upstream = flags.upstream or base_url(
-            env.get("GOOGLE_GEMINI_BASE_URL", "").strip() or GEMINI
-        )
+        default = env.get("GOOGLE_GEMINI_BASE_URL", "").strip() or DEFAULT_UPSTREAM
+        upstream = flags.upstream or base_url(default)
     except argparse.ArgumentTypeError as error:
-        parser.error(f"GOOGLE_GEMINI_BASE_URL: {error}")
+        flag_parser().error(f"GOOGLE_GEMINI_BASE_URL: {error}")
     key = gemini_key(env)
     if not key and not flags.client_keys:
         sys.exit(NO_KEY)
     if key and not re.fullmatch(KEY_PATTERN, key):
-        sys.exit(
-            "proxy-to-gemini: the key in GEMINI_API_KEY has characters that no key has; it cannot be sent."
-        )
+        sys.exit(UNUSABLE_KEY)
     return Config(
-        flags.api,
-        flags.listen,
-        upstream,
-        key,
-        tuple(flags.alias),
-        flags.origins,
-        flags.timeout,
-        env.get("PROXY_API_KEY", "").strip(),
-        flags.workers,
-        state_file(flags.state, env),
-        flags.client_keys,
-    ), flags
+        api=flags.api,
+        listen=flags.listen,
+        upstream=upstream,
+        key=key,
+        aliases=tuple(flags.alias),
+        origins=flags.origins,
+        timeout=flags.timeout,
+        proxy_key=env.get("PROXY_API_KEY", "").strip(),
+        workers=flags.workers,
+        state=state_file(flags.state, env),
+        client_keys=flags.client_keys,
+    )
 
 
 # ---- systemd ----
@@ -8472,7 +8443,7 @@ RestartSec=1
 TimeoutStopSec=15
 WatchdogSec=30
 
-# The Gemini key is in this file, which only root can read; PROXY_API_KEY and HTTPS_PROXY may stand in the other.
+# Only root can read the file with the Gemini key; PROXY_API_KEY and HTTPS_PROXY go into the other.
 LoadCredential=gemini_api_key:/etc/proxy-to-gemini/gemini_api_key
 EnvironmentFile=-/etc/proxy-to-gemini/environment
 StateDirectory=proxy-to-gemini
@@ -8514,155 +8485,177 @@ WantedBy=multi-user.target
 """
 
 
-def unit(flags: list[str]) -> str:
+def systemd_unit(arguments: list[str]) -> str:
     """A systemd unit for this very file and these flags, without the final newline."""
     here = os.path.abspath(__file__)
+    flags = [word for word in arguments if word.lstrip("-") != "print-unit"]
     words = [os.path.realpath(sys.executable), here, *flags]
-    text = UNIT.format(
-        folder=os.path.dirname(here), command=" ".join(map(unit_word, words))
-    ).rstrip()
-    if any(
-        flag.lstrip("-") == "client-keys" for flag in flags
-    ):  # without the file the service fails
-        text = re.sub(
-            r"# The Gemini key.*\n.*\n", "# PROXY_API_KEY and HTTPS_PROXY may stand here.\n", text
-        )
+    command = " ".join(map(unit_word, words))
+    text = UNIT.format(folder=os.path.dirname(here), command=command).rstrip()
+    if any(flag.lstrip("-") == "client-keys" for flag in flags):
+        # The service would not start without the file of the key.
+        key_lines = r"# Only root.*\n.*\n"
+        text = re.sub(key_lines, "# PROXY_API_KEY and HTTPS_PROXY go into this file.\n", text)
     return text
 
 
 def unit_word(word: str) -> str:
-    """A word of a command line in a unit, where % and $ mean something (systemd.service, "Command lines")."""
+    """A word of a command line, quoted as "Command lines" in systemd.service(5) wants it."""
     word = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
-    return word if re.fullmatch(r"[^\s'\";]+", word) else f'"{word}"'
+    if re.fullmatch(r"[^\s'\";]+", word):
+        return word
+    return f'"{word}"'
 
 
 def handed_over_socket(env: Mapping[str, str]) -> socket.socket | None:
-    """The socket that systemd listens on for this process (sd_listen_fds), or None."""
-    if env.get("LISTEN_PID") != str(os.getpid()) or not re.fullmatch(
-        r"[1-9]\d*", env.get("LISTEN_FDS", "")
-    ):
+    """The socket that systemd listens on for this process (sd_listen_fds(3)), or None."""
+    count = env.get("LISTEN_FDS", "")
+    if env.get("LISTEN_PID") != str(os.getpid()) or not re.fullmatch(r"[1-9]\d*", count):
         return None
-    if env["LISTEN_FDS"] != "1":
-        raise ValueError(f"LISTEN_FDS hands over {env['LISTEN_FDS']} sockets, and one is served")
+    if count != "1":
+        raise ValueError(f"LISTEN_FDS hands over {count} sockets, and one is served")
     sock = socket.socket(fileno=3)
     if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
         raise ValueError("the socket of LISTEN_FDS is not one for TCP")
     return sock
 
 
+def watchdog_seconds(env: Mapping[str, str]) -> float:
+    """How often systemd wants a ping (sd_watchdog_enabled(3)); infinite if never."""
+    usec, own_pid = env.get("WATCHDOG_USEC", ""), str(os.getpid())
+    if env.get("WATCHDOG_PID", own_pid) == own_pid and re.fullmatch(r"[1-9]\d{0,15}", usec):
+        return int(usec) / 1e6
+    return math.inf
+
+
 class Signals:
-    """What this process is asked by signals, and what systemd is told of it."""
+    """The signals that this process receives, and the notifications that it sends to systemd."""
 
     def __init__(self, env: Mapping[str, str]):
-        self.heard: set[int] = set()  # signals that wait to be looked at
-        self.parent = 0  # whose end is ours too: a worker's
-        self.supervisor = env.get("NOTIFY_SOCKET", "")
-        told = env.get("WATCHDOG_USEC", "")
-        mine = env.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.watchdog = (
-            int(told) / 1e6 if mine and re.fullmatch(r"[1-9]\d{0,15}", told) else math.inf
-        )  # seconds
+        self.pending: set[int] = set()  # received, and not yet taken
+        self.parent = 0  # the process id of a worker's parent, with which it ends
+        self.notify_socket = env.get("NOTIFY_SOCKET", "")
+        self.watchdog = watchdog_seconds(env)
         self.poll_seconds = min(1.0, self.watchdog / 4)
         self.last_ping = -math.inf
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, lambda number, frame: self.heard.add(number))
-        self.begin()
+            signal.signal(number, self.receive)
+        self.open_pipe()
 
-    def begin(self) -> None:
-        """Have signals wake this process, and no other."""
+    def receive(self, number: int, frame: object) -> None:
+        self.pending.add(number)
+
+    def open_pipe(self) -> None:
+        """Open the pipe with which a signal wakes this process, and no other."""
         self.pipe, wake = os.pipe()
         os.set_blocking(self.pipe, False)
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
 
-    def begin_as_worker(self, parent: int) -> None:
-        self.parent, self.supervisor, self.watchdog = parent, "", math.inf
-        self.heard.discard(signal.SIGCHLD)
-        self.begin()
+    def become_worker(self, parent: int) -> None:
+        """Go on in a fork: systemd hears from the parent alone."""
+        self.parent, self.notify_socket, self.watchdog = parent, "", math.inf
+        self.pending.discard(signal.SIGCHLD)
+        self.open_pipe()
 
     def drain_pipe(self) -> None:
-        """Take what woke us."""
+        """Read what signals wrote into the pipe."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.pipe, 4096)
 
-    def asks(self, number: int) -> bool:
-        """Whether this signal came since this was asked last."""
-        asked = number in self.heard
-        self.heard.discard(number)
-        return asked
+    def take(self, number: int) -> bool:
+        """Whether this signal was received since the last call."""
+        received = number in self.pending
+        self.pending.discard(number)
+        return received
 
-    def over(self) -> bool:
-        """Whether it is time to end; until then the watchdog is told that we are well."""
+    def should_stop(self) -> bool:
+        """Whether a signal ends this process, or the end of its parent."""
+        orphaned = self.parent != 0 and os.getppid() != self.parent
+        return orphaned or bool(self.pending & {signal.SIGTERM, signal.SIGINT})
+
+    def ping_watchdog(self) -> None:
+        """Tell systemd that this process is alive, whenever that is due."""
         if time.monotonic() - self.last_ping > self.watchdog / 2.5:
             self.last_ping = time.monotonic()
-            self.tell("WATCHDOG=1")
-        orphaned = self.parent and os.getppid() != self.parent
-        return bool(orphaned or self.heard & {signal.SIGTERM, signal.SIGINT})
+            self.notify("WATCHDOG=1", wait_seconds=0)  # the next ping is due soon
 
-    def tell(self, *lines: str) -> None:
-        """Tell systemd (sd_notify)."""
-        if not self.supervisor:
+    def notify(self, *lines: str, wait_seconds: float = 5) -> None:
+        """Send these lines to systemd (sd_notify(3)), if it started this process."""
+        if not self.notify_socket:
             return
-        address = "\0" + self.supervisor[1:] if self.supervisor[0] == "@" else self.supervisor
+        address = re.sub("^@", "\0", self.notify_socket)  # an abstract address (unix(7))
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(0 if lines == ("WATCHDOG=1",) else 5)  # what is said once must arrive
+            sock.settimeout(wait_seconds)
             sock.sendto("\n".join(lines).encode(), address)
 
 
 # ---- workers ----
 
+RESTART_SECONDS = 1.0  # seconds between two starts of the same worker
+# Seconds for workers to end by themselves: those of Server.drain, and a little more.
+WORKER_DRAIN_SECONDS = DRAIN_NOTICE_SECONDS + DRAIN_SECONDS + 3 * FINAL_SECONDS
+
 
 class Workers:
-    """The processes that share the port: each is a fork of this one, which only looks after them."""
+    """The processes that share the port: forks of this one, which only looks after them."""
 
     def __init__(self, server: Server, signals: Signals, count: int):
-        self.server, self.signals, self.count = server, signals, count
-        self.numbers: dict[int, int] = {}  # by process id
-        self.due = [0.0] * count  # when each may be started again
+        self.server, self.signals = server, signals
+        self.running: dict[int, int] = {}  # process id: number of the worker
+        self.start_after = [0.0] * count  # the earliest time of each worker's next start
 
     def run(self) -> None:
-        """Replace those that die, until a signal ends them all; those that will not end are killed."""
+        """Replace workers that die, until a signal ends them all."""
         poll = select.poll()
         poll.register(self.signals.pipe, select.POLLIN)
-        while not self.signals.over():
+        while not self.signals.should_stop():
+            self.signals.ping_watchdog()
             self.start_missing()
             poll.poll(self.signals.poll_seconds * 1000)
             self.signals.drain_pipe()
-            if self.signals.asks(signal.SIGHUP):
-                self.server.reload()  # for those that are forked later
-                self.signal(signal.SIGHUP)
+            if self.signals.take(signal.SIGHUP):
+                self.server.reload()  # for workers that are forked later
+                self.send_signal(signal.SIGHUP)
             self.reap()
-        self.signals.tell("STOPPING=1")
-        self.server.server_close()  # or the kernel takes clients whom no worker will serve
-        self.signal(signal.SIGTERM)
-        until = time.monotonic() + DRAIN_NOTICE_SECONDS + DRAIN_SECONDS + 3 * FINAL_SECONDS
-        while self.numbers and time.monotonic() < until:
+        self.signals.notify("STOPPING=1")
+        self.server.server_close()  # or the kernel accepts clients that no worker will serve
+        self.stop(poll)
+
+    def stop(self, poll: select.poll) -> None:
+        """End the workers, and kill those that are too slow."""
+        self.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + WORKER_DRAIN_SECONDS
+        while self.running and time.monotonic() < deadline:
             poll.poll(100)
             self.signals.drain_pipe()
             self.reap()
-        self.signal(signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
 
     def start_missing(self) -> None:
-        for number in set(range(self.count)) - set(self.numbers.values()):
-            if time.monotonic() < self.due[number] or self.signals.over():
+        """Start every worker that does not run, unless it was started just before."""
+        running = set(self.running.values())
+        for number, start_after in enumerate(self.start_after):
+            if number in running or time.monotonic() < start_after or self.signals.should_stop():
                 continue
-            self.due[number] = (
-                time.monotonic() + 1
-            )  # one that dies at once is not started in a rush
-            parent = os.getpid()
-            try:
-                child = os.fork()
-            except OSError as error:  # too many processes, or no memory: the others go on
-                log(f"worker {number} cannot be started: {error.strerror}")
-                continue
-            if not child:
-                self.work(number, parent)
-            self.numbers[child] = number
+            self.start_after[number] = time.monotonic() + RESTART_SECONDS
+            self.start(number)
 
-    def work(self, number: int, parent: int) -> None:
-        """What a worker does from its first to its last moment."""
+    def start(self, number: int) -> None:
+        parent = os.getpid()
         try:
-            self.signals.begin_as_worker(parent)
+            pid = os.fork()
+        except OSError as error:  # too many processes, or no memory: the others go on
+            log(f"worker {number} cannot be started: {error.strerror}")
+            return
+        if pid == 0:
+            self.run_worker(number, parent)
+        self.running[pid] = number
+
+    def run_worker(self, number: int, parent: int) -> NoReturn:
+        """The whole life of a worker, which ends its process."""
+        try:
+            self.signals.become_worker(parent)
             self.server.metrics.take(number)
             self.server.run(self.signals)
         except BaseException:
@@ -8670,30 +8663,41 @@ class Workers:
         finally:
             os._exit(0)
 
-    def signal(self, number: int) -> None:
-        for pid in list(self.numbers):
+    def send_signal(self, number: int) -> None:
+        for pid in self.running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def reap(self) -> None:
-        """See who has ended."""
+        """Forget the workers that have ended, and log those that died."""
         with contextlib.suppress(ChildProcessError):
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
-                if not pid:
+                if pid == 0:
                     return
-                number = self.numbers.pop(pid, None)
+                number = self.running.pop(pid, None)
                 if status and number is not None:
                     log(f"worker {number} died (status {status}); another takes its place")
 
 
 # ---- checks ----
 
+CHECK_SECONDS = 30.0  # seconds that a call of a check may take
+
+# Each check returns what it learned in a few words, or raises one of CHECK_ERRORS.
+CHECK_ERRORS = (ProxyError, OSError, ValueError, http.client.HTTPException)
+
+
+def check_call(config: Config, gemini: Gemini, call: GeminiCall) -> UpstreamCall:
+    return UpstreamCall(gemini, call, Waiter(None, CHECK_SECONDS), config.key, [])
+
 
 def check_port(config: Config, gemini: Gemini) -> str:
     server = Server(config, handed_over_socket(os.environ))
     server.server_close()
-    return f"{server.url} is free" if not server.shared else f"{server.url} is handed over"
+    if server.shared:
+        return f"{server.url} is handed over"
+    return f"{server.url} is free"
 
 
 def check_memory(config: Config, gemini: Gemini) -> str:
@@ -8705,31 +8709,34 @@ def check_memory(config: Config, gemini: Gemini) -> str:
 
 def check_name(config: Config, gemini: Gemini) -> str:
     pool = gemini.pool
-    host, port = (pool.proxy.host, pool.proxy.port) if pool.proxy else (pool.host, pool.port)
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    way = ", the proxy on the way," if pool.proxy else ""
-    return f"{host}:{port}{way} is at " + ", ".join(
-        dict.fromkeys(address[0] for *_, address in found)
-    )
+    host, port, role = pool.host, pool.port, ""
+    if pool.proxy:
+        host, port, role = pool.proxy.host, pool.proxy.port, ", the proxy on the way,"
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    hosts = dict.fromkeys(str(address[0]) for *_, address in addresses)
+    return f"{host}:{port}{role} is at " + ", ".join(hosts)
 
 
 def check_connection(config: Config, gemini: Gemini) -> str:
     with contextlib.closing(gemini.pool.connect(Waiter(None, CHECK_SECONDS))) as connection:
-        if not gemini.pool.secure:
+        sock = connection.sock
+        if not isinstance(sock, ssl.SSLSocket):
             return f"{config.upstream}, without TLS"
-        issuer = dict(pair for name in connection.sock.getpeercert()["issuer"] for pair in name)
-        trust = next(
-            (
-                f"${name}"
-                for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
-                if os.environ.get(name)
-            ),
-            "the system",
-        )
+        certificate: JSON = sock.getpeercert() or {}
+        issuer = dict(pair for name in certificate["issuer"] for pair in name)
+        organization = issuer.get("organizationName") or issuer.get("commonName")
         return (
-            f"{config.upstream}, {connection.sock.version()}, certificate of "
-            f"{issuer.get('organizationName') or issuer.get('commonName')}, trusted by {trust}"
+            f"{config.upstream}, {sock.version()}, certificate of {organization}, "
+            f"trusted by {trust_store()}"
         )
+
+
+def trust_store() -> str:
+    """Where the certificates come from that tls_context() trusts."""
+    for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+        if os.environ.get(name):
+            return f"${name}"
+    return "the system"
 
 
 def check_key(config: Config, gemini: Gemini) -> str:
@@ -8739,81 +8746,86 @@ def check_key(config: Config, gemini: Gemini) -> str:
 
 
 def listed_models(config: Config, gemini: Gemini) -> list[JSON]:
-    return [
-        entry
-        for chunk in ModelList(gemini, Waiter(None, CHECK_SECONDS), config.key).chunks()
-        for entry in chunk["models"]
-    ]
+    (answer,) = ModelList(gemini, Waiter(None, CHECK_SECONDS), config.key).chunks()
+    models: list[JSON] = answer["models"]
+    return models
 
 
 def check_clock(config: Config, gemini: Gemini) -> str:
-    upstream_call = UpstreamCall(
-        gemini, GeminiCall("models?pageSize=1"), Waiter(None, CHECK_SECONDS), config.key, []
-    )
-    upstream_call.begin()
-    told = upstream_call.response and email.utils.parsedate_tz(
-        upstream_call.response.headers.get("date", "")
-    )
-    upstream_call.release()
-    if not told:
+    call = check_call(config, gemini, GeminiCall("models?pageSize=1"))
+    call.begin()
+    date = None
+    if call.response:
+        date = email.utils.parsedate_tz(call.response.headers.get("date", ""))
+    call.release()
+    if not date:
         return "Gemini does not tell the time"
-    apart = abs(time.time() - email.utils.mktime_tz(told))
-    if apart > 300:
-        raise ValueError(f"it is {apart:.0f} seconds off")
-    return (
-        "it agrees with Gemini's"
-        if apart < 5
-        else f"it is {apart:.0f} seconds off, which does no harm"
-    )
+    difference = abs(time.time() - email.utils.mktime_tz(date))
+    if difference > 300:
+        raise ValueError(f"it is {difference:.0f} seconds off")
+    if difference >= 5:
+        return f"it is {difference:.0f} seconds off, which does no harm"
+    return "it agrees with Gemini's"
 
 
 def check_answer(config: Config, gemini: Gemini) -> str:
-    """One short answer of a flash model, the newest in the list."""
     if not config.key:
         return "every client asks with a key of its own"
-    names = [
-        get_or_empty(entry, "name", str).rpartition("/")[2]
-        for entry in listed_models(config, gemini)
-        if "generateContent" in get_or_empty(entry, "supportedGenerationMethods", list)
-    ]
-    fitting = [
-        name
-        for name in names
-        if re.match(r"gemini-[\d.]+-flash", name) and not UNLISTED.search(name)
-    ]
-    model = model_of(max(fitting or names, key=lambda name: model_of(name).generation))
-    began = time.monotonic()
-    call = generate_call(model, False, [], [user_turn(text_part("Say hello in one word."))], {})
-    (answer,) = UpstreamCall(gemini, call, Waiter(None, CHECK_SECONDS), config.key, []).chunks()
-    text = texts_of(
-        get_or_empty(get_or_empty(first_candidate(answer), "content", dict), "parts", list)
-    )
+    model, began = newest_flash(listed_models(config, gemini)), time.monotonic()
+    turns = [user_turn(text_part("Say hello in one word."))]
+    call = check_call(config, gemini, generate_call(model, False, [], turns, {}))
+    (answer,) = call.chunks()
+    content = get_or_empty(first_candidate(answer), "content", dict)
+    text = texts_of(get_or_empty(content, "parts", list))
     return f"{model.name} said {text[:40]!a} after {time.monotonic() - began:.1f} seconds"
 
 
-CHECK_SECONDS = 30.0  # seconds
+def newest_flash(models: list[JSON]) -> Model:
+    """The newest flash model, which is cheap; without one, the newest model that can chat."""
+    names = [
+        get_or_empty(entry, "name", str).rpartition("/")[2]
+        for entry in models
+        if "generateContent" in get_or_empty(entry, "supportedGenerationMethods", list)
+    ]
+    flash = re.compile(r"gemini-[\d.]+-flash")
+    candidates = [name for name in names if flash.match(name) and not UNLISTED.search(name)]
+    return max(map(model_of, candidates or names), key=lambda model: model.generation)
 
-# What must work, in the order in which one rests on the other; and what to mend where it does not.
+
+class Check(NamedTuple):
+    """One thing that must work."""
+
+    name: str
+    run: Callable[[Config, Gemini], str]
+    fix: str  # what to do if it fails
+
+    def passes(self, config: Config, gemini: Gemini) -> bool:
+        """Whether it works, which is printed as well."""
+        try:
+            print(f"ok    {self.name}: {self.run(config, gemini)}", flush=True)
+        except CHECK_ERRORS as error:
+            print(f"FAIL  {self.name}: {config.upstream}: {error}\n      mend: {self.fix}")
+            return False
+        return True
+
+
+# Each check needs what the ones before it have shown.
 CHECKS = (
-    ("port", check_port, "end what listens there, or choose another with -listen"),
-    (
-        "memory",
-        check_memory,
-        "name a file with -state that can be written, and that is SQLite's or new",
-    ),
-    ("name", check_name, "see to DNS; where the network wants a proxy, set HTTPS_PROXY"),
-    (
+    Check("port", check_port, "end what listens there, or choose another with -listen"),
+    Check("memory", check_memory, "name a writable file with -state, SQLite's or a new one"),
+    Check("name", check_name, "see to DNS; where the network wants a proxy, set HTTPS_PROXY"),
+    Check(
         "connection",
         check_connection,
         "see to the firewall and HTTPS_PROXY; a company's own CA goes into SSL_CERT_FILE",
     ),
-    (
+    Check(
         "key",
         check_key,
         "get a key at https://aistudio.google.com/apikey, and see what it is restricted to",
     ),
-    ("clock", check_clock, "set the clock: certificates and quotas go by it"),
-    (
+    Check("clock", check_clock, "set the clock: certificates and quotas go by it"),
+    Check(
         "answer",
         check_answer,
         "what Gemini says above is the cause: billing, quota, or a region without service",
@@ -8821,121 +8833,131 @@ CHECKS = (
 )
 
 
-def check(config: Config) -> int:
-    """Tell of each thing whether it works, and at the first that does not what to mend: the exit status."""
+def run_checks(config: Config) -> int:
+    """Print whether each thing works, up to the first that does not; the exit status."""
     try:
         gemini = Gemini(config.upstream)
     except (OSError, ValueError) as error:
-        print(
-            f"FAIL  certificates: {error}\n      mend: see to REQUESTS_CA_BUNDLE, SSL_CERT_FILE and HTTPS_PROXY"
-        )
+        print(f"FAIL  certificates: {error}")
+        print("      mend: see to REQUESTS_CA_BUNDLE, SSL_CERT_FILE and HTTPS_PROXY")
         return 1
     with contextlib.closing(gemini.pool):
-        for name, test, mend in CHECKS:
-            try:
-                print(f"ok    {name}: {test(config, gemini)}", flush=True)
-            except (ProxyError, OSError, ValueError, http.client.HTTPException) as error:
-                print(f"FAIL  {name}: {config.upstream}: {error}\n      mend: {mend}")
+        for check in CHECKS:
+            if not check.passes(config, gemini):
                 return 1
     return 0
 
 
 # ---- start and end ----
 
-GC_THRESHOLDS = (
-    20_000,
-    20,
-    20,
-)  # new objects until the collector comes by, and its turns until it looks at older ones
-SWITCH_INTERVAL_SECONDS = (
-    0.05  # seconds until a thread insists on its turn; at 0.005, a thousand threads do little else
+# New objects between two runs of the collector, and runs between two looks at older objects.
+GC_THRESHOLDS = (20_000, 20, 20)
+# Seconds before a thread must yield; at 0.005, a thousand threads do little else.
+SWITCH_INTERVAL_SECONDS = 0.05
+EXPOSED = (
+    "warning: whoever reaches this port can spend the Gemini key; "
+    "set PROXY_API_KEY, or listen on 127.0.0.1"
 )
 
 
 def raise_limits() -> None:
-    """As many open files as we may have: each client needs two."""
+    """Allow as many open files as the system does: each client needs two."""
     import resource
 
+    needed = 2 * MAX_CONNECTIONS + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * MAX_CONNECTIONS + 64
+    if hard != resource.RLIM_INFINITY:
+        needed = min(needed, hard)
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (max(soft, min(hard, wanted)) if hard > 0 else wanted, hard)
-        )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
 
 
-def spare_the_collector() -> None:
-    """Have CPython's garbage collector leave alone what stays for good, and come by less often.
+def tune_garbage_collector() -> None:
+    """Let CPython's collector skip what stays for good, and run less often. (PyPy has another.)
 
-    A thousand streams make much that lives long and little that is garbage; to look through it again and again was a
-    twentieth of their cost. (PyPy's collector is another.)
+    A thousand streams make many objects that live long, and little garbage: scanning them as often
+    as by default took a twentieth of the time.
     """
     if hasattr(gc, "freeze"):
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
 
 
-def opened(config: Config) -> Server:
-    """The server, listening; ends the program with a line where that cannot be."""
+def reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def open_server(config: Config) -> Server:
+    """The server, listening; exits with one line if it cannot listen, or not remember."""
     try:
         server = Server(config, handed_over_socket(os.environ))
     except (OSError, ValueError) as error:
         host, port = config.listen
-        sys.exit(
-            f"proxy-to-gemini: cannot listen on {host or '*'}:{port}: {getattr(error, 'strerror', None) or error}"
-        )
+        sys.exit(f"proxy-to-gemini: cannot listen on {host or '*'}:{port}: {reason(error)}")
     try:
         if config.state != ":memory:":
             server.gemini.memory.try_out()
     except (OSError, ValueError) as error:
-        sys.exit(
-            f"proxy-to-gemini: cannot remember in {config.state}: {getattr(error, 'strerror', None) or error}"
-        )
+        sys.exit(f"proxy-to-gemini: cannot remember in {config.state}: {reason(error)}")
     return server
 
 
 def serve(config: Config) -> None:
     """Serve until a signal says stop."""
     signals = Signals(os.environ)
-    server = opened(config)
-    spare_the_collector()
-    log(
-        f"proxy-to-gemini {VERSION}: api {config.api} at {server.url}, answered by {config.upstream}"
-    )
+    server = open_server(config)
+    tune_garbage_collector()
+    address = f"api {config.api} at {server.url}"
+    log(f"proxy-to-gemini {VERSION}: {address}, answered by {config.upstream}")
     if not server.loopback and not config.proxy_key and not config.client_keys:
-        log(
-            "warning: whoever reaches this port can spend the Gemini key; set PROXY_API_KEY, or listen on 127.0.0.1"
-        )
-    signals.tell("READY=1", f"STATUS=api {config.api} at {server.url}")
+        log(EXPOSED)
+    signals.notify("READY=1", f"STATUS={address}")
     if config.workers > 1:
         Workers(server, signals, config.workers).run()
     else:
         server.run(signals)
 
 
+@contextlib.contextmanager
+def shared_state(config: Config) -> Iterator[Config]:
+    """The configuration with a file for what workers share, which goes when they end."""
+    if config.workers == 1 or config.state != ":memory:":
+        yield config
+        return
+    import tempfile
+
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="proxy-to-gemini-")
+    except OSError as error:
+        sys.exit(f"proxy-to-gemini: workers share a file; name one with -state: {error.strerror}")
+    with folder as path:
+        yield config._replace(state=os.path.join(path, "state.db"))
+
+
+def version() -> str:
+    with open(__file__, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    return f"proxy-to-gemini {VERSION}, SHA-256 {digest}"
+
+
 def main() -> None:
-    config, flags = configured(sys.argv[1:], os.environ)
+    flags = flag_parser().parse_args()
+    if flags.version:
+        print(version())
+        return
+    if flags.print_unit:
+        print(systemd_unit(sys.argv[1:]))
+        return
+    config = configure(flags, os.environ)
     if flags.check:
-        sys.exit(check(config))
+        sys.exit(run_checks(config))
     raise_limits()
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-    with contextlib.ExitStack() as stack:
-        if (
-            config.workers > 1 and config.state == ":memory:"
-        ):  # what workers share must be in a file
-            import tempfile
-
-            try:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="proxy-to-gemini-"))
-            except OSError as error:
-                sys.exit(
-                    f"proxy-to-gemini: workers share a file; name one with -state: {error.strerror}"
-                )
-            config = config._replace(state=os.path.join(folder, "state.db"))
-        serve(config)
+    with shared_state(config) as complete:
+        serve(complete)
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.flush()
-    os._exit(0)  # threads that wait for slow clients would only be in each other's way
+    os._exit(0)  # without waiting for threads that serve slow clients
 
 
 if __name__ == "__main__":
