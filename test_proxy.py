@@ -9,14 +9,33 @@ calls, and settings that a model does not take, each with Google's own kind of m
 
 from __future__ import annotations
 
+import ast
 import base64
+import contextlib
+import gc
+import hashlib
+import http.client
+import itertools
 import json
+import os
 import re
+import shutil
+import signal
 import socket
+import struct
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+if __name__ != "__main__":  # the stand-in alone needs neither
+    import pytest
+
+    import proxy_to_gemini as proxy
+    from proxy_to_gemini import Context, End, Exchange, Fields, ProxyError, Text, ToolCall, Usage
 
 # ======================================================================================
 # The stand-in Gemini
@@ -91,73 +110,83 @@ SHAPES = {
 
 
 def unknown_field(value, shape, path=""):
-    """Google's complaint of the first field that it does not know; None where it knows all."""
+    """Google's complaint about the first field that it does not know, or None."""
     if shape is ANY:
         return None
     if isinstance(shape, list):
-        if not isinstance(value, list):
-            return f"Invalid value at '{path}': not a list"
-        return next(
-            filter(
-                None,
-                (unknown_field(item, shape[0], f"{path}[{i}]") for i, item in enumerate(value)),
-            ),
-            None,
-        )
+        return unknown_field_of_items(value, shape[0], path)
     if not isinstance(value, dict):
         return f"Invalid value at '{path}': not an object"
-    for key, inner in value.items():
+    for key, field in value.items():
         if key not in shape:
             return f"Invalid JSON payload received. Unknown name \"{key}\" at '{path}': Cannot find field."
-        found = unknown_field(inner, shape[key], f"{path}.{key}".lstrip("."))
-        if found:
-            return found
+        complaint = unknown_field(field, shape[key], f"{path}.{key}".lstrip("."))
+        if complaint:
+            return complaint
     return None
 
 
+def unknown_field_of_items(value, shape, path):
+    if not isinstance(value, list):
+        return f"Invalid value at '{path}': not a list"
+    complaints = (unknown_field(item, shape, f"{path}[{i}]") for i, item in enumerate(value))
+    return next(filter(None, complaints), None)
+
+
 def generation(model):
-    told = re.match(r"gemini-(\d+(?:\.\d+)?)", model)
-    return float(told.group(1)) if told else 99.0
+    match = re.match(r"gemini-(\d+(?:\.\d+)?)", model)
+    return float(match.group(1)) if match else 99.0
 
 
 def refused_turns(model, contents):
     """Why Gemini would refuse the order of these turns, or None."""
     if not contents:
         return "contents is not specified"
-    for i, content in enumerate(contents):
-        parts = content.get("parts") or []
-        if not parts:
-            return f"contents[{i}].parts must not be empty."
-        if content.get("role") not in ("user", "model"):
-            return "Please use a valid role: user, model."
-        calls = [part["functionCall"] for part in parts if "functionCall" in part]
-        if calls and (i == 0 or contents[i - 1]["role"] != "user"):
-            return "Please ensure that function call turn comes immediately after a user turn or after a function response turn."
-        after = contents[i + 1]["parts"] if i + 1 < len(contents) else []
-        answers = [part["functionResponse"] for part in after if "functionResponse" in part]
-        if calls and [call["name"] for call in calls] != [answer["name"] for answer in answers]:
-            return (
-                "Please ensure that the number of function response parts is equal to the number of function call parts "
-                "of the function call turn."
-            )
+    for i in range(len(contents)):
+        complaint = refused_turn(contents, i)
+        if complaint:
+            return complaint
     if contents[0]["role"] != "user":
         return "Please ensure that the first turn is the user's."
     if contents[-1]["role"] == "model" and (generation(model) >= 3.6 or "3.5-flash-lite" in model):
         return "Requests ending with a model turn are not supported."
-    return unsigned_call(contents) if generation(model) >= 3 and "image" not in model else None
+    if generation(model) >= 3 and "image" not in model:
+        return unsigned_call(contents)
+    return None
+
+
+def refused_turn(contents, i):
+    """Why Gemini would refuse the turn at this index, or None."""
+    parts = contents[i].get("parts")
+    if not parts:
+        return f"contents[{i}].parts must not be empty."
+    if contents[i].get("role") not in ("user", "model"):
+        return "Please use a valid role: user, model."
+    calls = [part["functionCall"]["name"] for part in parts if "functionCall" in part]
+    if not calls:
+        return None
+    if i == 0 or contents[i - 1]["role"] != "user":
+        return "Please ensure that function call turn comes immediately after a user turn or after a function response turn."
+    following = [part for content in contents[i + 1 : i + 2] for part in content["parts"]]
+    results = [part["functionResponse"] for part in following if "functionResponse" in part]
+    if calls != [result["name"] for result in results]:
+        return (
+            "Please ensure that the number of function response parts is equal to the number of function call parts "
+            "of the function call turn."
+        )
+    return None
+
+
+def begins_turn(content):
+    """Whether the user speaks here, and not just a function's result."""
+    return content["role"] == "user" and not any(
+        "functionResponse" in part for part in content["parts"]
+    )
 
 
 def unsigned_call(contents):
-    """Gemini 3's complaint of a call in the current turn without its signature."""
-    start = max(
-        (
-            i
-            for i, content in enumerate(contents)
-            if content["role"] == "user"
-            and not any("functionResponse" in part for part in content["parts"])
-        ),
-        default=0,
-    )
+    """Gemini 3's complaint about a call in the current turn without its signature, or None."""
+    start = max((i for i, content in enumerate(contents) if begins_turn(content)), default=0)
     for content in contents[start:]:
         calls = [part for part in content["parts"] if "functionCall" in part]
         if calls and not calls[0].get("thoughtSignature"):
@@ -168,39 +197,50 @@ def unsigned_call(contents):
     return None
 
 
+def first_broken(*rules):
+    """The message of the first rule that is broken, or None."""
+    return next((message for broken, message in rules if broken), None)
+
+
 def refused_settings(model, body):
     """Why Gemini would refuse these settings, or None."""
-    config, new = body.get("generationConfig", {}), generation(model)
-    thinking = config.get("thinkingConfig", {})
-    names = [
-        d["name"] for tool in body.get("tools", []) for d in tool.get("functionDeclarations", [])
-    ]
-    own = {key for tool in body.get("tools", []) for key in tool} - {"functionDeclarations"}
-    tool_config = body.get("toolConfig", {})
-    rules = (
+    config = body.get("generationConfig", {})
+    return (
+        refused_thinking(model, config.get("thinkingConfig", {}))
+        or refused_sampling(model, config)
+        or refused_tools(model, body, config)
+    )
+
+
+def refused_thinking(model, thinking):
+    version, level = generation(model), thinking.get("thinkingLevel")
+    has_level, has_budget = "thinkingLevel" in thinking, "thinkingBudget" in thinking
+    return first_broken(
         (
-            "thinkingBudget" in thinking and "thinkingLevel" in thinking,
+            has_level and has_budget,
             "You can only set only one of thinking budget and thinking level.",
         ),
+        (has_level and version < 3, "Thinking level is not supported for this model."),
+        (thinking and version < 2.5, "Thinking is not supported for this model."),
         (
-            "thinkingLevel" in thinking and new < 3,
-            "Thinking level is not supported for this model.",
-        ),
-        (thinking and new < 2.5, "Thinking is not supported for this model."),
-        (
-            thinking.get("thinkingLevel") == "MINIMAL" and (new in (3.7, 3.8, 4) or "pro" in model),
+            level == "MINIMAL" and (version in (3.7, 3.8, 4) or "pro" in model),
             "Thinking level MINIMAL is not supported for this model.",
         ),
         (
             thinking.get("thinkingBudget") == 0 and "2.5-pro" in model,
             "Budget 0 is invalid. This model only works in thinking mode.",
         ),
+    )
+
+
+def refused_sampling(model, config):
+    version, stops = generation(model), config.get("stopSequences", [])
+    penalty = config.get("presencePenalty") or config.get("frequencyPenalty")
+    json_type = config.get("responseMimeType") == "application/json"
+    return first_broken(
+        (version >= 2.5 and penalty, "Penalty is not enabled for this model"),
         (
-            new >= 2.5 and (config.get("presencePenalty") or config.get("frequencyPenalty")),
-            "Penalty is not enabled for this model",
-        ),
-        (
-            new >= 3 and config.get("candidateCount", 1) > 1,
+            version >= 3 and config.get("candidateCount", 1) > 1,
             "Multiple candidates is not enabled for this model",
         ),
         (config.get("maxOutputTokens", 1) < 1, "max_output_tokens must be positive."),
@@ -209,78 +249,77 @@ def refused_settings(model, body):
             not -(2**31) <= config.get("seed", 0) < 2**31,
             "Invalid value at 'generation_config.seed'",
         ),
+        (len(stops) > 5 or "" in stops, "Invalid stop sequences."),
         (
-            len(config.get("stopSequences", [])) > 5 or "" in config.get("stopSequences", []),
-            "Invalid stop sequences.",
-        ),
-        (
-            "responseJsonSchema" in config and config.get("responseMimeType") != "application/json",
+            "responseJsonSchema" in config and not json_type,
             "A schema needs a JSON mime type.",
         ),
+    )
+
+
+def refused_tools(model, body, config):
+    version, tools = generation(model), body.get("tools", [])
+    names = [entry["name"] for tool in tools for entry in tool.get("functionDeclarations", [])]
+    server_side = {key for tool in tools for key in tool} - {"functionDeclarations"}
+    tool_config = body.get("toolConfig", {})
+    mixes = version >= 3 and tool_config.get("includeServerSideToolInvocations")
+    calling = tool_config.get("functionCallingConfig", {})
+    return first_broken(
         (
-            names and config.get("responseMimeType") == "application/json" and new < 3,
+            names and config.get("responseMimeType") == "application/json" and version < 3,
             "Function calling with a response mime type: 'application/json' is unsupported",
         ),
+        (names and server_side and not mixes, "Tool use with function calling is unsupported"),
         (
-            names
-            and own
-            and not (new >= 3 and tool_config.get("includeServerSideToolInvocations")),
-            "Tool use with function calling is unsupported",
-        ),
-        (
-            tool_config.get("functionCallingConfig") and not names,
+            calling and not names,
             "Function calling config is set without function_declarations.",
         ),
-        (
-            set(tool_config.get("functionCallingConfig", {}).get("allowedFunctionNames", []))
-            - set(names),
-            "Undeclared function.",
-        ),
+        (set(calling.get("allowedFunctionNames", [])) - set(names), "Undeclared function."),
         (len(set(names)) < len(names), "Duplicate function declaration found"),
         (
             any(not re.fullmatch(r"[A-Za-z_][\w.:-]{0,127}", name, re.ASCII) for name in names),
             "Invalid function name.",
         ),
     )
-    return next((message for wrong, message in rules if wrong), None)
+
+
+def model_and_verb(path):
+    """("gemini-2.5-flash", "generateContent") from the path of a request."""
+    model, _, verb = path.partition("?")[0].rpartition("/")[2].partition(":")
+    return model, verb
 
 
 def refusal_of(path, body):
     """The message with which Gemini would refuse this request, or None."""
-    model, _, verb = path.partition("?")[0].rpartition("/")[2].partition(":")
-    shape = SHAPES.get(verb)
-    if shape is None:
+    model, verb = model_and_verb(path)
+    if verb not in SHAPES:
         return None if body is None else f"unknown method {verb}"
-    return unknown_field(body, shape) or (
-        refused_turns(model, body.get("contents", [])) or refused_settings(model, body)
-        if shape is GENERATE
-        else None
-    )
+    complaint = unknown_field(body, SHAPES[verb])
+    if complaint or SHAPES[verb] is not GENERATE:
+        return complaint
+    return refused_turns(model, body.get("contents", [])) or refused_settings(model, body)
 
 
 class Say:
-    """What the stand-in says to one request."""
+    """What the stand-in answers to one request."""
 
     def __init__(self, *chunks, status=200, raw=None, headers=(), delay=0.0, gap=0.0, cut=None):
-        self.chunks, self.status, self.raw, self.headers = list(chunks), status, raw, list(headers)
+        self.chunks, self.status, self.headers = list(chunks), status, list(headers)
+        self.raw = raw  # the body, in place of the chunks
         self.delay, self.gap = delay, gap  # seconds before the answer, and after each chunk
         self.cut = cut  # hang up after this many chunks
 
 
 def chunk(*parts, finish=None, usage=None, **candidate):
     """A chunk of an answer; plain strings are text parts."""
-    made = [{"text": part} if isinstance(part, str) else part for part in parts]
-    out = {
-        "candidates": [
-            {
-                "content": {"role": "model", "parts": made},
-                "index": 0,
-                **({"finishReason": finish} if finish else {}),
-                **candidate,
-            }
-        ]
-    }
-    return {**out, "usageMetadata": usage} if usage else out
+    parts = [{"text": part} if isinstance(part, str) else part for part in parts]
+    entry = {"content": {"role": "model", "parts": parts}, "index": 0}
+    if finish:
+        entry["finishReason"] = finish
+    result = {"candidates": [{**entry, **candidate}]}
+    if usage:
+        result["usageMetadata"] = usage
+    return result
 
 
 USAGE = {
@@ -292,59 +331,66 @@ USAGE = {
 
 
 def whole(*parts, finish="STOP", usage=USAGE, **candidate):
+    """A chunk that ends an answer, or is one."""
     return chunk(*parts, finish=finish, usage=usage, **candidate)
 
 
 def call(name, args=None, signature=None):
+    """The part of a function call."""
     part = {"functionCall": {"name": name, "args": args or {}}}
-    return {**part, "thoughtSignature": sign(signature)} if signature else part
+    if signature:
+        part["thoughtSignature"] = sign(signature)
+    return part
 
 
 def sign(word):
+    """A thought signature that shows where it comes from."""
     return base64.b64encode(b"\x12" + word.encode() * 8).decode()
 
 
 def gemini_error(status, message, word="INVALID_ARGUMENT", *details):
-    return Say(
-        {"error": {"code": status, "message": message, "status": word, "details": list(details)}},
-        status=status,
-    )
+    error = {"code": status, "message": message, "status": word, "details": list(details)}
+    return Say({"error": error}, status=status)
 
 
-def joined(chunks):
+def merged(chunks):
     """The plain answer that the chunks of a stream amount to."""
-    out = {}
+    answer, parts = {}, []
     for one in chunks:
-        parts = out["candidates"][0]["content"]["parts"] if "candidates" in out else []
-        out = {**out, **one}
-        for candidate in out.get("candidates", [])[:1]:
+        answer = {**answer, **one}
+        for candidate in one.get("candidates", [])[:1]:
             parts = parts + candidate.get("content", {}).get("parts", [])
-            out["candidates"] = [{**candidate, "content": {"role": "model", "parts": parts}}]
-    return out
+            answer["candidates"] = [{**candidate, "content": {"role": "model", "parts": parts}}]
+    return answer
 
 
-def obliging(path, body):
-    """An answer for whoever tries things: it calls the first function that it is offered, and tells of its result."""
-    verb = path.partition("?")[0].partition(":")[2]
+def default_answer(path, body):
+    """An answer to whoever tries things: it calls the first function, and quotes its result."""
+    _, verb = model_and_verb(path)
     if verb == "batchEmbedContents":
         return Say({"embeddings": [{"values": [0.6, 0.8]} for _ in body["requests"]]})
     if verb == "countTokens":
         return Say({"totalTokens": 7})
-    said = [part for content in body["contents"] for part in content["parts"]]
-    functions = [d for tool in body.get("tools", []) for d in tool.get("functionDeclarations", [])]
-    results = [part["functionResponse"] for part in said if "functionResponse" in part]
-    if functions and not results:
-        wanted = functions[0].get("parametersJsonSchema", {}).get("properties", {})
-        args = {
-            name: "Oslo" if schema.get("type") == "string" else 1 for name, schema in wanted.items()
-        }
-        return Say(chunk(call(functions[0]["name"], args, "stand-in")), whole(""))
+    parts = [part for content in body["contents"] for part in content["parts"]]
+    results = [part["functionResponse"] for part in parts if "functionResponse" in part]
     if results:
         return Say(chunk("The function said: "), whole(json.dumps(results[-1]["response"])))
-    question = next((part["text"] for part in reversed(said) if part.get("text")), "")
+    for tool in body.get("tools", []):
+        if tool.get("functionDeclarations"):
+            return Say(chunk(call_of(tool["functionDeclarations"][0])), whole(""))
+    question = next((part["text"] for part in reversed(parts) if part.get("text")), "")
     return Say(
         chunk("Hello from the stand-in "), chunk("for Gemini. You said: "), whole(question[:200])
     )
+
+
+def call_of(declaration):
+    """A call of this function, with a value for each of its properties."""
+    properties = declaration.get("parametersJsonSchema", {}).get("properties", {})
+    args = {
+        name: "Oslo" if schema.get("type") == "string" else 1 for name, schema in properties.items()
+    }
+    return call(declaration["name"], args, "stand-in")
 
 
 MODELS = [
@@ -367,27 +413,53 @@ MODELS = [
 
 
 class StandIn(ThreadingHTTPServer):
-    """The stand-in: it says what it was told to say, and else obliges; `asked` are the bodies that it was asked with."""
+    """The stand-in: it gives the answers of say(), then default ones, and keeps what it was sent."""
 
     daemon_threads = True
     request_queue_size = 128
 
     def __init__(self, port=0, log=False):
         super().__init__(("127.0.0.1", port), StandInHandler)
-        self.said, self.asked, self.paths, self.headers, self.refused = [], [], [], [], []
-        self.opened, self.gone, self.log = 0, threading.Event(), log
+        self.log = log  # whether to print a line for each request
+        self.answers = []  # of say(), not yet given
+        self.bodies, self.paths, self.headers = [], [], []  # of requests, but for countTokens
+        self.refused = []  # messages of its own 400s
+        self.opened = 0  # connections
+        self.gone = threading.Event()  # a client left before the end of its answer
         self.lock = threading.Lock()
+
+    @property
+    def asked(self):
+        """The former name of `bodies`."""
+        return self.bodies
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def say(self, *answers):
-        """Say these in turn: Say, a chunk, or a list of chunks."""
-        self.said = [
-            one if isinstance(one, Say) else Say(*one) if isinstance(one, list) else Say(one)
-            for one in answers
-        ]
+        """Give these answers in turn: each a Say, a chunk, or a list of chunks."""
+        self.answers = [self.as_say(answer) for answer in answers]
+
+    @staticmethod
+    def as_say(answer):
+        if isinstance(answer, Say):
+            return answer
+        if isinstance(answer, list):
+            return Say(*answer)
+        return Say(answer)
+
+    def answer_to(self, path, headers, body):
+        """The answer to a request, which is kept."""
+        if model_and_verb(path)[1] == "countTokens":
+            return default_answer(path, body)
+        with self.lock:
+            self.bodies.append(body)
+            self.paths.append(path)
+            self.headers.append(headers)
+            if self.answers:
+                return self.answers.pop(0)
+        return None
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -399,6 +471,13 @@ class StandIn(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         self.gone.set()
+
+
+def event_bytes(event):
+    """An event as it is sent; bytes are sent as they are."""
+    if isinstance(event, bytes):
+        return event
+    return b"data: " + json.dumps(event).encode() + b"\r\n\r\n"
 
 
 class StandInHandler(BaseHTTPRequestHandler):
@@ -414,77 +493,67 @@ class StandInHandler(BaseHTTPRequestHandler):
         self.server.opened += 1
 
     def do_GET(self):
-        self.whole(Say(raw=json.dumps({"models": MODELS}).encode()))
+        self.send_whole(Say(raw=json.dumps({"models": MODELS}).encode()))
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        verb = self.path.partition("?")[0].partition(":")[2]
-        message = refusal_of(self.path, body)
-        with self.server.lock:
-            if verb != "countTokens":
-                self.server.asked.append(body)
-                self.server.paths.append(self.path)
-                self.server.headers.append(dict(self.headers))
-            said = (
-                self.server.said.pop(0) if self.server.said and verb != "countTokens" else obliging
-            )
-        if not self.headers["x-goog-api-key"]:
-            said = gemini_error(
-                403, "Method doesn't allow unregistered callers.", "PERMISSION_DENIED"
-            )
-        elif message:
-            self.server.refused.append(message)
-            said = gemini_error(400, message)
-        said = said(self.path, body) if callable(said) else said
-        if said.delay:
-            self.pause(said.delay)
-        if "alt=sse" in self.path and said.status == 200 and said.raw is None:
-            self.stream(said)
+        answer = self.server.answer_to(self.path, dict(self.headers), body)
+        answer = self.refusal(body) or answer or default_answer(self.path, body)
+        if answer.delay:
+            self.pause(answer.delay)
+        if "alt=sse" in self.path and answer.status == 200 and answer.raw is None:
+            self.send_stream(answer)
         else:
-            self.whole(said)
+            self.send_whole(answer)
+
+    def refusal(self, body):
+        """The error that Gemini would answer to this request, or None."""
+        if not self.headers["x-goog-api-key"]:
+            message = "Method doesn't allow unregistered callers."
+            return gemini_error(403, message, "PERMISSION_DENIED")
+        message = refusal_of(self.path, body)
+        if message is None:
+            return None
+        self.server.refused.append(message)
+        return gemini_error(400, message)
 
     def pause(self, seconds):
         """Wait, but notice a client that leaves."""
         self.connection.settimeout(seconds)
-        try:
+        # Before Python 3.10, socket.timeout is another class than TimeoutError.
+        with contextlib.suppress(TimeoutError, socket.timeout):
             if not self.connection.recv(1, socket.MSG_PEEK):
                 raise ConnectionAbortedError
-        except TimeoutError:
-            pass
-        except socket.timeout:  # another class before Python 3.10
-            pass
         self.connection.settimeout(None)
 
-    def whole(self, said):
-        if said.cut == 0:
-            return self.hang_up()
-        data = json.dumps(joined(said.chunks), indent=2).encode() if said.raw is None else said.raw
-        self.send_response(said.status)
-        for name, value in [
-            ("Content-Type", "application/json; charset=UTF-8"),
-            *said.headers,
-            ("Content-Length", str(len(data))),
-        ]:
+    def send_whole(self, answer):
+        if answer.cut == 0:
+            self.hang_up()
+            return
+        data = answer.raw
+        if data is None:
+            data = json.dumps(merged(answer.chunks), indent=2).encode()
+        self.send_response(answer.status)
+        self.send_header("Content-Type", "application/json; charset=UTF-8")
+        for name, value in answer.headers:
             self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
-    def stream(self, said):
+    def send_stream(self, answer):
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for i, one in enumerate(said.chunks):
-            if said.cut == i:
-                return self.hang_up()
-            data = (
-                one
-                if isinstance(one, bytes)
-                else b"data: " + json.dumps(one).encode() + b"\r\n\r\n"
-            )
+        for i, event in enumerate(answer.chunks):
+            if answer.cut == i:
+                self.hang_up()
+                return
+            data = event_bytes(event)
             self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
-            if said.gap:
-                self.pause(said.gap)
+            if answer.gap:
+                self.pause(answer.gap)
         self.wfile.write(b"0\r\n\r\n")
 
     def hang_up(self):
@@ -492,45 +561,25 @@ class StandInHandler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_RDWR)
 
 
+def serve_alone(port=0):
+    """Run the stand-in until Ctrl-C."""
+    with StandIn(port, log=True) as stand_in, contextlib.suppress(KeyboardInterrupt):
+        print(f"the stand-in for Gemini listens at {stand_in.url}; any key will do", flush=True)
+        threading.Event().wait()
+
+
 if __name__ == "__main__":
-    with StandIn(int(sys.argv[1]) if len(sys.argv) > 1 else 0, log=True) as alone:
-        print(f"the stand-in for Gemini listens at {alone.url}; any key will do", flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            sys.exit(0)
+    serve_alone(*map(int, sys.argv[1:2]))
+    sys.exit()
 
 # ======================================================================================
 # Words for the tests
 # ======================================================================================
 
-import ast
-import contextlib
-import gc
-import hashlib
-import http.client
-import itertools
-import os
-import select
-import shutil
-import signal
-import struct
-import subprocess
-import tempfile
-import urllib.parse
-from pathlib import Path
-
-import pytest
-
-import proxy_to_gemini as proxy
-from proxy_to_gemini import ToolCall, End, Exchange, Fields, ProxyError, Context, Text, Usage
-
 HERE = Path(__file__).resolve().parent
 FLASH, NEWEST, EMBEDDER = "gemini-2.5-flash", "gemini-3.8-flash", "gemini-embedding-001"
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-SCRIPTS = (
-    'Ærlig – 日本語 👩‍👩‍👧 line\u2028paragraph\u2029next\x85end "quoted" \\ </script>\ttab\nnewline'
-)
+SCRIPTS = 'Ærlig \u2013 日本語 👩‍👩‍👧 line\u2028paragraph\u2029next\x85end "quoted" \\ </script>\ttab\nnewline'
 for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
     del os.environ[name]
 
@@ -543,8 +592,8 @@ def assistant(content, **more):
     return {"role": "assistant", "content": content, **more}
 
 
-def tool_call(id, name, arguments):
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+def tool_call(call_id, name, arguments):
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def function(name, **properties):
@@ -565,7 +614,10 @@ def function(name, **properties):
 WEATHER, CLOCK = function("weather", city="string"), function("clock", city="string")
 
 
-def exchange(plan=None, context=Context()):
+NO_CONTEXT = Context()
+
+
+def exchange(plan=None, context=NO_CONTEXT):
     """An exchange whose ids count up, at a time that stands still."""
     count = itertools.count(1)
     context = context._replace(
@@ -577,43 +629,44 @@ def exchange(plan=None, context=Context()):
 
 
 def chat(*messages, model=FLASH, **more):
+    """The body of a chat completion."""
     return {"model": model, "messages": list(messages) or [user("Hi")], **more}
 
 
-def asked(body, request=proxy.openai_chat_request, context=Context()):
-    """(the Plan, what was ignored) for a body."""
+def plan_and_ignored(body, request=proxy.openai_chat_request, context=NO_CONTEXT):
+    """(the Plan, the names of what is ignored) of a body."""
     fields = Fields(body)
     plan = request(fields, context)
     return plan, fields.ignored()
 
 
+asked = plan_and_ignored  # its former name
+
+
 def gemini_body(body, **how):
-    """What Gemini is asked for a body; the stand-in must find nothing wrong with it."""
-    call = asked(body, **how)[0].calls[0]
-    assert (
-        refusal_of(
-            "/v1beta/" + call.path,
-            proxy.restore_signatures(call, "", lambda *_: proxy.KnownCall()).body,
-        )
-        is None
-    )
+    """The body of Gemini's request for a client's; the stand-in must accept it."""
+    plan, _ = plan_and_ignored(body, **how)
+    call = plan.calls[0]
+    signed = proxy.restore_signatures(call, "", lambda *_: proxy.KnownCall())
+    assert refusal_of("/v1beta/" + call.path, signed.body) is None
     return call.body
 
 
 def refused(body, request=proxy.openai_chat_request):
     """The error that a body gets."""
     with pytest.raises(ProxyError) as caught:
-        asked(body, request)
+        plan_and_ignored(body, request)
     return caught.value
 
 
 def read(*chunks):
+    """The events of these chunks."""
     return list(proxy.read_gemini(iter(chunks), exchange()))
 
 
-def respond(body, *answers, context=Context()):
-    """(the whole answer, the streamed events) to a body, when Gemini says this: a list of chunks for each call."""
-    plan = asked(body, context=context)[0]
+def respond(body, *answers, context=NO_CONTEXT):
+    """(the whole answer, the events of a stream) to a body; each of Gemini's answers is a list of chunks."""
+    plan, _ = plan_and_ignored(body, context=context)
     return (
         proxy.openai_chat_response(exchange(plan, context), map(iter, answers)),
         list(proxy.openai_chat_stream(exchange(plan, context), map(iter, answers))),
@@ -621,12 +674,9 @@ def respond(body, *answers, context=Context()):
 
 
 def deltas(events, index=0):
-    return [
-        choice["delta"]
-        for event in events
-        for choice in event["choices"]
-        if choice["index"] == index
-    ]
+    """The deltas of one choice."""
+    choices = [choice for event in events for choice in event["choices"]]
+    return [choice["delta"] for choice in choices if choice["index"] == index]
 
 
 # ======================================================================================
