@@ -8883,7 +8883,7 @@ def tune_garbage_collector() -> None:
         gc.set_threshold(*GC_THRESHOLDS)
 
 
-def reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -8893,12 +8893,12 @@ def open_server(config: Config) -> Server:
         server = Server(config, handed_over_socket(os.environ))
     except (OSError, ValueError) as error:
         host, port = config.listen
-        sys.exit(f"proxy-to-gemini: cannot listen on {host or '*'}:{port}: {reason(error)}")
+        sys.exit(f"proxy-to-gemini: cannot listen on {host or '*'}:{port}: {reason_of(error)}")
     try:
         if config.state != ":memory:":
             server.gemini.memory.try_out()
     except (OSError, ValueError) as error:
-        sys.exit(f"proxy-to-gemini: cannot remember in {config.state}: {reason(error)}")
+        sys.exit(f"proxy-to-gemini: cannot remember in {config.state}: {reason_of(error)}")
     return server
 
 
