@@ -6778,12 +6778,16 @@ class At:
         self.server_port = port
 
 
+def port_of(process):
+    """The port in the start line."""
+    return int(re.search(r"127\.0\.0\.1:(\d+)", process.stdout.readline()).group(1))
+
+
 @contextlib.contextmanager
 def running(gemini, *flags, **env):
     """(the process, the server) of the program on a free port, in front of this Gemini."""
     with start("-listen=127.0.0.1:0", "-upstream", gemini.url, *flags, **env) as process:
-        start_line = process.stdout.readline()
-        yield process, At(int(re.search(r"127\.0\.0\.1:(\d+)", start_line).group(1)))
+        yield process, At(port_of(process))
 
 
 def open_stream(line):
