@@ -7215,6 +7215,13 @@ class Memory:
                 log(f"what is to be remembered in {self.path} is in trouble: {error}")
                 return None
 
+    def close(self) -> None:
+        """Close the database, and with it forget what is not in a file; a later use opens it again."""
+        with self.lock:
+            if self.database is not None:
+                self.database.close()
+                self.database = None
+
     def put(self, key: str, alias: str | None, value: str) -> None:
         """Keep a text until newer ones need its place."""
         self.run(self.KEEP, key, alias, value)
@@ -7264,6 +7271,11 @@ class Gemini:
         )  # and no other: no redirect is followed, and a refusal is an answer
         self.models: dict[str, tuple[float, list[JSON]]] = {}  # by key
 
+    def close(self) -> None:
+        """Close the idle connections and the memory."""
+        self.pool.close()
+        self.memory.close()
+
     def call(self, calls: Iterable[GeminiCall], waiter: Waiter, key: str) -> CallBatch:
         return CallBatch(self, calls, waiter, key)
 
@@ -7311,26 +7323,21 @@ def scope_of(key: str) -> str:
 # 10. Server: the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
 # ======================================================================================
 
-MAX_BODY_BYTES = 128 << 20  # bytes; Gemini takes 100 MB
-MAX_UNPACKED_BYTES = (
-    32 << 20
-)  # bytes of a compressed body, once unpacked: pictures and sound do not shrink
-CLIENT_SECONDS = (
-    60.0  # seconds without a byte from a client, or without it taking one; and for a whole head
-)
-BODY_SECONDS = 900.0  # seconds for a whole body
+MAX_BODY_BYTES = 128 << 20  # of a request; Gemini takes 100 MB
+MAX_UNPACKED_BYTES = 32 << 20  # of a compressed body, once unpacked: media hardly shrink
+CLIENT_SECONDS = 60.0  # of a client's silence, or of its not reading; also for a whole head
+BODY_SECONDS = 900.0  # for a whole body
 MAX_CONNECTIONS = 10_000  # of clients; the next one waits until another leaves
 ACCEPT_BATCH = 16  # clients that are accepted before the next look at anything else
-FULL_PAUSE_SECONDS = 0.1  # seconds to wait where there is no room for another connection
-DRAIN_NOTICE_SECONDS = (
-    1.0  # seconds for load balancers to see that the server ends, while it still serves
-)
-DRAIN_SECONDS = 6.5  # seconds more that answers under way get, before they are told so
-FINAL_SECONDS = 1.0  # seconds to tell it, and for a request that is just coming in
-TIDY_SECONDS = 5.0  # seconds between two looks at what can be given back
-LINGER_SECONDS = 1.0  # seconds for a client to read a refusal of what it still sends
+FULL_PAUSE_SECONDS = 0.1  # between two looks for room for another connection
+DRAIN_NOTICE_SECONDS = 1.0  # for load balancers to see that the server ends; it still serves
+DRAIN_SECONDS = 6.5  # more for answers under way, before they end with an error
+FINAL_SECONDS = 1.0  # for those errors to be sent, and for a request that is just coming in
+TIDY_SECONDS = 5.0  # between two looks at what can be given back
+LINGER_SECONDS = 1.0  # for a client to read a refusal of what it is still sending
 KEY_PATTERN = r"[!-~]{1,1000}"  # what can be sent in a header as a key
-MAX_IGNORED_CHARACTERS = 4000  # characters of x-proxy-ignored: nginx takes 8 KB of headers in all
+MAX_IGNORED_CHARACTERS = 4000  # of x-proxy-ignored: nginx takes 8 KB of headers in all
+MAX_LOG_CHARACTERS = 4000  # of a log line: a pipe takes 4,096 bytes (PIPE_BUF) in one piece
 
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f]+) HTTP/1\.([0-9])\r\n".encode())
 APP_ORIGINS = (
@@ -7340,85 +7347,87 @@ APP_ORIGINS = (
 LOCAL_HOSTS = (
     r"(localhost|[\w.-]+\.(localhost|local|internal)|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
 )
-
-
-LOGGING = threading.Lock()
+LOG_LOCK = threading.Lock()
 
 
 def log(line: str) -> None:
-    """A line to standard error, which may be closed, full, or a pipe that nobody reads: that stops no answer."""
-    text = line.encode("unicode_escape").decode()  # nothing in it can begin another line
-    text = (
-        text if len(text) <= 4000 else f"{text[:1000]} ... {text[-2990:]}"
-    ) + "\n"  # a cause comes last
-    with contextlib.suppress(OSError, ValueError, AttributeError), LOGGING:
-        if (
-            not hasattr(sys.stderr, "buffer") or select.select([], [sys.stderr], [], 0)[1]
-        ):  # room for PIPE_BUF
-            sys.stderr.write(text)
+    """Write a line to standard error."""
+    text = line.encode("unicode_escape").decode()  # no line break within it starts another line
+    if len(text) > MAX_LOG_CHARACTERS:
+        text = f"{text[:1000]} ... {text[-2990:]}"  # the cause comes last
+    write_log(text + "\n")
+
+
+def write_log(line: str) -> None:
+    """Write to standard error. If it is closed, or a full pipe, the line is lost: nobody waits."""
+    with contextlib.suppress(OSError, ValueError, AttributeError), LOG_LOCK:
+        file = sys.stderr.fileno()
+        if select.select([], [file], [], 0)[1]:  # a pipe has room for PIPE_BUF bytes then
+            os.write(file, line.encode())
 
 
 @functools.lru_cache(maxsize=2)
 def http_date(second: int) -> str:
+    """A time for the Date header (RFC 9110, section 5.6.7), from seconds since 1970."""
     return email.utils.formatdate(second, usegmt=True)
-
-
-def origin_allowed(origin: str, added: tuple[str, ...]) -> bool:
-    """Whether a web page from there may call: pages of this machine, apps, and what -origins names."""
-    return "*" in added or origin in added or re.fullmatch(APP_ORIGINS, origin) is not None
 
 
 # ---- metrics ----
 
 BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # seconds
-STATUSES = tuple("200 204 400 401 403 404 405 413 415 429 431 499 500 502 503 504".split())
+STATUSES = (200, 204, 400, 401, 403, 404, 405, 413, 415, 429, 431, 499, 500, 502, 503, 504)
 LABELS = {
-    "status": STATUSES,
+    "status": tuple(map(str, STATUSES)),
     "kind": ("prompt", "cached", "output", "thoughts"),
     "origin": ("client", "memory", "foreign", "placeholder"),
 }
 
 
-class Family(NamedTuple):
-    """Metrics of one name."""
+class Metric(NamedTuple):
+    """What is measured under one name."""
 
     kind: str  # Prometheus' word
     help: str
     labels: tuple[str, ...] = ()
 
+    @property
+    def width(self) -> int:
+        """Numbers for each combination of labels: a histogram has its buckets, +Inf and the sum."""
+        return len(BUCKETS) + 2 if self.kind == "histogram" else 1
 
-# To count something new: a row here, and a call of add, watch or set where it happens.
-FAMILIES = {
-    "requests_total": Family("counter", "Requests by route and status.", ("route", "status")),
-    "request_seconds": Family(
+
+# To measure something new: a row here, and a call of add, observe or set where it happens.
+METRICS = {
+    "requests_total": Metric("counter", "Requests by route and status.", ("route", "status")),
+    "request_seconds": Metric(
         "histogram", "From a request's first line to the end of its answer.", ("route",)
     ),
-    "first_byte_seconds": Family(
+    "first_byte_seconds": Metric(
         "histogram", "From a request's first line to its answer's first byte.", ("route",)
     ),
-    "tokens_total": Family(
+    "tokens_total": Metric(
         "counter", "Tokens; cached ones are also prompt, and thoughts are also output.", ("kind",)
     ),
-    "upstream_errors_total": Family(
+    "upstream_errors_total": Metric(
         "counter", "Refusals and failures of Gemini, retried ones included.", ("status",)
     ),
-    "upstream_retries_total": Family("counter", "Calls that were tried again."),
-    "upstream_connections_total": Family("counter", "Connections to Gemini that were opened."),
-    "upstream_idle_connections": Family(
+    "upstream_retries_total": Metric("counter", "Calls that were tried again."),
+    "upstream_connections_total": Metric("counter", "Connections to Gemini that were opened."),
+    "upstream_idle_connections": Metric(
         "gauge", "Connections to Gemini that wait to be used again."
     ),
-    "signatures_total": Family(
+    "signatures_total": Metric(
         "counter", "Where the thought signatures of calls in histories came from.", ("origin",)
     ),
-    "clients": Family("gauge", "Connections of clients."),
-    "in_flight": Family("gauge", "Requests under way."),
+    "clients": Metric("gauge", "Connections of clients."),
+    "in_flight": Metric("gauge", "Requests under way."),
 }
 
 
 class Metrics:
-    """Numbers that all workers share: each writes a row of its own, and whoever is asked adds the rows up.
+    """Numbers that all workers share: each writes a row of its own, and /metrics adds the rows up.
 
-    What a label can say is fixed from the start ("other" is the rest), so clients cannot make it grow.
+    The values of a label are fixed from the start ("other" is the rest): clients cannot add any.
     """
 
     def __init__(self, routes: Iterable[str], workers: int = 1):
@@ -7426,103 +7435,99 @@ class Metrics:
             label: {value: i for i, value in enumerate(("other", *values))}
             for label, values in {**LABELS, "route": tuple(routes)}.items()
         }
-        self.start: dict[str, int] = {}  # of each family in a row
+        self.start: dict[str, int] = {}  # of each metric in a row
         size = 0
-        for name, family in FAMILIES.items():
+        for name, metric in METRICS.items():
             self.start[name] = size
-            size += math.prod(len(self.values[label]) for label in family.labels) * self.width(
-                family
-            )
+            size += math.prod(len(self.values[label]) for label in metric.labels) * metric.width
         self.size, self.workers, self.lock = size, workers, threading.Lock()
         self.slot = functools.lru_cache(maxsize=4096)(self.find_slot)
         self.numbers = memoryview(mmap.mmap(-1, 8 * size * workers)).cast("d")
-        self.take(0)
+        self.use_row(0)
 
-    def take(self, worker: int) -> None:
-        """Write to this worker's row from now on, without what a dead predecessor had under way."""
+    def use_row(self, worker: int) -> None:
+        """Write to this worker's row from now on. What a dead predecessor had under way is over."""
         self.row = worker * self.size
-        for name, family in FAMILIES.items():
-            if family.kind == "gauge":
+        for name, metric in METRICS.items():
+            if metric.kind == "gauge":
                 self.set(name, 0)
-
-    @staticmethod
-    def width(family: Family) -> int:
-        """The numbers for each combination of labels: a histogram has its buckets, what is above them, and the sum."""
-        return len(BUCKETS) + 2 if family.kind == "histogram" else 1
 
     def find_slot(self, name: str, labels: tuple[str, ...]) -> int:
         """Where a metric's (first) number is in a row."""
-        at = 0
-        for label, value in zip(FAMILIES[name].labels, labels):
-            at = at * len(self.values[label]) + self.values[label].get(value, 0)
-        return self.start[name] + at * self.width(FAMILIES[name])
+        metric, index = METRICS[name], 0
+        for label, value in zip(metric.labels, labels):
+            index = index * len(self.values[label]) + self.values[label].get(value, 0)
+        return self.start[name] + index * metric.width
 
     def add(self, name: str, *labels: str, amount: float = 1) -> None:
-        at = self.row + self.slot(name, labels)
+        """Add to a counter."""
+        slot = self.row + self.slot(name, labels)
         with self.lock:
-            self.numbers[at] += amount
+            self.numbers[slot] += amount
 
     def set(self, name: str, value: float) -> None:
+        """Set a gauge."""
         self.numbers[self.row + self.slot(name, ())] = value
 
     def observe(self, name: str, *labels: str, seconds: float) -> None:
         """Count an observation in a histogram."""
-        at = self.row + self.slot(name, labels)
+        slot = self.row + self.slot(name, labels)
         with self.lock:
-            self.numbers[at + bisect.bisect_left(BUCKETS, seconds)] += 1
-            self.numbers[at + len(BUCKETS) + 1] += seconds
+            self.numbers[slot + bisect.bisect_left(BUCKETS, seconds)] += 1
+            self.numbers[slot + len(BUCKETS) + 1] += seconds
 
     def page(self, config: Config) -> Payload:
-        """All of it in Prometheus' text form (prometheus.io/docs/instrumenting/exposition_formats)."""
+        """All as prometheus.io/docs/instrumenting/exposition_formats has it."""
         row = [sum(self.numbers[i :: self.size]) for i in range(self.size)]
+        info = f'version="{VERSION}",api="{config.api}",workers="{self.workers}"'
         lines = [
             "# HELP proxy_to_gemini_info What this is.",
             "# TYPE proxy_to_gemini_info gauge",
-            f'proxy_to_gemini_info{{version="{VERSION}",api="{config.api}",workers="{self.workers}"}} 1',
+            f"proxy_to_gemini_info{{{info}}} 1",
         ]
-        for name, family in FAMILIES.items():
-            told, width = "proxy_to_gemini_" + name, self.width(family)
-            lines += [f"# HELP {told} {family.help}", f"# TYPE {told} {family.kind}"]
-            for labels in itertools.product(*(self.values[label] for label in family.labels)):
-                at = self.slot(name, labels)
-                if any(row[at : at + width]) or not family.labels:
-                    pairs = [f'{label}="{value}"' for label, value in zip(family.labels, labels)]
-                    lines += metric_lines(told, pairs, row[at : at + width])
+        for name, metric in METRICS.items():
+            full_name = "proxy_to_gemini_" + name
+            lines += [f"# HELP {full_name} {metric.help}", f"# TYPE {full_name} {metric.kind}"]
+            for labels in itertools.product(*(self.values[label] for label in metric.labels)):
+                slot = self.slot(name, labels)
+                numbers = row[slot : slot + metric.width]
+                if any(numbers) or not metric.labels:
+                    pairs = [f'{label}="{value}"' for label, value in zip(metric.labels, labels)]
+                    lines += metric_lines(full_name, pairs, numbers)
         return Payload("\n".join([*lines, ""]).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
 def metric_lines(name: str, labels: list[str], numbers: list[float]) -> list[str]:
-    """The lines of one metric; several numbers are those of a histogram, whose buckets hold all that is below."""
+    """The lines of one metric. Several numbers are a histogram's, whose buckets add up."""
 
     def line(suffix: str, labels: list[str], number: float) -> str:
-        braces = "{" + ",".join(labels) + "}" if labels else ""
+        braces = ("{" + ",".join(labels) + "}").replace("{}", "")
         return f"{name}{suffix}{braces} {number:.15g}"
 
     if len(numbers) == 1:
         return [line("", labels, numbers[0])]
     *counts, total = numbers
     sums = list(itertools.accumulate(counts))
+    bounds = zip((*BUCKETS, "+Inf"), sums)
     return [
-        *(
-            line("_bucket", [*labels, f'le="{bound}"'], number)
-            for bound, number in zip((*BUCKETS, "+Inf"), sums)
-        ),
+        *(line("_bucket", [*labels, f'le="{bound}"'], number) for bound, number in bounds),
         line("_sum", labels, total),
         line("_count", labels, sums[-1]),
     ]
 
 
-# ---- connections ----
+# ---- one connection: heads, bodies, bytes ----
 
 
 class ClientSocket(io.RawIOBase):
-    """A client's (non-blocking) socket as a file that waits; between requests only while the server goes on."""
+    """A client's (non-blocking) socket as a file that waits: between requests, also for the end."""
 
     def __init__(self, sock: socket.socket, ending: int):
         self.sock, self.fd = sock, sock.fileno()
-        self.idle = self.fresh = True  # whether no request has begun to come; whether none ever has
-        self.came = time.monotonic()
-        self.until = math.inf  # when all that the client is sending must have come
+        self.idle = True  # no byte of the next request has come
+        self.unused = True  # no byte of any request has come
+        self.opened = time.monotonic()
+        self.deadline = math.inf  # for all that the client is sending
         self.busy_poll, self.idle_poll = select.poll(), select.poll()
         self.busy_poll.register(sock, select.POLLIN)
         self.idle_poll.register(sock, select.POLLIN)
@@ -7533,156 +7538,175 @@ class ClientSocket(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """What has come; nothing when the client left, or when the server ends and no request is coming."""
-        while True:
-            ready = (self.idle_poll if self.idle else self.busy_poll).poll(
-                max(0, min(CLIENT_SECONDS, self.until - time.monotonic())) * 1000
-            )
-            if not ready:
-                raise socket.timeout("the client is silent")
-            now = time.monotonic()
-            if all(fd != self.fd for fd, _ in ready):
-                grace = (
-                    self.came + FINAL_SECONDS - now if self.fresh else 0
-                )  # its first request may just be coming
-                if not self.busy_poll.poll(max(0, grace) * 1000):
-                    return 0
+        """Read what has come: nothing if the client left, or the server ends between requests."""
+        while self.wait():
             try:
                 count = self.sock.recv_into(buffer)
             except BlockingIOError:
                 continue
             if self.idle:
-                self.idle = self.fresh = False
-                self.until = now + CLIENT_SECONDS
+                self.idle = self.unused = False
+                self.deadline = time.monotonic() + CLIENT_SECONDS
             return count
+        return 0
 
-    def may_come(self) -> bool:
-        """Whether a request may still come in when the server ends: not one that has begun FINAL_SECONDS ago."""
-        return self.until - CLIENT_SECONDS > time.monotonic() - FINAL_SECONDS
+    def wait(self) -> bool:
+        """Wait until there is something to read; False: the server ends, and no request is coming.
+
+        A silent client is a socket.timeout (which is not TimeoutError before Python 3.10).
+        """
+        poll = self.idle_poll if self.idle else self.busy_poll
+        seconds = max(0, min(CLIENT_SECONDS, self.deadline - time.monotonic()))
+        ready = poll.poll(seconds * 1000)
+        if not ready:
+            raise socket.timeout("the client is silent")
+        if any(fd == self.fd for fd, _ in ready):
+            return True
+        grace = 0.0
+        if self.unused:  # its first request may be on its way
+            grace = max(0, self.opened + FINAL_SECONDS - time.monotonic())
+        return bool(self.busy_poll.poll(grace * 1000))
+
+    def is_sending(self) -> bool:
+        """Whether the head of a request is coming in that began less than FINAL_SECONDS ago."""
+        return self.deadline - CLIENT_SECONDS > time.monotonic() - FINAL_SECONDS
 
     def send(self, data: bytes) -> None:
-        """All of it, as fast as the client takes it."""
+        """Send all of it, as fast as the client takes it."""
         view = memoryview(data)
         while view:
-            try:
-                view = view[self.sock.send(view) :]
-            except BlockingIOError:
-                room = select.poll()
-                room.register(self.sock, select.POLLOUT)
-                if not room.poll(CLIENT_SECONDS * 1000):
-                    raise socket.timeout("the client takes nothing") from None
+            view = view[self.send_some(view) :]
+
+    def send_some(self, view: memoryview) -> int:
+        """Send what the socket takes at once; if that is nothing, wait. The number of bytes."""
+        try:
+            return self.sock.send(view)
+        except BlockingIOError:
+            room = select.poll()
+            room.register(self.sock, select.POLLOUT)
+            if not room.poll(CLIENT_SECONDS * 1000):
+                raise socket.timeout("the client takes nothing") from None
+            return 0
+
+
+class RequestHead(NamedTuple):
+    """The first line and the headers of a client's request."""
+
+    method: str = ""
+    target: str = ""
+    http_1_0: bool = False  # its client knows no chunks, and keep-alive only if it says so
+    headers: Mapping[str, str] = {}  # by name in lower case
+
+
+def parse_request_line(line: bytes) -> RequestHead:
+    """A head without headers yet. What another server might read differently is a 400."""
+    match = REQUEST_LINE.fullmatch(line)
+    if match:
+        method, target, minor = match.groups()
+        return RequestHead(method.decode(), target.decode("latin-1"), minor == b"0")
+    status = 400 if len(line) < MAX_HEAD_BYTES else 414
+    raise ProxyError(status, "This is not an HTTP/1.1 request line.")
+
+
+def body_length(head: RequestHead) -> int | None:
+    """The bytes of a request's body, or None where it comes in chunks (RFC 9112, section 6.3).
+
+    A length that two servers might read differently is a 400: that is how requests are smuggled.
+    """
+    coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
+    if coding is not None:
+        if coding.lower() != "chunked" or length is not None or head.http_1_0:
+            raise ProxyError(400, "The framing of this request's body is ambiguous.")
+        return None
+    if length is None:
+        return 0
+    if not re.fullmatch(r"[0-9]{1,15}", length):
+        raise ProxyError(400, "Content-Length is not a number.")
+    if int(length) > MAX_BODY_BYTES:
+        raise body_too_large()
+    return int(length)
+
+
+def body_too_large() -> ProxyError:
+    return ProxyError(413, f"The body of this request is larger than {MAX_BODY_BYTES >> 20} MiB.")
+
+
+def decoded_body(body: bytes, coding: str) -> bytes:
+    """The body without its Content-Encoding (RFC 9110, section 8.4.1). A bomb is a 413."""
+    if coding in ("identity", ""):
+        return body
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        name = ascii(coding[:40])
+        raise ProxyError(
+            415, f"Content-Encoding {name} is not known here; send the body as it is, or in gzip."
+        )
+    unpacker = zlib.decompressobj(wbits=47)  # gzip or zlib, whichever its head says
+    try:
+        data = unpacker.decompress(body, MAX_UNPACKED_BYTES)
+    except zlib.error as error:
+        raise ProxyError(400, f"The body is not {coding}: {error}") from None
+    if unpacker.unconsumed_tail:
+        raise ProxyError(
+            413, f"The body of this request unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB."
+        )
+    if not unpacker.eof:
+        raise ProxyError(400, f"The {coding} body breaks off.")
+    return data
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection of a client's: a request, its answer, and again."""
+    """One connection of a client: it reads requests, and a RequestCycle answers each."""
 
     protocol_version = "HTTP/1.1"
     server: Server
+    rfile: io.BufferedReader
 
     def setup(self) -> None:
         self.connection = self.request
         self.connection.setblocking(False)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.line = ClientSocket(self.connection, self.server.ending)
-        self.rfile = io.BufferedReader(self.line)
-        self.body_left = self.answering = False
+        self.client = ClientSocket(self.connection, self.server.ending)
+        self.rfile = io.BufferedReader(self.client)
+        self.body_left = False  # whether the client may still be sending a body
+        self.answering = False  # whether a request was read whose answer is not at its end
         self.server.handlers.add(self)
         self.server.unstarted.discard(self.request)
 
-    # ---- requests ----
-
     def handle_one_request(self) -> None:
-        self.close_connection, self.command, self.path, self.headers = True, "", "", {}
-        self.begun = self.framed = self.body_left = False
-        self.status, self.exchange, self.framing, self.answers, self.ignored = (
-            0,
-            None,
-            None,
-            None,
-            [],
-        )
-        self.protocol, self.route, self.failure = (
-            protocol_of(self.server.config.api, "/"),
-            "other",
-            None,
-        )
+        """Wait for a request, and answer it; the library does so until close_connection."""
+        self.close_connection = True  # unless its head says otherwise
         try:
-            self.line.idle, self.line.until = True, math.inf
+            self.client.idle, self.client.deadline = True, math.inf
             line = self.rfile.readline(MAX_HEAD_BYTES)
-            line = (
-                self.rfile.readline(MAX_HEAD_BYTES) if line == b"\r\n" else line
-            )  # RFC 9112, section 2.2
-            if not line:
-                return
-            self.began = self.spoke = time.monotonic()
-            try:
-                self.answer(line)
-            finally:
-                self.answering = False
-                self.account(time.monotonic())
+            if line == b"\r\n":  # an empty line before a request means nothing (RFC 9112, 2.2)
+                line = self.rfile.readline(MAX_HEAD_BYTES)
+            if line:
+                RequestCycle(self).run(line)
         except (ClientGone, OSError):
             self.close_connection = True
 
-    def answer(self, line: bytes) -> None:
-        """Read the rest of the request, and answer it, whatever it is."""
-        self.request_id = "req_" + secrets.token_hex(12)
-        try:
-            self.read_head(line)
-            self.serve()
-        except ProxyError as error:
-            self.explain(error)
-            self.fail(error)
-        except RecursionError:
-            self.fail(invalid_answer("it is nested too deeply"))
-        except (ClientGone, OSError):
-            self.status = self.status or 499
-            raise
-        except Exception:
-            log(
-                f"{self.request_id}: this is a bug in proxy-to-gemini; please report it: {traceback.format_exc()}"
-            )
-            self.fail(
-                ProxyError(
-                    500,
-                    "proxy-to-gemini has a bug here; its log tells more.",
-                    code="internal_error",
-                )
-            )
+    def read_headers(self, first: RequestHead, limit: int) -> RequestHead:
+        """The head of a request, once its headers are read, of so many bytes at most."""
+        headers = read_headers(self.rfile, limit)
+        self.answering, self.client.deadline = True, math.inf
+        length = headers.get("content-length", "0")
+        self.body_left = length != "0" or "transfer-encoding" in headers
+        if "host" not in headers and not first.http_1_0:  # RFC 9112, section 3.2
+            raise ProxyError(400, "This HTTP/1.1 request has no Host header.")
+        options = headers.get("connection", "").lower()  # RFC 9112, section 9.3
+        keeps_alive = "keep-alive" in options or not first.http_1_0
+        self.close_connection = "close" in options or not keeps_alive
+        return first._replace(headers=headers)
 
-    def read_head(self, line: bytes) -> None:
-        """The request line and headers, strictly: what another server might read differently is refused."""
-        match = REQUEST_LINE.fullmatch(line)
-        if not match:
-            raise ProxyError(
-                414 if len(line) >= MAX_HEAD_BYTES else 400, "This is not an HTTP/1.1 request line."
-            )
-        self.command, self.path = match.group(1).decode(), match.group(2).decode("latin-1")
-        self.request_version = "HTTP/1.0" if match.group(3) == b"0" else "HTTP/1.1"
-        headers = read_headers(self.rfile, MAX_HEAD_BYTES - len(line))
-        self.headers, self.answering = headers, True
-        self.line.until = math.inf
-        self.body_left = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-        connection = headers.get("connection", "").lower()
-        old = self.request_version == "HTTP/1.0"
-        self.close_connection = "close" in connection or old and "keep-alive" not in connection
-
-    def read_body(self) -> bytes:
-        """The whole body, however it is framed and coded."""
-        coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length")
-        if coding is not None and (
-            coding.lower() != "chunked" or length is not None or self.request_version == "HTTP/1.0"
-        ):
-            raise ProxyError(400, "The framing of this request's body is ambiguous.")
-        if coding is None and length is not None and not re.fullmatch(r"[0-9]{1,15}", length):
-            raise ProxyError(400, "Content-Length is not a number.")
-        if coding is None and int(length or 0) > MAX_BODY_BYTES:
-            raise too_large()
-        if self.body_left and self.headers.get("expect", "").lower() == "100-continue":
+    def read_body(self, head: RequestHead) -> bytes:
+        """The whole body, without its framing and its Content-Encoding."""
+        length = body_length(head)
+        if self.body_left and head.headers.get("expect", "").lower() == "100-continue":
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.line.until = time.monotonic() + BODY_SECONDS
-        body = self.read_chunked() if coding else self.read_exactly(int(length or 0))
+        self.client.deadline = time.monotonic() + BODY_SECONDS
+        body = self.read_chunked() if length is None else self.read_exactly(length)
         self.body_left = False
-        return decoded_body(body, self.headers.get("content-encoding", "identity").lower())
+        return decoded_body(body, head.headers.get("content-encoding", "identity").lower())
 
     def read_exactly(self, size: int) -> bytes:
         data = self.rfile.read(size)
@@ -7691,342 +7715,383 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return data
 
     def read_chunked(self) -> bytes:
-        pieces, left = [], MAX_BODY_BYTES
+        """A body in chunks (RFC 9112, section 7.1)."""
+        chunks: list[bytes] = []
+        left = MAX_BODY_BYTES
         while True:
-            line = self.rfile.readline(1024)
-            match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n", line)
+            match = re.fullmatch(
+                rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n", self.rfile.readline(1024)
+            )
             if not match:
                 raise ProxyError(400, "This is not a chunk of a body.")
             size = int(match.group(1), 16)
             left -= size
             if left < 0:
-                raise too_large()
+                raise body_too_large()
             if not size:
-                break
-            pieces.append(self.read_exactly(size))
+                self.skip_trailers()
+                return b"".join(chunks)
+            chunks.append(self.read_exactly(size))
             if self.read_exactly(2) != b"\r\n":
                 raise ProxyError(400, "A chunk of the body is longer than it says.")
-        trailers = MAX_HEAD_BYTES
+
+    def skip_trailers(self) -> None:
+        """Read past what follows the last chunk (RFC 9112, section 7.1.2). Nobody needs it."""
+        left, line = MAX_HEAD_BYTES, b""
         while line != b"\r\n":
-            line = self.rfile.readline(trailers + 1)
-            trailers -= len(line)
-            if not line or trailers < 0:
+            line = self.rfile.readline(left + 1)
+            left -= len(line)
+            if not line or left < 0:
                 raise ProxyError(400, "The body does not end.")
-        return b"".join(pieces)
 
-    # ---- who may call ----
-
-    def gate(self, path: str) -> None:
-        """Refuse foreign web pages, foreign names for this machine, and clients without the key."""
-        config, headers = self.server.config, self.headers
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if self.server.loopback and host and not re.fullmatch(LOCAL_HOSTS, host, re.I | re.A):
-            raise ProxyError(
-                403, "This server is called by another name: " + ascii(host[:80])
-            )  # DNS rebinding
-        if origin is not None and not origin_allowed(origin, config.origins):
-            raise ProxyError(
-                403,
-                f"Pages from {ascii(origin[:80])} may not call this server; -origins can allow it.",
-            )
-        if (
-            config.proxy_key
-            and self.command != "OPTIONS"
-            and path not in ("/", "/healthz")
-            and not any(self.is_proxy_key(key) for key in self.client_keys())
-        ):
-            raise ProxyError(
-                401,
-                "Incorrect API key provided: this server wants its own key (PROXY_API_KEY).",
-                code="invalid_api_key",
-            )
-
-    def client_keys(self) -> Iterator[str]:
-        """What the client sent as a key, in any of the usual headers."""
-        for name in ("authorization", "x-api-key", "api-key", "x-goog-api-key"):
-            value = self.headers.get(name)
-            if value:
-                yield re.sub(r"^bearer +", "", value, flags=re.I)
-
-    def is_proxy_key(self, key: str) -> bool:
-        return hmac.compare_digest(key.encode("latin-1"), self.server.config.proxy_key.encode())
-
-    def gemini_key(self) -> str:
-        """The key for Gemini: the server's own, or with -client-keys the client's."""
-        config = self.server.config
-        if not config.client_keys:
-            return config.key
-        keys = [
-            key for key in self.client_keys() if not (config.proxy_key and self.is_proxy_key(key))
-        ]
-        if not keys or not re.fullmatch(KEY_PATTERN, keys[0]):
-            raise ProxyError(
-                401,
-                "You didn't provide an API key: this server wants your own Gemini key as the API key "
-                "(aistudio.google.com/apikey).",
-                code="invalid_api_key",
-            )
-        return keys[0]
-
-    def cors(self) -> list[tuple[str, str]]:
-        """The headers that let a web page read the answer."""
-        origin = self.headers.get("origin")
-        if origin is None or not origin_allowed(origin, self.server.config.origins):
-            return []
-        return [
-            ("Access-Control-Allow-Origin", re.sub(r"[^!-~]", "", origin[:500])),
-            ("Vary", "Origin"),
-            (
-                "Access-Control-Expose-Headers",
-                ", ".join(
-                    ("x-request-id", *self.protocol.id_headers, "retry-after", "x-proxy-ignored")
-                ),
-            ),
-        ]
-
-    def preflight(self) -> None:
-        asked = self.headers.get("access-control-request-headers", "")
-        names = [
-            name.strip() for name in asked[:2000].split(",") if re.fullmatch(TOKEN, name.strip())
-        ]
-        self.send(
-            204,
-            b"",
-            headers=[
-                ("Access-Control-Allow-Methods", "GET, POST, DELETE, HEAD, OPTIONS"),
-                ("Access-Control-Allow-Headers", ", ".join(names[:100])),
-                ("Access-Control-Max-Age", "86400"),
-            ],
-        )
-
-    # ---- answers ----
-
-    def serve(self) -> None:
-        """Find the route, ask Gemini, and answer."""
-        server, api = self.server, self.server.config.api
-        target, _, query = re.sub(r"^https?://[^/?]*", "", self.path, flags=re.I).partition("?")
-        path = plain_path(target, api)
-        self.protocol = protocol_of(api, path)
-        self.gate(path)
-        if self.command == "OPTIONS":
-            return self.preflight()
-        if path in server.own_pages and self.command in ("GET", "HEAD"):
-            self.route = "GET " + path
-            return self.send_answer(*reversed(server.own_pages[path]()))
-        found = find_route(api, self.command, path)
-        self.protocol, self.route, self.failure = (
-            found.protocol,
-            found.route.name,
-            found.route.failure,
-        )
-        self.key = self.gemini_key()
-        context = server.context_for(self.key)
-        if found.params or query:
-            context = context._replace(
-                params=found.params, query=dict(urllib.parse.parse_qsl(query))
-            )
-        try:
-            body = self.read_fields(found.route)
-            plan = found.route.request(body, context)
-        except RecursionError:
-            raise nested_too_deeply() from None
-        self.ignored, self.framing = body.ignored(), plan.framing or found.route.framing
-        body.tracked.clear()  # or they keep each other, and a large body, until the collector comes by
-        self.exchange = Exchange(
-            plan, context, lambda calls: server.gemini.remember(plan.calls[0], self.key, calls)
-        )
-        keep_alive_due = plan.stream and (found.route.keep_alive or self.framing.keep_alive)
-        keep_alive = functools.partial(self.keep_alive, found.route) if keep_alive_due else None
-        self.waiter = Waiter(self.connection, server.config.timeout, server.stopping, keep_alive)
-        with server.gemini.call(plan.calls, self.waiter, self.key) as self.answers:
-            if plan.stream:
-                self.send_stream(found.route.stream(self.exchange, iter(self.answers)))
-            else:
-                self.send_answer(found.route.response(self.exchange, iter(self.answers)))
-
-    def read_fields(self, route: Route) -> Fields:
-        if self.command in ("GET", "HEAD") and not self.body_left:
-            return no_body(b"", "")
-        return route.takes(self.read_body(), self.headers.get("content-type", ""))
-
-    def send_answer(
-        self, answer: Any, status: int = 200, headers: Iterable[tuple[str, str]] = ()
-    ) -> None:
-        """A whole answer: JSON, or a Payload."""
-        payload = (
-            answer
-            if type(answer) is Payload
-            else Payload(encode_json(answer).encode(), "application/json")
-        )
-        self.send(status, payload.data, payload.content_type, [*headers, *self.ignored_header()])
-
-    def send_stream(self, events: Iterator[JSON]) -> None:
-        """A stream; its status waits for the first event, so that a refusal has a status of its own."""
-        encode = self.framing.encode
-        for event in events:
-            self.emit(encode(event))
-        self.emit(self.framing.end, last=True)
-
-    def keep_alive(self, route: Route) -> None:
-        """Say that the stream is alive."""
-        self.emit(
-            route.framing.encode(route.keep_alive(self.exchange))
-            if route.keep_alive
-            else self.framing.keep_alive
-        )
-
-    def explain(self, error: ProxyError) -> None:
-        """Add to an error which model the client meant, and whether Gemini lists it."""
-        if error.code == "model_not_found" and error.upstream and self.exchange:
-            error.model = self.exchange.model
-            with contextlib.suppress(ProxyError):
-                lists = ModelList(self.server.gemini, self.waiter, self.key).chunks()
-                names = [
-                    get_or_empty(entry, "name", str) for chunk in lists for entry in chunk["models"]
-                ]
-                error.listed = model_named(error.model, self.exchange.context).path in names
-
-    def fail(self, error: ProxyError) -> None:
-        """Tell an error: as an answer, or in mid-stream as the last event."""
-        error.request_id = self.request_id
-        if self.begun and not self.framed:
-            self.close_connection = True  # nothing that could be said would be understood
-        elif self.begun:
-            told = (
-                self.failure(self.exchange, error)
-                if self.failure
-                else [self.protocol.stream_error(error)]
-            )
-            self.emit(b"".join(map(self.framing.encode, told)), last=True)
-        else:
-            self.close_connection = self.close_connection or not self.command
-            self.send_answer(*reversed(self.protocol.error(error)), list(error.headers.items()))
-
-    def ignored_header(self) -> list[tuple[str, str]]:
-        """What was ignored of the request, by name, in a header; or none."""
-        names = self.ignored + (self.answers.ignored if self.answers else [])
-        names = [re.sub(r"[^!-+\--~]", "?", name)[:200] for name in names]
-        text = ", ".join(dict.fromkeys(names))
-        if len(text) > MAX_IGNORED_CHARACTERS:
-            text = text[:MAX_IGNORED_CHARACTERS].rpartition(", ")[0] + ", ..."
-        return [("x-proxy-ignored", text)] if text else []
-
-    def head(self, status: int, content_type: str, headers: list[tuple[str, str]]) -> bytes:
-        """Status line and headers, up to the empty line. A connection with an unread body is not gone on with."""
-        self.status, self.begun, self.spoke = status, True, time.monotonic()
+    def answer_head(self, status: int, headers: list[tuple[str, str]], http_1_0: bool) -> bytes:
+        """Status line and headers of an answer. No request follows an unread body, or the end."""
         self.close_connection = self.close_connection or self.body_left or self.server.draining
         lines = [
             f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
             f"Date: {http_date(int(time.time()))}",
             f"Server: proxy-to-gemini/{VERSION}",
-            *(f"{name}: {self.request_id}" for name in ("x-request-id", *self.protocol.id_headers)),
+            *(f"{name}: {value}" for name, value in headers),
         ]
-        lines += [f"Content-Type: {content_type}"] if content_type else []
-        lines += [f"{name}: {value}" for name, value in (*headers, *self.cors())]
         if self.close_connection:
             lines.append("Connection: close")
-        elif self.request_version == "HTTP/1.0":
+        elif http_1_0:
             lines.append("Connection: keep-alive")
         return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
-    def send(
-        self,
-        status: int,
-        body: bytes,
-        content_type: str = "application/json",
-        headers: list[tuple[str, str]] = (),
-    ) -> None:
-        """A whole answer in one write."""
-        length = [] if status == 204 else [("Content-Length", str(len(body)))]
-        head = self.head(status, content_type if status != 204 else "", [*headers, *length])
-        self.write(head if self.command == "HEAD" else head + body)
-
-    def emit(self, data: bytes, last: bool = False) -> None:
-        """An event of a stream in one write, with the head before the first one."""
-        head = b""
-        if not self.begun:
-            self.chunked = self.request_version != "HTTP/1.0"
-            self.close_connection = self.close_connection or not self.chunked
-            framing = [("Transfer-Encoding", "chunked")] if self.chunked else []
-            headers = [
-                ("Cache-Control", "no-cache"),
-                ("X-Accel-Buffering", "no"),
-                *framing,
-                *self.ignored_header(),
-            ]
-            head = self.head(200, self.framing.content_type, headers)
-            self.framed = self.framing.carries_errors
-        if self.chunked:
-            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (
-                b"0\r\n\r\n" if last else b""
-            )
-        self.write(head + data)
-
     def write(self, data: bytes) -> None:
         try:
-            self.line.send(data)
+            self.client.send(data)
         except OSError:
             raise ClientGone from None
 
-    # ---- the rest ----
-
     def finish(self) -> None:
-        """After a refusal of what the client still sends: let it read that before the connection ends."""
+        """End. A client that still sends can read its refusal before (RFC 9112, section 9.6)."""
         if self.body_left:
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
                 self.connection.settimeout(LINGER_SECONDS)
-                until = time.monotonic() + LINGER_SECONDS
-                while time.monotonic() < until and self.connection.recv(1 << 16):
+                deadline = time.monotonic() + LINGER_SECONDS
+                while time.monotonic() < deadline and self.connection.recv(1 << 16):
                     pass
         self.rfile.close()
-        self.exchange = self.answers = (
-            None  # or the request's body stays until the collector comes by
-        )
         self.server.handlers.discard(self)
 
-    def account(self, now: float) -> None:
-        """Count the request, and log it in a line, without its query (which may hold keys) and without its content."""
-        metrics, model, usage = self.server.metrics, "", self.exchange and self.exchange.usage
-        if usage and self.exchange.model:
-            model = f" {self.exchange.model[:100]!r} {usage.prompt}+{usage.output} tokens"
-            for kind in LABELS["kind"]:
-                if getattr(usage, kind):
-                    metrics.add("tokens_total", kind, amount=getattr(usage, kind))
-        metrics.add("requests_total", self.route, str(self.status))
-        metrics.observe("request_seconds", self.route, seconds=now - self.began)
-        metrics.observe("first_byte_seconds", self.route, seconds=self.spoke - self.began)
-        log(
-            f"{self.command or '-'} {self.path.partition('?')[0][:200] or '-'} {self.status} "
-            f"{(now - self.began) * 1000:.0f} ms{model}"
-        )
+
+# ---- who may call ----
 
 
-def too_large() -> ProxyError:
-    return ProxyError(413, f"The body of this request is larger than {MAX_BODY_BYTES >> 20} MiB.")
+def origin_allowed(origin: str, added: tuple[str, ...]) -> bool:
+    """Whether a web page from there may call: this machine's pages, apps, and -origins."""
+    return "*" in added or origin in added or re.fullmatch(APP_ORIGINS, origin) is not None
 
 
-def decoded_body(body: bytes, coding: str) -> bytes:
-    """The body without its Content-Encoding, if that is one that the library knows; a bomb is a 413."""
-    if coding in ("identity", ""):
-        return body
-    if coding not in ("gzip", "x-gzip", "deflate"):
+def check_caller(head: RequestHead, path: str, config: Config, loopback: bool) -> None:
+    """Refuse foreign web pages, foreign names for this machine, and clients without the key."""
+    host, origin = head.headers.get("host", ""), head.headers.get("origin")
+    if loopback and host and not re.fullmatch(LOCAL_HOSTS, host, re.I | re.A):  # DNS rebinding
+        raise ProxyError(403, "This server is called by another name: " + ascii(host[:80]))
+    if origin is not None and not origin_allowed(origin, config.origins):
         raise ProxyError(
-            415,
-            f"Content-Encoding {coding[:40]!a} is not known here; send the body as it is, or in gzip.",
+            403, f"Pages from {origin[:80]!a} may not call this server; -origins can allow it."
         )
-    machine = zlib.decompressobj(wbits=47)  # gzip or zlib, by its head
-    try:
-        data = machine.decompress(body, MAX_UNPACKED_BYTES)
-    except zlib.error as error:
-        raise ProxyError(400, f"The body is not {coding}: {error}") from None
-    if machine.unconsumed_tail:
-        raise ProxyError(
-            413, f"The body of this request unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB."
+    if not config.proxy_key or head.method == "OPTIONS" or path in ("/", "/healthz"):
+        return
+    if not any(is_proxy_key(key, config) for key in client_keys(head)):
+        raise invalid_key(
+            "Incorrect API key provided: this server wants its own key (PROXY_API_KEY)."
         )
-    if not machine.eof:
-        raise ProxyError(400, f"The {coding} body breaks off.")
-    return data
+
+
+def invalid_key(message: str) -> ProxyError:
+    return ProxyError(401, message, code="invalid_api_key")
+
+
+def client_keys(head: RequestHead) -> Iterator[str]:
+    """What the client sent as a key, in any of the usual headers."""
+    for name in ("authorization", "x-api-key", "api-key", "x-goog-api-key"):
+        value = head.headers.get(name)
+        if value:
+            yield re.sub(r"^bearer +", "", value, flags=re.I)
+
+
+def is_proxy_key(key: str, config: Config) -> bool:
+    return hmac.compare_digest(key.encode("latin-1"), config.proxy_key.encode())
+
+
+def upstream_key(head: RequestHead, config: Config) -> str:
+    """The key for Gemini: the server's own, or with -client-keys the client's."""
+    if not config.client_keys:
+        return config.key
+    for key in client_keys(head):
+        if config.proxy_key and is_proxy_key(key, config):
+            continue
+        if not re.fullmatch(KEY_PATTERN, key):
+            break
+        return key
+    raise invalid_key(
+        "You didn't provide an API key: this server wants your own Gemini key as the API key "
+        "(aistudio.google.com/apikey)."
+    )
+
+
+def cors_headers(head: RequestHead, config: Config, protocol: Protocol) -> list[tuple[str, str]]:
+    """The headers that let a web page read the answer (fetch.spec.whatwg.org, "CORS protocol")."""
+    origin = head.headers.get("origin")
+    if origin is None or not origin_allowed(origin, config.origins):
+        return []
+    exposed = ("x-request-id", *protocol.id_headers, "retry-after", "x-proxy-ignored")
+    return [
+        ("Access-Control-Allow-Origin", re.sub(r"[^!-~]", "", origin[:500])),
+        ("Vary", "Origin"),
+        ("Access-Control-Expose-Headers", ", ".join(exposed)),
+    ]
+
+
+def preflight_headers(head: RequestHead) -> list[tuple[str, str]]:
+    """The answer to a web page's question whether it may send these headers."""
+    text = head.headers.get("access-control-request-headers", "")[:2000]
+    names = [name.strip() for name in text.split(",") if re.fullmatch(TOKEN, name.strip())]
+    return [
+        ("Access-Control-Allow-Methods", "GET, POST, DELETE, HEAD, OPTIONS"),
+        ("Access-Control-Allow-Headers", ", ".join(names[:100])),
+        ("Access-Control-Max-Age", "86400"),
+    ]
+
+
+# ---- one request ----
+
+
+class RequestCycle:
+    """One request of a client, and its answer."""
+
+    def __init__(self, connection: Handler):
+        self.connection, self.server = connection, connection.server
+        self.began = self.first_byte = time.monotonic()  # first_byte: of the answer
+        self.request_id = "req_" + secrets.token_hex(12)
+        self.head = RequestHead()
+        self.protocol = protocol_of(self.server.config.api, "/")  # until the path is known
+        self.route: Route | None = None
+        self.route_name = "other"  # for the metrics
+        self.exchange: Exchange | None = None
+        self.ignored: list[str] = []  # what nobody read of the request, by name
+        self.left_out: list[str] = []  # what Gemini would not take; grows while it is called
+        self.status = 0  # of the answer; 0 until its head is written
+        self.framing = SSE  # of a stream
+        self.streaming = False  # whether the answer is a stream that has begun
+
+    def run(self, line: bytes) -> None:
+        """Answer the request that begins with this line, whatever it is."""
+        try:
+            self.head = parse_request_line(line)  # the log has it, whatever the headers are
+            self.head = self.connection.read_headers(self.head, MAX_HEAD_BYTES - len(line))
+            self.serve()
+        except ProxyError as error:
+            self.fail(error)
+        except RecursionError:
+            self.fail(invalid_answer("it is nested too deeply"))
+        except (ClientGone, OSError):
+            self.status = self.status or 499  # nginx's number for a client that left
+            raise
+        except Exception:
+            bug = f"this is a bug in proxy-to-gemini; please report it: {traceback.format_exc()}"
+            log(f"{self.request_id}: {bug}")
+            words = "proxy-to-gemini has a bug here; its log tells more."
+            self.fail(ProxyError(500, words, code="internal_error"))
+        finally:
+            self.connection.answering = False
+            self.account()
+
+    def serve(self) -> None:
+        """Find what answers this path, and let it answer."""
+        server, method, api = self.server, self.head.method, self.server.config.api
+        target = re.sub(r"^https?://[^/?]*", "", self.head.target, flags=re.I)  # RFC 9112, 3.2.2
+        target, _, query = target.partition("?")
+        path = plain_path(target, api)
+        self.protocol = protocol_of(api, path)
+        check_caller(self.head, path, server.config, server.loopback)
+        if method == "OPTIONS":
+            self.connection.write(self.answer_head(204, preflight_headers(self.head)))
+        elif path in server.own_pages and method in ("GET", "HEAD"):
+            self.route_name = "GET " + path
+            self.send_answer(*server.own_pages[path]())
+        else:
+            match = find_route(api, method, path)
+            self.protocol, self.route_name = match.protocol, match.route.name
+            key = upstream_key(self.head, server.config)
+            self.answer(match.route, self.plan(match, query, key), key)
+
+    def plan(self, match: Found, query: str, key: str) -> Exchange:
+        """Read the body and plan the calls to Gemini: the Exchange that the route answers from."""
+        context, gemini = self.server.context_for(key), self.server.gemini
+        if match.params or query:
+            fields = dict(urllib.parse.parse_qsl(query))
+            context = context._replace(params=match.params, query=fields)
+        try:
+            body = self.read_fields(match.route)
+            plan = match.route.request(body, context)
+        except RecursionError:
+            raise nested_too_deeply() from None
+        self.ignored = body.ignored()
+        body.tracked.clear()  # a cycle, which would keep a large body until garbage is collected
+        return Exchange(plan, context, lambda calls: gemini.remember(plan.calls[0], key, calls))
+
+    def read_fields(self, route: Route) -> Fields:
+        """The body as the route wants it. GET and HEAD may come without one."""
+        if self.head.method in ("GET", "HEAD") and not self.connection.body_left:
+            return no_body(b"", "")
+        body = self.connection.read_body(self.head)
+        return route.takes(body, self.head.headers.get("content-type", ""))
+
+    def answer(self, route: Route, exchange: Exchange, key: str) -> None:
+        """Ask Gemini what the plan says, and answer with what the route makes of it.
+
+        Neither the waiter nor the batch is kept in this object: both lead back to it.
+        """
+        server, plan = self.server, exchange.plan
+        self.route, self.exchange = route, exchange
+        self.framing = plan.framing or route.framing
+        keep_alive = None
+        if plan.stream and (route.keep_alive or self.framing.keep_alive):
+            keep_alive = functools.partial(self.keep_alive, route, exchange)
+        client = self.connection.connection
+        waiter = Waiter(client, server.config.timeout, server.stopping, keep_alive)
+        try:
+            with server.gemini.call(plan.calls, waiter, key) as batch:
+                self.left_out = batch.ignored
+                if plan.stream and route.stream:
+                    self.send_stream(route.stream(exchange, iter(batch)))
+                else:
+                    self.send_answer(200, route.response(exchange, iter(batch)))
+        except ProxyError as error:
+            self.add_model_to(error, exchange, waiter, key)
+            raise
+
+    def add_model_to(self, error: ProxyError, exchange: Exchange, waiter: Waiter, key: str) -> None:
+        """Add to "no such model" how the client spelt it, and whether Gemini lists it.
+
+        This calls Gemini while an error waits to be sent: the error of a model that is listed, but
+        not for this use, has other words. Without the list, it is sent as it is.
+        """
+        if error.code != "model_not_found" or not error.upstream:
+            return
+        error.model = exchange.model
+        with contextlib.suppress(ProxyError):
+            (chunk,) = ModelList(self.server.gemini, waiter, key).chunks()
+            names = [get_or_empty(entry, "name", str) for entry in chunk["models"]]
+            error.listed = model_named(exchange.model, exchange.context).path in names
+
+    # ---- its answer ----
+
+    def send_stream(self, events: Iterator[JSON]) -> None:
+        """Answer with a stream. Its head waits for the first event: a refusal has a status."""
+        encode = self.framing.encode
+        for event in events:
+            self.emit(encode(event))
+        self.emit(self.framing.end, last=True)
+
+    def keep_alive(self, route: Route, exchange: Exchange) -> None:
+        """Show in the stream that it is alive."""
+        if route.keep_alive:
+            self.emit(route.framing.encode(route.keep_alive(exchange)))
+        else:
+            self.emit(self.framing.keep_alive)
+
+    def emit(self, data: bytes, last: bool = False) -> None:
+        """Write an event of a stream, with the head before the first one, in one write."""
+        head = b""
+        if not self.streaming:
+            head = self.stream_head()
+            self.streaming = True
+        if not self.head.http_1_0:  # in chunks: RFC 9112, section 7.1
+            if data:
+                data = b"%x\r\n%b\r\n" % (len(data), data)
+            if last:
+                data += b"0\r\n\r\n"
+        self.connection.write(head + data)
+
+    def stream_head(self) -> bytes:
+        headers = [
+            ("Content-Type", self.framing.content_type),
+            ("Cache-Control", "no-cache"),
+            ("X-Accel-Buffering", "no"),  # nginx.org/en/docs/http/ngx_http_proxy_module.html
+        ]
+        if self.head.http_1_0:
+            self.connection.close_connection = True  # which is how this stream ends
+        else:
+            headers.append(("Transfer-Encoding", "chunked"))
+        return self.answer_head(200, [*headers, *self.ignored_header()])
+
+    def send_answer(self, status: int, answer: Any, headers: Mapping[str, str] = {}) -> None:
+        """Send a whole answer, JSON or a Payload, in one write."""
+        payload = answer
+        if not isinstance(answer, Payload):
+            payload = Payload(encode_json(answer).encode(), "application/json")
+        own = ("Content-Type", payload.content_type), ("Content-Length", str(len(payload.data)))
+        data = self.answer_head(status, [own[0], *headers.items(), *self.ignored_header(), own[1]])
+        if self.head.method != "HEAD":
+            data += payload.data
+        self.connection.write(data)
+
+    def answer_head(self, status: int, headers: list[tuple[str, str]]) -> bytes:
+        """Status line and headers; with this the answer has begun."""
+        self.status, self.first_byte = status, time.monotonic()
+        ids = [(name, self.request_id) for name in ("x-request-id", *self.protocol.id_headers)]
+        cors = cors_headers(self.head, self.server.config, self.protocol)
+        return self.connection.answer_head(status, [*ids, *headers, *cors], self.head.http_1_0)
+
+    def ignored_header(self) -> list[tuple[str, str]]:
+        """The header that names what was ignored of the request, if anything was."""
+        names = [re.sub(r"[^!-+\--~]", "?", name)[:200] for name in self.ignored + self.left_out]
+        text = ", ".join(dict.fromkeys(names))
+        if not text:
+            return []
+        if len(text) > MAX_IGNORED_CHARACTERS:
+            text = text[:MAX_IGNORED_CHARACTERS].rpartition(", ")[0] + ", ..."
+        return [("x-proxy-ignored", text)]
+
+    def fail(self, error: ProxyError) -> None:
+        """Answer with an error; in mid-stream it is the last event."""
+        error.request_id = self.request_id
+        if not self.status:
+            status, answer = self.protocol.error(error)
+            self.send_answer(status, answer, error.headers)
+        elif self.streaming and self.framing.carries_errors:
+            self.emit(b"".join(map(self.framing.encode, self.last_events(error))), last=True)
+        else:
+            self.connection.close_connection = True  # no error would be understood here
+
+    def last_events(self, error: ProxyError) -> list[JSON]:
+        """The end of a stream that failed."""
+        if self.route and self.route.failure and self.exchange:
+            return self.route.failure(self.exchange, error)
+        return [self.protocol.stream_error(error)]
+
+    # ---- its account ----
+
+    def account(self) -> None:
+        """Count the request, and log it without its content and its query, which may hold keys."""
+        now, metrics, tokens = time.monotonic(), self.server.metrics, self.count_tokens()
+        metrics.add("requests_total", self.route_name, str(self.status))
+        metrics.observe("request_seconds", self.route_name, seconds=now - self.began)
+        metrics.observe("first_byte_seconds", self.route_name, seconds=self.first_byte - self.began)
+        method, path = self.head.method, self.head.target.partition("?")[0][:200]
+        milliseconds = (now - self.began) * 1000
+        log(f"{method or '-'} {path or '-'} {self.status} {milliseconds:.0f} ms{tokens}")
+
+    def count_tokens(self) -> str:
+        """Count the tokens that the answer took; the end of the log line."""
+        if self.exchange is None or not self.exchange.model:
+            return ""
+        usage = self.exchange.usage
+        for kind in LABELS["kind"]:
+            tokens = getattr(usage, kind)
+            if tokens:
+                self.server.metrics.add("tokens_total", kind, amount=tokens)
+        return f" {self.exchange.model[:100]!r} {usage.prompt}+{usage.output} tokens"
+
+
+# ---- the server ----
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -8036,7 +8101,7 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 1024
 
     def __init__(self, config: Config, handed_over: socket.socket | None = None):
-        """`handed_over` is a socket that listens already, and that others may go on listening on."""
+        """`handed_over` is a socket that listens already, and may go on with other processes."""
         self.config, self.shared = config, handed_over is not None
         self.own_pages = {
             "/": self.front_page,
@@ -8044,25 +8109,26 @@ class Server(http.server.ThreadingHTTPServer):
             "/metrics": self.metrics_page,
         }
         routes = [route.name for _, protocol in MOUNTS[config.api] for route in protocol.routes]
-        self.metrics = Metrics(
-            [*dict.fromkeys(routes), *("GET " + path for path in self.own_pages)], config.workers
-        )
+        pages = ["GET " + path for path in self.own_pages]
+        self.metrics = Metrics([*dict.fromkeys(routes), *pages], config.workers)
         self.gemini = Gemini(config.upstream, config.state, self.metrics.add)
         self.context_for = functools.lru_cache(maxsize=64)(self.make_context)  # by Gemini key
         self.loaded: dict[str, float] = {}
         self.handlers: set[Handler] = set()  # one for each connection
-        self.unstarted: set[socket.socket] = set()  # those whose handler has not begun yet
+        self.unstarted: set[socket.socket] = set()  # connections whose handler has not begun yet
         self.draining, self.tidied = False, -math.inf
-        self.ending = (
-            self.stopping
-        ) = -1  # pipes that tell of the end: for new requests, for those under way
+        # Pipes whose other end is closed when the server ends: for new requests, for answers.
+        self.ending = self.stopping = -1
         self.listen(handed_over)
-        host = self.server_address[0]
-        self.loopback = host == "::1" or host.startswith("127.")
+        self.host = str(self.server_address[0])
+        self.loopback = self.host == "::1" or self.host.startswith("127.")
 
     def listen(self, handed_over: socket.socket | None) -> None:
+        """Listen where the configuration says, or on a socket that does so already."""
         host, port = self.config.listen
-        self.address_family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
+        self.address_family = socket.AF_INET
+        if ":" in host or not host:
+            self.address_family = socket.AF_INET6
         if handed_over is not None:
             self.address_family = handed_over.family
             super().__init__(handed_over.getsockname(), Handler, bind_and_activate=False)
@@ -8080,18 +8146,21 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.setblocking(False)  # another worker may be faster to accept
 
     def server_bind(self) -> None:
-        """Without http.server's reverse look-up of the host's name, which can take half a minute."""
+        """Bind without http.server's reverse look-up of the host, which can take half a minute."""
         if self.address_family == socket.AF_INET6 and not self.config.listen[0]:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
 
     def make_context(self, key: str) -> Context:
-        """What requests with this Gemini key may depend on. With -client-keys, each has a memory of its own."""
-        memory, shelf = self.gemini.memory, scope_of(key) + ":" if self.config.client_keys else ""
+        """What requests with this Gemini key depend on; with -client-keys each has its memory."""
+        memory, shelf, aliases = self.gemini.memory, "", self.config.aliases
         ollama = self.config.api == "ollama"
-        aliases = tuple((plain_name(name, True), to) for name, to in self.config.aliases)
+        if self.config.client_keys:
+            shelf = scope_of(key) + ":"
+        if ollama:
+            aliases = tuple((plain_name(name, True), model) for name, model in aliases)
         return Context(
-            aliases if ollama else self.config.aliases,
+            aliases,
             ollama,
             time.time,
             lambda prefix: prefix + secrets.token_hex(12),
@@ -8106,37 +8175,41 @@ class Server(http.server.ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        host, port = self.server_address[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.server_port}"
 
-    # ---- pages of its own ----
+    # ---- its own pages: (status, page) ----
 
     def front_page(self) -> tuple[int, Payload]:
         if self.config.api == "ollama":
             return 200, Payload(b"Ollama is running")
-        return 200, Payload(
-            f"You are running proxy-to-gemini at {self.url}; api = {self.config.api}\n".encode()
-        )
+        text = f"You are running proxy-to-gemini at {self.url}; api = {self.config.api}\n"
+        return 200, Payload(text.encode())
 
     def health_page(self) -> tuple[int, Payload]:
-        return (503, Payload(b"ending")) if self.draining else (200, Payload(b"ok"))
+        if self.draining:
+            return 503, Payload(b"ending")
+        return 200, Payload(b"ok")
 
     def metrics_page(self) -> tuple[int, Payload]:
         self.update_gauges()
         return 200, self.metrics.page(self.config)
 
-    # ---- its life ----
+    # ---- from start to end ----
 
     def run(self, signals: Signals) -> None:
         """Accept clients until a signal says stop; then let what is under way end."""
-        (self.ending, end), (self.stopping, stop) = os.pipe(), os.pipe()
+        self.ending, end = os.pipe()
+        self.stopping, stop = os.pipe()
         poll = select.poll()
         poll.register(signals.pipe, select.POLLIN)
         while not signals.should_stop():
             signals.ping_watchdog()
-            room = len(self.handlers) < max_connections()
-            poll.register(self.socket, select.POLLIN if room else 0)
-            for fd, _ in poll.poll(1000 * (signals.poll_seconds if room else FULL_PAUSE_SECONDS)):
+            events, seconds = select.POLLIN, signals.poll_seconds
+            if len(self.handlers) >= max_connections():
+                events, seconds = 0, FULL_PAUSE_SECONDS
+            poll.register(self.socket, events)
+            for fd, _ in poll.poll(1000 * seconds):
                 if fd == signals.pipe:
                     signals.drain_pipe()
                 else:
@@ -8146,53 +8219,54 @@ class Server(http.server.ThreadingHTTPServer):
             self.service_actions()
         signals.notify("STOPPING=1")
         self.drain(end, stop)
+        for pipe in (self.ending, self.stopping):
+            os.close(pipe)
+        self.gemini.close()
 
     def drain(self, end: int, stop: int) -> None:
-        """Go on while connections are used again; then give answers under way DRAIN_SECONDS, and FINAL_SECONDS.
+        """Go on while connections are used again; then give answers DRAIN_SECONDS to end.
 
-        A connection that is closed in the moment in which its next request comes in loses that request, and a load
-        balancer may not send it again. So each is told with an answer that it was the last one, and health checks
-        have the time to say so before the silent ones are closed.
+        A connection that is closed just when its next request comes in loses that request, and a
+        load balancer may not repeat it. So each gets an answer that says it is the last one, and
+        health checks have the time to see the end before idle connections are closed.
         """
-        self.draining, until = True, time.monotonic() + DRAIN_NOTICE_SECONDS
-        while (self.handlers or self.unstarted) and time.monotonic() < until:
+        self.draining, deadline = True, time.monotonic() + DRAIN_NOTICE_SECONDS
+        while (self.handlers or self.unstarted) and time.monotonic() < deadline:
             if select.select([self.socket], [], [], 0.01)[0]:
                 self.accept_pending()
-        until += FINAL_SECONDS  # whom a last answer sends away comes back at once, but not for ever
+        deadline += FINAL_SECONDS  # for clients that come back at once after each answer
         while (
             not self.shared
-            and time.monotonic() < until
+            and time.monotonic() < deadline
             and select.select([self.socket], [], [], 0)[0]
         ):
             self.accept_pending()
         self.server_close()
         os.close(end)
-        self.wait_for_handlers(FINAL_SECONDS, lambda handler: handler.line.may_come())
+        self.wait_for_handlers(FINAL_SECONDS, lambda handler: handler.client.is_sending())
         self.wait_for_handlers(DRAIN_SECONDS, lambda handler: handler.answering)
         os.close(stop)
         self.wait_for_handlers(FINAL_SECONDS, lambda handler: handler.answering)
 
-    def wait_for_handlers(self, seconds: float, counts: Callable[[Handler], bool]) -> None:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and (
-            self.unstarted or any(counts(handler) for handler in list(self.handlers))
-        ):
+    def wait_for_handlers(self, seconds: float, busy: Callable[[Handler], bool]) -> None:
+        """Wait until no handler is busy, for so many seconds at most."""
+        deadline = time.monotonic() + seconds
+        while self.unstarted or any(map(busy, list(self.handlers))):
+            if time.monotonic() > deadline:
+                return
             time.sleep(0.01)
 
     def reload(self) -> None:
         """Read the Gemini key again."""
         key = gemini_key(os.environ)
-        usable = re.fullmatch(KEY_PATTERN, key)
-        if usable:
+        if re.fullmatch(KEY_PATTERN, key):
             self.config = self.config._replace(key=key)
-        log(
-            "the Gemini key was read again"
-            if usable
-            else "there is no usable Gemini key; the old one stays"
-        )
+            log("the Gemini key was read again")
+        else:
+            log("there is no usable Gemini key; the old one stays")
 
     def accept_pending(self) -> None:
-        """Accept who waits, several at a time: when a thousand come at once, each wait would cost a turn of theirs."""
+        """Accept clients that wait, several at a time: a thousand may come at once."""
         for _ in range(ACCEPT_BATCH):
             try:
                 client, address = self.get_request()
@@ -8212,14 +8286,14 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self.gemini.pool.drop_oldest()
-                time.sleep(FULL_PAUSE_SECONDS)  # the client waits, and so does the processor
+                time.sleep(FULL_PAUSE_SECONDS)  # the client stays in the queue
             raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log(f"this is a bug in proxy-to-gemini; please report it: {traceback.format_exc()}")
 
     def service_actions(self) -> None:
-        """Every few seconds, see what can be given back."""
+        """Every few seconds, give back what is not needed any more."""
         if time.monotonic() - self.tidied > TIDY_SECONDS:
             self.tidied = time.monotonic()
             self.gemini.pool.tidy()
@@ -8227,7 +8301,7 @@ class Server(http.server.ThreadingHTTPServer):
             give_memory_back()
 
     def update_gauges(self) -> None:
-        """Count what is there just now."""
+        """Measure what there is just now."""
         handlers, pool = list(self.handlers), self.gemini.pool
         self.metrics.set("clients", len(handlers))
         self.metrics.set("in_flight", sum(handler.answering for handler in handlers))
@@ -8238,7 +8312,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 @functools.lru_cache(maxsize=1)
 def max_connections() -> int:
-    """How many clients there may be: each may need a file more for its way to Gemini."""
+    """How many clients there may be: each may need another file for its connection to Gemini."""
     import resource
 
     return min(MAX_CONNECTIONS, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 16))
@@ -8246,14 +8320,14 @@ def max_connections() -> int:
 
 @functools.lru_cache(maxsize=1)
 def malloc_trim() -> Callable[[int], int]:
-    """glibc's function that gives free memory back to the system; elsewhere one that does nothing."""
+    """glibc's function that gives free memory back to the system; elsewhere it does nothing."""
     import ctypes
 
     return getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)
 
 
 def give_memory_back() -> None:
-    """The start, and each large picture, leave free memory behind that glibc would keep for ever."""
+    """The start, and each large image, leave free memory behind that glibc would keep for ever."""
     malloc_trim()(0)
 
 
@@ -8656,7 +8730,7 @@ class Workers:
         """The whole life of a worker, which ends its process."""
         try:
             self.signals.become_worker(parent)
-            self.server.metrics.take(number)
+            self.server.metrics.use_row(number)
             self.server.run(self.signals)
         except BaseException:
             log(f"a worker has a bug; please report it: {traceback.format_exc()}")
