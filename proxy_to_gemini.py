@@ -79,7 +79,6 @@ import sys
 import threading
 import time
 import traceback
-import urllib.error
 import urllib.parse
 import urllib.request
 import wave
@@ -87,7 +86,10 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from operator import itemgetter
 from re import Pattern
-from typing import Any, Callable, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    import sqlite3
 
 # ======================================================================================
 # 1. Vocabulary: the nouns everything else is written in
@@ -6465,87 +6467,108 @@ def find_route(api: str, method: str, path: str) -> Found:
 # 9. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
 # ======================================================================================
 
-CONNECT_SECONDS = 10.0  # seconds for a TCP connection, and for its TLS handshake
-ADDRESS_SECONDS = 2.5  # seconds of these for one of several addresses
-IDLE_CONNECTION_SECONDS = (
-    55.0  # seconds that an unused connection is kept: middleboxes give up at 60 and more
-)
-MAX_IDLE_CONNECTIONS = 128  # connections that are kept unused
-READY_SECONDS = 0.0002  # seconds within which what one waits for was there already
-KEEP_ALIVE_SECONDS = 10.0  # seconds of silence after which a stream says that it is alive
-MAX_ATTEMPTS = 3  # of one call in all
-BROKEN_RETRY_SECONDS = (
-    1.0  # seconds after a call within which a connection that breaks has asked for nothing yet
-)
-RETRY_WINDOW_SECONDS = (
-    30.0  # seconds after which a call that fails is not tried again: its client has waited enough
-)
-MAX_BACKOFF_SECONDS = (
-    2.0  # seconds that Gemini may ask for, for a call to be tried again here and not by the client
-)
-MAX_PARALLEL_CALLS = 4  # calls of one request that are under way at the same time
-MODEL_LIST_SECONDS = 300.0  # seconds that Gemini's list of models is kept
-MAX_ERROR_BYTES = 1 << 20  # bytes that are read of a refusal
+CONNECT_SECONDS = 10.0  # for a TCP connection, and again for its TLS handshake
+ADDRESS_SECONDS = 2.5  # of these, for one of several addresses
+IDLE_CONNECTION_SECONDS = 55.0  # middleboxes forget an unused connection after 60 or more
+MAX_IDLE_CONNECTIONS = 128
+READY_SECONDS = 0.0002  # data that came within this time was there before the wait began
+KEEP_ALIVE_SECONDS = 10.0  # of silence, after which a stream says that it is alive
+MAX_ATTEMPTS = 3  # of one call, the first included
+BACKOFF_SECONDS = 0.2  # before another attempt; doubled with each of them
+MAX_BACKOFF_SECONDS = 2.0  # if Gemini asks for a longer pause, the client is left to try again
+RETRY_WINDOW_SECONDS = 30.0  # after this time a call that fails is not sent again
+BROKEN_RETRY_SECONDS = 1.0  # a connection that breaks sooner than this has cost nothing yet
+MAX_PARALLEL_CALLS = 4  # of one request of a client
+MAX_ERROR_BYTES = 1 << 20  # that are read of a refusal
+BLOCK_BYTES = 64 << 10  # that are read of an answer at a time
+MODEL_LIST_SECONDS = 300.0  # for which a list of Gemini's models is kept
+MAX_MODEL_LISTS = 32  # that are kept, one for each Gemini key (-client-keys)
+MAX_MODEL_PAGES = 50  # of one such list
+STATE_LOCK_SECONDS = 1.0  # to wait for a state file that another process has locked
+STATE_RETRY_SECONDS = 5.0  # for which a state file that failed is left alone
 KEY_MASK = "[the Gemini key]"
-MAX_MODEL_PAGES = 50  # of Gemini's list of models
-STATE_LOCK_SECONDS = 1.0  # seconds to wait for a state file that another process has locked
-STATE_RETRY_SECONDS = 5.0  # seconds in which a state file in trouble is not tried again
-MAX_MODEL_LISTS = 32  # of models that are kept, one for each key (-client-keys)
 HEADERS = {"Content-Type": "application/json", "User-Agent": f"proxy-to-gemini/{VERSION}"}
+
+# ---- the heads of HTTP messages ----
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HEADER_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n".encode())
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?\r\n")
-SINGLE_HEADERS = (
-    "host",
-    "content-length",
-    "transfer-encoding",
-)  # headers of which two would be a riddle
-MAX_HEAD_BYTES = 64 << 10  # bytes of the first line and the headers of a request or an answer
-
-# Linux tells at once that the far end hung up, even behind unread bytes; PyPy 3.9 lacks the name but not the thing.
-POLLRDHUP = getattr(select, "POLLRDHUP", 0x2000 if sys.platform.startswith("linux") else 0)
-
-
-class ClientGone(Exception):
-    """The client has left, so its call to Gemini is not worth going on with."""
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
+SINGLE_HEADERS = ("host", "content-length", "transfer-encoding")  # two of them are ambiguous
+MAX_HEAD_BYTES = 64 << 10  # of the first line and the headers of a request or an answer
 
 
 class BadHead(ProxyError):
     """This is not the head of an HTTP message."""
 
 
-def read_headers(file: io.BufferedReader, left: int) -> dict[str, str]:
-    """The header lines up to the empty one, by name in lower case, of so many bytes at most.
+def read_headers(file: io.BufferedIOBase, limit: int) -> dict[str, str]:
+    """The headers up to the empty line, by name in lower case; they may have `limit` bytes.
 
-    What another reader might take for something else is refused (RFC 9112, section 5): http.client's parser, which is
-    one for mail, stops at a malformed line without a word, and costs as much as the translation of a short chat.
+    A BadHead for what another reader might take for something else (RFC 9112, section 5). The
+    library's parser is one for mail: it stops at a malformed line without an error, and costs as
+    much as the translation of a short chat.
     """
     headers: dict[str, str] = {}
     while True:
-        line = file.readline(left + 1)
-        left -= len(line)
+        line = file.readline(limit + 1)
+        limit -= len(line)
         if line == b"\r\n":
             return headers
         match = HEADER_LINE.fullmatch(line)
-        if left < 0:
+        if limit < 0:
             raise BadHead(431, "The headers are too large.")
         if not match:
             raise BadHead(400, "This is not an HTTP header line: " + ascii(line[:60]))
-        name, value = (
-            match.group(1).decode().lower(),
-            match.group(2).strip(b" \t").decode("latin-1"),
-        )
-        if name in headers and name in SINGLE_HEADERS:
+        name = match.group(1).decode().lower()
+        value = match.group(2).strip(b" \t").decode("latin-1")
+        if name not in headers:
+            headers[name] = value
+        elif name in SINGLE_HEADERS:
             raise BadHead(400, f"The header {name} comes twice.")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        else:
+            headers[name] += f", {value}"
+
+
+# ---- waiting ----
+
+READABLE, WRITABLE = select.POLLIN, select.POLLOUT
+# Linux reports at once that the far end hung up, even behind unread bytes (poll(2)). PyPy 3.9
+# lacks the name, but the system call is the same.
+POLLRDHUP = getattr(select, "POLLRDHUP", 0)
+if sys.platform.startswith("linux"):
+    POLLRDHUP = 0x2000
+HANGUP = POLLRDHUP or READABLE
+
+
+class ClientGone(Exception):
+    """The client has left, so there is nobody to finish the call to Gemini for."""
+
+
+class Poller:
+    """Waits for sockets and pipes: the one place that knows select.poll, which Windows lacks."""
+
+    def __init__(self, *readable: socket.socket | int):
+        self.poll = select.poll()
+        for file in readable:
+            self.watch(file, READABLE)
+
+    def watch(self, file: socket.socket | int, event: int) -> None:
+        """Wait for this event of the file; 0 stands for none but its failure."""
+        self.poll.register(file, event)
+
+    def wait(self, seconds: float) -> list[int]:
+        """The descriptors that are ready; none if that takes longer than this."""
+        return [fd for fd, _ in self.poll.poll(max(0, math.ceil(seconds * 1000)))]
 
 
 class Waiter:
-    """The one place that waits: for Gemini, with an eye on the client that Gemini's answer is for.
+    """The one place that waits for Gemini, on behalf of one request of a client.
 
-    While Gemini is silent, the client's thread sleeps here. Bytes from Gemini wake it; so do a client that leaves, the
-    time-out, the end of the server (`stopping` becomes readable), and the beat of a stream.
+    While Gemini is silent, the client's thread sleeps here. It wakes up when Gemini's socket is
+    ready, when the client leaves, when time is up, when a keep-alive is due, and when the server
+    ends (then `stopping` becomes readable).
     """
 
     def __init__(
@@ -6555,324 +6578,426 @@ class Waiter:
         stopping: int = -1,
         keep_alive: Callable[[], None] | None = None,
     ):
-        self.client, self.silence, self.stopping = client, silence, stopping
+        self.client, self.stopping = client, stopping
+        self.silence = silence  # seconds that Gemini may be silent
         self.keep_alive = keep_alive  # called every KEEP_ALIVE_SECONDS of silence
-        self.polls: dict[tuple[socket.socket | None, int], Any] = {}
+        self.pollers: dict[tuple[socket.socket | None, int], Poller] = {}
 
-    def poll(self, gemini: socket.socket | None, event: int) -> Any:
-        """What waits for an event of Gemini's socket; a stream does that for each of its chunks."""
-        poll = self.polls.get((gemini, event))
-        if poll is not None:
-            return poll
-        self.polls[gemini, event] = poll = select.poll()
+    def poller(self, gemini: socket.socket | None, event: int) -> Poller:
+        """Waits for the event, the client and the end; each chunk of a stream needs it again."""
+        poller = self.pollers.get((gemini, event))
+        if poller is not None:
+            return poller
+        poller = self.pollers[gemini, event] = Poller()
         if gemini is not None:
-            poll.register(gemini, event)
+            poller.watch(gemini, event)
         if self.client is not None:
-            poll.register(self.client, POLLRDHUP or select.POLLIN)
+            poller.watch(self.client, HANGUP)
         if self.stopping >= 0:
-            poll.register(self.stopping, select.POLLIN)
-        return poll
+            poller.watch(self.stopping, READABLE)
+        return poller
 
     def wait(
-        self, gemini: socket.socket | None, event: int = select.POLLIN, seconds: float | None = None
+        self, gemini: socket.socket | None, event: int = READABLE, seconds: float | None = None
     ) -> float:
-        """Return when Gemini's socket is ready, or when the seconds of a pause are over (None: the time-out, a 504):
-        the seconds that it took."""
-        poll, mine = self.poll(gemini, event), -1 if gemini is None else gemini.fileno()
-        began = time.monotonic()
-        over, keep_alive_due = (
-            began + (self.silence if seconds is None else seconds),
-            began + KEEP_ALIVE_SECONDS,
-        )
+        """Return when Gemini's socket is ready, or after these seconds: how long that took.
+
+        Without `seconds`, a silence that is too long is a 504.
+        """
+        poller = self.poller(gemini, event)
+        gemini_fd = -1 if gemini is None else gemini.fileno()
+        began = now = time.monotonic()
+        deadline = began + (self.silence if seconds is None else seconds)
+        keep_alive_due = began + KEEP_ALIVE_SECONDS if self.keep_alive else math.inf
         while True:
+            ready = poller.wait(min(deadline, keep_alive_due) - now)
+            self.check(ready, gemini_fd, poller)
             now = time.monotonic()
-            until = min(over, keep_alive_due) if self.keep_alive else over
-            ready = poll.poll(max(0, math.ceil((until - now) * 1000)))
-            for fd, _ in ready:
-                if fd == self.stopping:
-                    raise ProxyError(503, "The server is shutting down.")
-                if fd != mine and self.client_left(poll):
-                    raise ClientGone
-            now = time.monotonic()
-            if any(fd == mine for fd, _ in ready) or now >= over and seconds is not None:
+            if gemini_fd in ready:
                 return now - began
-            if now >= over:
-                raise ProxyError(
-                    504, f"Gemini has been silent for {self.silence:g} seconds.", upstream=True
-                )
+            if now >= deadline and seconds is not None:
+                return now - began
+            if now >= deadline:
+                message = f"Gemini has been silent for {self.silence:g} seconds."
+                raise ProxyError(504, message, upstream=True)
             if self.keep_alive and now >= keep_alive_due:
                 self.keep_alive()
+                now = time.monotonic()
                 keep_alive_due = now + KEEP_ALIVE_SECONDS
 
-    def client_left(self, poll: Any) -> bool:
-        """Whether the client hung up; where the system only tells that there is something to read, look at it."""
-        if POLLRDHUP:
+    def check(self, ready: list[int], gemini_fd: int, poller: Poller) -> None:
+        """Raise what makes it pointless to wait any longer."""
+        for fd in ready:
+            if fd == self.stopping:
+                raise ProxyError(503, "The server is shutting down.")
+            if fd != gemini_fd and self.client_left(poller):
+                raise ClientGone
+
+    def client_left(self, poller: Poller) -> bool:
+        """Whether the client hung up; a system without POLLRDHUP only says that it can be read."""
+        if POLLRDHUP or self.client is None:
             return True
         try:
-            if self.client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                poll.modify(self.client, 0)  # its next request came early: it is still there
-                return False
+            data = self.client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
         except OSError:
-            pass
-        return True
+            return True
+        if data:
+            poller.watch(self.client, 0)  # its next request came early: it is still there
+        return not data
 
 
-class Response(http.client.HTTPResponse):
-    """An answer of Gemini's, and the connection that it comes over; begin() reads its head."""
+# ---- connections ----
 
-    def __init__(self, connection: Connection, waiter: Waiter, kept: bool, method: str):
-        self.line = UpstreamSocket(connection.sock, waiter)
-        super().__init__(self.line, method=method)
-        self.connection, self.kept = (
-            connection,
-            kept,
-        )  # kept: it was used before, and may have gone stale
-
-    def begin(self) -> None:
-        """Read the head, past those of the answers that only say Continue."""
-        status = 100
-        try:
-            while status < 200:
-                line = self.fp.readline(MAX_HEAD_BYTES)
-                match = STATUS_LINE.fullmatch(line)
-                if not line:
-                    raise http.client.RemoteDisconnected("the connection ended before an answer")
-                if not match:
-                    raise http.client.BadStatusLine(ascii(line[:60]))
-                status, headers = int(match.group(2)), read_headers(self.fp, MAX_HEAD_BYTES)
-            length = int(headers.get("content-length", -1))
-        except (BadHead, ValueError) as error:
-            raise http.client.HTTPException(str(error)) from None
-        self.status, self.reason = status, (match.group(3) or b"").decode("latin-1")
-        self.headers, self.chunk_left = headers, None
-        self.chunked = headers.get("transfer-encoding", "").lower() == "chunked"
-        self.length = None if self.chunked or length < 0 else length
-        self.will_close = (
-            match.group(1) == b"0"
-            or "close" in headers.get("connection", "").lower()
-            or self.length is None
-            and not self.chunked
-        )
-
-    def send(self, data: bytes) -> None:
-        """The request, as far as the socket takes it at a time."""
-        view = memoryview(data)
-        while view:
-            view = view[self.line.patiently(self.line.sock.send, view) :]
-
-    @property
-    def spoken(self) -> bool:
-        """Whether a single byte of it has come."""
-        return self.line.spoken
-
-    @property
-    def reusable(self) -> bool:
-        """Whether it was read to its end, and the connection stays open."""
-        return self.isclosed() and not self.will_close
+DEFAULT_PORTS = {"https": 443, "http": 80}
+Result = TypeVar("Result")
+Address = tuple[int, int, int, str, Any]  # as socket.getaddrinfo gives it
 
 
 class UpstreamSocket(io.RawIOBase):
-    """A (non-blocking) socket to Gemini as a file for http.client; it waits in its Waiter."""
+    """A connection to Gemini as a raw file. Its socket never blocks: its waiter waits."""
 
     def __init__(self, sock: socket.socket, waiter: Waiter):
-        self.sock, self.waiter, self.spoken = sock, waiter, False
-        self.pending = getattr(
-            sock, "pending", int
-        )  # counts bytes of which TLS knows, and poll does not
-        self.slow = False  # whether the last bytes had to be waited for; then to look for the next is in vain
+        self.sock = sock
+        self.tls: ssl.SSLSocket | None = None  # the same socket, once it speaks TLS
+        self.reused = False  # whether it was idle before this call: Gemini may have closed it
+        self.assign(waiter)
+
+    def assign(self, waiter: Waiter) -> None:
+        """Carry another call from now on, whose waiter this is."""
+        self.waiter = waiter
+        self.received = False  # whether a byte has come since
+        self.slow = False  # whether the last bytes had to be waited for: so will the next ones
 
     def readable(self) -> bool:
         return True
 
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
     def readinto(self, buffer: Any) -> int:
-        if self.slow and not self.pending():
+        """Wait for bytes; 0 at the end. (TLS may hold bytes that the system knows nothing of.)"""
+        if self.slow and not (self.tls and self.tls.pending()):
             self.slow = self.waiter.wait(self.sock) > READY_SECONDS
-        count = self.patiently(self.sock.recv_into, buffer)
-        self.spoken = self.spoken or count > 0
+        count = self.when_ready(READABLE, self.sock.recv_into, buffer)
+        self.received = self.received or count > 0
         return count
 
-    def patiently(self, act: Callable[[Any], int], buffer: Any) -> int:
-        """What the socket's method gives, as soon as it gives something."""
+    def send(self, data: bytes) -> None:
+        """Send all of it, as fast as the socket takes it."""
+        view = memoryview(data)
+        while view:
+            count = self.when_ready(WRITABLE, self.sock.send, view)
+            view = view[count:]
+
+    def start_tls(self, context: ssl.SSLContext, host: str, session: ssl.SSLSession | None) -> None:
+        """Speak TLS; the session of an earlier connection saves half of the handshake."""
+        self.tls = context.wrap_socket(
+            self.sock, server_hostname=host, session=session, do_handshake_on_connect=False
+        )
+        self.sock = self.tls
+        self.when_ready(READABLE, self.tls.do_handshake)
+
+    def when_ready(self, event: int, operation: Callable[..., Result], *arguments: Any) -> Result:
+        """What an operation of the socket's returns, as soon as it does not block.
+
+        `event` is what a plain socket waits for; TLS says itself what it needs.
+        """
         while True:
             try:
-                return act(buffer)
+                return operation(*arguments)
             except ssl.SSLWantReadError:
-                event = select.POLLIN
+                event = READABLE
             except ssl.SSLWantWriteError:
-                event = select.POLLOUT
+                event = WRITABLE
             except BlockingIOError:
-                event = select.POLLIN if act == self.sock.recv_into else select.POLLOUT
+                pass
             self.slow = self.waiter.wait(self.sock, event) > READY_SECONDS
+
+    def close(self) -> None:
+        super().close()
+        self.sock.close()
 
 
 def dial(host: str, port: int, waiter: Waiter) -> socket.socket:
-    """A non-blocking connection to the first of a host's addresses that answers, in CONNECT_SECONDS for all of them.
+    """A non-blocking connection to the first address of the host's that answers.
 
-    The library gives each the whole time, and where a network drops IPv6 without a word, Google has several in vain.
-    (Only the look-up of the name cannot be watched: the C library does it.)
+    They have CONNECT_SECONDS together. The library gives each the whole time, but where a network
+    drops IPv6 in silence, several of Google's addresses never answer. (Nothing watches the client
+    during the look-up of the name, which the C library does.)
     """
-    until, failure = time.monotonic() + CONNECT_SECONDS, OSError("the name has no address")
-    families: dict[int, list[tuple]] = {}
-    for one in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        families.setdefault(one[0], []).append(one)
-    found = [
-        one for row in itertools.zip_longest(*families.values()) for one in row if one
-    ]  # v6, v4, v6, ...
-    for i, (family, kind, protocol, _, where) in enumerate(found, 1):
-        left = max(0.1, until - time.monotonic())
+    deadline = time.monotonic() + CONNECT_SECONDS
+    failure = OSError("the name has no address")
+    addresses = alternated(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    for address in addresses:
+        seconds = max(0.1, deadline - time.monotonic())
+        if address is not addresses[-1]:
+            seconds = min(seconds, ADDRESS_SECONDS)
         try:
-            sock = socket.socket(family, kind, protocol)
-            try:
-                reach(sock, where, waiter, min(left, ADDRESS_SECONDS) if i < len(found) else left)
-                return sock
-            except BaseException:
-                sock.close()
-                raise
+            return reach(address, waiter, seconds)
         except OSError as error:
             failure = error
     raise failure
 
 
-def reach(sock: socket.socket, where: Any, waiter: Waiter, seconds: float) -> None:
-    """Connect the socket, which blocks no longer; an OSError where that fails or takes more than so many seconds."""
-    sock.setblocking(False)
-    error = sock.connect_ex(where)
-    if error == errno.EINPROGRESS:
-        if waiter.wait(sock, select.POLLOUT, seconds) >= seconds:
-            raise TimeoutError
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if error:
-        raise OSError(error, os.strerror(error))
+def alternated(addresses: Iterable[Address]) -> list[Address]:
+    """The addresses with families taking turns: v6, v4, v6, ..."""
+    families: dict[int, list[Address]] = {}
+    for address in addresses:
+        families.setdefault(address[0], []).append(address)
+    turns = itertools.zip_longest(*families.values())
+    return [address for turn in turns for address in turn if address]
 
 
-class Connection(http.client.HTTPConnection):
-    """A connection to Gemini, directly or through an HTTP proxy."""
+def reach(address: Address, waiter: Waiter, seconds: float) -> socket.socket:
+    """A non-blocking connection to the address; an OSError if that fails or takes longer."""
+    family, kind, protocol, _, where = address
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setblocking(False)
+        error = sock.connect_ex(where)
+        if error == errno.EINPROGRESS:
+            if waiter.wait(sock, WRITABLE, seconds) >= seconds:
+                raise TimeoutError
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
-    def __init__(self, pool: Pool):
-        super().__init__(pool.host, pool.port)
-        self.pool = pool
 
-    def open(self, waiter: Waiter) -> None:
-        """Connect, with an eye on the client (connect(), the library's, sees nobody leave)."""
-        waiter = Waiter(waiter.client, CONNECT_SECONDS, waiter.stopping, waiter.keep_alive)
-        proxy = self.pool.proxy
-        self.sock = dial(
-            proxy.host if proxy else self.host, proxy.port if proxy else self.port, waiter
-        )
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.pool.secure:
-            if proxy:
-                self.tunnel(proxy, waiter)
-            self.shake_hands(waiter)
+class Response:
+    """Gemini's answer to a request (RFC 9112), as a file over its connection.
 
-    def tunnel(self, proxy: HttpProxy, waiter: Waiter) -> None:
-        """Have the proxy connect us (RFC 9110, section 9.3.6)."""
-        host = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-        headers = "".join(f"{name}: {value}\r\n" for name, value in proxy.headers.items())
-        answer = Response(self, waiter, False, "CONNECT")
-        answer.send(f"CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n{headers}\r\n".encode("latin-1"))
-        answer.begin()
-        if not 200 <= answer.status < 300:
-            raise OSError(
-                f"the proxy {proxy.host}:{proxy.port} says {answer.status} {answer.reason}".rstrip()
-            )
+    Nothing is read at first: begin() reads the head, read() and read1() the body. What breaks the
+    rules is an HTTPException; a body that ends too early is an IncompleteRead.
+    """
 
-    def shake_hands(self, waiter: Waiter) -> None:
-        """Speak TLS from here on; the session of an earlier connection saves half of the handshake."""
-        self.sock = self.pool.context.wrap_socket(
-            self.sock,
-            server_hostname=self.host,
-            session=self.pool.session,
-            do_handshake_on_connect=False,
-        )
-        UpstreamSocket(self.sock, waiter).patiently(lambda nothing: self.sock.do_handshake(), b"")
+    def __init__(self, connection: UpstreamSocket):
+        self.connection, self.file = connection, io.BufferedReader(connection)
+        self.status, self.reason = 0, ""
+        self.headers: dict[str, str] = {}  # by name in lower case
+        self.chunked = False
+        self.left: int | None = None  # bytes of the body or chunk; None if that is not known yet
+        self.complete = False  # whether the body was read to its end
+        self.persistent = False  # whether the connection stays open then
+
+    def begin(self) -> None:
+        """Read the head, past those of interim answers (1xx)."""
+        version = b"1"
+        while self.status < 200:
+            version = self.read_head()
+        self.chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
+        if "content-length" in self.headers and not self.chunked:
+            self.left = content_length(self.headers["content-length"])
+            self.complete = not self.left
+        known_end = self.chunked or self.left is not None
+        closes = "close" in self.headers.get("connection", "").lower()
+        self.persistent = known_end and not closes and version == b"1"
+
+    def read_head(self) -> bytes:
+        """Read a status line and headers; the minor version of HTTP/1."""
+        line = self.file.readline(MAX_HEAD_BYTES)
+        if not line:
+            raise http.client.RemoteDisconnected("the connection ended before an answer")
+        match = STATUS_LINE.fullmatch(line)
+        if not match:
+            raise http.client.BadStatusLine(ascii(line[:60]))
+        version, status, reason = match.groups(b"")
+        self.status, self.reason = int(status), reason.decode("latin-1")
+        try:
+            self.headers = read_headers(self.file, MAX_HEAD_BYTES)
+        except BadHead as error:
+            raise http.client.HTTPException(error.message) from None
+        return version
+
+    def read1(self, limit: int) -> bytes:
+        """The next bytes of the body, as soon as there are some; none at its end."""
+        if self.chunked and not self.left and not self.complete:
+            self.next_chunk()
+        if self.complete:
+            return b""
+        if self.left is None:
+            data = self.file.read1(limit)
+            self.complete = not data  # such a body ends with the connection
+            return data
+        data = self.file.read1(min(limit, self.left))
+        if not data:
+            raise http.client.IncompleteRead(b"", self.left)
+        self.left -= len(data)
+        self.complete = not self.left and not self.chunked
+        return data
+
+    def next_chunk(self) -> None:
+        """Go on to the next chunk, or past the last one and its trailers (RFC 9112, 7.1)."""
+        if self.left == 0 and self.file.read(2) != b"\r\n":
+            raise http.client.IncompleteRead(b"")
+        match = CHUNK_LINE.fullmatch(self.file.readline(MAX_HEAD_BYTES))
+        if not match:
+            raise http.client.IncompleteRead(b"")
+        self.left = int(match.group(1), 16)
+        if self.left:
+            return
+        self.complete = True
+        try:
+            read_headers(self.file, MAX_HEAD_BYTES)
+        except BadHead:
+            self.persistent = False  # the body is whole, but what comes after it is unclear
+
+    def read(self, limit: int = sys.maxsize) -> bytes:
+        """The rest of the body, or so many bytes of it."""
+        blocks: list[bytes] = []
+        while limit > 0:
+            try:
+                block = self.read1(min(limit, BLOCK_BYTES))
+            except http.client.IncompleteRead as error:
+                raise http.client.IncompleteRead(b"".join(blocks), error.expected) from None
+            if not block:
+                break
+            blocks.append(block)
+            limit -= len(block)
+        return b"".join(blocks)
+
+    def detach(self) -> UpstreamSocket:
+        """The connection, which this no longer reads from. (A lost response closes it.)"""
+        self.file.detach()
+        return self.connection
+
+
+def content_length(text: str) -> int:
+    """The number in a Content-Length header; an HTTPException if it is none."""
+    try:
+        length = int(text)
+    except ValueError as error:
+        raise http.client.HTTPException(str(error)) from None
+    if not text.isdecimal():
+        raise http.client.HTTPException(f"this is not a Content-Length: {text[:60]!a}")
+    return length
+
+
+class UpstreamRequest(urllib.request.Request):
+    """A request to Gemini, with what the pool must know besides."""
+
+    def __init__(self, url: str, key: str, body: bytes | None, waiter: Waiter, fresh: bool):
+        super().__init__(url, body, {"x-goog-api-key": key, **HEADERS})
+        self.body, self.waiter = body, waiter
+        self.fresh = fresh  # whether an idle connection will not do
+
+
+class HttpProxy(NamedTuple):
+    """An HTTP proxy on the way to Gemini."""
+
+    host: str
+    port: int
+    headers: dict[str, str]
 
 
 class Pool(urllib.request.BaseHandler):
-    """urllib's way to Gemini: http.client connections that are used again. It sends; the Response is read later."""
+    """How urllib reaches Gemini: over connections that are used again."""
 
     def __init__(self, upstream: str):
         parts = urllib.parse.urlsplit(upstream)
         self.secure, self.host = parts.scheme == "https", parts.hostname or ""
-        self.port = parts.port or (443 if self.secure else 80)
-        self.idle: collections.deque[tuple[float, Connection]] = collections.deque()
-        self.session: ssl.SSLSession | None = None
+        self.port = parts.port or DEFAULT_PORTS[parts.scheme]
+        self.authority = f"{self.host}:{self.port}"
+        if ":" in self.host:
+            self.authority = f"[{self.host}]:{self.port}"
+        self.idle: collections.deque[tuple[float, UpstreamSocket]] = collections.deque()
         self.proxy = proxy_for(parts.scheme, parts.netloc.rpartition("@")[2])
-        self.context = tls_context() if self.secure else None
-        self.opened = self.counted = (
-            0  # connections so far; of these, those that the metrics know of
-        )
+        self.context: ssl.SSLContext | None = None
+        if self.secure:
+            self.context = tls_context()
+        self.session: ssl.SSLSession | None = None
+        self.opened = self.counted = 0  # connections so far; of these, those in the metrics
 
-    def https_open(self, request: urllib.request.Request) -> Response:
-        """Send the request, and give its Response, of which nothing is read yet."""
-        kept = None if request.anew else self.take()
-        connection = kept or self.connect(request.waiter)
+    def https_open(self, request: UpstreamRequest) -> Response:
+        """Send the request: its Response, of which nothing is read yet."""
+        connection = None
+        if not request.fresh:
+            connection = self.acquire()
+        if connection is None:
+            connection = self.connect(request.waiter)
+        connection.assign(request.waiter)
         try:
-            body, method = request.data, request.get_method()
-            if not kept:
-                request.waiter.wait(
-                    None, seconds=0
-                )  # a client that left meanwhile asks for nothing
-            lines = [f"{method} {self.target(request.selector)} HTTP/1.1", f"Host: {request.host}"]
-            lines += [f"{name}: {value}" for name, value in request.header_items()]
-            lines += [] if body is None else [f"Content-Length: {len(body)}"]
-            if self.proxy and not self.secure:
-                lines += [f"{name}: {value}" for name, value in self.proxy.headers.items()]
-            response = Response(connection, request.waiter, kept is not None, method)
-            response.send("\r\n".join(lines + ["", ""]).encode("latin-1") + (body or b""))
-            return response
+            connection.send(self.head(request) + (request.body or b""))
         except BaseException:
             connection.close()
             raise
+        return Response(connection)
 
     http_open = https_open
 
-    def target(self, selector: str) -> str:
-        """What the request line asks for: a proxy on the way to plain HTTP wants the whole URL."""
-        return (
-            f"http://{self.host}:{self.port}{selector}"
-            if self.proxy and not self.secure
-            else selector
-        )
+    def head(self, request: UpstreamRequest) -> bytes:
+        """The request line and headers. A proxy for plain HTTP wants the whole URL."""
+        target, headers = request.selector, [("Host", request.host), *request.header_items()]
+        if request.body is not None:
+            headers.append(("Content-Length", str(len(request.body))))
+        if self.proxy and not self.secure:
+            target = f"http://{self.authority}{target}"
+            headers += self.proxy.headers.items()
+        return request_head(request.get_method(), target, headers)
 
-    def connect(self, waiter: Waiter) -> Connection:
+    def connect(self, waiter: Waiter) -> UpstreamSocket:
+        """A new connection, through the proxy if there is one, and with TLS for https."""
         self.opened += 1
-        connection = Connection(self)
+        waiter = Waiter(waiter.client, CONNECT_SECONDS, waiter.stopping, waiter.keep_alive)
+        host, port = self.host, self.port
+        if self.proxy:
+            host, port = self.proxy.host, self.proxy.port
+        connection = UpstreamSocket(dial(host, port, waiter), waiter)
         try:
-            connection.open(waiter)
+            if self.context:
+                if self.proxy:
+                    self.open_tunnel(connection, self.proxy)
+                connection.start_tls(self.context, self.host, self.session)
+            waiter.wait(None, seconds=0)  # a client that left meanwhile needs no answer
         except BaseException:
             connection.close()
             raise
         return connection
 
-    def take(self) -> Connection | None:
-        """A connection that is idle and still open, the one used last, or None."""
+    def open_tunnel(self, connection: UpstreamSocket, proxy: HttpProxy) -> None:
+        """Have the proxy connect us to Gemini (RFC 9110, section 9.3.6)."""
+        headers = [("Host", self.authority), *proxy.headers.items()]
+        connection.send(request_head("CONNECT", self.authority, headers))
+        response = Response(connection)
+        response.begin()
+        if not 200 <= response.status < 300:
+            answer = f"{response.status} {response.reason}".rstrip()
+            raise OSError(f"the proxy {proxy.host}:{proxy.port} says {answer}")
+        response.detach()
+
+    def acquire(self) -> UpstreamSocket | None:
+        """The connection that was used last of those that are idle and still open, or None."""
         while True:
             try:
                 since, connection = self.idle.pop()
             except IndexError:
                 return None
-            poll = select.poll()
-            poll.register(connection.sock, select.POLLIN)  # readable means closed, or out of step
-            if time.monotonic() - since < IDLE_CONNECTION_SECONDS and not poll.poll(0):
+            readable = Poller(connection.sock).wait(0)  # it is closed, or out of step
+            if not readable and time.monotonic() - since < IDLE_CONNECTION_SECONDS:
                 return connection
             connection.close()
 
-    def remember(self, response: Response) -> None:
-        """Have the next connections take up the TLS session of this one, whose ticket came before the answer."""
-        if self.secure and not response.kept:
-            self.session = response.connection.sock.session
-
-    def give(self, response: Response) -> None:
-        """Keep the connection of an answer that has been read to its end."""
-        self.idle.append((time.monotonic(), response.connection))
+    def release(self, response: Response) -> None:
+        """Keep the connection of a response for other calls; close it if it cannot carry any."""
+        connection = response.detach()
+        if not (response.complete and response.persistent):
+            connection.close()  # this is what stops the bill
+            return
+        connection.reused = True
+        self.idle.append((time.monotonic(), connection))
         while len(self.idle) > MAX_IDLE_CONNECTIONS:
             self.drop_oldest()
+
+    def save_session(self, connection: UpstreamSocket) -> None:
+        """Let new connections resume the TLS session of this one, once it carries an answer.
+
+        Its ticket comes after the handshake (RFC 8446, section 4.6.1), but before the answer.
+        """
+        if connection.tls and not connection.reused:
+            self.session = connection.tls.session
 
     def drop_oldest(self) -> None:
         with contextlib.suppress(IndexError):
@@ -6889,182 +7014,206 @@ class Pool(urllib.request.BaseHandler):
                 self.drop_oldest()
 
 
-class HttpProxy(NamedTuple):
-    """An HTTP proxy on the way to Gemini."""
-
-    host: str
-    port: int
-    headers: dict[str, str]
+def request_head(method: str, target: str, headers: Iterable[tuple[str, str]]) -> bytes:
+    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 def proxy_for(scheme: str, host: str) -> HttpProxy | None:
-    """The proxy that the environment names for this scheme and host, in any of the usual spellings."""
+    """The proxy that the environment names for this scheme and host, in any usual spelling."""
     url = urllib.request.getproxies().get(scheme)
     if not url or urllib.request.proxy_bypass(host):
         return None
-    parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+    if "://" not in url:
+        url = "http://" + url
+    parts = urllib.parse.urlsplit(url)
     if not parts.hostname:
         raise ValueError(f"{scheme.upper()}_PROXY is not the address of a proxy")
     headers = {}
     if parts.username:
-        login = (
-            f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-        )
-        headers["Proxy-Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+        user, password = map(urllib.parse.unquote, (parts.username, parts.password or ""))
+        login = base64.b64encode(f"{user}:{password}".encode()).decode()
+        headers["Proxy-Authorization"] = "Basic " + login
     return HttpProxy(parts.hostname, parts.port or 80, headers)
 
 
 def tls_context() -> ssl.SSLContext:
-    """The one TLS context. OpenSSL reads SSL_CERT_FILE and SSL_CERT_DIR by itself, but not what `requests` uses."""
+    """The one TLS context. OpenSSL itself reads SSL_CERT_FILE and SSL_CERT_DIR, but not the
+    variable of `requests`."""
     context = ssl.create_default_context()
     bundle = os.environ.get("REQUESTS_CA_BUNDLE")
-    if bundle:
-        context.load_verify_locations(**{"capath" if os.path.isdir(bundle) else "cafile": bundle})
+    if bundle and os.path.isdir(bundle):
+        context.load_verify_locations(capath=bundle)
+    elif bundle:
+        context.load_verify_locations(cafile=bundle)
     context.set_alpn_protocols(["http/1.1"])
     return context
 
 
-def unreachable(failure: BaseException) -> ProxyError:
-    """What it means to the client that Gemini could not be reached, or broke off."""
-    if isinstance(failure, urllib.error.URLError) and isinstance(failure.reason, BaseException):
-        failure = failure.reason
-    if isinstance(failure, (TimeoutError, socket.timeout)):
-        return ProxyError(504, "Gemini could not be reached in time.", upstream=True)
-    if isinstance(failure, http.client.IncompleteRead):
-        return ProxyError(502, "Gemini's answer broke off.", upstream=True)
-    words = getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
-    return ProxyError(
-        502, f"Gemini could not be reached, or does not speak HTTP: {words}", upstream=True
-    )
-
+# ---- calls ----
 
 TRANSPORT_ERRORS = (OSError, http.client.HTTPException)
 
 
-class UpstreamCall:
-    """One call to Gemini: sent when it is made, read by chunks().
+def transport_error(failure: Exception) -> ProxyError:
+    """What it means to the client that Gemini could not be reached, or broke off."""
+    if isinstance(failure, ProxyError):
+        return failure
+    if isinstance(failure, (TimeoutError, socket.timeout)):
+        return ProxyError(504, "Gemini could not be reached in time.", upstream=True)
+    if isinstance(failure, http.client.IncompleteRead):
+        return ProxyError(502, "Gemini's answer broke off.", upstream=True)
+    reason = getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
+    message = f"Gemini could not be reached, or does not speak HTTP: {reason}"
+    return ProxyError(502, message, upstream=True)
 
-    It is tried again, MAX_ATTEMPTS times in all, while no byte of an answer has come: when Gemini says so (gemini_refusal's
-    `again`, of MAX_BACKOFF_SECONDS at most), and when the connection broke within BROKEN_RETRY_SECONDS; but not
-    once RETRY_WINDOW_SECONDS is at its end.
+
+class UpstreamCall:
+    """One call to Gemini, in at most MAX_ATTEMPTS attempts: send() it, then read its chunks().
+
+    Another attempt is made while no byte of a good answer has come: when Gemini says that it may
+    help (`retry_after`, up to MAX_BACKOFF_SECONDS), when the connection broke within
+    BROKEN_RETRY_SECONDS, and when a repaired call may pass; not after RETRY_WINDOW_SECONDS.
     """
 
     def __init__(
         self, gemini: Gemini, call: GeminiCall, waiter: Waiter, key: str, ignored: list[str]
     ):
         self.gemini, self.call, self.waiter, self.key = gemini, call, waiter, key
-        self.ignored = ignored  # names of what had to be left out for Gemini to take it
+        self.ignored = ignored  # gets the names of what was left out so that Gemini takes the call
         self.response: Response | None = None
-        self.failure: BaseException | None = None  # why it could not be sent
-        self.tries, self.began = 0, time.monotonic()
-        self.send()
+        self.send_error: ProxyError  # of an attempt that has no response
+        self.attempts = 0
+        self.began = self.sent = time.monotonic()
 
-    def send(self, anew: bool = False) -> None:
-        """Send it, on a new connection if need be; trouble is for chunks() to tell."""
-        self.tries += 1
+    def send(self, fresh: bool = False) -> None:
+        """Make an attempt; on a fresh connection where an idle one has just failed.
+
+        It does not raise what goes wrong on the way to Gemini. Calls are sent before their turn,
+        several at a time, and an error must not overtake the answers that come before it: it is
+        read as the answer to this call.
+        """
+        self.attempts += 1
+        body = None
         try:
-            body = None if self.call.body is None else gemini_json(self.call.body)
+            if self.call.body is not None:
+                body = gemini_json(self.call.body)
         except RecursionError:
             raise nested_too_deeply() from None
-        request = urllib.request.Request(
-            self.gemini.base + self.call.path, body, {"x-goog-api-key": self.key, **HEADERS}
-        )
-        request.waiter, request.anew = self.waiter, anew
+        url = self.gemini.base + self.call.path
+        request = UpstreamRequest(url, self.key, body, self.waiter, fresh)
         try:
-            self.response, self.failure = self.gemini.opener.open(request), None
-            self.sent = time.monotonic()
+            self.response = self.gemini.opener.open(request)
         except (ProxyError, *TRANSPORT_ERRORS) as failure:
-            self.response, self.failure = None, failure
+            self.send_error = self.failed_attempt(failure)
+        self.sent = time.monotonic()
 
     def chunks(self) -> Iterator[JSON]:
-        """What Gemini answers: one chunk, or those of a stream. Whatever goes wrong is a ProxyError, or ClientGone."""
+        """Gemini's answer: one chunk, or those of a stream; a ProxyError or ClientGone if it fails.
+
+        A call that nobody has sent is sent now.
+        """
         try:
-            self.await_ok()
+            response = self.good_response()
             if self.call.streaming:
-                yield from read_events(iter(functools.partial(self.response.read1, 65536), b""))
+                blocks = iter(functools.partial(response.read1, BLOCK_BYTES), b"")
+                yield from read_events(blocks)
             else:
-                yield read_chunk(self.response.read())
+                yield read_chunk(response.read())
         except (ProxyError, *TRANSPORT_ERRORS) as failure:
             if not self.call.optional:
-                error = failure if isinstance(failure, ProxyError) else unreachable(failure)
-                raise masked(error, self.key) from None
+                raise masked(transport_error(failure), self.key) from None
             yield {}
         finally:
             self.release()
 
-    def await_ok(self) -> None:
-        """Go on until Gemini has said 200, with what is worth another try; raises its refusal."""
+    def good_response(self) -> Response:
+        """The response with status 200, after further attempts if need be; else the refusal."""
         while True:
             error = self.begin()
-            if error is None:
-                return
-            lost = self.response is None or not self.response.spoken
-            stale = lost and self.response is not None and self.response.kept
+            if isinstance(error, Response):
+                return error
+            unanswered = self.unanswered()
+            stale = unanswered and self.response is not None and self.response.connection.reused
             self.release()
-            if error.upstream:  # and not our own end
+            if error.upstream:  # not because this server ends
                 self.gemini.count("upstream_errors_total", str(error.status))
-            mended, names = (
-                repaired(self.call, error.message) if error.status == 400 else (None, [])
-            )
-            late = time.monotonic() - self.began > RETRY_WINDOW_SECONDS
-            hopeless = mended is None and (
-                error.retry_after is None or error.retry_after > MAX_BACKOFF_SECONDS or late
-            )
-            if hopeless or self.tries >= MAX_ATTEMPTS:
+            backoff = self.backoff(error)
+            if backoff is None:
                 raise error
-            if mended is not None:
-                self.call = mended
-                self.ignored += names
-            elif not stale:
-                self.waiter.wait(
-                    None,
-                    seconds=max(error.retry_after, 0.2 * 2**self.tries * random.uniform(0.5, 1)),
-                )
+            if backoff and not stale:
+                self.waiter.wait(None, seconds=backoff)
             self.gemini.count("upstream_retries_total")
-            self.send(anew=lost)
+            self.send(fresh=unanswered)
 
-    def begin(self) -> ProxyError | None:
-        """Read the head of the answer; None if it is a 200, else what it means."""
-        if self.failure is None:
-            try:
-                self.response.begin()
-                if self.response.status == 200:
-                    self.gemini.pool.remember(self.response)
-                    return None
-                raw = self.response.read(MAX_ERROR_BYTES).replace(
-                    self.key.encode(), KEY_MASK.encode()
-                )
-                return gemini_refusal(self.response.status, read_json(raw), raw)
-            except TRANSPORT_ERRORS as failure:
-                self.failure = failure
-        error = self.failure if isinstance(self.failure, ProxyError) else unreachable(self.failure)
-        lost = self.response is None or not self.response.spoken
-        early = self.response is None or time.monotonic() - self.sent < BROKEN_RETRY_SECONDS
-        if (
-            lost
-            and early
-            and isinstance(self.failure, ConnectionError)
-            and not isinstance(self.failure, ConnectionRefusedError)
-        ):
-            error.retry_after = (
-                0.0  # later on, Gemini may be at work on it, and what is asked twice is paid twice
-            )
+    def begin(self) -> Response | ProxyError:
+        """Read the head of the answer to an attempt: the response if it is a 200, else an error."""
+        if not self.attempts:
+            self.send()
+        if self.response is None:
+            return self.send_error
+        try:
+            self.response.begin()
+            if self.response.status != 200:
+                return self.refusal(self.response)
+        except TRANSPORT_ERRORS as failure:
+            return self.failed_attempt(failure)
+        self.gemini.pool.save_session(self.response.connection)
+        return self.response
+
+    def refusal(self, response: Response) -> ProxyError:
+        """What a status other than 200 means; its body may be cut off."""
+        try:
+            raw = response.read(MAX_ERROR_BYTES)
+        except http.client.IncompleteRead as error:
+            raw = error.partial
+        raw = raw.replace(self.key.encode(), KEY_MASK.encode())
+        return gemini_refusal(response.status, read_json(raw), raw)
+
+    def failed_attempt(self, failure: Exception) -> ProxyError:
+        """The error of an attempt whose connection failed."""
+        error = transport_error(failure)
+        broken = isinstance(failure, ConnectionError)
+        if isinstance(failure, ConnectionRefusedError) or not broken or not self.unanswered():
+            return error
+        if self.response is None or time.monotonic() - self.sent < BROKEN_RETRY_SECONDS:
+            error.retry_after = 0.0  # later, Gemini may be at work, and would be paid for twice
         return error
 
+    def unanswered(self) -> bool:
+        """Whether not a byte has come in this attempt."""
+        return self.response is None or not self.response.connection.received
+
+    def backoff(self, error: ProxyError) -> float | None:
+        """Seconds before the next attempt, for which the call may be repaired; None to give up."""
+        if self.attempts >= MAX_ATTEMPTS:
+            return None
+        if error.status == 400 and self.repair(error.message):
+            return 0.0
+        late = time.monotonic() - self.began > RETRY_WINDOW_SECONDS
+        if late or error.retry_after is None or error.retry_after > MAX_BACKOFF_SECONDS:
+            return None
+        backoff: float = BACKOFF_SECONDS * 2**self.attempts
+        return max(error.retry_after, backoff * random.uniform(0.5, 1))
+
+    def repair(self, message: str) -> bool:
+        """Leave out of the call what the message of a 400 complains of; whether that was there."""
+        call, names = repaired(self.call, message)
+        if call is None:
+            return False
+        self.call = call
+        self.ignored += names
+        return True
+
     def release(self) -> None:
-        """Keep the connection if its answer was read to the end; else hang up, which is what stops the bill."""
+        """Give the connection back. If its answer was not read to the end, that hangs up."""
         response, self.response = self.response, None
-        if response is None:
-            return
-        if response.reusable:
-            self.gemini.pool.give(response)
-        else:
-            response.close()
-            response.connection.close()
+        if response is not None:
+            self.gemini.pool.release(response)
 
 
 def masked(error: ProxyError, key: str) -> ProxyError:
-    """The error without the key, should Gemini have quoted it, and of a length that can be read."""
+    """The error without the key, should Gemini have quoted it, and of a readable length."""
     error.message = error.message.replace(key, KEY_MASK)[:8000]
     return error
 
@@ -7073,32 +7222,43 @@ class CallBatch:
     """The answers to the calls of one request, in order. Leaving it hangs up on what is unread."""
 
     def __init__(self, gemini: Gemini, calls: Iterable[GeminiCall], waiter: Waiter, key: str):
-        self.ignored: list[str] = []
-        self.calls = (
-            UpstreamCall(gemini, gemini.signed(call, key), waiter, key, self.ignored)
-            if call is not MODELS_CALL
-            else ModelList(gemini, waiter, key)
-            for call in calls
-        )
-        self.pending: collections.deque[UpstreamCall] = collections.deque()
+        self.gemini, self.waiter, self.key = gemini, waiter, key
+        self.calls = iter(calls)
+        self.ignored: list[str] = []  # names of what was left out of the calls
+        self.pending: collections.deque[UpstreamCall | ModelList] = collections.deque()
 
     def __iter__(self) -> Iterator[Iterator[JSON]]:
-        self.pending.extend(itertools.islice(self.calls, MAX_PARALLEL_CALLS))
+        for _ in range(MAX_PARALLEL_CALLS):
+            self.send_next()
         while self.pending:
             yield self.pending[0].chunks()
             self.pending.popleft().release()
-            self.pending.extend(itertools.islice(self.calls, 1))
+            self.send_next()
+
+    def send_next(self) -> None:
+        """Send the next call, if there is one."""
+        call = next(self.calls, None)
+        if call is MODELS_CALL:
+            self.pending.append(ModelList(self.gemini, self.waiter, self.key))
+        elif call is not None:
+            call = self.gemini.signed(call, self.key)
+            upstream_call = UpstreamCall(self.gemini, call, self.waiter, self.key, self.ignored)
+            self.pending.append(upstream_call)
+            upstream_call.send()
 
     def __enter__(self) -> CallBatch:
         return self
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, *exc: object) -> None:
         for upstream_call in self.pending:
             upstream_call.release()
 
 
 class ModelList:
-    """Gemini's whole list of models as one chunk; kept for a few minutes, and longer while Gemini is in trouble."""
+    """Gemini's whole list of models as one chunk.
+
+    It is kept for MODEL_LIST_SECONDS; an old list is used while Gemini does not give a new one.
+    """
 
     def __init__(self, gemini: Gemini, waiter: Waiter, key: str):
         self.gemini, self.waiter, self.key = gemini, waiter, key
@@ -7117,103 +7277,137 @@ class ModelList:
         yield {"models": models}
 
     def pages(self) -> list[JSON]:
+        """The models of all pages (ai.google.dev/api/models#method:-models.list)."""
         models: list[JSON] = []
-        token = ""
+        path = "models?pageSize=1000"
         for _ in range(MAX_MODEL_PAGES):
-            call = GeminiCall(
-                "models?pageSize=1000"
-                + (f"&pageToken={urllib.parse.quote(token)}" if token else "")
-            )
+            call = GeminiCall(path)
             (page,) = UpstreamCall(self.gemini, call, self.waiter, self.key, []).chunks()
             models += expect(page, "models", list)
             token = expect(page, "nextPageToken", str).encode("ascii", "ignore").decode()
             if not token:
                 return models
+            path = f"models?pageSize=1000&pageToken={urllib.parse.quote(token)}"
         raise invalid_answer(f"more than {MAX_MODEL_PAGES} pages of models")
 
     def release(self) -> None:
-        """It holds nothing back."""
+        """There is nothing to give back."""
+
+
+# ---- memory ----
 
 
 class Memory:
-    """The one place that remembers: texts by a key, and by an alias that several may share; the oldest go first.
+    """The one place that remembers: texts by a key, and by an alias that several may share.
 
-    It is bounded by rows and by bytes. (SQLite gives it the index, the order and, in a file, the sharing.)
-    Trouble with the file is logged and is no client's: what was kept is not found then.
+    What is put into it may be evicted: it is bounded by rows and bytes, and the oldest go first.
+    What is pinned stays. SQLite gives it the index, the order and, in a file, the sharing. A file
+    that fails is logged; what was in it is then not there, but clients see no error.
     """
 
-    ROWS, SIZE = 20_000, 32 << 20  # at most, but for what came since it was last looked at
-    LOOK = 256, 4 << 20  # rows and bytes after which it is looked at
-    MAKE = (
+    MAX_ROWS, MAX_BYTES = 20_000, 32 << 20  # exceeded at most by what came since the last pruning
+    PRUNE_ROWS, PRUNE_BYTES = 256, 4 << 20  # after so many new ones it is pruned
+    PINNED = "!"  # begins the alias of a pinned text, its group; the other aliases are digests
+    SCHEMA = (
         "PRAGMA journal_mode = WAL",
-        "PRAGMA synchronous = OFF",  # what a crash loses was lost before
+        "PRAGMA synchronous = OFF",  # a crash may lose the last texts
         "CREATE TABLE IF NOT EXISTS memory (key TEXT PRIMARY KEY, alias TEXT, value TEXT)",
         "CREATE INDEX IF NOT EXISTS aliases ON memory (alias)",
     )
-    KEEP = "INSERT OR REPLACE INTO memory VALUES (?, ?, ?)"
-    DROP = "DELETE FROM memory WHERE key = ?"
-    FIND = "SELECT value FROM memory WHERE key = ?1 OR alias = ?2 ORDER BY key = ?1 DESC, rowid DESC LIMIT 1"
-    FORGET = (
-        "DELETE FROM memory WHERE rowid IN (SELECT row FROM (SELECT rowid AS row, ROW_NUMBER() OVER newest AS n, "
-        "SUM(LENGTH(value)) OVER newest AS size FROM memory WHERE alias NOT LIKE '!%' OR alias IS NULL "
-        "WINDOW newest AS (ORDER BY rowid DESC)) WHERE n > ? OR size > ?)"
+    INSERT = "INSERT OR REPLACE INTO memory VALUES (:key, :alias, :value)"
+    DELETE = "DELETE FROM memory WHERE key = :key"
+    SELECT = (
+        "SELECT value FROM memory WHERE key = :key OR alias = :alias "
+        "ORDER BY key = :key DESC, rowid DESC LIMIT 1"
+    )
+    SELECT_GROUP = "SELECT key, value FROM memory WHERE alias = :alias"
+    PRUNE = (
+        "DELETE FROM memory WHERE rowid IN (SELECT row FROM ("
+        "SELECT rowid AS row, ROW_NUMBER() OVER newest AS n, SUM(LENGTH(value)) OVER newest AS size"
+        f" FROM memory WHERE alias IS NULL OR alias NOT LIKE '{PINNED}%' "
+        "WINDOW newest AS (ORDER BY rowid DESC)) WHERE n > :rows OR size > :bytes)"
     )
 
     def __init__(self, path: str = ":memory:"):
         self.path, self.lock = path, threading.Lock()
-        self.database: Any = None
-        self.rows = self.size = 0  # that came since it was last looked at
-        self.rest = [
-            0.0,
-            0.0,
-        ]  # until when the file is not written, and not read, for that was in trouble
+        self.database: sqlite3.Connection | None = None
+        self.new_rows = self.new_bytes = 0  # since the last pruning
+        # After a failure the file is left alone until then. Another process that writes for long
+        # keeps this one from writing, but not from reading.
+        self.writes_resume = self.reads_resume = 0.0
 
-    def open(self) -> Any:
-        """The database, made when it is first needed: most exchanges have nothing to remember."""
-        if self.database is None:
-            import sqlite3
+    def open(self) -> sqlite3.Connection:
+        """The database, opened when it is first needed: most exchanges remember nothing."""
+        if self.database is not None:
+            return self.database
+        import sqlite3
 
-            if self.path != ":memory:":
-                os.close(
-                    os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-                )  # nobody else's to read
-            database = sqlite3.connect(
-                self.path, timeout=STATE_LOCK_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            for statement in self.MAKE:
-                database.execute(
-                    statement
-                ).close()  # PyPy would keep the lock until it collects garbage
-            self.database = database
-        return self.database
+        if self.path != ":memory:":  # only the user of this process may read the file
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        database = sqlite3.connect(
+            self.path, timeout=STATE_LOCK_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        try:
+            for statement in self.SCHEMA:
+                database.execute(statement).close()  # or PyPy keeps a lock until it collects it
+        except BaseException:
+            database.close()
+            raise
+        self.database = database
+        return database
+
+    def close(self) -> None:
+        """Close the database; what is not in a file is forgotten. A later use opens it again."""
+        with self.lock:
+            if self.database is not None:
+                self.database.close()
+                self.database = None
 
     def try_out(self) -> None:
-        """Raise what is wrong with the file, before there are workers, which cannot share a connection."""
+        """Raise a ValueError or OSError if the file cannot be used.
+
+        It is closed again, since the workers that are forked later cannot share a connection.
+        """
         import sqlite3
 
         try:
-            self.open().close()
+            self.open()
         except sqlite3.Error as error:
             raise ValueError(str(error)) from None
-        self.database = None
+        self.close()
 
-    def run(self, statement: str, *values: Any) -> list[tuple] | None:
-        """The rows that a statement gives; None where the file is in trouble."""
+    def execute(self, statement: str, values: JSON) -> list[Any] | None:
+        """The rows that a statement gives; None if the database fails."""
         import sqlite3
 
+        try:
+            with contextlib.closing(self.open().execute(statement, values)) as cursor:
+                return cursor.fetchall()
+        except UnicodeEncodeError:  # a lone surrogate, which no text in it has
+            return []
+        except (sqlite3.Error, OSError) as error:
+            log(f"the state file {self.path} failed: {error}")
+            return None
+
+    def read(self, statement: str, **values: str | None) -> list[Any]:
+        """The rows that a SELECT gives; none if the database fails."""
         with self.lock:
-            reads = statement.startswith("SELECT")  # which no writer's lock keeps from reading
-            if time.monotonic() < self.rest[reads]:
-                return None
-            try:
-                with contextlib.closing(self.open().execute(statement, values)) as cursor:
-                    return cursor.fetchall()
-            except UnicodeEncodeError:  # a lone surrogate, which nothing that was kept has
+            if time.monotonic() < self.reads_resume:
                 return []
-            except (sqlite3.Error, OSError) as error:
-                self.rest[reads] = time.monotonic() + STATE_RETRY_SECONDS
-                log(f"what is to be remembered in {self.path} is in trouble: {error}")
-                return None
+            rows = self.execute(statement, values)
+            if rows is None:
+                self.reads_resume = time.monotonic() + STATE_RETRY_SECONDS
+            return rows or []
+
+    def write(self, statement: str, **values: str | int | None) -> bool:
+        """Run a statement that changes something; whether that went well."""
+        with self.lock:
+            if time.monotonic() < self.writes_resume:
+                return False
+            rows = self.execute(statement, values)
+            if rows is None:
+                self.writes_resume = time.monotonic() + STATE_RETRY_SECONDS
+            return rows is not None
 
     def close(self) -> None:
         """Close the database, and with it forget what is not in a file; a later use opens it again."""
@@ -7224,52 +7418,66 @@ class Memory:
 
     def put(self, key: str, alias: str | None, value: str) -> None:
         """Keep a text until newer ones need its place."""
-        self.run(self.KEEP, key, alias, value)
-        self.rows, self.size = self.rows + 1, self.size + len(value)
-        if self.rows >= self.LOOK[0] or self.size >= self.LOOK[1]:
-            self.rows = self.size = 0
-            self.run(self.FORGET, self.ROWS, self.SIZE)
+        self.write(self.INSERT, key=key, alias=alias, value=value)
+        self.new_rows, self.new_bytes = self.new_rows + 1, self.new_bytes + len(value)
+        if self.new_rows >= self.PRUNE_ROWS or self.new_bytes >= self.PRUNE_BYTES:
+            self.new_rows = self.new_bytes = 0
+            self.write(self.PRUNE, rows=self.MAX_ROWS, bytes=self.MAX_BYTES)
 
-    def keep(self, shelf: str, key: str, text: str) -> None:
-        """Keep a text that is not forgotten by itself; "" forgets it. A 503 where that cannot be."""
-        done = self.run(self.KEEP, key, "!" + shelf, text) if text else self.run(self.DROP, key)
-        if done is None:
+    def pin(self, group: str, key: str, value: str) -> None:
+        """Keep a text that is never evicted, or forget it (""); a 503 if that fails."""
+        if value:
+            done = self.write(self.INSERT, key=key, alias=self.PINNED + group, value=value)
+        else:
+            done = self.write(self.DELETE, key=key)
+        if not done:
             raise ProxyError(503, "This server cannot remember anything now; its log tells why.")
 
-    def kept(self, shelf: str) -> list[tuple[str, str]]:
-        """(key, text) of all that is kept on this shelf."""
+    def pinned(self, group: str) -> list[tuple[str, str]]:
+        """(key, text) of all that is pinned in this group."""
         if self.empty:
             return []
-        return self.run("SELECT key, value FROM memory WHERE alias = ?", "!" + shelf) or []
+        return self.read(self.SELECT_GROUP, alias=self.PINNED + group)
 
     def get(self, key: str | None, alias: str | None = None) -> str | None:
-        """What was put under this key, else what was put last under this alias."""
-        rows = [] if self.empty else self.run(self.FIND, key, alias)
-        return rows[0][0] if rows else None
+        """The text under this key, else the last one under this alias, or None."""
+        if self.empty:
+            return None
+        for (text,) in self.read(self.SELECT, key=key, alias=alias):
+            return str(text)
+        return None
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing that would be worth a look."""
+        """Whether it is certain that nothing is in it, so that SQLite need not be loaded."""
         return self.database is None and self.path == ":memory:"
+
+
+# ---- the service ----
+
+
+def no_count(metric: str, *labels: str) -> None:
+    """For those who keep no metrics."""
 
 
 class Gemini:
     """The service: its connections, its models, and what it must be reminded of."""
 
     def __init__(
-        self,
-        upstream: str,
-        state: str = ":memory:",
-        count: Callable[..., None] = lambda *labels: None,
+        self, upstream: str, state: str = ":memory:", count: Callable[..., None] = no_count
     ):
         self.base = upstream.rstrip("/") + "/v1beta/"
         self.pool, self.memory = Pool(upstream), Memory(state)
-        self.count = count  # called with what the metrics tell of
+        self.count = count  # called with the name and labels of a metric
+        # It has no other handler: no redirect is followed, and a refusal is an answer.
         self.opener = urllib.request.OpenerDirector()
-        self.opener.add_handler(
-            self.pool
-        )  # and no other: no redirect is followed, and a refusal is an answer
-        self.models: dict[str, tuple[float, list[JSON]]] = {}  # by key
+        self.opener.add_handler(self.pool)
+        self.models: dict[str, tuple[float, list[JSON]]] = {}  # (when, the list) by key
+
+    def close(self) -> None:
+        """Close the idle connections and the memory."""
+        self.pool.close()
+        self.memory.close()
 
     def close(self) -> None:
         """Close the idle connections and the memory."""
@@ -7280,42 +7488,49 @@ class Gemini:
         return CallBatch(self, calls, waiter, key)
 
     def signed(self, call: GeminiCall, key: str) -> GeminiCall:
-        """The call with what its history lost; what another generation of models had said stays out."""
+        """The call with what its history lost, but for what other generations of models gave."""
+        if call.model is None:
+            return call
+        scope, generation = scope_of(key), str(int(call.model.generation))
 
-        def recall(id: str | None, digest: str, name: str) -> KnownCall:
-            found = self.memory.get(f"{scope_of(key)}:call:{id}", digest)
-            if not found:
+        def recall(call_id: str | None, digest: str, name: str) -> KnownCall:
+            text = self.memory.get(f"{scope}:call:{call_id}", digest)
+            if not text:
                 return KnownCall()
-            generation, known, signature, *before = found.split(" ", 3)
-            if (generation, known) != (str(int(call.model.generation)), name):
+            words = text.split(" ", 3)  # as remember() joined them
+            if words[:2] != [generation, name]:
                 self.count("signatures_total", "foreign")
                 return KnownCall()
-            return KnownCall(signature, tuple(json.loads(before[0])) if before else ())
+            if len(words) == 3:
+                return KnownCall(words[2])
+            return KnownCall(words[2], tuple(json.loads(words[3])))
 
-        def count(origin: str) -> None:
-            self.count("signatures_total", origin)
-
-        return restore_signatures(call, scope_of(key), recall, count) if call.model else call
+        count = functools.partial(self.count, "signatures_total")
+        return restore_signatures(call, scope, recall, count)
 
     def remember(self, call: GeminiCall, key: str, calls: list[ToolCall]) -> list[str]:
-        """Ids for the function calls in the answer to this call; what they will want again is kept under them."""
+        """New ids for the tool calls in an answer; what Gemini wants back is put under them."""
         ids = ["call_" + secrets.token_hex(12) for _ in calls]
-        if any(made.signature or made.before for made in calls):
-            trail = ConversationDigest(call.body, scope_of(key))
-            for content in call.body["contents"]:
-                trail.turn(content)
-            for id, made in zip(ids, calls):
-                name = gemini_name(made.name)  # as it comes back, whatever the model called it
-                digest = trail.call(name, made.args)
-                known = [str(int(call.model.generation)), name, made.signature or ""]
-                known += [json.dumps(made.before)] if made.before else []
-                if any(known[2:]):
-                    self.memory.put(f"{scope_of(key)}:call:{id}", digest, " ".join(known))
+        signed = any(tool_call.signature or tool_call.before for tool_call in calls)
+        if not signed or call.model is None or call.body is None:
+            return ids
+        scope, generation = scope_of(key), str(int(call.model.generation))
+        conversation = ConversationDigest(call.body, scope)
+        for content in call.body["contents"]:
+            conversation.turn(content)
+        for call_id, tool_call in zip(ids, calls):
+            name = gemini_name(tool_call.name)  # as it comes back, whatever the model called it
+            digest = conversation.call(name, tool_call.args)
+            words = [generation, name, tool_call.signature or ""]
+            if tool_call.before:
+                words.append(json.dumps(tool_call.before))
+            if any(words[2:]):
+                self.memory.put(f"{scope}:call:{call_id}", digest, " ".join(words))
         return ids
 
 
 def scope_of(key: str) -> str:
-    """What a Gemini key adds to digests: signatures of one key are nothing to another."""
+    """What a Gemini key adds to digests: signatures of one key mean nothing to another."""
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
@@ -8165,10 +8380,10 @@ class Server(http.server.ThreadingHTTPServer):
             time.time,
             lambda prefix: prefix + secrets.token_hex(12),
             lambda name: memory.get(shelf + name),
-            lambda name, text: memory.keep(shelf, shelf + name, text),
+            lambda name, text: memory.pin(shelf, shelf + name, text),
             lambda name, text: memory.put(shelf + name, None, text),
             lambda: {
-                name[len(shelf) :].partition(":")[2]: text for name, text in memory.kept(shelf)
+                name[len(shelf) :].partition(":")[2]: text for name, text in memory.pinned(shelf)
             },
             self.loaded,
         )

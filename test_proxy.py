@@ -6587,36 +6587,48 @@ def test_a_silent_ollama_stream_beats_with_empty_chunks(gemini, monkeypatch):
 # ======================================================================================
 
 ENV = {"GEMINI_API_KEY": "AIza-1"}
+PROGRAM = HERE / "proxy_to_gemini.py"
 
 
-def test_flags_in_both_spellings():
-    config, _ = proxy.configured(
-        [
-            "-api=openai",
-            "-listen",
-            ":8080",
-            "--timeout=7",
-            "-alias=gpt-*=" + NEWEST,
-            "-alias",
-            "a=models/b",
-            "-origins=x,y",
-        ],
-        ENV,
+def configure(*arguments, env=ENV):
+    """The configuration for these flags."""
+    return proxy.configure(proxy.flag_parser().parse_args(arguments), env)
+
+
+def test_flags_take_one_dash_or_two_and_their_value_in_the_same_word_or_the_next():
+    config = configure(
+        *("-api=openai", "-listen", ":8080", "--timeout=7", "--origins", "x,y"),
+        *("-alias=gpt-*=" + NEWEST, "-alias", "a=models/b"),
     )
     assert config == proxy.Config(
-        "openai",
-        ("", 8080),
-        proxy.GEMINI,
-        "AIza-1",
-        (("gpt-*", NEWEST), ("a", "b")),
-        ("x", "y"),
-        7.0,
-        "",
+        api="openai",
+        listen=("", 8080),
+        upstream=proxy.DEFAULT_UPSTREAM,
+        key="AIza-1",
+        aliases=(("gpt-*", NEWEST), ("a", "b")),
+        origins=("x", "y"),
+        timeout=7.0,
     )
-    assert proxy.configured(
-        ["-listen=[::1]:5"],
-        {**ENV, "GOOGLE_GEMINI_BASE_URL": "http://h:1/", "PROXY_API_KEY": " k "},
-    )[0][1:3] == (("::1", 5), "http://h:1")
+
+
+def test_listen_takes_an_ipv6_address():
+    assert configure("-listen=[::1]:5").listen == ("::1", 5)
+
+
+def test_the_environment_may_name_the_upstream():
+    env = {**ENV, "GOOGLE_GEMINI_BASE_URL": "http://h:1/"}
+    assert configure(env=env).upstream == "http://h:1"
+
+
+def test_the_environment_names_the_key_of_clients():
+    assert configure(env={**ENV, "PROXY_API_KEY": " k "}).proxy_key == "k"
+
+
+def exit_of(action, *arguments, **how):
+    """How the program ends in this function: its exit status, or the line that it prints."""
+    with pytest.raises(SystemExit) as caught:
+        action(*arguments, **how)
+    return caught.value.code
 
 
 @pytest.mark.parametrize(
@@ -6635,34 +6647,109 @@ def test_flags_in_both_spellings():
         "-alias=nonsense",
         "-upstream=gopher://x",
         "-upstream=nonsense",
+        "-upstream=http://h:port",
         "extra",
     ],
 )
 def test_a_bad_flag_is_a_usage_error(flag, capsys):
-    with pytest.raises(SystemExit) as caught:
-        proxy.configured([flag], ENV)
-    assert caught.value.code == 2 and "usage" in capsys.readouterr().err
+    assert exit_of(configure, flag) == 2
+    assert "usage" in capsys.readouterr().err
 
 
-def test_where_the_key_comes_from(tmp_path):
-    (tmp_path / "gemini_api_key").write_text("AIza-3\n")
-    for env, key in (
+def test_a_bad_upstream_in_the_environment_is_a_usage_error_that_names_it(capsys):
+    assert exit_of(configure, env={**ENV, "GOOGLE_GEMINI_BASE_URL": "nonsense"}) == 2
+    assert "GOOGLE_GEMINI_BASE_URL: 'nonsense'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "env, key",
+    [
         ({"GEMINI_API_KEY": " AIza-1\n", "GOOGLE_API_KEY": "AIza-2"}, "AIza-1"),
         ({"GEMINI_API_KEY": "", "GOOGLE_API_KEY": "AIza-2"}, "AIza-2"),
-        ({"CREDENTIALS_DIRECTORY": str(tmp_path)}, "AIza-3"),
-    ):
-        assert proxy.configured([], env)[0].key == key
-    for env in ({}, {"GEMINI_API_KEY": " ", "CREDENTIALS_DIRECTORY": "/nonexistent"}):
-        with pytest.raises(SystemExit, match="aistudio.google.com"):
-            proxy.configured([], env)
-    with pytest.raises(SystemExit, match="GEMINI_API_KEY") as caught:
-        proxy.configured([], {"GEMINI_API_KEY": "AIza\r\nX: y"})
-    assert "AIza" not in str(caught.value)
+        ({"CREDENTIALS_DIRECTORY": "."}, "AIza-3"),
+    ],
+)
+def test_the_key_comes_from_the_environment_or_from_systemd(env, key, tmp_path, monkeypatch):
+    (tmp_path / "gemini_api_key").write_text("AIza-3\n")
+    monkeypatch.chdir(tmp_path)
+    assert configure(env=env).key == key
+
+
+@pytest.mark.parametrize(
+    "env", [{}, {"GEMINI_API_KEY": " ", "CREDENTIALS_DIRECTORY": "/nonexistent"}]
+)
+def test_without_a_key_the_program_ends_and_says_where_to_get_one(env):
+    assert "aistudio.google.com" in exit_of(configure, env=env)
+
+
+def test_no_key_is_needed_where_clients_bring_theirs():
+    assert configure("-client-keys", env={}).key == ""
+
+
+def test_a_key_that_fits_into_no_header_is_refused_but_not_printed():
+    message = exit_of(configure, env={"GEMINI_API_KEY": "AIza\r\nX: y"})
+    assert "GEMINI_API_KEY" in message
+    assert "AIza" not in message
+
+
+@pytest.mark.parametrize(
+    "flags, env, path",
+    [
+        (["-state=s.db"], {"STATE_DIRECTORY": "/a"}, "s.db"),
+        ([], {"STATE_DIRECTORY": "/a:/b"}, "/a/proxy-to-gemini.db"),
+        ([], {}, ":memory:"),
+    ],
+)
+def test_the_state_is_in_the_flags_file_or_in_systemds_folder_or_in_memory(flags, env, path):
+    assert configure(*flags, env={**ENV, **env}).state == path
+
+
+# ---- systemd ----
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["proxy_to_gemini.py", *arguments])
+    proxy.main()
+
+
+def test_the_unit_runs_this_file_with_these_flags(capsys, monkeypatch):
+    run_main(monkeypatch, "-api=ollama", "--print-unit", "-alias=a b=$c%d")
+    unit = capsys.readouterr().out
+    assert f'{PROGRAM} -api=ollama "-alias=a b=$$c%%d"\n' in unit
+    assert "AIza" not in unit
+
+
+def test_the_unit_is_hardened_and_loads_the_key_as_a_credential():
+    lines = proxy.systemd_unit([]).splitlines()
+    assert "Type=notify" in lines
+    assert "DynamicUser=yes" in lines
+    assert "LoadCredential=gemini_api_key:/etc/proxy-to-gemini/gemini_api_key" in lines
+
+
+@pytest.mark.parametrize("flag", ["-client-keys", "--client-keys"])
+def test_the_unit_loads_no_key_where_clients_bring_theirs(flag):
+    unit = proxy.systemd_unit([flag])
+    assert "gemini_api_key" not in unit
+    assert "\nEnvironmentFile=-/etc/proxy-to-gemini/environment\n" in unit
+
+
+@pytest.mark.parametrize(
+    "env, expected",
+    [
+        ({}, float("inf")),
+        ({"WATCHDOG_USEC": "30000000"}, 30.0),
+        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": str(os.getpid())}, 30.0),
+        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}, float("inf")),
+        ({"WATCHDOG_USEC": "soon"}, float("inf")),
+    ],
+)
+def test_the_watchdog_counts_if_it_is_meant_for_this_process(env, expected):
+    assert proxy.watchdog_seconds(env) == expected
 
 
 @contextlib.contextmanager
 def started(*command, **how):
-    """A process, which does not outlive the test."""
+    """A Python process, which does not outlive the test."""
     with subprocess.Popen(
         [sys.executable, *map(str, command)],
         text=True,
@@ -6679,155 +6766,120 @@ def started(*command, **how):
 
 
 def start(*arguments, **env):
-    return started(
-        HERE / "proxy_to_gemini.py",
-        *arguments,
-        env={**{key: value for key, value in os.environ.items() if "KEY" not in key}, **env},
-    )
-
-
-def test_the_program_starts_says_where_it_is_and_ends(gemini):
-    with start("-listen=127.0.0.1:0", "-upstream", gemini.url, **ENV) as process:
-        first = process.stdout.readline()
-        port = int(re.search(r"127\.0\.0\.1:(\d+)", first).group(1))
-        assert "openai" in first and "AIza" not in first
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        connection.request("POST", "/v1/chat/completions", json.dumps(chat()))
-        assert "Hello" in connection.getresponse().read().decode()
-        connection.close()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(5) == 0 and "Traceback" not in process.stdout.read()
-
-
-@contextlib.contextmanager
-def systemd(tmp_path):
-    """Where systemd would listen for what it is told: (the socket's name, a function that waits for a word)."""
-    name = str(tmp_path / "notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.bind(name)
-        sock.settimeout(10)
-
-        def hears(word):
-            while word not in sock.recv(4096).decode().split("\n"):
-                pass
-
-        yield name, hears
-
-
-def port_of(process):
-    return int(re.search(r"127\.0\.0\.1:(\d+)", process.stdout.readline()).group(1))
+    """The program with these flags; no key of the real environment reaches it."""
+    inherited = {key: value for key, value in os.environ.items() if "KEY" not in key}
+    return started(PROGRAM, *arguments, env={**inherited, **env})
 
 
 class At:
-    """A server in another process, for UpstreamSocket and post."""
+    """A server in another process, for the helpers that take a server."""
 
     def __init__(self, port):
         self.server_port = port
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_its_life_under_systemd(gemini, tmp_path, workers):
-    with systemd(tmp_path) as (name, hears), socket.create_server(("127.0.0.1", 0)) as listener:
+@contextlib.contextmanager
+def running(gemini, *flags, **env):
+    """(the process, the server) of the program on a free port, in front of this Gemini."""
+    with start("-listen=127.0.0.1:0", "-upstream", gemini.url, *flags, **env) as process:
+        start_line = process.stdout.readline()
+        yield process, At(int(re.search(r"127\.0\.0\.1:(\d+)", start_line).group(1)))
+
+
+def open_stream(line):
+    """Ask for a streamed answer, and read the first line of its head."""
+    data = json.dumps(chat(stream=True)).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    line.send(head % len(data) + data)
+    assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
+
+
+STREAM_END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
+
+# Passes a listening socket on as systemd does: as file 3, named in the environment (sd_listen_fds(3)).
+LAUNCHER = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); "
+    "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid())); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+)
+
+
+class Supervised:
+    """The program as systemd runs it: with a socket, a folder for its state, a key and a watchdog."""
+
+    def __init__(self, folder, listener, notified, process):
+        self.folder, self.notified, self.process = folder, notified, process
+        self.server = At(listener.getsockname()[1])
+
+    def write_key(self, key):
+        (self.folder / "gemini_api_key").write_text(key)
+
+    def wait_for(self, line):
+        """Wait until the program has notified systemd of this."""
+        while line not in self.notified.recv(4096).decode().split("\n"):
+            pass
+
+
+@pytest.fixture(params=[1, 2], ids=["one process", "two workers"])
+def supervised(gemini, tmp_path, request):
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+    ):
+        notified.bind(str(tmp_path / "notify"))
+        notified.settimeout(10)
         (tmp_path / "gemini_api_key").write_text("AIza-old")
-        code = "import os, sys; os.dup2(%d, 3); os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid())); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-        flags = [f"-workers={workers}", "-listen=127.0.0.1:1", "-upstream=" + gemini.url]
+        flags = [f"-workers={request.param}", "-listen=127.0.0.1:1", "-upstream=" + gemini.url]
         env = {
-            "NOTIFY_SOCKET": name,
+            "NOTIFY_SOCKET": str(tmp_path / "notify"),
             "WATCHDOG_USEC": "400000",
             "CREDENTIALS_DIRECTORY": str(tmp_path),
             "STATE_DIRECTORY": str(tmp_path),
         }
-        with started(
-            "-c",
-            code % listener.fileno(),
-            HERE / "proxy_to_gemini.py",
-            *flags,
-            pass_fds=[listener.fileno()],
-            env=env,
-        ) as process:
-            hears("READY=1")
-            hears("WATCHDOG=1")
-            server = At(listener.getsockname()[1])
-            assert (
-                post(server)[0] == 200
-                and key_of(gemini) == "AIza-old"
-                and (tmp_path / "proxy-to-gemini.db").exists()
-            )
-            (tmp_path / "gemini_api_key").write_text("AIza-new")
-            process.send_signal(signal.SIGHUP)
-            until(lambda: post(server)[0] == 200 and key_of(gemini) == "AIza-new")
-            gemini.say(Say(chunk("Once "), whole("upon"), gap=0.3))
-            with UpstreamSocket(server) as line, UpstreamSocket(server) as idle:
-                assert idle.plan("GET", "/healthz")[0] == 200
-                data = json.dumps(chat(stream=True)).encode()
-                line.send(
-                    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
-                    % (len(data), data)
-                )
-                assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
-                process.send_signal(signal.SIGTERM)
-                hears("STOPPING=1")
-                assert idle.ended() and line.file.read().endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-            assert process.wait(10) == 0 and "Traceback" not in process.stdout.read()
+        file = listener.fileno()
+        with started("-c", LAUNCHER, file, PROGRAM, *flags, pass_fds=[file], env=env) as process:
+            program = Supervised(tmp_path, listener, notified, process)
+            program.wait_for("READY=1")
+            yield program
 
 
-def test_a_stream_that_would_take_too_long_is_told_of_the_end(gemini, monkeypatch):
-    monkeypatch.setattr(proxy, "DRAIN_SECONDS", 0.1)
-    gemini.say(Say(chunk("Once "), whole("upon"), gap=30))
-    server = proxy.Server(proxy.Config("openai", ("127.0.0.1", 0), gemini.url, "the-key"))
+def test_the_watchdog_is_pinged(supervised):
+    supervised.wait_for("WATCHDOG=1")
+    supervised.wait_for("WATCHDOG=1")
 
-    class Signals:
-        pipe, wake = os.pipe()
-        poll_seconds, ended = 0.01, False
-        drain_pipe = asks = tell = lambda *_: None
-        over = lambda self: self.ended
 
-    signals = Signals()
-    thread = threading.Thread(target=server.run, args=(signals,))
-    thread.start()
-    with (
-        UpstreamSocket(server) as line,
-        UpstreamSocket(server) as new,
-        UpstreamSocket(server) as old,
-        UpstreamSocket(server) as idle,
-    ):
-        data = json.dumps(chat(stream=True)).encode()
-        line.send(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
-            % (len(data), data)
-        )
-        assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
-        assert all("connection" not in one.plan("GET", "/healthz")[1] for one in (old, idle))
-        signals.ended = True
-        until(lambda: server.draining)
-        assert new.plan("GET", "/healthz")[::2] == (503, b"ending"), (
-            "who had come is served, and told"
-        )
-        status, headers, _ = old.plan("POST", "/v1/chat/completions", chat())
-        assert (status, headers["connection"]) == (200, "close") and old.ended(), (
-            "no request is lost to a connection that is just closed"
-        )
-        assert post(server)[0] == 200, "who comes before balancers have noticed is served"
+def test_systemds_socket_key_and_folder_are_used(supervised, gemini):
+    assert post(supervised.server)[0] == 200
+    assert key_of(gemini) == "AIza-old"
+    assert (supervised.folder / "proxy-to-gemini.db").exists()
+
+
+def test_sighup_reads_the_key_again(supervised, gemini):
+    supervised.write_key("AIza-new")
+    supervised.process.send_signal(signal.SIGHUP)
+    until(lambda: post(supervised.server)[0] == 200 and key_of(gemini) == "AIza-new")
+
+
+def test_sigterm_closes_idle_connections_and_lets_answers_end(supervised, gemini):
+    gemini.say(Say(chunk("Once "), whole("upon"), gap=0.3))
+    with UpstreamSocket(supervised.server) as line, UpstreamSocket(supervised.server) as idle:
+        assert idle.plan("GET", "/healthz")[0] == 200
+        open_stream(line)
+        supervised.process.send_signal(signal.SIGTERM)
+        supervised.wait_for("STOPPING=1")
         assert idle.ended()
-        rest = line.file.read()
-        assert (
-            b"Once " in rest
-            and b"shutting down" in rest
-            and rest.endswith(b"\r\n0\r\n\r\n")
-            and b"[DONE]" not in rest
-        )
-    thread.join(5)
-    server.gemini.pool.close()
-    for end in (signals.pipe, signals.wake, server.ending, server.stopping):
-        os.close(end)
-    assert not thread.is_alive()
+        assert line.file.read().endswith(STREAM_END)
+    assert supervised.process.wait(10) == 0
+    assert "Traceback" not in supervised.process.stdout.read()
+
+
+# ---- workers ----
 
 
 def children_of(pid):
-    found = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True
-    ).stdout.split()
-    return {int(child) for child in found if str(child) != str(os.getpid())}
+    command = ["ps", "-o", "pid=", "--ppid", str(pid)]
+    output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return {int(child) for child in output.split()} - {os.getpid()}
 
 
 def listens(port):
@@ -6835,16 +6887,182 @@ def listens(port):
         return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_an_end_comes_also_when_clients_come_back_at_once(gemini):
+@contextlib.contextmanager
+def two_workers(gemini, **env):
+    """(the process, the server) of the program with two workers, both of which have started."""
+    if not Path("/proc/self").exists():
+        pytest.skip("looks at processes as Linux shows them")
+    with running(gemini, "-workers=2", **env) as (process, server):
+        until(lambda: len(children_of(process.pid)) == 2)
+        yield process, server
+
+
+def count_of_chats(server):
+    return metrics_of(server).get('requests_total{route="POST /v1/chat/completions",status="200"}')
+
+
+def test_workers_share_signatures(gemini):
+    with two_workers(gemini, **ENV) as (_, server):
+        for i in range(6):
+            question = {"model": NEWEST, "tools": [WEATHER]}
+            first = post(server, body=chat(user(f"{i}"), **question))
+            message = kept(json.loads(first[2])["choices"][0]["message"])
+            call_id = message["tool_calls"][0]["id"]
+            result = {"role": "tool", "tool_call_id": call_id, "content": "3"}
+            post(server, body=chat(user(f"{i}"), message, result, **question))
+            part = gemini.bodies[-1]["contents"][1]["parts"][0]
+            assert part["thoughtSignature"] == sign("stand-in")
+
+
+def test_workers_add_up_their_metrics(gemini):
+    with two_workers(gemini, **ENV) as (_, server):
+        for _ in range(12):
+            post(server)
+        until(lambda: count_of_chats(server) == 12)
+
+
+def test_a_dead_worker_is_replaced_and_its_metrics_stay(gemini):
+    with two_workers(gemini, **ENV) as (process, server):
+        for _ in range(12):
+            post(server)
+        until(lambda: count_of_chats(server) == 12)
+        victim = children_of(process.pid).pop()
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: len(children_of(process.pid) - {victim}) == 2)
+        assert post(server)[0] == 200
+        until(lambda: count_of_chats(server) == 13)
+
+
+def test_a_replaced_worker_has_the_key_that_was_read_again(gemini, tmp_path):
+    (tmp_path / "gemini_api_key").write_text("AIza-old")
+    with two_workers(gemini, CREDENTIALS_DIRECTORY=str(tmp_path)) as (process, server):
+        (tmp_path / "gemini_api_key").write_text("AIza-new")
+        process.send_signal(signal.SIGHUP)
+        until(lambda: post(server)[0] == 200 and key_of(gemini) == "AIza-new")
+        before = children_of(process.pid)
+        for child in before:
+            os.kill(child, signal.SIGKILL)
+        until(lambda: len(children_of(process.pid) - before) == 2)
+        assert post(server)[0] == 200
+        assert key_of(gemini) == "AIza-new"
+
+
+def test_workers_that_drain_leave_no_client_in_the_queue_and_end_their_answers(gemini):
+    gemini.say(Say(chunk("Once "), whole("upon"), gap=1.0))
+    with two_workers(gemini, **ENV) as (process, server):
+        with UpstreamSocket(server) as line:
+            open_stream(line)
+            process.send_signal(signal.SIGTERM)
+            until(lambda: not listens(server.server_port))
+            assert process.poll() is None, "the answer is still under way"
+            assert line.file.read().endswith(STREAM_END)
+        assert process.wait(10) == 0
+        assert "Traceback" not in process.stdout.read()
+
+
+def test_workers_without_a_file_to_share_end_with_advice(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    monkeypatch.setattr(proxy, "raise_limits", lambda: None)
+    monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
+    monkeypatch.setenv("GEMINI_API_KEY", "AIza-1")
+    assert "-state" in exit_of(run_main, monkeypatch, "-workers=2", "-listen=127.0.0.1:0")
+
+
+# ---- checks ----
+
+
+def check_config(gemini, **fields):
+    return proxy.Config("openai", ("127.0.0.1", 0), gemini.url, "the-key")._replace(**fields)
+
+
+def test_the_checks_pass_in_the_order_in_which_they_need_each_other(gemini, capsys):
+    assert proxy.run_checks(check_config(gemini)) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    names = ["port:", "memory:", "name:", "connection:", "key:", "clock:", "answer:"]
+    assert [line[:2] for line in lines] == [["ok", name] for name in names]
+
+
+def test_the_checks_print_a_models_answer_but_not_the_key(gemini, capsys):
+    proxy.run_checks(check_config(gemini))
+    output = capsys.readouterr().out
+    assert "gemini-3.8-flash said 'Hello from the stand-in" in output
+    assert "the-key" not in output
+
+
+def test_the_checks_ask_no_question_where_clients_bring_their_keys(gemini, capsys):
+    check = proxy.check_answer(check_config(gemini, key=""), proxy.Gemini(gemini.url))
+    assert check == "every client asks with a key of its own"
+    assert gemini.bodies == []
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"upstream": "http://127.0.0.1:1"}, "refused"),
+        ({"state": "/nonexistent/file"}, "No such file"),
+        ({"upstream": "http://nowhere.invalid"}, "FAIL  name"),
+    ],
+)
+def test_a_failed_check_says_what_failed_and_what_to_mend(gemini, capsys, fields, words):
+    assert proxy.run_checks(check_config(gemini, **fields)) == 1
+    failure, advice = capsys.readouterr().out.splitlines()[-2:]
+    assert failure.startswith("FAIL")
+    assert words in failure
+    assert advice.startswith("      mend: ")
+
+
+def test_a_taken_port_fails_the_first_check(gemini, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert proxy.run_checks(check_config(gemini, listen=other.getsockname())) == 1
+    failure, advice = capsys.readouterr().out.splitlines()
+    assert failure.startswith("FAIL  port: ")
+    assert "in use" in failure
+    assert advice.startswith("      mend: ")
+
+
+@pytest.mark.parametrize(
+    "names, newest",
+    [
+        (["gemini-3-pro", "gemini-2.5-flash", "gemini-3-flash"], "gemini-3-flash"),
+        (["gemini-2.5-pro", "gemini-3-pro"], "gemini-3-pro"),
+    ],
+)
+def test_the_newest_flash_model_is_asked_or_else_the_newest(names, newest):
+    models = [
+        {"name": f"models/{name}", "supportedGenerationMethods": ["generateContent"]}
+        for name in names
+    ]
+    assert proxy.newest_flash(models).name == newest
+
+
+# ---- start and end ----
+
+
+def test_the_start_line_names_the_address_and_the_api_but_not_the_key(gemini):
     with start("-listen=127.0.0.1:0", "-upstream", gemini.url, **ENV) as process:
-        server, over = At(port_of(process)), threading.Event()
+        line = process.stdout.readline()
+    assert re.search(r"api openai at http://127\.0\.0\.1:\d+", line)
+    assert "AIza" not in line
 
-        def client():
-            while not over.is_set():
-                with contextlib.suppress(OSError, ValueError, IndexError):
-                    post(server, "/v1/nonsense")
 
-        clients = [threading.Thread(target=client) for _ in range(12)]
+def test_the_program_answers_and_ends_at_sigterm(gemini):
+    with running(gemini, **ENV) as (process, server):
+        assert b"Hello" in post(server)[2]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+        assert "Traceback" not in process.stdout.read()
+
+
+def test_the_program_ends_also_while_clients_keep_coming_back(gemini):
+    over = threading.Event()
+
+    def client(server):
+        while not over.is_set():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                post(server, "/v1/nonsense")
+
+    with running(gemini, **ENV) as (process, server):
+        clients = [threading.Thread(target=client, args=(server,)) for _ in range(12)]
         for thread in clients:
             thread.start()
         process.stdout.close()
@@ -6857,214 +7075,191 @@ def test_an_end_comes_also_when_clients_come_back_at_once(gemini):
                 thread.join(5)
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self").exists(), reason="looks at processes as Linux shows them"
-)
-def test_a_replaced_worker_has_the_key_that_was_read_again(gemini, tmp_path):
-    (tmp_path / "gemini_api_key").write_text("AIza-old")
-    with start(
-        "-listen=127.0.0.1:0",
-        "-workers=2",
-        "-upstream",
-        gemini.url,
-        CREDENTIALS_DIRECTORY=str(tmp_path),
-    ) as process:
-        server = At(port_of(process))
-        until(lambda: len(children_of(process.pid)) == 2)
-        (tmp_path / "gemini_api_key").write_text("AIza-new")
-        process.send_signal(signal.SIGHUP)
-        until(lambda: post(server)[0] == 200 and key_of(gemini) == "AIza-new")
-        before = children_of(process.pid)
-        for child in before:
-            os.kill(child, signal.SIGKILL)
-        until(lambda: len(children_of(process.pid) - before) == 2)
-        assert post(server)[0] == 200 and key_of(gemini) == "AIza-new"
+class ManualSignals:
+    """Signals that a test gives to a server in this process."""
+
+    poll_seconds = 0.01
+
+    def __init__(self):
+        self.pipe, self.wake = os.pipe()
+        self.stopped = False
+
+    def should_stop(self):
+        return self.stopped
+
+    def take(self, number):
+        return False
+
+    def drain_pipe(self):
+        pass
+
+    def ping_watchdog(self):
+        pass
+
+    def notify(self, *lines):
+        pass
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self").exists(), reason="looks at processes as Linux shows them"
-)
-def test_workers_share_what_they_know_and_are_replaced(gemini):
-    with start("-listen=127.0.0.1:0", "-workers=2", "-upstream", gemini.url, **ENV) as process:
-        server = At(port_of(process))
-        until(lambda: len(children_of(process.pid)) == 2)
-        before = children_of(process.pid)
-        for i in range(6):
-            message = kept(
-                json.loads(post(server, body=chat(user(f"{i}"), model=NEWEST, tools=[WEATHER]))[2])[
-                    "choices"
-                ][0]["message"]
-            )
-            post(
-                server,
-                body=chat(
-                    user(f"{i}"),
-                    message,
-                    {
-                        "role": "tool",
-                        "tool_call_id": message["tool_calls"][0]["id"],
-                        "content": "3",
-                    },
-                    model=NEWEST,
-                    tools=[WEATHER],
-                ),
-            )
-            assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign(
-                "stand-in"
-            )
-        answered = lambda: metrics_of(server).get(
-            'requests_total{route="POST /v1/chat/completions",status="200"}'
-        )
-        until(lambda: answered() == 12)
-        victim = before.pop()
-        os.kill(victim, signal.SIGKILL)
-        until(lambda: len(children_of(process.pid) - {victim}) == 2)
+@pytest.fixture
+def ending(gemini):
+    """(a server in its own loop, a function that lets it begin to end)"""
+    server, signals = proxy.Server(check_config(gemini)), ManualSignals()
+    thread = threading.Thread(target=server.run, args=(signals,))
+    thread.start()
+
+    def stop():
+        signals.stopped = True
+        until(lambda: server.draining)
+
+    yield server, stop
+    signals.stopped = True
+    thread.join(5)
+    server.gemini.pool.close()
+    for file in (signals.pipe, signals.wake, server.ending, server.stopping):
+        os.close(file)
+    assert not thread.is_alive()
+
+
+def test_a_stream_that_takes_too_long_ends_with_an_error(ending, gemini, monkeypatch):
+    monkeypatch.setattr(proxy, "DRAIN_NOTICE_SECONDS", 0.1)
+    monkeypatch.setattr(proxy, "DRAIN_SECONDS", 0.1)
+    gemini.say(Say(chunk("Once "), whole("upon"), gap=30))
+    server, stop = ending
+    with UpstreamSocket(server) as line:
+        open_stream(line)
+        stop()
+        rest = line.file.read()
+    assert b"Once " in rest
+    assert b"shutting down" in rest
+    assert b"[DONE]" not in rest
+    assert rest.endswith(b"\r\n0\r\n\r\n")
+
+
+def test_health_checks_fail_once_the_server_is_to_end(ending):
+    server, stop = ending
+    with UpstreamSocket(server) as line:
+        assert line.plan("GET", "/healthz")[::2] == (200, b"ok")
+        stop()
+        assert line.plan("GET", "/healthz")[::2] == (503, b"ending")
+
+
+def test_the_last_answer_of_a_connection_says_that_it_is_the_last(ending):
+    server, stop = ending
+    with UpstreamSocket(server) as line:
+        assert "connection" not in line.plan("GET", "/healthz")[1]
+        stop()
+        status, headers, _ = line.plan("POST", "/v1/chat/completions", chat())
+        assert status == 200
+        assert headers["connection"] == "close"
+        assert line.ended()
+
+
+def test_clients_are_served_until_load_balancers_can_have_noticed(ending):
+    server, stop = ending
+    with UpstreamSocket(server) as idle:
+        idle.plan("GET", "/healthz")
+        stop()
         assert post(server)[0] == 200
-        until(lambda: answered() == 13)
-        gemini.say(Say(chunk("Once "), whole("upon"), gap=1.0))
-        with UpstreamSocket(server) as line:
-            data = json.dumps(chat(stream=True)).encode()
-            line.send(
-                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
-                % (len(data), data)
-            )
-            assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
-            process.send_signal(signal.SIGTERM)
-            until(lambda: not listens(server.server_port))
-            assert process.poll() is None, (
-                "nobody waits in the queue of a socket that no worker will look at"
-            )
-            assert line.file.read().endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-        assert process.wait(10) == 0 and "Traceback" not in process.stdout.read()
 
 
-def test_the_unit_is_for_this_file_and_these_flags(capsys):
-    with pytest.raises(SystemExit) as caught:
-        proxy.configured(["-api=ollama", "--print-unit", "-alias=a b=$c%d"], ENV)
-    said = capsys.readouterr().out
-    assert (
-        not caught.value.code
-        and f'{HERE / "proxy_to_gemini.py"} -api=ollama "-alias=a b=$$c%%d"' in said
-        and "AIza" not in said
-    )
-    assert {
-        "DynamicUser=yes",
-        "LoadCredential=gemini_api_key:/etc/proxy-to-gemini/gemini_api_key",
-        "Type=notify",
-    } <= set(said.splitlines())
+def test_connections_without_a_request_are_closed_at_the_end(ending, monkeypatch):
+    monkeypatch.setattr(proxy, "DRAIN_NOTICE_SECONDS", 0.1)
+    server, stop = ending
+    with UpstreamSocket(server) as idle:
+        idle.plan("GET", "/healthz")
+        stop()
+        assert idle.ended()
 
 
-def test_a_unit_for_clients_with_keys_of_their_own_wants_none():
-    assert "LoadCredential" in proxy.unit(["-api=ollama"]) and "gemini_api_key" not in proxy.unit(
-        ["--client-keys"]
-    )
-    assert "\nEnvironmentFile=-/etc/proxy-to-gemini/environment\n" in proxy.unit(["-client-keys"])
+def test_the_version_comes_with_the_hash_of_the_file():
+    with start("-version") as process:
+        output = process.stdout.read()
+        assert process.wait(5) == 0
+    assert hashlib.sha256(PROGRAM.read_bytes()).hexdigest() in output
 
 
-def test_workers_without_a_place_for_what_they_share(monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
-    monkeypatch.setattr(sys, "argv", ["proxy_to_gemini.py", "-workers=2", "-listen=127.0.0.1:0"])
-    monkeypatch.setenv("GEMINI_API_KEY", "AIza-1")
-    with pytest.raises(SystemExit, match="-state"):
-        proxy.main()
-
-
-def make(*words):
-    return subprocess.run(
-        ["make", "-s", *words, "PYTHON=" + sys.executable],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+def test_a_taken_port_ends_the_program_with_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with start(f"-listen=127.0.0.1:{port}", **ENV) as process:
+            output = process.stdout.read()
+            assert process.wait(5) == 1
+    assert "in use" in output
+    assert len(output.splitlines()) == 1
 
 
 def test_the_program_starts_from_any_folder_and_under_any_name(tmp_path):
-    """It starts wherever it lies and whatever it is called, and the folder it is called from has no say."""
     (tmp_path / "random.py").write_text("raise SystemExit('the wrong random')")
-    (tmp_path / "link").symlink_to(HERE / "proxy_to_gemini.py")
     elsewhere = tmp_path / "else where's {x}"
     elsewhere.mkdir()
-    (elsewhere / "odd-name").write_bytes((HERE / "proxy_to_gemini.py").read_bytes())
-    for command in (
-        [HERE / "proxy_to_gemini.py"],
-        ["-I", HERE / "proxy_to_gemini.py"],
-        [tmp_path / "else where's {x}" / "odd-name"],
-    ):
+    (elsewhere / "odd-name").write_bytes(PROGRAM.read_bytes())
+    for command in ([PROGRAM], ["-I", PROGRAM], [elsewhere / "odd-name"]):
         with started(*command, "-version", cwd=tmp_path) as process:
-            assert "SHA-256" in process.stdout.read() and process.wait(10) == 0
+            assert "SHA-256" in process.stdout.read()
+            assert process.wait(10) == 0
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-def test_make_installs_and_takes_it_away_again(tmp_path):
-    where = ["DESTDIR=" + str(tmp_path), "PREFIX=/opt/x"]
-    said = make("install", *where, "FLAGS=-api=ollama '-alias=a b=c'")
-    assert "/etc/proxy-to-gemini/gemini_api_key" in said and "systemctl" in said
-    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()}
-    home = "opt/x/lib/proxy-to-gemini/"
-    assert files == {
-        home + "proxy_to_gemini.py",
-        home + "README.md",
-        home + "LICENSE",
+# ---- installation ----
+
+
+class Installed:
+    """The program as `make install` leaves it under a folder."""
+
+    HOME = "opt/x/lib/proxy-to-gemini/"
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.output = self.make("install", "FLAGS=-api=ollama '-alias=a b=c'")
+
+    def make(self, target, *variables):
+        where = ("DESTDIR=" + str(self.folder), "PREFIX=/opt/x", "PYTHON=" + sys.executable)
+        command = ["make", "-s", target, *where, *variables]
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout
+
+    def files(self):
+        paths = [path for path in self.folder.rglob("*") if not path.is_dir()]
+        return {str(path.relative_to(self.folder)) for path in paths}
+
+
+@pytest.fixture
+def installed(tmp_path):
+    if shutil.which("make") is None:
+        pytest.skip("there is no make")
+    return Installed(tmp_path)
+
+
+def test_make_install_says_where_the_key_goes_and_how_to_start(installed):
+    assert "/etc/proxy-to-gemini/gemini_api_key" in installed.output
+    assert "systemctl" in installed.output
+
+
+def test_make_install_puts_each_file_in_its_place(installed):
+    assert installed.files() == {
+        installed.HOME + "proxy_to_gemini.py",
+        installed.HOME + "README.md",
+        installed.HOME + "LICENSE",
         "opt/x/bin/proxy-to-gemini",
         "etc/systemd/system/proxy-to-gemini.service",
     }
-    text = (tmp_path / "etc/systemd/system/proxy-to-gemini.service").read_text()
-    assert (
-        '/opt/x/lib/proxy-to-gemini/proxy_to_gemini.py -api=ollama "-alias=a b=c"' in text
-        and str(tmp_path) not in text
-    )
-    assert "Documentation=file:///opt/x/lib/proxy-to-gemini/README.md" in text
-    command = tmp_path / "opt/x/bin/proxy-to-gemini"
-    assert (
-        os.access(command, os.X_OK)
-        and command.resolve().read_bytes() == (HERE / "proxy_to_gemini.py").read_bytes()
-    )
-    make("uninstall", *where)
-    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == [] and not (
-        tmp_path / home
-    ).exists()
 
 
-def test_the_checks_tell_what_to_mend(gemini, capsys, tmp_path):
-    config = proxy.Config("openai", ("127.0.0.1", 0), gemini.url, "the-key")
-    assert proxy.check(config) == 0
-    said = capsys.readouterr().out
-    assert [line.split()[1] for line in said.splitlines()] == [
-        "port:",
-        "memory:",
-        "name:",
-        "connection:",
-        "key:",
-        "clock:",
-        "answer:",
-    ]
-    assert "gemini-3.8-flash said 'Hello from the stand-in" in said and "the-key" not in said
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        for failure, words in (
-            (config._replace(listen=other.getsockname()), "in use"),
-            (config._replace(upstream="http://127.0.0.1:1"), "refused"),
-            (config._replace(state=str(tmp_path / "no" / "file")), "No such file"),
-            (config._replace(upstream="http://nowhere.invalid"), "FAIL  name"),
-        ):
-            assert proxy.check(failure) == 1
-            last, mend = capsys.readouterr().out.splitlines()[-2:]
-            assert last.startswith("FAIL") and words in last and mend.startswith("      mend: ")
+def test_the_installed_unit_runs_the_installed_file(installed):
+    unit = (installed.folder / "etc/systemd/system/proxy-to-gemini.service").read_text()
+    assert '/opt/x/lib/proxy-to-gemini/proxy_to_gemini.py -api=ollama "-alias=a b=c"\n' in unit
+    assert "Documentation=file:///opt/x/lib/proxy-to-gemini/README.md" in unit
+    assert str(installed.folder) not in unit
 
 
-def test_errands():
-    with start("-version") as process:
-        assert (
-            hashlib.sha256((HERE / "proxy_to_gemini.py").read_bytes()).hexdigest()
-            in process.stdout.read()
-            and process.wait(5) == 0
-        )
-    with (
-        socket.create_server(("127.0.0.1", 0)) as other,
-        start(f"-listen=127.0.0.1:{other.getsockname()[1]}", **ENV) as process,
-    ):
-        said = process.stdout.read()
-        assert process.wait(5) == 1 and "in use" in said and len(said.splitlines()) == 1
+def test_the_installed_command_is_the_program(installed):
+    command = installed.folder / "opt/x/bin/proxy-to-gemini"
+    assert os.access(command, os.X_OK)
+    assert command.resolve().read_bytes() == PROGRAM.read_bytes()
+
+
+def test_make_uninstall_leaves_nothing(installed):
+    installed.make("uninstall")
+    assert installed.files() == set()
+    assert not (installed.folder / installed.HOME).exists()
 
 
 # ======================================================================================
@@ -7277,7 +7472,7 @@ def test_the_readmes_limits_are_the_programs():
         (
             "Gemini's silence",
             [
-                f"{proxy.configured([], ENV)[0].timeout:g} s",
+                f"{configure().timeout:g} s",
                 f"every {proxy.KEEP_ALIVE_SECONDS:g} s",
             ],
         ),
