@@ -6244,12 +6244,12 @@ def test_the_metrics_tell_what_happened(server, gemini, monkeypatch):
 def test_rows_of_the_metrics_add_up():
     metrics = proxy.Metrics(["GET /x"], workers=3)
     for worker in range(3):
-        metrics.take(worker)
+        metrics.use_row(worker)
         metrics.add("tokens_total", "prompt", amount=2)
         metrics.add("requests_total", "GET /invented", "799")
         metrics.set("in_flight", 5)
         metrics.observe("request_seconds", "GET /x", seconds=0.05 * 3**worker)
-    metrics.take(1)
+    metrics.use_row(1)
     page = metrics.page(proxy.Config("openai", ("", 1), "", "k")).data.decode()
     for line in (
         'tokens_total{kind="prompt"} 6',
@@ -6466,7 +6466,7 @@ def test_a_client_that_dawdles_is_hung_up_on(gemini, monkeypatch):
         for begun in (
             b"",
             b"GET /hea",
-            b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 9\r\n\r\n{",
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{",
         ):
             with UpstreamSocket(server) as line:
                 assert line.send(begun).ended()
@@ -7546,7 +7546,7 @@ def test_the_readme_names_every_metric():
         name.strip("`"): (kind, tuple(re.findall(r"\w+", labels)))
         for name, kind, labels, _ in readme_table("Metrics")
     }
-    metrics = {name: (family.kind, family.labels) for name, family in proxy.FAMILIES.items()}
+    metrics = {name: (family.kind, family.labels) for name, family in proxy.METRICS.items()}
     assert documented == metrics
 
 
