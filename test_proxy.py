@@ -15,6 +15,7 @@ import contextlib
 import functools
 import gc
 import hashlib
+import http.client
 import itertools
 import json
 import os
