@@ -6467,25 +6467,25 @@ def find_route(api: str, method: str, path: str) -> Found:
 # 9. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
 # ======================================================================================
 
-CONNECT_SECONDS = 10.0  # for a TCP connection, and again for its TLS handshake
-ADDRESS_SECONDS = 2.5  # of these, for one of several addresses
-IDLE_CONNECTION_SECONDS = 55.0  # middleboxes forget an unused connection after 60 or more
+CONNECT_SECONDS = 10.0  # to connect, and as much silence again during the TLS handshake
+ADDRESS_SECONDS = 2.5  # of these, for each of several addresses but the last
+IDLE_CONNECTION_SECONDS = 55.0  # middleboxes forget unused connections after 60 seconds or more
 MAX_IDLE_CONNECTIONS = 128
-READY_SECONDS = 0.0002  # data that came within this time was there before the wait began
-KEEP_ALIVE_SECONDS = 10.0  # of silence, after which a stream says that it is alive
-MAX_ATTEMPTS = 3  # of one call, the first included
-BACKOFF_SECONDS = 0.2  # before another attempt; doubled with each of them
-MAX_BACKOFF_SECONDS = 2.0  # if Gemini asks for a longer pause, the client is left to try again
-RETRY_WINDOW_SECONDS = 30.0  # after this time a call that fails is not sent again
-BROKEN_RETRY_SECONDS = 1.0  # a connection that breaks sooner than this has cost nothing yet
+READY_SECONDS = 0.0002  # what comes faster than this was there before the wait began
+KEEP_ALIVE_SECONDS = 10.0  # a stream that is silent for so long sends a keep-alive
+MAX_ATTEMPTS = 3  # of a call, the first included
+BACKOFF_SECONDS = 0.2  # before the next attempt; it doubles with each one
+MAX_BACKOFF_SECONDS = 2.0  # a longer wait is left to the client
+RETRY_WINDOW_SECONDS = 30.0  # there is no further attempt later than this
+BROKEN_RETRY_SECONDS = 1.0  # if a connection breaks so early, Gemini has not begun to work
 MAX_PARALLEL_CALLS = 4  # of one request of a client
-MAX_ERROR_BYTES = 1 << 20  # that are read of a refusal
-BLOCK_BYTES = 64 << 10  # that are read of an answer at a time
-MODEL_LIST_SECONDS = 300.0  # for which a list of Gemini's models is kept
-MAX_MODEL_LISTS = 32  # that are kept, one for each Gemini key (-client-keys)
-MAX_MODEL_PAGES = 50  # of one such list
-STATE_LOCK_SECONDS = 1.0  # to wait for a state file that another process has locked
-STATE_RETRY_SECONDS = 5.0  # for which a state file that failed is left alone
+MAX_ERROR_BYTES = 1 << 20  # of a refusal's body
+BLOCK_BYTES = 64 << 10  # of a body that are read at a time
+MODEL_LIST_SECONDS = 300.0  # how long a list of Gemini's models is used
+MAX_MODEL_LISTS = 32  # lists in memory: one for each Gemini key (-client-keys)
+MAX_MODEL_PAGES = 50  # pages of one list
+STATE_LOCK_SECONDS = 1.0  # how long to wait for a state file that another process has locked
+STATE_RETRY_SECONDS = 5.0  # how long a state file that failed is left alone
 KEY_MASK = "[the Gemini key]"
 HEADERS = {"Content-Type": "application/json", "User-Agent": f"proxy-to-gemini/{VERSION}"}
 
@@ -6537,7 +6537,7 @@ READABLE, WRITABLE = select.POLLIN, select.POLLOUT
 # Linux reports at once that the far end hung up, even behind unread bytes (poll(2)). PyPy 3.9
 # lacks the name, but the system call is the same.
 POLLRDHUP = getattr(select, "POLLRDHUP", 0)
-if sys.platform.startswith("linux"):
+if not POLLRDHUP and sys.platform.startswith("linux"):
     POLLRDHUP = 0x2000
 HANGUP = POLLRDHUP or READABLE
 
@@ -6584,7 +6584,7 @@ class Waiter:
         self.pollers: dict[tuple[socket.socket | None, int], Poller] = {}
 
     def poller(self, gemini: socket.socket | None, event: int) -> Poller:
-        """Waits for the event, the client and the end; each chunk of a stream needs it again."""
+        """The poller of this event, the client and the end. A stream uses it for each chunk."""
         poller = self.pollers.get((gemini, event))
         if poller is not None:
             return poller

@@ -14,10 +14,12 @@ import base64
 import contextlib
 import functools
 import gc
+import gzip
 import hashlib
 import http.client
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -5858,10 +5860,12 @@ def test_a_locked_file_can_still_be_read(tmp_path, monkeypatch):
             assert memory.get("b") is None
 
 
-def test_a_long_line_of_the_log_keeps_its_end(capfd):
-    proxy.log("why: " + "x" * 9000 + "\nthe cause")
-    said = capfd.readouterr().err
-    assert len(said) < 4100 and said.startswith("why: x") and said.endswith("\\nthe cause\n")
+def test_a_file_that_is_no_database_is_logged_and_stops_nothing(tmp_path, log_lines):
+    (tmp_path / "state.db").write_bytes(b"this is no database" * 100)
+    memory = proxy.Memory(str(tmp_path / "state.db"))
+    memory.put("a", None, "1")
+    assert memory.get("a") is None
+    assert "not a database" in log_lines[0]
 
 
 # ======================================================================================
@@ -5869,27 +5873,59 @@ def test_a_long_line_of_the_log_keeps_its_end(capfd):
 # ======================================================================================
 
 
+@pytest.fixture(autouse=True)
+def log_lines(monkeypatch):
+    """The lines that servers in this process log; pytest's output has none of them."""
+    lines = []
+    monkeypatch.setattr(proxy, "write_log", lines.append)
+    return lines
+
+
+class ManualSignals(proxy.Signals):
+    """Signals that a test sends to a server in this process, whose own signals stay as they are."""
+
+    def __init__(self):
+        self.pending, self.parent = set(), 0
+        self.notify_socket, self.watchdog, self.last_ping = "", math.inf, 0.0
+        self.poll_seconds = 1.0
+        self.pipe, self.wake = os.pipe()
+
+    def send(self, number):
+        self.pending.add(number)
+        os.write(self.wake, b"\0")
+
+    def close(self):
+        os.close(self.pipe)
+        os.close(self.wake)
+
+
 @contextlib.contextmanager
-def serving(url, api="openai", **config):
-    """A proxy in front of the Gemini at that URL."""
-    server = proxy.Server(
-        proxy.Config(
-            api=api,
-            listen=("127.0.0.1", 0),
-            upstream=url,
-            key="the-key",
-            **{"timeout": 5.0, **config},
-        )
-    )
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+def in_thread(server):
+    """The server in a loop of its own: a function that lets it begin to end, as SIGTERM does."""
+    signals = ManualSignals()
+    thread = threading.Thread(target=server.run, args=(signals,), daemon=True)
     thread.start()
+
+    def stop():
+        signals.send(signal.SIGTERM)
+        until(lambda: server.draining)
+
     try:
-        yield server
+        yield stop
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(5)
-        server.gemini.pool.close()
+        signals.send(signal.SIGTERM)
+        thread.join(15)
+        signals.close()
+    assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def serving(url, api="openai", **fields):
+    """A proxy in this process, in front of the Gemini at that URL."""
+    config = proxy.Config(api, ("127.0.0.1", 0), url, "the-key", timeout=5.0)
+    server = proxy.Server(config._replace(**fields))
+    with in_thread(server):
+        yield server
 
 
 @pytest.fixture
@@ -5898,7 +5934,7 @@ def server(gemini):
         yield server
 
 
-class UpstreamSocket:
+class RawClient:
     """A client's connection, for requests that no library would send."""
 
     def __init__(self, server):
@@ -5916,21 +5952,19 @@ class UpstreamSocket:
         self.socket.sendall(data)
         return self
 
-    def plan(self, method, path, body=None, version="1.1", **headers):
-        data = (
-            b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        )
-        fields = {
-            "Host": "localhost",
-            **({"Content-Length": str(len(data))} if body is not None else {}),
-            **headers,
-        }
-        lines = [f"{method} {path} HTTP/{version}"] + [
-            f"{name.replace('_', '-')}: {value}"
-            for name, value in fields.items()
-            if value is not None
-        ]
-        return self.send("\r\n".join([*lines, "", ""]).encode("latin-1") + data).reply(method)
+    def request(self, method, path, body=None, version="1.1", **headers):
+        """(status, headers, body) of the answer to a request. A header that is None is left out."""
+        fields, data = {"Host": "localhost"}, body or b""
+        if body is not None:
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            fields["Content-Length"] = str(len(data))
+        fields.update(headers)
+        lines = [f"{method} {path} HTTP/{version}"]
+        lines += [f"{k.replace('_', '-')}: {v}" for k, v in fields.items() if v is not None]
+        self.send("\r\n".join([*lines, "", ""]).encode("latin-1") + data)
+        return self.reply(method)
+
+    plan = request  # its former name
 
     def reply(self, method="GET"):
         """(status, headers, body) of the next answer."""
@@ -5945,23 +5979,52 @@ class UpstreamSocket:
             return status, headers, b""
         if "content-length" in headers:
             return status, headers, self.file.read(int(headers["content-length"]))
-        body = b""
-        while "transfer-encoding" in headers:
-            size = int(self.file.readline(), 16)
-            body += self.file.read(size)
-            assert self.file.readline() == b"\r\n"
-            if not size:
-                return status, headers, body
+        if "transfer-encoding" in headers:
+            return status, headers, b"".join(iter(self.read_chunk, b""))
         return status, headers, self.file.read()
 
+    def read_chunk(self):
+        data = self.file.read(int(self.file.readline(), 16))
+        assert self.file.readline() == b"\r\n"
+        return data
+
     def ended(self):
-        """Whether the server hung up, and said nothing more."""
+        """Whether the server hung up, and sent nothing more."""
         return self.file.read() == b""
 
 
+UpstreamSocket = RawClient  # its former name
+CHAT_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def raw_chat(**more):
+    """The bytes of a request for a chat completion."""
+    data = json.dumps(chat(**more)).encode()
+    return CHAT_HEAD + b"Content-Length: %d\r\n\r\n" % len(data) + data
+
+
+def open_stream(client):
+    """Ask for a streamed answer, and read the first line of its head."""
+    client.send(raw_chat(stream=True))
+    assert client.file.readline() == b"HTTP/1.1 200 OK\r\n"
+
+
 def post(server, path="/v1/chat/completions", body=None, **headers):
-    with UpstreamSocket(server) as line:
-        return line.plan("POST", path, chat() if body is None else body, **headers)
+    """(status, headers, body) of the answer to a POST on a connection of its own."""
+    with RawClient(server) as client:
+        return client.request("POST", path, chat() if body is None else body, **headers)
+
+
+def post_json(server, path="/v1/chat/completions", body=None, **headers):
+    """The JSON of an answer that must be a 200."""
+    status, _, data = post(server, path, body, **headers)
+    assert status == 200
+    return json.loads(data)
+
+
+def chat_message(server, *messages, **more):
+    """The assistant's message that answers these."""
+    return post_json(server, body=chat(*messages, **more))["choices"][0]["message"]
 
 
 def error_of(reply):
@@ -5970,114 +6033,237 @@ def error_of(reply):
     return error
 
 
-def test_a_question_is_answered(server):
-    status, headers, body = post(server)
-    assert (
-        status == 200
-        and headers["content-type"] == "application/json"
-        and headers["x-request-id"].startswith("req_")
+def tool_result(call_id, content):
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+
+def until(condition):
+    """Wait for it: what is counted after an answer comes a moment after it."""
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# ---- the log ----
+
+
+def test_a_long_line_of_the_log_keeps_its_end(log_lines):
+    proxy.log("why: " + "x" * 9000 + "\nthe cause")
+    (line,) = log_lines
+    assert len(line) < 4100
+    assert line.startswith("why: x")
+    assert line.endswith("\\nthe cause\n")
+
+
+def test_the_log_holds_neither_keys_nor_content(server, log_lines):
+    path = "/v1/chat/completions?key=secret"
+    post(server, path, chat(user("secret words")), Authorization="Bearer secret")
+    until(lambda: log_lines)
+    assert re.fullmatch(
+        r"POST /v1/chat/completions 200 \d+ ms 'gemini-2.5-flash' 4\+7 tokens\n", log_lines[0]
     )
-    assert (
-        json.loads(body)["choices"][0]["message"]["content"]
-        == "Hello from the stand-in for Gemini. You said: Hi"
-    )
-    assert "x-proxy-ignored" not in headers and "connection" not in headers
 
 
-def test_a_stream_on_the_wire(server, gemini):
-    gemini.say([chunk("Hel"), whole("lo")])
-    status, headers, body = post(server, body=chat(stream=True))
-    events = body.decode().split("\n\n")
-    assert headers["content-type"] == "text/event-stream; charset=utf-8" and events[-2:] == [
-        "data: [DONE]",
-        "",
-    ]
-    assert [
-        json.loads(event[6:])["choices"][0]["delta"].get("content") for event in events[:-2]
-    ] == ["", "Hel", "lo", None]
+def test_a_request_cannot_forge_a_line_of_the_log(server, log_lines):
+    with RawClient(server) as client:
+        client.request("GET", "/\x1b[31m%0aFORGED", User_Agent="\x1b[2J")
+    until(lambda: log_lines)
+    assert re.fullmatch(r"GET /\\x1b\[31m%0aFORGED 400 \d+ ms\n|- - 400 \d+ ms\n", log_lines[0])
 
 
-def test_no_body_stays_in_memory(server):
-    gc.collect()
-    gc.disable()
-    try:
-        assert (
-            post(
-                server,
-                body=chat(user([{"type": "text", "text": "Hi"}]), tools=[WEATHER], stream=True),
-            )[0]
-            == 200
-        )
-        until(
-            lambda: (
-                not server.handlers and not any(type(thing) is Fields for thing in gc.get_objects())
-            )
-        )
-    finally:
-        gc.enable()
+def test_a_log_that_nobody_reads_stops_no_answer(gemini):
+    with start("-listen=127.0.0.1:0", "-upstream", gemini.url, **ENV) as process:
+        port = int(re.search(r"127\.0\.0\.1:(\d+)", process.stdout.readline()).group(1))
+        with RawClient(At(port)) as client:  # the pipe holds a few hundred lines
+            path = "/healthz?" + "x" * 100
+            assert {client.request("GET", path)[0] for _ in range(1500)} == {200}
+            assert client.request("GET", "/" + "x" * 4000)[0] == 404
 
 
-def test_what_was_ignored_is_told(server):
-    headers = post(
-        server, body=chat(user="me", logit_bias={"1": 2}, **{"a\r\nX-Injected: yes": 1, "ключ": 1})
-    )[1]
-    assert (
-        headers["x-proxy-ignored"] == "a??X-Injected:?yes, logit_bias, user, ????"
-        and "x-injected" not in headers
-    )
-    long = post(server, body=chat(**{f"unknown_{i}": i for i in range(2000)}))[1]["x-proxy-ignored"]
-    assert len(long) < 4010 and long.endswith("...")
+def test_a_bug_is_a_500_whose_traceback_is_in_the_log_only(server, monkeypatch, log_lines):
+    monkeypatch.setattr(proxy, "openai_usage", lambda usage: 1 // 0)
+    reply = post(server)
+    assert reply[0] == 500
+    assert "ZeroDivision" not in str(reply)
+    assert "ZeroDivisionError" in log_lines[0]
 
 
-def test_keep_alive_pipelining_and_http_1_0(server, gemini):
-    with UpstreamSocket(server) as line:
-        one = (
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
-        )
+# ---- metrics ----
+
+
+def metrics_of(server):
+    """The lines of /metrics, as a dict."""
+    with RawClient(server) as client:
+        status, headers, body = client.request("GET", "/metrics")
+    assert status == 200
+    assert headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    lines = [line.rpartition(" ") for line in body.decode().splitlines() if line[0] != "#"]
+    return {name.replace("proxy_to_gemini_", ""): float(value) for name, _, value in lines}
+
+
+def requests_counted(server, route, status):
+    return metrics_of(server).get(f'requests_total{{route="{route}",status="{status}"}}')
+
+
+CHAT_ROUTE = "POST /v1/chat/completions"
+
+
+def test_metrics_count_requests_by_route_and_status(server):
+    post(server)
+    post(server)
+    post(server, "/v1/nonsense")
+    until(lambda: requests_counted(server, "other", 404) == 1)
+    until(lambda: requests_counted(server, CHAT_ROUTE, 200) == 2)
+
+
+def test_metrics_measure_the_time_of_answers_and_first_bytes(server):
+    post(server)
+    until(lambda: requests_counted(server, CHAT_ROUTE, 200) == 1)
+    metrics = metrics_of(server)
+    assert metrics[f'request_seconds_bucket{{route="{CHAT_ROUTE}",le="+Inf"}}'] == 1
+    assert metrics[f'first_byte_seconds_count{{route="{CHAT_ROUTE}"}}'] == 1
+
+
+def test_metrics_count_tokens_by_kind(server):
+    post(server)
+    until(lambda: requests_counted(server, CHAT_ROUTE, 200) == 1)
+    metrics = metrics_of(server)
+    kinds = ("prompt", "output", "thoughts")
+    assert [metrics[f'tokens_total{{kind="{kind}"}}'] for kind in kinds] == [4, 7, 2]
+
+
+def test_metrics_count_what_happens_upstream(server, gemini, monkeypatch):
+    monkeypatch.setattr(proxy.random, "uniform", lambda low, high: 0.01)
+    gemini.say(gemini_error(503, "overloaded"), whole("Hello"))
+    post(server)
+    metrics = metrics_of(server)
+    assert metrics['upstream_errors_total{status="503"}'] == 1
+    assert metrics["upstream_retries_total"] == 1
+    assert metrics["upstream_connections_total"] >= 1
+    assert metrics["upstream_idle_connections"] == 1
+    assert metrics["in_flight"] >= 1, "this very request"
+
+
+def test_metrics_count_where_signatures_come_from(server, gemini):
+    gemini.say(whole(call("weather", {"city": "Oslo"}, "s")))
+    message = chat_message(server, model=NEWEST, tools=[WEATHER])
+    unknown = assistant(None, tool_calls=[tool_call("x", "clock", "{}")])
+    for history in (message, kept(message), unknown):
+        result = tool_result(history["tool_calls"][0]["id"], "3")
+        chat_message(server, user("Hi"), history, result, model=NEWEST, tools=[WEATHER])
+    metrics = metrics_of(server)
+    origins = ("client", "memory", "placeholder")
+    assert [metrics[f'signatures_total{{origin="{origin}"}}'] for origin in origins] == [1, 1, 1]
+
+
+@pytest.fixture
+def three_rows():
+    """The page of three workers with the same metrics; the second one was replaced."""
+    metrics = proxy.Metrics(["GET /x"], workers=3)
+    for worker in range(3):
+        metrics.use_row(worker)
+        metrics.add("tokens_total", "prompt", amount=2)
+        metrics.add("requests_total", "GET /invented", "799")
+        metrics.set("in_flight", 5)
+        metrics.observe("request_seconds", "GET /x", seconds=0.05 * 3**worker)
+    metrics.use_row(1)
+    return metrics.page(proxy.Config("openai", ("", 1), "", "k")).data.decode()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'tokens_total{kind="prompt"} 6',
+        'requests_total{route="other",status="other"} 3',
+        "in_flight 10",
+        'request_seconds_bucket{route="GET /x",le="0.05"} 1',
+        'request_seconds_bucket{route="GET /x",le="0.25"} 2',
+        'request_seconds_count{route="GET /x"} 3',
+    ],
+)
+def test_the_metrics_of_workers_add_up(three_rows, line):
+    assert f"\nproxy_to_gemini_{line}\n" in three_rows
+
+
+# ---- one connection ----
+
+
+def test_a_connection_serves_one_request_after_another(server):
+    with RawClient(server) as client:
+        for _ in range(3):
+            status, headers, _ = client.request("POST", "/v1/chat/completions", chat())
+            assert status == 200
+            assert "connection" not in headers
+
+
+def test_requests_may_come_before_the_answers_to_earlier_ones(server):
+    with RawClient(server) as client:
         for i in range(3):
-            data = json.dumps(chat(user(f"number {i}"), stream=i == 1)).encode()
-            line.send(one % (len(data), data))
+            client.send(raw_chat(messages=[user(f"number {i}")], stream=i == 1))
         for i in range(3):
-            assert f"number {i}" in line.reply()[2].decode()
-        assert (
-            line.plan("GET", "/healthz", Connection="close")[1]["connection"] == "close"
-            and line.ended()
+            assert f"number {i}" in client.reply()[2].decode()
+
+
+def test_a_connection_ends_if_the_client_says_so(server):
+    with RawClient(server) as client:
+        headers = client.request("GET", "/healthz", Connection="close")[1]
+        assert headers["connection"] == "close"
+        assert client.ended()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_http_1_0_client_gets_no_chunks_and_its_connection_ends(server, stream):
+    with RawClient(server) as client:
+        status, headers, body = client.request(
+            "POST", "/v1/chat/completions", chat(stream=stream), version="1.0"
         )
-    for stream in (False, True):
-        with UpstreamSocket(server) as line:
-            status, headers, body = line.plan(
-                "POST", "/v1/chat/completions", chat(stream=stream), version="1.0"
-            )
-            assert (
-                status == 200
-                and "transfer-encoding" not in headers
-                and b"Hello" in body
-                and line.ended()
-            )
+        assert status == 200
+        assert "transfer-encoding" not in headers
+        assert b"Hello" in body
+        assert client.ended()
 
 
-def test_chunked_bodies_and_expectations(server):
+def test_an_http_1_0_client_may_keep_its_connection(server):
+    with RawClient(server) as client:
+        for _ in range(2):
+            headers = client.request("GET", "/", version="1.0", Connection="keep-alive")[1]
+            assert headers["connection"] == "keep-alive"
+
+
+def test_an_http_1_1_request_without_a_host_is_a_400(server, gemini):
+    with RawClient(server) as client:
+        reply = client.request("POST", "/v1/chat/completions", chat(), Host=None)
+        assert reply[0] == 400
+        assert error_of(reply)["message"] == "This HTTP/1.1 request has no Host header."
+        assert client.ended()
+    assert not gemini.bodies
+
+
+def test_an_http_1_0_request_needs_no_host(server):
+    with RawClient(server) as client:
+        assert client.request("GET", "/healthz", version="1.0", Host=None)[0] == 200
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096])
+def test_a_body_may_come_in_chunks_with_extensions_and_trailers(server, size):
     data = json.dumps(chat()).encode()
-    with UpstreamSocket(server) as line:
-        for size in (1, 7, 4096):
-            pieces = b"".join(
-                b"%x;a=b\r\n%b\r\n" % (len(data[i : i + size]), data[i : i + size])
-                for i in range(0, len(data), size)
-            )
-            line.send(
-                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
-                + pieces
-                + b"0\r\nX-Sum: 1\r\n\r\n"
-            )
-            assert line.reply()[0] == 200
-        line.send(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
-            % len(data)
-        )
-        assert (
-            line.file.readline() == b"HTTP/1.1 100 Continue\r\n" and line.file.readline() == b"\r\n"
-        )
-        assert line.send(data).reply()[0] == 200
+    pieces = [data[i : i + size] for i in range(0, len(data), size)]
+    chunks = b"".join(b"%x;a=b\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+    with RawClient(server) as client:
+        client.send(CHAT_HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)
+        client.send(b"0\r\nX-Sum: 1\r\n\r\n")
+        assert client.reply()[0] == 200
+        assert client.request("GET", "/healthz")[0] == 200
+
+
+def test_a_client_that_expects_it_is_told_to_continue(server):
+    head, _, data = raw_chat().partition(b"\r\n\r\n")
+    with RawClient(server) as client:
+        client.send(head + b"\r\nExpect: 100-continue\r\n\r\n")
+        assert client.file.readline() == b"HTTP/1.1 100 Continue\r\n"
+        assert client.file.readline() == b"\r\n"
+        assert client.send(data).reply()[0] == 200
 
 
 BAD_FRAMING = [
@@ -6105,785 +6291,812 @@ BAD_FRAMING = [
 
 
 @pytest.mark.parametrize("field", BAD_FRAMING, ids=lambda field: repr(field[:40]))
-def test_a_request_that_could_be_read_in_two_ways_is_refused_and_ends_the_connection(
+def test_a_head_that_could_be_read_in_two_ways_is_refused_and_ends_the_connection(
     server, gemini, field
 ):
-    with UpstreamSocket(server) as line:
-        line.send(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n" + field + b"\r\n\r\n"
-        )
-        reply = line.reply()
-        assert (
-            400 <= reply[0] < 500
-            and error_of(reply)
-            and reply[1]["connection"] == "close"
-            and line.ended()
-        )
-    assert not gemini.asked
+    with RawClient(server) as client:
+        reply = client.send(CHAT_HEAD + field + b"\r\n\r\n").reply()
+        assert 400 <= reply[0] < 500
+        assert error_of(reply)
+        assert reply[1]["connection"] == "close"
+        assert client.ended()
+    assert not gemini.bodies
 
 
-@pytest.mark.parametrize(
-    "chunks",
-    [
-        b"zz\r\n",
-        b"-5\r\n",
-        b"0x5\r\n",
-        b"5 5\r\n",
-        b"f" * 17 + b"\r\n",
-        b"\r\n",
-        b"2\r\n{}XX\r\n",
-        b"1;" + b"x" * 5000,
-        b"fffffff0\r\n",
-    ],
-)
-def test_broken_chunks(server, chunks):
-    with UpstreamSocket(server) as line:
-        line.send(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
-            + chunks
-        )
-        assert 400 <= line.reply()[0] < 500 and line.ended()
+BAD_CHUNKS = [
+    b"zz\r\n",
+    b"-5\r\n",
+    b"0x5\r\n",
+    b"5 5\r\n",
+    b"f" * 17 + b"\r\n",
+    b"\r\n",
+    b"2\r\n{}XX\r\n",
+    b"1;" + b"x" * 5000,
+    b"fffffff0\r\n",
+]
 
 
-@pytest.mark.parametrize(
-    "line_",
-    [
-        b"GARBAGE\r\n",
-        b"GET /healthz HTTP/9\r\n",
-        b"GET  /healthz HTTP/1.1\r\n",
-        b"\0\1\2\r\n",
-        b"get /x http/1.1\r\n",
-        b"GET /" + b"x" * 99999,
-    ],
-)
-def test_bad_request_lines(server, line_):
-    with UpstreamSocket(server) as line:
-        assert line.send(line_ + b"\r\n").reply()[0] in (400, 414) and line.ended()
+@pytest.mark.parametrize("chunks", BAD_CHUNKS)
+def test_broken_chunks_are_refused_and_end_the_connection(server, chunks):
+    with RawClient(server) as client:
+        client.send(CHAT_HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)
+        assert 400 <= client.reply()[0] < 500
+        assert client.ended()
 
 
-def test_bodies_that_are_too_large_or_bombs(server, monkeypatch):
+BAD_REQUEST_LINES = [
+    b"GARBAGE\r\n",
+    b"GET /healthz HTTP/9\r\n",
+    b"GET  /healthz HTTP/1.1\r\n",
+    b"\0\1\2\r\n",
+    b"get /x http/1.1\r\n",
+    b"GET /" + b"x" * 99999,
+]
+
+
+@pytest.mark.parametrize("request_line", BAD_REQUEST_LINES, ids=lambda line: repr(line[:30]))
+def test_a_bad_request_line_is_refused_and_ends_the_connection(server, request_line):
+    with RawClient(server) as client:
+        assert client.send(request_line + b"\r\n").reply()[0] in (400, 414)
+        assert client.ended()
+
+
+def test_a_body_that_is_too_large_is_a_413(server, monkeypatch):
     monkeypatch.setattr(proxy, "MAX_BODY_BYTES", 1000)
-    monkeypatch.setattr(proxy, "MAX_UNPACKED_BYTES", 1000)
-    import gzip
-
     assert post(server, body=b"x" * 2000)[0] == 413
+
+
+def test_a_body_may_come_in_gzip(server):
+    body = gzip.compress(json.dumps(chat()).encode())
+    assert post(server, body=body, Content_Encoding="gzip")[0] == 200
+
+
+def test_a_body_that_unpacks_to_too_much_is_a_413(server, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_UNPACKED_BYTES", 1000)
     assert post(server, body=gzip.compress(b" " * 2000), Content_Encoding="gzip")[0] == 413
-    assert (
-        post(server, body=gzip.compress(json.dumps(chat()).encode()), Content_Encoding="gzip")[0]
-        == 200
-    )
-    for body, coding in ((b"{}", "gzip"), (gzip.compress(b"{}")[:-9], "gzip")):
-        assert post(server, body=body, Content_Encoding=coding)[0] == 400
+
+
+@pytest.mark.parametrize("body", [b"{}", gzip.compress(b"{}")[:-9]], ids=["no gzip", "cut off"])
+def test_broken_gzip_is_a_400(server, body):
+    assert post(server, body=body, Content_Encoding="gzip")[0] == 400
+
+
+def test_an_unknown_content_encoding_is_a_415(server):
     assert post(server, body=b"{}", Content_Encoding="zstd")[0] == 415
 
 
 @pytest.mark.parametrize("raw", [raw for raw in RUBBISH if raw])
 def test_rubbish_in_a_body_is_a_400_and_the_connection_goes_on(server, gemini, raw):
-    with UpstreamSocket(server) as line:
-        assert (
-            error_of(line.plan("POST", "/v1/chat/completions", raw))["type"]
-            == "invalid_request_error"
-        )
-        assert line.plan("POST", "/v1/chat/completions", chat())[0] == 200
+    with RawClient(server) as client:
+        reply = client.request("POST", "/v1/chat/completions", raw)
+        assert error_of(reply)["type"] == "invalid_request_error"
+        assert client.request("POST", "/v1/chat/completions", chat())[0] == 200
 
 
-def test_refusals_have_a_status_also_for_streams(server, gemini):
-    for stream in (False, True):
-        gemini.say(
-            gemini_error(
-                429, "Slow down.", "RESOURCE_EXHAUSTED", detail("RetryInfo", retryDelay="6.2s")
-            )
-        )
-        reply = post(server, body=chat(stream=stream))
-        assert (
-            reply[0] == 429
-            and reply[1]["retry-after"] == "7"
-            and error_of(reply)["code"] == "rate_limit_exceeded"
-        )
+@pytest.mark.parametrize(
+    "start_of_request",
+    [b"", b"GET /hea", CHAT_HEAD + b"Content-Length: 9\r\n\r\n{"],
+    ids=["nothing", "a part of the head", "a part of the body"],
+)
+def test_a_client_that_falls_silent_is_hung_up_on(gemini, monkeypatch, start_of_request):
+    monkeypatch.setattr(proxy, "CLIENT_SECONDS", 0.1)
+    with serving(gemini.url) as server, RawClient(server) as client:
+        assert client.send(start_of_request).ended()
 
 
-def test_a_failure_in_mid_stream_is_the_last_event(server, gemini):
-    for failure in (
+# ---- who may call ----
+
+
+ALLOWED_ORIGINS = [
+    "http://localhost:3000",
+    "https://127.0.0.1",
+    "app://obsidian.md",
+    "vscode-webview://1k",
+    "file://",
+]
+FOREIGN_ORIGINS = [
+    "https://evil.example",
+    "http://localhost.evil.example",
+    "http://localhost@evil.example",
+    "null",
+]
+
+
+@pytest.mark.parametrize("origin", ALLOWED_ORIGINS)
+def test_pages_of_this_machine_and_apps_may_call(server, origin):
+    status, headers, _ = post(server, Origin=origin)
+    assert status == 200
+    assert headers["access-control-allow-origin"] == origin
+
+
+@pytest.mark.parametrize("origin", FOREIGN_ORIGINS)
+def test_foreign_pages_may_not_call(server, gemini, origin):
+    status, headers, _ = post(server, Origin=origin)
+    assert status == 403
+    assert "access-control-allow-origin" not in headers
+    assert not gemini.bodies
+
+
+def preflight(server, origin, names):
+    with RawClient(server) as client:
+        fields = {"Origin": origin, "Access_Control_Request_Headers": names}
+        return client.request("OPTIONS", "/v1/chat/completions", **fields)
+
+
+@pytest.mark.parametrize("origin", ALLOWED_ORIGINS)
+def test_a_preflight_allows_the_headers_that_the_page_names(server, origin):
+    status, headers, _ = preflight(server, origin, "authorization, x-new")
+    assert status == 204
+    assert headers["access-control-allow-headers"] == "authorization, x-new"
+    assert headers["vary"] == "Origin"
+
+
+@pytest.mark.parametrize("origin", FOREIGN_ORIGINS)
+def test_a_preflight_of_a_foreign_page_is_refused(server, origin):
+    assert preflight(server, origin, "authorization")[0] == 403
+
+
+def test_the_headers_of_a_preflight_stay_small(server):
+    headers = preflight(server, "http://localhost", "a, " + "x" * 60_000)[1]
+    assert sum(map(len, headers.values())) < 8000
+
+
+@pytest.mark.parametrize(
+    "origins, origin, status",
+    [
+        (("https://chat.example",), "https://chat.example", 200),
+        (("https://chat.example",), "https://evil.chat.example", 403),
+        (("*",), "null", 200),
+    ],
+)
+def test_origins_can_be_added(gemini, origins, origin, status):
+    with serving(gemini.url, origins=origins) as server:
+        assert post(server, Origin=origin)[0] == status
+
+
+@pytest.mark.parametrize(
+    "host, status",
+    [
+        ("localhost", 200),
+        ("LOCALHOST:80", 200),
+        ("127.0.0.2:80", 200),
+        ("[::1]:5555", 200),
+        ("host.docker.internal", 200),
+        ("evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("127.0.0.1@evil.example", 403),
+        ("localhost:1:2", 403),
+    ],
+)
+def test_a_foreign_name_for_this_machine_is_refused(server, host, status):
+    assert post(server, Host=host)[0] == status
+
+
+@pytest.fixture
+def locked(gemini):
+    """A server that wants a key of its clients."""
+    with serving(gemini.url, proxy_key="px-1") as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": "Bearer px-1"},
+        {"Authorization": "bearer  px-1"},
+        {"x-api-key": "px-1"},
+        {"api-key": "px-1", "Authorization": "Bearer no"},
+        {"x-goog-api-key": "px-1"},
+    ],
+)
+def test_the_key_of_clients_may_come_in_any_usual_header(locked, gemini, headers):
+    assert post(locked, **headers)[0] == 200
+    assert "px-1" not in str(gemini.headers)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Bearer px-2"},
+        {"x-api-key": "px-11"},
+        {"api-key": "PX-1"},
+        {"x-api-key": "\xe9"},
+    ],
+)
+def test_a_wrong_key_of_a_client_is_a_401(locked, headers):
+    reply = post(locked, **headers)
+    assert reply[0] == 401
+    assert error_of(reply)["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize(
+    "method, path, status",
+    [
+        ("GET", "/healthz", 200),
+        ("GET", "/", 200),
+        ("OPTIONS", "/v1/models", 204),
+        ("GET", "/v1/models", 401),
+        ("GET", "/metrics", 401),
+    ],
+)
+def test_only_the_front_page_health_checks_and_preflights_need_no_key(locked, method, path, status):
+    with RawClient(locked) as client:
+        assert client.request(method, path, Origin="http://localhost")[0] == status
+
+
+def key_of(gemini):
+    """The key that came with Gemini's last request."""
+    return {name.lower(): value for name, value in gemini.headers[-1].items()}["x-goog-api-key"]
+
+
+def test_clients_may_bring_their_own_gemini_keys(gemini):
+    with serving(gemini.url, api="ollama", client_keys=True) as server:
+        for name in ("a", "b"):
+            key = f"AIza-{name}"
+            assert post(server, "/api/chat", Authorization=f"Bearer {key}")[0] == 200
+            assert key_of(gemini) == key
+
+
+def test_a_client_without_its_own_gemini_key_is_a_401(gemini):
+    with serving(gemini.url, client_keys=True) as server:
+        assert error_of(post(server))["code"] == "invalid_api_key"
+        assert post(server, Authorization="Bearer AIza \xe9")[0] == 401
+
+
+def test_health_checks_need_no_gemini_key(gemini):
+    with serving(gemini.url, client_keys=True) as server, RawClient(server) as client:
+        assert client.request("GET", "/healthz")[0] == 200
+
+
+def test_clients_may_need_the_servers_key_and_one_of_their_own(gemini):
+    with serving(gemini.url, client_keys=True, proxy_key="px-1") as server:
+        assert post(server, Authorization="Bearer px-1", x_api_key="AIza-a")[0] == 200
+        assert key_of(gemini) == "AIza-a"
+        assert post(server, Authorization="Bearer px-1")[0] == 401
+
+
+# ---- one request ----
+
+
+def test_a_question_is_answered(server):
+    status, headers, body = post(server)
+    answer = "Hello from the stand-in for Gemini. You said: Hi"
+    assert status == 200
+    assert headers["content-type"] == "application/json"
+    assert headers["x-request-id"].startswith("req_")
+    assert json.loads(body)["choices"][0]["message"]["content"] == answer
+
+
+def test_a_stream_on_the_wire(server, gemini):
+    gemini.say([chunk("Hel"), whole("lo")])
+    _, headers, body = post(server, body=chat(stream=True))
+    *events, done, end = body.decode().split("\n\n")
+    texts = [json.loads(event[6:])["choices"][0]["delta"].get("content") for event in events]
+    assert headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert texts == ["", "Hel", "lo", None]
+    assert (done, end) == ("data: [DONE]", "")
+
+
+def test_many_clients_are_served_at_the_same_time(server):
+    def question(i):
+        answers[i] = chat_message(server, user(f"user {i}"))["content"]
+
+    answers = {}
+    threads = [threading.Thread(target=question, args=(i,)) for i in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert all(answers[i].endswith(f"You said: user {i}") for i in range(20))
+
+
+def test_no_body_stays_in_memory(server):
+    parts = [{"type": "text", "text": "Hi"}]
+    gc.collect()
+    gc.disable()
+    try:
+        assert post(server, body=chat(user(parts), tools=[WEATHER], stream=True))[0] == 200
+        until(lambda: not server.handlers)
+        until(lambda: not any(type(thing) is Fields for thing in gc.get_objects()))
+    finally:
+        gc.enable()
+
+
+def test_nothing_ignored_needs_no_header(server):
+    assert "x-proxy-ignored" not in post(server)[1]
+
+
+def test_a_header_names_what_was_ignored(server):
+    names = {"a\r\nX-Injected: yes": 1, "ключ": 1}
+    headers = post(server, body=chat(user="me", logit_bias={"1": 2}, **names))[1]
+    assert headers["x-proxy-ignored"] == "a??X-Injected:?yes, logit_bias, user, ????"
+    assert "x-injected" not in headers
+
+
+def test_the_header_of_ignored_names_stays_small(server):
+    body = chat(**{f"unknown_{i}": i for i in range(2000)})
+    text = post(server, body=body)[1]["x-proxy-ignored"]
+    assert len(text) < 4010
+    assert text.endswith("...")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_has_a_status_of_its_own_also_for_a_stream(server, gemini, stream):
+    delay = detail("RetryInfo", retryDelay="6.2s")
+    gemini.say(gemini_error(429, "Slow down.", "RESOURCE_EXHAUSTED", delay))
+    reply = post(server, body=chat(stream=stream))
+    assert reply[0] == 429
+    assert reply[1]["retry-after"] == "7"
+    assert error_of(reply)["code"] == "rate_limit_exceeded"
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
         Say(chunk("Once "), SHED),
         Say(chunk("Once "), chunk("upon"), cut=1),
         Say(chunk("Once ")),
-    ):
-        gemini.say(failure)
-        status, headers, body = post(server, body=chat(stream=True))
-        events = [json.loads(event[6:]) for event in body.decode().split("\n\n")[:-1]]
-        assert status == 200 and [d.get("content") for d in deltas(events[:-1])] == ["", "Once "]
-        assert set(events[-1]) == {"error"} and set(events[-1]["error"]) == {
-            "message",
-            "type",
-            "param",
-            "code",
-        }
+    ],
+    ids=["an error event", "a connection that breaks", "no finish reason"],
+)
+def test_a_failure_in_mid_stream_is_the_last_event(server, gemini, failure):
+    gemini.say(failure)
+    status, _, body = post(server, body=chat(stream=True))
+    *events, last = [json.loads(event[6:]) for event in body.decode().split("\n\n")[:-1]]
+    assert status == 200
+    assert [delta.get("content") for delta in deltas(events)] == ["", "Once "]
+    assert set(last) == {"error"}
+    assert set(last["error"]) == {"message", "type", "param", "code"}
 
 
 def test_a_silent_stream_is_kept_alive(server, gemini, monkeypatch):
     monkeypatch.setattr(proxy, "KEEP_ALIVE_SECONDS", 0.05)
     gemini.say(Say(whole("Hello"), delay=0.3))
-    assert re.match(rb"(: keep-alive\n\n){2,}data: {", post(server, body=chat(stream=True))[2])
+    body = post(server, body=chat(stream=True))[2]
+    assert re.match(rb"(: keep-alive\n\n){2,}data: {", body)
+
+
+def test_a_refusal_after_a_keep_alive_is_the_last_event(server, gemini, monkeypatch):
+    monkeypatch.setattr(proxy, "KEEP_ALIVE_SECONDS", 0.05)
     gemini.say(Say({"error": {"code": 429, "message": "Slow"}}, delay=0.3, status=429))
     status, _, body = post(server, body=chat(stream=True))
-    assert (
-        status == 200
-        and b'data: {"error":{"message":"Slow"' in body
-        and not body.endswith(b"[DONE]\n\n")
-    )
+    assert status == 200
+    assert b'data: {"error":{"message":"Slow"' in body
+    assert not body.endswith(b"[DONE]\n\n")
 
 
-def test_a_client_that_leaves_is_noticed(server, gemini):
-    for stream in (False, True):
-        gemini.gone.clear()
-        gemini.say(Say(chunk("Once "), whole("upon"), delay=30))
-        with UpstreamSocket(server) as line:
-            data = json.dumps(chat(stream=stream)).encode()
-            line.send(
-                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
-                % (len(data), data)
-            )
-            while len(gemini.asked) < 1 + stream:
-                time.sleep(0.01)
-        assert gemini.gone.wait(2)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_call_to_gemini(server, gemini, stream):
+    gemini.say(Say(chunk("Once "), whole("upon"), delay=30))
+    with RawClient(server) as client:
+        client.send(raw_chat(stream=stream))
+        until(lambda: gemini.bodies)
+    assert gemini.gone.wait(2)
 
 
-def test_a_bug_of_ours_is_a_500_with_a_traceback_in_the_log_only(server, monkeypatch, capfd):
-    monkeypatch.setattr(proxy, "openai_usage", lambda usage: 1 // 0)
-    reply = post(server)
-    assert (
-        reply[0] == 500
-        and "ZeroDivision" not in str(reply)
-        and "ZeroDivisionError" in capfd.readouterr().err
-    )
+@pytest.mark.parametrize("path, text", [("/healthz", "ok"), ("/", "api = openai")])
+def test_the_servers_own_pages(server, path, text):
+    with RawClient(server) as client:
+        assert text in client.request("GET", path)[2].decode()
+        assert client.request("HEAD", path)[0] == 200
 
 
-def test_the_log_tells_neither_keys_nor_content(server, capfd):
-    post(
-        server,
-        path="/v1/chat/completions?key=secret",
-        body=chat(user("secret words")),
-        Authorization="Bearer secret",
-    )
-    with UpstreamSocket(server) as line:
-        line.plan("GET", "/\x1b[31m%0aFORGED", User_Agent="\x1b[2J")
-    said, deadline = "", time.monotonic() + 5
-    while (
-        said.count("\n") < 2 and time.monotonic() < deadline
-    ):  # a line is written after its answer
-        said += capfd.readouterr().err
-    assert (
-        "secret" not in said
-        and "\x1b" not in said
-        and "the-key" not in said
-        and len(said.splitlines()) == 2
-    )
-    assert re.search(
-        r"^POST /v1/chat/completions 200 \d+ ms 'gemini-2.5-flash' 4\+7 tokens$", said, re.M
-    )
+def test_the_target_may_be_a_whole_url(server):
+    with RawClient(server) as client:
+        assert client.request("GET", "http://localhost/healthz")[0] == 200
 
 
-def test_methods_and_paths(server):
-    with UpstreamSocket(server) as line:
-        assert line.plan("HEAD", "/healthz")[0] == 200 and line.plan("GET", "/healthz")[2] == b"ok"
-        assert "api = openai" in line.plan("GET", "/")[2].decode()
-        assert line.plan("GET", "http://localhost/healthz")[0] == 200
-        status, headers, _ = line.plan("GET", "/v1/chat/completions")
-        assert status == 405 and headers["allow"] == "POST"
-        assert (
-            error_of(line.plan("GET", "/v1/nonsense"))["message"]
-            == "Invalid URL (GET /v1/nonsense)"
-        )
+def test_a_wrong_method_is_a_405_that_names_the_right_one(server):
+    with RawClient(server) as client:
+        status, headers, _ = client.request("GET", "/v1/chat/completions")
+        assert status == 405
+        assert headers["allow"] == "POST"
 
 
-ORIGINS = {
-    "http://localhost:3000": True,
-    "https://127.0.0.1": True,
-    "app://obsidian.md": True,
-    "vscode-webview://1k": True,
-    "file://": True,
-    "https://evil.example": False,
-    "http://localhost.evil.example": False,
-    "http://localhost@evil.example": False,
-    "null": False,
-}
+def test_an_unknown_path_is_a_404_that_names_it(server):
+    with RawClient(server) as client:
+        reply = client.request("GET", "/v1/nonsense")
+        assert reply[0] == 404
+        assert error_of(reply)["message"] == "Invalid URL (GET /v1/nonsense)"
 
 
-@pytest.mark.parametrize("origin", ORIGINS)
-def test_foreign_pages_may_not_call(server, gemini, origin):
-    status, headers, _ = post(server, Origin=origin)
-    assert (
-        status == 200,
-        headers.get("access-control-allow-origin") == origin,
-        len(gemini.asked),
-    ) == (ORIGINS[origin],) * 2 + (int(ORIGINS[origin]),)
-    with UpstreamSocket(server) as line:
-        status, headers, _ = line.plan(
-            "OPTIONS",
-            "/v1/chat/completions",
-            Origin=origin,
-            Access_Control_Request_Headers="authorization, x-new",
-        )
-    if ORIGINS[origin]:
-        assert (
-            status == 204
-            and headers["access-control-allow-headers"] == "authorization, x-new"
-            and headers["vary"] == "Origin"
-        )
+RESPONSE_STREAM = {"model": FLASH, "input": "Hi", "stream": True}
 
 
-def test_added_origins_and_the_star(gemini):
-    for added, origin, allowed in (
-        (("https://chat.example",), "https://chat.example", True),
-        (("https://chat.example",), "https://evil.chat.example", False),
-        (("*",), "null", True),
-    ):
-        with serving(gemini.url, origins=added) as server:
-            assert (post(server, Origin=origin)[0] == 200) is allowed
+def test_the_events_of_a_streamed_response_are_named(server):
+    _, headers, body = post(server, "/v1/responses", RESPONSE_STREAM)
+    *frames, end = body.decode().split("\n\n")
+    events = [re.fullmatch(r"event: (.+)\ndata: (.+)", frame).groups() for frame in frames]
+    assert headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert all(name == json.loads(data)["type"] for name, data in events)
+    assert events[-1][0] == "response.completed"
+    assert end == ""
 
 
-@pytest.mark.parametrize(
-    "host, allowed",
-    [
-        ("localhost", True),
-        ("LOCALHOST:80", True),
-        ("127.0.0.2:80", True),
-        ("[::1]:5555", True),
-        ("host.docker.internal", True),
-        ("evil.example", False),
-        ("127.0.0.1.evil.example", False),
-        ("127.0.0.1@evil.example", False),
-        ("localhost:1:2", False),
-    ],
-)
-def test_another_name_for_this_machine_is_refused(server, host, allowed):
-    assert (post(server, Host=host)[0] == 200) is allowed
+def test_a_streamed_response_that_breaks_off_is_a_failed_response(server, gemini):
+    gemini.say(Say(chunk("Hel"), cut=1))
+    body = post(server, "/v1/responses", RESPONSE_STREAM)[2]
+    last = json.loads(body.decode().rstrip().rpartition("data: ")[2])
+    assert last["type"] == "response.failed"
+    assert last["response"]["status"] == "failed"
+    assert last["response"]["error"]["code"] == "server_error"
 
 
-def test_the_clients_key(gemini):
-    with serving(gemini.url, proxy_key="px-1") as server:
-        for headers, allowed in (
-            ({"Authorization": "Bearer px-1"}, True),
-            ({"Authorization": "bearer  px-1"}, True),
-            ({"x-api-key": "px-1"}, True),
-            ({"api-key": "px-1", "Authorization": "Bearer no"}, True),
-            ({"x-goog-api-key": "px-1"}, True),
-            ({}, False),
-            ({"Authorization": "Bearer px-2"}, False),
-            ({"x-api-key": "px-11"}, False),
-            ({"api-key": "PX-1"}, False),
-            ({"x-api-key": "\xe9"}, False),
-        ):
-            reply = post(server, **headers)
-            assert reply[0] == (200 if allowed else 401), headers
-            assert allowed or error_of(reply)["code"] == "invalid_api_key"
-        with UpstreamSocket(server) as line:
-            assert line.plan("GET", "/healthz")[0] == line.plan("GET", "/")[0] == 200
-            assert line.plan("OPTIONS", "/v1/models", Origin="http://localhost")[0] == 204
-            assert line.plan("GET", "/v1/models")[0] == 401
-    assert "px-1" not in str(gemini.headers)
+def test_a_refused_response_has_a_status_of_its_own(server, gemini):
+    gemini.say(gemini_error(429, "Slow down.", "X"))
+    assert post(server, "/v1/responses", RESPONSE_STREAM)[0] == 429
+
+
+# ---- what is remembered between requests ----
 
 
 def kept(message):
     """An assistant's message as most clients keep it."""
-    return assistant(
-        message["content"],
-        tool_calls=[
-            {key: made[key] for key in ("id", "type", "function")} for made in message["tool_calls"]
-        ],
-    )
+    fields = ("id", "type", "function")
+    calls = [{key: item[key] for key in fields} for item in message["tool_calls"]]
+    return assistant(message["content"], tool_calls=calls)
 
 
-def test_signatures_come_back_to_their_own_conversation_only(server, gemini):
-    first = {}
-    for who in ("Ann", "Bob"):
-        gemini.say(whole(call("weather", {"city": "Oslo"}, who), call("weather", {"city": "Oslo"})))
-        first[who] = json.loads(
-            post(server, body=chat(user(f"I am {who}"), model=NEWEST, tools=[WEATHER]))[2]
-        )["choices"][0]["message"]
-
-    def signatures(who, message):
-        results = [
-            {"role": "tool", "tool_call_id": made["id"], "content": "rain"}
-            for made in message["tool_calls"]
-        ]
-        post(
-            server, body=chat(user(f"I am {who}"), message, *results, model=NEWEST, tools=[WEATHER])
-        )
-        return [part.get("thoughtSignature") for part in gemini.asked[-1]["contents"][1]["parts"]]
-
-    for who in ("Ann", "Bob"):
-        other_ids = kept(first[who])
-        for i, made in enumerate(other_ids["tool_calls"]):
-            made["id"] = f"framework-{i}"
-        assert signatures(who, kept(first[who])) == signatures(who, other_ids) == [sign(who), None]
-        assert signatures("Carl", other_ids) == [proxy.PLACEHOLDER, None]
+def with_other_ids(message):
+    """An assistant's message from a client that gives calls ids of its own."""
+    calls = [{**item, "id": f"own-{i}"} for i, item in enumerate(message["tool_calls"])]
+    return {**message, "tool_calls": calls}
 
 
-def test_the_parts_of_geminis_own_search_come_back_before_the_call(server, gemini):
-    """It wants them as it made them, and no client can carry them."""
-    own = [
-        {
-            "toolCall": {
-                "toolType": "GOOGLE_SEARCH_WEB",
-                "args": {"queries": ["rain"]},
-                "id": "t1",
-            },
-            "thoughtSignature": sign("x"),
+@pytest.fixture
+def two_conversations(server, gemini):
+    """The same calls in two conversations, by the name of the user."""
+    messages = {}
+    for name in ("Ann", "Bob"):
+        calls = [call("weather", {"city": "Oslo"}, name), call("weather", {"city": "Oslo"})]
+        gemini.say(whole(*calls))
+        message = chat_message(server, user(f"I am {name}"), model=NEWEST, tools=[WEATHER])
+        messages[name] = kept(message)
+    return messages
+
+
+def signatures_sent(server, gemini, name, message):
+    """The signatures of the calls, when their results are sent."""
+    results = [tool_result(item["id"], "rain") for item in message["tool_calls"]]
+    chat_message(server, user(f"I am {name}"), message, *results, model=NEWEST, tools=[WEATHER])
+    return [part.get("thoughtSignature") for part in gemini.bodies[-1]["contents"][1]["parts"]]
+
+
+@pytest.mark.parametrize("name", ["Ann", "Bob"])
+def test_signatures_come_back_by_the_ids_of_the_calls(server, gemini, two_conversations, name):
+    message = two_conversations[name]
+    assert signatures_sent(server, gemini, name, message) == [sign(name), None]
+
+
+@pytest.mark.parametrize("name", ["Ann", "Bob"])
+def test_signatures_come_back_by_the_conversation(server, gemini, two_conversations, name):
+    message = with_other_ids(two_conversations[name])
+    assert signatures_sent(server, gemini, name, message) == [sign(name), None]
+
+
+def test_signatures_come_back_in_no_other_conversation(server, gemini, two_conversations):
+    message = with_other_ids(two_conversations["Ann"])
+    assert signatures_sent(server, gemini, "Carl", message) == [proxy.PLACEHOLDER, None]
+
+
+SEARCH_PARTS = [
+    {
+        "toolCall": {"toolType": "GOOGLE_SEARCH_WEB", "args": {"queries": ["rain"]}, "id": "t1"},
+        "thoughtSignature": sign("x"),
+    },
+    {
+        "toolResponse": {
+            "toolType": "GOOGLE_SEARCH_WEB",
+            "response": {"search_suggestions": "Oslo"},
+            "id": "t1",
         },
-        {
-            "toolResponse": {
-                "toolType": "GOOGLE_SEARCH_WEB",
-                "response": {"search_suggestions": "Oslo"},
-                "id": "t1",
-            },
-            "thoughtSignature": sign("y"),
-        },
-    ]
+        "thoughtSignature": sign("y"),
+    },
+]
+
+
+@pytest.mark.parametrize(
+    "options, parts_between",
+    [({"web_search_options": {}}, SEARCH_PARTS), ({}, [])],
+    ids=["with the search", "without it"],
+)
+def test_the_parts_of_geminis_search_come_back_before_the_call(
+    server, gemini, options, parts_between
+):
+    """Gemini wants them as it made them, and no client can carry them."""
     history = [user("Search, then look.")]
     for turn in (1, 2):
-        gemini.say(whole("So: ", *own, call("weather", {"city": "Oslo"}, f"turn {turn}")))
-        message = json.loads(
-            post(server, body=chat(*history, model=NEWEST, tools=[WEATHER], web_search_options={}))[
-                2
-            ]
-        )["choices"][0]["message"]
-        history += [
-            kept(message),
-            {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "rain"},
-        ]
-    gemini.say(whole("Rain."), whole("Rain."))
-    post(server, body=chat(*history, model=NEWEST, tools=[WEATHER], web_search_options={}))
-    post(server, body=chat(*history, model=NEWEST, tools=[WEATHER]))
-    for parts, between in ((gemini.asked[-2]["contents"], own), (gemini.asked[-1]["contents"], [])):
-        for i, turn in ((1, 1), (3, 2)):
-            *before, last = parts[i]["parts"]
-            assert before == [{"text": "So: "}, *between] and last["thoughtSignature"] == sign(
-                f"turn {turn}"
-            )
+        gemini.say(whole("So: ", *SEARCH_PARTS, call("weather", {"city": "Oslo"}, f"turn {turn}")))
+        searching = {"model": NEWEST, "tools": [WEATHER], "web_search_options": {}}
+        message = chat_message(server, *history, **searching)
+        history += [kept(message), tool_result(message["tool_calls"][0]["id"], "rain")]
+    gemini.say(whole("Rain."))
+    chat_message(server, *history, model=NEWEST, tools=[WEATHER], **options)
+    for index, turn in ((1, 1), (3, 2)):
+        *before, last = gemini.bodies[-1]["contents"][index]["parts"]
+        assert before == [{"text": "So: "}, *parts_between]
+        assert last["thoughtSignature"] == sign(f"turn {turn}")
 
 
-def key_of(gemini):
-    """The key that Gemini was asked with last."""
-    return {name.lower(): value for name, value in gemini.headers[-1].items()}["x-goog-api-key"]
+QUESTION = {"model": NEWEST, "input": "Hi"}
 
 
-def metrics_of(server):
-    """The lines of /metrics, as a dict."""
-    with UpstreamSocket(server) as line:
-        status, headers, body = line.plan("GET", "/metrics")
-    assert status == 200 and headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-    lines = [
-        line.rpartition(" ") for line in body.decode().splitlines() if not line.startswith("#")
+@pytest.fixture
+def with_client_keys(gemini):
+    """A server whose clients bring their own Gemini keys."""
+    with serving(gemini.url, client_keys=True) as server:
+        yield server
+
+
+def test_a_response_is_kept_for_its_own_key(with_client_keys):
+    ann, bob = {"Authorization": "Bearer AIza-a"}, {"Authorization": "Bearer AIza-b"}
+    response_id = post_json(with_client_keys, "/v1/responses", QUESTION, **ann)["id"]
+    with RawClient(with_client_keys) as client:
+        assert client.request("GET", f"/v1/responses/{response_id}", **ann)[0] == 200
+        assert client.request("GET", f"/v1/responses/{response_id}", **bob)[0] == 404
+        assert client.request("DELETE", f"/v1/responses/{response_id}", **bob)[0] == 404
+        assert client.request("DELETE", f"/v1/responses/{response_id}", **ann)[0] == 200
+        assert client.request("GET", f"/v1/responses/{response_id}", **ann)[0] == 404
+
+
+def test_a_response_is_continued_with_its_own_key_only(with_client_keys):
+    response_id = post_json(with_client_keys, "/v1/responses", QUESTION, Authorization="Bearer a")[
+        "id"
     ]
-    return {name.replace("proxy_to_gemini_", ""): float(value) for name, _, value in lines}
+    body = {**QUESTION, "previous_response_id": response_id}
+    assert post(with_client_keys, "/v1/responses", body, Authorization="Bearer b")[0] == 404
+    assert post(with_client_keys, "/v1/responses", body, Authorization="Bearer a")[0] == 200
 
 
-def until(true):
-    """Wait for it: what is counted after an answer comes a moment after it."""
-    deadline = time.monotonic() + 5
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def test_the_metrics_tell_what_happened(server, gemini, monkeypatch):
-    monkeypatch.setattr(proxy.random, "uniform", lambda low, high: 0.01)
-    gemini.say(
-        gemini_error(503, "overloaded"),
-        whole("Hello"),
-        whole(call("weather", {"city": "Oslo"}, "s")),
-    )
-    post(server)
-    message = json.loads(post(server, body=chat(model=NEWEST, tools=[WEATHER]))[2])["choices"][0][
-        "message"
+def test_a_call_with_the_id_of_a_response_gets_none_of_it(with_client_keys, gemini):
+    key = {"Authorization": "Bearer AIza-a"}
+    response_id = "response:" + post_json(with_client_keys, "/v1/responses", QUESTION, **key)["id"]
+    history = [
+        assistant(None, tool_calls=[tool_call(response_id, "weather", "{}")]),
+        tool_result(response_id, "3"),
     ]
-    lost = assistant(None, tool_calls=[tool_call("x", "clock", "{}")])
-    for said in (message, kept(message), lost):
-        post(
-            server,
-            body=chat(
-                user("Hi"),
-                said,
-                {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "3"},
-                model=NEWEST,
-                tools=[WEATHER],
-            ),
-        )
-    post(server, path="/v1/nonsense")
-    count = 'requests_total{route="%s",status="%s"}'
-    route = "POST /v1/chat/completions"
-    until(
-        lambda: (
-            (
-                metrics_of(server).get(count % ("other", "404")),
-                metrics_of(server).get(count % (route, "200")),
-            )
-            == (1, 5)
-        )
-    )
-    found = metrics_of(server)
-    assert found['upstream_errors_total{status="503"}'] == found["upstream_retries_total"] == 1
-    assert [
-        found[f'signatures_total{{origin="{origin}"}}']
-        for origin in ("client", "memory", "placeholder")
-    ] == [1, 1, 1]
-    assert (
-        found['tokens_total{kind="prompt"}'] == 20
-        and found['tokens_total{kind="output"}'] == 35
-        and found['tokens_total{kind="thoughts"}'] == 10
-    )
-    assert (
-        found[f'request_seconds_bucket{{route="{route}",le="+Inf"}}']
-        == found[f'first_byte_seconds_count{{route="{route}"}}']
-        == 5
-    )
-    assert (
-        found["upstream_connections_total"] >= 1
-        and found["upstream_idle_connections"] == 1
-        and found["in_flight"] >= 1
-    )
+    body = chat(user("Hi"), *history, model=NEWEST, tools=[WEATHER])
+    assert post(with_client_keys, body=body, **key)[0] == 200
+    assert gemini.bodies[-1]["contents"][1]["parts"][0]["thoughtSignature"] == proxy.PLACEHOLDER
 
 
-def test_rows_of_the_metrics_add_up():
-    metrics = proxy.Metrics(["GET /x"], workers=3)
-    for worker in range(3):
-        metrics.use_row(worker)
-        metrics.add("tokens_total", "prompt", amount=2)
-        metrics.add("requests_total", "GET /invented", "799")
-        metrics.set("in_flight", 5)
-        metrics.observe("request_seconds", "GET /x", seconds=0.05 * 3**worker)
-    metrics.use_row(1)
-    page = metrics.page(proxy.Config("openai", ("", 1), "", "k")).data.decode()
-    for line in (
-        'tokens_total{kind="prompt"} 6',
-        'requests_total{route="other",status="other"} 3',
-        "in_flight 10",
-        'request_seconds_bucket{route="GET /x",le="0.05"} 1',
-        'request_seconds_bucket{route="GET /x",le="0.25"} 2',
-        'request_seconds_count{route="GET /x"} 3',
-    ):
-        assert f"\nproxy_to_gemini_{line}\n" in page
+def test_a_copied_model_is_its_keys_own(gemini):
+    ann, bob = {"Authorization": "Bearer AIza-a"}, {"Authorization": "Bearer AIza-b"}
+    with serving(gemini.url, api="ollama", client_keys=True) as server:
+        assert post(server, "/api/copy", {"source": FLASH, "destination": "mine"}, **ann)[0] == 200
+        with RawClient(server) as client:
+            assert b'"mine:latest"' in client.request("GET", "/api/tags", **ann)[2]
+            assert b'"mine:latest"' not in client.request("GET", "/api/tags", **bob)[2]
 
 
-def test_the_stream_of_a_response(server, gemini):
-    status, headers, body = post(
-        server, "/v1/responses", {"model": FLASH, "input": "Hi", "stream": True}
-    )
-    frames = body.decode().split("\n\n")
-    assert (
-        status == 200
-        and headers["content-type"] == "text/event-stream; charset=utf-8"
-        and frames.pop() == ""
-        and "[DONE]" not in frames[-1]
-    )
-    events = [
-        (name, json.loads(data))
-        for name, data in re.findall(r"event: (.+)\ndata: (.+)", body.decode())
-    ]
-    assert (
-        len(events) == len(frames)
-        and all(name == event["type"] for name, event in events)
-        and events[-1][0] == "response.completed"
-    )
-    gemini.say(Say(chunk("Hel"), cut=1))
-    body = post(server, "/v1/responses", {"model": FLASH, "input": "Hi", "stream": True})[2]
-    last = json.loads(body.decode().rstrip().rpartition("data: ")[2])
-    assert (last["type"], last["response"]["status"], last["response"]["error"]["code"]) == (
-        "response.failed",
-        "failed",
-        "server_error",
-    )
-    gemini.say(gemini_error(429, "Slow down.", "X"))
-    assert post(server, "/v1/responses", {"model": FLASH, "input": "Hi", "stream": True})[0] == 429
-
-
-def test_a_response_is_kept_for_its_own_key(gemini):
-    with serving(gemini.url, client_keys=True) as server, UpstreamSocket(server) as line:
-        made = json.loads(
-            line.plan(
-                "POST",
-                "/v1/responses",
-                {"model": FLASH, "input": "Hi"},
-                Authorization="Bearer AIza-a",
-            )[2]
-        )
-        assert [
-            line.plan("GET", f"/v1/responses/{made['id']}", Authorization=f"Bearer AIza-{who}")[0]
-            for who in "ab"
-        ] == [200, 404]
-        assert (
-            line.plan("DELETE", f"/v1/responses/{made['id']}", Authorization="Bearer AIza-b")[0]
-            == 404
-        )
-        assert json.loads(
-            line.plan("DELETE", f"/v1/responses/{made['id']}", Authorization="Bearer AIza-a")[2]
-        )["deleted"]
-        server.gemini.memory.database.close()
-
-
-def test_clients_with_keys_of_their_own(gemini):
-    with serving(gemini.url, client_keys=True, proxy_key="px-1") as server:
-        assert (
-            post(server, Authorization="Bearer px-1", x_api_key="AIza-a")[0] == 200
-            and key_of(gemini) == "AIza-a"
-        )
-        assert post(server, Authorization="Bearer px-1")[0] == 401
-    with (
-        serving(gemini.url, api="ollama", client_keys=True) as server,
-        UpstreamSocket(server) as line,
-    ):
-        assert error_of(post(server))["code"] == "invalid_api_key"
-        assert post(server, "/api/chat", Authorization="Bearer AIza \xe9")[0] == 401
-        for who in ("a", "b"):
-            assert (
-                line.plan(
-                    "POST", "/api/chat", chat(stream=False), Authorization=f"Bearer AIza-{who}"
-                )[0]
-                == 200
-            )
-            assert key_of(gemini) == f"AIza-{who}"
-        assert (
-            line.plan(
-                "POST",
-                "/api/copy",
-                {"source": FLASH, "destination": "mine"},
-                Authorization="Bearer AIza-a",
-            )[0]
-            == 200
-        )
-        names = [
-            [
-                model["name"]
-                for model in json.loads(
-                    line.plan("GET", "/api/tags", Authorization=f"Bearer AIza-{who}")[2]
-                )["models"]
-            ]
-            for who in "ab"
-        ]
-        assert ["mine:latest" in of_one for of_one in names] == [True, False]
-        assert line.plan("GET", "/healthz")[0] == 200
-
-
-def test_what_is_kept_in_a_file_outlives_the_server(gemini, tmp_path):
+def test_signatures_in_a_file_outlive_the_server(gemini, tmp_path):
     state = str(tmp_path / "state.db")
     gemini.say(whole(call("weather", {"city": "Oslo"}, "s")))
     with serving(gemini.url, state=state) as server:
-        message = kept(
-            json.loads(post(server, body=chat(model=NEWEST, tools=[WEATHER]))[2])["choices"][0][
-                "message"
-            ]
-        )
-        server.gemini.memory.database.close()
-    assert os.stat(state).st_mode & 0o077 == 0
+        message = kept(chat_message(server, model=NEWEST, tools=[WEATHER]))
+    result = tool_result(message["tool_calls"][0]["id"], "3")
     with serving(gemini.url, state=state) as server:
-        post(
-            server,
-            body=chat(
-                user("Hi"),
-                message,
-                {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "3"},
-                model=NEWEST,
-                tools=[WEATHER],
-            ),
-        )
-        server.gemini.memory.database.close()
-    assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("s")
+        chat_message(server, user("Hi"), message, result, model=NEWEST, tools=[WEATHER])
+    assert gemini.bodies[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("s")
 
 
-def test_what_cannot_be_kept_is_no_success(gemini, tmp_path):
+def test_the_file_of_what_is_remembered_is_its_owners_only(gemini, tmp_path):
+    state = tmp_path / "state.db"
+    gemini.say(whole(call("weather", {"city": "Oslo"}, "s")))
+    with serving(gemini.url, state=str(state)) as server:
+        chat_message(server, model=NEWEST, tools=[WEATHER])
+    assert state.stat().st_mode & 0o077 == 0
+
+
+@pytest.fixture
+def forgetful(gemini, tmp_path):
+    """An Ollama server whose file of what is remembered cannot be made."""
     with serving(gemini.url, api="ollama", state=str(tmp_path / "no" / "state.db")) as server:
-        for stream in (False, True):
-            body = post(
-                server,
-                "/api/create",
-                {"model": "pirate", "from": FLASH, "system": "Say arr.", "stream": stream},
-            )[2]
-            assert b"cannot remember" in body and b"success" not in body
-        assert post(server, "/api/copy", {"source": FLASH, "destination": "mine"})[0] == 503
-        assert post(server, "/api/chat", chat())[0] == 200
+        yield server
 
 
-def test_ids_of_clients_open_nothing_else(gemini):
-    with serving(gemini.url, client_keys=True) as server:
-        made = json.loads(
-            post(
-                server,
-                "/v1/responses",
-                {"model": NEWEST, "input": "Hi"},
-                Authorization="Bearer AIza-a",
-            )[2]
-        )
-        said = assistant(None, tool_calls=[tool_call("response:" + made["id"], "weather", "{}")])
-        body = chat(
-            user("Hi"),
-            said,
-            {"role": "tool", "tool_call_id": "response:" + made["id"], "content": "3"},
-            model=NEWEST,
-            tools=[WEATHER],
-        )
-        assert post(server, body=body, Authorization="Bearer AIza-a")[0] == 200
-        assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == proxy.PLACEHOLDER
-        assert (
-            post(
-                server,
-                "/v1/responses",
-                {"model": NEWEST, "input": "Hi", "previous_response_id": made["id"]},
-                Authorization="Bearer AIza-b",
-            )[0]
-            == 404
-        )
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_cannot_be_kept_is_no_success(forgetful, stream):
+    body = {"model": "pirate", "from": FLASH, "system": "Say arr.", "stream": stream}
+    answer = post(forgetful, "/api/create", body)[2]
+    assert b"cannot remember" in answer
+    assert b"success" not in answer
 
 
-def test_a_log_that_nobody_reads_stops_no_answer(gemini):
-    with start("-listen=127.0.0.1:0", "-upstream", gemini.url, **ENV) as process:
-        with UpstreamSocket(At(port_of(process))) as line:
-            assert {line.plan("GET", "/healthz" + "?" + "x" * 100)[0] for _ in range(1500)} == {
-                200
-            }, "the pipe holds a few hundred lines"
-            assert line.plan("GET", "/" + "x" * 4000)[0] == 404
+def test_a_copy_that_cannot_be_kept_is_a_503(forgetful):
+    assert post(forgetful, "/api/copy", {"source": FLASH, "destination": "mine"})[0] == 503
 
 
-def test_headers_of_a_preflight_stay_small(server):
-    with UpstreamSocket(server) as line:
-        headers = line.plan(
-            "OPTIONS",
-            "/v1/models",
-            Origin="http://localhost",
-            Access_Control_Request_Headers="a, " + "x" * 60_000,
-        )[1]
-    assert sum(map(len, headers.values())) < 8000
+def test_questions_are_answered_without_a_memory(forgetful):
+    assert post(forgetful, "/api/chat", chat())[0] == 200
 
 
-def test_a_file_in_trouble_is_no_clients(gemini, tmp_path, capfd):
-    (tmp_path / "state.db").write_bytes(b"this is no database" * 100)
-    memory = proxy.Memory(str(tmp_path / "state.db"))
-    with pytest.raises(ValueError, match="not a database"):
-        memory.try_out()
-    memory.put("a", None, "1")
-    assert memory.get("a") is None and "not a database" in capfd.readouterr().err
+# ---- an Ollama server ----
 
 
-def test_a_client_that_dawdles_is_hung_up_on(gemini, monkeypatch):
-    monkeypatch.setattr(proxy, "CLIENT_SECONDS", 0.1)
-    with serving(gemini.url) as server:
-        for begun in (
-            b"",
-            b"GET /hea",
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{",
-        ):
-            with UpstreamSocket(server) as line:
-                assert line.send(begun).ended()
+@pytest.fixture
+def ollama_client(gemini):
+    """A connection to an Ollama server."""
+    with serving(gemini.url, api="ollama") as server, RawClient(server) as client:
+        yield client
 
 
-def test_a_second_user_at_the_same_time(server, gemini):
-    def one(i, out):
-        out[i] = json.loads(post(server, body=chat(user(f"user {i}")))[2])["choices"][0]["message"][
-            "content"
-        ]
-
-    out = {}
-    threads = [threading.Thread(target=one, args=(i, out)) for i in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-    assert all(out[i].endswith(f"You said: user {i}") for i in range(20))
+def test_the_front_page_of_an_ollama_server_is_ollamas(ollama_client):
+    status, headers, body = ollama_client.request("GET", "/")
+    assert status == 200
+    assert body == b"Ollama is running"
+    assert headers["content-type"] == "text/plain; charset=utf-8"
+    assert ollama_client.request("HEAD", "/")[0] == 200
 
 
-def test_an_ollama_server_on_the_wire(gemini):
-    with serving(gemini.url, api="ollama") as server, UpstreamSocket(server) as line:
-        status, headers, body = line.plan("GET", "/")
-        assert (status, body, headers["content-type"]) == (
-            200,
-            b"Ollama is running",
-            "text/plain; charset=utf-8",
-        ) and line.plan("HEAD", "/")[0] == 200
-        gemini.say([chunk("Straße"), whole("\u2028")])
-        status, headers, body = line.plan("POST", "/api/chat", chat())
-        assert (
-            headers["content-type"] == "application/x-ndjson"
-            and body.isascii()
-            and body.endswith(b"}\n")
-            and b"\n\n" not in body
-        )
-        assert [json.loads(line_)["done"] for line_ in body.splitlines()] == [False, False, True]
-        assert line.plan("POST", "/api/chat", b"")[::2] == (
-            400,
-            b'{"error":"missing request body"}',
-        )
-        assert (
-            line.plan("GET", "/api/nonsense")[::2] == (404, b"404 page not found")
-            and line.plan("GET", "/api/chat")[0] == 405
-        )
-        assert (
-            line.plan("POST", "/api/me", b"")[::2] == (401, b'{"error":"unauthorized"}')
-            and line.plan("HEAD", "/api/blobs/sha256:x")[0] == 404
-        )
-        gemini.say(gemini_error(404, "models/gemini-9 is not found"))
-        assert line.plan("POST", "/api/chat", chat(model="gemini-9"))[::2] == (
-            404,
-            b'{"error":"model \'gemini-9\' not found"}',
-        )
-        gemini.say(gemini_error(400, "API key not valid. Please pass a valid API key."))
-        assert line.plan("POST", "/v1/chat/completions", chat())[0] == 403
-        gemini.say(Say(chunk("Once "), SHED))
-        lines = line.plan("POST", "/api/chat", chat())[2].splitlines()
-        assert json.loads(lines[-1]) == {"error": "shed"} and json.loads(lines[-2])["done"] is False
+def test_an_ollama_stream_is_lines_of_ascii_json(ollama_client, gemini):
+    gemini.say([chunk("Straße"), whole("\u2028")])
+    _, headers, body = ollama_client.request("POST", "/api/chat", chat())
+    assert headers["content-type"] == "application/x-ndjson"
+    assert body.isascii()
+    assert body.endswith(b"}\n")
+    assert [json.loads(line)["done"] for line in body.split(b"\n")[:-1]] == [False, False, True]
 
 
-def test_aliases_on_an_ollama_server_are_known_in_any_spelling(gemini):
-    with serving(
-        gemini.url, api="ollama", aliases=(("Qwen:latest", FLASH), ("GPT-*", NEWEST))
-    ) as server:
-        with UpstreamSocket(server) as line:
-            assert b'"name":"qwen:latest"' in line.plan("GET", "/api/tags")[2]
-        for name, model in (
-            ("qwen", FLASH),
-            ("Qwen:latest", FLASH),
-            ("gpt-4o", NEWEST),
-            ("GPT-4o:latest", NEWEST),
-        ):
-            gemini.say(whole("Hello"))
-            assert post(server, "/api/chat", chat(model=name))[0] == 200 and gemini.paths[
-                -1
-            ].startswith(f"/v1beta/models/{model}:")
+@pytest.mark.parametrize(
+    "method, path, body, status, answer",
+    [
+        ("POST", "/api/chat", b"", 400, b'{"error":"missing request body"}'),
+        ("GET", "/api/nonsense", None, 404, b"404 page not found"),
+        ("GET", "/api/chat", None, 405, b'{"error":"Not allowed to GET on /api/chat."}'),
+        ("POST", "/api/me", b"", 401, b'{"error":"unauthorized"}'),
+        ("HEAD", "/api/blobs/sha256:x", None, 404, b""),
+    ],
+)
+def test_errors_of_an_ollama_server_are_ollamas(ollama_client, method, path, body, status, answer):
+    assert ollama_client.request(method, path, body)[::2] == (status, answer)
 
 
-def test_silent_managing_beats_in_json_too(gemini, monkeypatch):
-    monkeypatch.setattr(proxy, "KEEP_ALIVE_SECONDS", 0.05)
+def test_a_model_that_gemini_lacks_is_ollamas_404(ollama_client, gemini):
+    gemini.say(gemini_error(404, "models/gemini-9 is not found"))
+    status, _, body = ollama_client.request("POST", "/api/chat", chat(model="gemini-9"))
+    assert status == 404
+    assert body == b'{"error":"model \'gemini-9\' not found"}'
+
+
+def test_a_bad_gemini_key_is_no_401_of_an_ollama_server(ollama_client, gemini):
+    gemini.say(gemini_error(400, "API key not valid. Please pass a valid API key."))
+    assert ollama_client.request("POST", "/v1/chat/completions", chat())[0] == 403
+
+
+def test_an_ollama_stream_that_fails_ends_in_an_error(ollama_client, gemini):
+    gemini.say(Say(chunk("Once "), SHED))
+    *_, before, last = ollama_client.request("POST", "/api/chat", chat())[2].splitlines()
+    assert json.loads(before)["done"] is False
+    assert json.loads(last) == {"error": "shed"}
+
+
+ALIASES = (("Qwen:latest", FLASH), ("GPT-*", NEWEST))
+
+
+@pytest.mark.parametrize(
+    "name, model",
+    [("qwen", FLASH), ("Qwen:latest", FLASH), ("gpt-4o", NEWEST), ("GPT-4o:latest", NEWEST)],
+)
+def test_an_alias_of_an_ollama_server_may_be_spelt_in_any_way(gemini, name, model):
+    gemini.say(whole("Hello"))
+    with serving(gemini.url, api="ollama", aliases=ALIASES) as server:
+        assert post(server, "/api/chat", chat(model=name))[0] == 200
+    assert gemini.paths[-1].startswith(f"/v1beta/models/{model}:")
+
+
+def test_an_ollama_server_lists_its_aliases(gemini):
+    with serving(gemini.url, api="ollama", aliases=ALIASES) as server, RawClient(server) as client:
+        assert b'"name":"qwen:latest"' in client.request("GET", "/api/tags")[2]
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [("/api/pull", {"model": FLASH}), ("/api/create", {"model": "x", "from": FLASH})],
+)
+def test_managing_models_is_kept_alive_with_status_lines(ollama_client, monkeypatch, path, body):
     pages = proxy.ModelList.pages
 
     def slow(self):
         self.waiter.wait(None, seconds=0.2)
         return pages(self)
 
-    monkeypatch.setattr(proxy.ModelList, "pages", slow)
-    for path, body in (
-        ("/api/pull", {"model": FLASH}),
-        ("/api/create", {"model": "x", "from": FLASH}),
-    ):
-        with serving(gemini.url, api="ollama") as server:
-            lines = [
-                json.loads(line)["status"] for line in post(server, path, body)[2].splitlines()
-            ]
-        assert len(lines) > 4 and lines[-1] == "success"
-
-
-def test_a_silent_ollama_stream_beats_with_empty_chunks(gemini, monkeypatch):
     monkeypatch.setattr(proxy, "KEEP_ALIVE_SECONDS", 0.05)
-    with serving(gemini.url, api="ollama") as server:
-        for path, body, text in (
-            ("/api/chat", chat(), lambda o: o["message"]["content"]),
-            ("/api/generate", {"model": FLASH, "prompt": "x"}, lambda o: o["response"]),
-        ):
-            gemini.say(Say(whole("Hello"), delay=0.2))
-            objects = [json.loads(line) for line in post(server, path, body)[2].splitlines()]
-            assert (
-                len(objects) > 3
-                and [text(o) for o in objects[:2]] == ["", ""]
-                and "".join(map(text, objects)) == "Hello"
-            )
+    monkeypatch.setattr(proxy.ModelList, "pages", slow)
+    lines = ollama_client.request("POST", path, body)[2].splitlines()
+    assert len(lines) > 4
+    assert json.loads(lines[-1])["status"] == "success"
+
+
+@pytest.mark.parametrize(
+    "path, body, text",
+    [
+        ("/api/chat", chat(), lambda line: line["message"]["content"]),
+        ("/api/generate", {"model": FLASH, "prompt": "x"}, lambda line: line["response"]),
+    ],
+    ids=["chat", "generate"],
+)
+def test_a_silent_ollama_stream_is_kept_alive_with_empty_chunks(
+    ollama_client, gemini, monkeypatch, path, body, text
+):
+    monkeypatch.setattr(proxy, "KEEP_ALIVE_SECONDS", 0.05)
+    gemini.say(Say(whole("Hello"), delay=0.2))
+    lines = [json.loads(line) for line in ollama_client.request("POST", path, body)[2].splitlines()]
+    assert len(lines) > 3
+    assert [text(line) for line in lines[:2]] == ["", ""]
+    assert "".join(map(text, lines)) == "Hello"
+
+
+# ---- the end of a server ----
+
+
+@pytest.fixture
+def ending(gemini):
+    """(a server, a function that lets it begin to end)"""
+    server = proxy.Server(proxy.Config("openai", ("127.0.0.1", 0), gemini.url, "the-key"))
+    with in_thread(server) as stop:
+        yield server, stop
+
+
+def test_a_stream_that_takes_too_long_ends_with_an_error(ending, gemini, monkeypatch):
+    monkeypatch.setattr(proxy, "DRAIN_NOTICE_SECONDS", 0.1)
+    monkeypatch.setattr(proxy, "DRAIN_SECONDS", 0.1)
+    gemini.say(Say(chunk("Once "), whole("upon"), gap=30))
+    server, stop = ending
+    with RawClient(server) as client:
+        open_stream(client)
+        stop()
+        rest = client.file.read()
+    assert b"Once " in rest
+    assert b"shutting down" in rest
+    assert b"[DONE]" not in rest
+    assert rest.endswith(b"\r\n0\r\n\r\n")
+
+
+def test_health_checks_fail_once_the_server_is_to_end(ending):
+    server, stop = ending
+    with RawClient(server) as client:
+        assert client.request("GET", "/healthz")[::2] == (200, b"ok")
+        stop()
+        assert client.request("GET", "/healthz")[::2] == (503, b"ending")
+
+
+def test_the_last_answer_of_a_connection_says_that_it_is_the_last(ending):
+    server, stop = ending
+    with RawClient(server) as client:
+        assert "connection" not in client.request("GET", "/healthz")[1]
+        stop()
+        status, headers, _ = client.request("POST", "/v1/chat/completions", chat())
+        assert status == 200
+        assert headers["connection"] == "close"
+        assert client.ended()
+
+
+def test_clients_are_served_until_load_balancers_can_have_noticed(ending):
+    server, stop = ending
+    with RawClient(server) as idle:
+        idle.request("GET", "/healthz")
+        stop()
+        assert post(server)[0] == 200
+
+
+def test_connections_without_a_request_are_closed_at_the_end(ending, monkeypatch):
+    monkeypatch.setattr(proxy, "DRAIN_NOTICE_SECONDS", 0.1)
+    server, stop = ending
+    with RawClient(server) as idle:
+        idle.request("GET", "/healthz")
+        stop()
+        assert idle.ended()
+
+
+def test_a_server_that_ended_has_closed_its_memory_and_its_connections(gemini):
+    gemini.say(whole(call("weather", {"city": "Oslo"}, "s")))
+    with serving(gemini.url) as server:
+        chat_message(server, model=NEWEST, tools=[WEATHER])
+        assert server.gemini.memory.database is not None
+    assert server.gemini.memory.database is None
+    assert not server.gemini.pool.idle
 
 
 # ======================================================================================
@@ -7092,14 +7305,6 @@ def running(gemini, *flags, **env):
     """(the process, the server) of the program on a free port, in front of this Gemini."""
     with start("-listen=127.0.0.1:0", "-upstream", gemini.url, *flags, **env) as process:
         yield process, At(port_of(process))
-
-
-def open_stream(line):
-    """Ask for a streamed answer, and read the first line of its head."""
-    data = json.dumps(chat(stream=True)).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
-    line.send(head % len(data) + data)
-    assert line.file.readline() == b"HTTP/1.1 200 OK\r\n"
 
 
 STREAM_END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
@@ -7381,101 +7586,6 @@ def test_the_program_ends_also_while_clients_keep_coming_back(gemini):
             over.set()
             for thread in clients:
                 thread.join(5)
-
-
-class ManualSignals:
-    """Signals that a test gives to a server in this process."""
-
-    poll_seconds = 0.01
-
-    def __init__(self):
-        self.pipe, self.wake = os.pipe()
-        self.stopped = False
-
-    def should_stop(self):
-        return self.stopped
-
-    def take(self, number):
-        return False
-
-    def drain_pipe(self):
-        pass
-
-    def ping_watchdog(self):
-        pass
-
-    def notify(self, *lines):
-        pass
-
-
-@pytest.fixture
-def ending(gemini):
-    """(a server in its own loop, a function that lets it begin to end)"""
-    server, signals = proxy.Server(check_config(gemini)), ManualSignals()
-    thread = threading.Thread(target=server.run, args=(signals,))
-    thread.start()
-
-    def stop():
-        signals.stopped = True
-        until(lambda: server.draining)
-
-    yield server, stop
-    signals.stopped = True
-    thread.join(5)
-    os.close(signals.pipe)
-    os.close(signals.wake)
-    assert not thread.is_alive()
-
-
-def test_a_stream_that_takes_too_long_ends_with_an_error(ending, gemini, monkeypatch):
-    monkeypatch.setattr(proxy, "DRAIN_NOTICE_SECONDS", 0.1)
-    monkeypatch.setattr(proxy, "DRAIN_SECONDS", 0.1)
-    gemini.say(Say(chunk("Once "), whole("upon"), gap=30))
-    server, stop = ending
-    with UpstreamSocket(server) as line:
-        open_stream(line)
-        stop()
-        rest = line.file.read()
-    assert b"Once " in rest
-    assert b"shutting down" in rest
-    assert b"[DONE]" not in rest
-    assert rest.endswith(b"\r\n0\r\n\r\n")
-
-
-def test_health_checks_fail_once_the_server_is_to_end(ending):
-    server, stop = ending
-    with UpstreamSocket(server) as line:
-        assert line.plan("GET", "/healthz")[::2] == (200, b"ok")
-        stop()
-        assert line.plan("GET", "/healthz")[::2] == (503, b"ending")
-
-
-def test_the_last_answer_of_a_connection_says_that_it_is_the_last(ending):
-    server, stop = ending
-    with UpstreamSocket(server) as line:
-        assert "connection" not in line.plan("GET", "/healthz")[1]
-        stop()
-        status, headers, _ = line.plan("POST", "/v1/chat/completions", chat())
-        assert status == 200
-        assert headers["connection"] == "close"
-        assert line.ended()
-
-
-def test_clients_are_served_until_load_balancers_can_have_noticed(ending):
-    server, stop = ending
-    with UpstreamSocket(server) as idle:
-        idle.plan("GET", "/healthz")
-        stop()
-        assert post(server)[0] == 200
-
-
-def test_connections_without_a_request_are_closed_at_the_end(ending, monkeypatch):
-    monkeypatch.setattr(proxy, "DRAIN_NOTICE_SECONDS", 0.1)
-    server, stop = ending
-    with UpstreamSocket(server) as idle:
-        idle.plan("GET", "/healthz")
-        stop()
-        assert idle.ended()
 
 
 def test_the_version_comes_with_the_hash_of_the_file():
