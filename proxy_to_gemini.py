@@ -7738,16 +7738,12 @@ class ClientSocket(io.RawIOBase):
     """A client's (non-blocking) socket as a file that waits: between requests, also for the end."""
 
     def __init__(self, sock: socket.socket, ending: int):
-        self.sock, self.fd = sock, sock.fileno()
+        self.sock = sock
         self.idle = True  # no byte of the next request has come
         self.unused = True  # no byte of any request has come
         self.opened = time.monotonic()
         self.deadline = math.inf  # for all that the client is sending
-        self.busy_poll, self.idle_poll = select.poll(), select.poll()
-        self.busy_poll.register(sock, select.POLLIN)
-        self.idle_poll.register(sock, select.POLLIN)
-        if ending >= 0:
-            self.idle_poll.register(ending, select.POLLIN)
+        self.busy_poller, self.idle_poller = Poller(sock), Poller(sock, ending)
 
     def readable(self) -> bool:
         return True
@@ -7770,17 +7766,16 @@ class ClientSocket(io.RawIOBase):
 
         A silent client is a socket.timeout (which is not TimeoutError before Python 3.10).
         """
-        poll = self.idle_poll if self.idle else self.busy_poll
-        seconds = max(0, min(CLIENT_SECONDS, self.deadline - time.monotonic()))
-        ready = poll.poll(seconds * 1000)
+        poller = self.idle_poller if self.idle else self.busy_poller
+        ready = poller.wait(min(CLIENT_SECONDS, self.deadline - time.monotonic()))
         if not ready:
             raise socket.timeout("the client is silent")
-        if any(fd == self.fd for fd, _ in ready):
+        if self.sock.fileno() in ready:
             return True
         grace = 0.0
         if self.unused:  # its first request may be on its way
-            grace = max(0, self.opened + FINAL_SECONDS - time.monotonic())
-        return bool(self.busy_poll.poll(grace * 1000))
+            grace = self.opened + FINAL_SECONDS - time.monotonic()
+        return bool(self.busy_poller.wait(grace))
 
     def is_sending(self) -> bool:
         """Whether the head of a request is coming in that began less than FINAL_SECONDS ago."""
@@ -7797,9 +7792,9 @@ class ClientSocket(io.RawIOBase):
         try:
             return self.sock.send(view)
         except BlockingIOError:
-            room = select.poll()
-            room.register(self.sock, select.POLLOUT)
-            if not room.poll(CLIENT_SECONDS * 1000):
+            poller = Poller()
+            poller.watch(self.sock, WRITABLE)
+            if not poller.wait(CLIENT_SECONDS):
                 raise socket.timeout("the client takes nothing") from None
             return 0
 
@@ -8416,15 +8411,14 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept clients until a signal says stop; then let what is under way end."""
         self.ending, end = os.pipe()
         self.stopping, stop = os.pipe()
-        poll = select.poll()
-        poll.register(signals.pipe, select.POLLIN)
+        poller = Poller(signals.pipe)
         while not signals.should_stop():
             signals.ping_watchdog()
-            events, seconds = select.POLLIN, signals.poll_seconds
+            event, seconds = READABLE, signals.poll_seconds
             if len(self.handlers) >= max_connections():
-                events, seconds = 0, FULL_PAUSE_SECONDS
-            poll.register(self.socket, events)
-            for fd, _ in poll.poll(1000 * seconds):
+                event, seconds = 0, FULL_PAUSE_SECONDS
+            poller.watch(self.socket, event)
+            for fd in poller.wait(seconds):
                 if fd == signals.pipe:
                     signals.drain_pipe()
                 else:
@@ -8446,15 +8440,12 @@ class Server(http.server.ThreadingHTTPServer):
         health checks have the time to see the end before idle connections are closed.
         """
         self.draining, deadline = True, time.monotonic() + DRAIN_NOTICE_SECONDS
+        poller = Poller(self.socket)
         while (self.handlers or self.unstarted) and time.monotonic() < deadline:
-            if select.select([self.socket], [], [], 0.01)[0]:
+            if poller.wait(0.01):
                 self.accept_pending()
         deadline += FINAL_SECONDS  # for clients that come back at once after each answer
-        while (
-            not self.shared
-            and time.monotonic() < deadline
-            and select.select([self.socket], [], [], 0)[0]
-        ):
+        while not self.shared and time.monotonic() < deadline and poller.wait(0):
             self.accept_pending()
         self.server_close()
         os.close(end)

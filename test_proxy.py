@@ -6256,7 +6256,7 @@ def test_a_body_may_come_in_chunks_with_extensions_and_trailers(server, size):
         assert client.request("GET", "/healthz")[0] == 200
 
 
-def test_a_client_that_expects_it_is_told_to_continue(server):
+def test_a_client_that_expects_100_continue_gets_it(server):
     head, _, data = raw_chat().partition(b"\r\n\r\n")
     with RawClient(server) as client:
         client.send(head + b"\r\nExpect: 100-continue\r\n\r\n")
