@@ -1,4 +1,5 @@
-# Everything here needs Python 3.9 and make; `test` needs pytest as well, and fetches it when it is missing.
+# These targets need make and Python 3.9 or newer. `test` needs pytest as well, `lint` needs ruff and mypy;
+# where $(PYTHON) lacks them, they are installed into $(VENV).
 
 PYTHON ?= python3
 PORT ?= 5555
@@ -6,7 +7,7 @@ API ?= openai
 STAND_IN_PORT ?= 5556
 VENV = .venv
 
-# Where `install` puts things; DESTDIR goes before all of it, for packages. FLAGS are the server's own.
+# Where `install` puts the files, below DESTDIR if that is set (for packaging). FLAGS go into the systemd unit.
 PREFIX ?= /usr/local
 HOME_DIR = $(PREFIX)/lib/proxy-to-gemini
 UNIT_DIR ?= /etc/systemd/system
@@ -15,20 +16,38 @@ FLAGS ?=
 
 .PHONY: run test demo lint install uninstall clean
 
-# The server itself, in the foreground: make run API=ollama PORT=11434 GEMINI_API_KEY=...
+# The server in the foreground, for example: make run API=ollama PORT=11434 GEMINI_API_KEY=...
 run:
 	$(PYTHON) proxy_to_gemini.py -api=$(API) -listen=127.0.0.1:$(PORT)
 
-# The tests as CI runs them: warnings are errors. Without pytest, a virtual environment of its own gets it.
+# $(call find_python,PACKAGES) sets $python to an interpreter that has these packages: $(PYTHON) if it has them,
+# else the one in $(VENV), which gets what it lacks.
+find_python = \
+	python='$(PYTHON)'; imports='$(foreach package,$(1),import $(package);)'; \
+	if ! $$python -c "$$imports" 2>/dev/null; then \
+	  python=$(VENV)/bin/python; \
+	  $$python -c "$$imports" 2>/dev/null || \
+	    { $(PYTHON) -m venv $(VENV) && $$python -m pip install --quiet --disable-pip-version-check $(1); } || exit 1; \
+	fi
+
+# The tests, with warnings as errors.
 test:
-	@if $(PYTHON) -c 'import pytest' 2>/dev/null; then $(PYTHON) -m pytest -W error -q test_proxy.py; \
-	else $(MAKE) --no-print-directory $(VENV)/bin/pytest && $(VENV)/bin/python -m pytest -W error -q test_proxy.py; fi
+	@$(call find_python,pytest); $$python -m pytest -W error -q test_proxy.py
 
-$(VENV)/bin/pytest:
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet pytest
+# Formatting, lint rules and types. All three run, and one that fails makes the target fail. No configuration file
+# is read: what is checked stands here.
+RUFF_OPTIONS = --isolated --line-length=100 --target-version=py39
+RUFF_RULES = E,F,W,I,B,UP,SIM,C4,RET,RUF,N,PIE,PERF,A,ISC,T10,PLE,PLW
 
-# The proxy in front of the stand-in Gemini, to try it without a key; it says which line to paste.
+lint:
+	@$(call find_python,ruff mypy); failed=0; \
+	$$python -m ruff format --check $(RUFF_OPTIONS) proxy_to_gemini.py test_proxy.py || failed=1; \
+	$$python -m ruff check $(RUFF_OPTIONS) --select=$(RUFF_RULES) \
+	  --per-file-ignores=test_proxy.py:E501,test_proxy.py:N proxy_to_gemini.py test_proxy.py || failed=1; \
+	$$python -m mypy --config-file= --strict --python-version=3.10 proxy_to_gemini.py || failed=1; \
+	exit $$failed
+
+# The server with the tests' Gemini stub as its upstream, to try it without a key. It prints a curl command to paste.
 demo:
 	@echo "Try it from another terminal:"; \
 	if [ $(API) = ollama ]; then \
@@ -39,14 +58,8 @@ demo:
 	$(PYTHON) test_proxy.py $(STAND_IN_PORT) & stand_in=$$!; trap "kill $$stand_in 2>/dev/null" EXIT INT TERM; \
 	GEMINI_API_KEY=demo $(PYTHON) proxy_to_gemini.py -api=$(API) -listen=127.0.0.1:$(PORT) -upstream=http://127.0.0.1:$(STAND_IN_PORT)
 
-# Names that are not there, and Python that 3.9 does not know: with ruff if it is there, else the compiler alone.
-lint:
-	@if $(PYTHON) -m ruff --version >/dev/null 2>&1; then \
-	  $(PYTHON) -m ruff check --isolated --target-version py39 --line-length 120 --select E,F,B,UP,SIM,C4,RET \
-	    --ignore E402,SIM105,SIM117,RET503,RET505,B904,SIM905 proxy_to_gemini.py; \
-	else $(PYTHON) -W error -c "import pathlib; compile(pathlib.Path('proxy_to_gemini.py').read_bytes(), 'proxy_to_gemini.py', 'exec')"; fi
-
-# The file, a command, and a systemd unit; the key and what is kept under /var/lib are not touched.
+# Installs the program, a command that links to it, and a systemd unit. It touches neither the key nor stored state.
+# The program prints the unit, as if it were already at the path that it has without DESTDIR.
 install:
 	install -d "$(DESTDIR)$(HOME_DIR)" "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(UNIT_DIR)"
 	install -m 755 proxy_to_gemini.py "$(DESTDIR)$(HOME_DIR)/proxy_to_gemini.py"
@@ -54,15 +67,16 @@ install:
 	ln -sfn ../lib/proxy-to-gemini/proxy_to_gemini.py "$(DESTDIR)$(PREFIX)/bin/proxy-to-gemini"
 	umask 022; $(PYTHON) -B -c 'import sys, proxy_to_gemini as proxy; proxy.__file__ = sys.argv.pop(1); proxy.main()' \
 	  "$(HOME_DIR)/proxy_to_gemini.py" -print-unit $(FLAGS) > "$(DESTDIR)$(UNIT_DIR)/proxy-to-gemini.service"
-	@echo "Put the Gemini key where only root reads it, and start:"
-	@echo "  install -d -m 700 $(KEY_DIR) && install -m 600 /dev/stdin $(KEY_DIR)/gemini_api_key      # paste it, then Enter, Ctrl-D"
+	@echo "Store the Gemini key where only root can read it, then start the service:"
+	@echo "  install -d -m 700 $(KEY_DIR) && install -m 600 /dev/stdin $(KEY_DIR)/gemini_api_key      # paste the key, then Enter, Ctrl-D"
 	@echo "  systemctl daemon-reload && systemctl enable --now proxy-to-gemini"
 
 uninstall:
 	rm -f "$(DESTDIR)$(UNIT_DIR)/proxy-to-gemini.service" "$(DESTDIR)$(PREFIX)/bin/proxy-to-gemini"
 	rm -rf "$(DESTDIR)$(HOME_DIR)"
-	@echo "Left: $(KEY_DIR) with the key, and /var/lib/private/proxy-to-gemini. Before: systemctl disable --now proxy-to-gemini"
+	@echo "Not removed: the key in $(KEY_DIR), and state in /var/lib/private/proxy-to-gemini."
+	@echo "If the service still runs, stop it: systemctl disable --now proxy-to-gemini"
 
-# What the other targets left behind.
+# Removes what the other targets leave behind.
 clean:
-	rm -rf __pycache__ .pytest_cache .ruff_cache $(VENV)
+	rm -rf __pycache__ .pytest_cache .ruff_cache .mypy_cache $(VENV)

@@ -6,40 +6,46 @@
 
 It needs Python 3.9 or newer and nothing else. How a request goes through this file:
 
-    client JSON --parse--> Fields --route.request--> Plan(GeminiCall, ...) --Gemini--> chunks of Gemini JSON
-                                                                                         | read_gemini
-                                                             Text | ToolCall | Media | End <-'
-    whole answer <--route.response--|
-    wire events  <--route.stream----'     a whole answer is a stream of one chunk
+    client JSON --parse--> Fields --route.request--> Plan(GeminiCall, ...) --Client--> chunks of JSON
+                    |                     ^                                               |
+                    '--> Chat --chat_call-' (chat endpoints)                         read_gemini
+                                                                                          v
+    whole answer <--route.response-- Answer <--whole-- Text | ToolCall | Media | End (ids by Server)
+    wire events  <--route.stream----------------------'
 
 Where to look
-    1. Vocabulary       the nouns everything else is written in
-    2. Writing Gemini   parts, turns, thinking by model, functions and schemas, whole requests
-    3. Reading Gemini   from bytes to chunks, from chunks to events; refusals, usage, citations
-    4. OpenAI           chat completions, embeddings, completions, pictures, speech, transcripts, models
-    5. Responses        OpenAI's newer endpoint, from input items to output items
-    6. Ollama           chat, generate, embeddings, models and their management
-    7. Anthropic        messages and their counting
-    8. Routing          which route answers a path, and in which protocol an error is told
-    9. Client           the only code that talks to Gemini: pooled connections, waiting, retries, memory
-    10. Server          the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
-    11. Command line    flags and environment, systemd, workers, checks, start and end
+    1. Vocabulary                the nouns everything else is written in
+    2. Models                    one table of what their names say; names, stand-ins and recipes
+    3. Writing Gemini            parts, turns, settings, functions and schemas, repairs, signatures
+    4. Reading Gemini            from bytes to chunks, from chunks to events; refusals, usage, citations
+    5. Conversation              a question and an answer in nobody's dialect, and what the dialects share
+    6. OpenAI chat               messages, tools, settings, choices and chunks
+    7. OpenAI's other endpoints  embeddings, completions, images, speech, transcripts, models
+    8. Responses                 OpenAI's newer endpoint, from input items to output items; OpenAI's routes
+    9. Ollama                    chat, generate, embeddings, models and their management
+    10. Anthropic                messages and their counting
+    11. Routing                  which route answers a path, and in which protocol an error is told
+    12. Client                   the only code that talks to Gemini: pooled connections, waiting, retries, memory
+    13. Server                   the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
+    14. Command line             flags and environment, systemd, workers, checks, start and end
 
-Sections 1 to 8 are pure: they know no socket, clock, randomness, environment or log; time, ids and
-memory come in as arguments. Gemini's JSON is the only intermediate form between the protocols.
+Sections 1 to 11 are pure: they get values and give values. Time and ids are given to them; what is
+stored is looked up before (Route.keys), and what they want to be kept they return (Keep). Gemini's
+JSON is the form of parts and turns; a Chat is a question to a model in nobody's dialect, and an
+Answer is what a whole answer adds up to. A fifth dialect fills a Chat and reads an Answer.
 
 Words
-    body       the client's JSON, as Fields: it knows the place of each value, and which were read
-    call       one HTTP request to Gemini, not yet sent; a ToolCall is a function call that Gemini makes
+    body       the client's JSON, as Fields: it knows the path of each value, and which were read
+    call       one HTTP request to Gemini, not yet sent; a tool call is one that Gemini makes
     chunk      one GenerateContentResponse of Gemini's; a plain answer is a single chunk
     content    one turn of Gemini's history: a role and its parts
-    event      what read_gemini makes of chunks, and what a stream says to the client
+    event      what read_gemini makes of chunks, and what a stream sends to the client
     exchange   one request of a client's and its answer
-    signature  Gemini 3's opaque `thoughtSignature`, without which it refuses its own function calls
+    recipe     a model that an Ollama client created: one of Gemini's, with words and options
+    signature  Gemini 3's opaque `thoughtSignature`, without which it refuses its own tool calls
 
-Declined, and why: fetching what a client names (a proxy with a key is no place for that), guessing
-vectors for token numbers (they are OpenAI's), several providers (there are good routers), a page to
-look at, plug-ins.
+Declined, and why: fetching what a client names (a proxy with a key must not), inventing vectors for
+token numbers (they are OpenAI's), several providers (there are good routers), plug-ins.
 """
 
 from __future__ import annotations
@@ -83,13 +89,14 @@ import urllib.parse
 import urllib.request
 import wave
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from re import Pattern
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union
 
 if TYPE_CHECKING:
     import sqlite3
+
 
 # ======================================================================================
 # 1. Vocabulary: the nouns everything else is written in
@@ -132,6 +139,13 @@ class ProxyError(Exception):
 
 class NoRoute(ProxyError):
     """Nothing is served under this path."""
+
+
+def given(**fields: Any) -> JSON:
+    """An object without the fields that are None, false or empty; 0 and 0.0 stay."""
+    return {
+        key: value for key, value in fields.items() if value or value == 0 and value is not False
+    }
 
 
 class Upload(NamedTuple):
@@ -271,6 +285,21 @@ class Fields:
         """The object under this key, or None."""
         value = self.get(key, dict)
         return None if value is None else Fields(value, self.path_of(key), self.tracked)
+
+    def require_object(self, key: str) -> Fields:
+        """The object under this key; a 400 where there is none."""
+        value = self.object(key)
+        if value is None:
+            raise wrong_type(self.path_of(key), (dict,), None)
+        return value
+
+    def object_or_empty(self, key: str) -> Fields:
+        return self.object(key) or Fields({}, self.path_of(key), self.tracked)
+
+    def peek(self, key: str) -> Any:
+        """The value under this key, whatever it is; it counts as read."""
+        self.read.add(key)
+        return self.data.get(key)
 
     def objects(self, key: str) -> list[Fields]:
         """The objects of the list under this key."""
@@ -477,6 +506,8 @@ class GeminiCall(NamedTuple):
     model: Model | None = None
     streaming: bool = False
     optional: bool = False  # the answer can do without it: a failure is an empty chunk
+    generates: bool = False  # whether its answer is read as events, not as chunks
+    unfence: bool = False  # whether JSON was asked for in words, and may come in a code fence
 
 
 class Plan(NamedTuple):
@@ -484,29 +515,37 @@ class Plan(NamedTuple):
 
     calls: tuple[GeminiCall, ...] = ()  # sent at once, answered in order
     stream: bool = False  # whether the client wants events
-    options: Any = None  # what only the reply can fulfil; the endpoint knows its type
+    options: Any = None  # what only the answer can fulfil; the endpoint knows its type
     model: str = ""  # as the client spelt it
     framing: Framing | None = None  # of the stream, where it is not the route's
+    chat: Chat | None = None  # the question, where it is one to a chat endpoint
+    loads: tuple[str, float] | None = None  # (model, seconds) to list in Ollama's ps from now on
 
 
 class Context(NamedTuple):
-    """What a request and its answer may depend on besides its body: the server's, but for params and query."""
+    """What a request and its answer may depend on besides its body. All of it is values."""
 
     aliases: tuple[tuple[str, str], ...] = ()  # (name or glob, Gemini's model)
     ollama: bool = False  # whether this is to pass for an Ollama server
-    now: Callable[[], float] = float  # seconds since 1970
-    new_id: Callable[[str], str] = str  # a new id with this prefix
-    recall: Callable[[str], str | None] = lambda key: None  # what was kept under a key
-    keep: Callable[[str, str], None] = lambda key, text: (
-        None
-    )  # keep a text under a key; "" forgets it
-    store: Callable[[str, str], None] = lambda key, text: (
-        None
-    )  # the same, until newer ones need its place
-    kept: Callable[[], dict[str, str]] = dict  # all recipes that were kept, by name
-    loaded: dict[str, float] = {}  # models in use, and until when (Ollama's ps)
-    params: dict[str, str] = {}  # captured from the path
-    query: dict[str, str] = {}
+    stored: Mapping[str, str] = {}  # texts that Route.keys named; "" where there is none
+    loaded: Mapping[str, float] = {}  # models in use -> until when, in seconds since 1970
+    params: Mapping[str, str] = {}  # captured from the path
+    query: Mapping[str, str] = {}
+
+
+class Keep(NamedTuple):
+    """A text to keep under a key, before the rest of the answer is sent; "" deletes it."""
+
+    key: str
+    text: str
+    pinned: bool = False  # whether it stays until it is deleted; else newer texts evict it
+
+
+class Kept(NamedTuple):
+    """A whole answer, and what is to be kept before it is sent."""
+
+    answer: Any
+    keep: tuple[Keep, ...]
 
 
 class Usage(NamedTuple):
@@ -524,23 +563,21 @@ class Usage(NamedTuple):
 
 
 class Exchange:
-    """What a reply may depend on besides Gemini's answer."""
+    """One request of a client's and its answer, as far as they have come."""
 
-    def __init__(
-        self, plan: Plan, context: Context, remember: Callable[[list[ToolCall]], list[str]]
-    ):
-        self.plan, self.model, self.options = plan, plan.model, plan.options
-        self.context, self.now, self.new_id = context, context.now, context.new_id
-        self.created = context.now()  # seconds since 1970
-        self.remember = remember  # gives the calls of an answer ids, and keeps their signatures
+    def __init__(self, plan: Plan, context: Context, id: str, created: float):
+        self.plan, self.context = plan, context
+        self.model, self.options, self.chat = plan.model, plan.options, plan.chat
+        self.id = id  # random; every id in the answer is made of it
+        self.ids = 0  # how many there are so far
+        self.created = self.now = created  # seconds since 1970; the shell moves `now` on
         self.usage = Usage()  # of all that was read so far
-        self.told: Any = None  # what a stream has said so far, where its failure must go on from it
+        self.prompt: Usage | None = None  # what Gemini's first chunk says of the tokens
+        self.builder: ResponseBuilder | None = None  # from which a failed stream goes on
 
-    def known(self, calls: list[ToolCall]) -> list[ToolCall]:
-        """The calls with ids of ours, under which they are remembered."""
-        return (
-            [call._replace(id=id) for call, id in zip(calls, self.remember(calls))] if calls else []
-        )
+    def new_id(self, prefix: str) -> str:
+        self.ids += 1
+        return f"{prefix}{self.id}{self.ids}"
 
 
 class Payload(NamedTuple):
@@ -556,9 +593,7 @@ class Framing(NamedTuple):
     content_type: str
     encode: Callable[[JSON], bytes]
     end: bytes = b""  # after the last event of a stream that went well
-    keep_alive: bytes = (
-        b": keep-alive\n\n"  # says that the stream is alive; routes may have a beat of their own
-    )
+    keep_alive: bytes = b": keep-alive\n\n"  # b"" where there is none
     carries_errors: bool = True  # whether an error can be an event
 
 
@@ -579,26 +614,50 @@ def no_body(raw: bytes, content_type: str) -> Fields:
     return Fields({})
 
 
+Answers = Iterator[Iterator[Any]]  # for each call of a plan: its events, or its chunks of JSON
+
+
+class Refusal(NamedTuple):
+    """The answer of a route that always refuses."""
+
+    status: int
+    message: str
+
+
+def no_keys(body: Fields, context: Context) -> list[str]:
+    """For routes that need nothing that is stored."""
+    return []
+
+
 class Route(NamedTuple):
-    """One endpoint. Path segments in braces are captured; the last one may hold slashes."""
+    """One endpoint. Path segments in braces are captured; the last one may hold slashes.
+
+    A route either has an `answer`, which is always the same (JSON or a Refusal), or a `request`
+    and a `response`. Where it has no `response`, a whole answer is the last event of the stream.
+    `response` and `stream` pull what Gemini answers, so each step of theirs may wait.
+    """
 
     method: str
     path: str
-    request: Callable[[Fields, Context], Plan]
-    response: Callable[[Exchange, Iterator[Iterator[JSON]]], Any]
-    stream: Callable[[Exchange, Iterator[Iterator[JSON]]], Iterator[JSON]] | None = None
+    request: Callable[[Fields, Context], Plan] = lambda body, context: Plan()
+    response: Callable[[Exchange, Answers], Any] | None = None
+    stream: Callable[[Exchange, Answers], Iterator[Any]] | None = None  # of events and Keep
     framing: Framing = SSE
-    keep_alive: Callable[[Exchange], JSON] | None = (
-        None  # an event that says nothing, if framing.beat will not do
-    )
-    takes: Callable[[bytes, str], Fields] = parse_body  # reads the body, given its Content-Type
-    failure: Callable[[Exchange, ProxyError], list[JSON]] | None = (
-        None  # last events of a stream that failed
-    )
+    keep_alive: Callable[[Exchange], JSON] | None = None  # an event, where framing has no bytes
+    parse: Callable[[bytes, str], Fields] = parse_body  # (body, Content-Type)
+    failure: Callable[[Exchange, ProxyError], list[JSON]] | None = None  # last events of a failure
+    keys: Callable[[Fields, Context], list[str]] = no_keys  # of stored texts, besides recipes
+    answer: Any = None
 
     @property
     def name(self) -> str:
         return f"{self.method} {self.path}"
+
+
+def last_event(events: Iterable[Any]) -> Kept:
+    """The whole answer that a stream comes to, and what it wants to be kept."""
+    items = list(events)
+    return Kept(items[-1], tuple(item for item in items if isinstance(item, Keep)))
 
 
 class Protocol(NamedTuple):
@@ -612,10 +671,8 @@ class Protocol(NamedTuple):
 
 
 # ======================================================================================
-# 2. Writing Gemini: parts, turns, thinking by model, functions and schemas, whole requests
+# 2. Models: one table of what their names say; names, stand-ins and recipes
 # ======================================================================================
-
-# ---- models ----
 
 
 class Levels(NamedTuple):
@@ -632,53 +689,92 @@ class Budget(NamedTuple):
     stops: bool  # whether it can be told not to think
 
 
-LOW_TO_HIGH = Levels(("LOW", "MEDIUM", "HIGH"))
-
-# The first pattern that fits the beginning of a name tells how the model thinks; None means that it does not,
-# or refuses to be told. From ai.google.dev/gemini-api/docs/thinking. A new family is a new row; a name that
-# fits no row is taken for the newest kind.
-THINKING = (
-    (r".*(image|banana|tts|embedding|audio)|gemma|learnlm|aqa", None),
-    (r"gemini-2\.5-pro", Budget(128, 32768, stops=False)),
-    (r"gemini-2\.5-flash-lite", Budget(512, 24576, stops=True)),
-    (r"gemini-2\.5-flash", Budget(1, 24576, stops=True)),
-    (r"gemini-[12]\b", None),
-    (r"gemini-3-pro", Levels(("LOW", "HIGH"))),
-    (r"gemini-3(\.[1-6])?-flash", Levels(("MINIMAL", "LOW", "MEDIUM", "HIGH"))),
-    (r"", LOW_TO_HIGH),
-)
-NEWEST = 99.0  # the generation of a name that does not tell it
+NEWEST = 99.0  # the generation of a name that does not say it
+ALL_LEVELS = Levels(("MINIMAL", "LOW", "MEDIUM", "HIGH"))
+RESULT_MEDIA = ("image/png", "image/jpeg", "image/webp", "application/pdf", "text/plain")
 
 
 class Model(NamedTuple):
-    """A Gemini model, and what its name tells of its ways."""
+    """A Gemini model, and what its name says of it. The defaults are those of the newest kind."""
 
     path: str  # in URLs: "models/gemini-2.5-flash"
     generation: float
-    thinking: Levels | Budget | None
-    prefills: bool  # goes on with a history that ends in its own turn
-    signs: bool  # refuses its own calls without their signatures
+    thinking: Levels | Budget | None = Levels(("LOW", "MEDIUM", "HIGH"))  # None: not configurable
+    signs: bool = True  # refuses its own tool calls without their signatures
+    prefills: bool = False  # continues a history that ends in its own turn
+    penalties: bool = False  # takes presencePenalty and frequencyPenalty
+    mixes_tools: bool = True  # takes Google's tools beside functions
+    json_with_tools: bool = True  # takes a JSON answer's settings beside tools
+    result_media: tuple[str, ...] = RESULT_MEDIA  # MIME types that functionResponse.parts takes
+    resolutions: bool = True  # takes mediaResolution on a part
+    large_images: bool = True  # takes imageConfig.imageSize
+    image_format: str = "jpeg"  # of the images that it makes
+    streams_speech: bool = True  # sends speech piece by piece
+    system: bool = True  # takes a systemInstruction
+    max_output: int = 65536  # tokens
 
     @property
     def name(self) -> str:
         return self.path.partition("/")[2]
 
 
+BEFORE_GEMINI_3 = {
+    "signs": False,
+    "mixes_tools": False,
+    "json_with_tools": False,
+    "result_media": (),
+    "resolutions": False,
+    "large_images": False,
+    "image_format": "png",
+}
+
+# What the name of a model says of it: (below this generation, the beginning of the name, traits).
+# Each row that fits counts, later ones more. A new family is a new row; a name that fits no row is
+# taken for the newest kind. Thinking: https://ai.google.dev/gemini-api/docs/thinking; output limits:
+# https://ai.google.dev/gemini-api/docs/models; the rest is from Gemini's refusals, in recordings.
+TRAITS: tuple[tuple[float, str, dict[str, Any]], ...] = (
+    (3.5, r"", {"prefills": True}),
+    (math.inf, r"gemini-3\.5-flash(?!-lite)", {"prefills": True}),
+    (3.1, r"", {"streams_speech": False}),
+    (3.0, r"", BEFORE_GEMINI_3),
+    (2.5, r"", {"penalties": True, "max_output": 8192}),
+    (math.inf, r"gemini-3(\.[1-6])?-flash", {"thinking": ALL_LEVELS}),
+    (math.inf, r"gemini-3-pro", {"thinking": Levels(("LOW", "HIGH"))}),
+    (math.inf, r"gemini-[12]\b", {"thinking": None}),
+    (math.inf, r"gemini-2\.5-flash", {"thinking": Budget(1, 24576, stops=True)}),
+    (math.inf, r"gemini-2\.5-flash-lite", {"thinking": Budget(512, 24576, stops=True)}),
+    (math.inf, r"gemini-2\.5-pro", {"thinking": Budget(128, 32768, stops=False)}),
+    (math.inf, r".*(image|banana|tts|embedding|audio)|gemma|learnlm|aqa", {"thinking": None}),
+    (math.inf, r".*(image|banana)", {"signs": False}),
+    (math.inf, r"gemma", {"system": False}),
+)
+
+
 @functools.lru_cache(maxsize=256)
 def model_of(name: str) -> Model:
     """The traits of a model by this (valid) name, which may begin with "tunedModels/"."""
-    short = name.rpartition("/")[2]
-    told = re.match(r"gemini-(\d+(?:\.\d+)?)", short)
-    generation = (
-        float(told.group(1)) if told else 2.0 if re.match(r"gemma|learnlm", short) else NEWEST
-    )
-    return Model(
-        path=name if "/" in name else "models/" + name,
-        generation=generation,
-        thinking=next(thinking for pattern, thinking in THINKING if re.match(pattern, short)),
-        prefills=generation < 3.5 or bool(re.match(r"gemini-3\.5-flash(?!-lite)", short)),
-        signs=generation >= 3 and "image" not in short and "banana" not in short,
-    )
+    folder, _, short = name.rpartition("/")
+    number = re.match(r"gemini-(\d+(?:\.\d+)?)", short)
+    generation = NEWEST
+    if number:
+        generation = float(number.group(1))
+    elif re.match(r"gemma|learnlm", short):
+        generation = 2.0
+    model = Model(f"{folder or 'models'}/{short}", generation)
+    for below, pattern, traits in TRAITS:
+        if generation < below and re.match(pattern, short):
+            model = model._replace(**traits)
+    return model
+
+
+def newest_of(names: Iterable[str]) -> Model:
+    """The model of the newest generation among these names."""
+    return max(map(model_of, names), key=lambda model: model.generation)
+
+
+def generation_number(model: Model) -> int:
+    """The generation whose signatures this model understands."""
+    return int(model.generation)
 
 
 def no_such_model(name: str) -> ProxyError:
@@ -700,45 +796,121 @@ class Recipe(NamedTuple):
     options: JSON = {}
 
 
-def plain_name(asked: str, ollama: bool) -> str:
+def plain_name(model_name: str, ollama: bool) -> str:
     """A model's name without prefixes, and without what Ollama lets clients write around it: registry, tag, case."""
     if not ollama:
-        return re.sub(r"^(models|google|gemini)/", "", asked)
+        return re.sub(r"^(models|google|gemini)/", "", model_name)
     name = re.sub(
-        r"^(registry\.ollama\.ai/)?(library|ollama|models|google|gemini)/", "", asked, flags=re.I
+        r"^(registry\.ollama\.ai/)?(library|ollama|models|google|gemini)/",
+        "",
+        model_name,
+        flags=re.I,
     )
     name = re.sub(r":(latest|local)$", "", name, flags=re.I)
     return name if name.startswith("tunedModels/") else name.lower()
 
 
-def recipe_named(asked: str, context: Context) -> Recipe:
-    """What a client made under this name; an empty Recipe where the name is Gemini's own."""
-    told = context.recall("model:" + plain_name(asked, True)) if context.ollama else None
-    return Recipe(**json.loads(told)) if told else Recipe()
+RECIPE = "model:"  # the keys of recipes begin with it
 
 
-def model_named(asked: str, context: Context) -> Model:
+def recipe_key(name: str) -> str:
+    return RECIPE + plain_name(name, True)
+
+
+def recipe_keys(body: Fields, context: Context) -> list[str]:
+    """The keys of the recipes that a body's model may stand for."""
+    names = [body.data.get(key) for key in ("model", "name", "source", "from", "destination")]
+    return [recipe_key(name) for name in names if type(name) is str and context.ollama]
+
+
+def all_recipe_keys(body: Fields, context: Context) -> list[str]:
+    """The key that stands for those of all recipes, for what is about the list of models."""
+    return [RECIPE + "*"] if context.ollama else []
+
+
+def recipe_named(name: str, context: Context) -> Recipe:
+    """What a client created under this name; an empty Recipe where the name is Gemini's own."""
+    text = context.stored.get(recipe_key(name)) if context.ollama else None
+    return Recipe(**json.loads(text)) if text else Recipe()
+
+
+def recipe_names(context: Context) -> list[str]:
+    """The names of all recipes, where all_recipe_keys asked for them."""
+    return [key[len(RECIPE) :] for key in context.stored.get(RECIPE + "*", "").splitlines()]
+
+
+def model_named(model_name: str, context: Context) -> Model:
     """The model that a client means: through recipes and aliases, an exact name before a glob, and without prefixes.
 
     A name can never change the URL: whatever is not plain is a model that does not exist.
     """
-    plain = plain_name(asked, context.ollama)
+    plain = plain_name(model_name, context.ollama)
     name = (
-        recipe_named(asked, context).source
-        or next((to for name, to in context.aliases if name in (asked, plain)), "")
+        recipe_named(model_name, context).source
+        or next((to for name, to in context.aliases if name in (model_name, plain)), "")
         or next((to for glob, to in context.aliases if fnmatch.fnmatchcase(plain, glob)), plain)
     )
     if len(name) > 128 or not re.fullmatch(
         r"(tunedModels/)?[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*", name
     ):
-        raise no_such_model(asked)
+        raise no_such_model(model_name)
     return model_of(name)
 
+
+# OpenAI's names (and Google's former ones), Gemini's models that can do it, and the one for who names none of these.
+DEFAULT_MEDIA_MODELS = {
+    "image": (
+        r"dall-e|(chat)?gpt-image|imagen",
+        r"gemini-.*image|.*banana",
+        "gemini-nano-banana-2.1",
+    ),
+    "speech": (r"tts-1|gpt-.*(tts|audio)", r"gemini-.*(tts|audio)", "gemini-3.8-flash-tts"),
+    "transcript": (r"whisper|gpt-.*transcribe", r"gemini|gemma", "gemini-3.8-flash"),
+}
+
+
+def media_model(model_name: str | None, what: str, context: Context) -> Model:
+    """The model for one of DEFAULT_MEDIA_MODELS. A glob for chats, such as `-alias='gpt-*=...'`, makes no painter of its model."""
+    openais, geminis, ours = DEFAULT_MEDIA_MODELS[what]
+    model, plain = (
+        model_named(model_name or ours, context),
+        plain_name(model_name or "", context.ollama),
+    )
+    chosen = re.match(geminis, model.name) or any(
+        name in (model_name, plain) for name, _ in context.aliases
+    )
+    return model_of(ours) if re.match(openais, plain) and not chosen else model
+
+
+GEMINI_OPENED = 1702425600  # 13 December 2023: Gemini's API opened; it tells no dates of its models
+
+
+def usable_models(answers: Answers, context: Context) -> dict[str, JSON]:
+    """Gemini's models that can chat or embed, by their plain names; then the names that stand for one of these."""
+    models: dict[str, JSON] = {}
+    for chunks in answers:
+        for chunk in chunks:
+            for entry in expect(chunk, "models", list):
+                methods = get_or_empty(entry, "supportedGenerationMethods", list)
+                name = get_or_empty(entry, "name", str)
+                if name and ("generateContent" in methods or "embedContent" in methods):
+                    models[re.sub("^models/", "", name)] = entry
+    names = [name for name, _ in context.aliases if not re.search(r"[*?\[]", name)]
+    for name in names + recipe_names(context):
+        model_name = model_named(name, context).name
+        if model_name in models:
+            models[name] = models[model_name]
+    return models
+
+
+# ======================================================================================
+# 3. Writing Gemini: parts, turns, settings, functions and schemas, repairs, signatures
+# ======================================================================================
 
 # ---- parts ----
 
 Part = JSON
-OWN_TOOLS = {
+HOSTED_PARTS = {
     "toolCall",
     "toolResponse",
 }  # parts of Gemini's own tools, such as its search, beside functions
@@ -921,35 +1093,37 @@ def source_part(source: str, mime: str | None, path: str, name: str | None = Non
 
 
 def call_part(name: str, args: JSON, id: str | None = None, signature: str | None = None) -> Part:
-    return {
-        "functionCall": {**({"id": id} if id else {}), "name": gemini_name(name), "args": args},
-        **({"thoughtSignature": signature} if signature else {}),
-    }
+    call = {**given(id=id), "name": gemini_name(name), "args": args}
+    return {"functionCall": call, **given(thoughtSignature=signature)}
 
 
 def result_part(
     name: str | None,
     content: str | JSON,
     id: str | None = None,
-    media: list[Part] = (),
+    media: Sequence[Part] = (),
     failed: bool = False,
 ) -> Part:
-    """A functionResponse, whose call valid_turns finds; `media` goes inside on Gemini 3 and beside elsewhere."""
+    """A functionResponse, whose call valid_turns finds; it moves `media` beside it where need be."""
     if type(content) is str:
-        told = None if failed else parsed_object(content)
-        content = (
-            {"error" if failed else "output": content}
-            if told is None or loses_digits(told)
-            else told
-        )
+        content = result_content(content, failed)
+    name = gemini_name(name) if name else ""
     return {
         "functionResponse": {
-            **({"id": id} if id else {}),
-            "name": gemini_name(name) if name else "",
+            **given(id=id),
+            "name": name,
             "response": content,
-            **({"parts": list(media)} if media else {}),
+            **given(parts=list(media)),
         }
     }
+
+
+def result_content(text: str, failed: bool) -> JSON:
+    """The response object for a tool's result in text: the JSON object in it, or else the text."""
+    if failed:
+        return {"error": text}
+    parsed = parsed_object(text)
+    return {"output": text} if parsed is None or loses_digits(parsed) else parsed
 
 
 def result_of_parts(
@@ -1026,8 +1200,11 @@ def valid_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     ]
     for role, group in itertools.groupby((turn for turn in kept if turn[1]), key=itemgetter(0)):
         parts = [part for _, inner_parts in group for part in inner_parts]
-        asked = turns[-1]["parts"] if turns else []
-        turns += [model_turn(*parts)] if role == "model" else tool_result_turns(asked, parts, model)
+        if role == "model":
+            turns.append(model_turn(*parts))
+        else:
+            before = turns[-1]["parts"] if turns else []
+            turns += tool_result_turns(before, parts, model)
     if turns and turns[-1]["role"] == "model":
         turns += tool_result_turns(turns[-1]["parts"], [], model)
     if turns and turns[0]["role"] == "model":
@@ -1037,47 +1214,43 @@ def valid_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     return turns
 
 
-def tool_result_turns(asked: list[Part], said: list[Part], model: Model) -> list[JSON]:
-    """The user's turns after a model's turn: the results of its calls, then the rest of what was said."""
-    calls = [part["functionCall"] for part in asked if "functionCall" in part]
-    results = [part["functionResponse"] for part in said if "functionResponse" in part]
+def tool_result_turns(before: list[Part], parts: list[Part], model: Model) -> list[JSON]:
+    """The user's turns after a model's turn: the results of its calls, then the rest of the parts."""
+    calls = [part["functionCall"] for part in before if "functionCall" in part]
+    results = [part["functionResponse"] for part in parts if "functionResponse" in part]
     if not calls and not results:
-        return [user_turn(*said)] if said else []
+        return [user_turn(*parts)] if parts else []
     matched = match_results(calls, results)
+    used = {id(results[i]) for i in matched if i is not None}
     rest: list[Part] = []
-    found = {id(results[i]) for i in matched if i is not None}
-    for part in said:
+    for part in parts:
         result = part.get("functionResponse")
         if result is None:
             rest.append(part)
-        elif id(result) not in found:
-            told = f"Result of {result['name'] or 'a function'}: {encode_json(result['response'])}"
-            rest += [text_part(told), *result.get("parts", ())]
-    answers, media = [], []
+        elif id(result) not in used:
+            text = f"Result of {result['name'] or 'a function'}: {encode_json(result['response'])}"
+            rest += [text_part(text), *result.get("parts", ())]
+    answers: list[Part] = []
+    media: list[Part] = []
     for call, i in zip(calls, matched):
-        given = [] if i is None else results[i].get("parts", [])
-        fitting = [part for part in given if fits_a_result(part, model)]
-        media += [part for part in given if part not in fitting]
-        answers.append(
-            {
-                "functionResponse": {
-                    **({"id": call["id"]} if "id" in call else {}),
-                    "name": call["name"],
-                    "response": MISSING_RESULT if i is None else results[i]["response"],
-                    **(
-                        {"parts": [{"inlineData": part["inlineData"]} for part in fitting]}
-                        if fitting
-                        else {}
-                    ),
-                }
-            }
-        )
-    return [user_turn(*parts) for parts in (answers, media + rest) if parts]
+        result = {"response": MISSING_RESULT} if i is None else results[i]
+        answer, outside = tool_result(call, result, model)
+        answers.append(answer)
+        media += outside
+    return [user_turn(*turn) for turn in (answers, media + rest) if turn]
 
 
-def fits_a_result(part: Part, model: Model) -> bool:
-    """Whether a medium goes inside of a functionResponse."""
-    return model.generation >= 3 and part.get("inlineData", {}).get("mimeType") in RESULT_MEDIA
+def tool_result(call: JSON, result: JSON, model: Model) -> tuple[Part, list[Part]]:
+    """(the functionResponse to a call, the media that do not go inside of one on this model)."""
+    inside: list[Part] = []
+    outside: list[Part] = []
+    for part in result.get("parts", ()):
+        if part.get("inlineData", {}).get("mimeType") in model.result_media:
+            inside.append({"inlineData": part["inlineData"]})
+        else:
+            outside.append(part)
+    answer = {**given(id=call.get("id")), "name": call["name"], "response": result["response"]}
+    return {"functionResponse": {**answer, **given(parts=inside)}}, outside
 
 
 def match_results(calls: list[JSON], results: list[JSON]) -> list[int | None]:
@@ -1128,80 +1301,121 @@ BUDGETS = dict(
 LEVEL_EFFORTS = {"MINIMAL": "minimal", "LOW": "low", "MEDIUM": "medium", "HIGH": "high"}
 
 
-def thinking_config(model: Model, effort: str | None, thoughts: bool) -> JSON:
-    """The thinkingConfig for an effort (None: the model's own), and whether its thoughts are to be told.
+class Thinking(NamedTuple):
+    """How a model is to think, as the client asked for it."""
 
-    Every effort is legal on every model: the nearest level that is not less, or a budget within bounds. A
-    model that cannot stop thinking thinks as little as it can.
+    effort: str | None = None  # one of EFFORTS; None: the model's own way
+    budget: int | None = None  # tokens; counts for more on models that think by budget
+    show: bool = False  # whether the client wants to see its thoughts
+    answer_only: bool = False  # whether the client's limit of tokens is meant for the answer alone
+    field: str = ""  # what to name as ignored where the effort has no effect
+    google: JSON = {}  # Google's own thinkingConfig, which counts for more than the rest
+
+
+def effort_of(thinking: Thinking) -> str | None:
+    """The effort that a client asked for, also where it gave a budget in tokens."""
+    if thinking.effort is None and thinking.budget:
+        enough = [word for word in EFFORTS[1:] if BUDGETS[word] >= thinking.budget]
+        return (enough or EFFORTS[-1:])[0]
+    return thinking.effort
+
+
+def thinking_config(
+    model: Model, effort: str | None, show: bool, budget: int | None = None
+) -> JSON:
+    """The thinkingConfig for an effort (None: the model's own), with or without its thoughts.
+
+    Every effort is legal on every model: the nearest level that is not less, or a budget within
+    bounds. A model that cannot stop thinking thinks as little as it can.
     """
     if model.thinking is None:
         return {}
     config: JSON = {}
-    if effort is not None and isinstance(model.thinking, Budget):
+    if isinstance(model.thinking, Budget):
         low, high, stops = model.thinking
-        config["thinkingBudget"] = (
-            0 if effort == "none" and stops else min(max(BUDGETS[effort], low), high)
-        )
+        if budget:
+            config["thinkingBudget"] = min(max(budget, low), high)
+        elif effort == "none" and stops:
+            config["thinkingBudget"] = 0
+        elif effort is not None:
+            config["thinkingBudget"] = min(max(BUDGETS[effort], low), high)
     elif effort is not None:
         names = model.thinking.names
-        enough = [
-            name for name in names if EFFORTS.index(LEVEL_EFFORTS[name]) >= EFFORTS.index(effort)
-        ]
+        lowest = EFFORTS.index(effort)
+        enough = [name for name in names if EFFORTS.index(LEVEL_EFFORTS[name]) >= lowest]
         config["thinkingLevel"] = (enough or names[-1:])[0]
-    if thoughts and effort != "none":
+    if show and effort != "none":
         config["includeThoughts"] = True
     return config
 
 
-SMALL_OUTPUT_TOKENS = (
-    1024  # tokens; a model that thinks as it likes can use up so many before its first word
-)
+SMALL_OUTPUT_TOKENS = 1024  # a model that thinks as it likes can use up so many before its answer
 
 
-def effort_within(limit: int | None, effort: str | None) -> str | None:
-    """The effort to think with, for a client that knows of none, and whose limit is meant for the answer alone."""
-    return "none" if effort is None and limit and 0 < limit < SMALL_OUTPUT_TOKENS else effort
-
-
-def effort_unsupported(effort: str | None, config: JSON | None) -> bool:
+def effort_unsupported(effort: str | None, config: JSON) -> bool:
     """Whether an effort has no effect, or thinking goes on although it should not."""
-    return effort is not None and (
-        not config or effort == "none" and config.get("thinkingBudget") != 0
+    if effort == "none":
+        return config.get("thinkingBudget") != 0
+    return effort is not None and not config
+
+
+def chat_thinking(thinking: Thinking, model: Model, limit: int | None, body: Fields) -> JSON:
+    """The thinkingConfig of a chat; names the client's field as ignored where it has no effect."""
+    effort = effort_of(thinking)
+    small = thinking.answer_only and limit and limit < SMALL_OUTPUT_TOKENS
+    config = thinking_config(
+        model, "none" if effort is None and small else effort, thinking.show, thinking.budget
     )
+    if thinking.field and effort_unsupported(effort, config):
+        body.ignore(thinking.field)
+    if thinking.google.keys() - {"includeThoughts"}:  # a level or a budget of the client's own
+        return thinking.google
+    return {**config, **thinking.google}
 
 
 def sampling_config(
-    model: Model,
-    stops: list[str],
-    *,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    limit: int | None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    limit: int | None = None,
     seed: int | None = None,
-    penalty: Callable[[str], float | None] = lambda key: None,
+    stops: Sequence[str] = (),
+    presence: float | None = None,
+    frequency: float | None = None,
 ) -> JSON:
-    """The part of a generationConfig that is not about thinking, within what Gemini takes.
+    """The part of a generationConfig about sampling, within what Gemini takes.
 
-    Its numbers have 32 bits; the same seed always gives the same one. Models since 2.5 refuse any penalty: there
-    `penalty`, which reads one, is not called, and so the client is told that its own is ignored.
+    Its numbers have 32 bits; the same seed always gives the same one. A null stands for a value
+    that the client gave to say "none", such as a limit of -1.
     """
-    presence, frequency = (
-        (penalty("presence_penalty"), penalty("frequency_penalty"))
-        if model.generation < 2.5
-        else (None, None)
-    )
-    config = {
-        "temperature": None if temperature is None else min(max(temperature, 0), 2),
-        "topP": None if top_p is None else min(max(top_p, 0), 1),
-        "topK": top_k if top_k and 0 < top_k < 2**31 else None,
-        "maxOutputTokens": min(limit, 2**31 - 1) if limit and limit > 0 else None,
-        "seed": None if seed is None else seed if -(2**31) <= seed < 2**31 else seed % 2**31,
-        "stopSequences": stops or None,
-        "presencePenalty": presence or None,
-        "frequencyPenalty": frequency or None,
+    config: JSON = {}
+    if temperature is not None:
+        config["temperature"] = min(max(temperature, 0), 2)
+    if top_p is not None:
+        config["topP"] = min(max(top_p, 0), 1)
+    if top_k is not None:
+        config["topK"] = top_k if 0 < top_k < 2**31 else None
+    if limit is not None:
+        config["maxOutputTokens"] = min(limit, 2**31 - 1) if limit > 0 else None
+    if seed is not None:
+        config["seed"] = seed if -(2**31) <= seed < 2**31 else seed % 2**31
+    if stops:
+        config["stopSequences"] = list(stops)
+    if presence is not None:
+        config["presencePenalty"] = presence or None
+    if frequency is not None:
+        config["frequencyPenalty"] = frequency or None
+    return config
+
+
+def penalties(fields: Fields, low: float, high: float, model: Model) -> dict[str, float | None]:
+    """Both penalties; models that refuse them leave them unread, and so named as ignored."""
+    if not model.penalties:
+        return {}
+    return {
+        "presence": fields.number("presence_penalty", low, high),
+        "frequency": fields.number("frequency_penalty", low, high),
     }
-    return {key: value for key, value in config.items() if value is not None}
 
 
 def stop_sequences(body: Fields, key: str = "stop") -> list[str]:
@@ -1293,9 +1507,11 @@ class Tools(NamedTuple):
     strict: bool = False  # whether a call must keep to its schema
     search: str = ""  # what the client calls Google Search, where it asks for it
     code: str = ""  # and code execution
-    namespaces: dict[
-        str, str
-    ] = {}  # the client's name of a function in a namespace -> the namespace
+    namespaces: dict[str, str] = {}  # the client's name of a function -> its namespace
+
+    def hosted(self) -> dict[str, str]:
+        """Google's own tools among them: Gemini's name -> what the client calls it."""
+        return given(googleSearch=self.search, codeExecution=self.code)
 
 
 OPEN_ENDED = (
@@ -1310,14 +1526,10 @@ OPEN_ENDED = (
 
 def function_declaration(name: str, description: str | None, schema: JSON | None) -> JSON:
     """Without parameters where there are none: Gemini refuses an object without properties."""
-    bare = not schema or not (
-        schema.get("properties") or any(schema.get(key) for key in OPEN_ENDED)
-    )
-    return {
-        "name": gemini_name(name),
-        **({"description": description} if description else {}),
-        **({} if bare else {"parametersJsonSchema": gemini_schema(schema)}),
-    }
+    declaration = {"name": gemini_name(name), **given(description=description)}
+    if schema and (schema.get("properties") or any(schema.get(key) for key in OPEN_ENDED)):
+        declaration["parametersJsonSchema"] = gemini_schema(schema)
+    return declaration
 
 
 CUSTOM_INPUT = "input"  # the one parameter of a function that takes plain text
@@ -1333,37 +1545,33 @@ def custom_declaration(name: str, description: str | None, grammar: str = "") ->
     )
 
 
-def tool_fields(
-    tools: Tools, mode: str | None, allowed: list[str], body: Fields, model: Model
-) -> JSON:
-    """The request's `tools` and `toolConfig`. `mode` None is Gemini's own choice; `allowed` are the client's names."""
-    out: JSON = {}
-    listed: list[JSON] = (
-        [{"functionDeclarations": tools.declarations}] if tools.declarations else []
-    )
-    own = [
-        {key: {}}
-        for key, wanted in (("googleSearch", tools.search), ("codeExecution", tools.code))
-        if wanted
-    ]
+class ToolChoice(NamedTuple):
+    """Which tools a model may call, and how."""
+
+    mode: str | None = None  # Gemini's; None leaves it to the model
+    names: Sequence[str] = ()  # the client's names of the functions that it may call; (): all
+    parallel: bool = True  # whether it may call several at a time
+
+
+def tool_fields(tools: Tools, choice: ToolChoice, model: Model, body: Fields) -> JSON:
+    """The request's `tools` and `toolConfig`."""
+    listed: list[JSON] = []
     config: JSON = {}
-    if own and listed and model.generation < 3:
-        for name in filter(
-            None, (tools.search, tools.code)
-        ):  # the older models take one or the other
+    hosted = tools.hosted()
+    if tools.declarations:
+        listed.append({"functionDeclarations": tools.declarations})
+    if hosted and listed and not model.mixes_tools:
+        for name in hosted.values():
             body.ignore(name)
-    elif own:
-        listed += own
-        if tools.declarations:
+    elif hosted:
+        if listed:
             config["includeServerSideToolInvocations"] = True
-    if tools.declarations and (mode or tools.strict):
-        names = {"allowedFunctionNames": [gemini_name(name) for name in allowed]} if allowed else {}
-        config["functionCallingConfig"] = {"mode": mode or "VALIDATED", **names}
-    if listed:
-        out["tools"] = listed
-    if config:
-        out["toolConfig"] = config
-    return out
+        listed += [{key: {}} for key in hosted]
+    if tools.declarations and (choice.mode or tools.strict):
+        names = [gemini_name(name) for name in choice.names]
+        mode = choice.mode or "VALIDATED"
+        config["functionCallingConfig"] = given(mode=mode, allowedFunctionNames=names)
+    return given(tools=listed, toolConfig=config)
 
 
 # ---- whole requests ----
@@ -1375,30 +1583,18 @@ def json_config(schema: JSON | None) -> JSON:
     """The settings for an answer in JSON; None is an answer in plain text."""
     if schema is None:
         return {}
-    return {
-        "responseMimeType": "application/json",
-        **({"responseJsonSchema": gemini_schema(schema)} if schema else {}),
-    }
+    return given(responseMimeType="application/json", responseJsonSchema=gemini_schema(schema))
 
 
 JSON_ALONE = "\n\nWhen you answer without calling a function, answer with nothing but JSON, without a code fence"
 
 
-class JSONAnswer(NamedTuple):
-    """How an answer in JSON is asked for: in the settings, or in words for the system, after which it may be fenced."""
-
-    config: JSON
-    words: list[Part]
-    unfence: bool
-
-
-def json_answer(schema: JSON | None, tools: Tools, model: Model) -> JSONAnswer:
-    """How to ask for this schema (None: for text); before Gemini 3, the settings do not go together with tools."""
-    beside = model.generation >= 3 or not (tools.declarations or tools.search or tools.code)
-    if schema is None or beside:
-        return JSONAnswer(json_config(schema), [], False)
-    told = f", that conforms to this JSON Schema:\n{encode_json(schema)}" if schema else "."
-    return JSONAnswer({}, [text_part(JSON_ALONE + told)], True)
+def json_words(schema: JSON) -> Part:
+    """The same in words for the system, for models that do not take the settings beside tools."""
+    schema_words = "."
+    if schema:
+        schema_words = f", that conforms to this JSON Schema:\n{encode_json(schema)}"
+    return text_part(JSON_ALONE + schema_words)
 
 
 def generate_call(
@@ -1409,41 +1605,19 @@ def generate_call(
     config: JSON,
     **fields: Any,
 ) -> GeminiCall:
-    """The call for a history, which is settled here. Gemini wants one turn at least, which may be empty."""
+    """The call for a history, whose turns are put right here. Gemini wants one turn at least, which may be empty."""
     turns = valid_turns(contents, model) or [user_turn(text_part(""))]
-    body = with_system({"contents": turns}, [part for part in system if has_content(part)], model)
+    parts = [part for part in system if has_content(part)]
+    body: JSON = {"contents": turns}
+    if parts and model.system:
+        body["systemInstruction"] = {"parts": parts}
+    elif parts:
+        body["contents"] = [user_turn(*parts), *turns]
     if config:
         body["generationConfig"] = config
     body.update(fields)
     verb = "streamGenerateContent?alt=sse" if streaming else "generateContent"
-    return GeminiCall(f"{model.path}:{verb}", body, model, streaming)
-
-
-def with_system(body: JSON, system: list[Part], model: Model) -> JSON:
-    """The body with this in front of what its system says. Gemma knows no system: there it is the first turn."""
-    if not system:
-        return body
-    if model.path.startswith("models/gemma"):
-        return {**body, "contents": [user_turn(*system), *body["contents"]]}
-    return {
-        **body,
-        "systemInstruction": {
-            "parts": [*system, *body.get("systemInstruction", {}).get("parts", ())]
-        },
-    }
-
-
-def gap_instruction(system: str) -> str:
-    """What to do with a gap_prompt, after the client's own instruction."""
-    return (f"{system}\n\n" if system else "") + (
-        "You fill a gap in a text, as an editor's completion does. You get what stands before the gap and what stands "
-        "after it. Answer with what belongs into the gap and with nothing else: no explanation, no code fence, and "
-        "nothing that is there already."
-    )
-
-
-def gap_prompt(before: str, after: str) -> str:
-    return f"<before>{before}</before><gap/><after>{after}</after>"
+    return GeminiCall(f"{model.path}:{verb}", body, model, streaming, generates=True)
 
 
 MAX_EMBED_BATCH = 100  # inputs that Gemini takes in one call
@@ -1472,7 +1646,6 @@ def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple
 
 
 MODELS_CALL = GeminiCall("models")  # Gemini's whole list, which the client keeps for a few minutes
-
 
 # ---- repairs ----
 
@@ -1634,21 +1807,16 @@ def restore_signatures(
     return call._replace(body={**call.body, "contents": contents})
 
 
-def count_call(call: GeminiCall) -> GeminiCall:
+def count_call(call: GeminiCall, model: Model) -> GeminiCall:
     """The call that counts the tokens that another one would send (ai.google.dev/api/tokens)."""
-    signed = restore_signatures(
-        call, "", lambda *_: KnownCall()
-    )  # Gemini may well look for them here too
-    asked = {key: value for key, value in signed.body.items() if key != "generationConfig"}
-    return GeminiCall(
-        f"{call.model.path}:countTokens",
-        {"generateContentRequest": {"model": call.model.path, **asked}},
-        call.model,
-    )
+    signed = restore_signatures(call, "", lambda *_: KnownCall())  # Gemini may look for them here
+    fields = {key: value for key, value in (signed.body or {}).items() if key != "generationConfig"}
+    body = {"generateContentRequest": {"model": model.path, **fields}}
+    return GeminiCall(f"{model.path}:countTokens", body, model)
 
 
 # ======================================================================================
-# 3. Reading Gemini: from bytes to chunks, from chunks to events; refusals, usage, citations
+# 4. Reading Gemini: from bytes to chunks, from chunks to events; refusals, usage, citations
 # ======================================================================================
 
 # ---- refusals ----
@@ -1841,11 +2009,6 @@ class Media(NamedTuple):
     data: str  # base64
 
 
-def media_note(media: Media) -> str:
-    """What stands in a text for media that have no place in the client's protocol."""
-    return f"\n[Gemini made something of type {media.mime}, for which there is no place here.]\n"
-
-
 class Citation(NamedTuple):
     """A source, and the characters of the answer that rest on it."""
 
@@ -1929,74 +2092,91 @@ def first_candidate(chunk: JSON) -> JSON:
     return {}
 
 
-def read_gemini(
-    chunks: Iterable[JSON], exchange: Exchange
-) -> Iterator[Text | ToolCall | Media | End]:
+Event = Union[Text, ToolCall, Media, End]
+
+
+def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Event]:
     """What Gemini says, in order, and one End; a 502 where it never ends.
 
-    Calls come last, when the answer is complete: a client must not act on one that Gemini takes back, or has
-    answered itself (its own servers do that). A STOP is not always the end, so the last one counts; the
-    token counts are running figures, so the last ones are true.
+    Calls come last, when the answer is complete: a client must not act on one that Gemini takes
+    back, or has answered itself (its own servers do that). A STOP is not always the end, so the last
+    one counts; the token counts are running figures, so the last ones are true.
     """
-    usage: JSON = {}
-    grounding: JSON = {}
-    reason = message = blocked = ""
-    pieces: list[
-        tuple[str, bool]
-    ] = []  # the answer's text, and whether it is Gemini's own or our rendering
-    calls: list[ToolCall] = []
-    own: list[JSON] = []  # parts of Gemini's own tools, for the call that comes after them
-    done: set[str] = set()  # functions that Gemini's servers have answered
+    reading = Reading()
     for chunk in chunks:
-        usage = expect(chunk, "usageMetadata", dict) or usage
-        blocked = expect(expect(chunk, "promptFeedback", dict), "blockReason", str) or blocked
-        candidate = first_candidate(chunk)
-        reason = str(candidate.get("finishReason") or "") or reason
-        message = expect(candidate, "finishMessage", str) or message
-        for key in GROUNDING & candidate.keys():
-            grounding.update(
-                {name: value for name, value in expect(candidate, key, dict).items() if value}
-            )
+        candidate = reading.read_chunk(chunk)
+        if exchange.prompt is None:
+            exchange.prompt = read_usage(reading.usage)
         for part in expect(expect(candidate, "content", dict), "parts", list):
-            event = read_part(part, done)
-            if type(event) is ToolCall:
-                calls.append(event._replace(before=tuple(own)))
-                own = []
-            elif event is not None:
-                if type(event) is Text and not event.thought:
-                    pieces.append((event.text, "text" in part))
+            event = read_part(part, reading)
+            if event is not None:
                 yield event
-            elif OWN_TOOLS & part.keys():
-                own.append(part)
-    counted = read_usage(usage)
-    exchange.usage = exchange.usage.plus(counted)
-    if not reason and not blocked:
-        raise ProxyError(502, "Gemini's answer broke off: it has no finish reason.", upstream=True)
-    finish = FINISHES.get(reason, "stop") if reason else "filter"
-    calls = [call for call in calls if call.name not in done]
-    yield from exchange.known(calls)
-    queries = tuple(
-        query for query in get_or_empty(grounding, "webSearchQueries", list) if type(query) is str
-    )
-    citations = read_citations(pieces, grounding) if grounding else []
-    yield End(finish, bool(calls), reason or blocked, message, counted, citations, queries)
+    usage = read_usage(reading.usage)
+    exchange.usage = exchange.usage.plus(usage)
+    if not reading.reason and not reading.blocked:
+        message = "Gemini's answer broke off: it has no finish reason."
+        raise ProxyError(502, message, upstream=True)
+    calls = [call for call in reading.calls if call.name not in reading.answered]
+    yield from calls
+    yield reading.end(bool(calls), usage)
 
 
-def read_part(part: Any, done: set) -> Text | ToolCall | Media | None:
-    """The event of one part; None where it has nothing for the client."""
+class Reading:
+    """What the chunks of one answer have said so far."""
+
+    def __init__(self) -> None:
+        self.usage: JSON = {}
+        self.grounding: JSON = {}
+        self.reason = self.message = self.blocked = ""
+        self.pieces: list[tuple[str, bool]] = []  # (text, whether it is Gemini's own, not ours)
+        self.calls: list[ToolCall] = []
+        self.hosted: list[JSON] = []  # parts of Gemini's own tools, for the call that comes next
+        self.answered: set[str] = set()  # functions that Gemini's servers have answered
+
+    def read_chunk(self, chunk: JSON) -> JSON:
+        """Take in what a chunk says besides its parts; returns its candidate."""
+        self.usage = expect(chunk, "usageMetadata", dict) or self.usage
+        feedback = expect(chunk, "promptFeedback", dict)
+        self.blocked = expect(feedback, "blockReason", str) or self.blocked
+        candidate = first_candidate(chunk)
+        self.reason = str(candidate.get("finishReason") or "") or self.reason
+        self.message = expect(candidate, "finishMessage", str) or self.message
+        for key in GROUNDING & candidate.keys():
+            values = expect(candidate, key, dict).items()
+            self.grounding.update({name: value for name, value in values if value})
+        return candidate
+
+    def end(self, calls: bool, usage: Usage) -> End:
+        finish = FINISHES.get(self.reason, "stop") if self.reason else "filter"
+        queries = get_or_empty(self.grounding, "webSearchQueries", list)
+        citations = read_citations(self.pieces, self.grounding)
+        return End(
+            finish,
+            calls,
+            self.reason or self.blocked,
+            self.message,
+            usage,
+            citations,
+            tuple(query for query in queries if type(query) is str),
+        )
+
+
+def read_part(part: Any, reading: Reading) -> Text | Media | None:
+    """The event of one part; None where it has nothing for the client yet."""
     if type(part) is not dict:
         raise invalid_answer("a part is no object")
     if "text" in part:
         text = expect(part, "text", str)
-        return Text(text, part.get("thought") is True) if text else None
+        thought = part.get("thought") is True
+        return text_event(text, thought, True, reading)
     if "functionCall" in part:
-        call = expect(part, "functionCall", dict)
-        signature = expect(part, "thoughtSignature", str)
-        if signature and not is_base64(signature):
-            raise invalid_answer("thoughtSignature is not base64")
-        return ToolCall(expect(call, "name", str), expect(call, "args", dict), signature or None)
-    if "functionResponse" in part:
-        done.add(expect(expect(part, "functionResponse", dict), "name", str))
+        reading.calls.append(read_call(part)._replace(before=tuple(reading.hosted)))
+        reading.hosted = []
+    elif "functionResponse" in part:
+        response = expect(part, "functionResponse", dict)
+        reading.answered.add(expect(response, "name", str))
+    elif HOSTED_PARTS & part.keys():
+        reading.hosted.append(part)
     elif part.get("thought"):
         return None
     elif "inlineData" in part:
@@ -2004,11 +2184,29 @@ def read_part(part: Any, done: set) -> Text | ToolCall | Media | None:
         return Media(expect(data, "mimeType", str), expect(data, "data", str))
     elif "executableCode" in part:
         code = expect(part, "executableCode", dict)
-        return Text(fenced(expect(code, "code", str), expect(code, "language", str).lower()))
+        language = expect(code, "language", str).lower()
+        return text_event(fenced(expect(code, "code", str), language), False, False, reading)
     elif "codeExecutionResult" in part:
         output = expect(expect(part, "codeExecutionResult", dict), "output", str)
-        return Text(fenced(output)) if output else None
+        return text_event(output and fenced(output), False, False, reading)
     return None
+
+
+def text_event(text: str, thought: bool, own: bool, reading: Reading) -> Text | None:
+    """The event of a text, which citations count in; `own` is whether Gemini wrote it so."""
+    if not text:
+        return None
+    if not thought:
+        reading.pieces.append((text, own))
+    return Text(text, thought)
+
+
+def read_call(part: JSON) -> ToolCall:
+    call = expect(part, "functionCall", dict)
+    signature = expect(part, "thoughtSignature", str)
+    if signature and not is_base64(signature):
+        raise invalid_answer("thoughtSignature is not base64")
+    return ToolCall(expect(call, "name", str), expect(call, "args", dict), signature or None)
 
 
 def fenced(text: str, language: str = "") -> str:
@@ -2091,10 +2289,177 @@ def character(offset: int, said: bytes, pieces: list[tuple[str, bool]]) -> int:
 
 
 # ======================================================================================
-# 4. OpenAI: chat completions, embeddings, completions, pictures, speech, transcripts, models
+# 5. Conversation: a question and an answer in nobody's dialect, and what the dialects share
 # ======================================================================================
 
-# ---- content parts, which chat and responses share ----
+# ---- questions ----
+
+
+class Chat(NamedTuple):
+    """One question to a model, in nobody's dialect; every chat endpoint comes to one."""
+
+    model: Model
+    system: list[Part]
+    contents: list[JSON]  # Gemini's turns, in the client's order
+    tools: Tools = Tools()
+    choice: ToolChoice = ToolChoice()
+    thinking: Thinking = Thinking()
+    sampling: JSON = {}  # from sampling_config
+    schema: JSON | None = None  # of an answer in JSON; ANY_JSON where any will do; None: text
+    settings: JSON = {}  # more of the generationConfig: modalities, speech
+    fields: JSON = {}  # more of the request: Google's own settings
+    recipe: Recipe = Recipe()
+    stream: bool = False
+
+
+def chat_call(chat: Chat, body: Fields) -> GeminiCall:
+    """The call for a chat. Only here is decided how its parts go together on each model.
+
+    What has no effect is named as ignored in `body`.
+    """
+    model, recipe, tools = chat.model, chat.recipe, chat.tools
+    system = [part for part in chat.system if has_content(part)]
+    if recipe.system and not system:
+        system = [text_part(recipe.system)]
+    sampling = {**recipe_sampling(recipe, model), **chat.sampling}
+    config = {key: value for key, value in sampling.items() if value is not None}
+    limit = config.get("maxOutputTokens")
+    config.update(given(thinkingConfig=chat_thinking(chat.thinking, model, limit, body)))
+    has_tools = bool(tools.declarations or tools.hosted())
+    in_words = chat.schema is not None and has_tools and not model.json_with_tools
+    if in_words:
+        system.append(json_words(chat.schema or {}))
+    else:
+        config.update(json_config(chat.schema))
+    config.update(chat.settings)
+    fields = {**tool_fields(tools, chat.choice, model, body), **chat.fields}
+    call = generate_call(model, chat.stream, system, chat.contents, config, **fields)
+    return call._replace(unfence=in_words)
+
+
+def recipe_sampling(recipe: Recipe, model: Model) -> JSON:
+    """What a recipe sets where the client sets nothing."""
+    return ollama_sampling(Fields(recipe.options), model) if recipe.options else {}
+
+
+def plan_count(plan: Plan) -> Plan:
+    """The plan to count the tokens of a chat in place of asking it."""
+    assert plan.chat is not None
+    return plan._replace(calls=(count_call(plan.calls[0], plan.chat.model),), stream=False)
+
+
+def gap_instruction(system: str) -> str:
+    """What to do with a gap_prompt, after the client's own instruction."""
+    return (f"{system}\n\n" if system else "") + (
+        "You fill a gap in a text, as an editor's completion does. You get what stands before the gap and what stands "
+        "after it. Answer with what belongs into the gap and with nothing else: no explanation, no code fence, and "
+        "nothing that is there already."
+    )
+
+
+def gap_prompt(before: str, after: str) -> str:
+    return f"<before>{before}</before><gap/><after>{after}</after>"
+
+
+# ---- answers ----
+
+
+def chat_events(events: Iterable[Event], call: GeminiCall, chat: Chat) -> Iterator[Event]:
+    """The events as the client of this chat wants them: functions by its own names for them, one
+    call where it wants no more, and JSON without a code fence."""
+    texts: list[str] = []
+    calls = 0
+    for event in events:
+        if isinstance(event, ToolCall):
+            calls += 1
+            if calls > 1 and not chat.choice.parallel:
+                continue
+            event = event._replace(name=chat.tools.names.get(event.name, event.name))  # noqa: PLW2901
+        elif call.unfence and isinstance(event, Text) and not event.thought:
+            texts.append(event.text)
+            continue
+        if texts and isinstance(event, (ToolCall, End)):  # they come after all of the text
+            yield Text(unfenced("".join(texts)))
+            texts.clear()
+        yield event
+
+
+class Answer(NamedTuple):
+    """What a whole answer adds up to."""
+
+    events: list[Text | ToolCall | Media]  # in order; neighbouring texts of one kind are one
+    end: End
+
+    @property
+    def text(self) -> str:
+        return self.join(thought=False)
+
+    @property
+    def thoughts(self) -> str:
+        return self.join(thought=True)
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        return [event for event in self.events if isinstance(event, ToolCall)]
+
+    def join(self, thought: bool) -> str:
+        texts = [event for event in self.events if isinstance(event, Text)]
+        return "".join(event.text for event in texts if event.thought == thought)
+
+    def media(self, kind: str) -> list[Media]:
+        """Those of this kind, such as "image/"."""
+        media = [event for event in self.events if isinstance(event, Media)]
+        return [event for event in media if event.mime.startswith(kind)]
+
+
+def whole(events: Iterable[Event]) -> Answer:
+    """The sum of an answer's events."""
+    items: list[Text | ToolCall | Media] = []
+    for kind, group in itertools.groupby(events, key=kind_of_event):
+        if kind in ("text", "thought"):
+            items.append(Text("".join(event.text for event in group), kind == "thought"))
+        elif kind == "End":
+            (end,) = group
+        else:
+            items += group
+    return Answer(items, end)
+
+
+def kind_of_event(event: Event) -> str:
+    if isinstance(event, Text):
+        return "thought" if event.thought else "text"
+    return type(event).__name__
+
+
+def unfenced(text: str) -> str:
+    """The JSON in a code fence, where a model could not leave it away."""
+    first, newline, rest = text.strip().partition("\n")
+    inside_fence = newline and re.fullmatch(r"```\w*", first.rstrip()) and rest.endswith("```")
+    return rest[:-3].strip() if inside_fence else text
+
+
+def media_note(media: Media) -> str:
+    """What stands in a text for media that have no place in the client's protocol."""
+    return f"\n[Gemini made something of type {media.mime}, for which there is no place here.]\n"
+
+
+def native_finish(end: End) -> JSON:
+    """Gemini's own words for an end that OpenAI has no word for, under OpenRouter's key for it."""
+    if end.finish in ("stop", "length") and end.reason in ("STOP", "MAX_TOKENS"):
+        return {}
+    return {
+        "native_finish_reason": end.reason,
+        **({"finish_message": end.message} if end.message else {}),
+    }
+
+
+def custom_input(call: ToolCall) -> str:
+    """The text for a custom tool; a model that made up parameters of its own is quoted."""
+    text = call.args.get(CUSTOM_INPUT)
+    return text if type(text) is str else encode_json(call.args)
+
+
+# ---- content parts, in the form of OpenAI's that Ollama shares ----
 
 DETAILS = {
     "low": "MEDIA_RESOLUTION_LOW",
@@ -2103,11 +2468,11 @@ DETAILS = {
 }
 
 
-def openai_text_part(part: Fields, model: Model) -> Part:
+def text_content(part: Fields, model: Model) -> Part:
     return text_part(part.require("refusal" if part.data["type"] == "refusal" else "text", str))
 
 
-def openai_link_part(part: Fields, model: Model) -> Part:
+def link_content(part: Fields, model: Model) -> Part:
     """A picture or a video: its URL stands bare or in an object, and `detail` beside it."""
     key = part.data["type"].replace("input_", "").replace("_url", "") + "_url"
     no_file_store(part)
@@ -2115,13 +2480,13 @@ def openai_link_part(part: Fields, model: Model) -> Part:
     at = "url" if link is not part else key
     found = source_part(link.require(at, str), None, link.path_of(at))
     level = DETAILS.get(get_or_empty(link.data, "detail", str))
-    if level and model.generation >= 3 and "text" not in found:
+    if level and model.resolutions and "text" not in found:
         link.mark_read("detail")
         found["mediaResolution"] = {"level": level}
     return found
 
 
-def openai_audio_part(part: Fields, model: Model) -> Part:
+def audio_content(part: Fields, model: Model) -> Part:
     audio = part.object("input_audio") if "input_audio" in part.data else part
     if audio is None:
         raise wrong_type(part.path_of("input_audio"), (dict,), None)
@@ -2133,7 +2498,7 @@ def openai_audio_part(part: Fields, model: Model) -> Part:
     )
 
 
-def openai_file_part(part: Fields, model: Model) -> Part:
+def file_content(part: Fields, model: Model) -> Part:
     file = part.object("file") if "file" in part.data else part
     if file is None:
         raise wrong_type(part.path_of("file"), (dict,), None)
@@ -2156,22 +2521,22 @@ def no_file_store(part: Fields) -> None:
         )
 
 
-OPENAI_PARTS = {
-    "text": openai_text_part,
-    "input_text": openai_text_part,
-    "output_text": openai_text_part,
-    "refusal": openai_text_part,
-    "image_url": openai_link_part,
-    "input_image": openai_link_part,
-    "video_url": openai_link_part,
-    "input_video": openai_link_part,
-    "input_audio": openai_audio_part,
-    "file": openai_file_part,
-    "input_file": openai_file_part,
+CONTENT_PARTS = {
+    "text": text_content,
+    "input_text": text_content,
+    "output_text": text_content,
+    "refusal": text_content,
+    "image_url": link_content,
+    "input_image": link_content,
+    "video_url": link_content,
+    "input_video": link_content,
+    "input_audio": audio_content,
+    "file": file_content,
+    "input_file": file_content,
 }
 
 
-def openai_parts(message: Fields, key: str, model: Model) -> list[Part]:
+def content_parts(message: Fields, key: str, model: Model) -> list[Part]:
     """The parts of a message's content: a string, a list of typed parts, one such part, or nothing."""
     content = message.get(key, str, list, dict)
     if not content:
@@ -2181,82 +2546,29 @@ def openai_parts(message: Fields, key: str, model: Model) -> list[Part]:
     parts = []
     for part in [message.object(key)] if type(content) is dict else message.objects(key):
         kind = part.require("type", str)
-        if kind not in OPENAI_PARTS:
-            raise part.unknown_choice("type", kind, OPENAI_PARTS)
+        if kind not in CONTENT_PARTS:
+            raise part.unknown_choice("type", kind, CONTENT_PARTS)
         part.mark_read("annotations", "logprobs", "prompt_cache_breakpoint", "cache_control")
-        parts.append(OPENAI_PARTS[kind](part, model))
+        parts.append(CONTENT_PARTS[kind](part, model))
     return parts
 
 
-# ---- chat: the history ----
+def tool_message_part(
+    message: Fields, content: str, id: str, model: Model, images: Iterable[Part] = ()
+) -> Part:
+    """A tool's result, under these keys: text, JSON in a text, or parts; pictures go beside the text.
 
-OPENAI_ROLES = ("developer", "system", "user", "assistant", "tool", "function")
-
-
-def openai_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
-    """(the system's parts, the turns) of the messages, still in the client's order."""
-    system: list[Part] = []
-    contents: list[JSON] = []
-    for message in body.objects("messages"):
-        openai_turn(message, model, system, contents)
-    return system, contents
-
-
-def openai_turn(message: Fields, model: Model, system: list[Part], contents: list[JSON]) -> None:
-    """Add what one message says."""
-    role = message.require("role", str).lower()
-    if role == "user":
-        contents.append(user_turn(*openai_parts(message, "content", model)))
-    elif role in ("assistant", "model"):
-        contents.append(model_turn(*openai_assistant_parts(message, model)))
-    elif role in ("system", "developer"):
-        system += openai_parts(message, "content", model)
-    elif role in ("tool", "function"):
-        contents.append(user_turn(openai_result_part(message, "content", "tool_call_id", model)))
-    else:
-        raise message.unknown_choice("role", role, OPENAI_ROLES)
-
-
-def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
-    """What the model said earlier. Its thoughts do not go back; its signatures do the job."""
-    message.mark_read("reasoning_content", "reasoning", "reasoning_details", "annotations")
-    parts = openai_parts(message, "content", model)
-    refusal = message.get("refusal", str)
-    parts += [text_part(refusal)] if refusal else []
-    parts += [
-        openai_link_part(image, model)
-        for image in message.objects("images")
-        if image.data.get("type") == "image_url"
-    ]
-    parts += [openai_call_part(call) for call in message.objects("tool_calls")]
-    legacy = message.object("function_call")
-    if legacy is not None:
-        parts.append(
-            call_part(
-                legacy.require("name", str), call_arguments(legacy.get("arguments", str, dict))
-            )
-        )
-    return parts
-
-
-def openai_call_part(call: Fields) -> Part:
-    call.mark_read("type", "index")
-    id = call.get("id", str)
-    custom = call.object("custom")
-    if custom is not None:
-        return call_part(
-            custom.require("name", str),
-            {CUSTOM_INPUT: custom.get("input", str) or ""},
-            strip_signature(id),
-            client_signature(call, custom),
-        )
-    function = call.object("function")
-    if function is None:
-        raise wrong_type(call.path_of("function"), (dict,), None)
-    args = call_arguments(function.get("arguments", str, dict))
-    return call_part(
-        function.require("name", str), args, strip_signature(id), client_signature(call, function)
+    Many clients do not say whose it is; valid_turns goes by the order then.
+    """
+    name = message.get("tool_name", str) or message.get("name", str)
+    return result_of_parts(
+        name,
+        [*content_parts(message, content, model), *images],
+        strip_signature(message.get(id, str)),
     )
+
+
+# ---- tool calls in histories ----
 
 
 # What LiteLLM and Bifrost put between a call's id and its signature, in the histories that they leave.
@@ -2297,80 +2609,106 @@ def client_signature(call: Fields, function: Fields) -> str | None:
     return None
 
 
-def openai_result_part(
-    message: Fields, content: str, id: str, model: Model, images: Iterable[Part] = ()
-) -> Part:
-    """A tool's result, under these keys: text, JSON in a text, or parts; pictures go beside the text.
-
-    Many clients do not say whose it is; valid_turns goes by the order then.
-    """
-    name = message.get("tool_name", str) or message.get("name", str)
-    return result_of_parts(
-        name,
-        [*openai_parts(message, content, model), *images],
-        strip_signature(message.get(id, str)),
-    )
+# ---- tools ----
 
 
-# ---- chat: tools ----
+class ToolBuilder:
+    """The tools of a request while they are read."""
+
+    def __init__(self) -> None:
+        self.declared: dict[str, JSON] = {}  # by Gemini's name
+        self.names: dict[str, str] = {}  # Gemini's name -> the client's
+        self.custom: set[str] = set()
+        self.namespaces: dict[str, str] = {}
+        self.hosted = {"search": "", "code": ""}  # what the client calls Google's own tools
+        self.strict = False
+
+    def declare(self, function: Fields, name: str, declaration: JSON, custom: bool = False) -> None:
+        """Add a function under the client's name; of two with the same name the first one counts."""
+        if self.declared.setdefault(declaration["name"], declaration) != declaration:
+            function.ignore(function.path)
+            return
+        self.names[declaration["name"]] = name
+        if custom:
+            self.custom.add(name)
+
+    def tools(self) -> Tools:
+        return Tools(
+            list(self.declared.values()),
+            self.names,
+            frozenset(self.custom),
+            self.strict,
+            **self.hosted,
+            namespaces=self.namespaces,
+        )
 
 
-def openai_tools(body: Fields, *more: Fields) -> Tools:
+def chat_tools(body: Fields, *more: Fields) -> Tools:
     """`tools` and the older `functions`, in the form of chats and in the flat one of responses, which some clients send
     to chats; `more` are other lists of tools."""
-    declared: dict[str, JSON] = {}
-    names: dict[str, str] = {}
-    custom: set[str] = set()
-    namespaces: dict[str, str] = {}
-    own: dict[str, str] = {}
-    strict = False
-    for tool, namespace, note in [
-        found for fields in (body, *more) for found in openai_tool_list(fields)
-    ]:
-        kind = tool.get("type", str) or "function"
-        hosted = next((name for start, name in HOSTED_TOOLS if kind.startswith(start)), None)
-        if hosted:
-            own[hosted] = f"tools[].{kind}"
-            continue
-        if kind not in ("function", "custom") and "function" not in tool.data:
-            body.ignore(f"tools[].{kind}")
-            tool.mark_read(*tool.data)
-            continue
+    builder = ToolBuilder()
+    for fields in (body, *more):
+        for tool, namespace, note in tool_list(fields):
+            chat_tool(tool, namespace, note, builder, body)
+    for function in body.objects("functions"):
+        chat_function(function, builder)
+    if body.data.get("tool_choice") == "none":
+        builder.hosted = {"search": "", "code": ""}
+    return builder.tools()
+
+
+def chat_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder, body: Fields) -> None:
+    """Add one tool of any type; what Gemini has nothing for is named as ignored."""
+    kind = tool.get("type", str) or "function"
+    hosted = next((name for start, name in HOSTED_TOOLS if kind.startswith(start)), None)
+    if hosted:
+        builder.hosted[hosted] = f"tools[].{kind}"
+    elif kind not in ("function", "custom") and "function" not in tool.data:
+        body.ignore(f"tools[].{kind}")
+        tool.mark_read(*tool.data)
+    else:
         wrapper = kind if kind == "custom" else "function"
         if wrapper in tool.data and tool.data[wrapper] is None:
             raise wrong_type(tool.path_of(wrapper), (dict,), None)
         function = tool.object(wrapper) or tool
-        name = openai_tool(function, kind == "custom", declared, names, custom, namespace, note)
-        strict = strict or bool(function.get("strict", bool))
-        if namespace:
-            namespaces[name] = namespace
-    for function in body.objects("functions"):
-        openai_tool(function, False, declared, names, custom)
-    if body.data.get("tool_choice") == "none":
-        own = {}
-    return Tools(
-        list(declared.values()),
-        names,
-        frozenset(custom),
-        strict,
-        own.get("search", ""),
-        own.get("code", ""),
-        namespaces,
-    )
+        chat_function(function, builder, kind == "custom", namespace, note)
+        builder.strict = builder.strict or bool(function.get("strict", bool))
 
 
 # OpenAI's own tools that Gemini has too, by the beginning of their types: they come with dates behind.
 HOSTED_TOOLS = (("web_search", "search"), ("code_interpreter", "code"))
 
 
-def openai_tool_list(
+def chat_function(
+    function: Fields,
+    builder: ToolBuilder,
+    custom: bool = False,
+    namespace: str = "",
+    note: str = "",
+) -> None:
+    """Declare one function; `note` describes its namespace."""
+    name = qualified_name(namespace, function_name(function))
+    description = function.get("description", str)
+    if note:
+        description = f"{note}\n{description or ''}".strip()
+    if custom:
+        function.mark_read("format")
+        declaration = custom_declaration(name, description, grammar_words(function))
+    else:
+        declaration = function_declaration(name, description, function.get("parameters", dict))
+    builder.declare(function, name, declaration, custom)
+    if namespace:
+        builder.namespaces[name] = namespace
+
+
+def tool_list(
     fields: Fields, namespace: str = "", note: str = ""
 ) -> Iterator[tuple[Fields, str, str]]:
     """The tools of a body's, each with its namespace or "", and what is told of the namespace with its first one."""
     for tool in fields.objects("tools"):
         if tool.data.get("type") == "namespace":
             tool.mark_read("type")
-            yield from openai_tool_list(
+            yield from tool_list(
                 tool,
                 qualified_name(namespace, tool.require("name", str)),
                 tool.get("description", str) or "",
@@ -2385,39 +2723,7 @@ def qualified_name(namespace: str | None, name: str) -> str:
     return f"{namespace}.{name}" if namespace else name
 
 
-def openai_tool(
-    function: Fields,
-    custom: bool,
-    declared: dict[str, JSON],
-    names: dict[str, str],
-    texts: set[str],
-    namespace: str = "",
-    note: str = "",
-    schema: str = "parameters",
-) -> str:
-    """Declare one function, whose schema stands under that key, and tell its whole name; of two with the same name the
-    first one counts."""
-    name, description = (
-        qualified_name(namespace, openai_function_name(function)),
-        function.get("description", str),
-    )
-    description = f"{note}\n{description or ''}".strip() if note else description
-    if custom:
-        function.mark_read("format")
-        declaration = custom_declaration(name, description, openai_grammar(function))
-    else:
-        declaration = function_declaration(name, description, function.get(schema, dict))
-    known = declared.setdefault(declaration["name"], declaration)
-    if known is not declaration and known != declaration:
-        function.ignore(function.path)
-        return name
-    names[declaration["name"]] = name
-    if custom:
-        texts.add(name)
-    return name
-
-
-def openai_function_name(function: Fields) -> str:
+def function_name(function: Fields) -> str:
     name = function.require("name", str)
     if not name:
         raise wrong_value(
@@ -2426,7 +2732,7 @@ def openai_function_name(function: Fields) -> str:
     return name
 
 
-def openai_grammar(function: Fields) -> str:
+def grammar_words(function: Fields) -> str:
     """The grammar of a custom tool's text, in words: Gemini cannot be held to it."""
     grammar = get_or_empty(function.data, "format", dict)
     grammar = get_or_empty(grammar, "grammar", dict) or grammar
@@ -2444,32 +2750,155 @@ TOOL_CHOICES = {
     "validated": "VALIDATED",
 }
 
+# ---- vectors ----
 
-def openai_tool_choice(body: Fields, key: str, tools: Tools) -> tuple[str | None, list[str]]:
-    """(Gemini's mode, the client's names of the functions that it may call); (None, []) leaves it to Gemini."""
+
+class EmbedOptions(NamedTuple):
+    count: int  # vectors
+    base64: bool = False
+
+
+def read_vectors(answers: Iterator[Iterator[JSON]], exchange: Exchange) -> list[list[float]]:
+    """The vectors of all batches in order, each of unit length; a 502 where one is missing."""
+    vectors: list[list[float]] = []
+    for call, chunks in zip(exchange.plan.calls, answers):
+        for chunk in chunks:
+            embeddings = [] if call.optional else expect(chunk, "embeddings", list)
+            vectors += [
+                unit_vector(get_or_empty(embedding, "values", list)) for embedding in embeddings
+            ]
+            counted = get_or_empty(
+                get_or_empty(chunk, "usageMetadata", dict), "promptTokenCount", int
+            )
+            counted = counted or get_or_empty(chunk, "totalTokens", int)
+            exchange.usage = exchange.usage.plus(Usage(prompt=max(0, counted)))
+    if len(vectors) != exchange.options.count:
+        raise invalid_answer(f"{len(vectors)} vectors for {exchange.options.count} texts")
+    return vectors
+
+
+def unit_vector(values: list[Any]) -> list[float]:
+    """The same direction with length 1: OpenAI's are so, and Gemini's are not when they are cut short."""
+    try:
+        length = math.hypot(*values)
+    except (TypeError, OverflowError):
+        raise invalid_answer("a vector that is not made of numbers") from None
+    if not values or not 0 < length < math.inf:
+        raise invalid_answer("an empty vector")
+    return values if abs(length - 1) < 1e-6 else [value / length for value in values]
+
+
+# ======================================================================================
+# 6. OpenAI chat: messages, tools, settings, choices and chunks
+# ======================================================================================
+
+# ---- chat: the history ----
+
+OPENAI_ROLES = ("developer", "system", "user", "assistant", "tool", "function")
+
+
+def openai_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
+    """(the system's parts, the turns) of the messages, still in the client's order."""
+    system: list[Part] = []
+    contents: list[JSON] = []
+    for message in body.objects("messages"):
+        openai_turn(message, model, system, contents)
+    return system, contents
+
+
+def openai_turn(message: Fields, model: Model, system: list[Part], contents: list[JSON]) -> None:
+    """Add what one message says."""
+    role = message.require("role", str).lower()
+    if role == "user":
+        contents.append(user_turn(*content_parts(message, "content", model)))
+    elif role in ("assistant", "model"):
+        contents.append(model_turn(*openai_assistant_parts(message, model)))
+    elif role in ("system", "developer"):
+        system += content_parts(message, "content", model)
+    elif role in ("tool", "function"):
+        contents.append(user_turn(tool_message_part(message, "content", "tool_call_id", model)))
+    else:
+        raise message.unknown_choice("role", role, OPENAI_ROLES)
+
+
+def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
+    """What the model said earlier. Its thoughts do not go back; its signatures do the job."""
+    message.mark_read("reasoning_content", "reasoning", "reasoning_details", "annotations")
+    parts = content_parts(message, "content", model)
+    refusal = message.get("refusal", str)
+    parts += [text_part(refusal)] if refusal else []
+    parts += [
+        link_content(image, model)
+        for image in message.objects("images")
+        if image.data.get("type") == "image_url"
+    ]
+    parts += [openai_call_part(call) for call in message.objects("tool_calls")]
+    legacy = message.object("function_call")
+    if legacy is not None:
+        parts.append(
+            call_part(
+                legacy.require("name", str), call_arguments(legacy.get("arguments", str, dict))
+            )
+        )
+    return parts
+
+
+def openai_call_part(call: Fields) -> Part:
+    call.mark_read("type", "index")
+    id = call.get("id", str)
+    custom = call.object("custom")
+    if custom is not None:
+        return call_part(
+            custom.require("name", str),
+            {CUSTOM_INPUT: custom.get("input", str) or ""},
+            strip_signature(id),
+            client_signature(call, custom),
+        )
+    function = call.require_object("function")
+    args = call_arguments(function.get("arguments", str, dict))
+    return call_part(
+        function.require("name", str), args, strip_signature(id), client_signature(call, function)
+    )
+
+
+# ---- chat: the choice of tools ----
+
+
+def openai_tool_choice(body: Fields, key: str, tools: Tools) -> ToolChoice:
+    """The choice of tools under this key, and `parallel_tool_calls`."""
+    parallel = body.get("parallel_tool_calls", bool) is not False
     choice = body.get(key, str, dict)
     if choice is None or not tools.declarations:
         if choice not in (None, "auto", "none"):
             body.ignore(key)
-        return None, []
+        return ToolChoice(parallel=parallel)
     if type(choice) is str:
-        return TOOL_CHOICES[body.choice(key, *TOOL_CHOICES)], []
-    fields = body.object(key)
+        return ToolChoice(TOOL_CHOICES[body.choice(key, *TOOL_CHOICES) or "auto"], (), parallel)
+    fields = body.require_object(key)
     kind = fields.get("type", str) or "function"
     if kind == "allowed_tools":
-        allowed = fields.object("allowed_tools") or fields
-        mode = "ANY" if allowed.choice("mode", "auto", "required") == "required" else "VALIDATED"
-        names = [
-            openai_chosen(tool, tools)
-            for tool in allowed.objects("tools")
-            if tool.data.get("type", "function") in ("function", "custom") or tool.ignore(key)
-        ]
-        return (mode, names) if names else ("NONE", [])
+        mode, names = openai_allowed_tools(fields, key, tools)
+        return ToolChoice(mode, names, parallel)
     if kind not in ("function", "custom"):
         body.ignore(key)
         fields.mark_read(*fields.data)
-        return None, []
-    return "ANY", [openai_chosen(fields, tools)]
+        return ToolChoice(parallel=parallel)
+    return ToolChoice("ANY", [openai_chosen(fields, tools)], parallel)
+
+
+def openai_allowed_tools(choice: Fields, key: str, tools: Tools) -> tuple[str, list[str]]:
+    """(Gemini's mode, the client's names of the functions) of a choice among some of the tools."""
+    allowed = choice.object("allowed_tools") or choice
+    mode = allowed.choice("mode", "auto", "required")
+    names: list[str] = []
+    for tool in allowed.objects("tools"):
+        if tool.data.get("type", "function") in ("function", "custom"):
+            names.append(openai_chosen(tool, tools))
+        else:
+            tool.ignore(key)
+    if not names:
+        return "NONE", []
+    return {"required": "ANY"}.get(mode or "", "VALIDATED"), names
 
 
 def openai_chosen(choice: Fields, tools: Tools) -> str:
@@ -2489,19 +2918,14 @@ def openai_chosen(choice: Fields, tools: Tools) -> str:
 
 
 class ChatOptions(NamedTuple):
-    """What a chat's reply has to mind."""
+    """What only the answer to a chat can fulfil."""
 
-    names: dict[str, str]  # Gemini's names of functions -> the client's
-    custom: frozenset[str]  # the client's names of tools that take plain text
-    legacy: bool = False  # functions instead of tools
-    one_call: bool = False  # no parallel calls
+    legacy: bool = False  # functions in place of tools
     usage: bool = False  # a last chunk with the token counts
-    unfence: bool = False  # JSON was asked for in words, and may come in a code fence
-    thoughts: str = "reasoning_content"
-    wav: bool = False  # sound is wanted as WAV
+    wav: bool = False  # audio as WAV
 
 
-MAX_CHOICES = 128  # choices that one request may ask for
+MAX_CHOICES = 128  # that one request may ask for
 
 
 def openai_counts_tokens(body: Fields) -> bool:
@@ -2512,38 +2936,42 @@ def openai_counts_tokens(body: Fields) -> bool:
 
 def openai_chat_request(body: Fields, context: Context) -> Plan:
     """Chat completions: https://platform.openai.com/docs/api-reference/chat/create"""
-    asked = body.require("model", str)
-    model = model_named(asked, context)
-    stream = bool(body.get("stream", bool))
-    system, contents, more = openai_chat_turns(body, model, context)
-    tools = openai_tools(body, *more)
+    model_name = body.require("model", str)
+    model = model_named(model_name, context)
+    system, contents, more_tools = openai_chat_turns(body, model, context)
+    tools = chat_tools(body, *more_tools)
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
-    mode, allowed = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
+    choice = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
     if body.object("web_search_options") is not None and body.data.get("tool_choice") != "none":
         tools = tools._replace(search="web_search_options")
+    sampling, answer_only = openai_chat_sampling(body, model, context)
+    settings, wav = openai_modalities(body)
+    fields, google = openai_google(body)
+    effort = openai_effort(body)
+    show = effort is not None or context.ollama
+    chat = Chat(
+        model,
+        system,
+        contents,
+        tools,
+        choice,
+        Thinking(effort, None, show, answer_only, "reasoning_effort", google),
+        sampling,
+        openai_chat_schema(body),
+        settings,
+        fields,
+        recipe_named(model_name, context),
+        bool(body.get("stream", bool)),
+    )
+    calls = (chat_call(chat, body),) * (body.number("n", 1, MAX_CHOICES, int) or 1)
+    options = ChatOptions(legacy, openai_counts_tokens(body), wav)
+    return Plan(calls, chat.stream, options, model_name, chat=chat)
+
+
+def openai_chat_schema(body: Fields) -> JSON | None:
+    """The schema of the answer; Cursor sends it as a response's."""
     text = body.object("text") if is_cursors(body) else None
-    schema = openai_response_format(text, "format") if text else openai_response_format(body)
-    in_json = json_answer(schema, tools, model)
-    config = {**openai_config(body, model, context), **in_json.config}
-    modalities, wav = openai_modalities(body)
-    fields = {
-        **tool_fields(tools, mode, allowed, body, model),
-        **openai_google_fields(body, config),
-    }
-    call = generate_call(
-        model, stream, system + in_json.words, contents, {**config, **modalities}, **fields
-    )
-    options = ChatOptions(
-        names=tools.names,
-        custom=tools.custom,
-        legacy=legacy,
-        unfence=in_json.unfence,
-        wav=wav,
-        one_call=body.get("parallel_tool_calls", bool) is False,
-        usage=openai_counts_tokens(body),
-        thoughts="reasoning" if context.ollama else "reasoning_content",
-    )
-    return Plan((call,) * (body.number("n", 1, MAX_CHOICES, int) or 1), stream, options, asked)
+    return openai_response_format(text, "format") if text else openai_response_format(body)
 
 
 def is_cursors(body: Fields) -> bool:
@@ -2568,24 +2996,20 @@ def openai_chat_turns(
     return (*openai_turns(body, model), [])
 
 
-def openai_config(body: Fields, model: Model, context: Context) -> JSON:
-    """The generationConfig that chat completions and legacy completions share."""
-    effort = openai_effort(body)
-    limit = openai_limit(body, "max_completion_tokens", context)
-    if limit is None and is_cursors(body):
-        limit = openai_limit(body, "max_output_tokens", context)
+def openai_chat_sampling(body: Fields, model: Model, context: Context) -> tuple[JSON, bool]:
+    """(the sampling, whether its limit is for the answer without its thoughts).
+
+    `max_completion_tokens` counts thoughts at OpenAI too; the older `max_tokens` does not know any.
+    """
+    keys = (
+        ["max_completion_tokens", "max_output_tokens"]
+        if is_cursors(body)
+        else ["max_completion_tokens"]
+    )
+    limits = [openai_limit(body, key, context) for key in keys]
+    limit = next((number for number in limits if number), None)
     older = openai_limit(body, "max_tokens", context)
-    return {
-        **openai_sampling(body, model, limit or older, context),
-        **openai_thinking(
-            body,
-            "reasoning_effort",
-            model,
-            effort,
-            effort is not None or context.ollama,
-            None if limit else older,
-        ),
-    }  # the newer limit counts thoughts at OpenAI too
+    return openai_sampling(body, model, limit or older, context), not limit
 
 
 def openai_limit(body: Fields, key: str, context: Context) -> int | None:
@@ -2602,32 +3026,17 @@ def openai_limit(body: Fields, key: str, context: Context) -> int | None:
 
 
 def openai_sampling(body: Fields, model: Model, limit: int | None, context: Context) -> JSON:
-    """The part of a generationConfig that is not about thinking. Ollama refuses no temperature for its height."""
+    """Ollama refuses no temperature for its height."""
+    highest, highest_p = (math.inf, math.inf) if context.ollama else (2.0, 1.0)
     return sampling_config(
-        model,
+        body.number("temperature", 0, highest),
+        body.number("top_p", 0, highest_p),
+        body.get("top_k", int),
+        limit,
+        body.get("seed", int),
         stop_sequences(body),
-        limit=limit,
-        seed=body.get("seed", int),
-        temperature=body.number("temperature", 0, math.inf if context.ollama else 2),
-        top_p=body.number("top_p", 0, math.inf if context.ollama else 1),
-        top_k=body.get("top_k", int),
-        penalty=lambda key: body.number(key, -2, 2),
+        **penalties(body, -2, 2, model),
     )
-
-
-def openai_thinking(
-    body: Fields,
-    key: str,
-    model: Model,
-    effort: str | None,
-    thoughts: bool,
-    limit: int | None = None,
-) -> JSON:
-    """The rest of it, for an effort that stood under this key, and a limit of the answer without its thoughts."""
-    config = thinking_config(model, effort_within(limit, effort), thoughts)
-    if effort_unsupported(effort, config):
-        body.ignore(key)
-    return {"thinkingConfig": config} if config else {}
 
 
 def openai_effort(body: Fields) -> str | None:
@@ -2723,31 +3132,28 @@ def openai_modalities(body: Fields) -> tuple[JSON, bool]:
     ), False
 
 
-def openai_google_fields(body: Fields, config: JSON) -> JSON:
-    """Google's own settings, as its OpenAI endpoint takes them (`extra_body.google` or `google`); the service tier."""
+def openai_google(body: Fields) -> tuple[JSON, JSON]:
+    """(fields of the request, a thinkingConfig): Google's own settings, as its OpenAI endpoint takes
+    them (`extra_body.google` or `google`), and the service tier."""
     fields: JSON = {}
+    config: JSON = {}
     extra = body.object("extra_body")
     google = (extra and extra.object("google")) or body.object("google")
     if google is not None:
         fields.update(google_keys(google, cachedContent=str, safetySettings=list))
         thinking = google.object("thinking_config") or google.object("thinkingConfig")
         if thinking is not None:
-            told = google_keys(
+            config = google_keys(
                 thinking, thinkingBudget=int, thinkingLevel=str, includeThoughts=bool
             )
-            told = {
-                key: value.upper() if type(value) is str else value for key, value in told.items()
-            }
-            own = (
-                config.get("thinkingConfig", {}) if not told.keys() - {"includeThoughts"} else {}
-            )  # level or budget
-            config["thinkingConfig"] = {**own, **told}
+            if "thinkingLevel" in config:
+                config["thinkingLevel"] = config["thinkingLevel"].upper()
     tier = body.get("service_tier", str)
     if tier in ("flex", "priority"):
         fields["serviceTier"] = tier
     elif tier not in (None, "auto", "default"):
         body.ignore("service_tier")
-    return fields
+    return fields, config
 
 
 def google_keys(fields: Fields, **kinds: type) -> JSON:
@@ -2773,16 +3179,6 @@ def openai_finish(end: End, legacy: bool = False) -> str:
     )
 
 
-def native_finish(end: End) -> JSON:
-    """Gemini's own words for an end that OpenAI has no word for, under OpenRouter's key for it."""
-    if end.finish in ("stop", "length") and end.reason in ("STOP", "MAX_TOKENS"):
-        return {}
-    return {
-        "native_finish_reason": end.reason,
-        **({"finish_message": end.message} if end.message else {}),
-    }
-
-
 def openai_usage(usage: Usage) -> JSON:
     return {
         "prompt_tokens": usage.prompt,
@@ -2798,32 +3194,17 @@ def openai_usage(usage: Usage) -> JSON:
     }
 
 
-def openai_call(call: ToolCall, options: ChatOptions) -> JSON:
-    """A call as OpenAI tells it, with its signature in Google's field for clients that keep what they do not know."""
-    name = options.names.get(call.name, call.name)
-    if name in options.custom:
-        made = {
-            "id": call.id,
-            "type": "custom",
-            "custom": {"name": name, "input": custom_input(call)},
-        }
+def openai_call(call: ToolCall, chat: Chat) -> JSON:
+    """A call as OpenAI writes it, with its signature in Google's field for clients that keep what they do not know."""
+    if call.name in chat.tools.custom:
+        custom = {"name": call.name, "input": custom_input(call)}
+        entry = {"id": call.id, "type": "custom", "custom": custom}
     else:
-        made = {
-            "id": call.id,
-            "type": "function",
-            "function": {"name": name, "arguments": encode_json(call.args)},
-        }
-    return (
-        {**made, "extra_content": {"google": {"thought_signature": call.signature}}}
-        if call.signature
-        else made
-    )
-
-
-def custom_input(call: ToolCall) -> str:
-    """The text for a custom tool; a model that made up parameters of its own is quoted."""
-    text = call.args.get(CUSTOM_INPUT)
-    return text if type(text) is str else encode_json(call.args)
+        function = {"name": call.name, "arguments": encode_json(call.args)}
+        entry = {"id": call.id, "type": "function", "function": function}
+    if call.signature:
+        entry["extra_content"] = {"google": {"thought_signature": call.signature}}
+    return entry
 
 
 def openai_annotation(citation: Citation) -> JSON:
@@ -2847,49 +3228,19 @@ def openai_image(media: Media, index: int) -> JSON:
     }
 
 
-def chat_events(
-    chunks: Iterator[JSON], exchange: Exchange
-) -> Iterator[Text | ToolCall | Media | End]:
-    """read_gemini's events, with what the client wants of them as a whole: one call, JSON without a fence."""
-    text: list[str] = []
-    called = False
-    for event in read_gemini(chunks, exchange):
-        if type(event) is ToolCall and exchange.options.one_call:
-            if called:
-                continue
-            called = True
-        if exchange.options.unfence:
-            if type(event) is Text and not event.thought:
-                text.append(event.text)
-                continue
-            if (
-                type(event) in (ToolCall, End) and text
-            ):  # the calls come last, after all of the text
-                yield Text(unfenced("".join(text)))
-                text.clear()
-        yield event
-
-
-def unfenced(text: str) -> str:
-    """The JSON in a code fence, where a model could not leave it away."""
-    first, newline, rest = text.strip().partition("\n")
-    inside_fence = newline and re.fullmatch(r"```\w*", first.rstrip()) and rest.endswith("```")
-    return rest[:-3].strip() if inside_fence else text
-
-
 def openai_base(exchange: Exchange, prefix: str, kind: str) -> JSON:
     """What completions and their chunks begin with. The fingerprint is a real Ollama's, by which clients know it."""
-    return {
+    base = {
         "id": exchange.new_id(prefix),
         "object": kind,
         "created": int(exchange.created),
         "model": exchange.model,
-        **({"system_fingerprint": "fp_ollama"} if exchange.context.ollama else {}),
     }
+    return {**base, "system_fingerprint": "fp_ollama"} if exchange.context.ollama else base
 
 
-def openai_chat_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    choices = [openai_choice(i, chunks, exchange) for i, chunks in enumerate(answers)]
+def openai_chat_response(exchange: Exchange, answers: Answers) -> JSON:
+    choices = [openai_choice(i, whole(events), exchange) for i, events in enumerate(answers)]
     return {
         **openai_base(exchange, "chatcmpl-", "chat.completion"),
         "choices": choices,
@@ -2897,42 +3248,39 @@ def openai_chat_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
     }
 
 
-def openai_choice(index: int, chunks: Iterator[JSON], exchange: Exchange) -> JSON:
+def thoughts_key(context: Context) -> str:
+    """Where thoughts go: https://api-docs.deepseek.com/guides/reasoning_model; Ollama has its own key."""
+    return "reasoning" if context.ollama else "reasoning_content"
+
+
+def openai_choice(index: int, answer: Answer, exchange: Exchange) -> JSON:
     """One answer as a choice of a whole completion."""
-    texts, thoughts, calls, images, audio = [], [], [], [], []
-    end = None
-    for event in chat_events(chunks, exchange):
-        if type(event) is Text:
-            (thoughts if event.thought else texts).append(event.text)
-        elif type(event) is ToolCall:
-            calls.append(event)
-        elif type(event) is Media:
-            (audio if event.mime.startswith("audio/") else images).append(event)
-        else:
-            end = event
-    options = exchange.options
-    content = "".join(texts)
+    text, calls, end = answer.text, answer.calls, answer.end
+    audio = answer.media("audio/")
+    images = [media for media in answer.media("") if media not in audio]
+    legacy = exchange.options.legacy
     message: JSON = {
         "role": "assistant",
-        "content": content or (None if calls or audio else ""),
+        "content": text or (None if calls or audio else ""),
         "refusal": None,
         "annotations": [openai_annotation(citation) for citation in end.citations],
     }
-    if thoughts:
-        message[options.thoughts] = "".join(thoughts)
-    if calls and options.legacy:
-        message["function_call"] = openai_call(calls[0], options)["function"]
-    elif calls:
-        message["tool_calls"] = [openai_call(call, options) for call in calls]
+    if answer.thoughts:
+        message[thoughts_key(exchange.context)] = answer.thoughts
+    entries = [openai_call(call, exchange.chat) for call in calls]
+    if entries and legacy:
+        message["function_call"] = entries[0]["function"]
+    elif entries:
+        message["tool_calls"] = entries
     if images:
         message["images"] = [openai_image(image, i) for i, image in enumerate(images)]
     if audio:
-        message["audio"] = openai_audio(audio, exchange, content)
+        message["audio"] = openai_audio(audio, exchange, text)
     return {
         "index": index,
         "message": message,
         "logprobs": None,
-        "finish_reason": openai_finish(end, options.legacy),
+        "finish_reason": openai_finish(end, legacy),
         **native_finish(end),
     }
 
@@ -2960,7 +3308,8 @@ def wav_file(samples: bytes, rate: int) -> bytes:
 
 def openai_audio(audio: list[Media], exchange: Exchange, transcript: str) -> JSON:
     data = audio_bytes(audio)
-    data = wav_file(data, audio_rate(audio[0].mime)) if exchange.options.wav else data
+    if exchange.options.wav:
+        data = wav_file(data, audio_rate(audio[0].mime))
     return {
         "id": exchange.new_id("audio_"),
         "data": base64.b64encode(data).decode(),
@@ -2969,89 +3318,65 @@ def openai_audio(audio: list[Media], exchange: Exchange, transcript: str) -> JSO
     }
 
 
-def openai_chat_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+def openai_chat_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
     """Chunks, choice after choice; nothing before Gemini's first word."""
-    options = exchange.options
     base = openai_base(exchange, "chatcmpl-", "chat.completion.chunk")
-    more = {"usage": None} if options.usage else {}
-    for index, chunks in enumerate(answers):
-        for delta, finish, odd in openai_deltas(chunks, exchange):
-            yield {
-                **base,
-                "choices": [
-                    {
-                        "index": index,
-                        "delta": delta,
-                        "logprobs": None,
-                        "finish_reason": finish,
-                        **odd,
-                    }
-                ],
-                **more,
-            }
-    if options.usage:
+    more = {"usage": None} if exchange.options.usage else {}
+    for index, events in enumerate(answers):
+        for delta, finish, native in openai_deltas(events, exchange):
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+            yield {**base, "choices": [{**choice, **native}], **more}
+    if exchange.options.usage:
         yield {**base, "choices": [], "usage": openai_usage(exchange.usage)}
 
 
 def openai_deltas(
-    chunks: Iterator[JSON], exchange: Exchange
+    events: Iterable[Event], exchange: Exchange
 ) -> Iterator[tuple[JSON, str | None, JSON]]:
     """(delta, finish_reason, more of the choice) for each event of one answer; the role comes first, and once."""
-    options, nothing = exchange.options, {}
-    count, images, started, audio = 0, 0, False, None
-    for event in chat_events(chunks, exchange):
-        kind = type(event)
-        if not started:
-            started = True
-            yield {"role": "assistant", "content": None if kind is ToolCall else ""}, None, nothing
-        if kind is Text:
-            yield {options.thoughts if event.thought else "content": event.text}, None, nothing
-        elif kind is ToolCall and options.legacy:
-            if count == 0:
-                yield {"function_call": openai_call(event, options)["function"]}, None, nothing
-            count += 1
-        elif kind is ToolCall:
-            yield {"tool_calls": [{"index": count, **openai_call(event, options)}]}, None, nothing
-            count += 1
-        elif kind is Media and event.mime.startswith("audio/"):
-            yield (
-                {
-                    "audio": {
-                        "data": event.data,
-                        **({} if audio else {"id": exchange.new_id("audio_")}),
-                    }
-                },
-                None,
-                nothing,
-            )
-            audio = event
-        elif kind is Media:
-            yield {"images": [openai_image(event, images)]}, None, nothing
-            images += 1
-        else:
+    more: JSON = {}
+    thoughts, legacy = thoughts_key(exchange.context), exchange.options.legacy
+    calls = images = audio = count = 0
+    for event in events:
+        if not count:
+            content = None if isinstance(event, ToolCall) else ""
+            yield {"role": "assistant", "content": content}, None, more
+        count += 1
+        if isinstance(event, Text):
+            yield {thoughts if event.thought else "content": event.text}, None, more
+        elif isinstance(event, ToolCall):
+            entry = openai_call(event, exchange.chat)
+            if not legacy:
+                yield {"tool_calls": [{"index": calls, **entry}]}, None, more
+            elif not calls:
+                yield {"function_call": entry["function"]}, None, more
+            calls += 1
+        elif isinstance(event, End):
             if audio:
-                yield {"audio": {"expires_at": int(exchange.created) + 3600}}, None, nothing
+                yield {"audio": {"expires_at": int(exchange.created) + 3600}}, None, more
             if event.citations:
-                yield (
-                    {"annotations": [openai_annotation(citation) for citation in event.citations]},
-                    None,
-                    nothing,
-                )
-            yield {}, openai_finish(event, options.legacy), native_finish(event)
+                yield {"annotations": [openai_annotation(c) for c in event.citations]}, None, more
+            yield {}, openai_finish(event, legacy), native_finish(event)
+        elif event.mime.startswith("audio/"):
+            id = {} if audio else {"id": exchange.new_id("audio_")}
+            yield {"audio": {"data": event.data, **id}}, None, more
+            audio += 1
+        else:
+            yield {"images": [openai_image(event, images)]}, None, more
+            images += 1
 
+
+# ======================================================================================
+# 7. OpenAI's other endpoints: embeddings, completions, images, speech, transcripts, models
+# ======================================================================================
 
 # ---- embeddings ----
 
 
-class EmbedOptions(NamedTuple):
-    count: int  # vectors
-    base64: bool = False
-
-
 def openai_embeddings_request(body: Fields, context: Context) -> Plan:
     """Embeddings: https://platform.openai.com/docs/api-reference/embeddings/create"""
-    asked = body.require("model", str)
-    model = model_named(asked, context)
+    model_name = body.require("model", str)
+    model = model_named(model_name, context)
     texts = openai_inputs(body)
     form = body.choice("encoding_format", "float", "base64")
     dimensions = body.number("dimensions", 1, 2**31 - 1, int)
@@ -3059,7 +3384,7 @@ def openai_embeddings_request(body: Fields, context: Context) -> Plan:
         embed_calls(model, texts, dimensions),
         False,
         EmbedOptions(len(texts), form == "base64"),
-        asked,
+        model_name,
     )
 
 
@@ -3084,36 +3409,6 @@ def openai_inputs(body: Fields) -> list[str]:
         if not text:
             raise wrong_value(path, f"Invalid '{path}': input cannot be an empty string.")
     return texts
-
-
-def read_vectors(answers: Iterator[Iterator[JSON]], exchange: Exchange) -> list[list[float]]:
-    """The vectors of all batches in order, each of unit length; a 502 where one is missing."""
-    vectors: list[list[float]] = []
-    for call, chunks in zip(exchange.plan.calls, answers):
-        for chunk in chunks:
-            embeddings = [] if call.optional else expect(chunk, "embeddings", list)
-            vectors += [
-                unit_vector(get_or_empty(embedding, "values", list)) for embedding in embeddings
-            ]
-            counted = get_or_empty(
-                get_or_empty(chunk, "usageMetadata", dict), "promptTokenCount", int
-            )
-            counted = counted or get_or_empty(chunk, "totalTokens", int)
-            exchange.usage = exchange.usage.plus(Usage(prompt=max(0, counted)))
-    if len(vectors) != exchange.options.count:
-        raise invalid_answer(f"{len(vectors)} vectors for {exchange.options.count} texts")
-    return vectors
-
-
-def unit_vector(values: list[Any]) -> list[float]:
-    """The same direction with length 1: OpenAI's are so, and Gemini's are not when they are cut short."""
-    try:
-        length = math.hypot(*values)
-    except (TypeError, OverflowError):
-        raise invalid_answer("a vector that is not made of numbers") from None
-    if not values or not 0 < length < math.inf:
-        raise invalid_answer("an empty vector")
-    return values if abs(length - 1) < 1e-6 else [value / length for value in values]
 
 
 def packed(vector: list[float]) -> str:
@@ -3151,10 +3446,10 @@ class CompletionOptions(NamedTuple):
 
 def openai_completions_request(body: Fields, context: Context) -> Plan:
     """Legacy completions: https://platform.openai.com/docs/api-reference/completions/create"""
-    asked = body.require("model", str)
-    model = model_named(asked, context)
-    prompts, stream = openai_prompts(body), bool(body.get("stream", bool))
-    n, best = body.number("n", 1, MAX_CHOICES, int) or 1, body.number("best_of", 0, 20, int)
+    model_name = body.require("model", str)
+    prompts = openai_prompts(body)
+    n = body.number("n", 1, MAX_CHOICES, int) or 1
+    best = body.number("best_of", 0, 20, int)
     if len(prompts) * n > MAX_CHOICES:
         raise wrong_value(
             "prompt",
@@ -3163,14 +3458,20 @@ def openai_completions_request(body: Fields, context: Context) -> Plan:
         )
     if best and best > n:
         body.ignore("best_of")  # there are no probabilities to choose by
-    config = openai_completion_config(body, model, context)
-    suffix, echo = body.get("suffix", str), body.get("echo", bool)
-    calls = [openai_completion_call(model, stream, prompt, suffix, config) for prompt in prompts]
-    options = CompletionOptions(
-        tuple(prompt if echo else "" for prompt in prompts for _ in range(n)),
-        openai_counts_tokens(body),
-    )
-    return Plan(tuple(call for call in calls for _ in range(n)), stream, options, asked)
+    chat = openai_completion_chat(body, model_name, context)
+    suffix = body.get("suffix", str)
+    calls: list[GeminiCall] = []
+    for prompt in prompts:
+        system, text = COMPLETION_INSTRUCTION, prompt
+        if suffix:
+            system, text = gap_instruction(""), gap_prompt(prompt, suffix)
+        one = chat._replace(system=[text_part(system)], contents=[user_turn(text_part(text))])
+        calls += [chat_call(one, body)] * n
+    echoes = [prompt for prompt in prompts for _ in range(n)]
+    if not body.get("echo", bool):
+        echoes = [""] * len(echoes)
+    options = CompletionOptions(tuple(echoes), openai_counts_tokens(body))
+    return Plan(tuple(calls), chat.stream, options, model_name, chat=chat)
 
 
 def openai_prompts(body: Fields) -> list[str]:
@@ -3191,14 +3492,24 @@ def openai_prompts(body: Fields) -> list[str]:
     return body.strings("prompt")
 
 
-def openai_completion_config(body: Fields, model: Model, context: Context) -> JSON:
-    """Chat's settings. A limit is meant for the text alone: with one, a model thinks as little as it can."""
-    config = openai_config(body, model, context)
-    thinking = config.pop("thinkingConfig", {})
-    if "maxOutputTokens" in config and not thinking.keys() - {"includeThoughts"}:
-        thinking = thinking_config(model, "none", False)
-    thinking.pop("includeThoughts", None)  # nothing here could tell them
-    return {**config, "thinkingConfig": thinking} if thinking else config
+def openai_completion_chat(body: Fields, model_name: str, context: Context) -> Chat:
+    """All of a completion but its prompt. A limit is meant for the text alone: with one, a model
+    thinks as little as it can."""
+    model = model_named(model_name, context)
+    sampling, _ = openai_chat_sampling(body, model, context)
+    effort = openai_effort(body)
+    thinking = Thinking(effort, field="reasoning_effort")
+    if effort is None and sampling.get("maxOutputTokens"):
+        thinking = Thinking("none")
+    return Chat(
+        model,
+        [],
+        [],
+        thinking=thinking,
+        sampling=sampling,
+        recipe=recipe_named(model_name, context),
+        stream=bool(body.get("stream", bool)),
+    )
 
 
 COMPLETION_INSTRUCTION = (
@@ -3207,31 +3518,20 @@ COMPLETION_INSTRUCTION = (
 )
 
 
-def openai_completion_call(
-    model: Model, stream: bool, prompt: str, suffix: str | None, config: JSON
-) -> GeminiCall:
-    system, text = (
-        (gap_instruction(""), gap_prompt(prompt, suffix))
-        if suffix
-        else (COMPLETION_INSTRUCTION, prompt)
-    )
-    return generate_call(model, stream, [text_part(system)], [user_turn(text_part(text))], config)
-
-
-def openai_pieces(
-    exchange: Exchange, answers: Iterator[Iterator[JSON]]
-) -> Iterator[tuple[int, str, End | None]]:
+def openai_pieces(exchange: Exchange, answers: Answers) -> Iterator[tuple[int, str, End | None]]:
     """(index of the choice, text, the End) for each piece of a completion; a choice's last piece has its End."""
-    for (index, before), chunks in zip(enumerate(exchange.options.echoes), answers):
-        for event in read_gemini(chunks, exchange):
-            if type(event) is End:
+    for (index, before), events in zip(enumerate(exchange.options.echoes), answers):
+        for event in events:
+            if isinstance(event, End):
                 yield index, before, event
-            elif type(event) is Media or type(event) is Text and not event.thought:
-                yield (
-                    index,
-                    before + (media_note(event) if type(event) is Media else event.text),
-                    None,
-                )
+                continue
+            text = ""
+            if isinstance(event, Media):
+                text = media_note(event)
+            elif isinstance(event, Text) and not event.thought:
+                text = event.text
+            if text:
+                yield index, before + text, None
                 before = ""
 
 
@@ -3246,13 +3546,14 @@ def openai_text_choice(index: int, text: str, end: End | None) -> JSON:
     }
 
 
-def openai_completions_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    choices, text = [], ""
+def openai_completions_response(exchange: Exchange, answers: Answers) -> JSON:
+    choices: list[JSON] = []
+    texts: list[str] = []
     for index, piece, end in openai_pieces(exchange, answers):
-        text += piece
+        texts.append(piece)
         if end:
-            choices.append(openai_text_choice(index, text, end))
-            text = ""
+            choices.append(openai_text_choice(index, "".join(texts), end))
+            texts = []
     return {
         **openai_base(exchange, "cmpl-", "text_completion"),
         "choices": choices,
@@ -3274,56 +3575,24 @@ def openai_completions_stream(
         yield {**base, "choices": [], "usage": openai_usage(exchange.usage)}
 
 
-# ---- media: models, what they make, and why they do not ----
-
-# OpenAI's names (and Google's former ones), Gemini's models that can do it, and the one for who names none of these.
-DEFAULT_MEDIA_MODELS = {
-    "picture": (
-        r"dall-e|(chat)?gpt-image|imagen",
-        r"gemini-.*image|.*banana",
-        "gemini-nano-banana-2.1",
-    ),
-    "speech": (r"tts-1|gpt-.*(tts|audio)", r"gemini-.*(tts|audio)", "gemini-3.8-flash-tts"),
-    "transcript": (r"whisper|gpt-.*transcribe", r"gemini|gemma", "gemini-3.8-flash"),
-}
+# ---- what the media endpoints share ----
 
 
-def openai_media_model(asked: str | None, what: str, context: Context) -> Model:
-    """The model for one of DEFAULT_MEDIA_MODELS. A glob for chats, such as `-alias='gpt-*=...'`, makes no painter of its model."""
-    openais, geminis, ours = DEFAULT_MEDIA_MODELS[what]
-    model, plain = model_named(asked or ours, context), plain_name(asked or "", context.ollama)
-    chosen = re.match(geminis, model.name) or any(
-        name in (asked, plain) for name, _ in context.aliases
-    )
-    return model_of(ours) if re.match(openais, plain) and not chosen else model
+def media_answer(events: Iterable[Event], kind: str) -> Answer:
+    """A whole answer, whose media of this kind, such as "image/", must be base64."""
+    answer = whole(events)
+    if not all(is_base64(media.data) for media in answer.media(kind)):
+        raise invalid_answer("media that are not base64")
+    return answer
 
 
-def read_media(
-    chunks: Iterator[JSON], exchange: Exchange, kind: str
-) -> tuple[list[Media], str, End]:
-    """(media of this kind, such as "image/", the text beside them, the End) of one answer."""
-    found, said, end = [], "", None
-    for event in read_gemini(chunks, exchange):
-        if type(event) is Media and event.mime.startswith(kind):
-            if not is_base64(event.data):
-                raise invalid_answer("media that are not base64")
-            found.append(event)
-        elif type(event) is Text and not event.thought:
-            said += event.text
-        elif type(event) is End:
-            end = event
-    return found, said, end
-
-
-def no_media_error(what: str, end: End, said: str = "") -> ProxyError:
+def no_media_error(what: str, end: End, text: str = "") -> ProxyError:
     """The error for what Gemini did not make, or not to its end, in its own words."""
-    words = end.message or said.strip()[:1000]
-    return ProxyError(
-        400,
-        f"Gemini made no whole {what} ({end.reason})" + (f": {words}" if words else "."),
-        code="content_policy_violation" if end.finish == "filter" else None,
-        upstream=True,
-    )
+    words = end.message or text.strip()[:1000]
+    words = f": {words}" if words else "."
+    code = "content_policy_violation" if end.finish == "filter" else None
+    message = f"Gemini made no whole {what} ({end.reason}){words}"
+    return ProxyError(400, message, code=code, upstream=True)
 
 
 def openai_nonblank(body: Fields, key: str) -> str:
@@ -3369,45 +3638,40 @@ class ImageOptions(NamedTuple):
 
 def openai_images_request(body: Fields, context: Context) -> Plan:
     """Images: https://platform.openai.com/docs/api-reference/images/create"""
-    asked = body.get("model", str)
-    model = openai_media_model(asked, "picture", context)
+    model_name = body.get("model", str)
+    model = media_model(model_name, "image", context)
     prompt, n = openai_nonblank(body, "prompt"), body.number("n", 1, 10, int) or 1
-    form, kind = (
-        body.choice("response_format", "url", "b64_json"),
-        body.choice("output_format", *IMAGE_FORMATS),
-    )
-    if kind not in (
-        None,
-        "png" if model.generation < 3 else "jpeg",
-    ):  # what the models make, untold
+    form = body.choice("response_format", "url", "b64_json")
+    if body.choice("output_format", *IMAGE_FORMATS) not in (None, model.image_format):
         body.ignore("output_format")
     config = {"responseModalities": ["IMAGE"], **openai_image_config(body, model)}
     call = generate_call(model, False, [], [user_turn(text_part(prompt))], config)
     stream = bool(body.get("stream", bool))
     if stream and form == "url":
-        body.ignore("response_format")  # events have no place for one
-    by_url = (
-        form == "url" or form is None and (asked or "").startswith("dall-e")
-    )  # whose default it is
-    return Plan((call,) * n, stream, ImageOptions(by_url), asked or model.name)
+        body.ignore("response_format")  # events have no field for one
+    by_default = form is None and (model_name or "").startswith("dall-e")
+    options = ImageOptions(form == "url" or by_default)
+    return Plan((call,) * n, stream, options, model_name or model.name)
 
 
 def openai_image_config(body: Fields, model: Model) -> JSON:
     """The imageConfig for `size`: the nearest of Gemini's ratios, and more pixels where the model can."""
     size = (body.get("size", str) or "auto").lower()
-    told = re.fullmatch(r"([1-9]\d{1,4})\s*x\s*([1-9]\d{1,4})", size)
+    match = re.fullmatch(r"([1-9]\d{1,4})\s*x\s*([1-9]\d{1,4})", size)
     if size == "auto":
         return {}
-    if not told:
-        raise wrong_value(
-            "size", f"Invalid value for 'size': {size[:80]!r}. Expected 'auto' or WIDTHxHEIGHT."
-        )
-    width, height = map(int, told.groups())
+    if not match:
+        message = f"Invalid value for 'size': {size[:80]!r}. Expected 'auto' or WIDTHxHEIGHT."
+        raise wrong_value("size", message)
+    width, height = map(int, match.groups())
     ratio = min(RATIOS, key=lambda ratio: abs(math.log(width / height) - math.log(ratio_of(ratio))))
+    config = {"aspectRatio": ratio}
     side = math.sqrt(width * height)
-    larger = "4K" if side > 2900 else "2K" if side > 1450 else None
-    pixels = {"imageSize": larger} if larger and model.generation >= 3 else {}
-    return {"imageConfig": {"aspectRatio": ratio, **pixels}}
+    if side > 2900 and model.large_images:
+        config["imageSize"] = "4K"
+    elif side > 1450 and model.large_images:
+        config["imageSize"] = "2K"
+    return {"imageConfig": config}
 
 
 def ratio_of(words: str) -> float:
@@ -3415,17 +3679,18 @@ def ratio_of(words: str) -> float:
     return int(width) / int(height)
 
 
-def openai_image_results(
-    exchange: Exchange, answers: Iterator[Iterator[JSON]]
-) -> Iterator[tuple[Media, Usage]]:
-    """(a picture, the tokens of its call) for each; a 400 with Gemini's words where there is none at all."""
-    refusal, count = None, 0
-    for chunks in answers:
-        images, said, end = read_media(chunks, exchange, "image/")
+def openai_image_results(answers: Answers) -> Iterator[tuple[Media, Usage]]:
+    """(an image, the tokens of its call) for each; a 400 with Gemini's words where there is none at all."""
+    refusal: ProxyError | None = None
+    count = 0
+    for events in answers:
+        answer = media_answer(events, "image/")
+        images = answer.media("image/")
         for image in images:
             count += 1
-            yield image, end.usage
-        refusal = refusal if images else no_media_error("picture", end, said)
+            yield image, answer.end.usage
+        if not images:
+            refusal = no_media_error("picture", answer.end, answer.text)
     if refusal and not count:
         raise refusal
 
@@ -3436,26 +3701,22 @@ def openai_image_usage(usage: Usage) -> JSON:
     )
 
 
-def openai_images_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    images = [image for image, _ in openai_image_results(exchange, answers)]
-    data = [
-        {"url": f"data:{image.mime};base64,{image.data}"}
-        if exchange.options.url
-        else {"b64_json": image.data}
-        for image in images
-    ]
-    kind = IMAGE_TYPES.get(images[0].mime)
+def openai_images_response(exchange: Exchange, answers: Answers) -> JSON:
+    images = [image for image, _ in openai_image_results(answers)]
+    data = [{"b64_json": image.data} for image in images]
+    if exchange.options.url:
+        data = [{"url": f"data:{image.mime};base64,{image.data}"} for image in images]
     return {
         "created": int(exchange.created),
         "data": data,
-        **({"output_format": kind} if kind else {}),
+        **given(output_format=IMAGE_TYPES.get(images[0].mime)),
         "usage": openai_image_usage(exchange.usage),
     }
 
 
-def openai_images_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
-    """Each picture when it is there: Gemini shows no half ones."""
-    for image, usage in openai_image_results(exchange, answers):
+def openai_images_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
+    """Each image when it is there: Gemini sends no partial ones."""
+    for image, usage in openai_image_results(answers):
         yield {
             "type": "image_generation.completed",
             "b64_json": image.data,
@@ -3489,8 +3750,8 @@ PCM = Framing("audio/pcm", itemgetter("audio"), keep_alive=b"", carries_errors=F
 
 def openai_speech_request(body: Fields, context: Context) -> Plan:
     """Speech: https://platform.openai.com/docs/api-reference/audio/createSpeech"""
-    asked = body.require("model", str)
-    model = openai_media_model(asked, "speech", context)
+    model_name = body.require("model", str)
+    model = media_model(model_name, "speech", context)
     text, manner = openai_nonblank(body, "input"), body.get("instructions", str)
     kind = body.choice("response_format", "mp3", "opus", "aac", "flac", "wav", "pcm") or "mp3"
     events, pcm = body.choice("stream_format", "audio", "sse") == "sse", kind == "pcm"
@@ -3498,44 +3759,45 @@ def openai_speech_request(body: Fields, context: Context) -> Plan:
         body.ignore("response_format")
     # A bare text is sometimes answered in place of being spoken; the older models say all at once.
     prompt = f"{manner}\n\nSay: {text}" if manner else f"Say: {text}"
-    piecemeal = model.generation >= 3.1 and (pcm or events)
+    piecemeal = model.streams_speech and (pcm or events)
     call = generate_call(
         model, piecemeal, [], [user_turn(text_part(prompt))], speech_config(body, "voice")
     )
     return Plan(
-        (call,), events or piecemeal, SpeechOptions(pcm, events), asked, SSE if events else PCM
+        (call,), events or piecemeal, SpeechOptions(pcm, events), model_name, SSE if events else PCM
     )
 
 
-def openai_speech_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Payload:
-    for chunks in answers:
-        audio, said, end = read_media(chunks, exchange, "audio/")
-    if not audio or end.finish != "stop":
-        raise no_media_error("speech", end, said)
+def openai_speech_response(exchange: Exchange, answers: Answers) -> Payload:
+    answer = media_answer(next(answers), "audio/")
+    audio = answer.media("audio/")
+    if not audio or answer.end.finish != "stop":
+        raise no_media_error("speech", answer.end, answer.text)
     samples = audio_bytes(audio)
     if exchange.options.pcm:
         return Payload(samples, "audio/pcm")
     return Payload(wav_file(samples, audio_rate(audio[0].mime)), "audio/wav")
 
 
-def openai_speech_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
-    """Sound as it comes: events, or the bytes themselves under "audio"."""
-    options, said, begun = exchange.options, "", False
-    for event in read_gemini(next(answers), exchange):
-        if type(event) is Media and event.mime.startswith("audio/"):
+def openai_speech_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
+    """Audio as it comes: events, or the bytes themselves under "audio"."""
+    options = exchange.options
+    texts: list[str] = []
+    begun = False
+    for event in next(answers):
+        if isinstance(event, Media) and event.mime.startswith("audio/"):
             data = audio_bytes([event])
             if not begun and not options.pcm:
                 data = endless_wav(audio_rate(event.mime)) + data
             begun = True
-            yield (
-                {"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()}
-                if options.events
-                else {"audio": data}
-            )
-        elif type(event) is Text and not event.thought:
-            said += event.text
-        elif type(event) is End and (not begun or event.finish != "stop"):
-            raise no_media_error("speech", event, said)
+            if options.events:
+                yield {"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()}
+            else:
+                yield {"audio": data}
+        elif isinstance(event, Text) and not event.thought:
+            texts.append(event.text)
+        elif isinstance(event, End) and (not begun or event.finish != "stop"):
+            raise no_media_error("speech", event, "".join(texts))
     if options.events:
         yield {"type": "speech.audio.done", "usage": openai_media_usage(exchange.usage)}
 
@@ -3612,29 +3874,29 @@ def openai_translations_request(body: Fields, context: Context) -> Plan:
 def openai_transcript_plan(
     body: Fields, context: Context, task: str, forms: tuple[str, ...]
 ) -> Plan:
-    asked = body.require("model", str)
-    model = openai_media_model(asked, "transcript", context)
-    recording, form = openai_recording(body), body.choice("response_format", *forms) or "json"
+    model_name = body.require("model", str)
+    model = media_model(model_name, "transcript", context)
+    recording = openai_recording(body)
+    form = body.choice("response_format", *forms) or "json"
     form_scalars(body, "temperature", "stream")
     stream, timed = bool(body.get("stream", bool)), form in TIMED_FORMS
     if stream and timed:
         body.ignore("stream")  # as whisper-1 does
     if form == "verbose_json" and body.strings("timestamp_granularities") not in ([], ["segment"]):
         body.ignore("timestamp_granularities")
-    config = {
-        "temperature": body.number("temperature", 0, 2) or 0,
-        **json_config(TIMED_SCHEMA if timed else None),
-    }
-    thinking = thinking_config(model, "none", False)
     words = text_part(openai_transcript_words(body, task, timed))
-    call = generate_call(
+    chat = Chat(
         model,
-        stream and not timed,
         [],
         [user_turn(recording, words)],
-        {**config, **({"thinkingConfig": thinking} if thinking else {})},
+        thinking=Thinking("none"),
+        sampling={"temperature": body.number("temperature", 0, 2) or 0},
+        schema=TIMED_SCHEMA if timed else None,
+        recipe=recipe_named(model_name, context),
+        stream=stream and not timed,
     )
-    return Plan((call,), call.streaming, TranscriptOptions(form, task), asked)
+    call = chat_call(chat, body)
+    return Plan((call,), chat.stream, TranscriptOptions(form, task), model_name)
 
 
 def openai_recording(body: Fields) -> Part:
@@ -3676,17 +3938,17 @@ def openai_transcript_words(body: Fields, task: str, timed: bool) -> str:
     return "\n".join(words)
 
 
-def openai_transcriptions_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Any:
+def openai_transcriptions_response(exchange: Exchange, answers: Answers) -> Any:
     """A transcript in the form that was wanted: JSON, or a Payload of plain text."""
-    for chunks in answers:
-        _, said, end = read_media(chunks, exchange, "audio/")
-    if end.finish != "stop":
-        raise no_media_error("transcript", end, said)
+    answer = whole(next(answers))
+    text = answer.text
+    if answer.end.finish != "stop":
+        raise no_media_error("transcript", answer.end, text)
     if exchange.options.form in TIMED_FORMS:
-        return openai_timed_transcript(exchange, said)
+        return openai_timed_transcript(exchange, text)
     if exchange.options.form == "text":
-        return Payload(said.strip().encode("utf-8", "replace") + b"\n")
-    return {"text": said.strip(), "usage": openai_transcript_usage(exchange.usage)}
+        return Payload(text.strip().encode("utf-8", "replace") + b"\n")
+    return {"text": text.strip(), "usage": openai_transcript_usage(exchange.usage)}
 
 
 def openai_timed_transcript(exchange: Exchange, said: str) -> Any:
@@ -3769,50 +4031,22 @@ def openai_transcript_usage(usage: Usage) -> JSON:
     return {"type": "tokens", **openai_media_usage(usage, input_token_details=details)}
 
 
-def openai_transcriptions_stream(
-    exchange: Exchange, answers: Iterator[Iterator[JSON]]
-) -> Iterator[JSON]:
-    said = ""
-    for event in read_gemini(next(answers), exchange):
-        if type(event) is Text and not event.thought:
-            said += event.text
+def openai_transcriptions_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
+    texts: list[str] = []
+    for event in next(answers):
+        if isinstance(event, Text) and not event.thought:
+            texts.append(event.text)
             yield {"type": "transcript.text.delta", "delta": event.text}
-        elif type(event) is End and event.finish != "stop":
+        elif isinstance(event, End) and event.finish != "stop":
             raise no_media_error("transcript", event)
     yield {
         "type": "transcript.text.done",
-        "text": said,
+        "text": "".join(texts),
         "usage": openai_transcript_usage(exchange.usage),
     }
 
 
 # ---- models ----
-
-GEMINI_OPENED = 1702425600  # 13 December 2023: Gemini's API opened; it tells no dates of its models
-
-
-def usable_models(answers: Iterator[Iterator[JSON]], context: Context) -> dict[str, JSON]:
-    """Gemini's models that can chat or embed, by their plain names; then the names that stand for one of these."""
-    found: dict[str, JSON] = {}
-    for chunks in answers:
-        for chunk in chunks:
-            for entry in expect(chunk, "models", list):
-                methods = get_or_empty(entry, "supportedGenerationMethods", list)
-                name = get_or_empty(entry, "name", str)
-                if name and ("generateContent" in methods or "embedContent" in methods):
-                    found[name[7:] if name.startswith("models/") else name] = entry
-    names = [name for name, _ in context.aliases if not re.search(r"[*?\[]", name)] + list(
-        context.kept()
-    )
-    found.update(
-        {
-            name: found[to]
-            for name in names
-            for to in [model_named(name, context).name]
-            if to in found
-        }
-    )
-    return found
 
 
 def openai_models_request(body: Fields, context: Context) -> Plan:
@@ -3847,13 +4081,15 @@ def openai_models_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]
 
 
 def openai_model_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    asked, context = exchange.model, exchange.context
-    if model_named(asked, context).name not in usable_models(answers, context):
-        raise no_such_model(asked)
-    return openai_model_entry(asked if context.ollama else plain_name(asked, False), context)
+    model_name, context = exchange.model, exchange.context
+    if model_named(model_name, context).name not in usable_models(answers, context):
+        raise no_such_model(model_name)
+    return openai_model_entry(
+        model_name if context.ollama else plain_name(model_name, False), context
+    )
 
 
-# ---- errors and routes ----
+# ---- errors ----
 
 OPENAI_TYPES = {403: "permission_error", 429: "requests"}
 
@@ -3871,7 +4107,7 @@ def openai_error(error: ProxyError) -> tuple[int, JSON]:
 
 
 # ======================================================================================
-# 5. Responses: OpenAI's newer endpoint, from input items to output items
+# 8. Responses: OpenAI's newer endpoint, from input items to output items; OpenAI's routes
 # ======================================================================================
 
 # ---- input items ----
@@ -3886,7 +4122,9 @@ class History(NamedTuple):
     contents: list[JSON]
     signatures: dict[str, str]  # of calls, by their ids, from reasoning items of ours
     tools: list[Fields]  # the items that bring more tools
-    kept: dict[tuple[str, str], list[JSON]]  # items of earlier responses that were looked up
+    stored: dict[
+        str, dict[str, JSON]
+    ]  # key of a stored text -> its items by id, as they are looked up
 
 
 def openai_item(item: Fields, history: History) -> None:
@@ -3929,7 +4167,7 @@ def openai_call_item(item: Fields, history: History) -> None:
 
 def openai_output_item(item: Fields, history: History) -> None:
     """The result of such a call."""
-    history.contents.append(user_turn(openai_result_part(item, "output", "call_id", history.model)))
+    history.contents.append(user_turn(tool_message_part(item, "output", "call_id", history.model)))
 
 
 def openai_local_call_item(item: Fields, history: History) -> None:
@@ -3971,22 +4209,20 @@ def openai_image_item(item: Fields, history: History) -> None:
 
 
 def openai_reference_item(item: Fields, history: History) -> None:
-    """An item of a response that was kept, by its id, which tells the response; a 404 where it is not there."""
+    """An item of a stored response, by its id, which tells the response; a 404 where it is not there."""
     id = item.require("id", str)
-    tail, _, position = id.partition("_")[2].rpartition("_")
-    key = ("input" if position[:1] == "i" else "response", "resp_" + tail)
-    if key not in history.kept:
-        told = openai_recalled(*key, history.context) or []
-        history.kept[key] = told if type(told) is list else told["output"]
-    found = next((kept for kept in history.kept[key] if kept.get("id") == id), None)
-    if found is None or found.get("type") == "item_reference":
+    key = reference_key(id)
+    if key not in history.stored:
+        history.stored[key] = {entry["id"]: entry for entry in stored_items(key, history.context)}
+    stored = history.stored[key].get(id)
+    if stored is None or stored.get("type") == "item_reference":
         raise ProxyError(
             404,
             f"Item with id '{id[:80]}' not found: it was not stored, or is forgotten. "
             "Send the item itself, or leave it out.",
             path="input",
         )
-    openai_item(Fields(found, item.path), history)
+    openai_item(Fields(stored, item.path), history)
 
 
 def openai_more_tools_item(item: Fields, history: History) -> None:
@@ -4021,58 +4257,98 @@ OPENAI_ITEMS: dict[str, Callable[[Fields, History], None]] = {
 def sealed(calls: list[ToolCall], model: Model) -> str | None:
     """The signatures of these calls as the opaque text of a reasoning item; None where there are none."""
     signatures = {call.id: call.signature for call in calls if call.signature}
-    told = {"generation": int(model.generation), "signatures": signatures}
-    return base64.b64encode(encode_json(told).encode()).decode() if signatures else None
+    seal = {"generation": generation_number(model), "signatures": signatures}
+    return base64.b64encode(encode_json(seal).encode()).decode() if signatures else None
 
 
 def unsealed(text: str, model: Model) -> dict[str, str] | None:
     """The signatures that `sealed` has put into a text; None where it is not ours, or another generation's."""
     try:
-        told = parsed_object(base64.b64decode(text, validate=True).decode())
+        seal = parsed_object(base64.b64decode(text, validate=True).decode())
     except ValueError:
         return None
-    signatures = (
-        get_or_empty(told, "signatures", dict)
-        if get_or_empty(told, "generation", int) == int(model.generation)
-        else {}
-    )
+    if get_or_empty(seal, "generation", int) != generation_number(model):
+        return None
+    signatures = get_or_empty(seal, "signatures", dict).items()
     return {
-        id: value for id, value in signatures.items() if type(value) is str and is_base64(value)
+        id: value for id, value in signatures if type(value) is str and is_base64(value)
     } or None
 
 
-# ---- what is kept ----
+# ---- what is stored ----
 
 
-def openai_recalled(kind: str, id: str, context: Context) -> Any:
-    """The response or the "input" that was kept under a response's id, or None.
+def reference_key(id: str) -> str:
+    """The key of the stored text that holds the item with this id, such as "msg_TAIL_i0"."""
+    tail, _, position = id.partition("_")[2].rpartition("_")
+    return f"{'input' if position[:1] == 'i' else 'response'}:resp_{tail}"
 
-    They lie apart, for the input is larger, and are kept anew: what is in use is not to be the next to go.
-    """
-    told = context.recall(f"{kind}:{id}")
-    if not told:
-        return None
-    context.store(f"{kind}:{id}", told)
-    return json.loads(told)
+
+def stored_keys(id: str) -> list[str]:
+    """The keys under which a response and its input are stored: apart, for the input is larger."""
+    return [f"response:{id}", f"input:{id}"]
+
+
+def openai_keys(body: Fields, context: Context) -> list[str]:
+    """The keys of what a request for a response rests on; stored_links finds what that rests on."""
+    keys: list[str] = []
+    previous = body.data.get("previous_response_id")
+    if type(previous) is str:
+        keys += stored_keys(previous)
+    return keys + reference_keys(body.data.get("input"))
+
+
+def reference_keys(items: Any) -> list[str]:
+    """The keys of the items that input items refer to."""
+    keys: list[str] = []
+    for item in items if type(items) is list else ():
+        if type(item) is dict and item.get("type") in (None, "item_reference"):
+            id = item.get("id")
+            keys += [reference_key(id)] if type(id) is str else []
+    return keys
+
+
+def stored_links(key: str, text: str) -> list[str]:
+    """The keys to which a stored text leads: all recipes, an earlier response, items referred to."""
+    if key == RECIPE + "*":
+        return text.splitlines()
+    if not text or key.startswith(RECIPE):
+        return []
+    value = json.loads(text)
+    if type(value) is list:
+        return reference_keys(value)
+    previous = value["previous_response_id"]
+    return stored_keys(previous) if previous else []
+
+
+def stored_value(key: str, context: Context) -> Any:
+    """The response or the input stored under a key, or None."""
+    text = context.stored.get(key)
+    return json.loads(text) if text else None
+
+
+def stored_items(key: str, context: Context) -> list[JSON]:
+    """The items of the response or of the input stored under a key."""
+    value = stored_value(key, context)
+    if type(value) is dict:
+        return list(value["output"])
+    return value or []
 
 
 def openai_past(id: str | None, context: Context) -> list[JSON]:
     """The items of all responses up to this one, the oldest first; OpenAI's 404 where one of them is forgotten."""
     past: list[list[JSON]] = []
     while id:
-        told, items = (
-            openai_recalled("response", id, context),
-            openai_recalled("input", id, context),
-        )
-        if told is None or items is None:
+        response, items = (stored_value(key, context) for key in stored_keys(id))
+        if response is None or items is None:
             raise ProxyError(
                 404,
                 f"Previous response with id '{id[:80]}' not found.",
                 code="previous_response_not_found",
                 path="previous_response_id",
             )
-        past.append(items + told["output"])
-        id = told["previous_response_id"]
+        past.append(items + response["output"])
+        id = response["previous_response_id"]
     return [item for items in reversed(past) for item in items]
 
 
@@ -4102,15 +4378,10 @@ def openai_kept_items(told: str | list[JSON], tail: str) -> list[JSON]:
 
 
 class ResponseOptions(NamedTuple):
-    """What a response has to mind."""
+    """What only the answer to a response's request can fulfil."""
 
-    names: dict[str, str]  # Gemini's names of functions -> the client's
-    custom: frozenset[str]  # the client's names of tools that take plain text
-    namespaces: dict[str, str]  # the client's names of functions in namespaces -> the namespaces
     echo: JSON  # what a response repeats of its request
-    items: str | list[JSON]  # the client's own items, to be kept
-    one_call: bool
-    unfence: bool
+    items: str | list[JSON]  # the client's own items, to be stored
     summary: bool  # thoughts are wanted
     included: list[str]  # signatures in reasoning items, sources in searches
 
@@ -4121,48 +4392,43 @@ class ResponseOptions(NamedTuple):
 
 def openai_responses_request(body: Fields, context: Context) -> Plan:
     """Responses: https://platform.openai.com/docs/api-reference/responses/create"""
-    asked = body.require("model", str)
-    model = model_named(asked, context)
-    stream = bool(body.get("stream", bool))
+    model_name = body.require("model", str)
+    model = model_named(model_name, context)
     history = openai_history(body, model, context)
-    tools = openai_tools(body, *history.tools)
-    mode, allowed = openai_tool_choice(body, "tool_choice", tools)
-    text = body.object("text") or Fields({}, "text", body.tracked)
-    in_json = json_answer(openai_response_format(text, "format"), tools, model)
+    tools = chat_tools(body, *history.tools)
+    choice = openai_tool_choice(body, "tool_choice", tools)
+    text = body.object_or_empty("text")
     effort, summary = openai_reasoning(body)
-    shown = summary is not None or (context.ollama and effort != "none")
-    config = {
-        **openai_sampling(body, model, openai_limit(body, "max_output_tokens", context), context),
-        **openai_thinking(body, "reasoning.effort", model, effort, shown),
-        **in_json.config,
-    }
-    fields = {
-        **tool_fields(tools, mode, allowed, body, model),
-        **openai_google_fields(body, config),
-    }
-    call = generate_call(
-        model, stream, history.system + in_json.words, history.contents, config, **fields
+    show = summary is not None or (context.ollama and effort != "none")
+    fields, google = openai_google(body)
+    limit = openai_limit(body, "max_output_tokens", context)
+    chat = Chat(
+        model,
+        history.system,
+        history.contents,
+        tools,
+        choice,
+        Thinking(effort, show=show, field="reasoning.effort", google=google),
+        openai_sampling(body, model, limit, context),
+        openai_response_format(text, "format"),
+        fields=fields,
+        recipe=recipe_named(model_name, context),
+        stream=bool(body.get("stream", bool)),
     )
-    one_call = body.get("parallel_tool_calls", bool) is False
     echo = {
         **openai_echo(body, text),
-        "model": asked,
-        "parallel_tool_calls": not one_call,
+        "model": model_name,
+        "parallel_tool_calls": choice.parallel,
         "reasoning": {"effort": effort, "summary": summary},
         "service_tier": fields.get("serviceTier", "default"),
     }
     options = ResponseOptions(
-        names=tools.names,
-        custom=tools.custom,
-        namespaces=tools.namespaces,
-        echo=echo,
-        items=body.data.get("input") or [],
-        one_call=one_call,
-        unfence=in_json.unfence,
-        summary=shown or config.get("thinkingConfig", {}).get("includeThoughts", False),
-        included=openai_included(body),
+        echo,
+        body.data.get("input") or [],
+        show or bool(google.get("includeThoughts")),
+        openai_included(body),
     )
-    return Plan((call,), stream, options, asked)
+    return Plan((chat_call(chat, body),), chat.stream, options, model_name, chat=chat)
 
 
 def openai_history(body: Fields, model: Model, context: Context) -> History:
@@ -4313,7 +4579,6 @@ class ResponseBuilder:
             tuple[int, int]
         ] = []  # (where it begins in the answer's text, its index) of each message
         self.said = 0  # characters of the answer so far
-        exchange.told = self
 
     def event(self, kind: str, **more: Any) -> JSON:
         event = {"type": "response." + kind, "sequence_number": self.count, **more}
@@ -4403,10 +4668,10 @@ class ResponseBuilder:
         }
 
     def call(self, call: ToolCall) -> Iterator[JSON]:
-        name = self.options.names.get(call.name, call.name)
-        namespace = self.options.namespaces.get(name)
+        name, tools = call.name, self.exchange.chat.tools
+        namespace = tools.namespaces.get(name)
         short = name[len(namespace) + 1 :] if namespace else name
-        if name in self.options.custom:
+        if name in tools.custom:
             kind, prefix, key, value, more = (
                 "custom_tool_call",
                 "ctc_",
@@ -4455,7 +4720,7 @@ class ResponseBuilder:
 
     def finish(self, end: End, calls: list[ToolCall]) -> Iterator[JSON]:
         """The rest: citations, the calls after the signatures that belong to them, and how it all ended."""
-        seal = sealed(calls, self.exchange.plan.calls[0].model) if self.options.sealed else None
+        seal = sealed(calls, self.exchange.chat.model) if self.options.sealed else None
         status, more = openai_end(end)
         if seal and self.open is ITEM_SHAPES["reasoning"]:
             yield from self.close(encrypted_content=seal)
@@ -4473,9 +4738,9 @@ class ResponseBuilder:
         if not self.output and status == "completed":
             yield from self.start("message")
             yield from self.close()
-        yield self.end(status, more, end.usage)
+        yield from self.end(status, more, end.usage)
 
-    def fail(self, error: JSON) -> JSON:
+    def fail(self, error: JSON) -> Iterator[Any]:
         """The last event of a response that failed, with the item that did not end as far as it came."""
         if self.open:
             status = {"status": "incomplete"} if self.open.key == "content" else {}
@@ -4497,29 +4762,24 @@ class ResponseBuilder:
                 )
         return last
 
-    def end(self, status: str, more: JSON, usage: Usage) -> JSON:
-        """The last event. Unless the client forbids it, the response is kept."""
-        told = {
+    def end(self, status: str, more: JSON, usage: Usage) -> Iterator[Any]:
+        """The last event. Unless the client forbids it, the response is stored before."""
+        counts = {
             "input_tokens": usage.prompt,
             "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
             "output_tokens": usage.output,
             "output_tokens_details": {"reasoning_tokens": usage.thoughts},
             "total_tokens": usage.prompt + usage.output,
         }
-        self.response.update(
-            more,
-            status=status,
-            usage=told,
-            completed_at=int(self.exchange.now()) if status == "completed" else None,
-        )
+        self.response.update(more, status=status, usage=counts)
+        if status == "completed":
+            self.response["completed_at"] = int(self.exchange.now)
         if self.response["store"]:
-            store, items = (
-                self.exchange.context.store,
-                openai_kept_items(self.options.items, self.tail),
-            )
-            store("input:" + self.response["id"], encode_json(items))
-            store("response:" + self.response["id"], encode_json(self.response))
-        return self.event(status, response=self.response)
+            items = openai_kept_items(self.options.items, self.tail)
+            response_key, input_key = stored_keys(self.response["id"])
+            yield Keep(input_key, encode_json(items))
+            yield Keep(response_key, encode_json(self.response))
+        yield self.event(status, response=self.response)
 
 
 def openai_end(end: End) -> tuple[str, JSON]:
@@ -4537,49 +4797,44 @@ def openai_end(end: End) -> tuple[str, JSON]:
     }
 
 
-def openai_responses_stream(
-    exchange: Exchange, answers: Iterator[Iterator[JSON]]
-) -> Iterator[JSON]:
-    """The events of a response; nothing before Gemini's first word."""
-    reply, calls = ResponseBuilder(exchange), []
-    for event in chat_events(next(answers), exchange):
-        if not reply.count:
-            yield from reply.begin()
-        if type(event) is Text:
+def openai_responses_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
+    """The events of a response, and what to keep of it; nothing before Gemini's first word."""
+    builder = exchange.builder = ResponseBuilder(exchange)
+    calls: list[ToolCall] = []
+    for event in next(answers):
+        if not builder.count:
+            yield from builder.begin()
+        if isinstance(event, Text):
             if not event.thought or exchange.options.summary:
-                yield from reply.say("reasoning" if event.thought else "message", event.text)
-        elif type(event) is ToolCall:
+                yield from builder.say("reasoning" if event.thought else "message", event.text)
+        elif isinstance(event, ToolCall):
             calls.append(event)
-        elif type(event) is Media and event.mime.startswith("image/"):
-            yield from reply.show(event)
-        elif type(event) is Media:
-            yield from reply.say("message", media_note(event))
+        elif isinstance(event, End):
+            yield from builder.finish(event, calls)
+        elif event.mime.startswith("image/"):
+            yield from builder.show(event)
         else:
-            yield from reply.finish(event, calls)
+            yield from builder.say("message", media_note(event))
 
 
-def openai_responses_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+def openai_responses_response(exchange: Exchange, answers: Answers) -> Kept:
     """The same, as its last event tells it."""
-    *_, last = openai_responses_stream(exchange, answers)
-    return last["response"]
+    last = last_event(openai_responses_stream(exchange, answers))
+    return last._replace(answer=last.answer["response"])
 
 
-def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[JSON]:
+def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[Any]:
     """The last event of a stream that failed, after the first ones, which helpers of clients insist on.
 
     Codex and others read from its words when to try again.
     """
-    told = openai_error(error)[1]["error"]
-    wait = (
-        f" Please try again in {error.retry_after:g}s."
-        if error.retry_after and error.status == 429
-        else ""
-    )
-    reply = exchange.told or ResponseBuilder(exchange)
-    return [
-        *(() if reply.count else reply.begin()),
-        reply.fail({"code": told["code"] or "invalid_prompt", "message": told["message"] + wait}),
-    ]
+    body = openai_error(error)[1]["error"]
+    message = body["message"]
+    if error.retry_after and error.status == 429:
+        message += f" Please try again in {error.retry_after:g}s."
+    builder = exchange.builder or ResponseBuilder(exchange)
+    events = [] if builder.count else list(builder.begin())
+    return [*events, *builder.fail({"code": body["code"] or "invalid_prompt", "message": message})]
 
 
 # ---- what a request would cost, and what becomes of a response ----
@@ -4588,62 +4843,71 @@ def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[JSON
 def openai_input_tokens_request(body: Fields, context: Context) -> Plan:
     """The tokens of a request that is not made: /v1/responses/input_tokens takes the same body."""
     plan = openai_responses_request(body, context)
-    return plan._replace(calls=(count_call(plan.calls[0]),), stream=False)
+    return plan_count(plan)
 
 
-def openai_input_tokens_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+def openai_input_tokens_response(exchange: Exchange, answers: Answers) -> JSON:
     return {"object": "response.input_tokens", "input_tokens": read_count(answers)}
 
 
-def openai_kept_request(body: Fields, context: Context) -> Plan:
-    """A response that was kept; OpenAI's 404 where it is not there (any more)."""
+def openai_stored_keys(body: Fields, context: Context) -> list[str]:
+    return stored_keys(context.params["id"])
+
+
+def openai_stored_request(body: Fields, context: Context) -> Plan:
+    """A response that was stored; OpenAI's 404 where it is not there (any more)."""
     id = context.params["id"]
-    told = openai_recalled("response", id, context)
-    if told is None:
+    response = stored_value(f"response:{id}", context)
+    if response is None:
         raise ProxyError(404, f"Response with id '{id[:80]}' not found.")
     if context.query.get("stream") == "true":
         raise wrong_value(
             "stream",
             "Invalid value for 'stream': only a response that is under way could be streamed.",
         )
-    return Plan(options=told)
+    return Plan(options=response)
 
 
-def openai_kept_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    return exchange.options
+def openai_stored_response(exchange: Exchange, answers: Answers) -> JSON:
+    response: JSON = exchange.options
+    return response
 
 
-def openai_forget_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+def openai_delete_response(exchange: Exchange, answers: Answers) -> Kept:
     id = exchange.options["id"]
-    for kind in ("response", "input"):
-        exchange.context.keep(f"{kind}:{id}", "")
-    return {"id": id, "object": "response", "deleted": True}
+    keep = tuple(Keep(key, "") for key in stored_keys(id))
+    return Kept({"id": id, "object": "response", "deleted": True}, keep)
 
 
-def openai_cancel_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+def openai_cancel_response(exchange: Exchange, answers: Answers) -> JSON:
     raise ProxyError(400, "Cannot cancel a response that was not made in the background.")
 
 
-def openai_input_items_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+def openai_input_items_response(exchange: Exchange, answers: Answers) -> JSON:
     """A page of a response's own input, the newest first unless the client wants it otherwise."""
     query = exchange.context.query
-    items = openai_recalled("input", exchange.options["id"], exchange.context) or []
-    items = items if query.get("order") == "asc" else items[::-1]
+    items = stored_items(f"input:{exchange.options['id']}", exchange.context)
+    if query.get("order") != "asc":
+        items = items[::-1]
     limit = query.get("limit", "20")
     if not re.fullmatch(r"[1-9]\d?|100", limit, re.ASCII):
         raise wrong_value("limit", "Invalid value for 'limit': it must be between 1 and 100.")
-    after = next((i + 1 for i, item in enumerate(items) if item["id"] == query.get("after")), 0)
+    ids = [item["id"] for item in items]
+    after = ids.index(query["after"]) + 1 if query.get("after") in ids else 0
     page = items[after : after + int(limit)]
+    page_ids = ids[after : after + int(limit)] or [None]
     return {
         "object": "list",
         "data": page,
-        "first_id": page[0]["id"] if page else None,
-        "last_id": page[-1]["id"] if page else None,
+        "first_id": page_ids[0],
+        "last_id": page_ids[-1],
         "has_more": len(items) > after + len(page),
     }
 
 
 # ---- routes ----
+
+STORED = {"keys": openai_stored_keys, "parse": no_body}
 
 # To add an endpoint: a request, a response and perhaps a stream function above, and a row here; the README's
 # table wants a line too, and a test says so.
@@ -4656,7 +4920,7 @@ OPENAI = Protocol(
             openai_chat_request,
             openai_chat_response,
             openai_chat_stream,
-            SSE,
+            keys=openai_keys,
         ),
         Route(
             "POST",
@@ -4666,33 +4930,32 @@ OPENAI = Protocol(
             openai_responses_stream,
             NAMED_SSE,
             failure=openai_responses_failure,
+            keys=openai_keys,
         ),
         Route(
             "POST",
             "/v1/responses/input_tokens",
             openai_input_tokens_request,
             openai_input_tokens_response,
+            keys=openai_keys,
         ),
         Route(
             "GET",
             "/v1/responses/{id}/input_items",
-            openai_kept_request,
+            openai_stored_request,
             openai_input_items_response,
+            **STORED,
         ),
         Route(
             "POST",
             "/v1/responses/{id}/cancel",
-            openai_kept_request,
+            openai_stored_request,
             openai_cancel_response,
-            takes=no_body,
+            **STORED,
         ),
-        Route("GET", "/v1/responses/{id}", openai_kept_request, openai_kept_response),
+        Route("GET", "/v1/responses/{id}", openai_stored_request, openai_stored_response, **STORED),
         Route(
-            "DELETE",
-            "/v1/responses/{id}",
-            openai_kept_request,
-            openai_forget_response,
-            takes=no_body,
+            "DELETE", "/v1/responses/{id}", openai_stored_request, openai_delete_response, **STORED
         ),
         Route("POST", "/v1/embeddings", openai_embeddings_request, openai_embeddings_response),
         Route(
@@ -4701,7 +4964,6 @@ OPENAI = Protocol(
             openai_completions_request,
             openai_completions_response,
             openai_completions_stream,
-            SSE,
         ),
         Route(
             "POST",
@@ -4725,7 +4987,7 @@ OPENAI = Protocol(
             openai_transcriptions_request,
             openai_transcriptions_response,
             openai_transcriptions_stream,
-            takes=parse_form,
+            parse=parse_form,
         ),
         Route(
             "POST",
@@ -4733,17 +4995,26 @@ OPENAI = Protocol(
             openai_translations_request,
             openai_transcriptions_response,
             openai_transcriptions_stream,
-            takes=parse_form,
+            parse=parse_form,
         ),
-        Route("GET", "/v1/models", openai_models_request, openai_models_response),
-        Route("GET", "/v1/models/{model}", openai_models_request, openai_model_response),
+        Route(
+            "GET", "/v1/models", openai_models_request, openai_models_response, keys=all_recipe_keys
+        ),
+        Route(
+            "GET",
+            "/v1/models/{model}",
+            openai_models_request,
+            openai_model_response,
+            keys=all_recipe_keys,
+        ),
     ),
     openai_error,
     lambda error: openai_error(error)[1],
 )
 
+
 # ======================================================================================
-# 6. Ollama: chat, generate, embeddings, models and their management
+# 9. Ollama: chat, generate, embeddings, models and their management
 # ======================================================================================
 
 OLLAMA_VERSION = "0.33.0"  # plain and recent: clients compare it by its numbers
@@ -4764,12 +5035,12 @@ def tagged(name: str) -> str:
     return name if ":" in name else name + ":latest"
 
 
-def ollama_asked(body: Fields, context: Context, missing: ProxyError) -> tuple[str, Model, Recipe]:
-    """(the model as the client spelt it, Gemini's model, the recipe)."""
-    asked = body.get("model", str)
-    if not asked:
+def ollama_model(body: Fields, context: Context, missing: ProxyError) -> tuple[str, Model]:
+    """(the model as the client spelt it, Gemini's model)."""
+    model_name = body.get("model", str)
+    if not model_name:
         raise missing
-    return asked, model_named(asked, context), recipe_named(asked, context)
+    return model_name, model_named(model_name, context)
 
 
 def model_required() -> ProxyError:
@@ -4777,14 +5048,9 @@ def model_required() -> ProxyError:
 
 
 class OllamaOptions(NamedTuple):
-    """What a chat's or a prompt's reply has to mind."""
+    """What only the answer to a chat or a prompt can fulfil."""
 
-    names: dict[str, str] = {}  # Gemini's names of functions -> the client's
-    one_call: bool = False
-    unfence: bool = False
     loading: str = ""  # "load" or "unload": nothing was asked
-    name: str = ""  # the plain name, under which it counts as loaded
-    lasts: float = 300.0  # seconds that it does
 
 
 DURATION = re.compile(r"([+-]?)((?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|ms|s|m|h))+")
@@ -4813,79 +5079,68 @@ def ollama_keep_alive(body: Fields) -> float:
 THINK_WORDS = '"high", "medium", "low", "max", true, or false'
 
 
-def ollama_think(body: Fields, model: Model, limit: int | None) -> JSON:
-    """The thinkingConfig for `think`. Unset is the model's own way within the limit, and its thoughts are told."""
-    body.read.add("think")
-    think = body.data.get("think")
+def ollama_thinking(body: Fields, model: Model) -> Thinking:
+    """`think`: unset is the model's own way within the limit, with its thoughts."""
+    think = body.peek("think")
     if type(think) not in (str, bool, type(None)):
         raise wrong_value("think", f"think must be a boolean or string ({THINK_WORDS})")
     if type(think) is str and think not in ("high", "medium", "low", "max"):
-        raise wrong_value(
-            "think", f"invalid think value: {json.dumps(think[:40])} (must be {THINK_WORDS})"
-        )
-    if think and model.thinking is None:
-        raise ProxyError(
-            400, f"{json.dumps(body.data['model'][:200])} does not support thinking", path="think"
-        )
-    effort = "none" if think is False else think if type(think) is str else None
-    config = thinking_config(
-        model, effort if think else effort_within(limit, effort), think is not False
-    )
-    if config and effort_unsupported(effort, config):
-        body.ignore("think")
-    return config
+        words = json.dumps(think[:40])
+        raise wrong_value("think", f"invalid think value: {words} (must be {THINK_WORDS})")
+    if model.thinking is None:
+        if think:
+            name = json.dumps(body.data["model"][:200])
+            raise ProxyError(400, f"{name} does not support thinking", path="think")
+        return Thinking()
+    effort = {False: "none", True: None, None: None}.get(think, think)
+    return Thinking(effort, None, think is not False, not think, "think")
 
 
-def ollama_config(body: Fields, model: Model, recipe: Recipe) -> JSON:
-    """The generationConfig for the options. What only local models have is not read, and so it is told as ignored."""
+def ollama_no_logprobs(body: Fields) -> None:
+    """Check `logprobs`, and name it as ignored: Gemini gives none to these models."""
     top = body.number("top_logprobs", -math.inf, math.inf, int)
     if top is not None and not 0 <= top <= 20:
         raise wrong_value("top_logprobs", "top_logprobs must be between 0 and 20")
     if top or body.get("logprobs", bool):
         body.ignore("logprobs")
-    options = body.object("options") or Fields({}, "options", body.tracked)
-    options.data = {
-        **recipe.options,
-        **{key: value for key, value in options.data.items() if value is not None},
-    }
-    config = ollama_options(options, model)
-    thinking = ollama_think(body, model, config.get("maxOutputTokens"))
-    return {**config, "thinkingConfig": thinking} if thinking else config
 
 
-def ollama_options(options: Fields, model: Model) -> JSON:
-    """The part of it that clients, and recipes, set in options."""
-    numbers = (
-        options.get(key, float) for key in ("num_predict", "top_k", "seed")
-    )  # a fraction is cut off
-    limit, top_k, seed = (
-        None if number is None else int(min(max(number, -(2**63)), 2**63)) for number in numbers
-    )
-    temperature, top_p = options.get("temperature", float), options.get("top_p", float)
+def ollama_sampling(options: Fields, model: Model) -> JSON:
+    """The sampling that clients and recipes set in options. What only local models have stays unread,
+    and so is named as ignored."""
+    numbers = [options.get(key, float) for key in ("num_predict", "top_k", "seed")]
+    limit, top_k, seed = map(whole_number, numbers)
+    if seed is not None and seed < 0:
+        seed = None  # at Ollama a random one
     return sampling_config(
-        model,
+        options.get("temperature", float),
+        options.get("top_p", float),
+        top_k,
+        limit,
+        seed,
         stop_sequences(options),
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        limit=limit,
-        seed=None if seed is None or seed < 0 else seed,
-        penalty=lambda key: options.get(key, float),
+        **penalties(options, -math.inf, math.inf, model),
     )
+
+
+def whole_number(number: float | None) -> int | None:
+    """A number as Ollama's server reads it where it wants a whole one: a fraction is cut off."""
+    return None if number is None else int(min(max(number, -(2**63)), 2**63))
 
 
 def ollama_format(body: Fields) -> JSON | None:
     """The schema of the answer; ANY_JSON where it may be any JSON; None where it is text."""
-    body.read.add("format")
-    wanted = body.data.get("format")
-    if wanted in (None, ""):
+    schema = body.peek("format")
+    if schema in (None, ""):
         return None
-    if wanted != "json" and type(wanted) is not dict:
+    if schema == "json":
+        return ANY_JSON
+    if type(schema) is not dict:
         raise wrong_value(
             "format",
-            f'invalid format: {json.dumps(wanted)[:80]}; expected "json" or a valid JSON Schema object',
+            f'invalid format: {json.dumps(schema)[:80]}; expected "json" or a valid JSON Schema object',
         )
-    return ANY_JSON if wanted == "json" else wanted
+    return schema
 
 
 def ollama_images(fields: Fields) -> list[Part]:
@@ -4898,68 +5153,42 @@ def ollama_images(fields: Fields) -> list[Part]:
     return [media_part(image, None, f"{path}[{i}]", "x.jpeg") for i, image in enumerate(images)]
 
 
-def ollama_chat_options(body: Fields, asked: str, **more: Any) -> OllamaOptions:
-    return OllamaOptions(name=plain_name(asked, True), lasts=ollama_keep_alive(body), **more)
-
-
-def ollama_load(body: Fields, asked: str) -> Plan:
+def ollama_load(body: Fields, model_name: str) -> Plan:
     """Nothing is asked: the model is to be loaded, or with keep_alive 0 to be dropped. It must exist."""
-    options = ollama_chat_options(body, asked)
+    seconds = ollama_keep_alive(body)
     body.mark_read(*body.data)
-    return Plan(
-        (MODELS_CALL,),
-        False,
-        options._replace(loading="load" if options.lasts else "unload"),
-        asked,
-    )
+    options = OllamaOptions("load" if seconds else "unload")
+    loads = (plain_name(model_name, True), seconds)
+    return Plan((MODELS_CALL,), False, options, model_name, loads=loads)
 
 
-def ollama_loaded(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+def ollama_loaded(exchange: Exchange, answers: Answers) -> JSON:
     """The end of a load or an unload."""
     ollama_known(exchange.model, answers, exchange.context)
-    ollama_used(exchange)
     return {**ollama_base(exchange), "done": True, "done_reason": exchange.options.loading}
 
 
-def ollama_known(asked: str, answers: Iterator[Iterator[JSON]], context: Context) -> JSON:
+def ollama_known(model_name: str, answers: Answers, context: Context) -> JSON:
     """Gemini's entry for the model that a client means; a 404 if there is none."""
-    entry = usable_models(answers, context).get(model_named(asked, context).name)
+    entry = usable_models(answers, context).get(model_named(model_name, context).name)
     if entry is None:
-        raise no_such_model(asked)
+        raise no_such_model(model_name)
     return entry
 
 
-MAX_LOADED_MODELS = 100  # models that are counted as loaded
-
-
-def ollama_used(exchange: Exchange) -> None:
-    """Count the model as loaded, for as long as keep_alive says."""
-    options, loaded = exchange.options, exchange.context.loaded
-    if options.lasts > 0:
-        loaded[options.name] = exchange.now() + options.lasts
-    else:
-        loaded.pop(options.name, None)
-    for name in list(loaded)[:-MAX_LOADED_MODELS]:  # a copy, for other requests change it too
-        loaded.pop(name, None)
-
-
 def ollama_base(exchange: Exchange) -> JSON:
-    return {"model": exchange.model, "created_at": ollama_time(exchange.now())}
+    return {"model": exchange.model, "created_at": ollama_time(exchange.now)}
 
 
 def ollama_metrics(exchange: Exchange, first: float | None, end: End) -> JSON:
-    """The end of an answer. Durations are whole nanoseconds; Gemini tells none, so they are what passed here.
+    """The end of an answer. Durations are whole nanoseconds; Gemini gives none, so they are what passed here.
 
     `first` is the time of its first word, or None where it said all at once.
     """
-    now, began = exchange.now(), exchange.created
-    spent = [
-        now - began,
-        0.0,
-        (began if first is None else first) - began,
-        now - (began if first is None else first),
-    ]
-    total, load, prompt, output = (max(1, int(seconds * 1e9)) for seconds in spent)
+    now, began = exchange.now, exchange.created
+    first = began if first is None else first
+    durations = (now - began, 0.0, first - began, now - first)
+    total, load, prompt, output = (max(1, int(seconds * 1e9)) for seconds in durations)
     return {
         "done": True,
         "done_reason": "length" if end.finish == "length" else "stop",
@@ -4973,47 +5202,36 @@ def ollama_metrics(exchange: Exchange, first: float | None, end: End) -> JSON:
     }
 
 
-def ollama_call(call: ToolCall, index: int, options: OllamaOptions) -> JSON:
+def ollama_call(call: ToolCall, index: int) -> JSON:
     """A call; some clients read the index beside the function, others inside."""
-    return {
-        "id": call.id,
-        "index": index,
-        "function": {
-            "index": index,
-            "name": options.names.get(call.name, call.name),
-            "arguments": call.args,
-        },
-    }
+    function = {"index": index, "name": call.name, "arguments": call.args}
+    return {"id": call.id, "index": index, "function": function}
 
 
-def ollama_events(
-    exchange: Exchange, answers: Iterator[Iterator[JSON]]
-) -> Iterator[tuple[JSON, End | None]]:
+def ollama_messages(events: Iterable[Event]) -> Iterator[tuple[JSON, End | None]]:
     """(what an event adds to a message, the End) for each event of Gemini's; one call an event."""
-    count = 0
-    for chunks in answers:
-        for event in chat_events(chunks, exchange):
-            kind = type(event)
-            if kind is Text:
-                yield {"thinking" if event.thought else "content": event.text}, None
-            elif kind is ToolCall:
-                yield {"tool_calls": [ollama_call(event, count, exchange.options)]}, None
-                count += 1
-            elif kind is Media:
-                image = event.mime.startswith("image/")
-                yield {"images": [event.data]} if image else {"content": media_note(event)}, None
-            else:
-                ollama_used(exchange)
-                yield {}, event
+    calls = 0
+    for event in events:
+        if isinstance(event, Text):
+            yield {"thinking" if event.thought else "content": event.text}, None
+        elif isinstance(event, ToolCall):
+            yield {"tool_calls": [ollama_call(event, calls)]}, None
+            calls += 1
+        elif isinstance(event, End):
+            yield {}, event
+        elif event.mime.startswith("image/"):
+            yield {"images": [event.data]}, None
+        else:
+            yield {"content": media_note(event)}, None
 
 
-def ollama_sum(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> tuple[JSON, End]:
-    """The message that the events of an answer add up to, and its End."""
+def ollama_message(answer: Answer) -> JSON:
+    """The message that a whole answer comes to."""
     message: JSON = {"content": ""}
-    for addition, end in ollama_events(exchange, answers):
+    for addition, _ in ollama_messages(answer.events):
         for key, value in addition.items():
             message[key] = message[key] + value if key in message else value
-    return message, end
+    return message
 
 
 # ---- chat ----
@@ -5021,43 +5239,35 @@ def ollama_sum(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> tuple[J
 
 def ollama_chat_request(body: Fields, context: Context) -> Plan:
     """Chat: https://docs.ollama.com/api/chat"""
-    asked, model, recipe = ollama_asked(body, context, model_required())
+    model_name, model = ollama_model(body, context, model_required())
     messages = body.objects("messages")
     if not messages:
-        return ollama_load(body, asked)
-    stream = body.get("stream", bool) is not False
-    own = str(messages[0].data.get("role")).lower() in (
-        "system",
-        "developer",
-    )  # which takes the recipe's place
-    system: list[Part] = [text_part(recipe.system)] if recipe.system and not own else []
+        return ollama_load(body, model_name)
+    system: list[Part] = []
     contents: list[JSON] = []
     for message in messages:
         role = (message.get("role", str) or "user").lower()
         if role in ("system", "developer"):
-            system += openai_parts(message, "content", model)
+            system += content_parts(message, "content", model)
         elif role == "tool":
             images = ollama_images(message)
-            contents.append(
-                user_turn(openai_result_part(message, "content", "tool_call_id", model, images))
-            )
+            result = tool_message_part(message, "content", "tool_call_id", model, images)
+            contents.append(user_turn(result))
         elif role in ("assistant", "model"):
             contents.append(model_turn(*ollama_assistant_parts(message, model)))
         else:
-            contents.append(
-                user_turn(*openai_parts(message, "content", model), *ollama_images(message))
-            )
-    return ollama_plan(body, asked, model, recipe, stream, system, contents)
+            parts = content_parts(message, "content", model) + ollama_images(message)
+            contents.append(user_turn(*parts))
+    recipe = recipe_named(model_name, context)
+    return ollama_plan(body, model_name, Chat(model, system, contents, recipe=recipe))
 
 
 def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
     message.mark_read("thinking")
-    parts = openai_parts(message, "content", model) + ollama_images(message)
+    parts = content_parts(message, "content", model) + ollama_images(message)
     for call in message.objects("tool_calls"):
         call.mark_read("type", "index")
-        function = call.object("function")
-        if function is None:
-            raise wrong_type(call.path_of("function"), (dict,), None)
+        function = call.require_object("function")
         function.mark_read("index")
         args = call_arguments(function.get("arguments", dict, str))
         parts.append(
@@ -5071,57 +5281,42 @@ def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
     return parts
 
 
-def ollama_plan(
-    body: Fields,
-    asked: str,
-    model: Model,
-    recipe: Recipe,
-    stream: bool,
-    system: list[Part],
-    contents: list[JSON],
-) -> Plan:
-    """The call for a chat or a prompt, with all that both may set."""
-    tools = openai_tools(body)
-    in_json = json_answer(ollama_format(body), tools, model)
-    config = {**ollama_config(body, model, recipe), **in_json.config}
-    call = generate_call(
-        model,
-        stream,
-        system + in_json.words,
-        contents,
-        config,
-        **tool_fields(tools, None, [], body, model),
+def ollama_plan(body: Fields, model_name: str, chat: Chat) -> Plan:
+    """The plan for a chat or a prompt, with all that both may set."""
+    ollama_no_logprobs(body)
+    options = body.object_or_empty("options")
+    chat = chat._replace(
+        tools=chat_tools(body),
+        thinking=ollama_thinking(body, chat.model),
+        sampling=ollama_sampling(options, chat.model),
+        schema=ollama_format(body),
+        stream=body.get("stream", bool) is not False,
     )
-    return Plan(
-        (call,),
-        stream,
-        ollama_chat_options(body, asked, names=tools.names, unfence=in_json.unfence),
-        asked,
-    )
+    loads = (plain_name(model_name, True), ollama_keep_alive(body))
+    calls = (chat_call(chat, body),)
+    return Plan(calls, chat.stream, OllamaOptions(), model_name, chat=chat, loads=loads)
 
 
-def ollama_chat_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+def ollama_chat_response(exchange: Exchange, answers: Answers) -> JSON:
     if exchange.options.loading:
-        return {**ollama_loaded(exchange, answers), "message": {"role": "assistant", "content": ""}}
-    message, end = ollama_sum(exchange, answers)
+        loaded = ollama_loaded(exchange, answers)
+        return {**loaded, "message": {"role": "assistant", "content": ""}}
+    answer = whole(next(answers))
     return {
         **ollama_base(exchange),
-        "message": {"role": "assistant", **message},
-        **ollama_metrics(exchange, None, end),
+        "message": {"role": "assistant", **ollama_message(answer)},
+        **ollama_metrics(exchange, None, answer.end),
     }
 
 
-def ollama_chat_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+def ollama_chat_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
     """Chunks, each with a role and with content, because clients want both in every one."""
     first = None
-    for addition, end in ollama_events(exchange, answers):
-        first = exchange.now() if first is None else first
-        ending = {"done": False} if end is None else ollama_metrics(exchange, first, end)
-        yield {
-            **ollama_base(exchange),
-            "message": {"role": "assistant", "content": "", **addition},
-            **ending,
-        }
+    for addition, end in ollama_messages(next(answers)):
+        first = first or exchange.now
+        ending = ollama_metrics(exchange, first, end) if end else {"done": False}
+        message = {"role": "assistant", "content": "", **addition}
+        yield {**ollama_base(exchange), "message": message, **ending}
 
 
 def ollama_chat_keep_alive(exchange: Exchange) -> JSON:
@@ -5134,49 +5329,42 @@ def ollama_chat_keep_alive(exchange: Exchange) -> JSON:
 
 def ollama_generate_request(body: Fields, context: Context) -> Plan:
     """Generate: https://docs.ollama.com/api/generate"""
-    asked, model, recipe = ollama_asked(body, context, no_such_model(""))
+    model_name, model = ollama_model(body, context, no_such_model(""))
+    recipe = recipe_named(model_name, context)
     prompt, suffix, system = (body.get(key, str) or "" for key in ("prompt", "suffix", "system"))
     raw, images = body.get("raw", bool), ollama_images(body)
     if raw and (system or body.get("template", str) or body.get("context", list)):
         raise wrong_value("raw", "raw mode does not support template, system, or context")
     if not prompt:
-        return ollama_load(body, asked)
-    stream = body.get("stream", bool) is not False
-    system = "" if raw else system or recipe.system
+        return ollama_load(body, model_name)
+    if raw:
+        recipe = recipe._replace(system="")
+    system = system or recipe.system
     if suffix:
         system, prompt = gap_instruction(system), gap_prompt(prompt, suffix)
-    return ollama_plan(
-        body,
-        asked,
-        model,
-        recipe,
-        stream,
-        [text_part(system)] if system else [],
-        [user_turn(text_part(prompt), *images)],
-    )
+    contents = [user_turn(text_part(prompt), *images)]
+    return ollama_plan(body, model_name, Chat(model, [text_part(system)], contents, recipe=recipe))
 
 
-def ollama_generate_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+def ollama_generate_response(exchange: Exchange, answers: Answers) -> JSON:
     if exchange.options.loading:
         return {**ollama_loaded(exchange, answers), "response": ""}
-    message, end = ollama_sum(exchange, answers)
+    answer = whole(next(answers))
     return {
         **ollama_base(exchange),
-        **generated(message),
+        **generated(ollama_message(answer)),
         "context": [],
-        **ollama_metrics(exchange, None, end),
+        **ollama_metrics(exchange, None, answer.end),
     }
 
 
-def ollama_generate_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+def ollama_generate_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
     first = None
-    for addition, end in ollama_events(exchange, answers):
-        first = exchange.now() if first is None else first
-        ending = (
-            {"done": False}
-            if end is None
-            else {"context": [], **ollama_metrics(exchange, first, end)}
-        )
+    for addition, end in ollama_messages(next(answers)):
+        first = first or exchange.now
+        ending: JSON = {"done": False}
+        if end:
+            ending = {"context": [], **ollama_metrics(exchange, first, end)}
         yield {**ollama_base(exchange), **generated(addition), **ending}
 
 
@@ -5195,34 +5383,32 @@ def ollama_generate_keep_alive(exchange: Exchange) -> JSON:
 
 def ollama_embed_request(body: Fields, context: Context) -> Plan:
     """Embed: https://docs.ollama.com/api/embed"""
-    asked, model, _ = ollama_asked(body, context, no_such_model(""))
-    value = body.data.get("input")
-    body.read.add("input")
+    model_name, model = ollama_model(body, context, no_such_model(""))
+    value = body.peek("input")
     if type(value) not in (str, list, type(None)):
         raise wrong_value(
             "input", "invalid input type: input must be a string or a list of strings"
         )
-    texts = [value] if type(value) is str and value else value or []
+    texts = value if type(value) is list else list(filter(None, [value]))
     for i, text in enumerate(texts):
         if type(text) is not str:
             raise wrong_value(f"input[{i}]", f"invalid input type: input[{i}] must be a string")
     ollama_keep_alive(body)
     dimensions = body.number("dimensions", 0, 2**31 - 1, int)
-    calls = (
-        embed_calls(model, [text or " " for text in texts], dimensions) if texts else ()
-    )  # Gemini takes no empty text
-    return Plan(calls, False, EmbedOptions(len(texts)), asked)
+    calls: tuple[GeminiCall, ...] = ()
+    if texts:  # Gemini takes no empty text
+        calls = embed_calls(model, [text or " " for text in texts], dimensions)
+    return Plan(calls, False, EmbedOptions(len(texts)), model_name)
 
 
-def ollama_embed_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+def ollama_embed_response(exchange: Exchange, answers: Answers) -> JSON:
     if not exchange.options.count:
         return {"model": exchange.model, "embeddings": []}
     vectors = read_vectors(answers, exchange)
-    total = max(1, int((exchange.now() - exchange.created) * 1e9))
     return {
         "model": exchange.model,
         "embeddings": vectors,
-        "total_duration": total,
+        "total_duration": max(1, int((exchange.now - exchange.created) * 1e9)),
         "load_duration": 1,
         "prompt_eval_count": exchange.usage.prompt,
     }
@@ -5230,15 +5416,12 @@ def ollama_embed_response(exchange: Exchange, answers: Iterator[Iterator[JSON]])
 
 def ollama_embeddings_request(body: Fields, context: Context) -> Plan:
     """The older call: one prompt, one vector."""
-    asked, model, _ = ollama_asked(body, context, model_required())
+    model_name, model = ollama_model(body, context, model_required())
     prompt = body.get("prompt", str)
     ollama_keep_alive(body)
-    return Plan(
-        embed_calls(model, [prompt], None) if prompt else (),
-        False,
-        EmbedOptions(1 if prompt else 0),
-        asked,
-    )
+    if not prompt:
+        return Plan((), False, EmbedOptions(0), model_name)
+    return Plan(embed_calls(model, [prompt], None), False, EmbedOptions(1), model_name)
 
 
 def ollama_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
@@ -5315,7 +5498,7 @@ class ManageOptions(NamedTuple):
     """What is to be done about a model."""
 
     name: str = ""
-    to: str = ""  # another name
+    destination: str = ""  # another name
     recipe: Recipe = Recipe()
 
 
@@ -5343,13 +5526,13 @@ OLLAMA_TEMPLATE = "{{ if .Suffix }}{{ .Suffix }}{{ end }}{{ if .Tools }}tools{{ 
 
 def ollama_show_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
     """What clients decide by: capabilities, and the context length under exactly one key."""
-    asked, recipe = exchange.options.name, exchange.options.recipe
+    model_name, recipe = exchange.options.name, exchange.options.recipe
     try:
-        entry = ollama_known(asked, answers, exchange.context)
+        entry = ollama_known(model_name, answers, exchange.context)
     except ProxyError as error:
-        error.model = tagged(asked)  # so Ollama says
+        error.model = tagged(model_name)  # so Ollama says
         raise
-    told = ollama_entry(plain_name(asked, True), entry)
+    told = ollama_entry(plain_name(model_name, True), entry)
     embeds = told["capabilities"] == ["embedding"]
     template = "{{ .Prompt }}" if embeds else OLLAMA_TEMPLATE
     return {
@@ -5365,7 +5548,7 @@ def ollama_show_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) 
         "details": ollama_details(entry, recipe),
         "model_info": {
             "general.architecture": "gemini",
-            "general.basename": asked,
+            "general.basename": model_name,
             "general.parameter_count": 0,
             "gemini.context_length": get_or_empty(entry, "inputTokenLimit", int),
             "gemini.embedding_length": 3072 if embeds else 0,
@@ -5379,28 +5562,26 @@ def ollama_ps_request(body: Fields, context: Context) -> Plan:
     return Plan((MODELS_CALL,) if context.loaded else ())
 
 
-def ollama_ps_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+def ollama_ps_response(exchange: Exchange, answers: Answers) -> JSON:
     """The models that were used lately, the one that stays longest first."""
-    loaded, now = exchange.context.loaded, exchange.now()
-    for name in [name for name, until in list(loaded.items()) if until <= now]:
-        loaded.pop(name, None)
+    now = exchange.now
+    loaded = {name: until for name, until in exchange.context.loaded.items() if until > now}
     models = usable_models(answers, exchange.context) if loaded else {}
-    shown = [
-        (until, ollama_entry(name, models[name]))
-        for name, until in list(loaded.items())
-        if name in models
-    ]
-    return {
-        "models": [
-            {
-                **{key: entry[key] for key in ("name", "model", "size", "digest", "details")},
-                "size_vram": entry["size"],
-                "expires_at": ollama_time(min(until, now + FOREVER_SECONDS)),
-                "context_length": entry["details"]["context_length"],
-            }
-            for until, entry in sorted(shown, key=itemgetter(0), reverse=True)
-        ]
-    }
+    entries = []
+    for name, until in sorted(loaded.items(), key=itemgetter(1), reverse=True):
+        if name in models:
+            entry = ollama_entry(name, models[name])
+            shared = {key: entry[key] for key in ("name", "model", "size", "digest", "details")}
+            until = ollama_time(min(until, now + FOREVER_SECONDS))
+            entries.append(
+                {
+                    **shared,
+                    "size_vram": entry["size"],
+                    "expires_at": until,
+                    "context_length": entry["details"]["context_length"],
+                }
+            )
+    return {"models": entries}
 
 
 def ollama_pull_request(body: Fields, context: Context) -> Plan:
@@ -5408,19 +5589,14 @@ def ollama_pull_request(body: Fields, context: Context) -> Plan:
     return Plan((MODELS_CALL,), body.get("stream", bool) is not False, ManageOptions(name), name)
 
 
-def ollama_pull_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+def ollama_pull_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
     """Nothing is downloaded; programs wait for "success"."""
     models = usable_models(answers, exchange.context)
     yield {"status": "pulling manifest"}
     if model_named(exchange.options.name, exchange.context).name not in models:
         raise ProxyError(500, "pull model manifest: file does not exist")
-    yield from (
-        {"status": status} for status in ("verifying sha256 digest", "writing manifest", "success")
-    )
-
-
-def ollama_pull_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    return list(ollama_pull_stream(exchange, answers))[-1]
+    for status in ("verifying sha256 digest", "writing manifest", "success"):
+        yield {"status": status}
 
 
 def ollama_copy_request(body: Fields, context: Context) -> Plan:
@@ -5430,16 +5606,15 @@ def ollama_copy_request(body: Fields, context: Context) -> Plan:
     )
 
 
-def ollama_copy_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Payload:
+def ollama_copy_response(exchange: Exchange, answers: Answers) -> Kept:
     options = exchange.options
     source = model_named(options.name, exchange.context).name
     models = usable_models(answers, exchange.context)
     if source not in models:
         raise ProxyError(404, f"model {json.dumps(options.name[:200])} not found")
-    ollama_keep_recipe(
-        exchange, plain_name(options.to, True), options.recipe._replace(source=source), models
-    )
-    return Payload(b"")
+    recipe = options.recipe._replace(source=source)
+    keep = recipe_to_keep(options.destination, recipe, exchange.context, models)
+    return Kept(Payload(b""), (keep,))
 
 
 MAX_RECIPE_CHARACTERS, MAX_RECIPES = (
@@ -5448,21 +5623,20 @@ MAX_RECIPE_CHARACTERS, MAX_RECIPES = (
 )  # characters of a recipe, and recipes, which are not forgotten
 
 
-def ollama_keep_recipe(
-    exchange: Exchange, name: str, recipe: Recipe, models: dict[str, JSON]
-) -> None:
-    """Remember another name for a model. A name of Gemini's own stays Gemini's."""
-    context, text = exchange.context, json.dumps(recipe._asdict())
-    known = context.recall("model:" + name)
-    if name in models and not known or not re.fullmatch(r"[\w.:/-]{1,200}", name, re.A):
-        raise ProxyError(
-            400, f"the name {json.dumps(name[:200])} is taken, or is not a valid model name"
-        )
-    if len(text) > MAX_RECIPE_CHARACTERS or len(context.kept()) >= MAX_RECIPES and not known:
+def recipe_to_keep(name: str, recipe: Recipe, context: Context, models: dict[str, JSON]) -> Keep:
+    """Another name for a model, to be kept. A name of Gemini's own stays Gemini's."""
+    name, text = plain_name(name, True), json.dumps(recipe._asdict())
+    key = recipe_key(name)
+    known = context.stored.get(key)
+    if (name in models and not known) or not re.fullmatch(r"[\w.:/-]{1,200}", name, re.A):
+        message = f"the name {json.dumps(name[:200])} is taken, or is not a valid model name"
+        raise ProxyError(400, message)
+    full = len(recipe_names(context)) >= MAX_RECIPES and not known
+    if full or len(text) > MAX_RECIPE_CHARACTERS:
         raise ProxyError(
             400, "there is no room for this model: what it says is too long, or there are too many"
         )
-    context.keep("model:" + name, text)
+    return Keep(key, text, pinned=True)
 
 
 def ollama_create_request(body: Fields, context: Context) -> Plan:
@@ -5474,36 +5648,24 @@ def ollama_create_request(body: Fields, context: Context) -> Plan:
             'only models "from" one of Gemini\'s can be created here: there are no files to build from',
             path="from",
         )
-    model, old, system = (
-        model_named(source, context),
-        recipe_named(source, context),
-        body.get("system", str),
-    )
-    parameters = body.object("parameters") or Fields({}, "parameters", body.tracked)
-    ollama_options(parameters, model)  # what is wrong with them is to be told now
-    recipe = Recipe(
-        model.name, old.system if system is None else system, {**old.options, **parameters.data}
-    )
-    return Plan(
-        (MODELS_CALL,),
-        body.get("stream", bool) is not False,
-        ManageOptions(name, recipe=recipe),
-        name,
-    )
+    model, old = model_named(source, context), recipe_named(source, context)
+    system = body.get("system", str)
+    parameters = body.object_or_empty("parameters")
+    ollama_sampling(parameters, model)  # what is wrong with them is an error of this request
+    if system is None:
+        system = old.system
+    recipe = Recipe(model.name, system, {**old.options, **parameters.data})
+    stream = body.get("stream", bool) is not False
+    return Plan((MODELS_CALL,), stream, ManageOptions(name, recipe=recipe), name)
 
 
-def ollama_create_stream(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Iterator[JSON]:
+def ollama_create_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
     options, models = exchange.options, usable_models(answers, exchange.context)
     if options.recipe.source not in models:
         raise no_such_model(options.recipe.source)
-    ollama_keep_recipe(exchange, plain_name(options.name, True), options.recipe, models)
-    yield from (
-        {"status": status} for status in ("creating new layer", "writing manifest", "success")
-    )
-
-
-def ollama_create_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    return list(ollama_create_stream(exchange, answers))[-1]
+    yield recipe_to_keep(options.name, options.recipe, exchange.context, models)
+    for status in ("creating new layer", "writing manifest", "success"):
+        yield {"status": status}
 
 
 def ollama_delete_request(body: Fields, context: Context) -> Plan:
@@ -5513,11 +5675,10 @@ def ollama_delete_request(body: Fields, context: Context) -> Plan:
     )
 
 
-def ollama_delete_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> Payload:
+def ollama_delete_response(exchange: Exchange, answers: Answers) -> Kept:
     options = exchange.options
     if options.recipe.source:
-        exchange.context.keep("model:" + plain_name(options.name, True), "")
-        return Payload(b"")
+        return Kept(Payload(b""), (Keep(recipe_key(options.name), ""),))
     if plain_name(options.name, True) in usable_models(answers, exchange.context):
         raise ProxyError(
             403, f"model '{options.name[:200]}' is Google's and cannot be deleted from here"
@@ -5528,35 +5689,8 @@ def ollama_delete_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]
 # ---- the rest ----
 
 
-def static_answer(
-    value: Any,
-) -> tuple[Callable[[Fields, Context], Plan], Callable[[Exchange, Iterator[Iterator[JSON]]], Any]]:
-    """The request and response functions of a route that always says the same."""
-    return (lambda body, context: Plan(), lambda exchange, answers: value)
-
-
-def static_error(
-    status: int, message: str
-) -> tuple[Callable[[Fields, Context], Plan], Callable[[Exchange, Iterator[Iterator[JSON]]], Any]]:
-    """The request and response functions of a route that always refuses."""
-
-    def request(body: Fields, context: Context) -> Plan:
-        raise ProxyError(status, message)
-
-    return request, lambda exchange, answers: None
-
-
-def static_route(method: str, path: str, functions: tuple[Callable, Callable]) -> Route:
-    """A route that reads nothing of a request."""
-    return Route(method, path, *functions, takes=no_body)
-
-
 NDJSON = Framing(
     "application/x-ndjson", lambda event: encode_json(event).encode() + b"\n", keep_alive=b""
-)
-NO_CLOUD = static_error(403, "ollama cloud is disabled: remote inference is unavailable")
-NO_BLOBS = static_error(
-    400, "there are no files behind this server, and none can be put there: its models are Gemini's"
 )
 
 
@@ -5572,6 +5706,14 @@ def ollama_error(error: ProxyError) -> tuple[int, Any]:
     return 403 if error.status == 401 and error.upstream else error.status, {"error": message}
 
 
+NO_CLOUD = Refusal(403, "ollama cloud is disabled: remote inference is unavailable")
+NO_BLOBS = Refusal(
+    400, "there are no files behind this server, and none can be put there: its models are Gemini's"
+)
+NO_PUSH = Refusal(400, "models cannot be pushed from here: they are Google's")
+NOT_SIGNED_IN = Refusal(401, "you are not currently signed in")
+NO_UPDATE = {"cloud": {"disabled": True, "source": "env"}}
+
 OLLAMA = Protocol(
     "ollama",
     (
@@ -5583,6 +5725,7 @@ OLLAMA = Protocol(
             ollama_chat_stream,
             NDJSON,
             ollama_chat_keep_alive,
+            keys=all_recipe_keys,
         ),
         Route(
             "POST",
@@ -5592,60 +5735,60 @@ OLLAMA = Protocol(
             ollama_generate_stream,
             NDJSON,
             ollama_generate_keep_alive,
+            keys=all_recipe_keys,
         ),
         Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response),
         Route("POST", "/api/embeddings", ollama_embeddings_request, ollama_embeddings_response),
-        Route("GET", "/api/tags", ollama_models_request, ollama_tags_response),
-        Route("POST", "/api/show", ollama_show_request, ollama_show_response),
-        Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response),
-        static_route("GET", "/api/version", static_answer({"version": OLLAMA_VERSION})),
-        static_route(
-            "GET", "/api/status", static_answer({"cloud": {"disabled": True, "source": "env"}})
+        Route(
+            "GET", "/api/tags", ollama_models_request, ollama_tags_response, keys=all_recipe_keys
         ),
+        Route("POST", "/api/show", ollama_show_request, ollama_show_response, keys=all_recipe_keys),
+        Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response, keys=all_recipe_keys),
+        Route("GET", "/api/version", answer={"version": OLLAMA_VERSION}),
+        Route("GET", "/api/status", answer=NO_UPDATE),
         Route(
             "POST",
             "/api/pull",
             ollama_pull_request,
-            ollama_pull_response,
-            ollama_pull_stream,
-            NDJSON,
-            lambda exchange: {"status": "pulling manifest"},
+            stream=ollama_pull_stream,
+            framing=NDJSON,
+            keep_alive=lambda exchange: {"status": "pulling manifest"},
+            keys=all_recipe_keys,
         ),
         Route(
             "POST",
             "/api/create",
             ollama_create_request,
-            ollama_create_response,
-            ollama_create_stream,
-            NDJSON,
-            lambda exchange: {"status": "creating new layer"},
+            stream=ollama_create_stream,
+            framing=NDJSON,
+            keep_alive=lambda exchange: {"status": "creating new layer"},
+            keys=all_recipe_keys,
         ),
-        Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response),
-        Route("DELETE", "/api/delete", ollama_delete_request, ollama_delete_response),
-        static_route(
-            "POST",
-            "/api/push",
-            static_error(400, "models cannot be pushed from here: they are Google's"),
+        Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response, keys=all_recipe_keys),
+        Route(
+            "DELETE",
+            "/api/delete",
+            ollama_delete_request,
+            ollama_delete_response,
+            keys=all_recipe_keys,
         ),
-        static_route("GET", "/api/blobs/{digest}", static_error(404, "there is no such file here")),
-        static_route("POST", "/api/blobs/{digest}", NO_BLOBS),
-        static_route("POST", "/api/me", static_error(401, "unauthorized")),
-        static_route("POST", "/api/signout", static_error(401, "you are not currently signed in")),
-        static_route(
-            "DELETE", "/api/user/keys/{key}", static_error(401, "you are not currently signed in")
-        ),
-        static_route("POST", "/api/experimental/web_search", NO_CLOUD),
-        static_route("POST", "/api/experimental/web_fetch", NO_CLOUD),
-        static_route(
-            "GET", "/api/experimental/model-recommendations", static_answer({"recommendations": []})
-        ),
+        Route("POST", "/api/push", answer=NO_PUSH),
+        Route("GET", "/api/blobs/{digest}", answer=Refusal(404, "there is no such file here")),
+        Route("POST", "/api/blobs/{digest}", answer=NO_BLOBS),
+        Route("POST", "/api/me", answer=Refusal(401, "unauthorized")),
+        Route("POST", "/api/signout", answer=NOT_SIGNED_IN),
+        Route("DELETE", "/api/user/keys/{key}", answer=NOT_SIGNED_IN),
+        Route("POST", "/api/experimental/web_search", answer=NO_CLOUD),
+        Route("POST", "/api/experimental/web_fetch", answer=NO_CLOUD),
+        Route("GET", "/api/experimental/model-recommendations", answer={"recommendations": []}),
     ),
     ollama_error,
     lambda error: ollama_error(error)[1],
 )
 
+
 # ======================================================================================
-# 7. Anthropic: messages and their counting
+# 10. Anthropic: messages and their counting
 # ======================================================================================
 
 # ---- content blocks ----
@@ -5886,79 +6029,72 @@ ANTHROPIC_TOOLS: dict[str, tuple[str, JSON]] = {
         ),
     ),
 }
-SCHEMA_KEY = "input_schema"
 
 
 def anthropic_tools(body: Fields) -> Tools:
     """The tools: the client's own, those whose schema is Anthropic's, and Gemini's in place of Anthropic's servers'."""
-    declared: dict[str, JSON] = {}
-    names: dict[str, str] = {}
-    strict, own = False, {"web_search": "", "code_execution": ""}
+    builder = ToolBuilder()
     for tool in body.objects("tools"):
-        kind = tool.get("type", str) or "custom"
-        family = re.sub(r"_\d{8}$", "", kind)
-        told = ANTHROPIC_TOOLS.get(kind) or ANTHROPIC_TOOLS.get(family)
-        tool.mark_read(
-            "eager_input_streaming", "defer_loading"
-        )  # about when the client hears or Claude sees it
-        if kind == "custom":
-            openai_tool(tool, False, declared, names, set(), schema=SCHEMA_KEY)
-            strict = strict or bool(tool.get("strict", bool))
-        elif told:
-            known = {"name": tool.require("name", str), "description": told[0], SCHEMA_KEY: told[1]}
-            openai_tool(Fields(known, tool.path), False, declared, names, set(), schema=SCHEMA_KEY)
-        elif family in own:
-            tool.mark_read("name")
-            own[family] = f"tools[].{kind}"
-        else:
-            tool.ignore(f"tools[].{kind}")
-            tool.mark_read(*tool.data)
-    return Tools(
-        list(declared.values()),
-        names,
-        strict=strict,
-        search=own["web_search"],
-        code=own["code_execution"],
-    )
+        anthropic_tool(tool, builder)
+    return builder.tools()
 
 
-def anthropic_tool_choice(body: Fields, tools: Tools) -> tuple[str | None, list[str], bool]:
-    """(Gemini's mode, the client's names of the functions that it may call, whether one call at most is wanted)."""
+ANTHROPIC_HOSTED = {"web_search": "search", "code_execution": "code"}
+
+
+def anthropic_tool(tool: Fields, builder: ToolBuilder) -> None:
+    """Add one tool; what Gemini has nothing for is named as ignored."""
+    kind = tool.get("type", str) or "custom"
+    family = re.sub(r"_\d{8}$", "", kind)
+    known = ANTHROPIC_TOOLS.get(kind) or ANTHROPIC_TOOLS.get(family)
+    tool.mark_read("eager_input_streaming", "defer_loading")  # about when Claude sees it
+    if kind == "custom":
+        name, description = function_name(tool), tool.get("description", str)
+        schema = tool.get("input_schema", dict)
+        builder.declare(tool, name, function_declaration(name, description, schema))
+        builder.strict = builder.strict or bool(tool.get("strict", bool))
+    elif known:
+        name = tool.require("name", str)
+        builder.declare(tool, name, function_declaration(name, *known))
+    elif family in ANTHROPIC_HOSTED:
+        tool.mark_read("name")
+        builder.hosted[ANTHROPIC_HOSTED[family]] = f"tools[].{kind}"
+    else:
+        tool.ignore(f"tools[].{kind}")
+        tool.mark_read(*tool.data)
+
+
+def anthropic_tool_choice(body: Fields, tools: Tools) -> ToolChoice:
     choice = body.object("tool_choice")
     if choice is None:
-        return None, [], False
+        return ToolChoice()
     choice.require("type", str)
-    kind, one = (
-        choice.choice("type", "auto", "any", "tool", "none"),
-        bool(choice.get("disable_parallel_tool_use", bool)),
-    )
-    name = choice.require("name", str) if kind == "tool" else ""
+    kind = choice.choice("type", "auto", "any", "tool", "none") or ""
+    parallel = not choice.get("disable_parallel_tool_use", bool)
     if kind in ("auto", "none"):
-        return TOOL_CHOICES[kind], [], one
-    if kind == "tool" and name in tools.names.values() or kind == "any" and tools.declarations:
-        return "ANY", [name] if name else [], one
-    if name and name not in [
-        get_or_empty(tool, "name", str) for tool in body.data.get("tools") or ()
-    ]:
+        return ToolChoice(TOOL_CHOICES[kind], (), parallel)
+    name = choice.require("name", str) if kind == "tool" else ""
+    if name in tools.names.values():
+        return ToolChoice("ANY", (name,), parallel)
+    if kind == "any" and tools.declarations:
+        return ToolChoice("ANY", (), parallel)
+    listed = [get_or_empty(tool, "name", str) for tool in body.data.get("tools") or ()]
+    if name and name not in listed:
         raise wrong_value(
             choice.path_of("name"),
-            f"Invalid value for '{choice.path_of('name')}': no tool {name[:80]!r} is among the tools.",
+            f"Invalid value for '{choice.path_of('name')}': no tool {name[:80]!r} is among "
+            "the tools.",
         )
     body.ignore("tool_choice")  # Gemini cannot be made to use its own tools
-    return None, [], one
+    return ToolChoice(parallel=parallel)
 
 
 # ---- the request ----
 
-MAX_OUTPUT_TOKENS = 65536  # tokens that Gemini's models give at most; those before 2.5 give 8192
-
 
 class AnthropicOptions(NamedTuple):
-    """What a message's reply has to mind."""
+    """What only the answer to a message can fulfil."""
 
-    names: dict[str, str]  # Gemini's names of functions -> the client's
-    one_call: bool = False  # no parallel calls
-    unfence: bool = False  # JSON was asked for in words, and may come in a code fence
     thinking: bool = False  # the client takes thinking blocks, and so signatures in them
 
 
@@ -5969,32 +6105,34 @@ def anthropic_messages_request(body: Fields, context: Context) -> Plan:
 
 
 def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan:
-    """The call for a message, or for one to be counted."""
-    asked = body.require("model", str)
-    model = model_named(asked, context)
+    """The plan for a message, or for one to be counted."""
+    model_name = body.require("model", str)
+    model = model_named(model_name, context)
     if not body.require("messages", list):
         raise wrong_value("messages", "messages: at least one message is required")
     anthropic_thread(body)
     system, contents = anthropic_turns(body, model)
     tools = anthropic_tools(body)
-    mode, allowed, one_call = anthropic_tool_choice(body, tools)
-    if mode == "NONE":
+    choice = anthropic_tool_choice(body, tools)
+    if choice.mode == "NONE":
         tools = tools._replace(search="", code="")
-    output = body.object("output_config") or Fields({}, "output_config", body.tracked)
-    config = anthropic_config(body, model)
-    thinking, thoughts = anthropic_thinking(body, output, model, config.get("maxOutputTokens"))
-    in_json = json_answer(anthropic_format(body, output), tools, model)
-    call = generate_call(
+    output = body.object_or_empty("output_config")
+    sampling = anthropic_sampling(body, model)
+    thinking, blocks = anthropic_thinking(body, output)
+    chat = Chat(
         model,
-        stream,
-        system + in_json.words,
+        system,
         contents,
-        {**config, **thinking, **in_json.config},
-        **tool_fields(tools, mode, allowed, body, model),
+        tools,
+        choice,
+        thinking,
+        sampling,
+        anthropic_format(body, output),
+        recipe=recipe_named(model_name, context),
+        stream=stream,
     )
-    return Plan(
-        (call,), stream, AnthropicOptions(tools.names, one_call, in_json.unfence, thoughts), asked
-    )
+    calls = (chat_call(chat, body),)
+    return Plan(calls, stream, AnthropicOptions(blocks), model_name, chat=chat)
 
 
 def anthropic_thread(body: Fields) -> None:
@@ -6010,47 +6148,35 @@ def anthropic_thread(body: Fields) -> None:
         )
 
 
-def anthropic_config(body: Fields, model: Model) -> JSON:
-    limit, most = (
-        body.number("max_tokens", 1, math.inf, int),
-        MAX_OUTPUT_TOKENS if model.generation >= 2.5 else 8192,
-    )
-    if limit and limit > most:
-        body.ignore(f"max_tokens>{most}")
+def anthropic_sampling(body: Fields, model: Model) -> JSON:
+    limit = body.number("max_tokens", 1, math.inf, int)
+    if limit and limit > model.max_output:
+        body.ignore(f"max_tokens>{model.max_output}")
+        limit = model.max_output
     return sampling_config(
-        model,
-        stop_sequences(body, "stop_sequences"),
-        limit=min(limit, most) if limit else None,
-        temperature=body.number("temperature", 0, 2),
-        top_p=body.number("top_p", 0, 1),
-        top_k=body.get("top_k", int),
+        body.number("temperature", 0, 2),
+        body.number("top_p", 0, 1),
+        body.get("top_k", int),
+        limit,
+        stops=stop_sequences(body, "stop_sequences"),
     )
 
 
-def anthropic_thinking(
-    body: Fields, output: Fields, model: Model, limit: int | None
-) -> tuple[JSON, bool]:
-    """(the setting of thinkingConfig, whether the client takes thinking blocks).
+def anthropic_thinking(body: Fields, output: Fields) -> tuple[Thinking, bool]:
+    """(how to think, whether the client takes thinking blocks).
 
-    Without `thinking` the model thinks in its own way within the limit, and tells nothing of it. An effort counts for
-    more than a budget, which only the older models know.
+    Without `thinking` the model thinks in its own way within the limit, and shows nothing of it. An
+    effort counts for more than a budget, which only the older models know.
     """
     effort = output.choice("effort", *EFFORTS)
     thinking = body.object("thinking")
-    kind = thinking.require("type", str) if thinking else ""
-    budget = thinking.number("budget_tokens", 1, math.inf, int) if thinking else None
-    told = bool(thinking) and kind != "disabled"
-    if kind == "disabled":
-        effort = "none"
-    elif effort is None and budget:
-        effort = next((word for word in EFFORTS[1:] if BUDGETS[word] >= budget), EFFORTS[-1])
-    shown = told and thinking.get("display", str) != "omitted"
-    config = thinking_config(model, effort if told else effort_within(limit, effort), shown)
-    if told and budget and isinstance(model.thinking, Budget):
-        config["thinkingBudget"] = min(max(budget, model.thinking.low), model.thinking.high)
-    if effort_unsupported(effort, config):
-        body.ignore("thinking" if thinking else "output_config.effort")
-    return {"thinkingConfig": config} if config else {}, told
+    if thinking is None:
+        return Thinking(effort, answer_only=True, field="output_config.effort"), False
+    budget = thinking.number("budget_tokens", 1, math.inf, int)
+    if thinking.require("type", str) == "disabled":
+        return Thinking("none", answer_only=True, field="thinking"), False
+    show = thinking.get("display", str) != "omitted"
+    return Thinking(effort, budget, show, field="thinking"), True
 
 
 def anthropic_format(body: Fields, output: Fields) -> JSON | None:
@@ -6104,38 +6230,32 @@ GROWING = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta"
 
 
 def anthropic_pieces(
-    events: Iterable[Text | ToolCall | Media | End], exchange: Exchange
-) -> Iterator[tuple[Any, Any]]:
+    events: Iterable[Event], exchange: Exchange
+) -> Iterator[tuple[JSON | None, Any]]:
     """(a block as it begins, a delta or None), piece after piece; then (None, the End).
 
     A signature rides in the thinking block before its call, where the client takes one: it must send that back.
     """
-    options, said = exchange.options, []
+    texts: list[str] = []
     for event in events:
-        kind = type(event)
-        if kind is Text and event.thought:
+        if isinstance(event, Text) and event.thought:
             yield THINKING_BLOCK, {"type": "thinking_delta", "thinking": event.text}
-        elif kind is Text:
-            said.append(event.text)
+        elif isinstance(event, Text):
+            texts.append(event.text)
             yield TEXT_BLOCK, {"type": "text_delta", "text": event.text}
-        elif kind is Media:
+        elif isinstance(event, Media):
             yield TEXT_BLOCK, {"type": "text_delta", "text": media_note(event)}
-        elif kind is ToolCall:
-            if event.signature and options.thinking:
+        elif isinstance(event, ToolCall):
+            if event.signature and exchange.options.thinking:
                 yield THINKING_BLOCK, {"type": "signature_delta", "signature": event.signature}
-            block = {
-                "type": "tool_use",
-                "id": event.id,
-                "name": options.names.get(event.name, event.name),
-                "input": {},
-            }
+            block = {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
             yield block, {"type": "input_json_delta", "partial_json": encode_json(event.args)}
         else:
-            yield from anthropic_searched(event, "".join(said), exchange)
+            yield from anthropic_searches(event, "".join(texts), exchange)
             yield None, event
 
 
-def anthropic_searched(end: End, text: str, exchange: Exchange) -> Iterator[tuple[JSON, Any]]:
+def anthropic_searches(end: End, text: str, exchange: Exchange) -> Iterator[tuple[JSON, Any]]:
     """The citations of a text, and the search that they come from: Gemini tells of both when all is said."""
     for citation in end.citations:
         yield (
@@ -6171,15 +6291,10 @@ def anthropic_searched(end: End, text: str, exchange: Exchange) -> Iterator[tupl
         yield {"type": "web_search_tool_result", "tool_use_id": id, "content": results}, None
 
 
-def anthropic_messages_stream(
-    exchange: Exchange, answers: Iterator[Iterator[JSON]]
-) -> Iterator[JSON]:
+def anthropic_messages_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
     """The events of a message: its start, its blocks one after the other, how it ended."""
-    chunks = next(answers)
-    first = next(chunks, {})  # it tells already how large the prompt is
-    usage = anthropic_usage(read_usage(expect(first, "usageMetadata", dict)))
-    events = chat_events(itertools.chain([first], chunks), exchange)
-    events = itertools.chain([next(events)], events)  # a refusal comes before the first event
+    events = next(answers)
+    first = next(events)  # a refusal of Gemini's comes before it, and so before all of this
     yield {
         "type": "message_start",
         "message": {
@@ -6190,11 +6305,11 @@ def anthropic_messages_stream(
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
-            "usage": usage,
+            "usage": anthropic_usage(exchange.prompt or Usage()),
         },
     }
-    pieces = itertools.groupby(anthropic_pieces(events, exchange), key=itemgetter(0))
-    for index, (block, group) in enumerate(pieces):
+    pieces = anthropic_pieces(itertools.chain([first], events), exchange)
+    for index, (block, group) in enumerate(itertools.groupby(pieces, key=itemgetter(0))):
         deltas = map(itemgetter(1), group)
         if block is None:
             yield from map(anthropic_message_delta, deltas)
@@ -6220,7 +6335,7 @@ def anthropic_message_delta(end: End) -> JSON:
     }
 
 
-def anthropic_messages_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+def anthropic_messages_response(exchange: Exchange, answers: Answers) -> JSON:
     """The message that the events of a stream add up to."""
     message: JSON = {}
     for event in anthropic_messages_stream(exchange, answers):
@@ -6252,11 +6367,10 @@ def anthropic_grow(block: JSON, delta: JSON) -> None:
 
 def anthropic_count_request(body: Fields, context: Context) -> Plan:
     """Count tokens: https://platform.claude.com/docs/en/api/messages-count-tokens"""
-    plan = anthropic_plan(body, context)
-    return plan._replace(calls=(count_call(plan.calls[0]),))
+    return plan_count(anthropic_plan(body, context))
 
 
-def anthropic_count_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+def anthropic_count_response(exchange: Exchange, answers: Answers) -> JSON:
     return {"input_tokens": read_count(answers)}
 
 
@@ -6315,8 +6429,9 @@ ANTHROPIC = Protocol(
     ("request-id",),
 )
 
+
 # ======================================================================================
-# 8. Routing: which route answers a path, and in which protocol an error is told
+# 11. Routing: which route answers a path, and in which protocol an error is told
 # ======================================================================================
 
 
@@ -6328,48 +6443,6 @@ def without_401(protocol: Protocol) -> Protocol:
         return 403 if status == 401 and error.upstream else status, body
 
     return protocol._replace(error=error)
-
-
-def apply_recipe(call: GeminiCall, recipe: Recipe) -> GeminiCall:
-    """The call with what a recipe adds to it: options that the client did not set, and words in place of none."""
-    counted = (call.body or {}).get("generateContentRequest")
-    if counted:
-        asked = apply_recipe(call._replace(body=counted), recipe).body
-        asked.pop("generationConfig")
-        return call._replace(body={"generateContentRequest": asked})
-    if not call.body or "contents" not in call.body:
-        return call
-    body = {
-        **call.body,
-        "generationConfig": {
-            **ollama_options(Fields(recipe.options), call.model),
-            **call.body.get("generationConfig", {}),
-        },
-    }
-    said = body.get("systemInstruction", {}).get("parts", [])
-    if recipe.system and (not said or said[0].get("text", "").startswith(JSON_ALONE)):
-        body = with_system(body, [text_part(recipe.system)], call.model)
-    return call._replace(body=body)
-
-
-def with_recipes(protocol: Protocol) -> Protocol:
-    """The protocol on an Ollama server, where clients make models of their own and use them everywhere."""
-
-    def wrapped(request: Callable[[Fields, Context], Plan]) -> Callable[[Fields, Context], Plan]:
-        def request_with_recipe(body: Fields, context: Context) -> Plan:
-            plan = request(body, context)
-            recipe = recipe_named(plan.model, context)
-            return (
-                plan._replace(calls=tuple(apply_recipe(call, recipe) for call in plan.calls))
-                if recipe.source
-                else plan
-            )
-
-        return request_with_recipe
-
-    return protocol._replace(
-        routes=tuple(route._replace(request=wrapped(route.request)) for route in protocol.routes)
-    )
 
 
 def without_routes(protocol: Protocol, paths: tuple[str, ...]) -> Protocol:
@@ -6386,8 +6459,8 @@ OPENAI_ONLY_PATHS = ("/v1/images/generations", "/v1/audio/speech", "/v1/audio/tr
 MOUNTS: dict[str, tuple[tuple[str, Protocol], ...]] = {
     "openai": (("/", OPENAI),),
     "ollama": (
-        ("/v1/messages", with_recipes(ANTHROPIC)),
-        ("/v1", with_recipes(without_401(without_routes(OPENAI, OPENAI_ONLY_PATHS)))),
+        ("/v1/messages", ANTHROPIC),
+        ("/v1", without_401(without_routes(OPENAI, OPENAI_ONLY_PATHS))),
         ("/", OLLAMA),
     ),
 }
@@ -6464,7 +6537,7 @@ def find_route(api: str, method: str, path: str) -> Found:
 
 
 # ======================================================================================
-# 9. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
+# 12. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
 # ======================================================================================
 
 CONNECT_SECONDS = 10.0  # to connect, and as much silence again during the TLS handshake
@@ -7491,7 +7564,7 @@ class Gemini:
         """The call with what its history lost, but for what other generations of models gave."""
         if call.model is None:
             return call
-        scope, generation = scope_of(key), str(int(call.model.generation))
+        scope, generation = scope_of(key), str(generation_number(call.model))
 
         def recall(call_id: str | None, digest: str, name: str) -> KnownCall:
             text = self.memory.get(f"{scope}:call:{call_id}", digest)
@@ -7514,7 +7587,7 @@ class Gemini:
         signed = any(tool_call.signature or tool_call.before for tool_call in calls)
         if not signed or call.model is None or call.body is None:
             return ids
-        scope, generation = scope_of(key), str(int(call.model.generation))
+        scope, generation = scope_of(key), str(generation_number(call.model))
         conversation = ConversationDigest(call.body, scope)
         for content in call.body["contents"]:
             conversation.turn(content)
@@ -7529,13 +7602,48 @@ class Gemini:
         return ids
 
 
+class Shelf(NamedTuple):
+    """The stored texts of the users of one Gemini key, whose keys begin with its prefix."""
+
+    memory: Memory
+    prefix: str
+
+    def look_up(self, keys: list[str]) -> dict[str, str]:
+        """The texts under these keys and under those that they lead to; "" where there is none."""
+        texts: dict[str, str] = {}
+        pending = list(keys)
+        while pending:
+            key = pending.pop()
+            if key not in texts:
+                texts[key] = self.get(key)
+                pending += stored_links(key, texts[key])
+        return texts
+
+    def get(self, key: str) -> str:
+        """The text under a key; under one that ends in "*" the pinned keys that begin so."""
+        if key.endswith("*"):
+            keys = [name[len(self.prefix) :] for name, _ in self.memory.pinned(self.prefix)]
+            return "\n".join(name for name in keys if name.startswith(key[:-1]))
+        text = self.memory.get(self.prefix + key) or ""
+        if text and not key.startswith(RECIPE):
+            self.memory.put(self.prefix + key, None, text)  # what is in use is not evicted next
+        return text
+
+    def keep(self, item: Keep) -> None:
+        key = self.prefix + item.key
+        if item.pinned or not item.text:
+            self.memory.pin(self.prefix, key, item.text)
+        else:
+            self.memory.put(key, None, item.text)
+
+
 def scope_of(key: str) -> str:
     """What a Gemini key adds to digests: signatures of one key mean nothing to another."""
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 # ======================================================================================
-# 10. Server: the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
+# 13. Server: the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
 # ======================================================================================
 
 MAX_BODY_BYTES = 128 << 20  # of a request; Gemini takes 100 MB
@@ -7549,6 +7657,7 @@ DRAIN_NOTICE_SECONDS = 1.0  # for load balancers to see that the server ends; it
 DRAIN_SECONDS = 6.5  # more for answers under way, before they end with an error
 FINAL_SECONDS = 1.0  # for those errors to be sent, and for a request that is just coming in
 TIDY_SECONDS = 5.0  # between two looks at what can be given back
+MAX_LOADED_MODELS = 100  # that are listed as loaded
 LINGER_SECONDS = 1.0  # for a client to read a refusal of what it is still sending
 KEY_PATTERN = r"[!-~]{1,1000}"  # what can be sent in a header as a key
 MAX_IGNORED_CHARACTERS = 4000  # of x-proxy-ignored: nginx takes 8 KB of headers in all
@@ -8080,6 +8189,7 @@ class RequestCycle:
         self.began = self.first_byte = time.monotonic()  # first_byte: of the answer
         self.request_id = "req_" + secrets.token_hex(12)
         self.head = RequestHead()
+        self.key = ""  # for Gemini
         self.protocol = protocol_of(self.server.config.api, "/")  # until the path is known
         self.route: Route | None = None
         self.route_name = "other"  # for the metrics
@@ -8128,32 +8238,38 @@ class RequestCycle:
         else:
             match = find_route(api, method, path)
             self.protocol, self.route_name = match.protocol, match.route.name
-            key = upstream_key(self.head, server.config)
-            self.answer(match.route, self.plan(match, query, key), key)
+            self.key = upstream_key(self.head, server.config)
+            self.answer(match.route, self.plan(match, query))
 
-    def plan(self, match: Found, query: str, key: str) -> Exchange:
-        """Read the body and plan the calls to Gemini: the Exchange that the route answers from."""
-        context, gemini = self.server.context_for(key), self.server.gemini
-        if match.params or query:
-            fields = dict(urllib.parse.parse_qsl(query))
-            context = context._replace(params=match.params, query=fields)
+    def plan(self, match: Found, query: str) -> Exchange:
+        """Read the body, look up what is stored for it, and plan the calls to Gemini."""
+        server, route = self.server, match.route
+        if isinstance(route.answer, Refusal):
+            raise ProxyError(*route.answer)
+        fields = dict(urllib.parse.parse_qsl(query))
+        context = server.context._replace(params=match.params, query=fields)
+        if context.ollama:
+            context = context._replace(loaded=dict(server.loaded))
         try:
-            body = self.read_fields(match.route)
-            plan = match.route.request(body, context)
+            body = self.read_fields(route)
+            keys = recipe_keys(body, context) + route.keys(body, context)
+            if keys:
+                context = context._replace(stored=server.shelf(self.key).look_up(keys))
+            plan = route.request(body, context)
         except RecursionError:
             raise nested_too_deeply() from None
         self.ignored = body.ignored()
         body.tracked.clear()  # a cycle, which would keep a large body until garbage is collected
-        return Exchange(plan, context, lambda calls: gemini.remember(plan.calls[0], key, calls))
+        return Exchange(plan, context, secrets.token_hex(12), time.time())
 
     def read_fields(self, route: Route) -> Fields:
         """The body as the route wants it. GET and HEAD may come without one."""
         if self.head.method in ("GET", "HEAD") and not self.connection.body_left:
             return no_body(b"", "")
         body = self.connection.read_body(self.head)
-        return route.takes(body, self.head.headers.get("content-type", ""))
+        return route.parse(body, self.head.headers.get("content-type", ""))
 
-    def answer(self, route: Route, exchange: Exchange, key: str) -> None:
+    def answer(self, route: Route, exchange: Exchange) -> None:
         """Ask Gemini what the plan says, and answer with what the route makes of it.
 
         Neither the waiter nor the batch is kept in this object: both lead back to it.
@@ -8167,17 +8283,66 @@ class RequestCycle:
         client = self.connection.connection
         waiter = Waiter(client, server.config.timeout, server.stopping, keep_alive)
         try:
-            with server.gemini.call(plan.calls, waiter, key) as batch:
+            with server.gemini.call(plan.calls, waiter, self.key) as batch:
                 self.left_out = batch.ignored
+                answers = self.read_answers(batch, exchange)
                 if plan.stream and route.stream:
-                    self.send_stream(route.stream(exchange, iter(batch)))
+                    self.send_stream(self.kept(route.stream(exchange, answers)))
                 else:
-                    self.send_answer(200, route.response(exchange, iter(batch)))
+                    self.send_answer(200, self.whole_answer(route, exchange, answers))
         except ProxyError as error:
-            self.add_model_to(error, exchange, waiter, key)
+            self.add_model_to(error, exchange, waiter)
             raise
+        if plan.loads:
+            server.load(*plan.loads)
 
-    def add_model_to(self, error: ProxyError, exchange: Exchange, waiter: Waiter, key: str) -> None:
+    def read_answers(self, batch: CallBatch, exchange: Exchange) -> Answers:
+        """For each call its events, or its chunks of JSON where it does not generate."""
+        for call, untimed in zip(exchange.plan.calls, batch):
+            chunks = timed(untimed, exchange)
+            if not call.generates:
+                yield chunks
+                continue
+            events = self.identified(call, read_gemini(chunks, exchange))
+            if exchange.chat:
+                events = chat_events(events, call, exchange.chat)
+            yield events
+
+    def identified(self, call: GeminiCall, events: Iterable[Event]) -> Iterator[Event]:
+        """The events, with ids for the tool calls, under which their signatures are kept."""
+        tool_calls: list[ToolCall] = []
+        for event in events:
+            if isinstance(event, ToolCall):
+                tool_calls.append(event)
+                continue
+            if tool_calls:
+                ids = self.server.gemini.remember(call, self.key, tool_calls)
+                yield from (item._replace(id=new_id) for item, new_id in zip(tool_calls, ids))
+                tool_calls = []
+            yield event
+
+    def kept(self, events: Iterable[Any]) -> Iterator[JSON]:
+        """The events for the client. A Keep among them is kept instead."""
+        for event in events:
+            if isinstance(event, Keep):
+                self.server.shelf(self.key).keep(event)
+            else:
+                yield event
+
+    def whole_answer(self, route: Route, exchange: Exchange, answers: Answers) -> Any:
+        """The route's answer to a client that wants no stream. What is to be kept is kept."""
+        answer = route.answer
+        if route.response:
+            answer = route.response(exchange, answers)
+        elif route.stream:
+            answer = last_event(route.stream(exchange, answers))
+        if isinstance(answer, Kept):
+            for item in answer.keep:
+                self.server.shelf(self.key).keep(item)
+            return answer.answer
+        return answer
+
+    def add_model_to(self, error: ProxyError, exchange: Exchange, waiter: Waiter) -> None:
         """Add to "no such model" how the client spelt it, and whether Gemini lists it.
 
         This calls Gemini while an error waits to be sent: the error of a model that is listed, but
@@ -8187,7 +8352,7 @@ class RequestCycle:
             return
         error.model = exchange.model
         with contextlib.suppress(ProxyError):
-            (chunk,) = ModelList(self.server.gemini, waiter, key).chunks()
+            (chunk,) = ModelList(self.server.gemini, waiter, self.key).chunks()
             names = [get_or_empty(entry, "name", str) for entry in chunk["models"]]
             error.listed = model_named(exchange.model, exchange.context).path in names
 
@@ -8274,7 +8439,7 @@ class RequestCycle:
     def last_events(self, error: ProxyError) -> list[JSON]:
         """The end of a stream that failed."""
         if self.route and self.route.failure and self.exchange:
-            return self.route.failure(self.exchange, error)
+            return list(self.kept(self.route.failure(self.exchange, error)))
         return [self.protocol.stream_error(error)]
 
     # ---- its account ----
@@ -8301,6 +8466,13 @@ class RequestCycle:
         return f" {self.exchange.model[:100]!r} {usage.prompt}+{usage.output} tokens"
 
 
+def timed(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[JSON]:
+    """The chunks; the exchange learns when each of them came."""
+    for chunk in chunks:
+        exchange.now = time.time()
+        yield chunk
+
+
 # ---- the server ----
 
 
@@ -8322,7 +8494,7 @@ class Server(http.server.ThreadingHTTPServer):
         pages = ["GET " + path for path in self.own_pages]
         self.metrics = Metrics([*dict.fromkeys(routes), *pages], config.workers)
         self.gemini = Gemini(config.upstream, config.state, self.metrics.add)
-        self.context_for = functools.lru_cache(maxsize=64)(self.make_context)  # by Gemini key
+        self.context = self.make_context()
         self.loaded: dict[str, float] = {}
         self.handlers: set[Handler] = set()  # one for each connection
         self.unstarted: set[socket.socket] = set()  # connections whose handler has not begun yet
@@ -8361,27 +8533,25 @@ class Server(http.server.ThreadingHTTPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
 
-    def make_context(self, key: str) -> Context:
-        """What requests with this Gemini key depend on; with -client-keys each has its memory."""
-        memory, shelf, aliases = self.gemini.memory, "", self.config.aliases
-        ollama = self.config.api == "ollama"
-        if self.config.client_keys:
-            shelf = scope_of(key) + ":"
-        if ollama:
-            aliases = tuple((plain_name(name, True), model) for name, model in aliases)
-        return Context(
-            aliases,
-            ollama,
-            time.time,
-            lambda prefix: prefix + secrets.token_hex(12),
-            lambda name: memory.get(shelf + name),
-            lambda name, text: memory.pin(shelf, shelf + name, text),
-            lambda name, text: memory.put(shelf + name, None, text),
-            lambda: {
-                name[len(shelf) :].partition(":")[2]: text for name, text in memory.pinned(shelf)
-            },
-            self.loaded,
-        )
+    def make_context(self) -> Context:
+        """What all requests may depend on."""
+        if self.config.api != "ollama":
+            return Context(self.config.aliases)
+        aliases = tuple((plain_name(name, True), model) for name, model in self.config.aliases)
+        return Context(aliases, ollama=True)
+
+    def shelf(self, key: str) -> Shelf:
+        """What is stored for the users of this Gemini key. With -client-keys, each has its own."""
+        prefix = f"{scope_of(key)}:" if self.config.client_keys else ""
+        return Shelf(self.gemini.memory, prefix)
+
+    def load(self, name: str, seconds: float) -> None:
+        """List a model as loaded for so long; none at all takes it out."""
+        self.loaded.pop(name, None)
+        if seconds > 0:
+            self.loaded[name] = time.time() + seconds
+        for oldest in list(self.loaded)[:-MAX_LOADED_MODELS]:  # a copy: other threads change it too
+            self.loaded.pop(oldest, None)
 
     @property
     def url(self) -> str:
@@ -8538,7 +8708,7 @@ def give_memory_back() -> None:
 
 
 # ======================================================================================
-# 11. Command line: flags and environment, systemd, workers, checks, start and end
+# 14. Command line: flags and environment, systemd, workers, checks, start and end
 # ======================================================================================
 
 DEFAULT_UPSTREAM = "https://generativelanguage.googleapis.com"
@@ -9069,7 +9239,7 @@ def newest_flash(models: list[JSON]) -> Model:
     ]
     flash = re.compile(r"gemini-[\d.]+-flash")
     candidates = [name for name in names if flash.match(name) and not UNLISTED.search(name)]
-    return max(map(model_of, candidates or names), key=lambda model: model.generation)
+    return newest_of(candidates or names)
 
 
 class Check(NamedTuple):

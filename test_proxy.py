@@ -622,13 +622,86 @@ NO_CONTEXT = Context()
 
 def exchange(plan=None, context=NO_CONTEXT):
     """An exchange whose ids count up, at a time that stands still."""
-    count = itertools.count(1)
-    context = context._replace(
-        now=lambda: 1700000000.5, new_id=lambda prefix: f"{prefix}{next(count)}"
+    return Exchange(plan or proxy.Plan(model="m"), context, "", 1700000000.5)
+
+
+class Notes(dict):
+    """What is stored, in place of the program's Memory."""
+
+    def put(self, key, alias, text):
+        self[key] = text
+
+    def pin(self, shelf, key, text):
+        self[key] = text
+        if not text:
+            del self[key]
+
+    def pinned(self, shelf):
+        return [(key, text) for key, text in self.items() if key.startswith("model:")]
+
+
+def looked_up(route, body, context, notes):
+    """The context with what the route wants to know of what is stored."""
+    keys = proxy.recipe_keys(Fields(body), context) + route.keys(Fields(body), context)
+    return context._replace(stored=proxy.Shelf(notes, "").look_up(keys))
+
+
+def kept_by(answer, notes):
+    """A whole answer, or a list of events, without what they want to be kept; that is in the notes then."""
+    if isinstance(answer, list):
+        items = [item for item in answer if isinstance(item, proxy.Keep)]
+        rest = [item for item in answer if not isinstance(item, proxy.Keep)]
+    elif isinstance(answer, proxy.Kept):
+        items, rest = answer.keep, answer.answer
+    else:
+        return answer
+    for item in items:
+        proxy.Shelf(notes, "").keep(item)
+    return rest
+
+
+def whole_of(route, one, *answers, notes=None):
+    """The whole answer of a route, when Gemini says these lists of chunks to its calls."""
+    events = events_of(one, answers)
+    answer = (
+        route.response(one, events)
+        if route.response
+        else proxy.last_event(route.stream(one, events))
     )
-    return Exchange(
-        plan or proxy.Plan(model="m"), context, lambda calls: [f"call_{next(count)}" for _ in calls]
+    return kept_by(answer, Notes() if notes is None else notes)
+
+
+def stream_of(route, one, *answers, notes=None):
+    """The same, as events."""
+    return kept_by(
+        list(route.stream(one, events_of(one, answers))), Notes() if notes is None else notes
     )
+
+
+def openai_route(path, method="POST"):
+    return next(
+        route for route in proxy.OPENAI.routes if (route.method, route.path) == (method, path)
+    )
+
+
+CHAT_ROUTE, RESPONSES_ROUTE = openai_route("/v1/chat/completions"), openai_route("/v1/responses")
+
+
+def events_of(one, answers):
+    """The events, or the chunks, that a route gets of these answers."""
+    for call, chunks in zip(one.plan.calls, answers):
+        if not call.generates:
+            yield iter(chunks)
+            continue
+        events = with_ids(proxy.read_gemini(iter(chunks), one), one)
+        yield proxy.chat_events(events, call, one.chat) if one.chat else events
+
+
+def with_ids(events, one):
+    for event in events:
+        if isinstance(event, ToolCall):
+            event = event._replace(id=one.new_id("call_"))
+        yield event
 
 
 def chat(*messages, model=FLASH, **more):
@@ -671,8 +744,8 @@ def respond(body, *answers, context=NO_CONTEXT):
     """(the whole answer, the events of a stream) to a body; each of Gemini's answers is a list of chunks."""
     plan, _ = plan_and_ignored(body, context=context)
     return (
-        proxy.openai_chat_response(exchange(plan, context), map(iter, answers)),
-        list(proxy.openai_chat_stream(exchange(plan, context), map(iter, answers))),
+        whole_of(CHAT_ROUTE, exchange(plan, context), *answers),
+        stream_of(CHAT_ROUTE, exchange(plan, context), *answers),
     )
 
 
@@ -1326,7 +1399,7 @@ def test_text_thoughts_and_calls_come_in_order_and_calls_last():
         Text("Hm", True),
         Text("A"),
         Text("B"),
-        ToolCall("f", {"a": 1}, sign("s"), "call_1"),
+        ToolCall("f", {"a": 1}, sign("s")),
         End("stop", True, "STOP", "", Usage(prompt=4, output=7, thoughts=2), []),
     ]
 
@@ -2195,10 +2268,9 @@ def endpoint(name, body, *answers, context=Context()):
     assert [refusal_of("/v1beta/" + call.path, call.body) for call in plan.calls] == [None] * len(
         plan.calls
     )
-    whole_answer = route.response(exchange(plan, context), map(iter, answers))
-    return whole_answer, list(
-        route.stream(exchange(plan, context), map(iter, answers))
-    ) if plan.stream else []
+    whole_answer = whole_of(route, exchange(plan, context), *answers)
+    events = stream_of(route, exchange(plan, context), *answers) if plan.stream else []
+    return whole_answer, events
 
 
 def complete(*answers, **body):
@@ -2312,12 +2384,12 @@ def test_what_cannot_be_completed(path, more):
 @pytest.mark.parametrize(
     "what, name, aliases, model",
     [
-        ("picture", None, (), "gemini-nano-banana-2.1"),
-        ("picture", "dall-e-3", (), "gemini-nano-banana-2.1"),
-        ("picture", "gemini-2.5-flash-image", (), "gemini-2.5-flash-image"),
-        ("picture", "gpt-image-1", (("gpt-*", NEWEST),), "gemini-nano-banana-2.1"),
-        ("picture", "gpt-image-1", (("gpt-image-*", "gemini-3-pro-image"),), "gemini-3-pro-image"),
-        ("picture", "dall-e-3", (("dall-e-3", "tunedModels/mine"),), "mine"),
+        ("image", None, (), "gemini-nano-banana-2.1"),
+        ("image", "dall-e-3", (), "gemini-nano-banana-2.1"),
+        ("image", "gemini-2.5-flash-image", (), "gemini-2.5-flash-image"),
+        ("image", "gpt-image-1", (("gpt-*", NEWEST),), "gemini-nano-banana-2.1"),
+        ("image", "gpt-image-1", (("gpt-image-*", "gemini-3-pro-image"),), "gemini-3-pro-image"),
+        ("image", "dall-e-3", (("dall-e-3", "tunedModels/mine"),), "mine"),
         ("speech", "tts-1-hd", (), "gemini-3.8-flash-tts"),
         ("speech", "gpt-4o-mini-tts", (("gpt-*", NEWEST),), "gemini-3.8-flash-tts"),
         ("transcript", "whisper-1", (), NEWEST),
@@ -2326,7 +2398,7 @@ def test_what_cannot_be_completed(path, more):
     ],
 )
 def test_openais_media_models_have_stand_ins(what, name, aliases, model):
-    assert proxy.openai_media_model(name, what, Context(aliases=aliases)).name == model
+    assert proxy.media_model(name, what, Context(aliases=aliases)).name == model
 
 
 def draw(*answers, **body):
@@ -2919,35 +2991,24 @@ SEAL = base64.b64encode(
 ).decode()
 
 
-def remembering():
-    """A setting with a memory."""
-    memory = {}
-    return Context(
-        recall=memory.get,
-        store=memory.__setitem__,
-        keep=lambda key, text: memory.pop(key),
-        params={"id": "resp_1"},
-    )
-
-
-def responding(body, *answers, context=Context()):
+def responding(body, *answers, context=Context(), notes=None):
     """The events of a response, when Gemini says these chunks; their last one is the whole answer."""
-    plan = asked({"model": FLASH, **body}, proxy.openai_responses_request, context)[0]
-    events = list(proxy.openai_responses_stream(exchange(plan, context), map(iter, [answers])))
+    body, notes = {"model": FLASH, **body}, Notes() if notes is None else notes
+    context = looked_up(RESPONSES_ROUTE, body, context, notes)
+    plan = asked(body, proxy.openai_responses_request, context)[0]
+    events = stream_of(RESPONSES_ROUTE, exchange(plan, context), answers, notes=notes)
     assert (
-        proxy.openai_responses_response(exchange(plan, context), map(iter, [answers]))
+        whole_of(RESPONSES_ROUTE, exchange(plan, context), answers, notes=notes)
         == events[-1]["response"]
     )
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     return events
 
 
-def items_to_gemini(*items, context=Context(), **more):
-    return gemini_body(
-        {"model": FLASH, "input": list(items), **more},
-        request=proxy.openai_responses_request,
-        context=context,
-    )
+def items_to_gemini(*items, notes=None, **more):
+    body = {"model": FLASH, "input": list(items), **more}
+    context = looked_up(RESPONSES_ROUTE, body, Context(), Notes() if notes is None else notes)
+    return gemini_body(body, request=proxy.openai_responses_request, context=context)
 
 
 def told(events):
@@ -3186,9 +3247,9 @@ def test_a_response_that_breaks_off():
     made = exchange(asked({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0])
     events = []
     with pytest.raises(ProxyError) as caught:
-        for event in proxy.openai_responses_stream(made, iter([iter([chunk("Hel")])])):
+        for event in proxy.openai_responses_stream(made, events_of(made, [[chunk("Hel")]])):
             events.append(event)
-    (last,) = proxy.openai_responses_failure(made, caught.value)
+    (last,) = kept_by(proxy.openai_responses_failure(made, caught.value), Notes())
     assert (last["type"], last["sequence_number"]) == ("response.failed", len(events)) and last[
         "response"
     ]["id"] == events[0]["response"]["id"]
@@ -3497,63 +3558,64 @@ def test_a_picture_in_a_response():
     )
 
 
-def test_a_response_goes_on_from_what_was_kept():
-    context = remembering()
-    first = responding(
-        {"input": "Who?", "instructions": "Be brief."}, whole("Gem."), context=context
-    )[-1]["response"]
-    retry_after = items_to_gemini(
-        user("And now?"), previous_response_id=first["id"], context=context
-    )
-    assert (
-        retry_after["contents"] == [u("Who?"), m("Gem."), u("And now?")]
-        and "systemInstruction" not in retry_after
-    )
+def stored_context(route, notes, id="resp_1", **query):
+    return looked_up(route, {}, Context(params={"id": id}, query=query), notes)
+
+
+def test_a_response_continues_from_what_was_stored():
+    notes = Notes()
+    first = responding({"input": "Who?", "instructions": "Be brief."}, whole("Gem."), notes=notes)[
+        -1
+    ]["response"]
+    assert first["id"] == "resp_1"
+    again = items_to_gemini(user("And now?"), previous_response_id=first["id"], notes=notes)
+    assert again["contents"] == [u("Who?"), m("Gem."), u("And now?")]
+    assert "systemInstruction" not in again
     for reference in (
         {"type": "item_reference", "id": first["output"][0]["id"]},
         {"id": first["output"][0]["id"]},
     ):
         by_reference = items_to_gemini(
-            {"type": "item_reference", "id": "msg_1_i0"},
-            reference,
-            user("And now?"),
-            context=context,
+            {"type": "item_reference", "id": "msg_1_i0"}, reference, user("And now?"), notes=notes
         )
-        assert by_reference["contents"] == retry_after["contents"]
-    kept = proxy.openai_kept_request(Fields({}), context)
-    assert proxy.openai_kept_response(exchange(kept, context), iter(())) == first
-    assert proxy.openai_forget_response(exchange(kept, context), iter(())) == {
+        assert by_reference["contents"] == again["contents"]
+
+
+def test_a_stored_response_is_read_and_deleted():
+    notes = Notes()
+    first = responding({"input": "Who?"}, whole("Gem."), notes=notes)[-1]["response"]
+    read_route = openai_route("/v1/responses/{id}", "GET")
+    context = stored_context(read_route, notes)
+    plan = read_route.request(Fields({}), context)
+    assert whole_of(read_route, exchange(plan, context)) == first
+    delete_route = openai_route("/v1/responses/{id}", "DELETE")
+    assert whole_of(delete_route, exchange(plan, context), notes=notes) == {
         "id": first["id"],
         "object": "response",
         "deleted": True,
     }
+    assert not notes
     with pytest.raises(ProxyError) as caught:
-        proxy.openai_kept_request(Fields({}), context)
+        read_route.request(Fields({}), stored_context(read_route, notes))
     assert caught.value.status == 404
-    assert context.recall("input:resp_1") is None
-    assert (
-        refused(
-            {"model": FLASH, "previous_response_id": first["id"]},
-            lambda fields, _: proxy.openai_responses_request(fields, context),
-        ).code
-        == "previous_response_not_found"
-    )
-    unkept = remembering()
-    responding({"input": "Who?", "store": False}, whole("Gem."), context=unkept)
-    assert unkept.recall("response:resp_1") is None
+    body = {"model": FLASH, "previous_response_id": first["id"]}
+    assert refused(body, proxy.openai_responses_request).code == "previous_response_not_found"
 
 
-def test_the_items_of_a_kept_response():
-    context = remembering()
-    responding(
-        {"input": [user("a"), assistant("b", id=None), user("c")]}, whole("d"), context=context
-    )
-    plan = proxy.openai_kept_request(Fields({}), context)
+def test_a_response_is_not_stored_where_the_client_forbids_it():
+    notes = Notes()
+    responding({"input": "Who?", "store": False}, whole("Gem."), notes=notes)
+    assert not notes
+
+
+def test_the_items_of_a_stored_response():
+    notes = Notes()
+    responding({"input": [user("a"), assistant("b", id=None), user("c")]}, whole("d"), notes=notes)
+    route = openai_route("/v1/responses/{id}/input_items", "GET")
 
     def page(**query):
-        return proxy.openai_input_items_response(
-            exchange(plan, context._replace(query=query)), iter(())
-        )
+        context = stored_context(route, notes, **query)
+        return whole_of(route, exchange(route.request(Fields({}), context), context))
 
     assert [item["id"] for item in page()["data"]] == ["msg_1_i2", "msg_1_i1", "msg_1_i0"]
     assert page(order="asc", limit="2", after="msg_1_i0") == {
@@ -3668,10 +3730,8 @@ def ollama(body, *answers, path="/api/chat", context=OLLAMA):
     """(the whole answer, the streamed events) to a body, when Gemini says this."""
     route = all_routes()["ollama", "POST", path]
     plan = asked(body, route.request, context)[0]
-    return (
-        route.response(exchange(plan, context), map(iter, answers)),
-        list(route.stream(exchange(plan, context), map(iter, answers))) if plan.stream else None,
-    )
+    answer = whole_of(route, exchange(plan, context), *answers)
+    return answer, stream_of(route, exchange(plan, context), *answers) if plan.stream else None
 
 
 def ollama_body(body, path="/api/chat"):
@@ -3942,20 +4002,21 @@ def test_ollamas_generate():
     ],
 )
 def test_nothing_asked_is_a_load_or_an_unload(keep_alive, reason):
-    context = OLLAMA._replace(loaded={})
     for path, more in (("/api/chat", {"messages": []}), ("/api/generate", {})):
+        body = {"model": FLASH, "keep_alive": keep_alive, **more}
         answer, _ = ollama(
-            {"model": FLASH, "keep_alive": keep_alive, **more},
+            body,
             [{"models": MODELS}],
             path=path,
-            context=context,
         )
         assert (answer["done"], answer["done_reason"], "total_duration" in answer) == (
             True,
             reason,
             False,
         )
-        assert (FLASH in context.loaded) is (reason == "load")
+        plan = asked(body, all_routes()["ollama", "POST", path].request, OLLAMA)[0]
+        assert plan.loads[0] == FLASH
+        assert (plan.loads[1] > 0) is (reason == "load")
 
 
 OLLAMA_REFUSES = {  # what is wrong: (path, body, status, Ollama's text or the place that it names)
@@ -4016,18 +4077,23 @@ OLLAMA_REFUSES = {  # what is wrong: (path, body, status, Ollama's text or the p
         "tools[0].function.name",
     ),
     "files to build from": ("/api/create", {"model": "x", "files": {"a": "b"}}, 400, "from"),
-    "a push": ("/api/push", {"model": "x"}, 400, "cannot be pushed"),
 }
 
 
 @pytest.mark.parametrize(
     "path, body, status, words", OLLAMA_REFUSES.values(), ids=list(OLLAMA_REFUSES)
 )
-def test_ollamas_own_words_for_bad_input(path, body, status, words):
+def test_ollamas_words_for_bad_input(path, body, status, words):
     with pytest.raises(ProxyError) as caught:
         asked(body, all_routes()["ollama", "POST", path].request, OLLAMA)
-    got, told = proxy.ollama_error(caught.value)
-    assert got == status and words in told["error"]
+    got, body = proxy.ollama_error(caught.value)
+    assert got == status
+    assert words in body["error"]
+
+
+def test_nothing_can_be_pushed():
+    refusal = all_routes()["ollama", "POST", "/api/push"].answer
+    assert refusal == proxy.Refusal(400, "models cannot be pushed from here: they are Google's")
 
 
 def test_ollamas_errors():
@@ -4076,15 +4142,14 @@ def test_ollamas_embeddings():
     ] == ["a", " "]
 
 
-def manage(method, path, body, context):
-    route = all_routes()["ollama", method, path]
+def manage(method, path, body, context, notes=None):
+    """The whole answer to a body, or the list of events where it wants a stream."""
+    route, notes = all_routes()["ollama", method, path], Notes() if notes is None else notes
+    context = looked_up(route, body, context, notes)
     plan = asked(body, route.request, context)[0]
-    answers = iter([iter([{"models": MODELS}])] * len(plan.calls))
-    return (
-        list(route.stream(exchange(plan, context), answers))
-        if plan.stream
-        else route.response(exchange(plan, context), answers)
-    )
+    answers = [[{"models": MODELS}]] * len(plan.calls)
+    make = stream_of if plan.stream else whole_of
+    return make(route, exchange(plan, context), *answers, notes=notes)
 
 
 def test_ollamas_lists_say_what_clients_insist_on():
@@ -4124,7 +4189,7 @@ def test_ollamas_running_models():
     assert [entry["name"] for entry in running] == [
         NEWEST + ":latest",
         FLASH + ":latest",
-    ] and "gone" not in context.loaded
+    ]
     assert (
         running[1]["expires_at"] == "2023-11-14T22:15:00.000000Z"
         and running[0]["context_length"] == 1048576
@@ -4132,15 +4197,16 @@ def test_ollamas_running_models():
     assert manage("GET", "/api/ps", {}, OLLAMA._replace(loaded={})) == {"models": []}
 
 
+def asked_with(body, context, notes, route=None):
+    """The plan for a body, with what is stored."""
+    route = route or all_routes()["ollama", "POST", "/api/chat"]
+    return asked(body, route.request, looked_up(route, body, context, notes))[0]
+
+
 def test_names_that_clients_make():
-    kept = {}
-    context = OLLAMA._replace(
-        recall=kept.get,
-        keep=kept.__setitem__,
-        kept=lambda: {key[6:]: text for key, text in kept.items() if text},
-    )
+    notes = Notes()
     assert manage(
-        "POST", "/api/copy", {"source": FLASH, "destination": "gpt-4o"}, context
+        "POST", "/api/copy", {"source": FLASH, "destination": "gpt-4o"}, OLLAMA, notes
     ) == proxy.Payload(b"")
     assert manage(
         "POST",
@@ -4152,14 +4218,11 @@ def test_names_that_clients_make():
             "parameters": {"temperature": 0.1},
             "stream": False,
         },
-        context,
+        OLLAMA,
+        notes,
     ) == {"status": "success"}
     body = (
-        asked(
-            chat(model="Pirate:latest", options={"top_k": 3}), proxy.ollama_chat_request, context
-        )[0]
-        .calls[0]
-        .body
+        asked_with(chat(model="Pirate:latest", options={"top_k": 3}), OLLAMA, notes).calls[0].body
     )
     assert (
         body["systemInstruction"] == {"parts": [{"text": "Arr."}]}
@@ -4167,10 +4230,10 @@ def test_names_that_clients_make():
         and body["generationConfig"]["topK"] == 3
     )
     assert "pirate:latest" in [
-        entry["name"] for entry in manage("GET", "/api/tags", {}, context)["models"]
+        entry["name"] for entry in manage("GET", "/api/tags", {}, OLLAMA, notes)["models"]
     ]
     assert (
-        manage("POST", "/api/show", {"model": "pirate"}, context)["details"]["parent_model"]
+        manage("POST", "/api/show", {"model": "pirate"}, OLLAMA, notes)["details"]["parent_model"]
         == FLASH
     )
     for body in (
@@ -4179,22 +4242,17 @@ def test_names_that_clients_make():
         {"source": FLASH, "destination": "a b"},
     ):
         with pytest.raises(ProxyError):
-            manage("POST", "/api/copy", body, context)
-    assert manage("DELETE", "/api/delete", {"model": "gpt-4o"}, context) == proxy.Payload(b"")
+            manage("POST", "/api/copy", body, OLLAMA, notes)
+    assert manage("DELETE", "/api/delete", {"model": "gpt-4o"}, OLLAMA, notes) == proxy.Payload(b"")
     for name, status in (("gpt-4o", 404), (FLASH, 403)):
         with pytest.raises(ProxyError) as caught:
-            manage("DELETE", "/api/delete", {"name": name}, context)
+            manage("DELETE", "/api/delete", {"name": name}, OLLAMA, notes)
         assert caught.value.status == status
 
 
 def test_a_model_made_from_an_alias_is_geminis():
-    kept = {}
-    context = OLLAMA._replace(
-        recall=kept.get,
-        keep=kept.__setitem__,
-        kept=lambda: {key[6:]: text for key, text in kept.items() if text},
-        aliases=(("fast", FLASH), ("gpt-*", NEWEST)),
-    )
+    notes = Notes()
+    context = OLLAMA._replace(aliases=(("fast", FLASH), ("gpt-*", NEWEST)))
     for source, model in (("fast", FLASH), ("gpt-4o", NEWEST), ("mario", FLASH)):
         manage(
             "POST",
@@ -4205,13 +4263,11 @@ def test_a_model_made_from_an_alias_is_geminis():
                 "parameters": {"temperature": 0.1, "top_p": 0.5},
             },
             context,
+            notes,
         )
         name = "luigi" if source == "mario" else "mario"
-        (call,) = asked(
-            chat(model=name, options={"temperature": None, "top_p": 1}),
-            proxy.ollama_chat_request,
-            context,
-        )[0].calls
+        body = chat(model=name, options={"temperature": None, "top_p": 1})
+        (call,) = asked_with(body, context, notes).calls
         assert call.model.name == (
             NEWEST if source == "gpt-4o" else FLASH if source == "fast" else NEWEST
         )
@@ -4230,12 +4286,15 @@ def test_a_model_made_from_an_alias_is_geminis():
 
 
 def test_a_recipe_for_a_model_without_a_system_instruction():
-    recipe = json.dumps({"source": "gemma-3-27b-it", "system": "Say arr.", "options": {}})
-    route = proxy.find_route("ollama", "POST", "/v1/chat/completions").route
-    plan = route.request(
-        Fields(chat(model="pirate")),
-        Context(ollama=True, recall=lambda key: recipe if key.startswith("model:pirate") else None),
+    notes = Notes(
+        {
+            "model:pirate": json.dumps(
+                {"source": "gemma-3-27b-it", "system": "Say arr.", "options": {}}
+            )
+        }
     )
+    route = proxy.find_route("ollama", "POST", "/v1/chat/completions").route
+    plan = asked_with(chat(model="pirate"), OLLAMA, notes, route)
     assert (
         plan.calls[0].body["contents"][0] == u("Say arr.")
         and "systemInstruction" not in plan.calls[0].body
@@ -4294,11 +4353,9 @@ def claude_body(body):
 def claude_says(body, *chunks):
     """(the whole message, the streamed events) when Gemini says these chunks; an event adds up to the same message."""
     plan = asked(body, proxy.anthropic_messages_request, CLAUDE)[0]
-    message, events = (
-        make(exchange(plan, CLAUDE), iter([iter(chunks)]))
-        for make in (proxy.anthropic_messages_response, proxy.anthropic_messages_stream)
-    )
-    return message, list(events)
+    route = proxy.ANTHROPIC.routes[0]
+    message = whole_of(route, exchange(plan, CLAUDE), chunks)
+    return message, stream_of(route, exchange(plan, CLAUDE), chunks)
 
 
 def use(id, name="weather", **input):
@@ -4867,22 +4924,23 @@ def test_sound_without_a_place_is_a_note():
     audio = {"inlineData": {"mimeType": "audio/wav", "data": PNG}}
     note = "\n[Gemini made something of type audio/wav, for which there is no place here.]\n"
     made = exchange(asked({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0])
-    response = proxy.openai_responses_response(made, iter([iter([whole("Hear:", audio)])]))
+    response = whole_of(RESPONSES_ROUTE, made, [whole("Hear:", audio)])
     assert [part["text"] for item in response["output"] for part in item["content"]] == [
         "Hear:" + note
     ]
     made = exchange(asked({"model": FLASH, "prompt": "Hi"}, proxy.openai_completions_request)[0])
     assert (
-        proxy.openai_completions_response(made, iter([iter([whole("Hear:", audio)])]))["choices"][
-            0
-        ]["text"]
+        whole_of(openai_route("/v1/completions"), made, [whole("Hear:", audio)])["choices"][0][
+            "text"
+        ]
         == "Hear:" + note
     )
 
 
 def test_a_response_that_fails_before_its_first_word_begins_all_the_same():
     made = exchange(asked({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0])
-    events = proxy.openai_responses_failure(made, ProxyError(429, "slow down", retry_after=7.0))
+    failure = proxy.openai_responses_failure(made, ProxyError(429, "slow down", retry_after=7.0))
+    events = kept_by(failure, Notes())
     assert [event["type"] for event in events] == [
         "response.created",
         "response.in_progress",
@@ -4942,12 +5000,15 @@ def test_recipes_hold_on_every_route(gemini):
 
 
 def test_recipes_count():
-    recipe = json.dumps({"source": FLASH, "system": "Say arr.", "options": {"temperature": 0.1}})
-    route = proxy.find_route("ollama", "POST", "/v1/messages/count_tokens").route
-    plan = route.request(
-        Fields(chat(model="pirate")),
-        Context(ollama=True, recall=lambda key: recipe if key.startswith("model:pirate") else None),
+    notes = Notes(
+        {
+            "model:pirate": json.dumps(
+                {"source": FLASH, "system": "Say arr.", "options": {"temperature": 0.1}}
+            )
+        }
     )
+    route = proxy.find_route("ollama", "POST", "/v1/messages/count_tokens").route
+    plan = asked_with(chat(model="pirate"), OLLAMA, notes, route)
     counted = plan.calls[0].body["generateContentRequest"]
     assert (
         counted["systemInstruction"]["parts"][0]["text"] == "Say arr."
@@ -5128,8 +5189,8 @@ def test_the_paths_below_responses():
     for method, path, function in (
         ("POST", "/v1/responses", proxy.openai_responses_response),
         ("POST", "/v1/responses/input_tokens", proxy.openai_input_tokens_response),
-        ("GET", "/v1/responses/resp_1", proxy.openai_kept_response),
-        ("DELETE", "/v1/responses/resp_1", proxy.openai_forget_response),
+        ("GET", "/v1/responses/resp_1", proxy.openai_stored_response),
+        ("DELETE", "/v1/responses/resp_1", proxy.openai_delete_response),
         ("GET", "/v1/responses/resp_1/input_items", proxy.openai_input_items_response),
         ("POST", "/v1/responses/resp_1/cancel", proxy.openai_cancel_response),
     ):
@@ -5205,7 +5266,8 @@ def test_no_stream_says_a_word_before_gemini_does(route):
         read.append(True)
         yield {**whole("Hello", blob("image/png", PNG), SOUND), "models": MODELS}
 
-    events = route.stream(exchange(plan), iter([chunks()]))
+    one = exchange(plan)
+    events = route.stream(one, events_of(one, [chunks()]))
     assert not read
     next(events)
     assert read
@@ -6105,7 +6167,7 @@ def requests_counted(server, route, status):
     return metrics_of(server).get(f'requests_total{{route="{route}",status="{status}"}}')
 
 
-CHAT_ROUTE = "POST /v1/chat/completions"
+CHAT_ROUTE_NAME = "POST /v1/chat/completions"
 
 
 def test_metrics_count_requests_by_route_and_status(server):
@@ -6113,20 +6175,20 @@ def test_metrics_count_requests_by_route_and_status(server):
     post(server)
     post(server, "/v1/nonsense")
     until(lambda: requests_counted(server, "other", 404) == 1)
-    until(lambda: requests_counted(server, CHAT_ROUTE, 200) == 2)
+    until(lambda: requests_counted(server, CHAT_ROUTE_NAME, 200) == 2)
 
 
 def test_metrics_measure_the_time_of_answers_and_first_bytes(server):
     post(server)
-    until(lambda: requests_counted(server, CHAT_ROUTE, 200) == 1)
+    until(lambda: requests_counted(server, CHAT_ROUTE_NAME, 200) == 1)
     metrics = metrics_of(server)
-    assert metrics[f'request_seconds_bucket{{route="{CHAT_ROUTE}",le="+Inf"}}'] == 1
-    assert metrics[f'first_byte_seconds_count{{route="{CHAT_ROUTE}"}}'] == 1
+    assert metrics[f'request_seconds_bucket{{route="{CHAT_ROUTE_NAME}",le="+Inf"}}'] == 1
+    assert metrics[f'first_byte_seconds_count{{route="{CHAT_ROUTE_NAME}"}}'] == 1
 
 
 def test_metrics_count_tokens_by_kind(server):
     post(server)
-    until(lambda: requests_counted(server, CHAT_ROUTE, 200) == 1)
+    until(lambda: requests_counted(server, CHAT_ROUTE_NAME, 200) == 1)
     metrics = metrics_of(server)
     kinds = ("prompt", "output", "thoughts")
     assert [metrics[f'tokens_total{{kind="{kind}"}}'] for kind in kinds] == [4, 7, 2]
@@ -8095,13 +8157,9 @@ def test_the_readmes_parameters_of_responses_are_treated_as_it_says():
         for name in names.split(", ")
     }
     assert set(table) == set(RESPONSE_SAMPLES)
-    context = Context(
-        recall=lambda key: (
-            "[]"
-            if key.startswith("input:")
-            else json.dumps({"output": [], "previous_response_id": None})
-        )
-    )
+    id = RESPONSE_SAMPLES["previous_response_id"]
+    response = json.dumps({"output": [], "previous_response_id": None})
+    context = Context(stored={f"input:{id}": "[]", f"response:{id}": response})
     for name, kind in table.items():
         ignored = asked(
             {"model": FLASH, "input": "Hi", name: RESPONSE_SAMPLES[name]},
