@@ -7578,19 +7578,6 @@ class Gemini:
         count = functools.partial(self.count, "signatures_total")
         return restore_signatures(call, scope, recall, count)
 
-    def identified(self, events: Iterable[Event], call: GeminiCall, key: str) -> Iterator[Event]:
-        """The events of an answer, with ids for its tool calls, which come one after the other."""
-        tool_calls: list[ToolCall] = []
-        for event in events:
-            if isinstance(event, ToolCall):
-                tool_calls.append(event)
-                continue
-            if tool_calls:
-                ids = self.remember(call, key, tool_calls)
-                yield from [one._replace(id=one_id) for one, one_id in zip(tool_calls, ids)]
-                tool_calls = []
-            yield event
-
     def remember(self, call: GeminiCall, key: str, calls: list[ToolCall]) -> list[str]:
         """New ids for the tool calls in an answer; what Gemini wants back is put under them."""
         ids = ["call_" + secrets.token_hex(12) for _ in calls]
@@ -7610,13 +7597,6 @@ class Gemini:
             if any(words[2:]):
                 self.memory.put(f"{scope}:call:{call_id}", digest, " ".join(words))
         return ids
-
-
-def timed(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[JSON]:
-    """The chunks; each moves the exchange's clock on."""
-    for chunk in chunks:
-        exchange.now = time.time()
-        yield chunk
 
 
 class Shelf(NamedTuple):
@@ -7639,8 +7619,8 @@ class Shelf(NamedTuple):
     def get(self, key: str) -> str:
         """The text under a key; under one that ends in "*" the pinned keys that begin so."""
         if key.endswith("*"):
-            names = [name[len(self.prefix) :] for name, _ in self.memory.pinned(self.prefix)]
-            return "\n".join(name for name in names if name.startswith(key[:-1]))
+            keys = [name[len(self.prefix) :] for name, _ in self.memory.pinned(self.prefix)]
+            return "\n".join(name for name in keys if name.startswith(key[:-1]))
         text = self.memory.get(self.prefix + key) or ""
         if text and not key.startswith(RECIPE):
             self.memory.put(self.prefix + key, None, text)  # what is in use is not evicted next
@@ -7652,22 +7632,6 @@ class Shelf(NamedTuple):
             self.memory.pin(self.prefix, key, item.text)
         else:
             self.memory.put(key, None, item.text)
-
-    def keep_and_pass(self, events: Iterable[Any]) -> Iterator[JSON]:
-        """The events for the client; the others say what to keep."""
-        for event in events:
-            if isinstance(event, Keep):
-                self.keep(event)
-            else:
-                yield event
-
-    def keep_all(self, answer: Any) -> Any:
-        """A whole answer for the client, when what goes with it is kept."""
-        if not isinstance(answer, Kept):
-            return answer
-        for item in answer.keep:
-            self.keep(item)
-        return answer.answer
 
 
 def scope_of(key: str) -> str:
@@ -7880,16 +7844,12 @@ class ClientSocket(io.RawIOBase):
     """A client's (non-blocking) socket as a file that waits: between requests, also for the end."""
 
     def __init__(self, sock: socket.socket, ending: int):
-        self.sock, self.fd = sock, sock.fileno()
+        self.sock = sock
         self.idle = True  # no byte of the next request has come
         self.unused = True  # no byte of any request has come
         self.opened = time.monotonic()
         self.deadline = math.inf  # for all that the client is sending
-        self.busy_poll, self.idle_poll = select.poll(), select.poll()
-        self.busy_poll.register(sock, select.POLLIN)
-        self.idle_poll.register(sock, select.POLLIN)
-        if ending >= 0:
-            self.idle_poll.register(ending, select.POLLIN)
+        self.busy_poller, self.idle_poller = Poller(sock), Poller(sock, ending)
 
     def readable(self) -> bool:
         return True
@@ -7912,17 +7872,16 @@ class ClientSocket(io.RawIOBase):
 
         A silent client is a socket.timeout (which is not TimeoutError before Python 3.10).
         """
-        poll = self.idle_poll if self.idle else self.busy_poll
-        seconds = max(0, min(CLIENT_SECONDS, self.deadline - time.monotonic()))
-        ready = poll.poll(seconds * 1000)
+        poller = self.idle_poller if self.idle else self.busy_poller
+        ready = poller.wait(min(CLIENT_SECONDS, self.deadline - time.monotonic()))
         if not ready:
             raise socket.timeout("the client is silent")
-        if any(fd == self.fd for fd, _ in ready):
+        if self.sock.fileno() in ready:
             return True
         grace = 0.0
         if self.unused:  # its first request may be on its way
-            grace = max(0, self.opened + FINAL_SECONDS - time.monotonic())
-        return bool(self.busy_poll.poll(grace * 1000))
+            grace = self.opened + FINAL_SECONDS - time.monotonic()
+        return bool(self.busy_poller.wait(grace))
 
     def is_sending(self) -> bool:
         """Whether the head of a request is coming in that began less than FINAL_SECONDS ago."""
@@ -7939,9 +7898,9 @@ class ClientSocket(io.RawIOBase):
         try:
             return self.sock.send(view)
         except BlockingIOError:
-            room = select.poll()
-            room.register(self.sock, select.POLLOUT)
-            if not room.poll(CLIENT_SECONDS * 1000):
+            poller = Poller()
+            poller.watch(self.sock, WRITABLE)
+            if not poller.wait(CLIENT_SECONDS):
                 raise socket.timeout("the client takes nothing") from None
             return 0
 
@@ -8227,11 +8186,11 @@ class RequestCycle:
         self.began = self.first_byte = time.monotonic()  # first_byte: of the answer
         self.request_id = "req_" + secrets.token_hex(12)
         self.head = RequestHead()
+        self.key = ""  # for Gemini
         self.protocol = protocol_of(self.server.config.api, "/")  # until the path is known
         self.route: Route | None = None
         self.route_name = "other"  # for the metrics
         self.exchange: Exchange | None = None
-        self.shelf: Shelf | None = None  # what is stored for this client
         self.ignored: list[str] = []  # what nobody read of the request, by name
         self.left_out: list[str] = []  # what Gemini would not take; grows while it is called
         self.status = 0  # of the answer; 0 until its head is written
@@ -8276,12 +8235,12 @@ class RequestCycle:
         else:
             match = find_route(api, method, path)
             self.protocol, self.route_name = match.protocol, match.route.name
-            key = upstream_key(self.head, server.config)
-            self.answer(match.route, self.plan(match, query, key), key)
+            self.key = upstream_key(self.head, server.config)
+            self.answer(match.route, self.plan(match, query))
 
-    def plan(self, match: Found, query: str, key: str) -> Exchange:
-        """Read the body and plan the calls to Gemini: the Exchange that the route answers from."""
-        route, server = match.route, self.server
+    def plan(self, match: Found, query: str) -> Exchange:
+        """Read the body, look up what is stored for it, and plan the calls to Gemini."""
+        server, route = self.server, match.route
         if isinstance(route.answer, Refusal):
             raise ProxyError(*route.answer)
         fields = dict(urllib.parse.parse_qsl(query))
@@ -8291,9 +8250,8 @@ class RequestCycle:
         try:
             body = self.read_fields(route)
             keys = recipe_keys(body, context) + route.keys(body, context)
-            self.shelf = server.shelf(key)
             if keys:
-                context = context._replace(stored=self.shelf.look_up(keys))
+                context = context._replace(stored=server.shelf(self.key).look_up(keys))
             plan = route.request(body, context)
         except RecursionError:
             raise nested_too_deeply() from None
@@ -8307,7 +8265,7 @@ class RequestCycle:
         body = self.connection.read_body(self.head)
         return route.parse(body, self.head.headers.get("content-type", ""))
 
-    def answer(self, route: Route, exchange: Exchange, key: str) -> None:
+    def answer(self, route: Route, exchange: Exchange) -> None:
         """Ask Gemini what the plan says, and answer with what the route makes of it.
 
         Neither the waiter nor the batch is kept in this object: both lead back to it.
@@ -8321,38 +8279,66 @@ class RequestCycle:
         client = self.connection.connection
         waiter = Waiter(client, server.config.timeout, server.stopping, keep_alive)
         try:
-            with server.gemini.call(plan.calls, waiter, key) as batch:
+            with server.gemini.call(plan.calls, waiter, self.key) as batch:
                 self.left_out = batch.ignored
-                self.send(route, exchange, self.answers(exchange, batch, key), server.shelf(key))
+                answers = self.read_answers(batch, exchange)
+                if plan.stream and route.stream:
+                    self.send_stream(self.kept(route.stream(exchange, answers)))
+                else:
+                    self.send_answer(200, self.whole_answer(route, exchange, answers))
         except ProxyError as error:
-            self.add_model_to(error, exchange, waiter, key)
+            self.add_model_to(error, exchange, waiter)
             raise
+        if plan.loads:
+            server.load(*plan.loads)
 
-    def send(self, route: Route, exchange: Exchange, answers: Answers, shelf: Shelf) -> None:
-        """Send what the route makes of Gemini's answers, and keep what it wants to be kept."""
-        if route.answer is not None:
-            self.send_answer(200, route.answer)
-        elif exchange.plan.stream and route.stream:
-            self.send_stream(shelf.keep_and_pass(route.stream(exchange, answers)))
-        elif route.response:
-            self.send_answer(200, shelf.keep_all(route.response(exchange, answers)))
-        elif route.stream:
-            self.send_answer(200, shelf.keep_all(last_event(route.stream(exchange, answers))))
-        if exchange.plan.loads:
-            self.server.load(*exchange.plan.loads)
-
-    def answers(self, exchange: Exchange, batch: CallBatch, key: str) -> Answers:
-        """For each call of the plan its events, where it generates, or its chunks of JSON."""
-        chat = exchange.plan.chat
-        for call, chunks in zip(exchange.plan.calls, batch):
+    def read_answers(self, batch: CallBatch, exchange: Exchange) -> Answers:
+        """For each call its events, or its chunks of JSON where it does not generate."""
+        for call, untimed in zip(exchange.plan.calls, batch):
+            chunks = timed(untimed, exchange)
             if not call.generates:
-                yield timed(chunks, exchange)
+                yield chunks
                 continue
-            events = read_gemini(timed(chunks, exchange), exchange)
-            events = self.server.gemini.identified(events, call, key)
-            yield chat_events(events, call, chat) if chat else events
+            events = self.identified(call, read_gemini(chunks, exchange))
+            if exchange.plan.chat:
+                events = chat_events(events, call, exchange.plan.chat)
+            yield events
 
-    def add_model_to(self, error: ProxyError, exchange: Exchange, waiter: Waiter, key: str) -> None:
+    def identified(self, call: GeminiCall, events: Iterable[Event]) -> Iterator[Event]:
+        """The events, with ids for the tool calls, under which their signatures are kept."""
+        tool_calls: list[ToolCall] = []
+        for event in events:
+            if isinstance(event, ToolCall):
+                tool_calls.append(event)
+                continue
+            if tool_calls:
+                ids = self.server.gemini.remember(call, self.key, tool_calls)
+                yield from (item._replace(id=new_id) for item, new_id in zip(tool_calls, ids))
+                tool_calls = []
+            yield event
+
+    def kept(self, events: Iterable[Any]) -> Iterator[JSON]:
+        """The events for the client. A Keep among them is kept instead."""
+        for event in events:
+            if isinstance(event, Keep):
+                self.server.shelf(self.key).keep(event)
+            else:
+                yield event
+
+    def whole_answer(self, route: Route, exchange: Exchange, answers: Answers) -> Any:
+        """The route's answer to a client that wants no stream. What is to be kept is kept."""
+        answer = route.answer
+        if route.response:
+            answer = route.response(exchange, answers)
+        elif route.stream:
+            answer = last_event(route.stream(exchange, answers))
+        if isinstance(answer, Kept):
+            for item in answer.keep:
+                self.server.shelf(self.key).keep(item)
+            return answer.answer
+        return answer
+
+    def add_model_to(self, error: ProxyError, exchange: Exchange, waiter: Waiter) -> None:
         """Add to "no such model" how the client spelt it, and whether Gemini lists it.
 
         This calls Gemini while an error waits to be sent: the error of a model that is listed, but
@@ -8362,7 +8348,7 @@ class RequestCycle:
             return
         error.model = exchange.model
         with contextlib.suppress(ProxyError):
-            (chunk,) = ModelList(self.server.gemini, waiter, key).chunks()
+            (chunk,) = ModelList(self.server.gemini, waiter, self.key).chunks()
             names = [get_or_empty(entry, "name", str) for entry in chunk["models"]]
             error.listed = model_named(exchange.model, exchange.context).path in names
 
@@ -8449,8 +8435,8 @@ class RequestCycle:
 
     def last_events(self, error: ProxyError) -> list[JSON]:
         """The end of a stream that failed."""
-        if self.route and self.route.failure and self.exchange and self.shelf:
-            return list(self.shelf.keep_and_pass(self.route.failure(self.exchange, error)))
+        if self.route and self.route.failure and self.exchange:
+            return list(self.kept(self.route.failure(self.exchange, error)))
         return [self.protocol.stream_error(error)]
 
     # ---- its account ----
@@ -8475,6 +8461,13 @@ class RequestCycle:
             if tokens:
                 self.server.metrics.add("tokens_total", kind, amount=tokens)
         return f" {self.exchange.model[:100]!r} {usage.prompt}+{usage.output} tokens"
+
+
+def timed(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[JSON]:
+    """The chunks; the exchange learns when each of them came."""
+    for chunk in chunks:
+        exchange.now = time.time()
+        yield chunk
 
 
 # ---- the server ----
@@ -8546,7 +8539,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def shelf(self, key: str) -> Shelf:
         """What is stored for the users of this Gemini key. With -client-keys, each has its own."""
-        return Shelf(self.gemini.memory, f"{scope_of(key)}:" if self.config.client_keys else "")
+        prefix = f"{scope_of(key)}:" if self.config.client_keys else ""
+        return Shelf(self.gemini.memory, prefix)
 
     def load(self, name: str, seconds: float) -> None:
         """List a model as loaded for so long; none at all takes it out."""
@@ -8584,15 +8578,14 @@ class Server(http.server.ThreadingHTTPServer):
         """Accept clients until a signal says stop; then let what is under way end."""
         self.ending, end = os.pipe()
         self.stopping, stop = os.pipe()
-        poll = select.poll()
-        poll.register(signals.pipe, select.POLLIN)
+        poller = Poller(signals.pipe)
         while not signals.should_stop():
             signals.ping_watchdog()
-            events, seconds = select.POLLIN, signals.poll_seconds
+            event, seconds = READABLE, signals.poll_seconds
             if len(self.handlers) >= max_connections():
-                events, seconds = 0, FULL_PAUSE_SECONDS
-            poll.register(self.socket, events)
-            for fd, _ in poll.poll(1000 * seconds):
+                event, seconds = 0, FULL_PAUSE_SECONDS
+            poller.watch(self.socket, event)
+            for fd in poller.wait(seconds):
                 if fd == signals.pipe:
                     signals.drain_pipe()
                 else:
@@ -8614,15 +8607,12 @@ class Server(http.server.ThreadingHTTPServer):
         health checks have the time to see the end before idle connections are closed.
         """
         self.draining, deadline = True, time.monotonic() + DRAIN_NOTICE_SECONDS
+        poller = Poller(self.socket)
         while (self.handlers or self.unstarted) and time.monotonic() < deadline:
-            if select.select([self.socket], [], [], 0.01)[0]:
+            if poller.wait(0.01):
                 self.accept_pending()
         deadline += FINAL_SECONDS  # for clients that come back at once after each answer
-        while (
-            not self.shared
-            and time.monotonic() < deadline
-            and select.select([self.socket], [], [], 0)[0]
-        ):
+        while not self.shared and time.monotonic() < deadline and poller.wait(0):
             self.accept_pending()
         self.server_close()
         os.close(end)

@@ -6170,7 +6170,7 @@ def requests_counted(server, route, status):
     return metrics_of(server).get(f'requests_total{{route="{route}",status="{status}"}}')
 
 
-CHAT_ROUTE = "POST /v1/chat/completions"
+CHAT_ROUTE_NAME = "POST /v1/chat/completions"
 
 
 def test_metrics_count_requests_by_route_and_status(server):
@@ -6178,20 +6178,20 @@ def test_metrics_count_requests_by_route_and_status(server):
     post(server)
     post(server, "/v1/nonsense")
     until(lambda: requests_counted(server, "other", 404) == 1)
-    until(lambda: requests_counted(server, CHAT_ROUTE, 200) == 2)
+    until(lambda: requests_counted(server, CHAT_ROUTE_NAME, 200) == 2)
 
 
 def test_metrics_measure_the_time_of_answers_and_first_bytes(server):
     post(server)
-    until(lambda: requests_counted(server, CHAT_ROUTE, 200) == 1)
+    until(lambda: requests_counted(server, CHAT_ROUTE_NAME, 200) == 1)
     metrics = metrics_of(server)
-    assert metrics[f'request_seconds_bucket{{route="{CHAT_ROUTE}",le="+Inf"}}'] == 1
-    assert metrics[f'first_byte_seconds_count{{route="{CHAT_ROUTE}"}}'] == 1
+    assert metrics[f'request_seconds_bucket{{route="{CHAT_ROUTE_NAME}",le="+Inf"}}'] == 1
+    assert metrics[f'first_byte_seconds_count{{route="{CHAT_ROUTE_NAME}"}}'] == 1
 
 
 def test_metrics_count_tokens_by_kind(server):
     post(server)
-    until(lambda: requests_counted(server, CHAT_ROUTE, 200) == 1)
+    until(lambda: requests_counted(server, CHAT_ROUTE_NAME, 200) == 1)
     metrics = metrics_of(server)
     kinds = ("prompt", "output", "thoughts")
     assert [metrics[f'tokens_total{{kind="{kind}"}}'] for kind in kinds] == [4, 7, 2]
@@ -6321,7 +6321,7 @@ def test_a_body_may_come_in_chunks_with_extensions_and_trailers(server, size):
         assert client.request("GET", "/healthz")[0] == 200
 
 
-def test_a_client_that_expects_it_is_told_to_continue(server):
+def test_a_client_that_expects_100_continue_gets_it(server):
     head, _, data = raw_chat().partition(b"\r\n\r\n")
     with RawClient(server) as client:
         client.send(head + b"\r\nExpect: 100-continue\r\n\r\n")
