@@ -6871,8 +6871,13 @@ class Response:
         while self.status < 200:
             version = self.read_head()
         self.chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
-        if "content-length" in self.headers and not self.chunked:
-            self.left = content_length(self.headers["content-length"])
+        length = self.headers.get("content-length")
+        if length is not None and not self.chunked:
+            if not length.isdecimal():  # int() takes more than HTTP does; the error is its own
+                raise http.client.HTTPException(
+                    f"invalid literal for int() with base 10: {length!r}"
+                )
+            self.left = int(length)
             self.complete = not self.left
         known_end = self.chunked or self.left is not None
         closes = "close" in self.headers.get("connection", "").lower()
@@ -6945,17 +6950,6 @@ class Response:
         """The connection, which this no longer reads from. (A lost response closes it.)"""
         self.file.detach()
         return self.connection
-
-
-def content_length(text: str) -> int:
-    """The number in a Content-Length header; an HTTPException if it is none."""
-    try:
-        length = int(text)
-    except ValueError as error:
-        raise http.client.HTTPException(str(error)) from None
-    if not text.isdecimal():
-        raise http.client.HTTPException(f"this is not a Content-Length: {text[:60]!a}")
-    return length
 
 
 class UpstreamRequest(urllib.request.Request):
@@ -7171,9 +7165,8 @@ class UpstreamCall:
     def send(self, fresh: bool = False) -> None:
         """Make an attempt; on a fresh connection where an idle one has just failed.
 
-        It does not raise what goes wrong on the way to Gemini. Calls are sent before their turn,
-        several at a time, and an error must not overtake the answers that come before it: it is
-        read as the answer to this call.
+        An error on the way to Gemini is kept for begin(): calls are sent ahead, several at a time,
+        and it must not overtake the answers that come before it.
         """
         self.attempts += 1
         body = None
@@ -7466,6 +7459,8 @@ class Memory:
 
     def read(self, statement: str, **values: str | None) -> list[Any]:
         """The rows that a SELECT gives; none if the database fails."""
+        if self.database is None and self.path == ":memory:":
+            return []  # nothing is in it, so that SQLite need not be loaded
         with self.lock:
             if time.monotonic() < self.reads_resume:
                 return []
@@ -7510,22 +7505,13 @@ class Memory:
 
     def pinned(self, group: str) -> list[tuple[str, str]]:
         """(key, text) of all that is pinned in this group."""
-        if self.empty:
-            return []
         return self.read(self.SELECT_GROUP, alias=self.PINNED + group)
 
     def get(self, key: str | None, alias: str | None = None) -> str | None:
         """The text under this key, else the last one under this alias, or None."""
-        if self.empty:
-            return None
         for (text,) in self.read(self.SELECT, key=key, alias=alias):
             return str(text)
         return None
-
-    @property
-    def empty(self) -> bool:
-        """Whether it is certain that nothing is in it, so that SQLite need not be loaded."""
-        return self.database is None and self.path == ":memory:"
 
 
 # ---- the service ----
