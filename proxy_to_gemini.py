@@ -6581,14 +6581,14 @@ SINGLE_HEADERS = ("host", "content-length", "transfer-encoding")  # two of them 
 MAX_HEAD_BYTES = 64 << 10  # of the first line and the headers of a request or an answer
 
 
-class BadHead(ProxyError):
+class BadHeadError(ProxyError):
     """This is not the head of an HTTP message."""
 
 
 def read_headers(file: io.BufferedIOBase, limit: int) -> dict[str, str]:
     """The headers up to the empty line, by name in lower case; they may have `limit` bytes.
 
-    A BadHead for what another reader might take for something else (RFC 9112, section 5). The
+    A BadHeadError for what another reader might take for something else (RFC 9112, section 5). The
     library's parser is one for mail: it stops at a malformed line without an error, and costs as
     much as the translation of a short chat.
     """
@@ -6600,15 +6600,15 @@ def read_headers(file: io.BufferedIOBase, limit: int) -> dict[str, str]:
             return headers
         match = HEADER_LINE.fullmatch(line)
         if limit < 0:
-            raise BadHead(431, "The headers are too large.")
+            raise BadHeadError(431, "The headers are too large.")
         if not match:
-            raise BadHead(400, "This is not an HTTP header line: " + ascii(line[:60]))
+            raise BadHeadError(400, "This is not an HTTP header line: " + ascii(line[:60]))
         name = match.group(1).decode().lower()
         value = match.group(2).strip(b" \t").decode("latin-1")
         if name not in headers:
             headers[name] = value
         elif name in SINGLE_HEADERS:
-            raise BadHead(400, f"The header {name} comes twice.")
+            raise BadHeadError(400, f"The header {name} comes twice.")
         else:
             headers[name] += f", {value}"
 
@@ -6624,7 +6624,7 @@ if not POLLRDHUP and sys.platform.startswith("linux"):
 HANGUP = POLLRDHUP or READABLE
 
 
-class ClientGone(Exception):
+class ClientGoneError(Exception):
     """The client has left, so there is nobody to finish the call to Gemini for."""
 
 
@@ -6713,7 +6713,7 @@ class Waiter:
             if fd == self.stopping:
                 raise ProxyError(503, "The server is shutting down.")
             if fd != gemini_fd and self.client_left(poller):
-                raise ClientGone
+                raise ClientGoneError
 
     def client_left(self, poller: Poller) -> bool:
         """Whether the client hung up; a system without POLLRDHUP only says that it can be read."""
@@ -6895,7 +6895,7 @@ class Response:
         self.status, self.reason = int(status), reason.decode("latin-1")
         try:
             self.headers = read_headers(self.file, MAX_HEAD_BYTES)
-        except BadHead as error:
+        except BadHeadError as error:
             raise http.client.HTTPException(error.message) from None
         return version
 
@@ -6929,7 +6929,7 @@ class Response:
         self.complete = True
         try:
             read_headers(self.file, MAX_HEAD_BYTES)
-        except BadHead:
+        except BadHeadError:
             self.persistent = False  # the body is whole, but what comes after it is unclear
 
     def read(self, limit: int = sys.maxsize) -> bytes:
@@ -7184,7 +7184,7 @@ class UpstreamCall:
         self.sent = time.monotonic()
 
     def chunks(self) -> Iterator[JSON]:
-        """Gemini's answer: one chunk, or those of a stream; a ProxyError or ClientGone if it fails.
+        """Gemini's answer: one chunk, or those of a stream; a ProxyError or ClientGoneError if it fails.
 
         A call that nobody has sent is sent now.
         """
@@ -7984,7 +7984,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 line = self.rfile.readline(MAX_HEAD_BYTES)
             if line:
                 RequestCycle(self).run(line)
-        except (ClientGone, OSError):
+        except (ClientGoneError, OSError):
             self.close_connection = True
 
     def read_headers(self, first: RequestHead, limit: int) -> RequestHead:
@@ -8013,7 +8013,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_exactly(self, size: int) -> bytes:
         data = self.rfile.read(size)
         if len(data) < size:
-            raise ClientGone
+            raise ClientGoneError
         return data
 
     def read_chunked(self) -> bytes:
@@ -8065,7 +8065,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.client.send(data)
         except OSError:
-            raise ClientGone from None
+            raise ClientGoneError from None
 
     def finish(self) -> None:
         """End. A client that still sends can read its refusal before (RFC 9112, section 9.6)."""
@@ -8193,7 +8193,7 @@ class RequestCycle:
             self.fail(error)
         except RecursionError:
             self.fail(invalid_answer("it is nested too deeply"))
-        except (ClientGone, OSError):
+        except (ClientGoneError, OSError):
             self.status = self.status or 499  # nginx's number for a client that left
             raise
         except Exception:

@@ -5329,7 +5329,7 @@ class Service:
         leaving = threading.Timer(0.1, self.leave)
         leaving.start()
         began = time.monotonic()
-        with pytest.raises(proxy.ClientGone):
+        with pytest.raises(proxy.ClientGoneError):
             self.chunks(call)
         leaving.join()
         return time.monotonic() - began
