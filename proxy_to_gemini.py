@@ -1,33 +1,33 @@
 #!/usr/bin/env python3
 """proxy_to_gemini.py: an OpenAI or Ollama server in one file, answered by Google's Gemini.
 
-    GEMINI_API_KEY=... python3 proxy_to_gemini.py                # an OpenAI server at 127.0.0.1:5555
-    GEMINI_API_KEY=... python3 proxy_to_gemini.py -api=ollama    # an Ollama server
+    GEMINI_API_KEY=... python3 proxy_to_gemini.py               # OpenAI's API at 127.0.0.1:5555
+    GEMINI_API_KEY=... python3 proxy_to_gemini.py -api=ollama   # Ollama's API
 
 It needs Python 3.9 or newer and nothing else. How a request goes through this file:
 
-    client JSON --parse--> Fields --route.request--> Plan(GeminiCall, ...) --Client--> chunks of JSON
-                    |                     ^                                               |
-                    '--> Chat --chat_call-' (chat endpoints)                         read_gemini
-                                                                                          v
+    client JSON --parse--> Fields --route.request--> Plan(GeminiCall, ...) --Client--> chunks
+                              |                        ^                                 |
+                              '---> Chat --chat_call---' (chat endpoints)           read_gemini
+                                                                                         v
     whole answer <--route.response-- Answer <--whole-- Text | ToolCall | Media | End (ids by Server)
-    wire events  <--route.stream----------------------'
+    wire events  <--route.stream------------------------'
 
 Where to look
     1. Vocabulary                the nouns everything else is written in
     2. Models                    one table of what their names say; names, stand-ins and recipes
-    3. Writing Gemini            parts, turns, settings, functions and schemas, repairs, signatures
-    4. Reading Gemini            from bytes to chunks, from chunks to events; refusals, usage, citations
-    5. Conversation              a question and an answer in nobody's dialect, and what the dialects share
+    3. Writing Gemini            parts, turns, settings, functions, schemas, repairs, signatures
+    4. Reading Gemini            from bytes to chunks to events; refusals, usage, citations
+    5. Conversation              a question and an answer in no dialect; what all dialects share
     6. OpenAI chat               messages, tools, settings, choices and chunks
     7. OpenAI's other endpoints  embeddings, completions, images, speech, transcripts, models
-    8. Responses                 OpenAI's newer endpoint, from input items to output items; OpenAI's routes
+    8. Responses                 from input items to output items; OpenAI's routes
     9. Ollama                    chat, generate, embeddings, models and their management
     10. Anthropic                messages and their counting
-    11. Routing                  which route answers a path, and in which protocol an error is told
-    12. Client                   the only code that talks to Gemini: pooled connections, waiting, retries, memory
-    13. Server                   the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
-    14. Command line             flags and environment, systemd, workers, checks, start and end
+    11. Routing                  which route answers a path, and the protocol of its errors
+    12. Client                   all that talks to Gemini: waiting, connections, attempts, memory
+    13. Server                   all that talks to clients: metrics, HTTP, who may call, answers
+    14. Command line             flags, environment, systemd, workers, checks, start and end
 
 Sections 1 to 11 are pure: they get values and give values. Time and ids are given to them; what is
 stored is looked up before (Route.keys), and what they want to be kept they return (Keep). Gemini's
@@ -226,10 +226,11 @@ class Tracked(NamedTuple):
 
 
 class Fields:
-    """An object of the client's JSON, which knows its path in the body and which of its keys were read.
+    """An object of the client's JSON, which knows its path in the body and which of its keys were
+    read.
 
-    null counts as absent: client libraries send it for whatever was not set. What nobody ever read is
-    named as ignored in the answer.
+    null counts as absent: client libraries send it for whatever was not set. What nobody ever read
+    is named as ignored in the answer.
     """
 
     __slots__ = ("data", "path", "read", "tracked")
@@ -239,8 +240,8 @@ class Fields:
             raise wrong_type(path, (dict,), data)
         self.data, self.path = data, path
         self.read: set[str] = set()
-        # All objects of this body, and names to report as ignored. It does not hold the Fields, which
-        # hold it: a cycle would keep a large body until the garbage collector runs.
+        # All objects of this body, and names to report as ignored. It does not hold the Fields,
+        # which hold it: a cycle would keep a large body until the garbage collector runs.
         self.tracked: list[Tracked | str] = [] if tracked is None else tracked
         self.tracked.append(Tracked(path, data, self.read))
 
@@ -309,7 +310,8 @@ class Fields:
         return self.object(key) or Fields({}, self.path_of(key), self.tracked)
 
     def object_or_self(self, key: str) -> Fields:
-        """The object under this key; where there is no such key, this one, which clients send flat."""
+        """The object under this key; where there is no such key, this one, which clients send
+        flat."""
         return self.require_object(key) if key in self.data else self
 
     def peek(self, key: str) -> Any:
@@ -426,7 +428,8 @@ def bad_form(why: str) -> ProxyError:
 def parse_form(raw: bytes, content_type: str) -> Fields:
     """The client's form as Fields: texts, Uploads, and lists of them under names in []; else a 400.
 
-    RFC 7578 and RFC 2046, with nothing before the first part; each piece must be what it says it is.
+    RFC 7578 and RFC 2046, with nothing before the first part; each piece must be what it says it
+    is.
     """
     match = FORM_TYPE.fullmatch(content_type)
     if not match:
@@ -477,7 +480,8 @@ def form_part(piece: bytes) -> tuple[str, str | Upload]:
 
 
 def form_headers(head: bytes) -> dict[str, str]:
-    """The headers of a part, from the end of its delimiter's line; empty where they are no headers."""
+    """The headers of a part, from the end of its delimiter's line; empty where they are no
+    headers."""
     try:
         rest, *lines = head.decode().split("\r\n")
     except UnicodeDecodeError:
@@ -493,7 +497,8 @@ FORM_SCALAR = re.compile(r"true|false|null|-?\d{1,9}(\.\d{1,17})?", re.I | re.A)
 
 
 def form_scalars(body: Fields, *keys: str) -> None:
-    """Read these texts of a form as the numbers and booleans that they are in JSON, where they are."""
+    """Read these texts of a form as the numbers and booleans that they are in JSON, where they
+    are."""
     for key in keys:
         text = body.data.get(key)
         if type(text) is str and FORM_SCALAR.fullmatch(text):
@@ -754,8 +759,9 @@ BEFORE_GEMINI_3 = {
 
 # What the name of a model says of it: (below this generation, the beginning of the name, traits).
 # Each row that fits counts, later ones more. A new family is a new row; a name that fits no row is
-# taken for the newest kind. Thinking: https://ai.google.dev/gemini-api/docs/thinking; output limits:
-# https://ai.google.dev/gemini-api/docs/models; the rest is from Gemini's refusals, in recordings.
+# taken for the newest kind. Thinking: https://ai.google.dev/gemini-api/docs/thinking; output
+# limits: https://ai.google.dev/gemini-api/docs/models; the rest is from Gemini's refusals, in
+# recordings.
 TRAITS: tuple[tuple[float, str, dict[str, Any]], ...] = (
     (3.5, r"", {"prefills": True}),
     (math.inf, r"gemini-3\.5-flash(?!-lite)", {"prefills": True}),
@@ -809,7 +815,8 @@ def no_such_model(name: str) -> ProxyError:
 
 
 class Recipe(NamedTuple):
-    """A model that a client of Ollama created: one of Gemini's, with words and options of its own."""
+    """A model that a client of Ollama created: one of Gemini's, with words and options of its
+    own."""
 
     source: str = ""
     system: str = ""
@@ -877,8 +884,8 @@ def model_named(model_name: str, context: Context) -> Model:
     return model_of(name)
 
 
-# For each media endpoint: OpenAI's names (and Google's former ones), Gemini's models that can do it,
-# and the one that stands in for the former.
+# For each media endpoint: OpenAI's names (and Google's former ones), Gemini's models that can do
+# it, and the one that stands in for the former.
 DEFAULT_MEDIA_MODELS = {
     "image": (
         r"dall-e|(chat)?gpt-image|imagen",
@@ -893,7 +900,8 @@ DEFAULT_MEDIA_MODELS = {
 def media_model(model_name: str, what: str, context: Context) -> Model:
     """The model for one of DEFAULT_MEDIA_MODELS, "" for the default.
 
-    An alias glob for chats, such as `-alias='gpt-*=...'`, does not apply to image models and the like.
+    An alias glob for chats, such as `-alias='gpt-*=...'`, does not apply to image models and the
+    like.
     """
     openai_names, gemini_names, default = DEFAULT_MEDIA_MODELS[what]
     model = model_named(model_name or default, context)
@@ -926,7 +934,7 @@ def usable_models(answers: Answers, context: Context) -> dict[str, JSON]:
 
 
 # ======================================================================================
-# 3. Writing Gemini: parts, turns, settings, functions and schemas, repairs, signatures
+# 3. Writing Gemini: parts, turns, settings, functions, schemas, repairs, signatures
 # ======================================================================================
 
 # ---- parts ----
@@ -1838,7 +1846,7 @@ def count_call(call: GeminiCall, model: Model) -> GeminiCall:
 
 
 # ======================================================================================
-# 4. Reading Gemini: from bytes to chunks, from chunks to events; refusals, usage, citations
+# 4. Reading Gemini: from bytes to chunks to events; refusals, usage, citations
 # ======================================================================================
 
 # ---- refusals ----
@@ -2311,7 +2319,7 @@ def character(offset: int, said: bytes, pieces: list[tuple[str, bool]]) -> int:
 
 
 # ======================================================================================
-# 5. Conversation: a question and an answer in nobody's dialect, and what the dialects share
+# 5. Conversation: a question and an answer in no dialect; what all dialects share
 # ======================================================================================
 
 # ---- questions ----
@@ -2326,10 +2334,10 @@ class Chat(NamedTuple):
     tools: Tools = Tools()
     choice: ToolChoice = ToolChoice()
     thinking: Thinking = Thinking()
-    sampling: JSON = {}  # from sampling_config
+    sampling: Mapping[str, Any] = {}  # from sampling_config
     schema: JSON | None = None  # of an answer in JSON; ANY_JSON where any will do; None: text
-    settings: JSON = {}  # more of the generationConfig: modalities, speech
-    fields: JSON = {}  # more of the request: Google's own settings
+    settings: Mapping[str, Any] = {}  # more of the generationConfig: modalities, speech
+    fields: Mapping[str, Any] = {}  # more of the request: Google's own settings
     recipe: Recipe = Recipe()
     stream: bool = False
 
@@ -2370,8 +2378,8 @@ def count_plan(plan: Plan, model: Model) -> Plan:
 
 
 GAP_INSTRUCTION = (
-    "You fill a gap in a text, as an editor's completion does. You get what stands before the gap and "
-    "what stands after it. Answer with what belongs into the gap and with nothing else: no "
+    "You fill a gap in a text, as an editor's completion does. You get what stands before the gap "
+    "and what stands after it. Answer with what belongs into the gap and with nothing else: no "
     "explanation, no code fence, and nothing that is there already."
 )
 
@@ -2576,8 +2584,8 @@ def tool_message_part(
 # ---- tool calls in histories ----
 
 
-# What LiteLLM and Bifrost put between a call's id and its signature, in the histories that they leave
-# (LiteLLM: THOUGHT_SIGNATURE_SEPARATOR in litellm/constants.py; both seen in recordings).
+# What LiteLLM and Bifrost put between a call's id and its signature, in the histories that they
+# leave (LiteLLM: THOUGHT_SIGNATURE_SEPARATOR in litellm/constants.py; both seen in recordings).
 SIGNED_ID_MARKS = ("__thought__", "_ts_")
 
 
@@ -2595,7 +2603,8 @@ def strip_signature(signed_id: str | None) -> str | None:
 
 
 def client_signature(call: Fields, function: Fields) -> str | None:
-    """The thought signature that the client kept for us, in Google's form or in one of other proxies'."""
+    """The thought signature that the client kept for us, in Google's form or in one of other
+    proxies'."""
     call.mark_read("extra_content", "provider_specific_fields")
     function.mark_read("thought_signature", "provider_specific_fields")
     carriers = (
@@ -2604,7 +2613,7 @@ def client_signature(call: Fields, function: Fields) -> str | None:
         get_or_empty(call.data, "provider_specific_fields", dict),
         get_or_empty(function.data, "provider_specific_fields", dict),
     )
-    signatures = [get_or_empty(carrier, "thought_signature", str) for carrier in carriers]
+    signatures: list[str] = [get_or_empty(one, "thought_signature", str) for one in carriers]
     signatures.append(split_signed_id(get_or_empty(call.data, "id", str))[1])
     for signature in signatures:
         if len(signature) > 8 and is_base64(signature):
@@ -2627,7 +2636,8 @@ class ToolBuilder:
         self.strict = False
 
     def declare(self, function: Fields, name: str, declaration: JSON, custom: bool = False) -> None:
-        """Add a function under the client's name; of two with the same name the first one counts."""
+        """Add a function under the client's name; of two with the same name the first one
+        counts."""
         if self.declared.setdefault(declaration["name"], declaration) != declaration:
             function.ignore(function.path)
             return
@@ -2647,8 +2657,8 @@ class ToolBuilder:
 
 
 def chat_tools(body: Fields, *more: Fields) -> Tools:
-    """`tools` and the older `functions`, in the form of chats and in the flat one of responses, which
-    some clients send to chats; `more` are other lists of tools."""
+    """`tools` and the older `functions`, in the form of chats and in the flat one of responses,
+    which some clients send to chats; `more` are other lists of tools."""
     builder = ToolBuilder()
     for fields in (body, *more):
         for tool, namespace, note in tool_list(fields):
@@ -2707,8 +2717,8 @@ def chat_function(
 def tool_list(
     fields: Fields, namespace: str = "", note: str = ""
 ) -> Iterator[tuple[Fields, str, str]]:
-    """The tools of a body's, each with its namespace or "", and with its first one the description of
-    the namespace."""
+    """The tools of a body's, each with its namespace or "", and with its first one the description
+    of the namespace."""
     for tool in fields.objects("tools"):
         if tool.data.get("type") == "namespace":
             tool.mark_read("type")
@@ -2769,8 +2779,8 @@ def read_vectors(answers: Answers, exchange: Exchange) -> list[list[float]]:
     for call, chunks in zip(exchange.plan.calls, answers):
         for chunk in chunks:
             if not call.optional:
-                for embedding in expect(chunk, "embeddings", list):
-                    vectors.append(unit_vector(get_or_empty(embedding, "values", list)))
+                embeddings = expect(chunk, "embeddings", list)
+                vectors += [unit_vector(get_or_empty(one, "values", list)) for one in embeddings]
             usage = get_or_empty(chunk, "usageMetadata", dict)
             tokens = get_or_empty(usage, "promptTokenCount", int)
             tokens = tokens or get_or_empty(chunk, "totalTokens", int)
@@ -4113,7 +4123,7 @@ def openai_error(error: ProxyError) -> tuple[int, JSON]:
 
 
 # ======================================================================================
-# 8. Responses: OpenAI's newer endpoint, from input items to output items; OpenAI's routes
+# 8. Responses: from input items to output items; OpenAI's routes
 # ======================================================================================
 
 # ---- input items ----
@@ -6440,7 +6450,7 @@ ANTHROPIC = Protocol(
 
 
 # ======================================================================================
-# 11. Routing: which route answers a path, and in which protocol an error is told
+# 11. Routing: which route answers a path, and the protocol of its errors
 # ======================================================================================
 
 
@@ -6546,7 +6556,7 @@ def find_route(api: str, method: str, path: str) -> Found:
 
 
 # ======================================================================================
-# 12. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
+# 12. Client: all that talks to Gemini: waiting, connections, attempts, memory
 # ======================================================================================
 
 CONNECT_SECONDS = 10.0  # to connect, and as much silence again during the TLS handshake
@@ -7626,7 +7636,7 @@ def scope_of(key: str) -> str:
 
 
 # ======================================================================================
-# 13. Server: the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
+# 13. Server: all that talks to clients: metrics, HTTP, who may call, answers
 # ======================================================================================
 
 MAX_BODY_BYTES = 128 << 20  # of a request; Gemini takes 100 MB
@@ -8691,7 +8701,7 @@ def give_memory_back() -> None:
 
 
 # ======================================================================================
-# 14. Command line: flags and environment, systemd, workers, checks, start and end
+# 14. Command line: flags, environment, systemd, workers, checks, start and end
 # ======================================================================================
 
 DEFAULT_UPSTREAM = "https://generativelanguage.googleapis.com"
