@@ -5015,8 +5015,8 @@ OPENAI = Protocol(
 # 9. Ollama: chat, generate, embeddings, models and their management
 # ======================================================================================
 
-# Facts about Ollama without another source are from its server at v0.33.0-rc2: server/routes.go,
-# api/types.go and llm/ in https://github.com/ollama/ollama; those about clients are from their sources.
+# What is said of Ollama is from https://github.com/ollama/ollama at v0.33.0-rc2 (server/routes.go,
+# api/types.go), unless another source stands beside it; of clients, from their source code.
 
 # VS Code's Copilot wants 0.6.4 or newer; Open WebUI reads each part between the dots as a number.
 OLLAMA_VERSION = "0.33.0"
@@ -5048,18 +5048,16 @@ def tagged(name: str) -> str:
     return name if ":" in name else name + ":latest"
 
 
-def model_required() -> ProxyError:
-    return ProxyError(400, "model is required", path="model")
+def ollama_name(body: Fields, *keys: str, missing: ProxyError | None = None) -> str:
+    """The first name of a model under these keys; the error `missing` where there is none."""
+    names = [body.get(key, str) for key in keys]
+    name = next(filter(None, names), "")
+    if not name:
+        raise missing or ProxyError(400, "model is required", path="model")
+    return name
 
 
-def ollama_model(body: Fields, context: Context, missing: ProxyError) -> tuple[str, Model]:
-    """(the model as the client spelt it, Gemini's model); the error `missing` where there is none."""
-    model_name = body.get("model", str)
-    if not model_name:
-        raise missing
-    return model_name, model_named(model_name, context)
-
-
+# Go's form of a duration: https://pkg.go.dev/time#ParseDuration
 DURATION = re.compile(r"([+-]?)((?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|ms|s|m|h))+")
 UNIT_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 KEEP_ALIVE_SECONDS = 300.0  # Ollama's default: https://docs.ollama.com/faq
@@ -5071,21 +5069,16 @@ def ollama_keep_alive(body: Fields) -> float:
     value = body.get("keep_alive", float, str)
     if value is None:
         return KEEP_ALIVE_SECONDS
+    negative, seconds = str(value).startswith("-"), value
     if isinstance(value, str):
-        value = go_duration(value)
-    if value < 0:
+        if not DURATION.fullmatch(value) and value.strip("+-") != "0":
+            message = f'invalid keep_alive: {value[:40]!r} is not a duration such as "5m"'
+            raise wrong_value("keep_alive", message)
+        parts = re.findall(r"([\d.]+)([a-zµ]+)", value)
+        seconds = sum(float(number) * UNIT_SECONDS[unit] for number, unit in parts)
+    if negative and seconds:
         return FOREVER_SECONDS
-    return float(min(value, FOREVER_SECONDS))
-
-
-def go_duration(text: str) -> float:
-    """Seconds; a 400 where it is no duration: https://pkg.go.dev/time#ParseDuration"""
-    if not DURATION.fullmatch(text) and text.strip("+-") != "0":
-        message = f'invalid keep_alive: {text[:40]!r} is not a duration such as "5m"'
-        raise wrong_value("keep_alive", message)
-    parts = re.findall(r"([\d.]+)([a-zµ]+)", text)
-    seconds = sum(float(number) * UNIT_SECONDS[unit] for number, unit in parts)
-    return -seconds if text.startswith("-") else seconds
+    return float(min(seconds, FOREVER_SECONDS))
 
 
 THINK_EFFORTS = ("high", "medium", "low", "max")
@@ -5093,7 +5086,7 @@ THINK_VALUES = '"high", "medium", "low", "max", true, or false'
 
 
 def ollama_thinking(body: Fields, model: Model) -> Thinking:
-    """`think`: without it the model thinks in its own way, within the limit, and shows its thoughts."""
+    """`think`: without it a model thinks in its way, within the limit, and shows its thoughts."""
     think = body.peek("think")
     if think is not None and not isinstance(think, (str, bool)):
         raise wrong_value("think", f"think must be a boolean or string ({THINK_VALUES})")
@@ -5105,29 +5098,14 @@ def ollama_thinking(body: Fields, model: Model) -> Thinking:
             name = json.dumps(body.data["model"][:200])
             raise ProxyError(400, f"{name} does not support thinking", path="think")
         return Thinking()
-    effort = None
+    effort = think if isinstance(think, str) else None
     if think is False:
         effort = "none"
-    elif isinstance(think, str):
-        effort = think
-    show, answer_only = think is not False, not think
-    return Thinking(effort, None, show, answer_only, "think")
-
-
-def ollama_no_logprobs(body: Fields) -> None:
-    """Check `logprobs`, and name it as ignored: Gemini gives none to these models."""
-    top = body.number("top_logprobs", -math.inf, math.inf, int)
-    if top is not None and not 0 <= top <= 20:
-        raise wrong_value("top_logprobs", "top_logprobs must be between 0 and 20")
-    if top or body.get("logprobs", bool):
-        body.ignore("logprobs")
+    return Thinking(effort, None, think is not False, not think, "think")
 
 
 def ollama_sampling(options: Fields, model: Model) -> JSON:
-    """The sampling that clients and recipes set in options.
-
-    What only local models have stays unread, and so it is named as ignored.
-    """
+    """The sampling in `options`. What only local models have stays unread: it counts as ignored."""
     numbers = [options.get(key, float) for key in ("num_predict", "top_k", "seed")]
     limit, top_k, seed = map(whole_number, numbers)
     if seed is not None and seed < 0:
@@ -5166,7 +5144,7 @@ def ollama_images(fields: Fields) -> list[Part]:
 
 
 def ollama_load_plan(body: Fields, model_name: str, generate: bool) -> Plan:
-    """Without a question the model is to be loaded, or unloaded if keep_alive is 0. It must exist."""
+    """Without a question a model is to be loaded, or unloaded if keep_alive is 0. It must exist."""
     seconds = ollama_keep_alive(body)
     body.mark_read(*body.data)
     options = OllamaOptions(generate, "load" if seconds else "unload")
@@ -5176,7 +5154,11 @@ def ollama_load_plan(body: Fields, model_name: str, generate: bool) -> Plan:
 
 def ollama_plan(body: Fields, model_name: str, chat: Chat, generate: bool) -> Plan:
     """The plan for a chat or a prompt, with all that both may set."""
-    ollama_no_logprobs(body)
+    top = body.number("top_logprobs", -math.inf, math.inf, int)
+    if top is not None and not 0 <= top <= 20:
+        raise wrong_value("top_logprobs", "top_logprobs must be between 0 and 20")
+    if top or body.get("logprobs", bool):
+        body.ignore("logprobs")
     options = body.object_or_empty("options")
     chat = chat._replace(
         tools=chat_tools(body),
@@ -5192,7 +5174,8 @@ def ollama_plan(body: Fields, model_name: str, chat: Chat, generate: bool) -> Pl
 
 def ollama_chat_request(body: Fields, context: Context) -> Plan:
     """Chat: https://docs.ollama.com/api/chat"""
-    model_name, model = ollama_model(body, context, model_required())
+    model_name = ollama_name(body, "model")
+    model = model_named(model_name, context)
     messages = body.objects("messages")
     if not messages:
         return ollama_load_plan(body, model_name, False)
@@ -5224,15 +5207,15 @@ def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
         function = call.require_object("function")
         function.mark_read("index")
         args = call_arguments(function.get("arguments", dict, str))
-        name, id = function.require("name", str), strip_signature(call.get("id", str))
-        parts.append(call_part(name, args, id, client_signature(call, function)))
+        name, call_id = function.require("name", str), strip_signature(call.get("id", str))
+        parts.append(call_part(name, args, call_id, client_signature(call, function)))
     return parts
 
 
 def ollama_generate_request(body: Fields, context: Context) -> Plan:
     """Generate: https://docs.ollama.com/api/generate"""
-    model_name, model = ollama_model(body, context, no_such_model(""))
-    recipe = recipe_named(model_name, context)
+    model_name = ollama_name(body, "model", missing=no_such_model(""))
+    model, recipe = model_named(model_name, context), recipe_named(model_name, context)
     prompt, suffix, system = (body.get(key, str) or "" for key in ("prompt", "suffix", "system"))
     raw, images = body.get("raw", bool), ollama_images(body)
     if raw and (system or body.get("template", str) or body.get("context", list)):
@@ -5257,10 +5240,7 @@ def ollama_base(exchange: Exchange) -> JSON:
 
 
 def ollama_additions(events: Iterable[Event]) -> Iterator[tuple[JSON, End | None]]:
-    """(what an event adds to the message, the End) for each event; each tool call is a chunk.
-
-    Zed reads only the first call of a chunk.
-    """
+    """(what an event adds to a message, the End) for each event. Zed reads one call of a chunk."""
     calls = 0
     for event in events:
         if isinstance(event, Text):
@@ -5279,11 +5259,8 @@ def ollama_additions(events: Iterable[Event]) -> Iterator[tuple[JSON, End | None
 
 
 def ollama_message(exchange: Exchange, message: JSON) -> JSON:
-    """A message, or what is added to it, in the form of chat or of generate.
-
-    Zed and others want a role and a content in every chunk of a chat.
-    """
-    message = {"content": "", **message}
+    """A message, or what is added to it, in the form of chat or of generate."""
+    message = {"content": "", **message}  # Zed wants a role and a content in every chunk
     if not exchange.options.generate:
         return {"message": {"role": "assistant", **message}}
     response = message.pop("content")
@@ -5291,10 +5268,7 @@ def ollama_message(exchange: Exchange, message: JSON) -> JSON:
 
 
 def ollama_metrics(exchange: Exchange, first: float, end: End) -> JSON:
-    """The end of an answer whose first event came at the time `first`.
-
-    Gemini gives no durations, so they are what passed here.
-    """
+    """The end of an answer whose first event came at `first`. Durations are what passed here."""
     metrics = {
         "done": True,
         "done_reason": "length" if end.finish == "length" else "stop",
@@ -5338,7 +5312,7 @@ def ollama_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
         yield {**ollama_base(exchange), **ollama_message(exchange, addition), **ending}
 
 
-def ollama_stream_keep_alive(exchange: Exchange) -> JSON:
+def ollama_keep_alive_chunk(exchange: Exchange) -> JSON:
     """A chunk without text: NDJSON has no comments."""
     return {**ollama_base(exchange), **ollama_message(exchange, {}), "done": False}
 
@@ -5346,19 +5320,18 @@ def ollama_stream_keep_alive(exchange: Exchange) -> JSON:
 # ---- embeddings ----
 
 
-def ollama_embed_plan(
-    model_name: str, model: Model, texts: Sequence[str], dimensions: int | None = None
-) -> Plan:
-    """The plan for a vector of each text. No text is no error, and no call."""
+def ollama_embed_plan(name: str, model: Model, texts: list[str], size: int | None) -> Plan:
+    """The plan for a vector of this size for each text. Without a text there is no call."""
     calls: tuple[GeminiCall, ...] = ()
     if texts:  # Gemini takes no empty text
-        calls = embed_calls(model, [text or " " for text in texts], dimensions)
-    return Plan(calls, False, EmbedOptions(len(texts)), model_name)
+        calls = embed_calls(model, [text or " " for text in texts], size)
+    return Plan(calls, False, EmbedOptions(len(texts)), name)
 
 
 def ollama_embed_request(body: Fields, context: Context) -> Plan:
     """Embed: https://docs.ollama.com/api/embed"""
-    model_name, model = ollama_model(body, context, no_such_model(""))
+    model_name = ollama_name(body, "model", missing=no_such_model(""))
+    model = model_named(model_name, context)
     texts = body.peek("input")
     if texts is not None and not isinstance(texts, (str, list)):
         message = "invalid input type: input must be a string or a list of strings"
@@ -5388,16 +5361,16 @@ def ollama_embed_response(exchange: Exchange, answers: Answers) -> JSON:
 
 def ollama_embeddings_request(body: Fields, context: Context) -> Plan:
     """The older call: one prompt, one vector."""
-    model_name, model = ollama_model(body, context, model_required())
+    model_name = ollama_name(body, "model")
+    model = model_named(model_name, context)
     prompt = body.get("prompt", str)
     ollama_keep_alive(body)
-    return ollama_embed_plan(model_name, model, [prompt] if prompt else [])
+    return ollama_embed_plan(model_name, model, [prompt] if prompt else [], None)
 
 
 def ollama_embeddings_response(exchange: Exchange, answers: Answers) -> JSON:
-    if not exchange.options.count:
-        return {"embedding": []}
-    return {"embedding": read_vectors(answers, exchange)[0]}
+    vectors = read_vectors(answers, exchange) or [[]]
+    return {"embedding": vectors[0]}
 
 
 # ---- the list of models ----
@@ -5428,33 +5401,21 @@ def ollama_capabilities(name: str, entry: JSON) -> list[str]:
     return capabilities
 
 
-def ollama_details(entry: JSON, parent: str = "") -> JSON:
-    return {
-        "parent_model": parent,
-        "format": "gguf",
-        "family": "gemini",
-        "families": ["gemini"],
-        "parameter_size": "unknown",
-        "quantization_level": "unknown",
-        "context_length": get_or_empty(entry, "inputTokenLimit", int),
-    }
-
-
 def ollama_entry(name: str, entry: JSON) -> JSON:
-    """A model in a list, from Gemini's entry.
-
-    llm-ollama keeps what it learns of a model under the digest, so it changes when the model does.
-    """
-    gemini_name = get_or_empty(entry, "name", str).rpartition("/")[2]
-    capabilities = ollama_capabilities(gemini_name or name, entry)
-    identity = json.dumps([name, capabilities, entry.get("inputTokenLimit")])
+    """A model in a list, from Gemini's entry for it."""
+    full_name, limit = get_or_empty(entry, "name", str), entry.get("inputTokenLimit")
+    capabilities = ollama_capabilities(full_name.rpartition("/")[2] or name, entry)
+    identity = json.dumps([name, capabilities, limit])  # llm-ollama caches them by the digest
+    details = {"parent_model": "", "format": "gguf", "family": "gemini", "families": ["gemini"]}
+    details.update(parameter_size="unknown", quantization_level="unknown")
+    details["context_length"] = get_or_empty(entry, "inputTokenLimit", int)
     return {
         "name": tagged(name),
         "model": tagged(name),
         "modified_at": ollama_time(GEMINI_OPENED),
         "size": 0,
         "digest": hashlib.sha256(identity.encode()).hexdigest(),
-        "details": ollama_details(entry),
+        "details": details,
         "capabilities": capabilities,
     }
 
@@ -5494,26 +5455,19 @@ def ollama_ps_response(exchange: Exchange, answers: Answers) -> JSON:
 # ---- one model and its management ----
 
 
-def managed_name(body: Fields, *keys: str) -> str:
-    """The name of the model that a request is about: the first one under these keys."""
-    names = [body.get(key, str) for key in keys]
+def ollama_manage_request(body: Fields, context: Context) -> Plan:
+    """One model and Gemini's list. Ollama's command line and LiteLLM send the older `name`."""
     body.mark_read("verbose", "insecure")
-    name = next(filter(None, names), "")
-    if not name:
-        raise model_required()
-    return name
+    return Plan((MODELS_CALL,), model=ollama_name(body, "model", "name"))
 
-
-MODEL_KEYS = ("model", "name")  # Ollama's command line and LiteLLM send the older `name`
 
 # LiteLLM looks into it for the word "tools", Continue for .Suffix, to learn what a model can do.
 OLLAMA_TEMPLATE = "{{ if .Suffix }}{{ .Suffix }}{{ end }}{{ if .Tools }}tools{{ end }}{{ .Prompt }}"
 
 
 def ollama_show_request(body: Fields, context: Context) -> Plan:
-    name = managed_name(body, *MODEL_KEYS)
     body.mark_read("options")
-    return Plan((MODELS_CALL,), model=name)
+    return ollama_manage_request(body, context)
 
 
 def ollama_show_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -5532,7 +5486,7 @@ def ollama_show_response(exchange: Exchange, answers: Answers) -> JSON:
         "parameters": parameter_lines(recipe.options),
         "template": "{{ .Prompt }}" if embeds else OLLAMA_TEMPLATE,
         "system": recipe.system,
-        "details": ollama_details(gemini_entry, recipe.source),
+        "details": {**entry["details"], "parent_model": recipe.source},
         "model_info": {
             "general.architecture": "gemini",
             "general.basename": model_name,
@@ -5555,8 +5509,8 @@ def parameter_lines(options: JSON) -> str:
 
 
 def ollama_pull_request(body: Fields, context: Context) -> Plan:
-    name = managed_name(body, *MODEL_KEYS)
-    return Plan((MODELS_CALL,), body.get("stream", bool) is not False, model=name)
+    plan = ollama_manage_request(body, context)
+    return plan._replace(stream=body.get("stream", bool) is not False)
 
 
 def ollama_pull_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
@@ -5589,8 +5543,9 @@ def recipe_to_keep(name: str, recipe: Recipe, context: Context, models: dict[str
 
 
 def ollama_copy_request(body: Fields, context: Context) -> Plan:
-    """`options` of the plan is the new name."""
-    source, destination = managed_name(body, "source"), managed_name(body, "destination")
+    """Another name for a model; `options` of the plan is that name."""
+    body.mark_read("verbose", "insecure")
+    source, destination = ollama_name(body, "source"), ollama_name(body, "destination")
     return Plan((MODELS_CALL,), options=destination, model=source)
 
 
@@ -5606,17 +5561,11 @@ def ollama_copy_response(exchange: Exchange, answers: Answers) -> Kept:
 
 
 def ollama_create_request(body: Fields, context: Context) -> Plan:
-    """A model `from` one of Gemini's, with `system` and `parameters` of its own.
-
-    `options` of the plan is the Recipe.
-    """
-    name, source = managed_name(body, *MODEL_KEYS), body.get("from", str)
+    """A recipe `from` a model, with `system` and `parameters`; it is the plan's `options`."""
+    plan, source = ollama_manage_request(body, context), body.get("from", str)
     if not source or body.get("files", dict) or body.get("adapters", dict):
-        message = (
-            'only models "from" one of Gemini\'s can be created here: '
-            "there are no files to build from"
-        )
-        raise ProxyError(400, message, path="from")
+        message = 'only models "from" one of Gemini\'s can be created here: there are no files'
+        raise ProxyError(400, f"{message} to build from", path="from")
     model, old = model_named(source, context), recipe_named(source, context)
     system = body.get("system", str)
     if system is None:
@@ -5624,7 +5573,7 @@ def ollama_create_request(body: Fields, context: Context) -> Plan:
     parameters = body.object_or_empty("parameters")
     ollama_sampling(parameters, model)  # an error in them is one of this request
     recipe = Recipe(model.name, system, {**old.options, **parameters.data})
-    return Plan((MODELS_CALL,), body.get("stream", bool) is not False, recipe, name)
+    return plan._replace(stream=body.get("stream", bool) is not False, options=recipe)
 
 
 def ollama_create_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
@@ -5635,10 +5584,6 @@ def ollama_create_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
     yield recipe_to_keep(exchange.model, recipe, exchange.context, models)
     for status in ("creating new layer", "writing manifest", "success"):
         yield {"status": status}
-
-
-def ollama_delete_request(body: Fields, context: Context) -> Plan:
-    return Plan((MODELS_CALL,), model=managed_name(body, *MODEL_KEYS))
 
 
 def ollama_delete_response(exchange: Exchange, answers: Answers) -> Kept:
@@ -5668,28 +5613,19 @@ def ollama_error(error: ProxyError) -> tuple[int, Any]:
     return status, {"error": message}
 
 
-def encode_ndjson(event: JSON) -> bytes:
-    return encode_json(event).encode() + b"\n"
-
-
 def progress(status: str) -> JSON:
     """The rest of the row of a route that streams its progress; a keep-alive repeats `status`."""
     return {**RECIPES, "framing": NDJSON, "keep_alive": lambda exchange: {"status": status}}
 
 
-NDJSON = Framing("application/x-ndjson", encode_ndjson, keep_alive=b"")
+NDJSON = Framing(
+    "application/x-ndjson", lambda event: encode_json(event).encode() + b"\n", keep_alive=b""
+)
 RECIPES: JSON = {"keys": all_recipe_keys}
-CHAT: JSON = {
-    **RECIPES,
-    "response": ollama_response,
-    "stream": ollama_stream,
-    "framing": NDJSON,
-    "keep_alive": ollama_stream_keep_alive,
-}
+CHAT: JSON = {**RECIPES, "framing": NDJSON, "keep_alive": ollama_keep_alive_chunk}
 PULLING, CREATING = progress("pulling manifest"), progress("creating new layer")
 CLOUD_DISABLED = {"cloud": {"disabled": True, "source": "env"}}
 NO_CLOUD = Refusal(403, "ollama cloud is disabled: remote inference is unavailable")
-NO_BLOB = Refusal(404, "there is no such file here")
 NO_BLOBS = Refusal(
     400, "there are no files behind this server, and none can be put there: its models are Gemini's"
 )
@@ -5697,8 +5633,8 @@ NO_PUSH = Refusal(400, "models cannot be pushed from here: they are Google's")
 NOT_SIGNED_IN = Refusal(401, "you are not currently signed in")
 
 OLLAMA_ROUTES = (
-    Route("POST", "/api/chat", ollama_chat_request, **CHAT),
-    Route("POST", "/api/generate", ollama_generate_request, **CHAT),
+    Route("POST", "/api/chat", ollama_chat_request, ollama_response, ollama_stream, **CHAT),
+    Route("POST", "/api/generate", ollama_generate_request, ollama_response, ollama_stream, **CHAT),
     Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response),
     Route("POST", "/api/embeddings", ollama_embeddings_request, ollama_embeddings_response),
     Route("GET", "/api/tags", ollama_tags_request, ollama_tags_response, **RECIPES),
@@ -5709,9 +5645,9 @@ OLLAMA_ROUTES = (
     Route("POST", "/api/pull", ollama_pull_request, stream=ollama_pull_stream, **PULLING),
     Route("POST", "/api/create", ollama_create_request, stream=ollama_create_stream, **CREATING),
     Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response, **RECIPES),
-    Route("DELETE", "/api/delete", ollama_delete_request, ollama_delete_response, **RECIPES),
+    Route("DELETE", "/api/delete", ollama_manage_request, ollama_delete_response, **RECIPES),
     Route("POST", "/api/push", answer=NO_PUSH),
-    Route("GET", "/api/blobs/{digest}", answer=NO_BLOB),
+    Route("GET", "/api/blobs/{digest}", answer=Refusal(404, "there is no such file here")),
     Route("POST", "/api/blobs/{digest}", answer=NO_BLOBS),
     Route("POST", "/api/me", answer=Refusal(401, "unauthorized")),
     Route("POST", "/api/signout", answer=NOT_SIGNED_IN),
