@@ -5029,7 +5029,7 @@ def ollama_time(seconds: float) -> str:
 
 
 def nanoseconds(seconds: float) -> int:
-    """A duration as Ollama writes it; at least 1, because Open WebUI divides by it."""
+    """A duration as Ollama writes it; at least 1, since Open WebUI shows N/A for 0."""
     return max(1, int(seconds * 1e9))
 
 
@@ -5050,8 +5050,7 @@ def tagged(name: str) -> str:
 
 def ollama_name(body: Fields, *keys: str, missing: ProxyError | None = None) -> str:
     """The first name of a model under these keys; the error `missing` where there is none."""
-    names = [body.get(key, str) for key in keys]
-    name = next(filter(None, names), "")
+    name = next(filter(None, [body.get(key, str) for key in keys]), "")
     if not name:
         raise missing or ProxyError(400, "model is required", path="model")
     return name
@@ -5060,8 +5059,7 @@ def ollama_name(body: Fields, *keys: str, missing: ProxyError | None = None) -> 
 # Go's form of a duration: https://pkg.go.dev/time#ParseDuration
 DURATION = re.compile(r"([+-]?)((?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|ms|s|m|h))+")
 UNIT_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-KEEP_ALIVE_SECONDS = 300.0  # Ollama's default: https://docs.ollama.com/faq
-FOREVER_SECONDS = 1e10
+KEEP_ALIVE_SECONDS, FOREVER_SECONDS = 300.0, 1e10  # the default: https://docs.ollama.com/faq
 
 
 def ollama_keep_alive(body: Fields) -> float:
@@ -5081,7 +5079,6 @@ def ollama_keep_alive(body: Fields) -> float:
     return float(min(seconds, FOREVER_SECONDS))
 
 
-THINK_EFFORTS = ("high", "medium", "low", "max")
 THINK_VALUES = '"high", "medium", "low", "max", true, or false'
 
 
@@ -5090,7 +5087,7 @@ def ollama_thinking(body: Fields, model: Model) -> Thinking:
     think = body.peek("think")
     if think is not None and not isinstance(think, (str, bool)):
         raise wrong_value("think", f"think must be a boolean or string ({THINK_VALUES})")
-    if isinstance(think, str) and think not in THINK_EFFORTS:
+    if isinstance(think, str) and think not in ("high", "medium", "low", "max"):
         value = json.dumps(think[:40])
         raise wrong_value("think", f"invalid think value: {value} (must be {THINK_VALUES})")
     if model.thinking is None:
@@ -5098,9 +5095,11 @@ def ollama_thinking(body: Fields, model: Model) -> Thinking:
             name = json.dumps(body.data["model"][:200])
             raise ProxyError(400, f"{name} does not support thinking", path="think")
         return Thinking()
-    effort = think if isinstance(think, str) else None
+    effort = None
     if think is False:
         effort = "none"
+    elif isinstance(think, str):
+        effort = think
     return Thinking(effort, None, think is not False, not think, "think")
 
 
@@ -5240,7 +5239,7 @@ def ollama_base(exchange: Exchange) -> JSON:
 
 
 def ollama_additions(events: Iterable[Event]) -> Iterator[tuple[JSON, End | None]]:
-    """(what an event adds to a message, the End) for each event. Zed reads one call of a chunk."""
+    """(what an event adds to a message, the End) for each event. Zed reads one call a chunk."""
     calls = 0
     for event in events:
         if isinstance(event, Text):
@@ -5268,7 +5267,7 @@ def ollama_message(exchange: Exchange, message: JSON) -> JSON:
 
 
 def ollama_metrics(exchange: Exchange, first: float, end: End) -> JSON:
-    """The end of an answer whose first event came at `first`. Durations are what passed here."""
+    """The end of an answer whose first event came at `first`. Durations are measured here."""
     metrics = {
         "done": True,
         "done_reason": "length" if end.finish == "length" else "stop",
@@ -5332,18 +5331,19 @@ def ollama_embed_request(body: Fields, context: Context) -> Plan:
     """Embed: https://docs.ollama.com/api/embed"""
     model_name = ollama_name(body, "model", missing=no_such_model(""))
     model = model_named(model_name, context)
-    texts = body.peek("input")
-    if texts is not None and not isinstance(texts, (str, list)):
+    value = body.peek("input")
+    if value is not None and not isinstance(value, (str, list)):
         message = "invalid input type: input must be a string or a list of strings"
         raise wrong_value("input", message)
-    if isinstance(texts, str) and texts:
+    texts = value or []
+    if isinstance(texts, str):
         texts = [texts]
-    for i, text in enumerate(texts or []):
+    for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise wrong_value(f"input[{i}]", f"invalid input type: input[{i}] must be a string")
     ollama_keep_alive(body)
     dimensions = body.number("dimensions", 0, 2**31 - 1, int)
-    return ollama_embed_plan(model_name, model, texts or [], dimensions)
+    return ollama_embed_plan(model_name, model, texts, dimensions)
 
 
 def ollama_embed_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -5363,9 +5363,9 @@ def ollama_embeddings_request(body: Fields, context: Context) -> Plan:
     """The older call: one prompt, one vector."""
     model_name = ollama_name(body, "model")
     model = model_named(model_name, context)
-    prompt = body.get("prompt", str)
+    texts = list(filter(None, [body.get("prompt", str)]))
     ollama_keep_alive(body)
-    return ollama_embed_plan(model_name, model, [prompt] if prompt else [], None)
+    return ollama_embed_plan(model_name, model, texts, None)
 
 
 def ollama_embeddings_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -5373,7 +5373,7 @@ def ollama_embeddings_response(exchange: Exchange, answers: Answers) -> JSON:
     return {"embedding": vectors[0]}
 
 
-# ---- the list of models ----
+# ---- models and their management ----
 
 # What Gemini lists and a chat cannot use; a client can name it all the same.
 UNLISTED = re.compile(
@@ -5425,12 +5425,15 @@ def ollama_tags_request(body: Fields, context: Context) -> Plan:
 
 
 def ollama_tags_response(exchange: Exchange, answers: Answers) -> JSON:
-    models = usable_models(answers, exchange.context).items()
-    return {"models": [ollama_entry(name, e) for name, e in models if not UNLISTED.search(name)]}
+    models = usable_models(answers, exchange.context)
+    names = [name for name in models if not UNLISTED.search(name)]
+    return {"models": [ollama_entry(name, models[name]) for name in names]}
 
 
 def ollama_ps_request(body: Fields, context: Context) -> Plan:
-    return Plan((MODELS_CALL,) if context.loaded else ())
+    if not context.loaded:
+        return Plan()
+    return Plan((MODELS_CALL,))
 
 
 def ollama_ps_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -5450,9 +5453,6 @@ def ollama_ps_response(exchange: Exchange, answers: Answers) -> JSON:
             running["context_length"] = entry["details"]["context_length"]
             entries.append(running)
     return {"models": entries}
-
-
-# ---- one model and its management ----
 
 
 def ollama_manage_request(body: Fields, context: Context) -> Plan:
@@ -5479,12 +5479,14 @@ def ollama_show_response(exchange: Exchange, answers: Answers) -> JSON:
         error.model = tagged(model_name)  # as in Ollama's answer
         raise
     entry = ollama_entry(plain_name(model_name, True), gemini_entry)
-    embeds = entry["capabilities"] == ["embedding"]
+    template, embedding_length = OLLAMA_TEMPLATE, 0
+    if entry["capabilities"] == ["embedding"]:
+        template, embedding_length = "{{ .Prompt }}", 3072
     return {
         "license": "",
         "modelfile": f"# Gemini, by proxy-to-gemini\nFROM {recipe.source or entry['name']}\n",
         "parameters": parameter_lines(recipe.options),
-        "template": "{{ .Prompt }}" if embeds else OLLAMA_TEMPLATE,
+        "template": template,
         "system": recipe.system,
         "details": {**entry["details"], "parent_model": recipe.source},
         "model_info": {
@@ -5492,7 +5494,7 @@ def ollama_show_response(exchange: Exchange, answers: Answers) -> JSON:
             "general.basename": model_name,
             "general.parameter_count": 0,
             "gemini.context_length": entry["details"]["context_length"],
-            "gemini.embedding_length": 3072 if embeds else 0,
+            "gemini.embedding_length": embedding_length,
         },
         "capabilities": entry["capabilities"],
         "modified_at": entry["modified_at"],
@@ -5624,7 +5626,6 @@ NDJSON = Framing(
 RECIPES: JSON = {"keys": all_recipe_keys}
 CHAT: JSON = {**RECIPES, "framing": NDJSON, "keep_alive": ollama_keep_alive_chunk}
 PULLING, CREATING = progress("pulling manifest"), progress("creating new layer")
-CLOUD_DISABLED = {"cloud": {"disabled": True, "source": "env"}}
 NO_CLOUD = Refusal(403, "ollama cloud is disabled: remote inference is unavailable")
 NO_BLOBS = Refusal(
     400, "there are no files behind this server, and none can be put there: its models are Gemini's"
@@ -5641,7 +5642,7 @@ OLLAMA_ROUTES = (
     Route("POST", "/api/show", ollama_show_request, ollama_show_response, **RECIPES),
     Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response, **RECIPES),
     Route("GET", "/api/version", answer={"version": OLLAMA_VERSION}),
-    Route("GET", "/api/status", answer=CLOUD_DISABLED),
+    Route("GET", "/api/status", answer={"cloud": {"disabled": True, "source": "env"}}),
     Route("POST", "/api/pull", ollama_pull_request, stream=ollama_pull_stream, **PULLING),
     Route("POST", "/api/create", ollama_create_request, stream=ollama_create_stream, **CREATING),
     Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response, **RECIPES),
