@@ -5059,14 +5059,14 @@ def ollama_name(body: Fields, *keys: str, missing: ProxyError | None = None) -> 
 # Go's form of a duration: https://pkg.go.dev/time#ParseDuration
 DURATION = re.compile(r"([+-]?)((?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|ms|s|m|h))+")
 UNIT_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-KEEP_ALIVE_SECONDS, FOREVER_SECONDS = 300.0, 1e10  # the default: https://docs.ollama.com/faq
+LOADED_SECONDS, FOREVER_SECONDS = 300.0, 1e10  # the default: https://docs.ollama.com/faq
 
 
 def ollama_keep_alive(body: Fields) -> float:
     """Seconds, from a number of them or a duration in Go's form; a negative one is for ever."""
     value = body.get("keep_alive", float, str)
     if value is None:
-        return KEEP_ALIVE_SECONDS
+        return LOADED_SECONDS
     negative, seconds = str(value).startswith("-"), value
     if isinstance(value, str):
         if not DURATION.fullmatch(value) and value.strip("+-") != "0":
