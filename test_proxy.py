@@ -4363,10 +4363,10 @@ def test_a_recipe_is_in_ollamas_list():
 
 
 def test_show_says_what_a_recipe_holds():
-    shown = manage("POST", "/api/show", {"model": "pirate"}, notes=recipes())
-    assert shown["details"]["parent_model"] == FLASH
-    assert shown["system"] == "Arr."
-    assert shown["parameters"] == 'temperature 0.1\nstop "a"\nstop "b"\nnum_ctx 4096'
+    entry = manage("POST", "/api/show", {"model": "pirate"}, notes=recipes())
+    assert entry["details"]["parent_model"] == FLASH
+    assert entry["system"] == "Arr."
+    assert entry["parameters"] == 'temperature 0.1\nstop "a"\nstop "b"\nnum_ctx 4096'
 
 
 @pytest.mark.parametrize(
