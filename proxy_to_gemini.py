@@ -5034,17 +5034,32 @@ OPENAI = Protocol(
 # 9. Ollama: chat, generate, embeddings, models and their management
 # ======================================================================================
 
-OLLAMA_VERSION = "0.33.0"  # plain and recent: clients compare it by its numbers
+# What is said of Ollama is from https://github.com/ollama/ollama at v0.33.0-rc2 (server/routes.go,
+# api/types.go), unless another source stands beside it; of clients, from their source code.
+
+# VS Code's Copilot wants 0.6.4 or newer; Open WebUI reads each part between the dots as a number.
+OLLAMA_VERSION = "0.33.0"
 
 
 def ollama_time(seconds: float) -> str:
     """RFC 3339 in UTC with six digits, which every client's parser takes."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime(
-        "%Y-%m-%dT%H:%M:%S.%fZ"
-    )
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-# ---- what chat and generate share ----
+def nanoseconds(seconds: float) -> int:
+    """A duration as Ollama writes it; at least 1, since Open WebUI shows N/A for 0."""
+    return max(1, int(seconds * 1e9))
+
+
+# ---- requests to chat and generate ----
+
+
+class OllamaOptions(NamedTuple):
+    """What the answer to a chat or a prompt depends on."""
+
+    generate: bool  # whether the answer is in generate's form, not in chat's
+    done_reason: str = ""  # "load" or "unload" where there is no question
 
 
 def tagged(name: str) -> str:
@@ -5052,97 +5067,77 @@ def tagged(name: str) -> str:
     return name if ":" in name else name + ":latest"
 
 
-def ollama_model(body: Fields, context: Context, missing: ProxyError) -> tuple[str, Model]:
-    """(the model as the client spelt it, Gemini's model)."""
-    model_name = body.get("model", str)
-    if not model_name:
-        raise missing
-    return model_name, model_named(model_name, context)
+def ollama_name(body: Fields, *keys: str, missing: ProxyError | None = None) -> str:
+    """The first name of a model under these keys; the error `missing` where there is none."""
+    name = next(filter(None, [body.get(key, str) for key in keys]), "")
+    if not name:
+        raise missing or ProxyError(400, "model is required", path="model")
+    return name
 
 
-def model_required() -> ProxyError:
-    return ProxyError(400, "model is required", path="model")
-
-
-class OllamaOptions(NamedTuple):
-    """What only the answer to a chat or a prompt can fulfil."""
-
-    loading: str = ""  # "load" or "unload": nothing was asked
-
-
+# Go's form of a duration: https://pkg.go.dev/time#ParseDuration
 DURATION = re.compile(r"([+-]?)((?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|ms|s|m|h))+")
-UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-FOREVER_SECONDS = 1e10
+UNIT_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+LOADED_SECONDS, FOREVER_SECONDS = 300.0, 1e10  # the default: https://docs.ollama.com/faq
 
 
 def ollama_keep_alive(body: Fields) -> float:
-    """Seconds from a number of them or one of Go's durations; less than none is for ever."""
+    """Seconds, from a number of them or a duration in Go's form; a negative one is for ever."""
     value = body.get("keep_alive", float, str)
     if value is None:
-        return 300.0
-    if type(value) is str:
-        match = DURATION.fullmatch(value)
-        if not match and value.strip("+-") != "0":
-            raise wrong_value(
-                "keep_alive", f'invalid keep_alive: {value[:40]!r} is not a duration such as "5m"'
-            )
+        return LOADED_SECONDS
+    negative, seconds = str(value).startswith("-"), value
+    if isinstance(value, str):
+        if not DURATION.fullmatch(value) and value.strip("+-") != "0":
+            message = f'invalid keep_alive: {value[:40]!r} is not a duration such as "5m"'
+            raise wrong_value("keep_alive", message)
         parts = re.findall(r"([\d.]+)([a-zµ]+)", value)
-        value = sum(float(number) * UNITS[unit] for number, unit in parts) * (
-            -1 if value.startswith("-") else 1
-        )
-    return FOREVER_SECONDS if value < 0 else float(min(value, FOREVER_SECONDS))
+        seconds = sum(float(number) * UNIT_SECONDS[unit] for number, unit in parts)
+    if negative and seconds:
+        return FOREVER_SECONDS
+    return float(min(seconds, FOREVER_SECONDS))
 
 
-THINK_WORDS = '"high", "medium", "low", "max", true, or false'
+THINK_VALUES = '"high", "medium", "low", "max", true, or false'
 
 
 def ollama_thinking(body: Fields, model: Model) -> Thinking:
-    """`think`: unset is the model's own way within the limit, with its thoughts."""
+    """`think`: without it a model thinks in its way, within the limit, and shows its thoughts."""
     think = body.peek("think")
-    if type(think) not in (str, bool, type(None)):
-        raise wrong_value("think", f"think must be a boolean or string ({THINK_WORDS})")
-    if type(think) is str and think not in ("high", "medium", "low", "max"):
-        words = json.dumps(think[:40])
-        raise wrong_value("think", f"invalid think value: {words} (must be {THINK_WORDS})")
+    if think is not None and not isinstance(think, (str, bool)):
+        raise wrong_value("think", f"think must be a boolean or string ({THINK_VALUES})")
+    if isinstance(think, str) and think not in ("high", "medium", "low", "max"):
+        value = json.dumps(think[:40])
+        raise wrong_value("think", f"invalid think value: {value} (must be {THINK_VALUES})")
     if model.thinking is None:
         if think:
             name = json.dumps(body.data["model"][:200])
             raise ProxyError(400, f"{name} does not support thinking", path="think")
         return Thinking()
-    effort = {False: "none", True: None, None: None}.get(think, think)
+    effort = None
+    if think is False:
+        effort = "none"
+    elif isinstance(think, str):
+        effort = think
     return Thinking(effort, None, think is not False, not think, "think")
 
 
-def ollama_no_logprobs(body: Fields) -> None:
-    """Check `logprobs`, and name it as ignored: Gemini gives none to these models."""
-    top = body.number("top_logprobs", -math.inf, math.inf, int)
-    if top is not None and not 0 <= top <= 20:
-        raise wrong_value("top_logprobs", "top_logprobs must be between 0 and 20")
-    if top or body.get("logprobs", bool):
-        body.ignore("logprobs")
-
-
 def ollama_sampling(options: Fields, model: Model) -> JSON:
-    """The sampling that clients and recipes set in options. What only local models have stays unread,
-    and so is named as ignored."""
+    """The sampling in `options`. What only local models have stays unread: it counts as ignored."""
     numbers = [options.get(key, float) for key in ("num_predict", "top_k", "seed")]
     limit, top_k, seed = map(whole_number, numbers)
     if seed is not None and seed < 0:
-        seed = None  # at Ollama a random one
-    return sampling_config(
-        options.get("temperature", float),
-        options.get("top_p", float),
-        top_k,
-        limit,
-        seed,
-        stop_sequences(options),
-        **penalties(options, -math.inf, math.inf, model),
-    )
+        seed = None  # Ollama takes a random one
+    temperature, top_p = options.get("temperature", float), options.get("top_p", float)
+    stops, weights = stop_sequences(options), penalties(options, -math.inf, math.inf, model)
+    return sampling_config(temperature, top_p, top_k, limit, seed, stops, **weights)
 
 
 def whole_number(number: float | None) -> int | None:
     """A number as Ollama's server reads it where it wants a whole one: a fraction is cut off."""
-    return None if number is None else int(min(max(number, -(2**63)), 2**63))
+    if number is None:
+        return None
+    return int(min(max(number, -(2**63)), 2**63))
 
 
 def ollama_format(body: Fields) -> JSON | None:
@@ -5152,114 +5147,56 @@ def ollama_format(body: Fields) -> JSON | None:
         return None
     if schema == "json":
         return ANY_JSON
-    if type(schema) is not dict:
-        raise wrong_value(
-            "format",
-            f'invalid format: {json.dumps(schema)[:80]}; expected "json" or a valid JSON Schema object',
-        )
+    if not isinstance(schema, dict):
+        text = json.dumps(schema)[:80]
+        message = f'invalid format: {text}; expected "json" or a valid JSON Schema object'
+        raise wrong_value("format", message)
     return schema
 
 
 def ollama_images(fields: Fields) -> list[Part]:
-    """Pictures, or sound in their place: base64 that does not say what it is."""
-    path = fields.path_of("images")
-    images = fields.get("images", list) or ()
-    for i, image in enumerate(images):
-        if type(image) is not str:
-            raise wrong_type(f"{path}[{i}]", (str,), image)
+    """Images, or audio in their place: base64 that does not say what it is."""
+    fields.get("images", list)  # a single text is an error
+    path, images = fields.path_of("images"), fields.strings("images")
     return [media_part(image, None, f"{path}[{i}]", "x.jpeg") for i, image in enumerate(images)]
 
 
-def ollama_load(body: Fields, model_name: str) -> Plan:
-    """Nothing is asked: the model is to be loaded, or with keep_alive 0 to be dropped. It must exist."""
+def ollama_load_plan(body: Fields, model_name: str, generate: bool) -> Plan:
+    """Without a question a model is to be loaded, or unloaded if keep_alive is 0. It must exist."""
     seconds = ollama_keep_alive(body)
     body.mark_read(*body.data)
-    options = OllamaOptions("load" if seconds else "unload")
+    options = OllamaOptions(generate, "load" if seconds else "unload")
     loads = (plain_name(model_name, True), seconds)
     return Plan((MODELS_CALL,), False, options, model_name, loads=loads)
 
 
-def ollama_loaded(exchange: Exchange, answers: Answers) -> JSON:
-    """The end of a load or an unload."""
-    ollama_known(exchange.model, answers, exchange.context)
-    return {**ollama_base(exchange), "done": True, "done_reason": exchange.options.loading}
-
-
-def ollama_known(model_name: str, answers: Answers, context: Context) -> JSON:
-    """Gemini's entry for the model that a client means; a 404 if there is none."""
-    entry = usable_models(answers, context).get(model_named(model_name, context).name)
-    if entry is None:
-        raise no_such_model(model_name)
-    return entry
-
-
-def ollama_base(exchange: Exchange) -> JSON:
-    return {"model": exchange.model, "created_at": ollama_time(exchange.now)}
-
-
-def ollama_metrics(exchange: Exchange, first: float | None, end: End) -> JSON:
-    """The end of an answer. Durations are whole nanoseconds; Gemini gives none, so they are what passed here.
-
-    `first` is the time of its first word, or None where it said all at once.
-    """
-    now, began = exchange.now, exchange.created
-    first = began if first is None else first
-    durations = (now - began, 0.0, first - began, now - first)
-    total, load, prompt, output = (max(1, int(seconds * 1e9)) for seconds in durations)
-    return {
-        "done": True,
-        "done_reason": "length" if end.finish == "length" else "stop",
-        **native_finish(end),
-        "total_duration": total,
-        "load_duration": load,
-        "prompt_eval_count": end.usage.prompt,
-        "prompt_eval_duration": prompt,
-        "eval_count": end.usage.output,
-        "eval_duration": output,
-    }
-
-
-def ollama_call(call: ToolCall, index: int) -> JSON:
-    """A call; some clients read the index beside the function, others inside."""
-    function = {"index": index, "name": call.name, "arguments": call.args}
-    return {"id": call.id, "index": index, "function": function}
-
-
-def ollama_messages(events: Iterable[Event]) -> Iterator[tuple[JSON, End | None]]:
-    """(what an event adds to a message, the End) for each event of Gemini's; one call an event."""
-    calls = 0
-    for event in events:
-        if isinstance(event, Text):
-            yield {"thinking" if event.thought else "content": event.text}, None
-        elif isinstance(event, ToolCall):
-            yield {"tool_calls": [ollama_call(event, calls)]}, None
-            calls += 1
-        elif isinstance(event, End):
-            yield {}, event
-        elif event.mime.startswith("image/"):
-            yield {"images": [event.data]}, None
-        else:
-            yield {"content": media_note(event)}, None
-
-
-def ollama_message(answer: Answer) -> JSON:
-    """The message that a whole answer comes to."""
-    message: JSON = {"content": ""}
-    for addition, _ in ollama_messages(answer.events):
-        for key, value in addition.items():
-            message[key] = message[key] + value if key in message else value
-    return message
-
-
-# ---- chat ----
+def ollama_plan(body: Fields, model_name: str, chat: Chat, generate: bool) -> Plan:
+    """The plan for a chat or a prompt, with all that both may set."""
+    top = body.number("top_logprobs", -math.inf, math.inf, int)
+    if top is not None and not 0 <= top <= 20:
+        raise wrong_value("top_logprobs", "top_logprobs must be between 0 and 20")
+    if top or body.get("logprobs", bool):
+        body.ignore("logprobs")
+    options = body.object_or_empty("options")
+    chat = chat._replace(
+        tools=chat_tools(body),
+        thinking=ollama_thinking(body, chat.model),
+        sampling=ollama_sampling(options, chat.model),
+        schema=ollama_format(body),
+        stream=body.get("stream", bool) is not False,
+    )
+    loads = (plain_name(model_name, True), ollama_keep_alive(body))
+    calls = (chat_call(chat, body),)
+    return Plan(calls, chat.stream, OllamaOptions(generate), model_name, chat=chat, loads=loads)
 
 
 def ollama_chat_request(body: Fields, context: Context) -> Plan:
     """Chat: https://docs.ollama.com/api/chat"""
-    model_name, model = ollama_model(body, context, model_required())
+    model_name = ollama_name(body, "model")
+    model = model_named(model_name, context)
     messages = body.objects("messages")
     if not messages:
-        return ollama_load(body, model_name)
+        return ollama_load_plan(body, model_name, False)
     system: list[Part] = []
     contents: list[JSON] = []
     for message in messages:
@@ -5275,11 +5212,12 @@ def ollama_chat_request(body: Fields, context: Context) -> Plan:
         else:
             parts = content_parts(message, "content", model) + ollama_images(message)
             contents.append(user_turn(*parts))
-    recipe = recipe_named(model_name, context)
-    return ollama_plan(body, model_name, Chat(model, system, contents, recipe=recipe))
+    chat = Chat(model, system, contents, recipe=recipe_named(model_name, context))
+    return ollama_plan(body, model_name, chat, False)
 
 
 def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
+    """The parts of a turn of the model's, with its tool calls."""
     message.mark_read("thinking")
     parts = content_parts(message, "content", model) + ollama_images(message)
     for call in message.objects("tool_calls"):
@@ -5287,135 +5225,144 @@ def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
         function = call.require_object("function")
         function.mark_read("index")
         args = call_arguments(function.get("arguments", dict, str))
-        parts.append(
-            call_part(
-                function.require("name", str),
-                args,
-                strip_signature(call.get("id", str)),
-                client_signature(call, function),
-            )
-        )
+        name, call_id = function.require("name", str), strip_signature(call.get("id", str))
+        parts.append(call_part(name, args, call_id, client_signature(call, function)))
     return parts
-
-
-def ollama_plan(body: Fields, model_name: str, chat: Chat) -> Plan:
-    """The plan for a chat or a prompt, with all that both may set."""
-    ollama_no_logprobs(body)
-    options = body.object_or_empty("options")
-    chat = chat._replace(
-        tools=chat_tools(body),
-        thinking=ollama_thinking(body, chat.model),
-        sampling=ollama_sampling(options, chat.model),
-        schema=ollama_format(body),
-        stream=body.get("stream", bool) is not False,
-    )
-    loads = (plain_name(model_name, True), ollama_keep_alive(body))
-    calls = (chat_call(chat, body),)
-    return Plan(calls, chat.stream, OllamaOptions(), model_name, chat=chat, loads=loads)
-
-
-def ollama_chat_response(exchange: Exchange, answers: Answers) -> JSON:
-    if exchange.options.loading:
-        loaded = ollama_loaded(exchange, answers)
-        return {**loaded, "message": {"role": "assistant", "content": ""}}
-    answer = whole(next(answers))
-    return {
-        **ollama_base(exchange),
-        "message": {"role": "assistant", **ollama_message(answer)},
-        **ollama_metrics(exchange, None, answer.end),
-    }
-
-
-def ollama_chat_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
-    """Chunks, each with a role and with content, because clients want both in every one."""
-    first = None
-    for addition, end in ollama_messages(next(answers)):
-        first = first or exchange.now
-        ending = ollama_metrics(exchange, first, end) if end else {"done": False}
-        message = {"role": "assistant", "content": "", **addition}
-        yield {**ollama_base(exchange), "message": message, **ending}
-
-
-def ollama_chat_keep_alive(exchange: Exchange) -> JSON:
-    """A chunk that says nothing: NDJSON has no comments."""
-    return {**ollama_base(exchange), "message": {"role": "assistant", "content": ""}, "done": False}
-
-
-# ---- generate ----
 
 
 def ollama_generate_request(body: Fields, context: Context) -> Plan:
     """Generate: https://docs.ollama.com/api/generate"""
-    model_name, model = ollama_model(body, context, no_such_model(""))
-    recipe = recipe_named(model_name, context)
+    model_name = ollama_name(body, "model", missing=no_such_model(""))
+    model, recipe = model_named(model_name, context), recipe_named(model_name, context)
     prompt, suffix, system = (body.get(key, str) or "" for key in ("prompt", "suffix", "system"))
     raw, images = body.get("raw", bool), ollama_images(body)
     if raw and (system or body.get("template", str) or body.get("context", list)):
         raise wrong_value("raw", "raw mode does not support template, system, or context")
     if not prompt:
-        return ollama_load(body, model_name)
+        return ollama_load_plan(body, model_name, True)
     if raw:
         recipe = recipe._replace(system="")
     system = system or recipe.system
     if suffix:
         system, prompt = gap_instruction(system), gap_prompt(prompt, suffix)
     contents = [user_turn(text_part(prompt), *images)]
-    return ollama_plan(body, model_name, Chat(model, [text_part(system)], contents, recipe=recipe))
+    chat = Chat(model, [text_part(system)], contents, recipe=recipe)
+    return ollama_plan(body, model_name, chat, True)
 
 
-def ollama_generate_response(exchange: Exchange, answers: Answers) -> JSON:
-    if exchange.options.loading:
-        return {**ollama_loaded(exchange, answers), "response": ""}
-    answer = whole(next(answers))
-    return {
-        **ollama_base(exchange),
-        **generated(ollama_message(answer)),
-        "context": [],
-        **ollama_metrics(exchange, None, answer.end),
+# ---- answers to chat and generate ----
+
+
+def ollama_base(exchange: Exchange) -> JSON:
+    return {"model": exchange.model, "created_at": ollama_time(exchange.now)}
+
+
+def ollama_additions(events: Iterable[Event]) -> Iterator[tuple[JSON, End | None]]:
+    """(what an event adds to a message, the End) for each event. Zed reads one call a chunk."""
+    calls = 0
+    for event in events:
+        if isinstance(event, Text):
+            yield {"thinking" if event.thought else "content": event.text}, None
+        elif isinstance(event, ToolCall):
+            # LiteLLM reads the index beside the function, Open WebUI the one inside.
+            function = {"index": calls, "name": event.name, "arguments": event.args}
+            yield {"tool_calls": [{"id": event.id, "index": calls, "function": function}]}, None
+            calls += 1
+        elif isinstance(event, End):
+            yield {}, event
+        elif event.mime.startswith("image/"):
+            yield {"images": [event.data]}, None
+        else:
+            yield {"content": media_note(event)}, None
+
+
+def ollama_message(exchange: Exchange, message: JSON) -> JSON:
+    """A message, or what is added to it, in the form of chat or of generate."""
+    message = {"content": "", **message}  # Zed wants a role and a content in every chunk
+    if not exchange.options.generate:
+        return {"message": {"role": "assistant", **message}}
+    response = message.pop("content")
+    return {"response": response, **message}
+
+
+def ollama_metrics(exchange: Exchange, first: float, end: End) -> JSON:
+    """The end of an answer whose first event came at `first`. Durations are measured here."""
+    metrics = {
+        "done": True,
+        "done_reason": "length" if end.finish == "length" else "stop",
+        **native_finish(end),
+        "total_duration": nanoseconds(exchange.now - exchange.created),
+        "load_duration": 1,
+        "prompt_eval_count": end.usage.prompt,
+        "prompt_eval_duration": nanoseconds(first - exchange.created),
+        "eval_count": end.usage.output,
+        "eval_duration": nanoseconds(exchange.now - first),
     }
+    if exchange.options.generate:
+        return {"context": [], **metrics}  # ollama-ai-provider insists on a list
+    return metrics
 
 
-def ollama_generate_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
+def ollama_response(exchange: Exchange, answers: Answers) -> JSON:
+    """The whole answer to a chat or a prompt, or the end of a load or an unload."""
+    options: OllamaOptions = exchange.options
+    if options.done_reason:
+        listed_entry(exchange.model, answers, exchange.context)
+        ending = {"done": True, "done_reason": options.done_reason}
+        return {**ollama_base(exchange), **ending, **ollama_message(exchange, {})}
+    answer = whole(next(answers))
+    message: JSON = {}
+    for addition, _ in ollama_additions(answer.events):
+        for key, value in addition.items():
+            message[key] = message[key] + value if key in message else value
+    ending = ollama_metrics(exchange, exchange.created, answer.end)
+    return {**ollama_base(exchange), **ollama_message(exchange, message), **ending}
+
+
+def ollama_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
+    """The chunks of an answer; the last one has the metrics and no text."""
     first = None
-    for addition, end in ollama_messages(next(answers)):
+    for addition, end in ollama_additions(next(answers)):
         first = first or exchange.now
         ending: JSON = {"done": False}
         if end:
-            ending = {"context": [], **ollama_metrics(exchange, first, end)}
-        yield {**ollama_base(exchange), **generated(addition), **ending}
+            ending = ollama_metrics(exchange, first, end)
+        yield {**ollama_base(exchange), **ollama_message(exchange, addition), **ending}
 
 
-def generated(message: JSON) -> JSON:
-    """The same as a message, in generate's words."""
-    rest = {key: value for key, value in message.items() if key != "content"}
-    return {"response": message.get("content", ""), **rest}
-
-
-def ollama_generate_keep_alive(exchange: Exchange) -> JSON:
-    return {**ollama_base(exchange), "response": "", "done": False}
+def ollama_keep_alive_chunk(exchange: Exchange) -> JSON:
+    """A chunk without text: NDJSON has no comments."""
+    return {**ollama_base(exchange), **ollama_message(exchange, {}), "done": False}
 
 
 # ---- embeddings ----
 
 
+def ollama_embed_plan(name: str, model: Model, texts: list[str], size: int | None) -> Plan:
+    """The plan for a vector of this size for each text. Without a text there is no call."""
+    calls: tuple[GeminiCall, ...] = ()
+    if texts:  # Gemini takes no empty text
+        calls = embed_calls(model, [text or " " for text in texts], size)
+    return Plan(calls, False, EmbedOptions(len(texts)), name)
+
+
 def ollama_embed_request(body: Fields, context: Context) -> Plan:
     """Embed: https://docs.ollama.com/api/embed"""
-    model_name, model = ollama_model(body, context, no_such_model(""))
+    model_name = ollama_name(body, "model", missing=no_such_model(""))
+    model = model_named(model_name, context)
     value = body.peek("input")
-    if type(value) not in (str, list, type(None)):
-        raise wrong_value(
-            "input", "invalid input type: input must be a string or a list of strings"
-        )
-    texts = value if type(value) is list else list(filter(None, [value]))
+    if value is not None and not isinstance(value, (str, list)):
+        message = "invalid input type: input must be a string or a list of strings"
+        raise wrong_value("input", message)
+    texts = value or []
+    if isinstance(texts, str):
+        texts = [texts]
     for i, text in enumerate(texts):
-        if type(text) is not str:
+        if not isinstance(text, str):
             raise wrong_value(f"input[{i}]", f"invalid input type: input[{i}] must be a string")
     ollama_keep_alive(body)
     dimensions = body.number("dimensions", 0, 2**31 - 1, int)
-    calls: tuple[GeminiCall, ...] = ()
-    if texts:  # Gemini takes no empty text
-        calls = embed_calls(model, [text or " " for text in texts], dimensions)
-    return Plan(calls, False, EmbedOptions(len(texts)), model_name)
+    return ollama_embed_plan(model_name, model, texts, dimensions)
 
 
 def ollama_embed_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -5425,7 +5372,7 @@ def ollama_embed_response(exchange: Exchange, answers: Answers) -> JSON:
     return {
         "model": exchange.model,
         "embeddings": vectors,
-        "total_duration": max(1, int((exchange.now - exchange.created) * 1e9)),
+        "total_duration": nanoseconds(exchange.now - exchange.created),
         "load_duration": 1,
         "prompt_eval_count": exchange.usage.prompt,
     }
@@ -5433,215 +5380,176 @@ def ollama_embed_response(exchange: Exchange, answers: Answers) -> JSON:
 
 def ollama_embeddings_request(body: Fields, context: Context) -> Plan:
     """The older call: one prompt, one vector."""
-    model_name, model = ollama_model(body, context, model_required())
-    prompt = body.get("prompt", str)
+    model_name = ollama_name(body, "model")
+    model = model_named(model_name, context)
+    texts = list(filter(None, [body.get("prompt", str)]))
     ollama_keep_alive(body)
-    if not prompt:
-        return Plan((), False, EmbedOptions(0), model_name)
-    return Plan(embed_calls(model, [prompt], None), False, EmbedOptions(1), model_name)
+    return ollama_embed_plan(model_name, model, texts, None)
 
 
-def ollama_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    return {"embedding": read_vectors(answers, exchange)[0] if exchange.options.vectors else []}
+def ollama_embeddings_response(exchange: Exchange, answers: Answers) -> JSON:
+    vectors = read_vectors(answers, exchange) or [[]]
+    return {"embedding": vectors[0]}
 
 
-# ---- the models ----
+# ---- models and their management ----
 
-# What Gemini lists and a chat cannot use; it can be asked for by name all the same.
+# What Gemini lists and a chat cannot use; a client can name it all the same.
 UNLISTED = re.compile(
     r"image|banana|tts|audio|live|robotics|computer-use|aqa|deep-research|antigravity|omni|lyria"
 )
 
 
+def listed_entry(model_name: str, answers: Answers, context: Context) -> JSON:
+    """Gemini's entry for the model that a client means; a 404 if there is none."""
+    entry = usable_models(answers, context).get(model_named(model_name, context).name)
+    if entry is None:
+        raise no_such_model(model_name)
+    return entry
+
+
 def ollama_capabilities(name: str, entry: JSON) -> list[str]:
-    """What a model can do, in the words that Ollama's server knows; some clients choke on any other."""
+    """What a model can do, in the words of Ollama's server; JetBrains' Koog fails on any other."""
     if "embedContent" in get_or_empty(entry, "supportedGenerationMethods", list):
         return ["embedding"]
-    model = model_of(name)
-    plain = name.startswith("gemma") or UNLISTED.search(name)
-    thinking = ["thinking"] if model.thinking is not None else []
-    return (
-        ["completion", "vision"]
-        if plain
-        else ["completion", "tools", "insert", "vision", *thinking]
-    )
-
-
-def ollama_details(entry: JSON, recipe: Recipe = Recipe()) -> JSON:
-    return {
-        "parent_model": recipe.source,
-        "format": "gguf",
-        "family": "gemini",
-        "families": ["gemini"],
-        "parameter_size": "unknown",
-        "quantization_level": "unknown",
-        "context_length": get_or_empty(entry, "inputTokenLimit", int),
-    }
+    if name.startswith("gemma") or UNLISTED.search(name):
+        return ["completion", "vision"]
+    capabilities = ["completion", "tools", "insert", "vision"]
+    if model_of(name).thinking is not None:
+        capabilities.append("thinking")
+    return capabilities
 
 
 def ollama_entry(name: str, entry: JSON) -> JSON:
-    """A model in a list. Clients keep what they learn under the digest, so it changes when the model does."""
-    capabilities = ollama_capabilities(
-        get_or_empty(entry, "name", str).rpartition("/")[2] or name, entry
-    )
-    digest = hashlib.sha256(
-        json.dumps([name, capabilities, entry.get("inputTokenLimit")]).encode()
-    ).hexdigest()
+    """A model in a list, from Gemini's entry for it."""
+    full_name, limit = get_or_empty(entry, "name", str), entry.get("inputTokenLimit")
+    capabilities = ollama_capabilities(full_name.rpartition("/")[2] or name, entry)
+    identity = json.dumps([name, capabilities, limit])  # llm-ollama caches them by the digest
+    details = {"parent_model": "", "format": "gguf", "family": "gemini", "families": ["gemini"]}
+    details.update(parameter_size="unknown", quantization_level="unknown")
+    details["context_length"] = get_or_empty(entry, "inputTokenLimit", int)
     return {
         "name": tagged(name),
         "model": tagged(name),
         "modified_at": ollama_time(GEMINI_OPENED),
         "size": 0,
-        "digest": digest,
-        "details": ollama_details(entry),
+        "digest": hashlib.sha256(identity.encode()).hexdigest(),
+        "details": details,
         "capabilities": capabilities,
     }
 
 
-def ollama_models_request(body: Fields, context: Context) -> Plan:
+def ollama_tags_request(body: Fields, context: Context) -> Plan:
     return Plan((MODELS_CALL,))
 
 
-def ollama_tags_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+def ollama_tags_response(exchange: Exchange, answers: Answers) -> JSON:
     models = usable_models(answers, exchange.context)
-    return {
-        "models": [
-            ollama_entry(name, entry) for name, entry in models.items() if not UNLISTED.search(name)
-        ]
-    }
-
-
-class ManageOptions(NamedTuple):
-    """What is to be done about a model."""
-
-    name: str = ""
-    destination: str = ""  # another name
-    recipe: Recipe = Recipe()
-
-
-def ollama_managed(body: Fields, *keys: str) -> str:
-    """The name of the model that a request is about, which the older clients send as `name`."""
-    names = [body.get(key, str) for key in keys or ("model", "name")]
-    body.mark_read("verbose", "insecure")
-    name = next(filter(None, names), "")
-    if not name:
-        raise model_required()
-    return name
-
-
-def ollama_show_request(body: Fields, context: Context) -> Plan:
-    name = ollama_managed(body)
-    body.mark_read("options")
-    return Plan(
-        (MODELS_CALL,), False, ManageOptions(name, recipe=recipe_named(name, context)), name
-    )
-
-
-# Clients look into it for what a model can do: for the word "tools", and for .Suffix.
-OLLAMA_TEMPLATE = "{{ if .Suffix }}{{ .Suffix }}{{ end }}{{ if .Tools }}tools{{ end }}{{ .Prompt }}"
-
-
-def ollama_show_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    """What clients decide by: capabilities, and the context length under exactly one key."""
-    model_name, recipe = exchange.options.name, exchange.options.recipe
-    try:
-        entry = ollama_known(model_name, answers, exchange.context)
-    except ProxyError as error:
-        error.model = tagged(model_name)  # so Ollama says
-        raise
-    told = ollama_entry(plain_name(model_name, True), entry)
-    embeds = told["capabilities"] == ["embedding"]
-    template = "{{ .Prompt }}" if embeds else OLLAMA_TEMPLATE
-    return {
-        "license": "",
-        "modelfile": f"# Gemini, by proxy-to-gemini\nFROM {recipe.source or told['name']}\n",
-        "parameters": "\n".join(
-            f"{key} {encode_json(value)}"
-            for key, values in recipe.options.items()
-            for value in (values if type(values) is list else [values])
-        ),
-        "template": template,
-        "system": recipe.system,
-        "details": ollama_details(entry, recipe),
-        "model_info": {
-            "general.architecture": "gemini",
-            "general.basename": model_name,
-            "general.parameter_count": 0,
-            "gemini.context_length": get_or_empty(entry, "inputTokenLimit", int),
-            "gemini.embedding_length": 3072 if embeds else 0,
-        },
-        "capabilities": told["capabilities"],
-        "modified_at": told["modified_at"],
-    }
+    names = [name for name in models if not UNLISTED.search(name)]
+    return {"models": [ollama_entry(name, models[name]) for name in names]}
 
 
 def ollama_ps_request(body: Fields, context: Context) -> Plan:
-    return Plan((MODELS_CALL,) if context.loaded else ())
+    if not context.loaded:
+        return Plan()
+    return Plan((MODELS_CALL,))
 
 
 def ollama_ps_response(exchange: Exchange, answers: Answers) -> JSON:
     """The models that were used lately, the one that stays longest first."""
     now = exchange.now
     loaded = {name: until for name, until in exchange.context.loaded.items() if until > now}
-    models = usable_models(answers, exchange.context) if loaded else {}
+    if not loaded:
+        return {"models": []}
+    models = usable_models(answers, exchange.context)
     entries = []
     for name, until in sorted(loaded.items(), key=itemgetter(1), reverse=True):
         if name in models:
             entry = ollama_entry(name, models[name])
-            shared = {key: entry[key] for key in ("name", "model", "size", "digest", "details")}
-            until = ollama_time(min(until, now + FOREVER_SECONDS))
-            entries.append(
-                {
-                    **shared,
-                    "size_vram": entry["size"],
-                    "expires_at": until,
-                    "context_length": entry["details"]["context_length"],
-                }
-            )
+            running = {key: entry[key] for key in ("name", "model", "size", "digest", "details")}
+            running["size_vram"] = entry["size"]
+            running["expires_at"] = ollama_time(min(until, now + FOREVER_SECONDS))
+            running["context_length"] = entry["details"]["context_length"]
+            entries.append(running)
     return {"models": entries}
 
 
+def ollama_manage_request(body: Fields, context: Context) -> Plan:
+    """One model and Gemini's list. Ollama's command line and LiteLLM send the older `name`."""
+    body.mark_read("verbose", "insecure")
+    return Plan((MODELS_CALL,), model=ollama_name(body, "model", "name"))
+
+
+# LiteLLM looks into it for the word "tools", Continue for .Suffix, to learn what a model can do.
+OLLAMA_TEMPLATE = "{{ if .Suffix }}{{ .Suffix }}{{ end }}{{ if .Tools }}tools{{ end }}{{ .Prompt }}"
+
+
+def ollama_show_request(body: Fields, context: Context) -> Plan:
+    body.mark_read("options")
+    return ollama_manage_request(body, context)
+
+
+def ollama_show_response(exchange: Exchange, answers: Answers) -> JSON:
+    """What clients decide by: capabilities, and the context length under exactly one key."""
+    model_name, recipe = exchange.model, recipe_named(exchange.model, exchange.context)
+    try:
+        gemini_entry = listed_entry(model_name, answers, exchange.context)
+    except ProxyError as error:
+        error.model = tagged(model_name)  # as in Ollama's answer
+        raise
+    entry = ollama_entry(plain_name(model_name, True), gemini_entry)
+    template, embedding_length = OLLAMA_TEMPLATE, 0
+    if entry["capabilities"] == ["embedding"]:
+        template, embedding_length = "{{ .Prompt }}", 3072
+    return {
+        "license": "",
+        "modelfile": f"# Gemini, by proxy-to-gemini\nFROM {recipe.source or entry['name']}\n",
+        "parameters": parameter_lines(recipe.options),
+        "template": template,
+        "system": recipe.system,
+        "details": {**entry["details"], "parent_model": recipe.source},
+        "model_info": {
+            "general.architecture": "gemini",
+            "general.basename": model_name,
+            "general.parameter_count": 0,
+            "gemini.context_length": entry["details"]["context_length"],
+            "gemini.embedding_length": embedding_length,
+        },
+        "capabilities": entry["capabilities"],
+        "modified_at": entry["modified_at"],
+    }
+
+
+def parameter_lines(options: Mapping[str, Any]) -> str:
+    """A recipe's options as lines of a key and a value, one for each value of a list."""
+    lines = []
+    for key, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        lines += [f"{key} {encode_json(item)}" for item in values]
+    return "\n".join(lines)
+
+
 def ollama_pull_request(body: Fields, context: Context) -> Plan:
-    name = ollama_managed(body)
-    return Plan((MODELS_CALL,), body.get("stream", bool) is not False, ManageOptions(name), name)
+    plan = ollama_manage_request(body, context)
+    return plan._replace(stream=body.get("stream", bool) is not False)
 
 
 def ollama_pull_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
-    """Nothing is downloaded; programs wait for "success"."""
+    """Nothing is downloaded; `codex --oss` and Home Assistant wait for "success"."""
     models = usable_models(answers, exchange.context)
     yield {"status": "pulling manifest"}
-    if model_named(exchange.options.name, exchange.context).name not in models:
+    if model_named(exchange.model, exchange.context).name not in models:
         raise ProxyError(500, "pull model manifest: file does not exist")
     for status in ("verifying sha256 digest", "writing manifest", "success"):
         yield {"status": status}
 
 
-def ollama_copy_request(body: Fields, context: Context) -> Plan:
-    source, to = ollama_managed(body, "source"), ollama_managed(body, "destination")
-    return Plan(
-        (MODELS_CALL,), False, ManageOptions(source, to, recipe_named(source, context)), source
-    )
-
-
-def ollama_copy_response(exchange: Exchange, answers: Answers) -> Kept:
-    options = exchange.options
-    source = model_named(options.name, exchange.context).name
-    models = usable_models(answers, exchange.context)
-    if source not in models:
-        raise ProxyError(404, f"model {json.dumps(options.name[:200])} not found")
-    recipe = options.recipe._replace(source=source)
-    keep = recipe_to_keep(options.destination, recipe, exchange.context, models)
-    return Kept(Payload(b""), (keep,))
-
-
-MAX_RECIPE_CHARACTERS, MAX_RECIPES = (
-    1 << 20,
-    200,
-)  # characters of a recipe, and recipes, which are not forgotten
+MAX_RECIPES = 200  # they stay until they are deleted
+MAX_RECIPE_CHARACTERS = 1 << 20
 
 
 def recipe_to_keep(name: str, recipe: Recipe, context: Context, models: dict[str, JSON]) -> Keep:
-    """Another name for a model, to be kept. A name of Gemini's own stays Gemini's."""
+    """A recipe to keep under this name. A name of Gemini's own stays Gemini's."""
     name, text = plain_name(name, True), json.dumps(recipe._asdict())
     key = recipe_key(name)
     known = context.stored.get(key)
@@ -5650,158 +5558,126 @@ def recipe_to_keep(name: str, recipe: Recipe, context: Context, models: dict[str
         raise ProxyError(400, message)
     full = len(recipe_names(context)) >= MAX_RECIPES and not known
     if full or len(text) > MAX_RECIPE_CHARACTERS:
-        raise ProxyError(
-            400, "there is no room for this model: what it says is too long, or there are too many"
-        )
+        message = "there is no room for this model: what it says is too long, or there are too many"
+        raise ProxyError(400, message)
     return Keep(key, text, pinned=True)
 
 
+def ollama_copy_request(body: Fields, context: Context) -> Plan:
+    """Another name for a model; `options` of the plan is that name."""
+    body.mark_read("verbose", "insecure")
+    source, destination = ollama_name(body, "source"), ollama_name(body, "destination")
+    return Plan((MODELS_CALL,), options=destination, model=source)
+
+
+def ollama_copy_response(exchange: Exchange, answers: Answers) -> Kept:
+    name, context = exchange.model, exchange.context
+    source = model_named(name, context).name
+    models = usable_models(answers, context)
+    if source not in models:
+        raise ProxyError(404, f"model {json.dumps(name[:200])} not found")
+    recipe = recipe_named(name, context)._replace(source=source)
+    keep = recipe_to_keep(exchange.options, recipe, context, models)
+    return Kept(Payload(b""), (keep,))
+
+
 def ollama_create_request(body: Fields, context: Context) -> Plan:
-    """A model `from` one of Gemini's, with `system` and `parameters` of its own; there are no weights to build from."""
-    name, source = ollama_managed(body), body.get("from", str)
+    """A recipe `from` a model, with `system` and `parameters`; it is the plan's `options`."""
+    plan, source = ollama_manage_request(body, context), body.get("from", str)
     if not source or body.get("files", dict) or body.get("adapters", dict):
-        raise ProxyError(
-            400,
-            'only models "from" one of Gemini\'s can be created here: there are no files to build from',
-            path="from",
-        )
+        message = 'only models "from" one of Gemini\'s can be created here: there are no files'
+        raise ProxyError(400, f"{message} to build from", path="from")
     model, old = model_named(source, context), recipe_named(source, context)
     system = body.get("system", str)
-    parameters = body.object_or_empty("parameters")
-    ollama_sampling(parameters, model)  # what is wrong with them is an error of this request
     if system is None:
         system = old.system
+    parameters = body.object_or_empty("parameters")
+    ollama_sampling(parameters, model)  # an error in them is one of this request
     recipe = Recipe(model.name, system, {**old.options, **parameters.data})
-    stream = body.get("stream", bool) is not False
-    return Plan((MODELS_CALL,), stream, ManageOptions(name, recipe=recipe), name)
+    return plan._replace(stream=body.get("stream", bool) is not False, options=recipe)
 
 
 def ollama_create_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
-    options, models = exchange.options, usable_models(answers, exchange.context)
-    if options.recipe.source not in models:
-        raise no_such_model(options.recipe.source)
-    yield recipe_to_keep(options.name, options.recipe, exchange.context, models)
+    recipe: Recipe = exchange.options
+    models = usable_models(answers, exchange.context)
+    if recipe.source not in models:
+        raise no_such_model(recipe.source)
+    yield recipe_to_keep(exchange.model, recipe, exchange.context, models)
     for status in ("creating new layer", "writing manifest", "success"):
         yield {"status": status}
 
 
-def ollama_delete_request(body: Fields, context: Context) -> Plan:
-    name = ollama_managed(body)
-    return Plan(
-        (MODELS_CALL,), False, ManageOptions(name, recipe=recipe_named(name, context)), name
-    )
-
-
 def ollama_delete_response(exchange: Exchange, answers: Answers) -> Kept:
-    options = exchange.options
-    if options.recipe.source:
-        return Kept(Payload(b""), (Keep(recipe_key(options.name), ""),))
-    if plain_name(options.name, True) in usable_models(answers, exchange.context):
-        raise ProxyError(
-            403, f"model '{options.name[:200]}' is Google's and cannot be deleted from here"
-        )
-    raise no_such_model(options.name)
+    name, context = exchange.model, exchange.context
+    if recipe_named(name, context).source:
+        return Kept(Payload(b""), (Keep(recipe_key(name), ""),))
+    if plain_name(name, True) in usable_models(answers, context):
+        message = f"model '{name[:200]}' is Google's and cannot be deleted from here"
+        raise ProxyError(403, message)
+    raise no_such_model(name)
 
 
-# ---- the rest ----
+# ---- errors and routes ----
+
+
+def ollama_error(error: ProxyError) -> tuple[int, Any]:
+    """Ollama's form of an error, which is a text: https://docs.ollama.com/api/errors"""
+    if isinstance(error, NoRouteError):
+        return 404, Payload(b"404 page not found")
+    status, message = error.status, error.message
+    if status == 401 and error.upstream:
+        status = 403  # for a 401, Ollama's command line asks to sign in at ollama.com
+    if error.code == "model_not_found":
+        message = f"model '{error.model[:200]}' not found"
+        if error.upstream and error.listed is not False:  # Gemini has a reason of its own
+            message += ": " + error.message
+    return status, {"error": message}
+
+
+def progress(status: str) -> JSON:
+    """The rest of the row of a route that streams its progress; a keep-alive repeats `status`."""
+    return {**RECIPES, "framing": NDJSON, "keep_alive": lambda exchange: {"status": status}}
 
 
 NDJSON = Framing(
     "application/x-ndjson", lambda event: encode_json(event).encode() + b"\n", keep_alive=b""
 )
-
-
-def ollama_error(error: ProxyError) -> tuple[int, Any]:
-    """Ollama's form of an error: a text. A 401 of Gemini's must not look like a missing sign-in at ollama.com."""
-    if isinstance(error, NoRouteError):
-        return 404, Payload(b"404 page not found")
-    message = error.message
-    if error.code == "model_not_found":
-        message = f"model '{error.model[:200]}' not found"
-        if error.upstream and error.listed is not False:  # Gemini has a reason of its own
-            message += ": " + error.message
-    return 403 if error.status == 401 and error.upstream else error.status, {"error": message}
-
-
+RECIPES: JSON = {"keys": all_recipe_keys}
+CHAT: JSON = {**RECIPES, "framing": NDJSON, "keep_alive": ollama_keep_alive_chunk}
+PULLING, CREATING = progress("pulling manifest"), progress("creating new layer")
 NO_CLOUD = Refusal(403, "ollama cloud is disabled: remote inference is unavailable")
 NO_BLOBS = Refusal(
     400, "there are no files behind this server, and none can be put there: its models are Gemini's"
 )
 NO_PUSH = Refusal(400, "models cannot be pushed from here: they are Google's")
 NOT_SIGNED_IN = Refusal(401, "you are not currently signed in")
-NO_UPDATE = {"cloud": {"disabled": True, "source": "env"}}
 
-OLLAMA = Protocol(
-    "ollama",
-    (
-        Route(
-            "POST",
-            "/api/chat",
-            ollama_chat_request,
-            ollama_chat_response,
-            ollama_chat_stream,
-            NDJSON,
-            ollama_chat_keep_alive,
-            keys=all_recipe_keys,
-        ),
-        Route(
-            "POST",
-            "/api/generate",
-            ollama_generate_request,
-            ollama_generate_response,
-            ollama_generate_stream,
-            NDJSON,
-            ollama_generate_keep_alive,
-            keys=all_recipe_keys,
-        ),
-        Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response),
-        Route("POST", "/api/embeddings", ollama_embeddings_request, ollama_embeddings_response),
-        Route(
-            "GET", "/api/tags", ollama_models_request, ollama_tags_response, keys=all_recipe_keys
-        ),
-        Route("POST", "/api/show", ollama_show_request, ollama_show_response, keys=all_recipe_keys),
-        Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response, keys=all_recipe_keys),
-        Route("GET", "/api/version", answer={"version": OLLAMA_VERSION}),
-        Route("GET", "/api/status", answer=NO_UPDATE),
-        Route(
-            "POST",
-            "/api/pull",
-            ollama_pull_request,
-            stream=ollama_pull_stream,
-            framing=NDJSON,
-            keep_alive=lambda exchange: {"status": "pulling manifest"},
-            keys=all_recipe_keys,
-        ),
-        Route(
-            "POST",
-            "/api/create",
-            ollama_create_request,
-            stream=ollama_create_stream,
-            framing=NDJSON,
-            keep_alive=lambda exchange: {"status": "creating new layer"},
-            keys=all_recipe_keys,
-        ),
-        Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response, keys=all_recipe_keys),
-        Route(
-            "DELETE",
-            "/api/delete",
-            ollama_delete_request,
-            ollama_delete_response,
-            keys=all_recipe_keys,
-        ),
-        Route("POST", "/api/push", answer=NO_PUSH),
-        Route("GET", "/api/blobs/{digest}", answer=Refusal(404, "there is no such file here")),
-        Route("POST", "/api/blobs/{digest}", answer=NO_BLOBS),
-        Route("POST", "/api/me", answer=Refusal(401, "unauthorized")),
-        Route("POST", "/api/signout", answer=NOT_SIGNED_IN),
-        Route("DELETE", "/api/user/keys/{key}", answer=NOT_SIGNED_IN),
-        Route("POST", "/api/experimental/web_search", answer=NO_CLOUD),
-        Route("POST", "/api/experimental/web_fetch", answer=NO_CLOUD),
-        Route("GET", "/api/experimental/model-recommendations", answer={"recommendations": []}),
-    ),
-    ollama_error,
-    lambda error: ollama_error(error)[1],
+OLLAMA_ROUTES = (
+    Route("POST", "/api/chat", ollama_chat_request, ollama_response, ollama_stream, **CHAT),
+    Route("POST", "/api/generate", ollama_generate_request, ollama_response, ollama_stream, **CHAT),
+    Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response),
+    Route("POST", "/api/embeddings", ollama_embeddings_request, ollama_embeddings_response),
+    Route("GET", "/api/tags", ollama_tags_request, ollama_tags_response, **RECIPES),
+    Route("POST", "/api/show", ollama_show_request, ollama_show_response, **RECIPES),
+    Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response, **RECIPES),
+    Route("GET", "/api/version", answer={"version": OLLAMA_VERSION}),
+    Route("GET", "/api/status", answer={"cloud": {"disabled": True, "source": "env"}}),
+    Route("POST", "/api/pull", ollama_pull_request, stream=ollama_pull_stream, **PULLING),
+    Route("POST", "/api/create", ollama_create_request, stream=ollama_create_stream, **CREATING),
+    Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response, **RECIPES),
+    Route("DELETE", "/api/delete", ollama_manage_request, ollama_delete_response, **RECIPES),
+    Route("POST", "/api/push", answer=NO_PUSH),
+    Route("GET", "/api/blobs/{digest}", answer=Refusal(404, "there is no such file here")),
+    Route("POST", "/api/blobs/{digest}", answer=NO_BLOBS),
+    Route("POST", "/api/me", answer=Refusal(401, "unauthorized")),
+    Route("POST", "/api/signout", answer=NOT_SIGNED_IN),
+    Route("DELETE", "/api/user/keys/{key}", answer=NOT_SIGNED_IN),
+    Route("POST", "/api/experimental/web_search", answer=NO_CLOUD),
+    Route("POST", "/api/experimental/web_fetch", answer=NO_CLOUD),
+    Route("GET", "/api/experimental/model-recommendations", answer={"recommendations": []}),
 )
+
+OLLAMA = Protocol("ollama", OLLAMA_ROUTES, ollama_error, lambda error: ollama_error(error)[1])
 
 
 # ======================================================================================

@@ -3723,22 +3723,30 @@ def test_codex_gets_a_list_of_its_own():
 
 
 # ======================================================================================
-# 6. Ollama
+# 9. Ollama
 # ======================================================================================
 
 OLLAMA = Context(ollama=True)
 
 
+def ollama_route(path, method="POST"):
+    return all_routes()["ollama", method, path]
+
+
 def ollama(body, *answers, path="/api/chat", context=OLLAMA):
     """(the whole answer, the streamed events) to a body, when Gemini says this."""
-    route = all_routes()["ollama", "POST", path]
+    route = ollama_route(path)
     plan = asked(body, route.request, context)[0]
     answer = whole_of(route, exchange(plan, context), *answers)
     return answer, stream_of(route, exchange(plan, context), *answers) if plan.stream else None
 
 
 def ollama_body(body, path="/api/chat"):
-    return gemini_body(body, request=all_routes()["ollama", "POST", path].request, context=OLLAMA)
+    return gemini_body(body, request=ollama_route(path).request, context=OLLAMA)
+
+
+def ollama_config(body):
+    return ollama_body(body).get("generationConfig", {})
 
 
 STAMP = {"model": FLASH, "created_at": "2023-11-14T22:13:20.500000Z"}
@@ -3753,28 +3761,31 @@ METRICS = {
     "eval_duration": 1,
 }
 
+# ---- requests to chat and generate ----
+
+CHAT_WITH_SETTINGS = chat(
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is this?", "images": [PNG]},
+    assistant("A dot.", thinking="Hm"),
+    {"role": "user"},
+    user("Sure?"),
+    options={
+        "temperature": 3,
+        "top_p": 0.5,
+        "top_k": 40,
+        "num_predict": 100,
+        "seed": 7,
+        "stop": "END",
+        "num_ctx": 9,
+    },
+    think="low",
+    keep_alive="5m",
+    model=NEWEST,
+)
+
 
 def test_an_ollama_chat_becomes_a_request():
-    body = chat(
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "What is this?", "images": [PNG]},
-        assistant("A dot.", thinking="Hm"),
-        {"role": "user"},
-        user("Sure?"),
-        options={
-            "temperature": 3,
-            "top_p": 0.5,
-            "top_k": 40,
-            "num_predict": 100,
-            "seed": 7,
-            "stop": "END",
-            "num_ctx": 9,
-        },
-        think="low",
-        keep_alive="5m",
-        model=NEWEST,
-    )
-    assert ollama_body(body) == {
+    assert ollama_body(CHAT_WITH_SETTINGS) == {
         "contents": [
             {
                 "role": "user",
@@ -3797,18 +3808,35 @@ def test_an_ollama_chat_becomes_a_request():
             "thinkingConfig": {"thinkingLevel": "LOW", "includeThoughts": True},
         },
     }
-    plan, ignored = asked(body, proxy.ollama_chat_request, OLLAMA)
-    assert plan.stream and plan.calls[0].streaming and ignored == ["options.num_ctx"]
 
 
-def test_whole_numbers_are_cut_as_ollama_does():
-    config = ollama_body(chat(options={"top_k": 40.9, "num_predict": 2000.5, "seed": 1e300}))[
-        "generationConfig"
-    ]
-    assert (config["topK"], config["maxOutputTokens"]) == (40, 2000) and 0 <= config["seed"] < 2**31
+def test_an_ollama_chat_streams_unless_the_client_says_otherwise():
+    plan = asked(chat(), proxy.ollama_chat_request, OLLAMA)[0]
+    assert plan.stream
+    assert plan.calls[0].streaming
+    assert not asked(chat(stream=False), proxy.ollama_chat_request, OLLAMA)[0].stream
 
 
-def test_what_an_ollama_tool_says_in_parts_is_kept():
+def test_an_option_of_local_models_is_named_as_ignored():
+    ignored = asked(CHAT_WITH_SETTINGS, proxy.ollama_chat_request, OLLAMA)[1]
+    assert ignored == ["options.num_ctx"]
+
+
+@pytest.mark.parametrize(
+    "more", [{"logprobs": True}, {"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 0}]
+)
+def test_ollamas_logprobs_are_named_as_ignored(more):
+    assert "logprobs" in asked(chat(**more), proxy.ollama_chat_request, OLLAMA)[1]
+
+
+def test_fractions_of_whole_numbers_are_cut_off_as_ollama_does():
+    config = ollama_config(chat(options={"top_k": 40.9, "num_predict": 2000.5, "seed": 1e300}))
+    assert config["topK"] == 40
+    assert config["maxOutputTokens"] == 2000
+    assert 0 <= config["seed"] < 2**31
+
+
+def test_the_content_parts_of_an_ollama_tool_result_are_kept():
     body = chat(
         user("q"),
         assistant("", tool_calls=[{"function": {"name": "look", "arguments": {}}}]),
@@ -3829,10 +3857,9 @@ def test_what_an_ollama_tool_says_in_parts_is_kept():
     ]
 
 
-def test_a_model_turn_by_geminis_word():
-    assert ollama_body(chat(user("q"), {"role": "model", "content": "a"}, user("b")))[
-        "contents"
-    ] == [u("q"), m("a"), u("b")]
+def test_ollama_takes_geminis_word_for_the_role_of_an_assistant():
+    body = ollama_body(chat(user("q"), {"role": "model", "content": "a"}, user("b")))
+    assert body["contents"] == [u("q"), m("a"), u("b")]
 
 
 @pytest.mark.parametrize(
@@ -3843,8 +3870,8 @@ def test_a_model_turn_by_geminis_word():
         {"num_predict": None},
     ],
 )
-def test_options_that_mean_nothing_set(options):
-    assert set(ollama_body(chat(options=options))["generationConfig"]) == {"thinkingConfig"}
+def test_ollamas_options_that_stand_for_none_set_nothing(options):
+    assert set(ollama_config(chat(options=options))) == {"thinkingConfig"}
 
 
 @pytest.mark.parametrize(
@@ -3857,19 +3884,24 @@ def test_options_that_mean_nothing_set(options):
         (None, -1, {"includeThoughts": True}),
     ],
 )
-def test_a_small_limit_is_not_thought_away(think, limit, config):
+def test_a_small_limit_of_ollamas_is_not_used_up_by_thoughts(think, limit, config):
     """Gemini's thoughts count against it, so a title of 50 tokens would be none at all."""
-    assert (
-        ollama_body(chat(think=think, options={"num_predict": limit}))["generationConfig"][
-            "thinkingConfig"
-        ]
-        == config
-    )
-    body = gemini_body(chat(max_tokens=limit) if limit > 0 else chat())
-    assert body.get("generationConfig", {}).get("thinkingConfig") == (
-        {"thinkingBudget": 0} if limit == 50 else None
-    )
-    assert "thinkingConfig" not in gemini_body(chat(max_completion_tokens=50))["generationConfig"]
+    body = chat(think=think, options={"num_predict": limit})
+    assert ollama_config(body)["thinkingConfig"] == config
+
+
+@pytest.mark.parametrize(
+    "limits, config",
+    [
+        ({"max_tokens": 50}, {"thinkingBudget": 0}),
+        ({"max_tokens": 1024}, None),
+        ({"max_completion_tokens": 50}, None),
+        ({}, None),
+    ],
+)
+def test_a_small_max_tokens_of_openais_is_not_used_up_by_thoughts(limits, config):
+    body = gemini_body(chat(**limits))
+    assert body.get("generationConfig", {}).get("thinkingConfig") == config
 
 
 @pytest.mark.parametrize(
@@ -3881,13 +3913,13 @@ def test_a_small_limit_is_not_thought_away(think, limit, config):
         ("max", {"thinkingBudget": 24576, "includeThoughts": True}),
     ],
 )
-def test_think(think, config):
-    assert ollama_body(chat(think=think))["generationConfig"]["thinkingConfig"] == config
-    assert (
-        ("generationConfig" not in ollama_body(chat(think=think, model="gemini-2.0-flash")))
-        if not think
-        else True
-    )
+def test_think_becomes_a_thinking_config(think, config):
+    assert ollama_config(chat(think=think))["thinkingConfig"] == config
+
+
+@pytest.mark.parametrize("think", [None, False])
+def test_a_model_that_cannot_think_gets_no_thinking_config(think):
+    assert "generationConfig" not in ollama_body(chat(think=think, model="gemini-2.0-flash"))
 
 
 @pytest.mark.parametrize(
@@ -3901,32 +3933,84 @@ def test_think(think, config):
         "Gemini-2.5-Flash",
     ],
 )
-def test_ollamas_spellings_of_a_model(name):
+def test_ollamas_spellings_of_a_model_all_mean_it(name):
     plan = asked(chat(model=name), proxy.ollama_chat_request, OLLAMA)[0]
-    assert plan.calls[0].model.name == FLASH and plan.model == name
+    assert plan.calls[0].model.name == FLASH
+    assert plan.model == name
 
 
-def test_results_without_an_id_go_by_name_or_order():
+@pytest.mark.parametrize(
+    "results",
+    [
+        ({"content": "F"}, {"content": "G"}),
+        ({"content": "G", "tool_name": "g"}, {"content": "F", "tool_name": "f"}),
+    ],
+    ids=["by order", "by name"],
+)
+def test_tool_results_without_an_id_go_by_name_or_order(results):
     calls = [
         {"function": {"name": "f", "arguments": {}}},
         {"function": {"name": "g", "arguments": "{}"}},
     ]
-    for results in (
-        ({"content": "F"}, {"content": "G"}),
-        ({"content": "G", "tool_name": "g"}, {"content": "F", "tool_name": "f"}),
-    ):
-        contents = ollama_body(
-            chat(
-                user("q"),
-                assistant("", tool_calls=calls),
-                *({"role": "tool", **result} for result in results),
-            )
-        )["contents"]
-        assert contents[2]["parts"] == [
-            answer_to("f", {"output": "F"}),
-            answer_to("g", {"output": "G"}),
-        ]
+    messages = [{"role": "tool", **result} for result in results]
+    body = ollama_body(chat(user("q"), assistant("", tool_calls=calls), *messages))
+    assert body["contents"][2]["parts"] == [
+        answer_to("f", {"output": "F"}),
+        answer_to("g", {"output": "G"}),
+    ]
 
+
+def test_generate_with_a_suffix_asks_for_what_belongs_between():
+    body = {"model": FLASH, "prompt": "def add(", "suffix": "):", "system": "Be neat."}
+    gap = ollama_body(body, "/api/generate")
+    assert gap["contents"] == [u("<before>def add(</before><gap/><after>):</after>")]
+    system = gap["systemInstruction"]["parts"][0]["text"]
+    assert system.startswith("Be neat.\n\nYou fill a gap")
+
+
+def test_a_raw_prompt_goes_as_it_is():
+    raw = ollama_body({"model": FLASH, "prompt": "[INST]", "raw": True}, "/api/generate")
+    assert raw["contents"] == [u("[INST]")]
+    assert "systemInstruction" not in raw
+
+
+@pytest.mark.parametrize(
+    "path, more", [("/api/chat", {"messages": []}), ("/api/generate", {})], ids=["chat", "generate"]
+)
+@pytest.mark.parametrize(
+    "keep_alive, seconds",
+    [
+        (None, 300),
+        ("5m0s", 300),
+        (-1, 1e10),
+        ("-1s", 1e10),
+        (1.5, 1.5),
+        ("1h30m", 5400),
+        (0, 0),
+        ("0s", 0),
+        ("-0s", 0),
+        ("0", 0),
+    ],
+)
+def test_without_a_question_a_model_is_loaded_or_unloaded(keep_alive, seconds, path, more):
+    body = {"model": FLASH, "keep_alive": keep_alive, **more}
+    answer, _ = ollama(body, [{"models": MODELS}], path=path)
+    form = {"response": ""}
+    if path == "/api/chat":
+        form = {"message": {"role": "assistant", "content": ""}}
+    reason = "load" if seconds else "unload"
+    assert answer == {**STAMP, "done": True, "done_reason": reason, **form}
+    plan = asked(body, ollama_route(path).request, OLLAMA)[0]
+    assert plan.loads == (FLASH, seconds)
+
+
+def test_a_model_that_gemini_does_not_list_cannot_be_loaded():
+    with pytest.raises(ProxyError) as caught:
+        ollama({"model": "nobody"}, [{"models": MODELS}])
+    assert proxy.ollama_error(caught.value) == (404, {"error": "model 'nobody' not found"})
+
+
+# ---- answers to chat and generate ----
 
 CALLED = {
     "id": "call_1",
@@ -3936,13 +4020,13 @@ CALLED = {
 
 
 def test_an_ollama_answer_whole_and_streamed():
-    said = [
+    chunks = [
         chunk({"text": "Hm", "thought": True}),
         chunk("Let me ", "look."),
         chunk(call("weather", {"city": "Oslo"}), call("clock")),
         whole(""),
     ]
-    answer, events = ollama(chat(tools=[WEATHER, CLOCK]), said)
+    answer, events = ollama(chat(tools=[WEATHER, CLOCK]), chunks)
     clock = {"id": "call_2", "index": 1, "function": {"index": 1, "name": "clock", "arguments": {}}}
     assert answer == {
         **STAMP,
@@ -3954,73 +4038,45 @@ def test_an_ollama_answer_whole_and_streamed():
         },
         **METRICS,
     }
-    assert events == [
-        *(
-            {**STAMP, "message": {"role": "assistant", "content": "", **more}, "done": False}
-            for more in (
-                {"thinking": "Hm"},
-                {"content": "Let me "},
-                {"content": "look."},
-                {"tool_calls": [CALLED]},
-                {"tool_calls": [clock]},
-            )
-        ),
-        {**STAMP, "message": {"role": "assistant", "content": ""}, **METRICS},
+    additions = (
+        {"thinking": "Hm"},
+        {"content": "Let me "},
+        {"content": "look."},
+        {"tool_calls": [CALLED]},
+        {"tool_calls": [clock]},
+    )
+    assert events[:-1] == [
+        {**STAMP, "message": {"role": "assistant", "content": "", **addition}, "done": False}
+        for addition in additions
     ]
+    assert events[-1] == {**STAMP, "message": {"role": "assistant", "content": ""}, **METRICS}
 
 
-def test_ollamas_generate():
+def test_a_generated_answer_whole_and_streamed():
     answer, events = ollama(
         {"model": FLASH, "prompt": "Hi"},
         [chunk({"text": "Hm", "thought": True}), chunk("Hel"), whole("lo")],
         path="/api/generate",
     )
     assert answer == {**STAMP, "response": "Hello", "thinking": "Hm", "context": [], **METRICS}
-    assert events[0] == {**STAMP, "response": "", "thinking": "Hm", "done": False} and events[
-        -1
-    ] == {**STAMP, "response": "", "context": [], **METRICS}
-    gap = ollama_body(
-        {"model": FLASH, "prompt": "def add(", "suffix": "):", "system": "Be neat."},
-        "/api/generate",
-    )
-    assert gap["contents"] == [u("<before>def add(</before><gap/><after>):</after>")] and gap[
-        "systemInstruction"
-    ]["parts"][0]["text"].startswith("Be neat.\n\nYou fill a gap")
-    raw = ollama_body({"model": FLASH, "prompt": "[INST]", "raw": True}, "/api/generate")
-    assert raw["contents"] == [u("[INST]")] and "systemInstruction" not in raw
+    assert events[0] == {**STAMP, "response": "", "thinking": "Hm", "done": False}
+    assert events[-1] == {**STAMP, "response": "", "context": [], **METRICS}
 
 
 @pytest.mark.parametrize(
-    "keep_alive, reason",
+    "path, form",
     [
-        (None, "load"),
-        ("5m0s", "load"),
-        (-1, "load"),
-        ("-1s", "load"),
-        (1.5, "load"),
-        ("1h30m", "load"),
-        (0, "unload"),
-        ("0s", "unload"),
-        ("0", "unload"),
+        ("/api/chat", {"message": {"role": "assistant", "content": ""}}),
+        ("/api/generate", {"response": ""}),
     ],
 )
-def test_nothing_asked_is_a_load_or_an_unload(keep_alive, reason):
-    for path, more in (("/api/chat", {"messages": []}), ("/api/generate", {})):
-        body = {"model": FLASH, "keep_alive": keep_alive, **more}
-        answer, _ = ollama(
-            body,
-            [{"models": MODELS}],
-            path=path,
-        )
-        assert (answer["done"], answer["done_reason"], "total_duration" in answer) == (
-            True,
-            reason,
-            False,
-        )
-        plan = asked(body, all_routes()["ollama", "POST", path].request, OLLAMA)[0]
-        assert plan.loads[0] == FLASH
-        assert (plan.loads[1] > 0) is (reason == "load")
+def test_ollamas_keep_alive_is_a_chunk_without_text(path, form):
+    route = ollama_route(path)
+    plan = asked(chat(prompt="Hi"), route.request, OLLAMA)[0]
+    assert route.keep_alive(exchange(plan, OLLAMA)) == {**STAMP, **form, "done": False}
 
+
+# ---- errors ----
 
 OLLAMA_REFUSES = {  # what is wrong: (path, body, status, Ollama's text or the place that it names)
     "no model": ("/api/chat", {"messages": []}, 400, "model is required"),
@@ -4065,6 +4121,18 @@ OLLAMA_REFUSES = {  # what is wrong: (path, body, status, Ollama's text or the p
         400,
         "messages[0].images[0]",
     ),
+    "an image that is no text": (
+        "/api/chat",
+        chat({"role": "user", "images": [PNG, 7]}),
+        400,
+        "messages[0].images[1]",
+    ),
+    "images that are no list": (
+        "/api/chat",
+        chat({"role": "user", "images": PNG}),
+        400,
+        "Invalid type for 'messages[0].images': expected an array, but got a string instead.",
+    ),
     "raw and system": (
         "/api/generate",
         {"model": FLASH, "prompt": "x", "raw": True, "system": "y"},
@@ -4088,66 +4156,85 @@ OLLAMA_REFUSES = {  # what is wrong: (path, body, status, Ollama's text or the p
 )
 def test_ollamas_words_for_bad_input(path, body, status, words):
     with pytest.raises(ProxyError) as caught:
-        asked(body, all_routes()["ollama", "POST", path].request, OLLAMA)
-    got, body = proxy.ollama_error(caught.value)
-    assert got == status
-    assert words in body["error"]
+        asked(body, ollama_route(path).request, OLLAMA)
+    answer_status, answer = proxy.ollama_error(caught.value)
+    assert answer_status == status
+    assert words in answer["error"]
 
 
-def test_nothing_can_be_pushed():
-    refusal = all_routes()["ollama", "POST", "/api/push"].answer
+@pytest.mark.parametrize(
+    "listed, words",
+    [(False, "model 'x' not found"), (None, "model 'x' not found: models/x is not found")],
+)
+def test_a_model_that_gemini_refuses_is_not_found_in_ollamas_words(listed, words):
+    error = ProxyError(404, "models/x is not found", code="model_not_found", upstream=True)
+    error.model, error.listed = "x", listed
+    assert proxy.ollama_error(error) == (404, {"error": words})
+
+
+def test_a_bad_gemini_key_is_no_401_at_ollama():
+    bad_key = ProxyError(401, "bad key", upstream=True)
+    assert proxy.ollama_error(bad_key)[0] == 403
+    assert proxy.MOUNTS["ollama"][-2][1].error(bad_key)[0] == 403
+    assert proxy.ollama_error(ProxyError(401, "no key"))[0] == 401
+
+
+def test_an_unknown_path_is_a_404_in_ollamas_words():
+    error = proxy.NoRouteError(404, "x")
+    assert proxy.ollama_error(error) == (404, proxy.Payload(b"404 page not found"))
+
+
+def test_models_cannot_be_pushed():
+    refusal = ollama_route("/api/push").answer
     assert refusal == proxy.Refusal(400, "models cannot be pushed from here: they are Google's")
 
 
-def test_ollamas_errors():
-    upstream = ProxyError(404, "models/x is not found", code="model_not_found", upstream=True)
-    upstream.model, upstream.listed = "x", False
-    assert proxy.ollama_error(upstream) == (404, {"error": "model 'x' not found"})
-    upstream.listed = None
-    assert proxy.ollama_error(upstream) == (
-        404,
-        {"error": "model 'x' not found: models/x is not found"},
-    )
-    assert (
-        proxy.ollama_error(ProxyError(401, "bad key", upstream=True))[0] == 403
-        and proxy.ollama_error(ProxyError(401, "no key"))[0] == 401
-    )
-    assert proxy.MOUNTS["ollama"][-2][1].error(ProxyError(401, "bad key", upstream=True))[0] == 403
-    assert proxy.ollama_error(proxy.NoRouteError(404, "x")) == (
-        404,
-        proxy.Payload(b"404 page not found"),
-    )
+# ---- embeddings ----
+
+VECTORS = [{"embeddings": [{"values": [3, 4]}]}]
 
 
-def test_ollamas_embeddings():
-    vectors = [{"embeddings": [{"values": [3, 4]}]}]
-    assert ollama(
-        {"model": EMBEDDER, "input": "one"}, vectors, [{"totalTokens": 3}], path="/api/embed"
-    )[0] == {
+def test_embed_answers_with_unit_vectors_and_metrics():
+    body = {"model": EMBEDDER, "input": "one"}
+    assert ollama(body, VECTORS, [{"totalTokens": 3}], path="/api/embed")[0] == {
         "model": EMBEDDER,
         "embeddings": [[0.6, 0.8]],
         "total_duration": 1,
         "load_duration": 1,
         "prompt_eval_count": 3,
     }
-    assert ollama({"model": EMBEDDER, "prompt": "one"}, vectors, [{}], path="/api/embeddings")[
-        0
-    ] == {"embedding": [0.6, 0.8]}
-    for nothing in ("", [], None):
-        assert ollama({"model": EMBEDDER, "input": nothing}, path="/api/embed")[0] == {
-            "model": EMBEDDER,
-            "embeddings": [],
-        }
-    assert ollama({"model": EMBEDDER, "prompt": ""}, path="/api/embeddings")[0] == {"embedding": []}
-    plan = asked({"model": EMBEDDER, "input": ["a", ""]}, proxy.ollama_embed_request, OLLAMA)[0]
-    assert [
-        request["content"]["parts"][0]["text"] for request in plan.calls[0].body["requests"]
-    ] == ["a", " "]
 
 
-def manage(method, path, body, context, notes=None):
+@pytest.mark.parametrize("nothing", ["", [], None])
+def test_embed_without_input_asks_nothing(nothing):
+    body = {"model": EMBEDDER, "input": nothing}
+    assert asked(body, proxy.ollama_embed_request, OLLAMA)[0].calls == ()
+    assert ollama(body, path="/api/embed")[0] == {"model": EMBEDDER, "embeddings": []}
+
+
+def test_an_empty_text_to_embed_becomes_a_space():
+    body = {"model": EMBEDDER, "input": ["a", ""]}
+    (embed, *_) = asked(body, proxy.ollama_embed_request, OLLAMA)[0].calls
+    parts = [request["content"]["parts"] for request in embed.body["requests"]]
+    assert parts == [[{"text": "a"}], [{"text": " "}]]
+
+
+def test_the_older_embeddings_answer_with_one_vector():
+    body = {"model": EMBEDDER, "prompt": "one"}
+    assert ollama(body, VECTORS, [{}], path="/api/embeddings")[0] == {"embedding": [0.6, 0.8]}
+
+
+def test_the_older_embeddings_without_a_prompt_have_no_vector():
+    body = {"model": EMBEDDER, "prompt": ""}
+    assert ollama(body, path="/api/embeddings")[0] == {"embedding": []}
+
+
+# ---- models and their management ----
+
+
+def manage(method, path, body, context=OLLAMA, notes=None):
     """The whole answer to a body, or the list of events where it wants a stream."""
-    route, notes = all_routes()["ollama", method, path], Notes() if notes is None else notes
+    route, notes = ollama_route(path, method), Notes() if notes is None else notes
     context = looked_up(route, body, context, notes)
     plan = asked(body, route.request, context)[0]
     answers = [[{"models": MODELS}]] * len(plan.calls)
@@ -4155,177 +4242,213 @@ def manage(method, path, body, context, notes=None):
     return make(route, exchange(plan, context), *answers, notes=notes)
 
 
-def test_ollamas_lists_say_what_clients_insist_on():
-    tags = manage("GET", "/api/tags", {}, OLLAMA)["models"]
-    assert (
-        [entry["name"] for entry in tags]
-        == [f"{name}:latest" for name in (FLASH, NEWEST, EMBEDDER)]
-        == [entry["model"] for entry in tags]
-    )
-    assert len({entry["digest"] for entry in tags}) == 3 and all(
-        re.fullmatch("[0-9a-f]{64}", entry["digest"]) for entry in tags
-    )
-    assert tags[0]["capabilities"] == [
-        "completion",
-        "tools",
-        "insert",
-        "vision",
-        "thinking",
-    ] and tags[2]["capabilities"] == ["embedding"]
-    shown = manage("POST", "/api/show", {"name": FLASH, "model": ""}, OLLAMA)
-    assert {
-        key: value for key, value in shown["model_info"].items() if "context_length" in key
-    } == {"gemini.context_length": 1048576}
-    assert (
-        shown["model_info"]["general.basename"] == FLASH
-        and "tools" in shown["template"]
-        and ".Suffix" in shown["template"]
-    )
+def test_ollamas_list_names_each_model_with_its_tag():
+    models = manage("GET", "/api/tags", {})["models"]
+    names = [f"{name}:latest" for name in (FLASH, NEWEST, EMBEDDER)]
+    assert [entry["name"] for entry in models] == names
+    assert [entry["model"] for entry in models] == names
+
+
+def test_each_model_in_ollamas_list_has_a_digest_of_its_own():
+    digests = {entry["digest"] for entry in manage("GET", "/api/tags", {})["models"]}
+    assert len(digests) == 3
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests)
+
+
+def test_ollamas_list_says_what_each_model_can_do():
+    models = manage("GET", "/api/tags", {})["models"]
+    assert models[0]["capabilities"] == ["completion", "tools", "insert", "vision", "thinking"]
+    assert models[2]["capabilities"] == ["embedding"]
+
+
+def test_show_says_the_context_length_once():
+    info = manage("POST", "/api/show", {"name": FLASH, "model": ""})["model_info"]
+    lengths = {key: value for key, value in info.items() if "context_length" in key}
+    assert lengths == {"gemini.context_length": 1048576}
+    assert info["general.basename"] == FLASH
+
+
+def test_the_template_says_what_a_model_can_do():
+    template = manage("POST", "/api/show", {"model": FLASH})["template"]
+    assert "tools" in template
+    assert ".Suffix" in template
+    assert manage("POST", "/api/show", {"model": EMBEDDER})["template"] == "{{ .Prompt }}"
+
+
+def test_show_of_an_unknown_model_names_it_with_its_tag():
     with pytest.raises(ProxyError) as caught:
-        manage("POST", "/api/show", {"model": "x"}, OLLAMA)
+        manage("POST", "/api/show", {"model": "x"})
     assert proxy.ollama_error(caught.value) == (404, {"error": "model 'x:latest' not found"})
 
 
-def test_ollamas_running_models():
+def test_running_models_are_listed_the_longest_first():
     context = OLLAMA._replace(loaded={FLASH: 1700000100.0, NEWEST: 1700000200.0, "gone": 1.0})
     running = manage("GET", "/api/ps", {}, context)["models"]
-    assert [entry["name"] for entry in running] == [
-        NEWEST + ":latest",
-        FLASH + ":latest",
-    ]
-    assert (
-        running[1]["expires_at"] == "2023-11-14T22:15:00.000000Z"
-        and running[0]["context_length"] == 1048576
-    )
-    assert manage("GET", "/api/ps", {}, OLLAMA._replace(loaded={})) == {"models": []}
+    assert [entry["name"] for entry in running] == [NEWEST + ":latest", FLASH + ":latest"]
+    assert running[0]["context_length"] == 1048576
+    assert running[1]["expires_at"] == "2023-11-14T22:15:00.000000Z"
+
+
+def test_without_running_models_the_list_is_empty():
+    assert manage("GET", "/api/ps", {}) == {"models": []}
+
+
+@pytest.mark.parametrize("key", ["model", "name"])
+def test_a_streamed_pull_of_what_gemini_has_ends_in_success(key):
+    assert manage("POST", "/api/pull", {key: FLASH})[-1] == {"status": "success"}
+
+
+def test_a_whole_pull_of_what_gemini_has_is_a_success():
+    body = {"name": FLASH, "stream": False}
+    assert manage("POST", "/api/pull", body) == {"status": "success"}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_pull_of_what_gemini_does_not_have_fails(stream):
+    with pytest.raises(ProxyError, match="pull model manifest: file does not exist"):
+        manage("POST", "/api/pull", {"model": "nobody", "stream": stream})
+
+
+# ---- recipes ----
+
+PIRATE = {
+    "model": "pirate",
+    "from": "gpt-4o",
+    "system": "Arr.",
+    "parameters": {"temperature": 0.1, "stop": ["a", "b"], "num_ctx": 4096},
+    "stream": False,
+}
 
 
 def asked_with(body, context, notes, route=None):
     """The plan for a body, with what is stored."""
-    route = route or all_routes()["ollama", "POST", "/api/chat"]
+    route = route or ollama_route("/api/chat")
     return asked(body, route.request, looked_up(route, body, context, notes))[0]
 
 
-def test_names_that_clients_make():
+def recipes():
+    """What is stored after a copy, and a recipe made from it."""
     notes = Notes()
-    assert manage(
-        "POST", "/api/copy", {"source": FLASH, "destination": "gpt-4o"}, OLLAMA, notes
-    ) == proxy.Payload(b"")
-    assert manage(
-        "POST",
-        "/api/create",
-        {
-            "model": "pirate",
-            "from": "gpt-4o",
-            "system": "Arr.",
-            "parameters": {"temperature": 0.1},
-            "stream": False,
-        },
-        OLLAMA,
-        notes,
-    ) == {"status": "success"}
-    body = (
-        asked_with(chat(model="Pirate:latest", options={"top_k": 3}), OLLAMA, notes).calls[0].body
-    )
-    assert (
-        body["systemInstruction"] == {"parts": [{"text": "Arr."}]}
-        and body["generationConfig"]["temperature"] == 0.1
-        and body["generationConfig"]["topK"] == 3
-    )
-    assert "pirate:latest" in [
-        entry["name"] for entry in manage("GET", "/api/tags", {}, OLLAMA, notes)["models"]
-    ]
-    assert (
-        manage("POST", "/api/show", {"model": "pirate"}, OLLAMA, notes)["details"]["parent_model"]
-        == FLASH
-    )
-    for body in (
-        {"source": "nobody", "destination": "x"},
-        {"source": FLASH, "destination": NEWEST},
-        {"source": FLASH, "destination": "a b"},
-    ):
-        with pytest.raises(ProxyError):
-            manage("POST", "/api/copy", body, OLLAMA, notes)
-    assert manage("DELETE", "/api/delete", {"model": "gpt-4o"}, OLLAMA, notes) == proxy.Payload(b"")
-    for name, status in (("gpt-4o", 404), (FLASH, 403)):
-        with pytest.raises(ProxyError) as caught:
-            manage("DELETE", "/api/delete", {"name": name}, OLLAMA, notes)
-        assert caught.value.status == status
+    copied = manage("POST", "/api/copy", {"source": FLASH, "destination": "gpt-4o"}, notes=notes)
+    assert copied == proxy.Payload(b"")
+    assert manage("POST", "/api/create", PIRATE, notes=notes) == {"status": "success"}
+    return notes
 
 
-def test_a_model_made_from_an_alias_is_geminis():
+def test_a_recipe_brings_its_system_and_its_options():
+    body = chat(model="Pirate:latest", options={"top_k": 3})
+    (gemini_call,) = asked_with(body, OLLAMA, recipes()).calls
+    assert gemini_call.model.name == FLASH
+    assert gemini_call.body["systemInstruction"] == {"parts": [{"text": "Arr."}]}
+    assert gemini_call.body["generationConfig"]["temperature"] == 0.1
+    assert gemini_call.body["generationConfig"]["topK"] == 3
+
+
+def test_an_option_of_a_recipe_is_not_named_as_ignored():
+    """The client of a chat never sent `num_ctx`: the recipe did."""
+    route, body = ollama_route("/api/chat"), chat(model="pirate", options={"top_k": 3})
+    context = looked_up(route, body, OLLAMA, recipes())
+    assert asked(body, route.request, context)[1] == []
+
+
+def test_an_option_of_the_clients_is_named_as_ignored_also_with_a_recipe():
+    route, body = ollama_route("/api/chat"), chat(model="pirate", options={"num_ctx": 9})
+    context = looked_up(route, body, OLLAMA, recipes())
+    assert asked(body, route.request, context)[1] == ["options.num_ctx"]
+
+
+def test_a_recipe_is_in_ollamas_list():
+    models = manage("GET", "/api/tags", {}, notes=recipes())["models"]
+    assert "pirate:latest" in [entry["name"] for entry in models]
+
+
+def test_show_says_what_a_recipe_holds():
+    entry = manage("POST", "/api/show", {"model": "pirate"}, notes=recipes())
+    assert entry["details"]["parent_model"] == FLASH
+    assert entry["system"] == "Arr."
+    assert entry["parameters"] == 'temperature 0.1\nstop "a"\nstop "b"\nnum_ctx 4096'
+
+
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        ({"source": "nobody", "destination": "x"}, 404),
+        ({"source": FLASH, "destination": NEWEST}, 400),
+        ({"source": FLASH, "destination": "a b"}, 400),
+    ],
+    ids=["no such model", "a name of Gemini's", "no valid name"],
+)
+def test_a_copy_that_cannot_be(body, status):
+    with pytest.raises(ProxyError) as caught:
+        manage("POST", "/api/copy", body)
+    assert caught.value.status == status
+
+
+def test_a_deleted_recipe_is_gone():
+    notes = recipes()
+    body = {"model": "gpt-4o"}
+    assert manage("DELETE", "/api/delete", body, notes=notes) == proxy.Payload(b"")
+    with pytest.raises(ProxyError) as caught:
+        manage("DELETE", "/api/delete", body, notes=notes)
+    assert caught.value.status == 404
+
+
+def test_a_model_of_geminis_cannot_be_deleted():
+    with pytest.raises(ProxyError) as caught:
+        manage("DELETE", "/api/delete", {"name": FLASH})
+    assert caught.value.status == 403
+
+
+@pytest.mark.parametrize(
+    "sources, model",
+    [(["fast"], FLASH), (["gpt-4o"], NEWEST), (["gpt-4o", "recipe0"], NEWEST)],
+    ids=["an alias", "a glob", "a recipe"],
+)
+def test_a_recipe_from_another_name_is_one_of_geminis_model(sources, model):
     notes = Notes()
     context = OLLAMA._replace(aliases=(("fast", FLASH), ("gpt-*", NEWEST)))
-    for source, model in (("fast", FLASH), ("gpt-4o", NEWEST), ("mario", FLASH)):
-        manage(
-            "POST",
-            "/api/create",
-            {
-                "model": "luigi" if source == "mario" else "mario",
-                "from": source,
-                "parameters": {"temperature": 0.1, "top_p": 0.5},
-            },
-            context,
-            notes,
-        )
-        name = "luigi" if source == "mario" else "mario"
-        body = chat(model=name, options={"temperature": None, "top_p": 1})
-        (call,) = asked_with(body, context, notes).calls
-        assert call.model.name == (
-            NEWEST if source == "gpt-4o" else FLASH if source == "fast" else NEWEST
-        )
-        assert (
-            call.body["generationConfig"]["temperature"] == 0.1
-            and call.body["generationConfig"]["topP"] == 1
-        )
+    for i, source in enumerate(sources):
+        name, parameters = f"recipe{i}", {"temperature": 0.1, "top_p": 0.5}
+        body = {"model": name, "from": source, "parameters": parameters}
+        manage("POST", "/api/create", body, context, notes)
+    body = chat(model=name, options={"temperature": None, "top_p": 1})
+    (gemini_call,) = asked_with(body, context, notes).calls
+    assert gemini_call.model.name == model
+    assert gemini_call.body["generationConfig"]["temperature"] == 0.1
+    assert gemini_call.body["generationConfig"]["topP"] == 1
+
+
+def test_a_wrong_parameter_of_a_recipe_is_refused_when_it_is_created():
+    body = {"model": "x", "from": FLASH, "parameters": {"temperature": "0.7"}}
     with pytest.raises(ProxyError) as caught:
-        manage(
-            "POST",
-            "/api/create",
-            {"model": "x", "from": FLASH, "parameters": {"temperature": "0.7"}},
-            context,
-        )
-    assert (caught.value.status, caught.value.path) == (400, "parameters.temperature")
+        manage("POST", "/api/create", body)
+    assert caught.value.status == 400
+    assert caught.value.path == "parameters.temperature"
 
 
-def test_a_recipe_for_a_model_without_a_system_instruction():
-    notes = Notes(
-        {
-            "model:pirate": json.dumps(
-                {"source": "gemma-3-27b-it", "system": "Say arr.", "options": {}}
-            )
-        }
-    )
+def test_a_recipe_for_a_model_without_a_system_instruction_begins_the_chat():
+    recipe = {"source": "gemma-3-27b-it", "system": "Say arr.", "options": {}}
+    notes = Notes({"model:pirate": json.dumps(recipe)})
     route = proxy.find_route("ollama", "POST", "/v1/chat/completions").route
-    plan = asked_with(chat(model="pirate"), OLLAMA, notes, route)
-    assert (
-        plan.calls[0].body["contents"][0] == u("Say arr.")
-        and "systemInstruction" not in plan.calls[0].body
-    )
+    (gemini_call,) = asked_with(chat(model="pirate"), OLLAMA, notes, route).calls
+    assert gemini_call.body["contents"][0] == u("Say arr.")
+    assert "systemInstruction" not in gemini_call.body
 
 
-def test_a_pull_of_what_gemini_has_succeeds_and_of_else_fails():
-    assert (
-        manage("POST", "/api/pull", {"model": FLASH}, OLLAMA)[-1]
-        == manage("POST", "/api/pull", {"name": FLASH, "stream": False}, OLLAMA)
-        == {"status": "success"}
-    )
-    for stream in (True, False):
-        with pytest.raises(ProxyError, match="pull model manifest: file does not exist"):
-            manage("POST", "/api/pull", {"model": "nobody", "stream": stream}, OLLAMA)
+# ---- OpenAI's routes on an Ollama server ----
 
 
-def test_openais_routes_on_an_ollama_server():
-    answer, events = respond(
-        chat(stream=True), [whole({"text": "Hm", "thought": True}, "42")], context=OLLAMA
-    )
-    assert answer["choices"][0]["message"]["reasoning"] == "Hm" and {"reasoning": "Hm"} in deltas(
-        events
-    )
-    listed = proxy.openai_models_response(
-        exchange(proxy.Plan(), OLLAMA), iter([iter([{"models": MODELS}])])
-    )["data"]
-    assert listed[0] == {
+def test_thoughts_on_an_ollama_server_are_called_reasoning():
+    thought = {"text": "Hm", "thought": True}
+    answer, events = respond(chat(stream=True), [whole(thought, "42")], context=OLLAMA)
+    assert answer["choices"][0]["message"]["reasoning"] == "Hm"
+    assert {"reasoning": "Hm"} in deltas(events)
+
+
+def test_openais_list_on_an_ollama_server_has_ollamas_names():
+    answers = iter([iter([{"models": MODELS}])])
+    models = proxy.openai_models_response(exchange(proxy.Plan(), OLLAMA), answers)["data"]
+    assert models[0] == {
         "id": FLASH + ":latest",
         "object": "model",
         "created": proxy.GEMINI_OPENED,
