@@ -1,33 +1,33 @@
 #!/usr/bin/env python3
 """proxy_to_gemini.py: an OpenAI or Ollama server in one file, answered by Google's Gemini.
 
-    GEMINI_API_KEY=... python3 proxy_to_gemini.py                # an OpenAI server at 127.0.0.1:5555
-    GEMINI_API_KEY=... python3 proxy_to_gemini.py -api=ollama    # an Ollama server
+    GEMINI_API_KEY=... python3 proxy_to_gemini.py               # OpenAI's API at 127.0.0.1:5555
+    GEMINI_API_KEY=... python3 proxy_to_gemini.py -api=ollama   # Ollama's API
 
 It needs Python 3.9 or newer and nothing else. How a request goes through this file:
 
-    client JSON --parse--> Fields --route.request--> Plan(GeminiCall, ...) --Client--> chunks of JSON
-                    |                     ^                                               |
-                    '--> Chat --chat_call-' (chat endpoints)                         read_gemini
-                                                                                          v
+    client JSON --parse--> Fields --route.request--> Plan(GeminiCall, ...) --Client--> chunks
+                              |                        ^                                 |
+                              '---> Chat --chat_call---' (chat endpoints)           read_gemini
+                                                                                         v
     whole answer <--route.response-- Answer <--whole-- Text | ToolCall | Media | End (ids by Server)
-    wire events  <--route.stream----------------------'
+    wire events  <--route.stream------------------------'
 
 Where to look
     1. Vocabulary                the nouns everything else is written in
     2. Models                    one table of what their names say; names, stand-ins and recipes
-    3. Writing Gemini            parts, turns, settings, functions and schemas, repairs, signatures
-    4. Reading Gemini            from bytes to chunks, from chunks to events; refusals, usage, citations
-    5. Conversation              a question and an answer in nobody's dialect, and what the dialects share
+    3. Writing Gemini            parts, turns, settings, functions, schemas, repairs, signatures
+    4. Reading Gemini            from bytes to chunks to events; refusals, usage, citations
+    5. Conversation              a question and an answer in no dialect; what all dialects share
     6. OpenAI chat               messages, tools, settings, choices and chunks
     7. OpenAI's other endpoints  embeddings, completions, images, speech, transcripts, models
-    8. Responses                 OpenAI's newer endpoint, from input items to output items; OpenAI's routes
+    8. Responses                 from input items to output items; OpenAI's routes
     9. Ollama                    chat, generate, embeddings, models and their management
     10. Anthropic                messages and their counting
-    11. Routing                  which route answers a path, and in which protocol an error is told
-    12. Client                   the only code that talks to Gemini: pooled connections, waiting, retries, memory
-    13. Server                   the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
-    14. Command line             flags and environment, systemd, workers, checks, start and end
+    11. Routing                  which route answers a path, and the protocol of its errors
+    12. Client                   all that talks to Gemini: waiting, connections, attempts, memory
+    13. Server                   all that talks to clients: metrics, HTTP, who may call, answers
+    14. Command line             flags, environment, systemd, workers, checks, start and end
 
 Sections 1 to 11 are pure: they get values and give values. Time and ids are given to them; what is
 stored is looked up before (Route.keys), and what they want to be kept they return (Keep). Gemini's
@@ -97,7 +97,6 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, 
 if TYPE_CHECKING:
     import sqlite3
 
-
 # ======================================================================================
 # 1. Vocabulary: the nouns everything else is written in
 # ======================================================================================
@@ -137,15 +136,13 @@ class ProxyError(Exception):
         self.request_id = ""  # of the request that failed
 
 
-class NoRoute(ProxyError):
+class NoRouteError(ProxyError):
     """Nothing is served under this path."""
 
 
 def given(**fields: Any) -> JSON:
     """An object without the fields that are None, false or empty; 0 and 0.0 stay."""
-    return {
-        key: value for key, value in fields.items() if value or value == 0 and value is not False
-    }
+    return {key: value for key, value in fields.items() if value or type(value) in (int, float)}
 
 
 class Upload(NamedTuple):
@@ -171,63 +168,85 @@ def kind_of(value: Any) -> str:
     return KINDS.get(type(value), "null")
 
 
-def wrong_type(path: str, wanted: Iterable[type], value: Any) -> ProxyError:
-    names = " or ".join(KINDS[kind] for kind in wanted)
-    return ProxyError(
-        400,
-        f"Invalid type for '{path}': expected {names}, but got {kind_of(value)} instead.",
-        code="invalid_type",
-        path=path,
-    )
+def wrong_type(path: str, kinds: Iterable[type], value: Any) -> ProxyError:
+    names = " or ".join(KINDS[kind] for kind in kinds)
+    message = f"Invalid type for '{path}': expected {names}, but got {kind_of(value)} instead."
+    return ProxyError(400, message, code="invalid_type", path=path)
 
 
 def wrong_value(path: str, message: str) -> ProxyError:
     return ProxyError(400, message, code="invalid_value", path=path)
 
 
-# What an unread field may hold without anything being lost: these, and the defaults of OpenAI and Ollama.
-EMPTY_VALUES = (None, False, "", [], {})
-DEFAULTS = {
-    "n": 1,
-    "best_of": 1,
-    "modalities": ["text"],
+# What an unread field may hold without anything being lost: these, and the defaults of OpenAI's and
+# Ollama's API references, by the path of the field without its indexes.
+EMPTY_VALUES: tuple[Any, ...] = (None, False, "", [], {})
+DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "modalities": (["text"],),
     "service_tier": ("auto", "default"),
-    "verbosity": "medium",
-    "parallel_tool_calls": True,
+    "verbosity": ("medium",),
+    "text.verbosity": ("medium",),
+    "parallel_tool_calls": (True,),
     "truncation": ("disabled", "auto"),
-    "truncate": True,
-    "shift": True,
-    "detail": "auto",
+    "truncate": (True,),
+    "shift": (True,),
     "quality": ("auto", "standard"),
     "background": ("auto", "opaque"),
-    "moderation": "auto",
-    "speed": 1,
-    "chunking_strategy": "auto",
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
+    "moderation": ("auto",),
+    "speed": (1,),
+    "chunking_strategy": ("auto",),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "options.presence_penalty": (0,),
+    "options.frequency_penalty": (0,),
 }
+DETAIL = re.compile(r"(messages|input)\[\]\.(content|output)(\[\])?(\.\w+_url)?\.detail")
+
+
+def says_nothing(path: str, value: Any) -> bool:
+    """Whether an unread field of this path, without its indexes, can be left out in silence."""
+    if value in EMPTY_VALUES or value in DEFAULTS.get(path, ()):
+        return True
+    return value == "auto" and DETAIL.fullmatch(path) is not None
+
+
+def without_indexes(path: str) -> str:
+    """The same path for all items of a list: "messages[].name"."""
+    return re.sub(r"\[\d+\]", "[]", path)
+
+
+class Tracked(NamedTuple):
+    """An object of the client's JSON, and the keys of it that were read."""
+
+    path: str
+    data: JSON
+    read: set[str]
 
 
 class Fields:
-    """An object of the client's JSON, which knows its place in the body and which of its keys were read.
+    """An object of the client's JSON, which knows its path in the body and which of its keys were
+    read.
 
-    null counts as absent: client libraries send it for whatever was not set. What nobody ever read is
-    what the client is told was ignored.
+    null counts as absent: client libraries send it for whatever was not set. What nobody ever read
+    is named as ignored in the answer.
     """
 
     __slots__ = ("data", "path", "read", "tracked")
 
-    def __init__(self, data: Any, path: str = "", tracked: list | None = None):
+    def __init__(self, data: Any, path: str = "", tracked: list[Tracked | str] | None = None):
         if type(data) is not dict:
             raise wrong_type(path, (dict,), data)
-        self.data, self.path, self.read = data, path, set()
-        self.tracked = (
-            [] if tracked is None else tracked
-        )  # every Fields of this body, and names to be told
-        self.tracked.append(self)
+        self.data, self.path = data, path
+        self.read: set[str] = set()
+        # All objects of this body, and names to report as ignored. It does not hold the Fields,
+        # which hold it: a cycle would keep a large body until the garbage collector runs.
+        self.tracked: list[Tracked | str] = [] if tracked is None else tracked
+        self.tracked.append(Tracked(path, data, self.read))
 
     def path_of(self, key: str) -> str:
-        """The place of a key in the body, such as "tools[0].function"."""
+        """The path of a key in the body, such as "tools[0].function"."""
         return f"{self.path}.{key}" if self.path else key
 
     def get(self, key: str, *kinds: type) -> Any:
@@ -243,43 +262,40 @@ class Fields:
         raise wrong_type(self.path_of(key), kinds, value)
 
     def require(self, key: str, *kinds: type) -> Any:
+        """The same; a 400 where it is absent or null."""
         value = self.get(key, *kinds)
         if value is None:
-            raise ProxyError(
-                400,
-                f"Missing required parameter: '{self.path_of(key)}'.",
-                code="missing_required_parameter",
-                path=self.path_of(key),
-            )
+            path = self.path_of(key)
+            code = "missing_required_parameter"
+            raise ProxyError(400, f"Missing required parameter: '{path}'.", code=code, path=path)
         return value
 
     def number(self, key: str, low: float, high: float, kind: type = float) -> Any:
         """A number within these bounds, or None."""
         value = self.get(key, kind)
-        if value is not None and not low <= value <= high:
-            side = "decimal_below_min_value" if value < low else "decimal_above_max_value"
-            bounds = f"between {low} and {high}" if high < math.inf else f"{low} or more"
-            raise ProxyError(
-                400,
-                f"Invalid value for '{self.path_of(key)}': it must be {bounds}.",
-                code=side.replace("decimal", "integer") if kind is int else side,
-                path=self.path_of(key),
-            )
-        return value
+        if value is None or low <= value <= high:
+            return value
+        kind_name = "integer" if kind is int else "decimal"
+        bound = "below_min" if value < low else "above_max"
+        bounds = f"between {low} and {high}" if high < math.inf else f"{low} or more"
+        path = self.path_of(key)
+        message = f"Invalid value for '{path}': it must be {bounds}."
+        raise ProxyError(400, message, code=f"{kind_name}_{bound}_value", path=path)
 
     def choice(self, key: str, *allowed: str) -> str | None:
         """One of these words, in any case, or None."""
-        value = self.get(key, str)
-        if value is not None and value.lower() not in allowed:
+        value: str | None = self.get(key, str)
+        if value is None:
+            return None
+        if value.lower() not in allowed:
             raise self.unknown_choice(key, value, allowed)
-        return value and value.lower()
+        return value.lower()
 
     def unknown_choice(self, key: str, value: str, allowed: Iterable[str]) -> ProxyError:
+        path = self.path_of(key)
         names = ", ".join(f"'{word}'" for word in allowed)
-        return wrong_value(
-            self.path_of(key),
-            f"Invalid value for '{self.path_of(key)}': {value[:80]!r}. Supported values are: {names}.",
-        )
+        message = f"Invalid value for '{path}': {value[:80]!r}. Supported values are: {names}."
+        return wrong_value(path, message)
 
     def object(self, key: str) -> Fields | None:
         """The object under this key, or None."""
@@ -288,13 +304,15 @@ class Fields:
 
     def require_object(self, key: str) -> Fields:
         """The object under this key; a 400 where there is none."""
-        value = self.object(key)
-        if value is None:
-            raise wrong_type(self.path_of(key), (dict,), None)
-        return value
+        return Fields(self.peek(key), self.path_of(key), self.tracked)
 
     def object_or_empty(self, key: str) -> Fields:
         return self.object(key) or Fields({}, self.path_of(key), self.tracked)
+
+    def object_or_self(self, key: str) -> Fields:
+        """The object under this key; where there is no such key, this one, which clients send
+        flat."""
+        return self.require_object(key) if key in self.data else self
 
     def peek(self, key: str) -> Any:
         """The value under this key, whatever it is; it counts as read."""
@@ -311,35 +329,33 @@ class Fields:
 
     def strings(self, key: str) -> list[str]:
         """The strings under this key, which may be a list of them or a single one."""
-        value = self.get(key, str, list)
-        for i, item in enumerate(value if type(value) is list else ()):
+        value: str | list[str] = self.get(key, str, list) or []
+        if isinstance(value, str):
+            return [value]
+        for i, item in enumerate(value):
             if type(item) is not str:
                 raise wrong_type(f"{self.path_of(key)}[{i}]", (str,), item)
-        return [value] if type(value) is str else value or []
+        return value
 
     def mark_read(self, *keys: str) -> None:
         """These keys say nothing that could be lost."""
         self.read.update(keys)
 
     def ignore(self, name: str) -> None:
-        """Tell the client that this was ignored, although it was read."""
+        """Name this as ignored, although it was read."""
         self.tracked.append(name)
 
     def ignored(self) -> list[str]:
-        """Whatever the client sent and nobody read, by its place without the indexes: "messages[].name"."""
-        names = {}
-        for fields in self.tracked:
-            if type(fields) is str:
-                names[fields] = True
+        """Whatever the client sent and nobody read, by its path without the indexes."""
+        names: set[str] = set()
+        for item in self.tracked:
+            if isinstance(item, str):
+                names.add(item)
                 continue
-            for key in fields.data.keys() - fields.read:
-                value, default = fields.data[key], DEFAULTS.get(key)
-                if (
-                    value not in EMPTY_VALUES
-                    and value != default
-                    and not (type(default) is tuple and value in default)
-                ):
-                    names[re.sub(r"\[\d+\]", "[]", fields.path_of(key))] = True
+            for key in item.data.keys() - item.read:
+                path = without_indexes(f"{item.path}.{key}".lstrip("."))
+                if not says_nothing(path, item.data[key]):
+                    names.add(path)
         return sorted(names)
 
 
@@ -354,31 +370,33 @@ def no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-# Strict: neither NaN nor Infinity, in either direction. The text is ASCII, since some clients split lines at U+2028.
+# Strict: neither NaN nor Infinity, in either direction. To clients the text is ASCII, since some of
+# them split lines at U+2028; Gemini gets it as it is.
+COMPACT = (",", ":")
 decode_json = json.JSONDecoder(parse_float=finite, parse_constant=no_constant).decode
-encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-encode_json_as_is = json.JSONEncoder(
-    separators=(",", ":"), allow_nan=False, ensure_ascii=False
-).encode
+encode_json = json.JSONEncoder(separators=COMPACT, allow_nan=False).encode
+encode_utf8 = json.JSONEncoder(separators=COMPACT, allow_nan=False, ensure_ascii=False).encode
 
 
 def gemini_json(body: JSON) -> bytes:
-    """What Gemini is sent. Half an emoji, which some clients leave where they cut a text, is no character to it."""
-    text = encode_json_as_is(body)
+    """The bytes for Gemini. A lone surrogate, which clients leave where they cut an emoji, becomes
+    U+FFFD: no UTF-8 has it, and protobuf takes nothing else."""
+    text = encode_utf8(body)
     try:
         return text.encode()
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
+BAD_JSON = "We could not parse the JSON body of your request: "
+
+
 def nested_too_deeply() -> ProxyError:
-    return ProxyError(
-        400, "We could not parse the JSON body of your request: it is nested too deeply."
-    )
+    return ProxyError(400, BAD_JSON + "it is nested too deeply.")
 
 
 def parse_body(raw: bytes, content_type: str = "") -> Fields:
-    """The client's body as Fields, whatever its Content-Type claims; a 400 where it is no JSON object."""
+    """The client's body as Fields, whatever its Content-Type; a 400 where it is no JSON object."""
     if not raw.strip():
         raise ProxyError(400, "missing request body")
     try:
@@ -386,15 +404,9 @@ def parse_body(raw: bytes, content_type: str = "") -> Fields:
     except RecursionError:
         raise nested_too_deeply() from None
     except ValueError as error:
-        raise ProxyError(
-            400, f"We could not parse the JSON body of your request: {str(error)[:200]}."
-        ) from None
+        raise ProxyError(400, f"{BAD_JSON}{str(error)[:200]}.") from None
     if type(data) is not dict:
-        raise ProxyError(
-            400,
-            "We could not parse the JSON body of your request: expected an object, but got "
-            f"{kind_of(data)}.",
-        )
+        raise ProxyError(400, f"{BAD_JSON}expected an object, but got {kind_of(data)}.")
     return Fields(data)
 
 
@@ -408,60 +420,59 @@ PARAMETER = r"""\s*;\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)=(?:"((?:[^"\\\r\n]|\\.)*)"|
 DISPOSITION = re.compile(f"form-data(?:{PARAMETER})*\\s*;?", re.I)
 
 
-def no_form(why: str) -> ProxyError:
-    return ProxyError(
-        400, f"We could not parse the multipart/form-data body of your request: {why}."
-    )
+def bad_form(why: str) -> ProxyError:
+    start = "We could not parse the multipart/form-data body of your request"
+    return ProxyError(400, f"{start}: {why}.")
 
 
 def parse_form(raw: bytes, content_type: str) -> Fields:
-    """The client's form as Fields: texts, Uploads, and lists of them under names in []; a 400 where it is no form.
+    """The client's form as Fields: texts, Uploads, and lists of them under names in []; else a 400.
 
-    RFC 7578 and RFC 2046, with nothing before the first part; every piece must be what it says it is.
+    RFC 7578 and RFC 2046, with nothing before the first part; each piece must be what it says it
+    is.
     """
     match = FORM_TYPE.fullmatch(content_type)
     if not match:
-        raise no_form("the Content-Type must be multipart/form-data with a boundary")
+        raise bad_form("the Content-Type must be multipart/form-data with a boundary")
     first, *pieces = (b"\r\n" + raw).split(b"\r\n--" + match.group(2).encode(), MAX_FORM_PARTS + 1)
     if len(pieces) > MAX_FORM_PARTS:
-        raise no_form(f"it has more than {MAX_FORM_PARTS} parts")
+        raise bad_form(f"it has more than {MAX_FORM_PARTS} parts")
     if first.strip() or not pieces or not re.match(rb"--[ \t]*(\r\n|\Z)", pieces[-1]):
-        raise no_form("it does not begin and end with the boundary")
+        raise bad_form("it does not begin and end with the boundary")
     data: JSON = {}
     for piece in pieces[:-1]:
         name, value = form_part(piece)
-        key = name[:-2] if name.endswith("[]") and name != "[]" else name
-        several = data.setdefault(key, []) if key != name else None
-        if type(several) is list:
-            several.append(value)
-        elif key in data:
+        key = re.sub(r"(?<=.)\[\]$", "", name)
+        if key in data and (key == name or type(data[key]) is not list):
             raise wrong_value(name, f"Invalid form: '{name}' comes twice.")
-        else:
+        if key == name:
             data[key] = value
+        else:
+            data.setdefault(key, []).append(value)
     return Fields(data)
 
 
 def form_part(piece: bytes) -> tuple[str, str | Upload]:
     """(name, value) of one part, which is a file if it has a file name."""
     head, gap, data = piece.partition(b"\r\n\r\n")
-    headers = form_headers(head) if gap and len(head) < 8192 else {}
+    headers = form_headers(head if gap and len(head) < 8192 else b"")
     disposition = headers.get("content-disposition", "")
     if not DISPOSITION.fullmatch(disposition):
-        raise no_form("a part's head makes no sense")
+        raise bad_form("a part's head makes no sense")
     if headers.get("content-transfer-encoding", "binary").lower() not in ("binary", "8bit", "7bit"):
-        raise no_form("a part has a transfer encoding")
-    told = {
+        raise bad_form("a part has a transfer encoding")
+    parameters = {
         key.lower(): re.sub(r"\\(.)", r"\1", quoted or bare)
         for key, quoted, bare in re.findall(PARAMETER, disposition)
     }
-    name = told.get("name")
+    name = parameters.get("name")
     if not name:
-        raise no_form("a part has no name")
-    if "filename" in told or "filename*" in told:
-        file = told.get("filename") or urllib.parse.unquote(told.get("filename*", ""))
-        return name, Upload(
-            file, headers.get("content-type", "").partition(";")[0].strip().lower(), data
-        )
+        raise bad_form("a part has no name")
+    if "filename" in parameters or "filename*" in parameters:
+        encoded = parameters.get("filename*", "")
+        file_name = parameters.get("filename") or urllib.parse.unquote(encoded)
+        mime = headers.get("content-type", "").partition(";")[0].strip().lower()
+        return name, Upload(file_name, mime, data)
     try:
         return name, data.decode()
     except UnicodeDecodeError:
@@ -469,30 +480,37 @@ def form_part(piece: bytes) -> tuple[str, str | Upload]:
 
 
 def form_headers(head: bytes) -> dict[str, str]:
-    """The headers of a part, from the end of its delimiter's line; empty where they are no headers."""
+    """The headers of a part, from the end of its delimiter's line; empty where they are no
+    headers."""
     try:
         rest, *lines = head.decode().split("\r\n")
     except UnicodeDecodeError:
         return {}
     fields = [line.partition(":") for line in lines]
     headers = {name.lower(): value.strip() for name, colon, value in fields if colon}
-    return headers if not rest.strip(" \t") and len(headers) == len(lines) else {}
+    if rest.strip(" \t") or len(headers) != len(lines):
+        return {}
+    return headers
+
+
+FORM_SCALAR = re.compile(r"true|false|null|-?\d{1,9}(\.\d{1,17})?", re.I | re.A)
 
 
 def form_scalars(body: Fields, *keys: str) -> None:
-    """Read these texts of a form as the numbers and booleans that they are in JSON; others stay what they are."""
+    """Read these texts of a form as the numbers and booleans that they are in JSON, where they
+    are."""
     for key in keys:
         text = body.data.get(key)
-        if type(text) is str and re.fullmatch(
-            r"true|false|null|-?\d{1,9}(\.\d{1,17})?", text, re.I | re.A
-        ):
+        if type(text) is str and FORM_SCALAR.fullmatch(text):
             body.data[key] = decode_json(text.lower())
 
 
 def parsed_object(text: str) -> JSON | None:
-    """The JSON object that a text holds, or None: for arguments and results, which are JSON inside JSON."""
+    """The JSON object in a text, or None: arguments and results are JSON inside JSON."""
+    if text.lstrip()[:1] != "{":
+        return None
     try:
-        value = decode_json(text) if text.lstrip()[:1] == "{" else None
+        value = decode_json(text)
     except (ValueError, RecursionError):
         return None
     return value if type(value) is dict else None
@@ -565,19 +583,25 @@ class Usage(NamedTuple):
 class Exchange:
     """One request of a client's and its answer, as far as they have come."""
 
-    def __init__(self, plan: Plan, context: Context, id: str, created: float):
+    def __init__(self, plan: Plan, context: Context, seed: str, created: float):
         self.plan, self.context = plan, context
-        self.model, self.options, self.chat = plan.model, plan.options, plan.chat
-        self.id = id  # random; every id in the answer is made of it
+        self.model, self.options = plan.model, plan.options
+        self.seed = seed  # random; every id in the answer is made of it
         self.ids = 0  # how many there are so far
         self.created = self.now = created  # seconds since 1970; the shell moves `now` on
         self.usage = Usage()  # of all that was read so far
         self.prompt: Usage | None = None  # what Gemini's first chunk says of the tokens
         self.builder: ResponseBuilder | None = None  # from which a failed stream goes on
 
+    @property
+    def chat(self) -> Chat:
+        """The question; only chat endpoints ask for it, and their plans have one."""
+        assert self.plan.chat is not None
+        return self.plan.chat
+
     def new_id(self, prefix: str) -> str:
         self.ids += 1
-        return f"{prefix}{self.id}{self.ids}"
+        return f"{prefix}{self.seed}{self.ids}"
 
 
 class Payload(NamedTuple):
@@ -629,23 +653,28 @@ def no_keys(body: Fields, context: Context) -> list[str]:
     return []
 
 
+def no_plan(body: Fields, context: Context) -> Plan:
+    """For routes that always give the same answer."""
+    return Plan()
+
+
 class Route(NamedTuple):
     """One endpoint. Path segments in braces are captured; the last one may hold slashes.
 
-    A route either has an `answer`, which is always the same (JSON or a Refusal), or a `request`
-    and a `response`. Where it has no `response`, a whole answer is the last event of the stream.
+    A route either has an `answer`, which is always the same (JSON or a Refusal), or a `request` and
+    a `response`. Where it has no `response`, a whole answer is the last event of its stream.
     `response` and `stream` pull what Gemini answers, so each step of theirs may wait.
     """
 
     method: str
     path: str
-    request: Callable[[Fields, Context], Plan] = lambda body, context: Plan()
+    request: Callable[[Fields, Context], Plan] = no_plan
     response: Callable[[Exchange, Answers], Any] | None = None
     stream: Callable[[Exchange, Answers], Iterator[Any]] | None = None  # of events and Keep
     framing: Framing = SSE
     keep_alive: Callable[[Exchange], JSON] | None = None  # an event, where framing has no bytes
     parse: Callable[[bytes, str], Fields] = parse_body  # (body, Content-Type)
-    failure: Callable[[Exchange, ProxyError], list[JSON]] | None = None  # last events of a failure
+    failure: Callable[[Exchange, ProxyError], list[Any]] | None = None  # last events of a failure
     keys: Callable[[Fields, Context], list[str]] = no_keys  # of stored texts, besides recipes
     answer: Any = None
 
@@ -730,8 +759,9 @@ BEFORE_GEMINI_3 = {
 
 # What the name of a model says of it: (below this generation, the beginning of the name, traits).
 # Each row that fits counts, later ones more. A new family is a new row; a name that fits no row is
-# taken for the newest kind. Thinking: https://ai.google.dev/gemini-api/docs/thinking; output limits:
-# https://ai.google.dev/gemini-api/docs/models; the rest is from Gemini's refusals, in recordings.
+# taken for the newest kind. Thinking: https://ai.google.dev/gemini-api/docs/thinking; output
+# limits: https://ai.google.dev/gemini-api/docs/models; the rest is from Gemini's refusals, in
+# recordings.
 TRAITS: tuple[tuple[float, str, dict[str, Any]], ...] = (
     (3.5, r"", {"prefills": True}),
     (math.inf, r"gemini-3\.5-flash(?!-lite)", {"prefills": True}),
@@ -778,34 +808,30 @@ def generation_number(model: Model) -> int:
 
 
 def no_such_model(name: str) -> ProxyError:
-    error = ProxyError(
-        404,
-        f"The model `{name[:200]}` does not exist or you do not have access to it.",
-        code="model_not_found",
-        path="model",
-    )
+    message = f"The model `{name[:200]}` does not exist or you do not have access to it."
+    error = ProxyError(404, message, code="model_not_found", path="model")
     error.model = name
     return error
 
 
 class Recipe(NamedTuple):
-    """A name for a model that a client of Ollama made, with words and options of its own."""
+    """A model that a client of Ollama created: one of Gemini's, with words and options of its
+    own."""
 
     source: str = ""
     system: str = ""
-    options: JSON = {}
+    options: Mapping[str, Any] = {}
+
+
+OLLAMA_PREFIX = r"^(registry\.ollama\.ai/)?(library|ollama|models|google|gemini)/"
 
 
 def plain_name(model_name: str, ollama: bool) -> str:
-    """A model's name without prefixes, and without what Ollama lets clients write around it: registry, tag, case."""
+    """A model's name without prefixes, and without what Ollama lets clients write around it:
+    registry, tag, case."""
     if not ollama:
         return re.sub(r"^(models|google|gemini)/", "", model_name)
-    name = re.sub(
-        r"^(registry\.ollama\.ai/)?(library|ollama|models|google|gemini)/",
-        "",
-        model_name,
-        flags=re.I,
-    )
+    name = re.sub(OLLAMA_PREFIX, "", model_name, flags=re.I)
     name = re.sub(r":(latest|local)$", "", name, flags=re.I)
     return name if name.startswith("tunedModels/") else name.lower()
 
@@ -830,7 +856,7 @@ def all_recipe_keys(body: Fields, context: Context) -> list[str]:
 
 def recipe_named(name: str, context: Context) -> Recipe:
     """What a client created under this name; an empty Recipe where the name is Gemini's own."""
-    text = context.stored.get(recipe_key(name)) if context.ollama else None
+    text = context.ollama and context.stored.get(recipe_key(name))
     return Recipe(**json.loads(text)) if text else Recipe()
 
 
@@ -839,25 +865,27 @@ def recipe_names(context: Context) -> list[str]:
     return [key[len(RECIPE) :] for key in context.stored.get(RECIPE + "*", "").splitlines()]
 
 
+MODEL_NAME = re.compile(r"(tunedModels/)?[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+
+
 def model_named(model_name: str, context: Context) -> Model:
-    """The model that a client means: through recipes and aliases, an exact name before a glob, and without prefixes.
+    """The model that a client means: through recipes and aliases (an exact name before a glob), and
+    without prefixes.
 
     A name can never change the URL: whatever is not plain is a model that does not exist.
     """
     plain = plain_name(model_name, context.ollama)
-    name = (
-        recipe_named(model_name, context).source
-        or next((to for name, to in context.aliases if name in (model_name, plain)), "")
-        or next((to for glob, to in context.aliases if fnmatch.fnmatchcase(plain, glob)), plain)
-    )
-    if len(name) > 128 or not re.fullmatch(
-        r"(tunedModels/)?[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*", name
-    ):
+    candidates = [recipe_named(model_name, context).source]
+    candidates += [model for name, model in context.aliases if name in (model_name, plain)]
+    candidates += [model for glob, model in context.aliases if fnmatch.fnmatchcase(plain, glob)]
+    name = next(filter(None, candidates), plain)
+    if len(name) > 128 or not MODEL_NAME.fullmatch(name):
         raise no_such_model(model_name)
     return model_of(name)
 
 
-# OpenAI's names (and Google's former ones), Gemini's models that can do it, and the one for who names none of these.
+# For each media endpoint: OpenAI's names (and Google's former ones), Gemini's models that can do
+# it, and the one that stands in for the former.
 DEFAULT_MEDIA_MODELS = {
     "image": (
         r"dall-e|(chat)?gpt-image|imagen",
@@ -869,32 +897,34 @@ DEFAULT_MEDIA_MODELS = {
 }
 
 
-def media_model(model_name: str | None, what: str, context: Context) -> Model:
-    """The model for one of DEFAULT_MEDIA_MODELS. A glob for chats, such as `-alias='gpt-*=...'`, makes no painter of its model."""
-    openais, geminis, ours = DEFAULT_MEDIA_MODELS[what]
-    model, plain = (
-        model_named(model_name or ours, context),
-        plain_name(model_name or "", context.ollama),
-    )
-    chosen = re.match(geminis, model.name) or any(
-        name in (model_name, plain) for name, _ in context.aliases
-    )
-    return model_of(ours) if re.match(openais, plain) and not chosen else model
+def media_model(model_name: str, what: str, context: Context) -> Model:
+    """The model for one of DEFAULT_MEDIA_MODELS, "" for the default.
+
+    An alias glob for chats, such as `-alias='gpt-*=...'`, does not apply to image models and the
+    like.
+    """
+    openai_names, gemini_names, default = DEFAULT_MEDIA_MODELS[what]
+    model = model_named(model_name or default, context)
+    plain = plain_name(model_name, context.ollama)
+    aliased = any(name in (model_name, plain) for name, _ in context.aliases)
+    if re.match(openai_names, plain) and not aliased and not re.match(gemini_names, model.name):
+        return model_of(default)
+    return model
 
 
-GEMINI_OPENED = 1702425600  # 13 December 2023: Gemini's API opened; it tells no dates of its models
+GEMINI_OPENED = 1702425600  # 13 December 2023, Gemini's API opened; it gives no dates of its models
 
 
 def usable_models(answers: Answers, context: Context) -> dict[str, JSON]:
-    """Gemini's models that can chat or embed, by their plain names; then the names that stand for one of these."""
+    """Gemini's entries for the models that can chat or embed, by their plain names; then the names
+    that stand for one of these."""
     models: dict[str, JSON] = {}
-    for chunks in answers:
-        for chunk in chunks:
-            for entry in expect(chunk, "models", list):
-                methods = get_or_empty(entry, "supportedGenerationMethods", list)
-                name = get_or_empty(entry, "name", str)
-                if name and ("generateContent" in methods or "embedContent" in methods):
-                    models[re.sub("^models/", "", name)] = entry
+    entries = [entry for chunks in answers for chunk in chunks for entry in chunk["models"]]
+    for entry in entries:
+        methods = get_or_empty(entry, "supportedGenerationMethods", list)
+        name = get_or_empty(entry, "name", str)
+        if name and ("generateContent" in methods or "embedContent" in methods):
+            models[re.sub("^models/", "", name)] = entry
     names = [name for name, _ in context.aliases if not re.search(r"[*?\[]", name)]
     for name in names + recipe_names(context):
         model_name = model_named(name, context).name
@@ -904,7 +934,7 @@ def usable_models(answers: Answers, context: Context) -> dict[str, JSON]:
 
 
 # ======================================================================================
-# 3. Writing Gemini: parts, turns, settings, functions and schemas, repairs, signatures
+# 3. Writing Gemini: parts, turns, settings, functions, schemas, repairs, signatures
 # ======================================================================================
 
 # ---- parts ----
@@ -1816,7 +1846,7 @@ def count_call(call: GeminiCall, model: Model) -> GeminiCall:
 
 
 # ======================================================================================
-# 4. Reading Gemini: from bytes to chunks, from chunks to events; refusals, usage, citations
+# 4. Reading Gemini: from bytes to chunks to events; refusals, usage, citations
 # ======================================================================================
 
 # ---- refusals ----
@@ -2289,7 +2319,7 @@ def character(offset: int, said: bytes, pieces: list[tuple[str, bool]]) -> int:
 
 
 # ======================================================================================
-# 5. Conversation: a question and an answer in nobody's dialect, and what the dialects share
+# 5. Conversation: a question and an answer in no dialect; what all dialects share
 # ======================================================================================
 
 # ---- questions ----
@@ -2304,10 +2334,10 @@ class Chat(NamedTuple):
     tools: Tools = Tools()
     choice: ToolChoice = ToolChoice()
     thinking: Thinking = Thinking()
-    sampling: JSON = {}  # from sampling_config
+    sampling: Mapping[str, Any] = {}  # from sampling_config
     schema: JSON | None = None  # of an answer in JSON; ANY_JSON where any will do; None: text
-    settings: JSON = {}  # more of the generationConfig: modalities, speech
-    fields: JSON = {}  # more of the request: Google's own settings
+    settings: Mapping[str, Any] = {}  # more of the generationConfig: modalities, speech
+    fields: Mapping[str, Any] = {}  # more of the request: Google's own settings
     recipe: Recipe = Recipe()
     stream: bool = False
 
@@ -2339,22 +2369,24 @@ def chat_call(chat: Chat, body: Fields) -> GeminiCall:
 
 def recipe_sampling(recipe: Recipe, model: Model) -> JSON:
     """What a recipe sets where the client sets nothing."""
-    return ollama_sampling(Fields(recipe.options), model) if recipe.options else {}
+    return ollama_sampling(Fields(dict(recipe.options)), model)
 
 
-def plan_count(plan: Plan) -> Plan:
+def count_plan(plan: Plan, model: Model) -> Plan:
     """The plan to count the tokens of a chat in place of asking it."""
-    assert plan.chat is not None
-    return plan._replace(calls=(count_call(plan.calls[0], plan.chat.model),), stream=False)
+    return plan._replace(calls=(count_call(plan.calls[0], model),), stream=False)
+
+
+GAP_INSTRUCTION = (
+    "You fill a gap in a text, as an editor's completion does. You get what stands before the gap "
+    "and what stands after it. Answer with what belongs into the gap and with nothing else: no "
+    "explanation, no code fence, and nothing that is there already."
+)
 
 
 def gap_instruction(system: str) -> str:
     """What to do with a gap_prompt, after the client's own instruction."""
-    return (f"{system}\n\n" if system else "") + (
-        "You fill a gap in a text, as an editor's completion does. You get what stands before the gap and what stands "
-        "after it. Answer with what belongs into the gap and with nothing else: no explanation, no code fence, and "
-        "nothing that is there already."
-    )
+    return "\n\n".join(filter(None, (system, GAP_INSTRUCTION)))
 
 
 def gap_prompt(before: str, after: str) -> str:
@@ -2370,18 +2402,17 @@ def chat_events(events: Iterable[Event], call: GeminiCall, chat: Chat) -> Iterat
     texts: list[str] = []
     calls = 0
     for event in events:
-        if isinstance(event, ToolCall):
-            calls += 1
-            if calls > 1 and not chat.choice.parallel:
-                continue
-            event = event._replace(name=chat.tools.names.get(event.name, event.name))  # noqa: PLW2901
-        elif call.unfence and isinstance(event, Text) and not event.thought:
+        if call.unfence and isinstance(event, Text) and not event.thought:
             texts.append(event.text)
             continue
         if texts and isinstance(event, (ToolCall, End)):  # they come after all of the text
             yield Text(unfenced("".join(texts)))
             texts.clear()
-        yield event
+        if not isinstance(event, ToolCall):
+            yield event
+        elif not calls or chat.choice.parallel:
+            calls += 1
+            yield event._replace(name=chat.tools.names.get(event.name, event.name))
 
 
 class Answer(NamedTuple):
@@ -2392,43 +2423,43 @@ class Answer(NamedTuple):
 
     @property
     def text(self) -> str:
-        return self.join(thought=False)
+        return self.joined(thought=False)
 
     @property
     def thoughts(self) -> str:
-        return self.join(thought=True)
+        return self.joined(thought=True)
 
     @property
     def calls(self) -> list[ToolCall]:
         return [event for event in self.events if isinstance(event, ToolCall)]
 
-    def join(self, thought: bool) -> str:
+    def joined(self, thought: bool) -> str:
         texts = [event for event in self.events if isinstance(event, Text)]
         return "".join(event.text for event in texts if event.thought == thought)
 
-    def media(self, kind: str) -> list[Media]:
+    def media(self, kind: str = "") -> list[Media]:
         """Those of this kind, such as "image/"."""
         media = [event for event in self.events if isinstance(event, Media)]
         return [event for event in media if event.mime.startswith(kind)]
 
 
 def whole(events: Iterable[Event]) -> Answer:
-    """The sum of an answer's events."""
+    """The sum of an answer's events, the last of which is its End."""
+    *rest, end = events
+    assert isinstance(end, End)
     items: list[Text | ToolCall | Media] = []
-    for kind, group in itertools.groupby(events, key=kind_of_event):
-        if kind in ("text", "thought"):
-            items.append(Text("".join(event.text for event in group), kind == "thought"))
-        elif kind == "End":
-            (end,) = group
-        else:
-            items += group
+    for thought, group in itertools.groupby(rest, key=text_kind):
+        run = list(group)
+        texts = [event.text for event in run if isinstance(event, Text)]
+        if texts:
+            items.append(Text("".join(texts), bool(thought)))
+        items += [event for event in run if isinstance(event, (ToolCall, Media))]
     return Answer(items, end)
 
 
-def kind_of_event(event: Event) -> str:
-    if isinstance(event, Text):
-        return "thought" if event.thought else "text"
-    return type(event).__name__
+def text_kind(event: Event) -> bool | None:
+    """Whether a text is a thought; None where the event is no text."""
+    return event.thought if isinstance(event, Text) else None
 
 
 def unfenced(text: str) -> str:
@@ -2447,16 +2478,13 @@ def native_finish(end: End) -> JSON:
     """Gemini's own words for an end that OpenAI has no word for, under OpenRouter's key for it."""
     if end.finish in ("stop", "length") and end.reason in ("STOP", "MAX_TOKENS"):
         return {}
-    return {
-        "native_finish_reason": end.reason,
-        **({"finish_message": end.message} if end.message else {}),
-    }
+    return {"native_finish_reason": end.reason, **given(finish_message=end.message)}
 
 
 def custom_input(call: ToolCall) -> str:
-    """The text for a custom tool; a model that made up parameters of its own is quoted."""
+    """The text for a custom tool; where a model made up other parameters, all of them as JSON."""
     text = call.args.get(CUSTOM_INPUT)
-    return text if type(text) is str else encode_json(call.args)
+    return text if isinstance(text, str) else encode_json(call.args)
 
 
 # ---- content parts, in the form of OpenAI's that Ollama shares ----
@@ -2469,82 +2497,70 @@ DETAILS = {
 
 
 def text_content(part: Fields, model: Model) -> Part:
-    return text_part(part.require("refusal" if part.data["type"] == "refusal" else "text", str))
+    key = "refusal" if part.data["type"] == "refusal" else "text"
+    return text_part(part.require(key, str))
 
 
 def link_content(part: Fields, model: Model) -> Part:
-    """A picture or a video: its URL stands bare or in an object, and `detail` beside it."""
+    """An image or a video: its URL stands bare or in an object, and `detail` beside it."""
     key = part.data["type"].replace("input_", "").replace("_url", "") + "_url"
     no_file_store(part)
-    link = part.object(key) if type(part.data.get(key)) is dict else part
-    at = "url" if link is not part else key
-    found = source_part(link.require(at, str), None, link.path_of(at))
+    link, url_key = part, key
+    if type(part.data.get(key)) is dict:
+        link, url_key = part.require_object(key), "url"
+    media = source_part(link.require(url_key, str), None, link.path_of(url_key))
     level = DETAILS.get(get_or_empty(link.data, "detail", str))
-    if level and model.resolutions and "text" not in found:
+    if level and model.resolutions and "text" not in media:
         link.mark_read("detail")
-        found["mediaResolution"] = {"level": level}
-    return found
+        media["mediaResolution"] = {"level": level}
+    return media
 
 
 def audio_content(part: Fields, model: Model) -> Part:
-    audio = part.object("input_audio") if "input_audio" in part.data else part
-    if audio is None:
-        raise wrong_type(part.path_of("input_audio"), (dict,), None)
-    kind = (audio.get("format", str) or "wav").lower()
-    return media_part(
-        audio.require("data", str),
-        extension_type("." + kind) or "audio/" + kind,
-        audio.path_of("data"),
-    )
+    audio = part.object_or_self("input_audio")
+    extension = (audio.get("format", str) or "wav").lower()
+    mime = extension_type("." + extension) or "audio/" + extension
+    return media_part(audio.require("data", str), mime, audio.path_of("data"))
 
 
 def file_content(part: Fields, model: Model) -> Part:
-    file = part.object("file") if "file" in part.data else part
-    if file is None:
-        raise wrong_type(part.path_of("file"), (dict,), None)
+    file = part.object_or_self("file")
     no_file_store(file)
     name, url = file.get("filename", str), file.get("file_url", str)
     if url:
         return source_part(url, None, file.path_of("file_url"), name)
-    return media_part(
-        file.require("file_data", str), extension_type(name), file.path_of("file_data"), name
-    )
+    path = file.path_of("file_data")
+    return media_part(file.require("file_data", str), extension_type(name), path, name)
 
 
 def no_file_store(part: Fields) -> None:
     if part.get("file_id", str):
         path = part.path_of("file_id")
-        raise wrong_value(
-            path,
+        message = (
             f"Invalid value for '{path}': there is no file store behind this server; send the "
-            "file itself, as base64 in a data URL.",
+            "file itself, as base64 in a data URL."
         )
+        raise wrong_value(path, message)
 
 
-CONTENT_PARTS = {
-    "text": text_content,
-    "input_text": text_content,
-    "output_text": text_content,
-    "refusal": text_content,
-    "image_url": link_content,
-    "input_image": link_content,
-    "video_url": link_content,
-    "input_video": link_content,
+CONTENT_PARTS: dict[str, Callable[[Fields, Model], Part]] = {
+    **dict.fromkeys(("text", "input_text", "output_text", "refusal"), text_content),
+    **dict.fromkeys(("image_url", "input_image", "video_url", "input_video"), link_content),
     "input_audio": audio_content,
-    "file": file_content,
-    "input_file": file_content,
+    **dict.fromkeys(("file", "input_file"), file_content),
 }
 
 
 def content_parts(message: Fields, key: str, model: Model) -> list[Part]:
-    """The parts of a message's content: a string, a list of typed parts, one such part, or nothing."""
+    """The parts of a content: a string, a list of typed parts, one such part, or nothing."""
     content = message.get(key, str, list, dict)
     if not content:
         return []
     if type(content) is str:
         return [text_part(content)]
-    parts = []
-    for part in [message.object(key)] if type(content) is dict else message.objects(key):
+    typed = [message.require_object(key)] if type(content) is dict else message.objects(key)
+    parts: list[Part] = []
+    for part in typed:
         kind = part.require("type", str)
         if kind not in CONTENT_PARTS:
             raise part.unknown_choice("type", kind, CONTENT_PARTS)
@@ -2554,58 +2570,54 @@ def content_parts(message: Fields, key: str, model: Model) -> list[Part]:
 
 
 def tool_message_part(
-    message: Fields, content: str, id: str, model: Model, images: Iterable[Part] = ()
+    message: Fields, content: str, id_key: str, model: Model, images: Iterable[Part] = ()
 ) -> Part:
-    """A tool's result, under these keys: text, JSON in a text, or parts; pictures go beside the text.
+    """A tool's result, under these keys: text, JSON in a text, or parts; media go beside the text.
 
-    Many clients do not say whose it is; valid_turns goes by the order then.
+    Many clients do not say which call it belongs to; valid_turns goes by the order then.
     """
     name = message.get("tool_name", str) or message.get("name", str)
-    return result_of_parts(
-        name,
-        [*content_parts(message, content, model), *images],
-        strip_signature(message.get(id, str)),
-    )
+    parts = [*content_parts(message, content, model), *images]
+    return result_of_parts(name, parts, strip_signature(message.get(id_key, str)))
 
 
 # ---- tool calls in histories ----
 
 
-# What LiteLLM and Bifrost put between a call's id and its signature, in the histories that they leave.
+# What LiteLLM and Bifrost put between a call's id and its signature, in the histories that they
+# leave (LiteLLM: THOUGHT_SIGNATURE_SEPARATOR in litellm/constants.py; both seen in recordings).
 SIGNED_ID_MARKS = ("__thought__", "_ts_")
 
 
-def split_signed_id(id: str) -> tuple[str, str]:
+def split_signed_id(signed_id: str) -> tuple[str, str]:
     """(the id itself, the signature that rides behind it or "")."""
     for mark in SIGNED_ID_MARKS:
-        plain, _, tail = id.rpartition(mark)
-        if len(tail) >= 40 and plain and is_base64(tail):
-            return plain, tail
-    return id, ""
+        call_id, _, tail = signed_id.rpartition(mark)
+        if len(tail) >= 40 and call_id and is_base64(tail):
+            return call_id, tail
+    return signed_id, ""
 
 
-def strip_signature(id: str | None) -> str | None:
-    return split_signed_id(id)[0] if id else id
+def strip_signature(signed_id: str | None) -> str | None:
+    return split_signed_id(signed_id)[0] if signed_id else signed_id
 
 
 def client_signature(call: Fields, function: Fields) -> str | None:
-    """The thought signature that the client kept for us, in Google's form or in one of other proxies'."""
+    """The thought signature that the client kept for us, in Google's form or in one of other
+    proxies'."""
     call.mark_read("extra_content", "provider_specific_fields")
     function.mark_read("thought_signature", "provider_specific_fields")
-    google = get_or_empty(get_or_empty(call.data, "extra_content", dict), "google", dict)
-    for found in (
-        get_or_empty(google, "thought_signature", str),
-        get_or_empty(function.data, "thought_signature", str),
-        get_or_empty(
-            get_or_empty(call.data, "provider_specific_fields", dict), "thought_signature", str
-        ),
-        get_or_empty(
-            get_or_empty(function.data, "provider_specific_fields", dict), "thought_signature", str
-        ),
-        split_signed_id(get_or_empty(call.data, "id", str))[1],
-    ):
-        if len(found) > 8 and is_base64(found):
-            return found
+    carriers = (
+        get_or_empty(get_or_empty(call.data, "extra_content", dict), "google", dict),
+        function.data,
+        get_or_empty(call.data, "provider_specific_fields", dict),
+        get_or_empty(function.data, "provider_specific_fields", dict),
+    )
+    signatures: list[str] = [get_or_empty(one, "thought_signature", str) for one in carriers]
+    signatures.append(split_signed_id(get_or_empty(call.data, "id", str))[1])
+    for signature in signatures:
+        if len(signature) > 8 and is_base64(signature):
+            return signature
     return None
 
 
@@ -2624,7 +2636,8 @@ class ToolBuilder:
         self.strict = False
 
     def declare(self, function: Fields, name: str, declaration: JSON, custom: bool = False) -> None:
-        """Add a function under the client's name; of two with the same name the first one counts."""
+        """Add a function under the client's name; of two with the same name the first one
+        counts."""
         if self.declared.setdefault(declaration["name"], declaration) != declaration:
             function.ignore(function.path)
             return
@@ -2644,8 +2657,8 @@ class ToolBuilder:
 
 
 def chat_tools(body: Fields, *more: Fields) -> Tools:
-    """`tools` and the older `functions`, in the form of chats and in the flat one of responses, which some clients send
-    to chats; `more` are other lists of tools."""
+    """`tools` and the older `functions`, in the form of chats and in the flat one of responses,
+    which some clients send to chats; `more` are other lists of tools."""
     builder = ToolBuilder()
     for fields in (body, *more):
         for tool, namespace, note in tool_list(fields):
@@ -2675,7 +2688,7 @@ def chat_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder, bod
         builder.strict = builder.strict or bool(function.get("strict", bool))
 
 
-# OpenAI's own tools that Gemini has too, by the beginning of their types: they come with dates behind.
+# OpenAI's own tools that Gemini has too, by the beginning of their types, which end in dates.
 HOSTED_TOOLS = (("web_search", "search"), ("code_interpreter", "code"))
 
 
@@ -2704,15 +2717,13 @@ def chat_function(
 def tool_list(
     fields: Fields, namespace: str = "", note: str = ""
 ) -> Iterator[tuple[Fields, str, str]]:
-    """The tools of a body's, each with its namespace or "", and what is told of the namespace with its first one."""
+    """The tools of a body's, each with its namespace or "", and with its first one the description
+    of the namespace."""
     for tool in fields.objects("tools"):
         if tool.data.get("type") == "namespace":
             tool.mark_read("type")
-            yield from tool_list(
-                tool,
-                qualified_name(namespace, tool.require("name", str)),
-                tool.get("description", str) or "",
-            )
+            inner = qualified_name(namespace, tool.require("name", str))
+            yield from tool_list(tool, inner, tool.get("description", str) or "")
         else:
             yield tool, namespace, note
             note = ""
@@ -2724,11 +2735,10 @@ def qualified_name(namespace: str | None, name: str) -> str:
 
 
 def function_name(function: Fields) -> str:
-    name = function.require("name", str)
+    name: str = function.require("name", str)
     if not name:
-        raise wrong_value(
-            function.path_of("name"), f"Invalid '{function.path_of('name')}': empty string."
-        )
+        path = function.path_of("name")
+        raise wrong_value(path, f"Invalid '{path}': empty string.")
     return name
 
 
@@ -2737,11 +2747,13 @@ def grammar_words(function: Fields) -> str:
     grammar = get_or_empty(function.data, "format", dict)
     grammar = get_or_empty(grammar, "grammar", dict) or grammar
     definition = get_or_empty(grammar, "definition", str)
+    if not definition:
+        return ""
     syntax = get_or_empty(grammar, "syntax", str)
-    return f"The text must conform to this {syntax} grammar:\n{definition}" if definition else ""
+    return f"The text must conform to this {syntax} grammar:\n{definition}"
 
 
-# OpenAI's words for the choice of a tool, and what clients write instead; Gemini's mode for each.
+# OpenAI's words for the choice of a tool, and what clients write instead -> Gemini's mode.
 TOOL_CHOICES = {
     "auto": None,
     "none": "NONE",
@@ -2754,38 +2766,42 @@ TOOL_CHOICES = {
 
 
 class EmbedOptions(NamedTuple):
-    count: int  # vectors
+    """What only the answer with vectors can fulfil."""
+
+    vectors: int  # how many
     base64: bool = False
 
 
-def read_vectors(answers: Iterator[Iterator[JSON]], exchange: Exchange) -> list[list[float]]:
+def read_vectors(answers: Answers, exchange: Exchange) -> list[list[float]]:
     """The vectors of all batches in order, each of unit length; a 502 where one is missing."""
+    options: EmbedOptions = exchange.options
     vectors: list[list[float]] = []
     for call, chunks in zip(exchange.plan.calls, answers):
         for chunk in chunks:
-            embeddings = [] if call.optional else expect(chunk, "embeddings", list)
-            vectors += [
-                unit_vector(get_or_empty(embedding, "values", list)) for embedding in embeddings
-            ]
-            counted = get_or_empty(
-                get_or_empty(chunk, "usageMetadata", dict), "promptTokenCount", int
-            )
-            counted = counted or get_or_empty(chunk, "totalTokens", int)
-            exchange.usage = exchange.usage.plus(Usage(prompt=max(0, counted)))
-    if len(vectors) != exchange.options.count:
-        raise invalid_answer(f"{len(vectors)} vectors for {exchange.options.count} texts")
+            if not call.optional:
+                embeddings = expect(chunk, "embeddings", list)
+                vectors += [unit_vector(get_or_empty(one, "values", list)) for one in embeddings]
+            usage = get_or_empty(chunk, "usageMetadata", dict)
+            tokens = get_or_empty(usage, "promptTokenCount", int)
+            tokens = tokens or get_or_empty(chunk, "totalTokens", int)
+            exchange.usage = exchange.usage.plus(Usage(prompt=max(0, tokens)))
+    if len(vectors) != options.vectors:
+        raise invalid_answer(f"{len(vectors)} vectors for {options.vectors} texts")
     return vectors
 
 
 def unit_vector(values: list[Any]) -> list[float]:
-    """The same direction with length 1: OpenAI's are so, and Gemini's are not when they are cut short."""
+    """The same direction with length 1: OpenAI's vectors have it, Gemini's do not when they are cut
+    to fewer dimensions."""
     try:
         length = math.hypot(*values)
     except (TypeError, OverflowError):
         raise invalid_answer("a vector that is not made of numbers") from None
     if not values or not 0 < length < math.inf:
         raise invalid_answer("an empty vector")
-    return values if abs(length - 1) < 1e-6 else [value / length for value in values]
+    if abs(length - 1) < 1e-6:
+        return values
+    return [value / length for value in values]
 
 
 # ======================================================================================
@@ -3639,7 +3655,7 @@ class ImageOptions(NamedTuple):
 def openai_images_request(body: Fields, context: Context) -> Plan:
     """Images: https://platform.openai.com/docs/api-reference/images/create"""
     model_name = body.get("model", str)
-    model = media_model(model_name, "image", context)
+    model = media_model(model_name or "", "image", context)
     prompt, n = openai_nonblank(body, "prompt"), body.number("n", 1, 10, int) or 1
     form = body.choice("response_format", "url", "b64_json")
     if body.choice("output_format", *IMAGE_FORMATS) not in (None, model.image_format):
@@ -4107,7 +4123,7 @@ def openai_error(error: ProxyError) -> tuple[int, JSON]:
 
 
 # ======================================================================================
-# 8. Responses: OpenAI's newer endpoint, from input items to output items; OpenAI's routes
+# 8. Responses: from input items to output items; OpenAI's routes
 # ======================================================================================
 
 # ---- input items ----
@@ -4843,7 +4859,8 @@ def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[Any]
 def openai_input_tokens_request(body: Fields, context: Context) -> Plan:
     """The tokens of a request that is not made: /v1/responses/input_tokens takes the same body."""
     plan = openai_responses_request(body, context)
-    return plan_count(plan)
+    assert plan.chat is not None
+    return count_plan(plan, plan.chat.model)
 
 
 def openai_input_tokens_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -5402,7 +5419,7 @@ def ollama_embed_request(body: Fields, context: Context) -> Plan:
 
 
 def ollama_embed_response(exchange: Exchange, answers: Answers) -> JSON:
-    if not exchange.options.count:
+    if not exchange.options.vectors:
         return {"model": exchange.model, "embeddings": []}
     vectors = read_vectors(answers, exchange)
     return {
@@ -5425,7 +5442,7 @@ def ollama_embeddings_request(body: Fields, context: Context) -> Plan:
 
 
 def ollama_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    return {"embedding": read_vectors(answers, exchange)[0] if exchange.options.count else []}
+    return {"embedding": read_vectors(answers, exchange)[0] if exchange.options.vectors else []}
 
 
 # ---- the models ----
@@ -5696,7 +5713,7 @@ NDJSON = Framing(
 
 def ollama_error(error: ProxyError) -> tuple[int, Any]:
     """Ollama's form of an error: a text. A 401 of Gemini's must not look like a missing sign-in at ollama.com."""
-    if isinstance(error, NoRoute):
+    if isinstance(error, NoRouteError):
         return 404, Payload(b"404 page not found")
     message = error.message
     if error.code == "model_not_found":
@@ -6367,7 +6384,9 @@ def anthropic_grow(block: JSON, delta: JSON) -> None:
 
 def anthropic_count_request(body: Fields, context: Context) -> Plan:
     """Count tokens: https://platform.claude.com/docs/en/api/messages-count-tokens"""
-    return plan_count(anthropic_plan(body, context))
+    plan = anthropic_plan(body, context)
+    assert plan.chat is not None
+    return count_plan(plan, plan.chat.model)
 
 
 def anthropic_count_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -6431,7 +6450,7 @@ ANTHROPIC = Protocol(
 
 
 # ======================================================================================
-# 11. Routing: which route answers a path, and in which protocol an error is told
+# 11. Routing: which route answers a path, and the protocol of its errors
 # ======================================================================================
 
 
@@ -6533,11 +6552,11 @@ def find_route(api: str, method: str, path: str) -> Found:
             code="method_not_supported",
             headers={"Allow": ", ".join(dict.fromkeys(allowed))},
         )
-    raise NoRoute(404, f"Invalid URL ({method[:20]} {path[:200]})")
+    raise NoRouteError(404, f"Invalid URL ({method[:20]} {path[:200]})")
 
 
 # ======================================================================================
-# 12. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
+# 12. Client: all that talks to Gemini: waiting, connections, attempts, memory
 # ======================================================================================
 
 CONNECT_SECONDS = 10.0  # to connect, and as much silence again during the TLS handshake
@@ -6572,14 +6591,14 @@ SINGLE_HEADERS = ("host", "content-length", "transfer-encoding")  # two of them 
 MAX_HEAD_BYTES = 64 << 10  # of the first line and the headers of a request or an answer
 
 
-class BadHead(ProxyError):
+class BadHeadError(ProxyError):
     """This is not the head of an HTTP message."""
 
 
 def read_headers(file: io.BufferedIOBase, limit: int) -> dict[str, str]:
     """The headers up to the empty line, by name in lower case; they may have `limit` bytes.
 
-    A BadHead for what another reader might take for something else (RFC 9112, section 5). The
+    A BadHeadError for what another reader might take for something else (RFC 9112, section 5). The
     library's parser is one for mail: it stops at a malformed line without an error, and costs as
     much as the translation of a short chat.
     """
@@ -6591,15 +6610,15 @@ def read_headers(file: io.BufferedIOBase, limit: int) -> dict[str, str]:
             return headers
         match = HEADER_LINE.fullmatch(line)
         if limit < 0:
-            raise BadHead(431, "The headers are too large.")
+            raise BadHeadError(431, "The headers are too large.")
         if not match:
-            raise BadHead(400, "This is not an HTTP header line: " + ascii(line[:60]))
+            raise BadHeadError(400, "This is not an HTTP header line: " + ascii(line[:60]))
         name = match.group(1).decode().lower()
         value = match.group(2).strip(b" \t").decode("latin-1")
         if name not in headers:
             headers[name] = value
         elif name in SINGLE_HEADERS:
-            raise BadHead(400, f"The header {name} comes twice.")
+            raise BadHeadError(400, f"The header {name} comes twice.")
         else:
             headers[name] += f", {value}"
 
@@ -6615,7 +6634,7 @@ if not POLLRDHUP and sys.platform.startswith("linux"):
 HANGUP = POLLRDHUP or READABLE
 
 
-class ClientGone(Exception):
+class ClientGoneError(Exception):
     """The client has left, so there is nobody to finish the call to Gemini for."""
 
 
@@ -6704,7 +6723,7 @@ class Waiter:
             if fd == self.stopping:
                 raise ProxyError(503, "The server is shutting down.")
             if fd != gemini_fd and self.client_left(poller):
-                raise ClientGone
+                raise ClientGoneError
 
     def client_left(self, poller: Poller) -> bool:
         """Whether the client hung up; a system without POLLRDHUP only says that it can be read."""
@@ -6862,8 +6881,13 @@ class Response:
         while self.status < 200:
             version = self.read_head()
         self.chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
-        if "content-length" in self.headers and not self.chunked:
-            self.left = content_length(self.headers["content-length"])
+        length = self.headers.get("content-length")
+        if length is not None and not self.chunked:
+            if not length.isdecimal():  # int() takes more than HTTP does; the error is its own
+                raise http.client.HTTPException(
+                    f"invalid literal for int() with base 10: {length!r}"
+                )
+            self.left = int(length)
             self.complete = not self.left
         known_end = self.chunked or self.left is not None
         closes = "close" in self.headers.get("connection", "").lower()
@@ -6881,7 +6905,7 @@ class Response:
         self.status, self.reason = int(status), reason.decode("latin-1")
         try:
             self.headers = read_headers(self.file, MAX_HEAD_BYTES)
-        except BadHead as error:
+        except BadHeadError as error:
             raise http.client.HTTPException(error.message) from None
         return version
 
@@ -6915,7 +6939,7 @@ class Response:
         self.complete = True
         try:
             read_headers(self.file, MAX_HEAD_BYTES)
-        except BadHead:
+        except BadHeadError:
             self.persistent = False  # the body is whole, but what comes after it is unclear
 
     def read(self, limit: int = sys.maxsize) -> bytes:
@@ -6936,17 +6960,6 @@ class Response:
         """The connection, which this no longer reads from. (A lost response closes it.)"""
         self.file.detach()
         return self.connection
-
-
-def content_length(text: str) -> int:
-    """The number in a Content-Length header; an HTTPException if it is none."""
-    try:
-        length = int(text)
-    except ValueError as error:
-        raise http.client.HTTPException(str(error)) from None
-    if not text.isdecimal():
-        raise http.client.HTTPException(f"this is not a Content-Length: {text[:60]!a}")
-    return length
 
 
 class UpstreamRequest(urllib.request.Request):
@@ -7162,9 +7175,8 @@ class UpstreamCall:
     def send(self, fresh: bool = False) -> None:
         """Make an attempt; on a fresh connection where an idle one has just failed.
 
-        It does not raise what goes wrong on the way to Gemini. Calls are sent before their turn,
-        several at a time, and an error must not overtake the answers that come before it: it is
-        read as the answer to this call.
+        An error on the way to Gemini is kept for begin(): calls are sent ahead, several at a time,
+        and it must not overtake the answers that come before it.
         """
         self.attempts += 1
         body = None
@@ -7182,7 +7194,7 @@ class UpstreamCall:
         self.sent = time.monotonic()
 
     def chunks(self) -> Iterator[JSON]:
-        """Gemini's answer: one chunk, or those of a stream; a ProxyError or ClientGone if it fails.
+        """Gemini's answer: one chunk, or those of a stream; a ProxyError or ClientGoneError if it fails.
 
         A call that nobody has sent is sent now.
         """
@@ -7429,13 +7441,6 @@ class Memory:
         self.database = database
         return database
 
-    def close(self) -> None:
-        """Close the database; what is not in a file is forgotten. A later use opens it again."""
-        with self.lock:
-            if self.database is not None:
-                self.database.close()
-                self.database = None
-
     def try_out(self) -> None:
         """Raise a ValueError or OSError if the file cannot be used.
 
@@ -7464,6 +7469,8 @@ class Memory:
 
     def read(self, statement: str, **values: str | None) -> list[Any]:
         """The rows that a SELECT gives; none if the database fails."""
+        if self.database is None and self.path == ":memory:":
+            return []  # nothing is in it, so that SQLite need not be loaded
         with self.lock:
             if time.monotonic() < self.reads_resume:
                 return []
@@ -7508,22 +7515,13 @@ class Memory:
 
     def pinned(self, group: str) -> list[tuple[str, str]]:
         """(key, text) of all that is pinned in this group."""
-        if self.empty:
-            return []
         return self.read(self.SELECT_GROUP, alias=self.PINNED + group)
 
     def get(self, key: str | None, alias: str | None = None) -> str | None:
         """The text under this key, else the last one under this alias, or None."""
-        if self.empty:
-            return None
         for (text,) in self.read(self.SELECT, key=key, alias=alias):
             return str(text)
         return None
-
-    @property
-    def empty(self) -> bool:
-        """Whether it is certain that nothing is in it, so that SQLite need not be loaded."""
-        return self.database is None and self.path == ":memory:"
 
 
 # ---- the service ----
@@ -7546,11 +7544,6 @@ class Gemini:
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(self.pool)
         self.models: dict[str, tuple[float, list[JSON]]] = {}  # (when, the list) by key
-
-    def close(self) -> None:
-        """Close the idle connections and the memory."""
-        self.pool.close()
-        self.memory.close()
 
     def close(self) -> None:
         """Close the idle connections and the memory."""
@@ -7643,7 +7636,7 @@ def scope_of(key: str) -> str:
 
 
 # ======================================================================================
-# 13. Server: the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
+# 13. Server: all that talks to clients: metrics, HTTP, who may call, answers
 # ======================================================================================
 
 MAX_BODY_BYTES = 128 << 20  # of a request; Gemini takes 100 MB
@@ -8001,7 +7994,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 line = self.rfile.readline(MAX_HEAD_BYTES)
             if line:
                 RequestCycle(self).run(line)
-        except (ClientGone, OSError):
+        except (ClientGoneError, OSError):
             self.close_connection = True
 
     def read_headers(self, first: RequestHead, limit: int) -> RequestHead:
@@ -8030,7 +8023,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_exactly(self, size: int) -> bytes:
         data = self.rfile.read(size)
         if len(data) < size:
-            raise ClientGone
+            raise ClientGoneError
         return data
 
     def read_chunked(self) -> bytes:
@@ -8082,7 +8075,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.client.send(data)
         except OSError:
-            raise ClientGone from None
+            raise ClientGoneError from None
 
     def finish(self) -> None:
         """End. A client that still sends can read its refusal before (RFC 9112, section 9.6)."""
@@ -8210,7 +8203,7 @@ class RequestCycle:
             self.fail(error)
         except RecursionError:
             self.fail(invalid_answer("it is nested too deeply"))
-        except (ClientGone, OSError):
+        except (ClientGoneError, OSError):
             self.status = self.status or 499  # nginx's number for a client that left
             raise
         except Exception:
@@ -8260,7 +8253,6 @@ class RequestCycle:
         except RecursionError:
             raise nested_too_deeply() from None
         self.ignored = body.ignored()
-        body.tracked.clear()  # a cycle, which would keep a large body until garbage is collected
         return Exchange(plan, context, secrets.token_hex(12), time.time())
 
     def read_fields(self, route: Route) -> Fields:
@@ -8305,8 +8297,8 @@ class RequestCycle:
                 yield chunks
                 continue
             events = self.identified(call, read_gemini(chunks, exchange))
-            if exchange.chat:
-                events = chat_events(events, call, exchange.chat)
+            if exchange.plan.chat:
+                events = chat_events(events, call, exchange.plan.chat)
             yield events
 
     def identified(self, call: GeminiCall, events: Iterable[Event]) -> Iterator[Event]:
@@ -8368,6 +8360,7 @@ class RequestCycle:
 
     def keep_alive(self, route: Route, exchange: Exchange) -> None:
         """Show in the stream that it is alive."""
+        exchange.now = time.time()
         if route.keep_alive:
             self.emit(route.framing.encode(route.keep_alive(exchange)))
         else:
@@ -8709,7 +8702,7 @@ def give_memory_back() -> None:
 
 
 # ======================================================================================
-# 14. Command line: flags and environment, systemd, workers, checks, start and end
+# 14. Command line: flags, environment, systemd, workers, checks, start and end
 # ======================================================================================
 
 DEFAULT_UPSTREAM = "https://generativelanguage.googleapis.com"
@@ -9334,7 +9327,7 @@ def tune_garbage_collector() -> None:
         gc.set_threshold(*GC_THRESHOLDS)
 
 
-def reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -9344,12 +9337,12 @@ def open_server(config: Config) -> Server:
         server = Server(config, handed_over_socket(os.environ))
     except (OSError, ValueError) as error:
         host, port = config.listen
-        sys.exit(f"proxy-to-gemini: cannot listen on {host or '*'}:{port}: {reason(error)}")
+        sys.exit(f"proxy-to-gemini: cannot listen on {host or '*'}:{port}: {reason_of(error)}")
     try:
         if config.state != ":memory:":
             server.gemini.memory.try_out()
     except (OSError, ValueError) as error:
-        sys.exit(f"proxy-to-gemini: cannot remember in {config.state}: {reason(error)}")
+        sys.exit(f"proxy-to-gemini: cannot remember in {config.state}: {reason_of(error)}")
     return server
 
 
