@@ -2908,10 +2908,10 @@ def test_bare_sound_on_the_wire(server, gemini):
     assert (status, headers["content-type"], audio) == (200, "audio/pcm", SAMPLES_OF_SOUND * 2)
     assert post(server, "/v1/audio/speech", body)[0] == 400
     with (
-        UpstreamSocket(server) as line,
+        RawClient(server) as line,
         pytest.raises(ValueError),
     ):  # it breaks off: no word of an error among the samples, and no end
-        line.plan("POST", "/v1/audio/speech", body)
+        line.request("POST", "/v1/audio/speech", body)
     headers = post(server, "/v1/audio/speech", {**body, "response_format": "mp3"})[1]
     assert (headers["content-type"], headers["x-proxy-ignored"]) == ("audio/wav", "response_format")
 
@@ -6028,8 +6028,6 @@ class RawClient:
         self.send("\r\n".join([*lines, "", ""]).encode("latin-1") + data)
         return self.reply(method)
 
-    plan = request  # its former name
-
     def reply(self, method="GET"):
         """(status, headers, body) of the next answer."""
         status = int(self.file.readline().split()[1])
@@ -6057,7 +6055,6 @@ class RawClient:
         return self.file.read() == b""
 
 
-UpstreamSocket = RawClient  # its former name
 CHAT_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
 
 
@@ -7439,8 +7436,8 @@ def test_sighup_reads_the_key_again(supervised, gemini):
 
 def test_sigterm_closes_idle_connections_and_lets_answers_end(supervised, gemini):
     gemini.say(Say(chunk("Once "), whole("upon"), gap=0.3))
-    with UpstreamSocket(supervised.server) as line, UpstreamSocket(supervised.server) as idle:
-        assert idle.plan("GET", "/healthz")[0] == 200
+    with RawClient(supervised.server) as line, RawClient(supervised.server) as idle:
+        assert idle.request("GET", "/healthz")[0] == 200
         open_stream(line)
         supervised.process.send_signal(signal.SIGTERM)
         supervised.wait_for("STOPPING=1")
@@ -7527,7 +7524,7 @@ def test_a_replaced_worker_has_the_key_that_was_read_again(gemini, tmp_path):
 def test_workers_that_drain_leave_no_client_in_the_queue_and_end_their_answers(gemini):
     gemini.say(Say(chunk("Once "), whole("upon"), gap=1.0))
     with two_workers(gemini, **ENV) as (process, server):
-        with UpstreamSocket(server) as line:
+        with RawClient(server) as line:
             open_stream(line)
             process.send_signal(signal.SIGTERM)
             until(lambda: not listens(server.server_port))
