@@ -6126,11 +6126,20 @@ def test_the_log_holds_neither_keys_nor_content(server, log_lines):
     )
 
 
-def test_a_request_cannot_forge_a_line_of_the_log(server, log_lines):
+@pytest.mark.parametrize(
+    "target, agent, line",
+    [
+        ("/\x1b[31m", "x", r"- - 400 \d+ ms\n"),
+        ("/%0aFORGED", "\x1b[2J", r"GET /%0aFORGED 400 \d+ ms\n"),
+        ("/\xe9\x85", "x", r"GET /\\xe9\\x85 404 \d+ ms\n"),
+    ],
+    ids=["an escape in the path", "an escape in a header", "a line break of ISO 8859-1"],
+)
+def test_a_request_puts_no_control_characters_into_the_log(server, log_lines, target, agent, line):
     with RawClient(server) as client:
-        client.request("GET", "/\x1b[31m%0aFORGED", User_Agent="\x1b[2J")
+        client.request("GET", target, User_Agent=agent)
     until(lambda: log_lines)
-    assert re.fullmatch(r"GET /\\x1b\[31m%0aFORGED 400 \d+ ms\n|- - 400 \d+ ms\n", log_lines[0])
+    assert re.fullmatch(line, log_lines[0])
 
 
 def test_a_log_that_nobody_reads_stops_no_answer(gemini):
