@@ -8112,11 +8112,12 @@ class RequestCycle:
 
     def plan(self, match: Found, query: str) -> Exchange:
         """Read the body, look up what is stored for it, and plan the calls to Gemini."""
-        server, route = self.server, match.route
+        server, route, context = self.server, match.route, self.server.context
         if isinstance(route.answer, Refusal):
             raise ProxyError(*route.answer)
-        fields = dict(urllib.parse.parse_qsl(query))
-        context = server.context._replace(params=match.params, query=fields)
+        if match.params or query:
+            fields = dict(urllib.parse.parse_qsl(query))
+            context = context._replace(params=match.params, query=fields)
         if context.ollama:
             context = context._replace(loaded=dict(server.loaded))
         try:

@@ -2908,10 +2908,10 @@ def test_bare_sound_on_the_wire(server, gemini):
     assert (status, headers["content-type"], audio) == (200, "audio/pcm", SAMPLES_OF_SOUND * 2)
     assert post(server, "/v1/audio/speech", body)[0] == 400
     with (
-        UpstreamSocket(server) as line,
+        RawClient(server) as line,
         pytest.raises(ValueError),
     ):  # it breaks off: no word of an error among the samples, and no end
-        line.plan("POST", "/v1/audio/speech", body)
+        line.request("POST", "/v1/audio/speech", body)
     headers = post(server, "/v1/audio/speech", {**body, "response_format": "mp3"})[1]
     assert (headers["content-type"], headers["x-proxy-ignored"]) == ("audio/wav", "response_format")
 
@@ -6151,8 +6151,6 @@ class RawClient:
         self.send("\r\n".join([*lines, "", ""]).encode("latin-1") + data)
         return self.reply(method)
 
-    plan = request  # its former name
-
     def reply(self, method="GET"):
         """(status, headers, body) of the next answer."""
         status = int(self.file.readline().split()[1])
@@ -6180,7 +6178,6 @@ class RawClient:
         return self.file.read() == b""
 
 
-UpstreamSocket = RawClient  # its former name
 CHAT_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
 
 
@@ -6252,11 +6249,20 @@ def test_the_log_holds_neither_keys_nor_content(server, log_lines):
     )
 
 
-def test_a_request_cannot_forge_a_line_of_the_log(server, log_lines):
+@pytest.mark.parametrize(
+    "target, agent, line",
+    [
+        ("/\x1b[31m", "x", r"- - 400 \d+ ms\n"),
+        ("/%0aFORGED", "\x1b[2J", r"GET /%0aFORGED 400 \d+ ms\n"),
+        ("/\xe9\x85", "x", r"GET /\\xe9\\x85 404 \d+ ms\n"),
+    ],
+    ids=["an escape in the path", "an escape in a header", "a line break of ISO 8859-1"],
+)
+def test_a_request_puts_no_control_characters_into_the_log(server, log_lines, target, agent, line):
     with RawClient(server) as client:
-        client.request("GET", "/\x1b[31m%0aFORGED", User_Agent="\x1b[2J")
+        client.request("GET", target, User_Agent=agent)
     until(lambda: log_lines)
-    assert re.fullmatch(r"GET /\\x1b\[31m%0aFORGED 400 \d+ ms\n|- - 400 \d+ ms\n", log_lines[0])
+    assert re.fullmatch(line, log_lines[0])
 
 
 def test_a_log_that_nobody_reads_stops_no_answer(gemini):
@@ -7562,8 +7568,8 @@ def test_sighup_reads_the_key_again(supervised, gemini):
 
 def test_sigterm_closes_idle_connections_and_lets_answers_end(supervised, gemini):
     gemini.say(Say(chunk("Once "), whole("upon"), gap=0.3))
-    with UpstreamSocket(supervised.server) as line, UpstreamSocket(supervised.server) as idle:
-        assert idle.plan("GET", "/healthz")[0] == 200
+    with RawClient(supervised.server) as line, RawClient(supervised.server) as idle:
+        assert idle.request("GET", "/healthz")[0] == 200
         open_stream(line)
         supervised.process.send_signal(signal.SIGTERM)
         supervised.wait_for("STOPPING=1")
@@ -7650,7 +7656,7 @@ def test_a_replaced_worker_has_the_key_that_was_read_again(gemini, tmp_path):
 def test_workers_that_drain_leave_no_client_in_the_queue_and_end_their_answers(gemini):
     gemini.say(Say(chunk("Once "), whole("upon"), gap=1.0))
     with two_workers(gemini, **ENV) as (process, server):
-        with UpstreamSocket(server) as line:
+        with RawClient(server) as line:
             open_stream(line)
             process.send_signal(signal.SIGTERM)
             until(lambda: not listens(server.server_port))
