@@ -2369,7 +2369,7 @@ def chat_call(chat: Chat, body: Fields) -> GeminiCall:
 
 def recipe_sampling(recipe: Recipe, model: Model) -> JSON:
     """What a recipe sets where the client sets nothing."""
-    return ollama_sampling(Fields(dict(recipe.options)), model)
+    return ollama_sampling(Fields(dict(recipe.options)), model) if recipe.options else {}
 
 
 def count_plan(plan: Plan, model: Model) -> Plan:
@@ -2460,6 +2460,10 @@ def whole(events: Iterable[Event]) -> Answer:
 def text_kind(event: Event) -> bool | None:
     """Whether a text is a thought; None where the event is no text."""
     return event.thought if isinstance(event, Text) else None
+
+
+
+
 
 
 def unfenced(text: str) -> str:
