@@ -2689,7 +2689,7 @@ def chat_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder, bod
             raise wrong_type(tool.path_of(wrapper), (dict,), None)
         function = tool.object(wrapper) or tool
         chat_function(function, builder, kind == "custom", namespace, note)
-        builder.strict = builder.strict or bool(function.get("strict", bool))
+        builder.strict |= bool(function.get("strict", bool))
 
 
 # OpenAI's own tools that Gemini has too, by the beginning of their types, which end in dates.
@@ -5905,7 +5905,7 @@ def anthropic_tools(body: Fields) -> Tools:
             name, description = function_name(tool), tool.get("description", str)
             schema = tool.get("input_schema", dict)
             builder.declare(tool, name, function_declaration(name, description, schema))
-            builder.strict = builder.strict or bool(tool.get("strict", bool))
+            builder.strict |= bool(tool.get("strict", bool))
         elif known:
             name, (description, fields, required) = tool.require("name", str), known
             schema = {"type": "object", "properties": fields, "required": required}
