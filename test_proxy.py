@@ -666,7 +666,7 @@ def gemini_body(body, **how):
     assert (
         refusal_of(
             "/v1beta/" + call.path,
-            proxy.restore_signatures(call, "", lambda *_: proxy.KnownCall()).body,
+            proxy.restore_signatures(call)[0].body,
         )
         is None
     )
@@ -1733,9 +1733,12 @@ def test_a_history_with_tools():
         tools=[WEATHER],
     )
     (call,) = asked(body)[0].calls
-    signed = proxy.restore_signatures(
-        call, "", lambda id, digest, name: proxy.KnownCall(sign("known") if id == "b" else None)
+    known = {"b": proxy.KnownCall(sign("known"))}
+    keys = proxy.signature_keys(call, "")
+    signed, origins = proxy.restore_signatures(
+        call, [known.get(key.id, proxy.KnownCall()) for key in keys]
     )
+    assert origins == ["placeholder", "memory"]
     assert signed.body["contents"][1:] == [
         {
             "role": "model",
