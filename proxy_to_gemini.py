@@ -689,6 +689,7 @@ class Budget(NamedTuple):
 
 NEWEST = 99.0  # the generation of a name that does not say it
 ALL_LEVELS = Levels(("MINIMAL", "LOW", "MEDIUM", "HIGH"))
+# In recordings, and in profiles/google.py of https://github.com/pydantic/pydantic-ai.
 RESULT_MEDIA = ("image/png", "image/jpeg", "image/webp", "application/pdf", "text/plain")
 
 
@@ -908,10 +909,9 @@ def usable_models(answers: Answers, context: Context) -> dict[str, JSON]:
 # ---- parts ----
 
 Part = JSON
-# Calls of Gemini's own tools, such as its search, and their results, when functions stand beside
-# them: https://ai.google.dev/gemini-api/docs/tool-combination
+# Of Gemini's own tools beside functions: https://ai.google.dev/gemini-api/docs/tool-combination
 HOSTED_PARTS = {"toolCall", "toolResponse"}
-# Google's stand-in for a signature that nobody knows, in base64 as recorded requests have it:
+# For an unknown signature, in base64 as seen in recordings; Google documents it:
 # https://ai.google.dev/gemini-api/docs/thought-signatures
 PLACEHOLDER = base64.b64encode(b"skip_thought_signature_validator").decode()
 
@@ -924,8 +924,7 @@ def texts_of(parts: Iterable[Part]) -> str:
     return "".join(part.get("text", "") for part in parts)
 
 
-# The first bytes of a file, and its type: Ollama's clients send bare base64, and some clients name
-# a wrong type, which Gemini refuses.
+# The first bytes of files. Ollama's clients send bare base64, and some name a wrong type.
 MAGIC = (
     (rb"\xff\xd8\xff", "image/jpeg"),
     (rb"\x89PNG", "image/png"),
@@ -944,10 +943,9 @@ MAGIC = (
     (rb"\x1a\x45\xdf\xa3", "video/webm"),
 )
 MIME_SPELLINGS = {
-    "image/jpg": "image/jpeg",
-    "audio/x-wav": "audio/wav",
-    "audio/wave": "audio/wav",
+    **dict.fromkeys(("audio/x-wav", "audio/wave"), "audio/wav"),
     "audio/m4a": "audio/mp4",
+    "image/jpg": "image/jpeg",
     "application/x-pdf": "application/pdf",
 }
 TEXT_TYPES = re.compile(
@@ -959,11 +957,10 @@ EXTENSIONS = {
     **{name: f"audio/{name}" for name in ("mp3", "wav", "flac", "ogg", "aac")},
     **{name: f"video/{name}" for name in ("mp4", "webm", "mov")},
     **{name: f"text/{name}" for name in ("csv", "html", "xml")},
-    **{name: "text/plain" for name in ("txt", "ts", "yaml", "yml")},
+    **{name: f"application/{name}" for name in ("pdf", "json")},
+    **dict.fromkeys(("txt", "ts", "yaml", "yml"), "text/plain"),
     "jpg": "image/jpeg",
     "m4a": "audio/mp4",
-    "pdf": "application/pdf",
-    "json": "application/json",
     "md": "text/markdown",
     "py": "text/x-python",
     "js": "text/javascript",
@@ -993,20 +990,26 @@ def decode_base64(text: str) -> bytes:
 
 def base64_data(text: str, path: str) -> str:
     """Base64 as Gemini takes it: padded, without line breaks; a 400 where it is none."""
-    data = text
-    if not is_base64(text):
-        data = "".join(text.split())
-        if not is_base64(data):
-            message = f"Invalid value for '{path}': it must be valid base64-encoded data."
-            raise wrong_value(path, message)
+    data = "".join(text.split())
+    if not is_base64(data):
+        message = f"Invalid value for '{path}': it must be valid base64-encoded data."
+        raise wrong_value(path, message)
     data = data.rstrip("=")
     return data + "=" * (-len(data) % 4)
 
 
 def media_part(data: str, mime: str | None, path: str, name: str | None = None) -> Part:
     """A part of base64 data or a data: URL; a text file becomes text, which every model reads."""
-    if data[:5].lower() == "data:":
-        data, mime = split_data_url(data, mime, path)
+    if data[:5].lower() == "data:":  # RFC 2397
+        head, comma, data = data[5:].partition(",")
+        if not comma:
+            message = f"Invalid value for '{path}': expected a base64-encoded data URL."
+            raise wrong_value(path, message)
+        mime_type, *parameters = [word.strip().lower() for word in head.split(";")]
+        mime = mime_type or mime
+        if "base64" not in parameters:
+            raw = urllib.parse.unquote_to_bytes(data.encode("utf-8", "replace"))
+            data = base64.b64encode(raw).decode()
     data = base64_data(data, path)
     mime = MIME_SPELLINGS.get(mime or "", mime)
     if not mime or mime == "application/octet-stream":
@@ -1018,27 +1021,12 @@ def media_part(data: str, mime: str | None, path: str, name: str | None = None) 
     return {"inlineData": {"mimeType": mime, "data": data}}
 
 
-def split_data_url(url: str, mime: str | None, path: str) -> tuple[str, str | None]:
-    """(base64 data, MIME type) of a data: URL (RFC 2397), which may leave out its type."""
-    head, comma, data = url[5:].partition(",")
-    if not comma:
-        message = f"Invalid value for '{path}': expected a base64-encoded data URL."
-        raise wrong_value(path, message)
-    mime_type, *parameters = [word.strip().lower() for word in head.split(";")]
-    if "base64" not in parameters:
-        raw = urllib.parse.unquote_to_bytes(data.encode("utf-8", "replace"))
-        data = base64.b64encode(raw).decode()
-    return data, mime_type or mime
-
-
 def local_host(host: str) -> bool:
     """Whether a host name or address is of this machine or a private network, however spelt."""
     import ipaddress
 
     host = host.strip("[]").rstrip(".").lower()
-    if "." not in host and ":" not in host:
-        return True
-    if re.search(r"(^|\.)(localhost|local|internal|lan|home|arpa)$", host):
+    if re.search(r"(^|\.)(localhost|local|internal|lan|home|arpa)$|^[^.:]*$", host):
         return True
     try:
         address = ipaddress.ip_address(host)
@@ -1047,28 +1035,26 @@ def local_host(host: str) -> bool:
     return not (getattr(address, "ipv4_mapped", None) or address).is_global
 
 
-def link_part(url: str, path: str, name: str | None = None) -> Part:
-    """A part that Gemini fetches itself: this proxy fetches nothing that a client names."""
-    message = f"Invalid value for '{path}': expected a data URL or a public https URL."
-    try:
-        address = urllib.parse.urlsplit(url)
-        host = address.hostname
-    except ValueError:
-        raise wrong_value(path, message) from None
-    if not host or address.scheme not in ("https", "http", "gs"):
-        raise wrong_value(path, message)
-    if address.scheme != "gs" and (local_host(host) or "@" in address.netloc):
-        why = f"Gemini fetches this URL, and cannot reach {host[:80]!r}."
-        raise wrong_value(path, f"Invalid value for '{path}': {why}")
-    mime = extension_type(address.path) or extension_type(name)
-    return {"fileData": {**given(mimeType=mime), "fileUri": url}}
-
-
 def source_part(source: str, mime: str | None, path: str, name: str | None = None) -> Part:
-    """The part for what a client calls a URL: a data URL, or the address of something public."""
+    """The part for what a client calls a URL: a data: URL, or an address that Gemini fetches itself.
+
+    This proxy fetches nothing that a client names.
+    """
     if source[:5].lower() == "data:":
         return media_part(source, mime, path, name)
-    return link_part(source, path, name)
+    message = f"Invalid value for '{path}': expected a data URL or a public https URL."
+    try:
+        url = urllib.parse.urlsplit(source)
+        host = url.hostname
+    except ValueError:
+        raise wrong_value(path, message) from None
+    if not host or url.scheme not in ("https", "http", "gs"):
+        raise wrong_value(path, message)
+    if url.scheme != "gs" and (local_host(host) or "@" in url.netloc):
+        why = f"Gemini fetches this URL, and cannot reach {host[:80]!r}."
+        raise wrong_value(path, f"Invalid value for '{path}': {why}")
+    mime_type = extension_type(url.path) or extension_type(name)
+    return {"fileData": {**given(mimeType=mime_type), "fileUri": source}}
 
 
 def call_part(
@@ -1085,23 +1071,23 @@ def result_part(
     media: Sequence[Part] = (),
     failed: bool = False,
 ) -> Part:
-    """A functionResponse. valid_turns finds its call, and moves `media` beside it if need be."""
+    """A functionResponse of an object, or of a text and media: the object that is in it, or itself.
+
+    valid_turns finds its call, and moves the media beside it where need be.
+    """
+    response = content
     if isinstance(content, str):
-        content = result_content(content, failed)
-    result = {**given(id=call_id), "name": "", "response": content, **given(parts=list(media))}
+        parsed = parsed_object(content)
+        if failed:
+            response = {"error": content}
+        elif parsed is None or loses_digits(parsed):
+            response = {"output": content}
+        else:
+            response = parsed
+    result = {**given(id=call_id), "name": "", "response": response, **given(parts=list(media))}
     if name:
         result["name"] = gemini_name(name)
     return {"functionResponse": result}
-
-
-def result_content(text: str, failed: bool) -> JSON:
-    """The response object for a tool's result in text: the JSON object in it, or else the text."""
-    if failed:
-        return {"error": text}
-    parsed = parsed_object(text)
-    if parsed is None or loses_digits(parsed):
-        return {"output": text}
-    return parsed
 
 
 def result_of_parts(
@@ -1114,10 +1100,7 @@ def result_of_parts(
 
 
 def loses_digits(value: Any) -> bool:
-    """Whether it holds an integer that Gemini would round: its numbers are doubles. Text keeps it.
-
-    https://protobuf.dev/reference/protobuf/google.protobuf/#value
-    """
+    """Whether it holds an integer that Gemini would round: its numbers are doubles, as seen."""
     if type(value) is int:
         return abs(value) > 2**53
     if isinstance(value, dict):
@@ -1136,10 +1119,7 @@ def call_arguments(text: str | JSON | None) -> JSON:
 
 
 def gemini_name(name: str) -> str:
-    """A function name as Gemini takes it; the same name always gives the same one.
-
-    https://ai.google.dev/api/caching#FunctionDeclaration
-    """
+    """A function name as Gemini takes it: https://ai.google.dev/api/caching#FunctionDeclaration"""
     if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}", name):
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
@@ -1166,11 +1146,10 @@ def has_content(part: Part) -> bool:
 def valid_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     """The history in the order that Gemini accepts, with nothing lost.
 
-    Neighbours of one role become one turn. The results of a turn's calls follow in a turn of their
-    own, in the order of the calls, with a stand-in for each missing one; what else was said comes
-    after, and a result without a call becomes text. The first turn is the user's, and so is the
-    last, unless the model continues its own. Each rule is a 400 of Gemini's, most of them in
-    https://ai.google.dev/gemini-api/docs/function-calling.
+    Neighbours of one role become one turn. A turn's calls get their results in a turn of their own,
+    in order, with a stand-in for what is missing; a result without a call becomes text. The first
+    turn is the user's, and so is the last, unless the model continues its own. Each rule is a 400
+    of Gemini's; most are in https://ai.google.dev/gemini-api/docs/function-calling.
     """
     turns: list[JSON] = []
     history = [
@@ -1198,7 +1177,7 @@ def tool_result_turns(before: list[JSON], parts: list[Part], model: Model) -> li
     calls = [part["functionCall"] for part in earlier if "functionCall" in part]
     results = [part["functionResponse"] for part in parts if "functionResponse" in part]
     matched = match_results(calls, results)
-    used = {id(results[i]) for i in matched.values()}
+    used = {id(result) for result in matched.values()}
     rest: list[Part] = []
     for part in parts:
         result = part.get("functionResponse")
@@ -1207,15 +1186,10 @@ def tool_result_turns(before: list[JSON], parts: list[Part], model: Model) -> li
         elif id(result) not in used:
             text = f"Result of {result['name'] or 'a function'}: {encode_json(result['response'])}"
             rest += [text_part(text), *result.get("parts", ())]
-    answers: list[Part] = []
-    media: list[Part] = []
-    for i, call in enumerate(calls):
-        result = {"response": MISSING_RESULT}
-        if i in matched:
-            result = results[matched[i]]
-        answer, outside = tool_result(call, result, model)
-        answers.append(answer)
-        media += outside
+    missing = {"response": MISSING_RESULT}
+    pairs = [tool_result(call, matched.get(i, missing), model) for i, call in enumerate(calls)]
+    answers = [answer for answer, _ in pairs]
+    media = [part for _, outside in pairs for part in outside]
     return [user_turn(*turn) for turn in (answers, media + rest) if turn]
 
 
@@ -1232,37 +1206,35 @@ def tool_result(call: JSON, result: JSON, model: Model) -> tuple[Part, list[Part
     return {"functionResponse": {**answer, **given(parts=inside)}}, outside
 
 
-def match_results(calls: list[JSON], results: list[JSON]) -> dict[int, int]:
-    """The index of each call -> that of its result: by id, else by name, else by order."""
-    call_ids = {call["id"] for call in calls if call.get("id")}
-    by_id: dict[int, str] = {}
-    by_name: dict[int, str] = {}
-    by_order: dict[int, str] = {}
+def match_results(calls: list[JSON], results: list[JSON]) -> dict[int, JSON]:
+    """The index of each call -> its result, where it has one: by id, else by name, else by order."""
+    call_ids = {call["id"] for call in calls if "id" in call}
+    with_id: dict[int, str] = {}
+    with_name: dict[int, str] = {}
+    others: dict[int, str] = {}
     for i, result in enumerate(results):
-        if result.get("id"):
-            by_id[i] = result["id"]
-        if result["name"] and result.get("id") not in call_ids:
-            by_name[i] = result["name"]
-        if not result["name"] and not result.get("id"):
-            by_order[i] = ""
+        if result.get("id") in call_ids:
+            with_id[i] = result["id"]
+        elif result["name"]:
+            with_name[i] = result["name"]
+        elif "id" not in result:
+            others[i] = ""
     matched: dict[int, int] = {}
-    pair_up(matched, [call.get("id") for call in calls], by_id)
-    pair_up(matched, [call["name"] for call in calls], by_name)
-    pair_up(matched, [""] * len(calls), by_order)
+    pair_up(matched, [call.get("id", "") for call in calls], with_id)
+    pair_up(matched, [call["name"] for call in calls], with_name)
+    pair_up(matched, [""] * len(calls), others)
     used = set(matched.values())
-    strays = [i for i, result in enumerate(results) if i not in used and not result["name"]]
+    strays = {i: "" for i, result in enumerate(results) if i not in used and not result["name"]}
     if len(strays) == len(calls) - len(matched):  # their ids are unknown, but each call has one
-        pair_up(matched, [""] * len(calls), dict.fromkeys(strays, ""))
-    return matched
+        pair_up(matched, [""] * len(calls), strays)
+    return {i: results[k] for i, k in matched.items()}
 
 
 def pair_up(matched: dict[int, int], call_keys: list[str], result_keys: dict[int, str]) -> None:
-    """Match each call that has no result yet with the next unused result of the same key."""
-    used = set(matched.values())
+    """Match each call that has no result yet with the next result of the same key."""
     waiting: dict[str, collections.deque[int]] = collections.defaultdict(collections.deque)
     for i, key in result_keys.items():
-        if i not in used:
-            waiting[key].append(i)
+        waiting[key].append(i)
     for i, key in enumerate(call_keys):
         if i not in matched and waiting[key]:
             matched[i] = waiting[key].popleft()
@@ -1270,20 +1242,10 @@ def pair_up(matched: dict[int, int], call_keys: list[str], result_keys: dict[int
 
 # ---- thinking and settings ----
 
-# OpenAI's and Codex's words, each with the tokens of a budget. Those up to "high" are Google's own
-# for its OpenAI endpoint, but for "minimal" (https://ai.google.dev/gemini-api/docs/openai); those
-# above are the most that any model takes.
-BUDGETS = {
-    "none": 0,
-    "minimal": 512,
-    "low": 1024,
-    "medium": 8192,
-    "high": 24576,
-    "xhigh": 32768,
-    "max": 32768,
-    "ultra": 32768,
-}
-EFFORTS = tuple(BUDGETS)
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")  # up to Codex's
+# Their budgets in tokens: "low" to "high" as Google's own OpenAI endpoint has them
+# (https://ai.google.dev/gemini-api/docs/openai), and above these the most that any model takes.
+BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768, 32768)))
 
 
 class Thinking(NamedTuple):
@@ -1297,21 +1259,12 @@ class Thinking(NamedTuple):
     google: Mapping[str, Any] = {}  # Google's own thinkingConfig, which counts for more
 
 
-def effort_of(thinking: Thinking) -> str | None:
-    """The effort that a client asked for, also where it gave a budget in tokens."""
-    if thinking.effort is None and thinking.budget:
-        enough = (word for word in EFFORTS[1:] if BUDGETS[word] >= thinking.budget)
-        return next(enough, EFFORTS[-1])
-    return thinking.effort
-
-
 def thinking_config(
     model: Model, effort: str | None, show: bool, budget: int | None = None
 ) -> JSON:
-    """The thinkingConfig for an effort (None: the model's own), with or without its thoughts.
+    """The thinkingConfig for any effort (None: the model's own) on any model.
 
-    Every effort is legal on every model: the nearest level that is not less, or a budget within
-    bounds. A model that cannot stop thinking thinks as little as it can.
+    It is the nearest level that is not less, or a budget within bounds.
     """
     config: JSON = {}
     if model.thinking is None:
@@ -1337,7 +1290,10 @@ SMALL_OUTPUT_TOKENS = 1024  # a model that thinks as it likes can use up so many
 
 def chat_thinking(thinking: Thinking, model: Model, limit: int | None, body: Fields) -> JSON:
     """The thinkingConfig of a chat; names the client's field as ignored where it has no effect."""
-    client_effort = effort_of(thinking)
+    client_effort = thinking.effort
+    if client_effort is None and thinking.budget:
+        enough = (word for word in EFFORTS[1:] if BUDGETS[word] >= thinking.budget)
+        client_effort = next(enough, EFFORTS[-1])
     effort = client_effort
     if effort is None and thinking.answer_only and limit and limit < SMALL_OUTPUT_TOKENS:
         effort = "none"
@@ -1363,9 +1319,8 @@ def sampling_config(
 ) -> JSON:
     """The part of a generationConfig about sampling, within what Gemini takes.
 
-    Its integers have 32 bits (https://ai.google.dev/api/generate-content#generationconfig); the
-    same seed always gives the same one. A null stands for a value that the client gave to say
-    "none", such as a limit of -1.
+    Bounds: https://ai.google.dev/api/generate-content#generationconfig; its integers have 32 bits.
+    A null stands for a value that the client gave to say "none", such as a limit of -1.
     """
     config: JSON = {}
     if temperature is not None:
@@ -1391,55 +1346,41 @@ def penalties(fields: Fields, low: float, high: float, model: Model) -> dict[str
     """Both penalties; models that refuse them leave them unread, and so named as ignored."""
     if not model.penalties:
         return {}
-    presence = fields.number("presence_penalty", low, high)
-    frequency = fields.number("frequency_penalty", low, high)
-    return {"presence": presence, "frequency": frequency}
-
-
-MAX_STOPS = 5  # https://ai.google.dev/api/generate-content#generationconfig
+    names = ("presence", "frequency")
+    return {name: fields.number(f"{name}_penalty", low, high) for name in names}
 
 
 def stop_sequences(body: Fields, key: str = "stop") -> list[str]:
-    """Those that are not empty, as many as Gemini takes."""
+    """At most five that are not empty, which is all that Gemini takes."""
     stops = [text for text in body.strings(key) if text]
-    if len(stops) > MAX_STOPS:
+    if len(stops) > 5:
         body.ignore(body.path_of(key))
-    return stops[:MAX_STOPS]
+    return stops[:5]
 
 
 # ---- functions and schemas ----
 
-COMBINATIONS = ("anyOf", "oneOf", "allOf")
-CONDITIONS = ("not", "if", "then", "else")
-SUBSCHEMAS = (
-    "items",
-    "prefixItems",
-    "contains",
-    "additionalProperties",
-    *COMBINATIONS,
-    *CONDITIONS,
-)
+COMBINATIONS = ("anyOf", "oneOf", "allOf", "additionalProperties")
+SUBSCHEMAS = (*COMBINATIONS, "items", "prefixItems", "contains", "not", "if", "then", "else")
 NAMED_SUBSCHEMAS = ("properties", "$defs", "patternProperties", "dependentSchemas")
-# What a schema can say without having properties.
-OPEN_ENDED = ("$ref", *COMBINATIONS, "additionalProperties", "patternProperties")
+OPEN_ENDED = ("$ref", *COMBINATIONS, "patternProperties")  # need no `properties` beside them
 
 
 def gemini_schema(schema: Any) -> Any:
-    """A JSON Schema in the dialect of parametersJsonSchema and responseJsonSchema.
+    """A JSON Schema as parametersJsonSchema and responseJsonSchema want it.
 
     Gemini has no `const`, no null in `enum`, and allows nothing beside a `$ref`; what it does not
-    know it passes over (https://ai.google.dev/api/caching#FunctionDeclaration, and recordings).
-    Properties keep their names, whatever these are.
+    know it passes over: https://ai.google.dev/api/generate-content#generationconfig, recordings.
     """
     if isinstance(schema, list):
         return [gemini_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     out: JSON = {}
-    for name, value in schema.items():
-        key = {"definitions": "$defs"}.get(name, name)  # its name before draft 2019-09
+    for keyword, value in schema.items():
+        key = str({"definitions": "$defs"}.get(keyword, keyword))
         if key in NAMED_SUBSCHEMAS and isinstance(value, dict):
-            inner = {label: gemini_schema(subschema) for label, subschema in value.items()}
+            inner = {name: gemini_schema(subschema) for name, subschema in value.items()}
             out[key] = {**out.get(key, {}), **inner}
         elif key in SUBSCHEMAS:
             out[key] = gemini_schema(value)
@@ -1449,9 +1390,7 @@ def gemini_schema(schema: Any) -> Any:
         out["enum"] = [out.pop("const")]
     if isinstance(out.get("enum"), list) and None in out["enum"]:
         out = nullable_enum(out)
-    if isinstance(out.get("$ref"), str):
-        out = lone_reference(out)
-    return out
+    return lone_reference(out) if isinstance(out.get("$ref"), str) else out
 
 
 def nullable_enum(schema: JSON) -> JSON:
@@ -1568,18 +1507,10 @@ def json_words(schema: JSON) -> Part:
 
 
 def generate_call(
-    model: Model,
-    streaming: bool,
-    system: list[Part],
-    contents: list[JSON],
-    config: JSON,
-    **fields: Any,
+    model: Model, stream: bool, system: list[Part], history: list[JSON], config: JSON, **fields: Any
 ) -> GeminiCall:
-    """The call for a history, whose turns are put right here.
-
-    Gemini wants one turn at least, which may be empty.
-    """
-    turns = valid_turns(contents, model) or [user_turn(text_part(""))]
+    """The call for a history, whose turns are put right here. Gemini wants one turn at least."""
+    turns = valid_turns(history, model) or [user_turn(text_part(""))]
     parts = [part for part in system if has_content(part)]
     body: JSON = {"contents": turns}
     if parts and model.system:
@@ -1589,19 +1520,15 @@ def generate_call(
     if config:
         body["generationConfig"] = config
     body.update(fields)
-    verb = "streamGenerateContent?alt=sse" if streaming else "generateContent"
-    return GeminiCall(f"{model.path}:{verb}", body, model, streaming, generates=True)
+    verb = "streamGenerateContent?alt=sse" if stream else "generateContent"
+    return GeminiCall(f"{model.path}:{verb}", body, model, stream, generates=True)
 
 
-# Inputs in one call; https://github.com/vercel/ai, packages/google, has the same limit.
-MAX_EMBED_BATCH = 100
+MAX_EMBED_BATCH = 100  # inputs in one call, as https://github.com/vercel/ai has it
 
 
 def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple[GeminiCall, ...]:
-    """The calls for the vectors of these texts, and one for their tokens if vectors lack a count.
-
-    In recordings gemini-embedding-001 sends no usage, and its successors do.
-    """
+    """The calls for the vectors of these texts, and one to count tokens if vectors lack a count."""
     size = given(outputDimensionality=dimensions or None)
     requests = [
         {"model": model.path, "content": {"parts": [text_part(text)]}, **size} for text in texts
@@ -1610,7 +1537,7 @@ def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple
     for i in range(0, len(requests), MAX_EMBED_BATCH):
         batch = {"requests": requests[i : i + MAX_EMBED_BATCH]}
         calls.append(GeminiCall(f"{model.path}:batchEmbedContents", batch, model))
-    if re.search(r"embedding-00\d$", model.path):
+    if re.search(r"embedding-00\d$", model.path):  # no usage, as seen in recordings
         body = {"contents": [user_turn(*map(text_part, texts))]}
         calls.append(GeminiCall(f"{model.path}:countTokens", body, model, optional=True))
     return tuple(calls)
@@ -1618,86 +1545,63 @@ def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple
 
 MODELS_CALL = GeminiCall("models")  # Gemini's whole list, which the client keeps for a few minutes
 
-# ---- repairs ----
+# ---- repairs: each changes a request, and returns whether there was something to change ----
 
 
-def without(name: str) -> Callable[[JSON], str | None]:
-    """A repair that takes out a field of the request or its generationConfig.
-
-    Each repair changes a request, and returns the name of what it left out; None if nothing.
-    """
-
-    def repair(body: JSON) -> str | None:
-        for fields in (body, body.get("generationConfig") or {}):
-            if fields.pop(name, None) is not None:
-                return name
-        return None
-
-    return repair
+def without_field(body: JSON, name: str) -> bool:
+    config = body.get("generationConfig") or {}
+    return body.pop(name, None) is not None or config.pop(name, None) is not None
 
 
-def without_signatures(body: JSON) -> str | None:
+def without_signatures(body: JSON, name: str) -> bool:
     """Tool calls get the placeholder in place of their signatures, other parts get nothing."""
     parts = [part for content in body["contents"] for part in content["parts"]]
-    signed = [part for part in parts if part.get("thoughtSignature", PLACEHOLDER) != PLACEHOLDER]
+    signed = [part for part in parts if part.get(name, PLACEHOLDER) != PLACEHOLDER]
     for part in signed:
-        part["thoughtSignature"] = PLACEHOLDER
+        part[name] = PLACEHOLDER
         if "functionCall" not in part:
-            del part["thoughtSignature"]
-    return "thoughtSignature" if signed else None
+            del part[name]
+    return bool(signed)
 
 
-def without_resolutions(body: JSON) -> str | None:
-    """Images in the resolution that the model likes best."""
+def without_resolutions(body: JSON, name: str) -> bool:
     parts = [part for content in body["contents"] for part in content["parts"]]
     sized = [part for part in parts if "mediaResolution" in part]
     for part in sized:
         del part["mediaResolution"]
-    return "detail" if sized else None
+    return bool(sized)
 
 
-def without_prefill(body: JSON) -> str | None:
-    """The last turn is the user's, so that the model does not have to continue its own."""
+def without_prefill(body: JSON, name: str) -> bool:
     body["contents"].append(user_turn(text_part("Continue.")))
-    return "prefill"
+    return True
 
 
-# What Gemini's 400 says, and what to leave out in a second attempt. Models change faster than this
-# file. Where the words are from:
-REPAIRS: tuple[tuple[str, Callable[[JSON], str | None]], ...] = (
-    # https://github.com/RooCodeInc/Roo-Code/issues/10700: "Thinking level is not supported for this
-    # model.", "Thinking level MINIMAL is not supported for this model."
-    (r"thinking.?(level|budget)|thinking is not|thinking_config", without("thinkingConfig")),
-    # https://github.com/PublicAffairs/openai-gemini/issues/63: "Penalty is not enabled for this
-    # model", which does not say which one.
-    (r"penalty is not enabled|presence_?penalty", without("presencePenalty")),
-    (r"penalty is not enabled|frequency_?penalty", without("frequencyPenalty")),
-    # Not recorded; the names of the fields: https://ai.google.dev/api/generate-content
-    (r"service.?tier", without("serviceTier")),
-    (r"media.?resolution", without_resolutions),
-    # Reported after a change of model or key: "Invalid thought signature.", "Corrupted thought
-    # signature."
-    (r"(invalid|corrupted) thought.?signature", without_signatures),
-    # https://github.com/pipecat-ai/pipecat/issues/5821: "Requests ending with a model turn are not
-    # supported."
-    (r"must not end with|ending with a model turn", without_prefill),
+# What Gemini's 400 says, what to name as ignored, and the repair for a second attempt. Models
+# change faster than this file. Words without a source are guesses by the names of the fields.
+REPAIRS = (
+    # https://github.com/RooCodeInc/Roo-Code/issues/10700
+    (r"thinking.?(level|budget)|thinking is not|thinking_config", "thinkingConfig", without_field),
+    # https://github.com/PublicAffairs/openai-gemini/issues/63: it does not say which penalty
+    (r"penalty is not enabled|presence_?penalty", "presencePenalty", without_field),
+    (r"penalty is not enabled|frequency_?penalty", "frequencyPenalty", without_field),
+    (r"service.?tier", "serviceTier", without_field),
+    (r"media.?resolution", "detail", without_resolutions),
+    # reported after a change of the model or the key: "Corrupted thought signature."
+    (r"(invalid|corrupted) thought.?signature", "thoughtSignature", without_signatures),
+    # https://github.com/pipecat-ai/pipecat/issues/5821
+    (r"must not end with|ending with a model turn", "prefill", without_prefill),
 )
 
 
 def repaired(call: GeminiCall, message: str) -> tuple[GeminiCall | None, list[str]]:
     """(the call without what Gemini's message complains of, the names of that), or (None, [])."""
     names: list[str] = []
-    if not call.body or "contents" not in call.body:
-        return None, names
-    body = json.loads(encode_json(call.body))
-    for pattern, repair in REPAIRS:
-        if re.search(pattern, message, re.I):
-            name = repair(body)
-            if name:
-                names.append(name)
-    if not names:
-        return None, names
-    return call._replace(body=body), names
+    body = json.loads(encode_json(call.body or {}))
+    for pattern, name, repair in REPAIRS:
+        if "contents" in body and re.search(pattern, message, re.I) and repair(body, name):
+            names.append(name)
+    return (call._replace(body=body), names) if names else (None, names)
 
 
 # ---- signatures ----
@@ -1761,19 +1665,15 @@ class KnownCall(NamedTuple):
     before: tuple[Part, ...] = ()  # the parts of Gemini's own tools that came before it
 
 
-def has_tool_calls(body: JSON) -> bool:
-    contents = body.get("contents", ())
-    return any("functionCall" in part for content in contents for part in content["parts"])
-
-
 def signature_keys(call: GeminiCall, scope: str) -> list[CallKey]:
     """The key of each tool call in a history, in order."""
     body = call.body or {}
+    contents = body.get("contents", ())
     keys: list[CallKey] = []
-    if not has_tool_calls(body):
+    if not any("functionCall" in part for content in contents for part in content["parts"]):
         return keys
     conversation = ConversationDigest(body, scope)
-    for content in body["contents"]:
+    for content in contents:
         for part in content["parts"]:
             if "functionCall" in part:
                 item = part["functionCall"]
@@ -1786,37 +1686,32 @@ def signature_keys(call: GeminiCall, scope: str) -> list[CallKey]:
 def restore_signatures(
     call: GeminiCall, known_calls: Sequence[KnownCall] = ()
 ) -> tuple[GeminiCall, list[str]]:
-    """(the call with what its history lost, the origins of its signatures for the metrics).
+    """(the call with the signatures and hosted parts that its history lost, their origins).
 
-    What it lost are signatures, and the parts of Gemini's own tools; `known_calls` has what is
-    known of each tool call in order. The first tool call of a turn must have a signature on Gemini
-    3 (https://ai.google.dev/gemini-api/docs/thought-signatures), if only the placeholder.
+    `known_calls` has what is known of each of its tool calls. On Gemini 3 the first one of a turn
+    needs a signature: https://ai.google.dev/gemini-api/docs/thought-signatures
     """
     body = call.body or {}
-    if not has_tool_calls(body):
-        return call, []
-    signs = call.model is not None and call.model.signs
     mixed = body.get("toolConfig", {}).get("includeServerSideToolInvocations")
     every_known = itertools.chain(known_calls, itertools.repeat(KnownCall()))
     contents: list[JSON] = []
     origins: list[str] = []
-    for content in body["contents"]:
+    for content in body.get("contents", ()):
         parts: list[Part] = []
-        required = signs  # of the next tool call in this turn
+        required = call.model is not None and call.model.signs  # of the turn's next tool call
         for part in content["parts"]:
-            if "functionCall" not in part:
-                parts.append(part)
-                continue
-            known = next(every_known)
-            signed, origin = signed_part(part, known, required)
-            required = False
-            if mixed:
-                parts += known.before
-            parts.append(signed)
-            if origin:
+            restored = part
+            if "functionCall" in part:
+                known = next(every_known)
+                restored, origin = signed_part(part, known, required)
                 origins.append(origin)
+                required = False
+                if mixed:
+                    parts += known.before
+            parts.append(restored)
         contents.append({**content, "parts": parts})
-    return call._replace(body={**body, "contents": contents}), origins
+    signed = call._replace(body={**body, **given(contents=contents)})
+    return signed, [origin for origin in origins if origin]
 
 
 def signed_part(part: Part, known: KnownCall, required: bool) -> tuple[Part, str]:
@@ -1847,18 +1742,16 @@ def count_call(call: GeminiCall, model: Model) -> GeminiCall:
 
 def get_or_empty(value: Any, key: str, kind: type) -> Any:
     """The value under a key if both are what they should be, else an empty one of this kind."""
-    inner = kind()
-    if isinstance(value, dict):
-        inner = value.get(key)
-    return inner if type(inner) is kind else kind()
+    if isinstance(value, dict) and type(value.get(key)) is kind:
+        return value[key]
+    return kind()
 
 
 def gemini_refusal(status: int, answer: Any, raw: bytes = b"") -> ProxyError:
-    """What a refusal of Gemini's means to the client; `answer` is the JSON of its `raw` bytes.
+    """What a refusal means to the client; `answer` is the JSON of its `raw` bytes, None if none.
 
-    The class of the status and Gemini's own words survive. `answer` is a google.rpc.Status
-    (https://cloud.google.com/apis/design/errors), in a list where a stream was asked for without
-    SSE; or what something on the way said; None where that is no JSON.
+    The class of the status and Gemini's own words survive. https://google.aip.dev/193; the error is
+    in a list where a stream was asked for without SSE.
     """
     if isinstance(answer, list) and answer:
         answer = answer[0]
@@ -1879,9 +1772,9 @@ def gemini_refusal(status: int, answer: Any, raw: bytes = b"") -> ProxyError:
         retry_after = retry_delay(details, message)
     if status == 429 and retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
-    if code == "insufficient_quota":  # the header is obeyed by OpenAI's and Anthropic's SDKs
+    if code == "insufficient_quota":  # OpenAI's and Anthropic's SDKs obey the header
         retry_after, headers["x-should-retry"] = None, "false"
-    elif code == "invalid_api_key":  # Gemini's own status for a wrong key is 400
+    elif code == "invalid_api_key":  # Gemini's status for it is 400
         status = 401
     elif not 400 <= status <= 599:
         status = 502
@@ -1898,17 +1791,20 @@ def unknown_refusal(status: int, raw: bytes) -> str:
 
 def refusal_code(status: int, details: list[JSON], message: str) -> str | None:
     """OpenAI's word for a refusal: https://platform.openai.com/docs/guides/error-codes"""
-    if status == 401 or "API_KEY_INVALID" in [
-        get_or_empty(detail, "reason", str) for detail in details
-    ]:
+    reasons = [get_or_empty(detail, "reason", str) for detail in details]
+    if status == 401 or "API_KEY_INVALID" in reasons:
         return "invalid_api_key"
     if status == 400 and re.search(r"API key (not valid|not found|expired)", message, re.I):
         return "invalid_api_key"
     if status == 404:
         return "model_not_found"
-    if status == 429 and final_quota(details, message):
-        return "insufficient_quota"
     if status == 429:
+        violations = [
+            item for detail in details for item in get_or_empty(detail, "violations", list)
+        ]
+        daily = ["PerDay" in get_or_empty(violation, "quotaId", str) for violation in violations]
+        if any(daily) or re.search(r"limit: 0\b", message):  # waiting does not help
+            return "insufficient_quota"
         return "rate_limit_exceeded"
     if 400 <= status <= 599 and "exceeds the maximum number of tokens" in message:
         return "context_length_exceeded"
@@ -1925,16 +1821,6 @@ def retry_delay(details: list[JSON], message: str) -> float | None:
     if not match:
         return None
     return float(match.group(1)) / {"s": 1, "ms": 1000}[match.group(2)]
-
-
-def final_quota(details: list[JSON], message: str) -> bool:
-    """Whether waiting does not help: a quota per day, or one of zero.
-
-    gemini-cli does the same: https://github.com/google-gemini/gemini-cli, googleQuotaErrors.ts
-    """
-    violations = [item for detail in details for item in get_or_empty(detail, "violations", list)]
-    quotas = [get_or_empty(violation, "quotaId", str) for violation in violations]
-    return any("PerDay" in quota for quota in quotas) or bool(re.search(r"limit: 0\b", message))
 
 
 def invalid_answer(what: str) -> ProxyError:
@@ -1975,16 +1861,11 @@ def read_chunk(data: bytes) -> JSON:
 def in_stream_refusal(answer: JSON) -> ProxyError:
     """A refusal inside of a 200: its status is in the error itself."""
     code = get_or_empty(get_or_empty(answer, "error", dict), "code", int)
-    if not 400 <= code <= 599:
-        code = 502
-    return gemini_refusal(code, answer)
+    return gemini_refusal(code if 400 <= code <= 599 else 502, answer)
 
 
 def read_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines in blocks of bytes, cut anywhere. CR, LF or both end a line: not U+2028.
-
-    https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream
-    """
+    """The lines in blocks of bytes, cut anywhere; CR, LF or both end a line, U+2028 does not."""
     pieces: list[bytes] = []  # of a line that has not ended yet; it may be megabytes long
     after_cr = False
     for block in filter(None, blocks):
@@ -2004,7 +1885,7 @@ def read_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def read_events(blocks: Iterable[bytes]) -> Iterator[JSON]:
-    """The chunks in Gemini's event stream, decoded from blocks of bytes.
+    """The chunks in Gemini's event stream: https://html.spec.whatwg.org/#parsing-an-event-stream
 
     An error in mid-stream comes as an event, or as bare JSON lines outside of any; both are raised.
     """
@@ -2072,32 +1953,22 @@ class End(NamedTuple):
 Event = Union[Text, ToolCall, Media, End]
 
 # Gemini's finish reasons in four words; what is not here is "stop", since the list grows every few
-# months. Recordings have the first two and SAFETY; the others are FinishReason in google-genai:
-# https://googleapis.github.io/python-genai/genai.html#genai.types.FinishReason
+# months: https://ai.google.dev/api/generate-content#FinishReason, and google-genai's types.
 FINISHES = {
-    "STOP": "stop",
-    "MAX_TOKENS": "length",
-    "CONTINUATION": "length",
-    **dict.fromkeys(("SAFETY", "PROHIBITED_CONTENT", "BLOCKLIST", "SPII"), "filter"),
-    **dict.fromkeys(("RECITATION", "LANGUAGE", "MODEL_ARMOR"), "filter"),
+    "": "filter",  # a blocked prompt has a block reason instead
+    **dict.fromkeys(("STOP", "1"), "stop"),  # numbers: as some recorders write the enum
+    **dict.fromkeys(("MAX_TOKENS", "2", "CONTINUATION"), "length"),
+    **dict.fromkeys(("SAFETY", "3", "RECITATION", "4", "LANGUAGE", "BLOCKLIST", "SPII"), "filter"),
+    **dict.fromkeys(("PROHIBITED_CONTENT", "MODEL_ARMOR", "IMAGE_OTHER", "NO_IMAGE"), "filter"),
     **dict.fromkeys(("IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"), "filter"),
-    **dict.fromkeys(("IMAGE_OTHER", "NO_IMAGE"), "filter"),
     **dict.fromkeys(("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL"), "failed"),
     **dict.fromkeys(("TOO_MANY_TOOL_CALLS", "MALFORMED_RESPONSE"), "failed"),
     "MISSING_THOUGHT_SIGNATURE": "failed",
-    **{
-        "1": "stop",
-        "2": "length",
-        "3": "filter",
-        "4": "filter",
-    },  # numbers, as some recorders write
-    "": "filter",  # a blocked prompt has a block reason instead
 }
-GROUNDING = {"groundingMetadata", "citationMetadata"}
 
 
 def expect(value: JSON, key: str, kind: type) -> Any:
-    """The value under a key of Gemini's, an empty one where it is absent; a 502 if of another kind."""
+    """The value under a key of Gemini's, an empty one if there is none; a 502 for another kind."""
     inner = value.get(key)
     if inner is None:
         return kind()
@@ -2120,8 +1991,8 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Event]:
     """What Gemini says, in order, and one End; a 502 where it never ends.
 
     Calls come last, when the answer is complete: a client must not act on one that Gemini takes
-    back, or has answered itself (its own servers do that). A STOP is not always the end, so the last
-    one counts; the token counts are running figures, so the last ones are true.
+    back, or that its own servers have answered. Of finish reasons and token counts the last ones
+    count, as seen in recordings: a STOP is not always the end, and counts are running figures.
     """
     reading = Reading()
     for chunk in chunks:
@@ -2162,9 +2033,8 @@ class Reading:
         candidate = first_candidate(chunk)
         self.reason = str(candidate.get("finishReason") or "") or self.reason
         self.message = expect(candidate, "finishMessage", str) or self.message
-        for key in GROUNDING & candidate.keys():
-            values = expect(candidate, key, dict).items()
-            self.grounding.update({name: value for name, value in values if value})
+        for key in ("groundingMetadata", "citationMetadata"):
+            self.grounding.update(given(**expect(candidate, key, dict)))
         return candidate
 
     def read_part(self, part: Any) -> Text | Media | None:
@@ -2228,18 +2098,16 @@ def fenced(text: str, language: str = "") -> str:
 
 
 def read_usage(usage: JSON) -> Usage:
-    """The token counts of a usageMetadata: thoughts are output, tools' results are prompt.
+    """The token counts of a usageMetadata: thoughts are output, tools' results are prompt."""
 
-    https://ai.google.dev/api/generate-content#UsageMetadata; the sums are right in all recordings.
-    """
-
-    def count(key: str) -> int:
-        return max(0, get_or_empty(usage, key, int))
+    def count(key: str, fields: JSON = usage) -> int:
+        number: int = get_or_empty(fields, key, int)
+        return max(0, number)
 
     def audio_tokens(key: str) -> int:
         details = get_or_empty(usage, key, list)
         audio = [item for item in details if get_or_empty(item, "modality", str) == "AUDIO"]
-        return sum(max(0, get_or_empty(item, "tokenCount", int)) for item in audio)
+        return sum(count("tokenCount", item) for item in audio)
 
     thoughts = count("thoughtsTokenCount")
     return Usage(
@@ -2253,10 +2121,7 @@ def read_usage(usage: JSON) -> Usage:
 
 
 def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Citation]:
-    """The sources of an answer. Gemini counts bytes of its own text, a Citation characters of ours.
-
-    Bytes: https://ai.google.dev/api/generate-content#Segment, and recordings.
-    """
+    """The sources of an answer. Gemini counts bytes of its text, a Citation characters of ours."""
     own_text = "".join(text for text, own in pieces if own).encode("utf-8", "surrogatepass")
     sources = [grounding_source(item) for item in get_or_empty(grounding, "groundingChunks", list)]
     spans = [
@@ -7363,6 +7228,8 @@ class Gemini:
         if call.model is None:
             return call
         keys = signature_keys(call, scope_of(key))
+        if not keys:
+            return call
         known = [self.known_call(call_key, key, call.model) for call_key in keys]
         signed, origins = restore_signatures(call, known)
         for origin in origins:
