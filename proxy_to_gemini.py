@@ -1036,10 +1036,7 @@ def local_host(host: str) -> bool:
 
 
 def source_part(source: str, mime: str | None, path: str, name: str | None = None) -> Part:
-    """The part for what a client calls a URL: a data: URL, or an address that Gemini fetches itself.
-
-    This proxy fetches nothing that a client names.
-    """
+    """The part for a data: URL, or for an address, which Gemini fetches: this proxy must not."""
     if source[:5].lower() == "data:":
         return media_part(source, mime, path, name)
     message = f"Invalid value for '{path}': expected a data URL or a public https URL."
@@ -1207,7 +1204,7 @@ def tool_result(call: JSON, result: JSON, model: Model) -> tuple[Part, list[Part
 
 
 def match_results(calls: list[JSON], results: list[JSON]) -> dict[int, JSON]:
-    """The index of each call -> its result, where it has one: by id, else by name, else by order."""
+    """The index of each call -> its result, if it has one: by id, else by name, else by order."""
     call_ids = {call["id"] for call in calls if "id" in call}
     with_id: dict[int, str] = {}
     with_name: dict[int, str] = {}
@@ -1314,8 +1311,7 @@ def sampling_config(
     limit: int | None = None,
     seed: int | None = None,
     stops: Sequence[str] = (),
-    presence: float | None = None,
-    frequency: float | None = None,
+    **penalties: float | None,
 ) -> JSON:
     """The part of a generationConfig about sampling, within what Gemini takes.
 
@@ -1335,10 +1331,9 @@ def sampling_config(
         config["seed"] = seed if -(2**31) <= seed < 2**31 else seed % 2**31
     if stops:
         config["stopSequences"] = list(stops)
-    if presence is not None:
-        config["presencePenalty"] = presence or None
-    if frequency is not None:
-        config["frequencyPenalty"] = frequency or None
+    for name, penalty in penalties.items():
+        if penalty is not None:
+            config[name] = penalty or None
     return config
 
 
@@ -1347,7 +1342,7 @@ def penalties(fields: Fields, low: float, high: float, model: Model) -> dict[str
     if not model.penalties:
         return {}
     names = ("presence", "frequency")
-    return {name: fields.number(f"{name}_penalty", low, high) for name in names}
+    return {f"{name}Penalty": fields.number(f"{name}_penalty", low, high) for name in names}
 
 
 def stop_sequences(body: Fields, key: str = "stop") -> list[str]:
@@ -1530,13 +1525,11 @@ MAX_EMBED_BATCH = 100  # inputs in one call, as https://github.com/vercel/ai has
 def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple[GeminiCall, ...]:
     """The calls for the vectors of these texts, and one to count tokens if vectors lack a count."""
     size = given(outputDimensionality=dimensions or None)
-    requests = [
-        {"model": model.path, "content": {"parts": [text_part(text)]}, **size} for text in texts
-    ]
     calls: list[GeminiCall] = []
-    for i in range(0, len(requests), MAX_EMBED_BATCH):
-        batch = {"requests": requests[i : i + MAX_EMBED_BATCH]}
-        calls.append(GeminiCall(f"{model.path}:batchEmbedContents", batch, model))
+    for i in range(0, len(texts), MAX_EMBED_BATCH):
+        contents = [{"parts": [text_part(text)]} for text in texts[i : i + MAX_EMBED_BATCH]]
+        requests = [{"model": model.path, "content": content, **size} for content in contents]
+        calls.append(GeminiCall(f"{model.path}:batchEmbedContents", {"requests": requests}, model))
     if re.search(r"embedding-00\d$", model.path):  # no usage, as seen in recordings
         body = {"contents": [user_turn(*map(text_part, texts))]}
         calls.append(GeminiCall(f"{model.path}:countTokens", body, model, optional=True))
@@ -1715,7 +1708,7 @@ def restore_signatures(
 
 
 def signed_part(part: Part, known: KnownCall, required: bool) -> tuple[Part, str]:
-    """(a tool call with its signature, where that is from); "" where it has and needs none."""
+    """(a tool call with its signature, the origin of that); "" where it needs none."""
     if part.get("thoughtSignature"):
         return part, "client"
     if known.signature:
