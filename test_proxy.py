@@ -726,7 +726,7 @@ def gemini_body(body, **how):
     """The body of Gemini's request for a client's; the stand-in must accept it."""
     plan, _ = plan_and_ignored(body, **how)
     call = plan.calls[0]
-    signed = proxy.restore_signatures(call, "", lambda *_: proxy.KnownCall())
+    signed, _ = proxy.restore_signatures(call)
     assert refusal_of("/v1beta/" + call.path, signed.body) is None
     return call.body
 
@@ -948,12 +948,12 @@ def test_what_is_no_form_is_a_400(raw, kind):
 
 
 # ======================================================================================
-# 2. Writing Gemini
+# 2. Models
 # ======================================================================================
 
 
 @pytest.mark.parametrize(
-    "asked_for, path",
+    "name, path",
     [
         (FLASH, "models/gemini-2.5-flash"),
         ("models/" + FLASH, "models/gemini-2.5-flash"),
@@ -964,13 +964,9 @@ def test_what_is_no_form_is_a_400(raw, kind):
         ("o3", "models/o3"),
     ],
 )
-def test_model_names(asked_for, path):
-    assert (
-        proxy.model_named(
-            asked_for, Context(aliases=(("gpt-*", NEWEST), ("gpt-exact", "gemma-4")))
-        ).path
-        == path
-    )
+def test_a_name_loses_its_prefix_or_is_an_alias_and_an_exact_one_goes_before_a_glob(name, path):
+    context = Context(aliases=(("gpt-*", NEWEST), ("gpt-exact", "gemma-4")))
+    assert proxy.model_named(name, context).path == path
 
 
 @pytest.mark.parametrize(
@@ -997,14 +993,15 @@ def test_model_names(asked_for, path):
         "http://evil/x",
     ],
 )
-def test_a_name_never_changes_the_url(name):
-    for ollama in (False, True):
-        with pytest.raises(ProxyError) as caught:
-            proxy.model_named(name, Context(ollama=ollama))
-        assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+@pytest.mark.parametrize("ollama", [False, True])
+def test_a_name_never_changes_the_url(name, ollama):
+    with pytest.raises(ProxyError) as caught:
+        proxy.model_named(name, Context(ollama=ollama))
+    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
 
 
-THINKERS = {  # what each model may be told, by Google's documentation
+# What each model takes: https://ai.google.dev/gemini-api/docs/thinking
+THINKERS = {
     "gemini-2.5-pro": (128, 32768),
     "gemini-2.5-flash": (0, 24576),
     "gemini-2.5-flash-lite": (0, 24576),
@@ -1024,20 +1021,29 @@ THINKERS = {  # what each model may be told, by Google's documentation
 
 
 @pytest.mark.parametrize("name", THINKERS)
-def test_every_effort_is_legal_on_every_model(name):
+def test_every_effort_is_legal_on_every_model_and_more_is_never_less(name):
     allowed, amounts = THINKERS[name], []
     for effort in proxy.EFFORTS:
-        config = proxy.thinking_config(proxy.model_of(name), effort, True)
-        assert config.pop("includeThoughts", None) is (None if effort == "none" else True)
+        config = proxy.thinking_config(proxy.model_of(name), effort, False)
         ((key, value),) = config.items()
         if isinstance(allowed[0], int):
-            assert key == "thinkingBudget" and allowed[0] <= value <= allowed[1]
+            assert key == "thinkingBudget"
+            assert allowed[0] <= value <= allowed[1]
             amounts.append(value)
         else:
-            assert key == "thinkingLevel" and value in allowed
+            assert key == "thinkingLevel"
             amounts.append(allowed.index(value))
-    assert amounts == sorted(amounts) and amounts[2] < amounts[4]
-    assert proxy.thinking_config(proxy.model_of(name), None, True) == {"includeThoughts": True}
+    assert amounts == sorted(amounts)
+    assert amounts[2] < amounts[4]
+
+
+@pytest.mark.parametrize("name", THINKERS)
+def test_thoughts_are_included_unless_the_effort_is_none(name):
+    model = proxy.model_of(name)
+    configs = {effort: proxy.thinking_config(model, effort, True) for effort in proxy.EFFORTS}
+    silent = [effort for effort, config in configs.items() if "includeThoughts" not in config]
+    assert silent == ["none"]
+    assert proxy.thinking_config(model, None, True) == {"includeThoughts": True}
 
 
 @pytest.mark.parametrize(
@@ -1050,8 +1056,30 @@ def test_every_effort_is_legal_on_every_model(name):
         "gemma-4-31b-it",
     ],
 )
-def test_models_that_do_not_think_are_not_told_to(name):
+def test_models_that_do_not_think_get_no_thinking_config(name):
     assert proxy.thinking_config(proxy.model_of(name), "high", True) == {}
+
+
+@pytest.mark.parametrize(
+    "name, last_role",
+    [
+        (FLASH, "model"),
+        ("gemini-3-pro-preview", "model"),
+        ("gemini-3.5-flash", "model"),
+        ("gemini-3.5-flash-lite", "user"),
+        ("gemini-3.6-flash", "user"),
+        (NEWEST, "user"),
+        ("gemini-flash-latest", "user"),
+    ],
+)
+def test_only_the_newer_models_refuse_to_go_on_with_their_own_turn(name, last_role):
+    contents = [proxy.user_turn({"text": "q"}), proxy.model_turn({"text": "Once"})]
+    assert proxy.valid_turns(contents, proxy.model_of(name))[-1]["role"] == last_role
+
+
+# ======================================================================================
+# 3. Writing Gemini
+# ======================================================================================
 
 
 @pytest.mark.parametrize(
@@ -1082,7 +1110,7 @@ def test_models_that_do_not_think_are_not_told_to(name):
         ("https://example.com/cat", {"fileData": {"fileUri": "https://example.com/cat"}}),
     ],
 )
-def test_media(source, part):
+def test_data_becomes_inline_data_or_text_and_an_address_becomes_file_data(source, part):
     assert proxy.source_part(source, None, "p") == part
 
 
@@ -1111,7 +1139,7 @@ def test_media(source, part):
         "http://[",
     ],
 )
-def test_media_that_nobody_can_fetch_is_refused(source):
+def test_a_source_that_gemini_cannot_read_or_reach_is_a_400(source):
     with pytest.raises(ProxyError) as caught:
         proxy.source_part(source, None, "messages[0].content[1].image_url")
     assert (caught.value.status, caught.value.path) == (400, "messages[0].content[1].image_url")
@@ -1125,16 +1153,16 @@ def m(*parts):
     return proxy.model_turn(*[{"text": part} if isinstance(part, str) else part for part in parts])
 
 
-def fc(name, id=None):
-    return proxy.call_part(name, {}, id)
+def fc(name, call_id=None):
+    return proxy.call_part(name, {}, call_id)
 
 
-def fr(name, result, id=None):
-    return proxy.result_part(name, result, id)
+def fr(name, result, call_id=None):
+    return proxy.result_part(name, result, call_id)
 
 
-def answer_to(name, output, id=None):
-    return {"functionResponse": {**({"id": id} if id else {}), "name": name, "response": output}}
+def answer_to(name, output, call_id=None):
+    return {"functionResponse": {**proxy.given(id=call_id), "name": name, "response": output}}
 
 
 HISTORIES = {
@@ -1212,24 +1240,17 @@ HISTORIES = {
 }
 
 
-@pytest.mark.parametrize("history, settled", HISTORIES.values(), ids=list(HISTORIES))
-def test_turns_are_settled(history, settled):
-    before = json.dumps(history)
-    assert proxy.valid_turns(history, proxy.model_of(FLASH)) == settled
-    assert json.dumps(history) == before
+@pytest.mark.parametrize("history, valid", HISTORIES.values(), ids=list(HISTORIES))
+def test_turns_come_in_the_order_that_gemini_accepts(history, valid):
+    assert proxy.valid_turns(history, proxy.model_of(FLASH)) == valid
 
 
-def test_only_the_newer_models_refuse_to_go_on_with_their_own_turn():
-    for name, ends in (
-        (FLASH, "model"),
-        ("gemini-3-pro-preview", "model"),
-        ("gemini-3.5-flash", "model"),
-        ("gemini-3.5-flash-lite", "user"),
-        ("gemini-3.6-flash", "user"),
-        (NEWEST, "user"),
-        ("gemini-flash-latest", "user"),
-    ):
-        assert proxy.valid_turns([u("q"), m("Once")], proxy.model_of(name))[-1]["role"] == ends
+def test_a_clients_turns_are_not_changed_in_place():
+    histories = [history for history, _ in HISTORIES.values()]
+    before = json.dumps(histories)
+    for history in histories:
+        proxy.valid_turns(history, proxy.model_of(FLASH))
+    assert json.dumps(histories) == before
 
 
 @pytest.mark.parametrize(
@@ -1264,12 +1285,12 @@ def test_results_become_objects_and_lose_no_digit(content, response):
         (None, {}),
     ],
 )
-def test_arguments_of_every_kind(text, args):
+def test_arguments_become_an_object_and_lose_nothing(text, args):
     assert proxy.call_arguments(text) == args
 
 
 @pytest.mark.parametrize(
-    "schema, wanted",
+    "schema, geminis",
     [
         (
             {
@@ -1307,65 +1328,169 @@ def test_arguments_of_every_kind(text, args):
         ),
     ],
 )
-def test_schemas_keep_their_meaning(schema, wanted):
+def test_a_schema_keeps_its_meaning_and_is_not_changed_in_place(schema, geminis):
     before = json.dumps(schema)
-    assert proxy.gemini_schema(schema) == wanted
+    assert proxy.gemini_schema(schema) == geminis
     assert json.dumps(schema) == before
 
 
-def test_names_that_gemini_would_refuse_are_mapped_and_stay_apart():
-    names = ["3d_map", "a b", "a.b", "a b!", "x" * 65, "x" * 66, "ключ", "ok_name"]
-    mapped = [proxy.gemini_name(name) for name in names]
-    assert len(set(mapped)) == len(names) and mapped[-1] == "ok_name" and mapped[2] == "a.b"
-    assert all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}", name) for name in mapped)
+NAMES = ["3d_map", "a b", "a b!", "x" * 65, "x" * 66, "ключ"]
 
 
-def test_a_refused_setting_is_left_out_for_a_second_try():
-    call = proxy.generate_call(
-        proxy.model_of("gemini-9"),
-        False,
-        [],
-        [u("q"), m(call_with("old"))],
-        {"thinkingConfig": {"thinkingLevel": "LOW"}, "topK": 3},
+@pytest.mark.parametrize("name", NAMES)
+def test_a_function_name_that_gemini_would_refuse_becomes_one_that_it_takes(name):
+    assert re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}", proxy.gemini_name(name))
+
+
+def test_function_names_stay_apart():
+    assert len({proxy.gemini_name(name) for name in NAMES}) == len(NAMES)
+
+
+@pytest.mark.parametrize("name", ["ok_name", "a.b"])
+def test_a_function_name_that_gemini_takes_stays(name):
+    assert proxy.gemini_name(name) == name
+
+
+def refused_call():
+    history = [u("q"), m(call_with("old"))]
+    config = {"thinkingConfig": {"thinkingLevel": "LOW"}, "topK": 3}
+    return proxy.generate_call(proxy.model_of("gemini-9"), False, [], history, config)
+
+
+def test_a_refused_setting_is_left_out_of_a_second_attempt():
+    call = refused_call()
+    message = "Thinking level LOW is not supported for this model."
+    second, names = proxy.repaired(call, message)
+    assert names == ["thinkingConfig"]
+    assert second.body["generationConfig"] == {"topK": 3}
+    assert "thinkingConfig" in call.body["generationConfig"]
+
+
+def test_a_refused_signature_becomes_the_placeholder():
+    second, names = proxy.repaired(refused_call(), "Invalid thought signature.")
+    assert names == ["thoughtSignature"]
+    (part,) = second.body["contents"][1]["parts"]
+    assert part["thoughtSignature"] == proxy.PLACEHOLDER
+
+
+def test_a_refused_prefill_gets_a_turn_of_the_users():
+    second, names = proxy.repaired(
+        refused_call(), "Requests ending with a model turn are not supported."
     )
-    mended, names = proxy.repaired(call, "Thinking level LOW is not supported for this model.")
-    assert (
-        names == ["thinkingConfig"]
-        and mended.body["generationConfig"] == {"topK": 3}
-        and "thinkingConfig" in call.body["generationConfig"]
-    )
-    mended, names = proxy.repaired(call, "Invalid thought signature.")
-    assert (
-        names == ["thoughtSignature"]
-        and mended.body["contents"][1]["parts"][0]["thoughtSignature"] == proxy.PLACEHOLDER
-    )
-    assert proxy.repaired(call, "Request contains an invalid argument.") == (None, [])
+    assert names == ["prefill"]
+    assert second.body["contents"][-1] == u("Continue.")
+
+
+def test_both_penalties_are_left_out_since_the_refusal_names_neither():
+    config = {"presencePenalty": 1, "frequencyPenalty": 1, "topK": 3}
+    call = proxy.generate_call(proxy.model_of(FLASH), False, [], [u("q")], config)
+    second, names = proxy.repaired(call, "Penalty is not enabled for this model")
+    assert names == ["presencePenalty", "frequencyPenalty"]
+    assert second.body["generationConfig"] == {"topK": 3}
+
+
+def test_a_refusal_that_names_nothing_has_no_second_attempt():
+    message = "Request contains an invalid argument."
+    assert proxy.repaired(refused_call(), message) == (None, [])
 
 
 def call_with(signature):
     return proxy.call_part("f", {}, None, sign(signature))
 
 
-def trail_of(*contents, system="", scope="key"):
-    trail = proxy.ConversationDigest({"systemInstruction": {"parts": [{"text": system}]}}, scope)
-    for content in contents:
-        trail.turn(content)
-    return trail
-
-
-def test_a_trail_ties_a_call_to_its_conversation():
-    digest = trail_of(u("q")).call("f", {"a": 1.0, "b": [2]})
-    assert digest == trail_of(u("q")).call("f", {"b": [2.0], "a": 1})
-    assert digest != trail_of(u("other")).call("f", {"a": 1, "b": [2]})
-    assert digest != trail_of(u("q"), system="s").call("f", {"a": 1, "b": [2]})
-    assert digest != trail_of(u("q"), scope="another key").call("f", {"a": 1, "b": [2]})
-    twice = trail_of(u("q"))
-    assert twice.call("f", {}) != twice.call("f", {})
-    with_ids = (
-        [u("q"), m(fc("f", "id-1")), u(answer_to("f", {}, "id-1"))],
-        [u("q"), m(call_with("s")), u(answer_to("f", {}))],
+def digest_of(*contents, call=("f", {"a": 1, "b": [2]}), system="", scope="key"):
+    conversation = proxy.ConversationDigest(
+        {"systemInstruction": {"parts": [{"text": system}]}}, scope
     )
-    assert trail_of(*with_ids[0]).call("f", {}) == trail_of(*with_ids[1]).call("f", {})
+    for content in contents:
+        conversation.turn(content)
+    return conversation.call(*call)
+
+
+def test_a_digest_is_the_same_however_a_client_writes_the_arguments():
+    assert digest_of(u("q"), call=("f", {"b": [2.0], "a": 1})) == digest_of(u("q"))
+
+
+@pytest.mark.parametrize(
+    "digest",
+    [
+        digest_of(u("other")),
+        digest_of(u("q"), system="s"),
+        digest_of(u("q"), scope="another key"),
+        digest_of(u("q"), call=("g", {"a": 1, "b": [2]})),
+        digest_of(u("q"), call=("f", {"a": 2, "b": [2]})),
+    ],
+)
+def test_a_digest_ties_a_call_to_its_conversation_and_key(digest):
+    assert digest != digest_of(u("q"))
+
+
+def test_equal_calls_of_one_turn_have_digests_of_their_own():
+    conversation = proxy.ConversationDigest({}, "key")
+    assert conversation.call("f", {}) != conversation.call("f", {})
+
+
+def test_a_digest_does_without_ids_and_signatures_which_clients_drop():
+    with_ids = [u("q"), m(fc("f", "id-1")), u(answer_to("f", {}, "id-1"))]
+    with_signatures = [u("q"), m(call_with("s")), u(answer_to("f", {}))]
+    assert digest_of(*with_ids) == digest_of(*with_signatures)
+
+
+def history_call(*contents, model=NEWEST, **fields):
+    return proxy.GeminiCall("x", {"contents": list(contents), **fields}, proxy.model_of(model))
+
+
+def test_a_history_has_a_signature_key_for_each_of_its_tool_calls_in_order():
+    keys = proxy.signature_keys(
+        history_call(
+            u("q"), m(fc("f", "1"), fc("g")), u(fr("f", ""), fr("g", "")), m(fc("f", "2"))
+        ),
+        "",
+    )
+    assert [(key.id, key.name) for key in keys] == [("1", "f"), (None, "g"), ("2", "f")]
+    assert len({key.digest for key in keys}) == 3
+
+
+@pytest.mark.parametrize(
+    "known, signature, origin",
+    [
+        (proxy.KnownCall(sign("known")), sign("known"), "memory"),
+        (proxy.KnownCall(), proxy.PLACEHOLDER, "placeholder"),
+    ],
+)
+def test_a_tool_call_without_signature_gets_the_known_one_or_the_placeholder(
+    known, signature, origin
+):
+    call, origins = proxy.restore_signatures(history_call(u("q"), m(fc("f"))), [known])
+    assert call.body["contents"][1]["parts"][0]["thoughtSignature"] == signature
+    assert origins == [origin]
+
+
+def test_a_signature_of_the_clients_goes_before_a_known_one():
+    call = history_call(u("q"), m(call_with("mine")))
+    restored, origins = proxy.restore_signatures(call, [proxy.KnownCall(sign("known"))])
+    assert restored.body == call.body
+    assert origins == ["client"]
+
+
+def test_only_the_first_call_of_a_turn_gets_the_placeholder():
+    call, origins = proxy.restore_signatures(history_call(u("q"), m(fc("f"), fc("g")), m(fc("h"))))
+    parts = [part for content in call.body["contents"][1:] for part in content["parts"]]
+    assert ["thoughtSignature" in part for part in parts] == [True, False, True]
+    assert origins == ["placeholder", "placeholder"]
+
+
+def test_a_model_that_signs_nothing_needs_no_placeholder():
+    call = history_call(u("q"), m(fc("f")), model=FLASH)
+    assert proxy.restore_signatures(call) == (call, [])
+
+
+@pytest.mark.parametrize("mixed, parts", [(True, 2), (False, 1)])
+def test_parts_of_geminis_own_tools_come_back_where_the_request_has_such_tools(mixed, parts):
+    known = proxy.KnownCall(sign("s"), ({"toolCall": {"id": "t"}},))
+    config = {"includeServerSideToolInvocations": mixed}
+    call, _ = proxy.restore_signatures(history_call(u("q"), m(fc("f")), toolConfig=config), [known])
+    assert len(call.body["contents"][1]["parts"]) == parts
 
 
 def test_an_enum_beside_an_any_of_becomes_an_all_of():
@@ -1376,23 +1501,43 @@ def test_an_enum_beside_an_any_of_becomes_an_all_of():
 
 
 # ======================================================================================
-# 3. Reading Gemini
+# 4. Reading Gemini
 # ======================================================================================
 
 EVENTS = [chunk("Straße €"), chunk("a\u2028b\x85c"), whole("!")]
 
 
+def event_stream(end):
+    gap = end[: len(end) // 2]
+    events = [json.dumps(event, ensure_ascii=False) for event in EVENTS]
+    return "".join(f": hi{gap}event: x{gap}data:{event}{end}" for event in events).encode()
+
+
+ENDS = ["\n\n", "\r\n\r\n", "\r\r"]
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
-@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n", "\r\r"])
+@pytest.mark.parametrize("end", ENDS)
 def test_an_event_stream_may_be_cut_anywhere(size, end):
-    raw = "".join(
-        f": hi{end[: len(end) // 2]}event: x{end[: len(end) // 2]}data:{json.dumps(one, ensure_ascii=False)}{end}"
-        for one in EVENTS
-    ).encode()
+    raw = event_stream(end)
     blocks = [raw[i : i + size] for i in range(0, len(raw), size)]
     assert list(proxy.read_events(blocks)) == EVENTS
-    assert list(proxy.read_events([b"\xef\xbb\xbf" + raw.rstrip()])) == EVENTS
-    assert list(proxy.read_events([raw.replace(b", ", b",\ndata: ", 1)])) == EVENTS
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_event_stream_may_begin_with_a_bom_and_end_without_a_line_end(end):
+    raw = b"\xef\xbb\xbf" + event_stream(end).rstrip()
+    assert list(proxy.read_events([raw])) == EVENTS
+
+
+def test_an_event_may_have_several_data_lines():
+    raw = event_stream("\n\n").replace(b", ", b",\ndata: ", 1)
+    assert list(proxy.read_events([raw])) == EVENTS
+
+
+def test_an_empty_block_ends_no_line():
+    blocks = [b"a\r", b"", b"\nb", b"", b"c"]
+    assert list(proxy.read_lines(blocks)) == [b"a", b"bc"]
 
 
 SHED = {"error": {"code": 503, "message": "shed", "status": "UNAVAILABLE"}}
@@ -1427,7 +1572,7 @@ def error_body(code, message, *details):
 
 
 @pytest.mark.parametrize(
-    "status, said, wanted",
+    "status, answer, seen",
     [
         (
             400,
@@ -1481,12 +1626,27 @@ def error_body(code, message, *details):
         (418, {"error": {"message": 7}}, (418, None, {})),
     ],
 )
-def test_refusals(status, said, wanted):
-    error = proxy.gemini_refusal(status, said)
-    assert (error.status, error.code, error.headers) == wanted and error.message
+def test_a_refusal_keeps_its_class_and_gets_openais_word_and_a_time_to_wait(status, answer, seen):
+    error = proxy.gemini_refusal(status, answer)
+    assert (error.status, error.code, error.headers) == seen
+    assert error.message
 
 
-def test_text_thoughts_and_calls_come_in_order_and_calls_last():
+@pytest.mark.parametrize(
+    "status, answer, retry_after",
+    [
+        (503, error_body(503, "busy"), 0.0),
+        (429, error_body(429, "Quota", detail("RetryInfo", retryDelay="6.2s")), 6.2),
+        (429, error_body(429, "Please retry in 120.5ms."), 0.1205),
+        (429, error_body(429, "limit: 0, retry in 2s"), None),
+        (400, error_body(400, "Bad field"), None),
+    ],
+)
+def test_a_refusal_says_whether_another_attempt_makes_sense(status, answer, retry_after):
+    assert proxy.gemini_refusal(status, answer).retry_after == retry_after
+
+
+def test_text_and_thoughts_come_in_order_and_calls_last():
     events = read(
         chunk({"text": "Hm", "thought": True}, "A"),
         chunk(call("f", {"a": 1}, "s"), "B"),
@@ -1517,7 +1677,8 @@ def test_a_call_that_geminis_servers_answered_is_not_the_clients():
         chunk(call("theirs"), {"functionResponse": {"name": "theirs", "response": {}}}),
         whole("Done."),
     )
-    assert [type(event) for event in events] == [Text, End] and not events[-1].calls
+    assert [type(event) for event in events] == [Text, End]
+    assert not events[-1].calls
 
 
 @pytest.mark.parametrize(
@@ -1531,7 +1692,7 @@ def test_a_call_that_geminis_servers_answered_is_not_the_clients():
         (2, "length"),
     ],
 )
-def test_finish_reasons(reason, finish):
+def test_a_finish_reason_is_one_of_four_words_and_keeps_its_message(reason, finish):
     end = read(whole("Hm", finish=reason, finishMessage="why"))[-1]
     assert (end.finish, end.message) == (finish, "why")
 
@@ -1592,13 +1753,11 @@ def test_citations_count_characters_and_not_bytes():
         chunk(code, text[5:]),
         chunk("", finish="STOP", groundingMetadata=grounding),
     )
-    told = "".join(event.text for event in events[:-1])
+    answer = "".join(event.text for event in events[:-1])
     (citation,) = events[-1].citations
-    assert told[citation.start : citation.end] == cited and (citation.url, citation.title) == (
-        "https://a.example/",
-        "a",
-    )
-    assert told == text[:5] + "\n```python\n1\n```\n" + text[5:]
+    assert answer[citation.start : citation.end] == cited
+    assert (citation.url, citation.title) == ("https://a.example/", "a")
+    assert answer == text[:5] + "\n```python\n1\n```\n" + text[5:]
 
 
 @pytest.mark.parametrize(
@@ -1820,9 +1979,12 @@ def test_a_history_with_tools():
         tools=[WEATHER],
     )
     (call,) = plan_and_ignored(body)[0].calls
-    signed = proxy.restore_signatures(
-        call, "", lambda id, digest, name: proxy.KnownCall(sign("known") if id == "b" else None)
+    known = {"b": proxy.KnownCall(sign("known"))}
+    keys = proxy.signature_keys(call, "")
+    signed, origins = proxy.restore_signatures(
+        call, [known.get(key.id, proxy.KnownCall()) for key in keys]
     )
+    assert origins == ["placeholder", "memory"]
     assert signed.body["contents"][1:] == [
         {
             "role": "model",
