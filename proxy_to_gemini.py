@@ -205,11 +205,9 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
 DETAIL = re.compile(r"(messages|input)\[\]\.(content|output)(\[\])?(\.\w+_url)?\.detail")
 
 
-def says_nothing(path: str, value: Any) -> bool:
-    """Whether an unread field of this path, without its indexes, can be left out in silence."""
-    if value in EMPTY_VALUES or value in DEFAULTS.get(path, ()):
-        return True
-    return value == "auto" and DETAIL.fullmatch(path) is not None
+def is_default(path: str, value: Any) -> bool:
+    """Whether this is what an absent field of this path, without its indexes, stands for."""
+    return value in DEFAULTS.get(path, ()) or (value == "auto" and bool(DETAIL.fullmatch(path)))
 
 
 def without_indexes(path: str) -> str:
@@ -353,9 +351,10 @@ class Fields:
                 names.add(item)
                 continue
             for key in item.data.keys() - item.read:
-                path = without_indexes(f"{item.path}.{key}".lstrip("."))
-                if not says_nothing(path, item.data[key]):
-                    names.add(path)
+                if item.data[key] not in EMPTY_VALUES:
+                    path = without_indexes(f"{item.path}.{key}".lstrip("."))
+                    if not is_default(path, item.data[key]):
+                        names.add(path)
         return sorted(names)
 
 
@@ -590,7 +589,7 @@ class Exchange:
         self.ids = 0  # how many there are so far
         self.created = self.now = created  # seconds since 1970; the shell moves `now` on
         self.usage = Usage()  # of all that was read so far
-        self.prompt: Usage | None = None  # what Gemini's first chunk says of the tokens
+        self.prompt: JSON | None = None  # what Gemini's first chunk says of the tokens
         self.builder: ResponseBuilder | None = None  # from which a failed stream goes on
 
     @property
@@ -1207,6 +1206,8 @@ def tool_result_turns(before: list[JSON], parts: list[Part], model: Model) -> li
     earlier = [part for turn in before for part in turn["parts"]]
     calls = [part["functionCall"] for part in earlier if "functionCall" in part]
     results = [part["functionResponse"] for part in parts if "functionResponse" in part]
+    if not calls and not results:
+        return [user_turn(*parts)] if parts else []
     matched = match_results(calls, results)
     used = {id(result) for result in matched.values()}
     rest: list[Part] = []
@@ -2025,7 +2026,7 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Event]:
     for chunk in chunks:
         candidate = reading.read_chunk(chunk)
         if exchange.prompt is None:
-            exchange.prompt = read_usage(reading.usage)
+            exchange.prompt = reading.usage
         for part in expect(expect(candidate, "content", dict), "parts", list):
             event = reading.read_part(part)
             if event is not None:
@@ -5990,7 +5991,7 @@ def anthropic_start(exchange: Exchange, answers: Answers) -> tuple[JSON, Iterato
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
-        "usage": anthropic_usage(exchange.prompt or Usage()),
+        "usage": anthropic_usage(read_usage(exchange.prompt or {})),
     }
     return message, itertools.chain([first], events)
 
