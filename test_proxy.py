@@ -7825,8 +7825,8 @@ def test_the_checks_print_a_models_answer_but_not_the_key(gemini, capsys):
 
 
 def test_the_checks_ask_no_question_where_clients_bring_their_keys(gemini, capsys):
-    check = proxy.check_answer(check_config(gemini, key=""), proxy.Gemini(gemini.url))
-    assert check == "every client asks with a key of its own"
+    checker = proxy.Checker(check_config(gemini, key=""))
+    assert checker.check_answer() == "every client asks with a key of its own"
     assert gemini.bodies == []
 
 
