@@ -8637,38 +8637,38 @@ def signature_of_call(gemini):
 
 
 @pytest.fixture
-def ollama_client(gemini):
-    library = pytest.importorskip("ollama")
-    with serving(gemini.url, api="ollama") as server, library.Client(host=server.url) as client:
+def ollama_library(gemini):
+    module = pytest.importorskip("ollama")
+    with serving(gemini.url, api="ollama") as server, module.Client(host=server.url) as client:
         yield client
 
 
-def test_ollamas_library_lists_models(ollama_client):
-    assert FLASH + ":latest" in [model.model for model in ollama_client.list().models]
+def test_ollamas_library_lists_models(ollama_library):
+    assert FLASH + ":latest" in [model.model for model in ollama_library.list().models]
 
 
-def test_ollamas_library_shows_what_a_model_can_do(ollama_client):
-    assert "tools" in ollama_client.show(FLASH).capabilities
+def test_ollamas_library_shows_what_a_model_can_do(ollama_library):
+    assert "tools" in ollama_library.show(FLASH).capabilities
 
 
-def test_ollamas_library_gets_an_error_for_an_unknown_model(ollama_client):
+def test_ollamas_library_gets_an_error_for_an_unknown_model(ollama_library):
     import ollama
 
     with pytest.raises(ollama.ResponseError, match="not found"):
-        ollama_client.show("gemini-9")
+        ollama_library.show("gemini-9")
 
 
-def test_ollamas_library_streams_the_answer_to_a_tools_result(ollama_client, gemini):
+def test_ollamas_library_streams_the_answer_to_a_tools_result(ollama_library, gemini):
     history = [user("Hi")]
-    first = ollama_client.chat(model=NEWEST, messages=history, tools=[WEATHER])
+    first = ollama_library.chat(model=NEWEST, messages=history, tools=[WEATHER])
     history += [first.message, {"role": "tool", "content": RESULT}]
-    stream = ollama_client.chat(model=NEWEST, messages=history, tools=[WEATHER], stream=True)
+    stream = ollama_library.chat(model=NEWEST, messages=history, tools=[WEATHER], stream=True)
     assert "".join(part.message.content for part in stream) == ANSWER_TO_RESULT
     assert signature_of_call(gemini) == sign("stand-in")
 
 
-def test_ollamas_library_embeds(ollama_client):
-    embeddings = ollama_client.embed(model=EMBEDDER, input=["a"]).embeddings
+def test_ollamas_library_embeds(ollama_library):
+    embeddings = ollama_library.embed(model=EMBEDDER, input=["a"]).embeddings
     assert embeddings[0] == pytest.approx([0.6, 0.8])
 
 
@@ -8676,13 +8676,13 @@ def test_ollamas_library_embeds(ollama_client):
 
 
 @pytest.fixture
-def anthropic_client(gemini):
+def anthropic_library(gemini):
     """Anthropic's client, which checks that answers are of its types."""
-    library = pytest.importorskip("anthropic")
+    module = pytest.importorskip("anthropic")
     options = {"api_key": "any", "max_retries": 0, "_strict_response_validation": True}
     with (
         serving(gemini.url, api="ollama", aliases=(("claude-*", NEWEST),)) as server,
-        library.Anthropic(base_url=server.url, **options) as client,
+        module.Anthropic(base_url=server.url, **options) as client,
     ):
         yield client
 
@@ -8704,32 +8704,32 @@ def claude_history(client):
     return [user("Hi"), {"role": "assistant", "content": content}, user([result])]
 
 
-def test_anthropics_library_streams_a_thought_and_a_tool_call(anthropic_client):
-    message = claude_with_call(anthropic_client)
+def test_anthropics_library_streams_a_thought_and_a_tool_call(anthropic_library):
+    message = claude_with_call(anthropic_library)
     assert [block.type for block in message.content] == ["thinking", "tool_use"]
     assert message.stop_reason == "tool_use"
 
 
-def test_anthropics_library_gets_the_answer_to_a_tools_result(anthropic_client, gemini):
-    history = claude_history(anthropic_client)
-    message = anthropic_client.messages.create(messages=history, **CLAUDE_PLAN)
+def test_anthropics_library_gets_the_answer_to_a_tools_result(anthropic_library, gemini):
+    history = claude_history(anthropic_library)
+    message = anthropic_library.messages.create(messages=history, **CLAUDE_PLAN)
     assert message.content[0].text == ANSWER_TO_RESULT
     assert signature_of_call(gemini) == sign("stand-in")
 
 
-def test_anthropics_library_counts_tokens(anthropic_client):
-    count = anthropic_client.messages.count_tokens(
-        model="claude-opus-5", messages=claude_history(anthropic_client), tools=[ASK_CITY]
+def test_anthropics_library_counts_tokens(anthropic_library):
+    count = anthropic_library.messages.count_tokens(
+        model="claude-opus-5", messages=claude_history(anthropic_library), tools=[ASK_CITY]
     )
     assert count.input_tokens == 7
 
 
-def test_anthropics_library_gets_a_rate_limit_with_the_id_of_the_request(anthropic_client, gemini):
+def test_anthropics_library_gets_a_rate_limit_with_the_id_of_the_request(anthropic_library, gemini):
     import anthropic
 
     gemini.say(SLOW_DOWN)
     with pytest.raises(anthropic.RateLimitError) as caught:
-        anthropic_client.messages.create(messages=[user("Hi")], **CLAUDE_PLAN)
+        anthropic_library.messages.create(messages=[user("Hi")], **CLAUDE_PLAN)
     assert caught.value.request_id
     assert caught.value.request_id == caught.value.body["request_id"]
 
@@ -8738,19 +8738,19 @@ def test_anthropics_library_gets_a_rate_limit_with_the_id_of_the_request(anthrop
 
 
 @pytest.fixture
-def openai_client(server):
+def openai_library(server):
     """OpenAI's client, which checks that answers are of its types."""
-    library = pytest.importorskip("openai")
+    module = pytest.importorskip("openai")
     options = {"api_key": "any", "max_retries": 0, "_strict_response_validation": True}
-    with library.OpenAI(base_url=server.url + "/v1", **options) as client:
+    with module.OpenAI(base_url=server.url + "/v1", **options) as client:
         yield client
 
 
 @pytest.fixture
-def lenient_client(server):
+def lenient_library(server):
     """OpenAI's client for what its own types do not fit, such as vectors in base64."""
-    library = pytest.importorskip("openai")
-    with library.OpenAI(base_url=server.url + "/v1", api_key="any") as client:
+    module = pytest.importorskip("openai")
+    with module.OpenAI(base_url=server.url + "/v1", api_key="any") as client:
         yield client
 
 
@@ -8761,46 +8761,46 @@ def completion_with_call(client):
         return stream.get_final_completion().choices[0].message
 
 
-def test_openais_library_gets_a_completion(openai_client):
-    completion = openai_client.chat.completions.create(**chat())
+def test_openais_library_gets_a_completion(openai_library):
+    completion = openai_library.chat.completions.create(**chat())
     assert "You said: Hi" in completion.choices[0].message.content
 
 
-def test_openais_library_streams_a_tool_call(openai_client):
-    assert completion_with_call(openai_client).tool_calls[0].function.name == "weather"
+def test_openais_library_streams_a_tool_call(openai_library):
+    assert completion_with_call(openai_library).tool_calls[0].function.name == "weather"
 
 
-def test_openais_library_streams_the_answer_to_a_tools_result(openai_client, gemini):
-    message = completion_with_call(openai_client)
+def test_openais_library_streams_the_answer_to_a_tools_result(openai_library, gemini):
+    message = completion_with_call(openai_library)
     result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": RESULT}
     body = chat(user("Hi"), kept(message.model_dump()), result, model=NEWEST, tools=[WEATHER])
-    events = openai_client.chat.completions.create(**body, stream=True)
+    events = openai_library.chat.completions.create(**body, stream=True)
     choices = [choice for event in events for choice in event.choices]
     assert "".join(choice.delta.content or "" for choice in choices) == ANSWER_TO_RESULT
     assert signature_of_call(gemini) == sign("stand-in")
 
 
-def test_openais_library_gets_a_rate_limit_instead_of_a_stream(openai_client, gemini):
+def test_openais_library_gets_a_rate_limit_instead_of_a_stream(openai_library, gemini):
     import openai
 
     gemini.say(SLOW_DOWN)
     with pytest.raises(openai.RateLimitError):
-        openai_client.chat.completions.create(**chat(), stream=True)
+        openai_library.chat.completions.create(**chat(), stream=True)
 
 
-def test_openais_library_streams_a_text_completion(lenient_client, gemini):
+def test_openais_library_streams_a_text_completion(lenient_library, gemini):
     gemini.say([chunk(" up"), whole("on")])
-    stream = lenient_client.completions.create(model=FLASH, prompt="Once", stream=True)
+    stream = lenient_library.completions.create(model=FLASH, prompt="Once", stream=True)
     assert "".join(choice.text for part in stream for choice in part.choices) == " upon"
 
 
-def test_openais_library_embeds(lenient_client):
-    vectors = lenient_client.embeddings.create(model=EMBEDDER, input=["a", "b"]).data
+def test_openais_library_embeds(lenient_library):
+    vectors = lenient_library.embeddings.create(model=EMBEDDER, input=["a", "b"]).data
     assert vectors[1].embedding == pytest.approx([0.6, 0.8])
 
 
-def test_openais_library_lists_models(lenient_client):
-    assert FLASH in [model.id for model in lenient_client.models.list()]
+def test_openais_library_lists_models(lenient_library):
+    assert FLASH in [model.id for model in lenient_library.models.list()]
 
 
 # ---- openai: responses ----
@@ -8817,48 +8817,48 @@ def response_with_call(client):
     return response, result
 
 
-def test_openais_library_continues_a_stored_response(openai_client, gemini):
-    first, result = response_with_call(openai_client)
+def test_openais_library_continues_a_stored_response(openai_library, gemini):
+    first, result = response_with_call(openai_library)
     plan = {"model": NEWEST, "tools": [FLAT], "input": [result], "previous_response_id": first.id}
-    assert openai_client.responses.create(**plan).output_text == ANSWER_TO_RESULT
+    assert openai_library.responses.create(**plan).output_text == ANSWER_TO_RESULT
     assert signature_of_call(gemini) == sign("stand-in")
 
 
-def test_openais_library_sends_the_items_of_a_response_again(openai_client, gemini):
-    first, result = response_with_call(openai_client)
+def test_openais_library_sends_the_items_of_a_response_again(openai_library, gemini):
+    first, result = response_with_call(openai_library)
     items = [user("Hi"), *(item.model_dump() for item in first.output), result]
-    second = openai_client.responses.create(model=NEWEST, tools=[FLAT], input=items)
+    second = openai_library.responses.create(model=NEWEST, tools=[FLAT], input=items)
     assert second.output_text == ANSWER_TO_RESULT
     assert signature_of_call(gemini) == sign("stand-in")
 
 
-def test_openais_library_retrieves_a_response(openai_client):
-    first, _ = response_with_call(openai_client)
-    stored = openai_client.responses.retrieve(first.id)
+def test_openais_library_retrieves_a_response(openai_library):
+    first, _ = response_with_call(openai_library)
+    stored = openai_library.responses.retrieve(first.id)
     assert [item.id for item in stored.output] == [item.id for item in first.output]
 
 
-def test_openais_library_lists_the_input_of_a_response(openai_client):
-    first, _ = response_with_call(openai_client)
-    assert openai_client.responses.input_items.list(first.id).data[0].content[0].text == "Hi"
+def test_openais_library_lists_the_input_of_a_response(openai_library):
+    first, _ = response_with_call(openai_library)
+    assert openai_library.responses.input_items.list(first.id).data[0].content[0].text == "Hi"
 
 
-def test_openais_library_counts_the_tokens_of_an_input(openai_client):
-    assert openai_client.responses.input_tokens.count(model=FLASH, input="Hi").input_tokens == 7
+def test_openais_library_counts_the_tokens_of_an_input(openai_library):
+    assert openai_library.responses.input_tokens.count(model=FLASH, input="Hi").input_tokens == 7
 
 
-def test_openais_library_deletes_a_response(openai_client):
+def test_openais_library_deletes_a_response(openai_library):
     import openai
 
-    first, _ = response_with_call(openai_client)
-    openai_client.responses.delete(first.id)
+    first, _ = response_with_call(openai_library)
+    openai_library.responses.delete(first.id)
     with pytest.raises(openai.NotFoundError):
-        openai_client.responses.retrieve(first.id)
+        openai_library.responses.retrieve(first.id)
 
 
-def test_openais_library_gets_a_failed_response_when_gemini_hangs_up(openai_client, gemini):
+def test_openais_library_gets_a_failed_response_when_gemini_hangs_up(openai_library, gemini):
     gemini.say(Say(chunk("Hel"), cut=1))
-    events = list(openai_client.responses.create(model=FLASH, input="Hi", stream=True))
+    events = list(openai_library.responses.create(model=FLASH, input="Hi", stream=True))
     assert events[-1].type == "response.failed"
 
 
@@ -8867,66 +8867,66 @@ def test_openais_library_gets_a_failed_response_when_gemini_hangs_up(openai_clie
 RECORDING = ("a.wav", RIFF)
 
 
-def test_openais_library_draws_an_image(openai_client, gemini):
+def test_openais_library_draws_an_image(openai_library, gemini):
     gemini.say(whole(blob("image/png", PNG)))
     plan = {"prompt": "A dot", "size": "1536x1024", "output_format": "png"}
-    images = openai_client.images.generate(model="gpt-image-1", **plan)
+    images = openai_library.images.generate(model="gpt-image-1", **plan)
     assert images.data[0].b64_json == PNG
 
 
-def test_openais_library_streams_an_image(openai_client, gemini):
+def test_openais_library_streams_an_image(openai_library, gemini):
     gemini.say(whole(blob("image/png", PNG)))
     plan = {"prompt": "A dot", "stream": True, "partial_images": 1}
-    events = openai_client.images.generate(model="gpt-image-1", **plan)
+    events = openai_library.images.generate(model="gpt-image-1", **plan)
     assert [event.b64_json for event in events] == [PNG]
 
 
-def test_openais_library_gets_speech(openai_client, gemini):
+def test_openais_library_gets_speech(openai_library, gemini):
     gemini.say(whole(SOUND))
     plan = {"model": "tts-1", "voice": "alloy", "input": "Hi"}
-    assert openai_client.audio.speech.create(**plan).content == RIFF
+    assert openai_library.audio.speech.create(**plan).content == RIFF
 
 
-def test_openais_library_streams_speech(openai_client, gemini):
+def test_openais_library_streams_speech(openai_library, gemini):
     gemini.say([chunk(SOUND), whole(SOUND)])
     plan = {"model": "tts-1", "voice": "alloy", "input": "Hi", "response_format": "pcm"}
-    with openai_client.audio.speech.with_streaming_response.create(**plan) as audio:
+    with openai_library.audio.speech.with_streaming_response.create(**plan) as audio:
         assert b"".join(audio.iter_bytes()) == SAMPLES_OF_SOUND * 2
 
 
-def test_openais_library_gets_a_transcript(openai_client, gemini):
+def test_openais_library_gets_a_transcript(openai_library, gemini):
     gemini.say(whole("Hei."))
     plan = {"model": "whisper-1", "file": RECORDING, "language": "no", "temperature": 0}
-    assert openai_client.audio.transcriptions.create(**plan).text == "Hei."
+    assert openai_library.audio.transcriptions.create(**plan).text == "Hei."
 
 
-def test_openais_library_streams_a_transcript(openai_client, gemini):
+def test_openais_library_streams_a_transcript(openai_library, gemini):
     gemini.say([chunk("He"), whole("i.")])
     plan = {"model": "gpt-4o-transcribe", "file": RECORDING, "stream": True}
-    *deltas_of_text, done = openai_client.audio.transcriptions.create(**plan)
+    *deltas_of_text, done = openai_library.audio.transcriptions.create(**plan)
     assert [event.type for event in deltas_of_text] == ["transcript.text.delta"] * 2
     assert done.type == "transcript.text.done"
     assert done.text == "Hei."
 
 
-def test_openais_library_gets_subtitles(openai_client, gemini):
+def test_openais_library_gets_subtitles(openai_library, gemini):
     gemini.say(whole(TIMED))
     plan = {"model": "whisper-1", "file": RECORDING, "response_format": "srt"}
-    assert openai_client.audio.transcriptions.create(**plan).startswith("1\n00:00:01,500 --> ")
+    assert openai_library.audio.transcriptions.create(**plan).startswith("1\n00:00:01,500 --> ")
 
 
-def test_openais_library_gets_a_transcript_with_speakers(openai_client, gemini):
+def test_openais_library_gets_a_transcript_with_speakers(openai_library, gemini):
     gemini.say(whole(TIMED))
     model, form = "gpt-4o-transcribe-diarize", "diarized_json"
-    transcript = openai_client.audio.transcriptions.create(
+    transcript = openai_library.audio.transcriptions.create(
         model=model, file=RECORDING, response_format=form
     )
     assert transcript.segments[1].speaker == "B"
 
 
-def test_openais_library_gets_a_verbose_transcript(lenient_client, gemini):
+def test_openais_library_gets_a_verbose_transcript(lenient_library, gemini):
     gemini.say(whole(TIMED))
-    transcript = lenient_client.audio.transcriptions.create(
+    transcript = lenient_library.audio.transcriptions.create(
         model="whisper-1",
         file=RECORDING,
         response_format="verbose_json",
