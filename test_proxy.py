@@ -703,8 +703,9 @@ def events_of(one, answers):
 def with_ids(events, one):
     for event in events:
         if isinstance(event, ToolCall):
-            event = event._replace(id=one.new_id("call_"))
-        yield event
+            yield event._replace(id=one.new_id("call_"))
+        else:
+            yield event
 
 
 def chat(*messages, model=FLASH, **more):
