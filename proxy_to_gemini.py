@@ -92,7 +92,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from re import Pattern
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TypeVar, Union
 
 if TYPE_CHECKING:
     import sqlite3
@@ -8367,9 +8367,6 @@ proxy-to-gemini: there is no Gemini key. Get one at https://aistudio.google.com/
 
     GEMINI_API_KEY=<your key> python3 proxy_to_gemini.py
 """
-UNUSABLE_KEY = (
-    "proxy-to-gemini: the key in GEMINI_API_KEY has characters that no key has; it cannot be sent."
-)
 
 
 class Config(NamedTuple):
@@ -8388,11 +8385,8 @@ class Config(NamedTuple):
     client_keys: bool = False  # whether each client brings its own Gemini key
 
 
-# Types of flags: each returns the value of a flag, or raises what argparse prints with the usage.
-
-
 def listen_address(text: str) -> tuple[str, int]:
-    """("127.0.0.1", 5555) from HOST:PORT, :PORT or [::1]:PORT."""
+    """("127.0.0.1", 5555) from HOST:PORT, :PORT or [::1]:PORT; argparse prints the error."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(\d{1,5})", text)
     if not match or int(match.group(2)) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
@@ -8401,14 +8395,11 @@ def listen_address(text: str) -> tuple[str, int]:
 
 def base_url(text: str) -> str:
     """The URL of a server, without a slash at its end."""
-    try:
+    with contextlib.suppress(ValueError):  # of a port that is not a number
         url = urllib.parse.urlsplit(text)
-        valid = url.scheme in ("http", "https") and url.hostname and url.port != 0 and not url.query
-    except ValueError:  # a port that is not a number
-        valid = False
-    if not valid:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the URL of a server")
-    return text.rstrip("/")
+        if url.scheme in ("http", "https") and url.hostname and url.port != 0 and not url.query:
+            return text.rstrip("/")
+    raise argparse.ArgumentTypeError(f"{text!r} is not the URL of a server")
 
 
 def alias(text: str) -> tuple[str, str]:
@@ -8419,18 +8410,11 @@ def alias(text: str) -> tuple[str, str]:
     return name, re.sub("^models/", "", model)
 
 
-def origin_list(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
-
-
 def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e7:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e7:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
 
 
 def worker_count(text: str) -> int:
@@ -8441,60 +8425,42 @@ def worker_count(text: str) -> int:
 
 def flag_parser() -> argparse.ArgumentParser:
     """The flags, spelt as Go does (-api=ollama), or with two dashes."""
-    parser = argparse.ArgumentParser(
-        prog="proxy_to_gemini.py",
-        allow_abbrev=False,
-        description=(__doc__ or "").partition("\n")[0],
-    )
+    about = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser("proxy_to_gemini.py", description=about, allow_abbrev=False)
 
     def flag(name: str, text: str, **options: Any) -> None:
         parser.add_argument("-" + name, "--" + name, help=text, **options)
 
-    def switch(name: str, text: str) -> None:
-        flag(name, text, action="store_true")
-
     flag("api", "the protocol to serve", choices=sorted(MOUNTS), default="openai")
     address = {"type": listen_address, "default": ("127.0.0.1", 5555), "metavar": "HOST:PORT"}
     flag("listen", ":PORT is every interface", **address)
-    upstream = (
-        f"base URL of the Gemini API; {DEFAULT_UPSTREAM} unless $GOOGLE_GEMINI_BASE_URL is set"
-    )
-    flag("upstream", upstream, type=base_url, metavar="URL")
-    names = "another name for a model; NAME may be a glob; repeatable"
-    flag("alias", names, type=alias, action="append", default=[], metavar="NAME=MODEL")
-    origins = "browser origins that may call besides this machine's and apps'; * is any"
-    flag("origins", origins, type=origin_list, default=(), metavar="ORIGIN,...")
+    text = f"base URL of the Gemini API; {DEFAULT_UPSTREAM} unless $GOOGLE_GEMINI_BASE_URL is set"
+    flag("upstream", text, type=base_url, metavar="URL")
+    text = "another name for a model; NAME may be a glob; repeatable"
+    flag("alias", text, type=alias, action="append", default=[], metavar="NAME=MODEL")
+    text = "browser origins that may call besides this machine's and apps'; * is any"
+    flag("origins", text, default="", metavar="ORIGIN,...")
     flag("timeout", "how long Gemini may be silent", type=seconds, default=600.0, metavar="SECONDS")
     flag("workers", "processes that share the port", type=worker_count, default=1, metavar="N")
     flag("state", "keeps signatures and responses over a restart", metavar="FILE")
-    switch("client-keys", "every client brings its own Gemini key as its API key")
-    switch("check", "tell what works on the way to Gemini, and what to mend")
-    switch("print-unit", "print a systemd unit for this file and these flags")
-    switch("version", "version, and the SHA-256 of this file")
+    switch = {"action": "store_true"}
+    flag("client-keys", "every client brings its own Gemini key as its API key", **switch)
+    flag("check", "tell what works on the way to Gemini, and what to mend", **switch)
+    flag("print-unit", "print a systemd unit for this file and these flags", **switch)
+    flag("version", "version, and the SHA-256 of this file", **switch)
     return parser
 
 
 def gemini_key(env: Mapping[str, str]) -> str:
     """The key from the environment or from systemd's credentials; "" where there is none."""
-    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
-        key = env.get(name, "").strip()
-        if key:
-            return key
+    key = env.get("GEMINI_API_KEY", "").strip() or env.get("GOOGLE_API_KEY", "").strip()
+    if key:
+        return key
     with contextlib.suppress(OSError, KeyError, UnicodeDecodeError):
         path = os.path.join(env["CREDENTIALS_DIRECTORY"], "gemini_api_key")
         with open(path, encoding="utf-8") as file:
             return file.read().strip()
     return ""
-
-
-def state_file(flag: str | None, env: Mapping[str, str]) -> str:
-    """The file of -state, else one in systemd's StateDirectory, else SQLite's name for no file."""
-    if flag:
-        return flag
-    folder = env.get("STATE_DIRECTORY", "").partition(":")[0]
-    if folder:
-        return os.path.join(folder, "proxy-to-gemini.db")
-    return ":memory:"
 
 
 def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
@@ -8508,18 +8474,22 @@ def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
     if not key and not flags.client_keys:
         sys.exit(NO_KEY)
     if key and not re.fullmatch(KEY_PATTERN, key):
-        sys.exit(UNUSABLE_KEY)
+        problem = "has characters that no key has; it cannot be sent."
+        sys.exit(f"proxy-to-gemini: the key in GEMINI_API_KEY {problem}")
+    state, folder = flags.state, env.get("STATE_DIRECTORY", "").partition(":")[0]
+    if folder and not state:
+        state = os.path.join(folder, "proxy-to-gemini.db")
     return Config(
         api=flags.api,
         listen=flags.listen,
         upstream=upstream,
         key=key,
         aliases=tuple(flags.alias),
-        origins=flags.origins,
+        origins=tuple(filter(None, flags.origins.split(","))),
         timeout=flags.timeout,
         proxy_key=env.get("PROXY_API_KEY", "").strip(),
         workers=flags.workers,
-        state=state_file(flags.state, env),
+        state=state or ":memory:",
         client_keys=flags.client_keys,
     )
 
@@ -8532,7 +8502,6 @@ Description=proxy-to-gemini: OpenAI's or Ollama's API, answered by Gemini
 Documentation=file://{folder}/README.md
 Wants=network-online.target
 After=network-online.target
-
 [Service]
 Type=notify
 NotifyAccess=main
@@ -8542,13 +8511,10 @@ Restart=always
 RestartSec=1
 TimeoutStopSec=15
 WatchdogSec=30
-
-# Only root can read the file with the Gemini key; PROXY_API_KEY and HTTPS_PROXY go into the other.
 LoadCredential=gemini_api_key:/etc/proxy-to-gemini/gemini_api_key
 EnvironmentFile=-/etc/proxy-to-gemini/environment
 StateDirectory=proxy-to-gemini
 StateDirectoryMode=0700
-
 DynamicUser=yes
 MemoryMax=1G
 TasksMax=12000
@@ -8579,23 +8545,18 @@ SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
 SystemCallErrorNumber=EPERM
-
 [Install]
-WantedBy=multi-user.target
-"""
+WantedBy=multi-user.target"""
 
 
 def systemd_unit(arguments: list[str]) -> str:
     """A systemd unit for this very file and these flags, without the final newline."""
     here = os.path.abspath(__file__)
     flags = [word for word in arguments if word.lstrip("-") != "print-unit"]
-    words = [os.path.realpath(sys.executable), here, *flags]
-    command = " ".join(map(unit_word, words))
-    text = UNIT.format(folder=os.path.dirname(here), command=command).rstrip()
+    command = " ".join(map(unit_word, [os.path.realpath(sys.executable), here, *flags]))
+    text = UNIT.format(folder=os.path.dirname(here), command=command)
     if any(flag.lstrip("-") == "client-keys" for flag in flags):
-        # The service would not start without the file of the key.
-        key_lines = r"# Only root.*\n.*\n"
-        text = re.sub(key_lines, "# PROXY_API_KEY and HTTPS_PROXY go into this file.\n", text)
+        text = re.sub("\nLoadCredential=.*", "", text)  # without that file it would not start
     return text
 
 
@@ -8638,12 +8599,9 @@ class Signals:
         self.watchdog = watchdog_seconds(env)
         self.poll_seconds = min(1.0, self.watchdog / 4)
         self.last_ping = -math.inf
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, self.receive)
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(name, lambda number, frame: self.pending.add(number))
         self.open_pipe()
-
-    def receive(self, number: int, frame: object) -> None:
-        self.pending.add(number)
 
     def open_pipe(self) -> None:
         """Open the pipe with which a signal wakes this process, and no other."""
@@ -8700,19 +8658,18 @@ WORKER_DRAIN_SECONDS = DRAIN_NOTICE_SECONDS + DRAIN_SECONDS + 3 * FINAL_SECONDS
 class Workers:
     """The processes that share the port: forks of this one, which only looks after them."""
 
-    def __init__(self, server: Server, signals: Signals, count: int):
+    def __init__(self, server: Server, signals: Signals):
         self.server, self.signals = server, signals
         self.running: dict[int, int] = {}  # process id: number of the worker
-        self.start_after = [0.0] * count  # the earliest time of each worker's next start
+        self.start_after = [0.0] * server.config.workers  # the earliest time of each next start
 
     def run(self) -> None:
-        """Replace workers that die, until a signal ends them all."""
-        poll = select.poll()
-        poll.register(self.signals.pipe, select.POLLIN)
+        """Replace workers that die, until a signal ends them all; kill those that are too slow."""
+        poller = Poller(self.signals.pipe)
         while not self.signals.should_stop():
             self.signals.ping_watchdog()
             self.start_missing()
-            poll.poll(self.signals.poll_seconds * 1000)
+            poller.wait(self.signals.poll_seconds)
             self.signals.drain_pipe()
             if self.signals.take(signal.SIGHUP):
                 self.server.reload()  # for workers that are forked later
@@ -8720,40 +8677,33 @@ class Workers:
             self.reap()
         self.signals.notify("STOPPING=1")
         self.server.server_close()  # or the kernel accepts clients that no worker will serve
-        self.stop(poll)
-
-    def stop(self, poll: select.poll) -> None:
-        """End the workers, and kill those that are too slow."""
         self.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + WORKER_DRAIN_SECONDS
         while self.running and time.monotonic() < deadline:
-            poll.poll(100)
+            poller.wait(0.1)
             self.signals.drain_pipe()
             self.reap()
         self.send_signal(signal.SIGKILL)
 
     def start_missing(self) -> None:
         """Start every worker that does not run, unless it was started just before."""
-        running = set(self.running.values())
         for number, start_after in enumerate(self.start_after):
-            if number in running or time.monotonic() < start_after or self.signals.should_stop():
-                continue
-            self.start_after[number] = time.monotonic() + RESTART_SECONDS
-            self.start(number)
+            due = number not in self.running.values() and time.monotonic() >= start_after
+            if due and not self.signals.should_stop():
+                self.start_after[number] = time.monotonic() + RESTART_SECONDS
+                self.start(number)
 
     def start(self, number: int) -> None:
+        """Fork a worker, whose whole life is spent here."""
         parent = os.getpid()
         try:
             pid = os.fork()
         except OSError as error:  # too many processes, or no memory: the others go on
             log(f"worker {number} cannot be started: {error.strerror}")
             return
-        if pid == 0:
-            self.run_worker(number, parent)
-        self.running[pid] = number
-
-    def run_worker(self, number: int, parent: int) -> NoReturn:
-        """The whole life of a worker, which ends its process."""
+        if pid != 0:
+            self.running[pid] = number
+            return
         try:
             self.signals.become_worker(parent)
             self.server.metrics.use_row(number)
@@ -8783,101 +8733,104 @@ class Workers:
 # ---- checks ----
 
 CHECK_SECONDS = 30.0  # seconds that a call of a check may take
-
-# Each check returns what it learned in a few words, or raises one of CHECK_ERRORS.
-CHECK_ERRORS = (ProxyError, OSError, ValueError, http.client.HTTPException)
-
-
-def check_call(config: Config, gemini: Gemini, call: GeminiCall) -> UpstreamCall:
-    return UpstreamCall(gemini, call, Waiter(None, CHECK_SECONDS), config.key, [])
-
-
-def check_port(config: Config, gemini: Gemini) -> str:
-    server = Server(config, handed_over_socket(os.environ))
-    server.server_close()
-    if server.shared:
-        return f"{server.url} is handed over"
-    return f"{server.url} is free"
+# What must work, where each needs what stands before it; and what to do if it does not.
+CHECKS = {
+    "port": "end what listens there, or choose another with -listen",
+    "memory": "name a writable file with -state, SQLite's or a new one",
+    "name": "see to DNS; where the network wants a proxy, set HTTPS_PROXY",
+    "connection": "see to the firewall and HTTPS_PROXY; a company's own CA goes into SSL_CERT_FILE",
+    "key": "get a key at https://aistudio.google.com/apikey, and see what it is restricted to",
+    "clock": "set the clock: certificates and quotas go by it",
+    "answer": "what Gemini says above is the cause: billing, quota, or a region without service",
+}
 
 
-def check_memory(config: Config, gemini: Gemini) -> str:
-    if config.state == ":memory:":
-        return "nothing is kept over a restart"
-    Memory(config.state).try_out()
-    return config.state
+class Checker:
+    """A method for each of CHECKS: it returns what it learned in a few words, or raises."""
 
+    def __init__(self, config: Config):
+        self.config, self.gemini = config, Gemini(config.upstream)
+        self.waiter = Waiter(None, CHECK_SECONDS)
+        self.model_list = ModelList(self.gemini, self.waiter, config.key)
 
-def check_name(config: Config, gemini: Gemini) -> str:
-    pool = gemini.pool
-    host, port, role = pool.host, pool.port, ""
-    if pool.proxy:
-        host, port, role = pool.proxy.host, pool.proxy.port, ", the proxy on the way,"
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    hosts = dict.fromkeys(str(address[0]) for *_, address in addresses)
-    return f"{host}:{port}{role} is at " + ", ".join(hosts)
+    def run(self) -> int:
+        """Print whether each thing works, up to the first that does not; the exit status."""
+        for name, fix in CHECKS.items():
+            check: Callable[[], str] = getattr(self, "check_" + name)
+            try:
+                print(f"ok    {name}: {check()}", flush=True)
+            except (ProxyError, OSError, ValueError, http.client.HTTPException) as error:
+                print(f"FAIL  {name}: {self.config.upstream}: {error}\n      mend: {fix}")
+                return 1
+        return 0
 
+    def check_port(self) -> str:
+        server = Server(self.config, handed_over_socket(os.environ))
+        server.server_close()
+        if server.shared:
+            return f"{server.url} is handed over"
+        return f"{server.url} is free"
 
-def check_connection(config: Config, gemini: Gemini) -> str:
-    with contextlib.closing(gemini.pool.connect(Waiter(None, CHECK_SECONDS))) as connection:
-        sock = connection.sock
-        if not isinstance(sock, ssl.SSLSocket):
-            return f"{config.upstream}, without TLS"
-        certificate: JSON = sock.getpeercert() or {}
-        issuer = dict(pair for name in certificate["issuer"] for pair in name)
-        organization = issuer.get("organizationName") or issuer.get("commonName")
-        return (
-            f"{config.upstream}, {sock.version()}, certificate of {organization}, "
-            f"trusted by {trust_store()}"
-        )
+    def check_memory(self) -> str:
+        if self.config.state == ":memory:":
+            return "nothing is kept over a restart"
+        Memory(self.config.state).try_out()
+        return self.config.state
 
+    def check_name(self) -> str:
+        pool = self.gemini.pool
+        host, port, role = pool.host, pool.port, ""
+        if pool.proxy:
+            host, port, role = pool.proxy.host, pool.proxy.port, ", the proxy on the way,"
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        hosts = dict.fromkeys(str(address[0]) for *_, address in addresses)
+        return f"{host}:{port}{role} is at " + ", ".join(hosts)
 
-def trust_store() -> str:
-    """Where the certificates come from that tls_context() trusts."""
-    for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
-        if os.environ.get(name):
-            return f"${name}"
-    return "the system"
+    def check_connection(self) -> str:
+        with contextlib.closing(self.gemini.pool.connect(self.waiter)) as connection:
+            sock = connection.sock
+            if not isinstance(sock, ssl.SSLSocket):
+                return f"{self.config.upstream}, without TLS"
+            certificate: JSON = sock.getpeercert() or {}
+            issuer = dict(pair for name in certificate["issuer"] for pair in name)
+            organization = issuer.get("organizationName") or issuer.get("commonName")
+            names = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")  # as in tls_context()
+            store = next((f"${name}" for name in names if os.environ.get(name)), "the system")
+            trust = f"certificate of {organization}, trusted by {store}"
+            return f"{self.config.upstream}, {sock.version()}, {trust}"
 
+    def check_key(self) -> str:
+        if not self.config.key:
+            return "every client brings its own"
+        (answer,) = self.model_list.chunks()
+        return f"it opens a list of {len(answer['models'])} models"
 
-def check_key(config: Config, gemini: Gemini) -> str:
-    if not config.key:
-        return "every client brings its own"
-    return f"it opens a list of {len(listed_models(config, gemini))} models"
+    def check_clock(self) -> str:
+        models = GeminiCall("models?pageSize=1")
+        call = UpstreamCall(self.gemini, models, self.waiter, self.config.key, [])
+        call.begin()
+        date = call.response and email.utils.parsedate_tz(call.response.headers.get("date", ""))
+        call.release()
+        if not date:
+            return "Gemini does not tell the time"
+        difference = abs(time.time() - email.utils.mktime_tz(date))
+        if difference > 300:
+            raise ValueError(f"it is {difference:.0f} seconds off")
+        if difference >= 5:
+            return f"it is {difference:.0f} seconds off, which does no harm"
+        return "it agrees with Gemini's"
 
-
-def listed_models(config: Config, gemini: Gemini) -> list[JSON]:
-    (answer,) = ModelList(gemini, Waiter(None, CHECK_SECONDS), config.key).chunks()
-    models: list[JSON] = answer["models"]
-    return models
-
-
-def check_clock(config: Config, gemini: Gemini) -> str:
-    call = check_call(config, gemini, GeminiCall("models?pageSize=1"))
-    call.begin()
-    date = None
-    if call.response:
-        date = email.utils.parsedate_tz(call.response.headers.get("date", ""))
-    call.release()
-    if not date:
-        return "Gemini does not tell the time"
-    difference = abs(time.time() - email.utils.mktime_tz(date))
-    if difference > 300:
-        raise ValueError(f"it is {difference:.0f} seconds off")
-    if difference >= 5:
-        return f"it is {difference:.0f} seconds off, which does no harm"
-    return "it agrees with Gemini's"
-
-
-def check_answer(config: Config, gemini: Gemini) -> str:
-    if not config.key:
-        return "every client asks with a key of its own"
-    model, began = newest_flash(listed_models(config, gemini)), time.monotonic()
-    turns = [user_turn(text_part("Say hello in one word."))]
-    call = check_call(config, gemini, generate_call(model, False, [], turns, {}))
-    (answer,) = call.chunks()
-    content = get_or_empty(first_candidate(answer), "content", dict)
-    text = texts_of(get_or_empty(content, "parts", list))
-    return f"{model.name} said {text[:40]!a} after {time.monotonic() - began:.1f} seconds"
+    def check_answer(self) -> str:
+        if not self.config.key:
+            return "every client asks with a key of its own"
+        (models,) = self.model_list.chunks()
+        model, began = newest_flash(models["models"]), time.monotonic()
+        turns = [user_turn(text_part("Say hello in one word."))]
+        call = generate_call(model, False, [], turns, {})
+        (answer,) = UpstreamCall(self.gemini, call, self.waiter, self.config.key, []).chunks()
+        content = get_or_empty(first_candidate(answer), "content", dict)
+        text = texts_of(get_or_empty(content, "parts", list))
+        return f"{model.name} said {text[:40]!a} after {time.monotonic() - began:.1f} seconds"
 
 
 def newest_flash(models: list[JSON]) -> Model:
@@ -8887,77 +8840,29 @@ def newest_flash(models: list[JSON]) -> Model:
         for entry in models
         if "generateContent" in get_or_empty(entry, "supportedGenerationMethods", list)
     ]
-    flash = re.compile(r"gemini-[\d.]+-flash")
-    candidates = [name for name in names if flash.match(name) and not UNLISTED.search(name)]
-    return newest_of(candidates or names)
-
-
-class Check(NamedTuple):
-    """One thing that must work."""
-
-    name: str
-    run: Callable[[Config, Gemini], str]
-    fix: str  # what to do if it fails
-
-    def passes(self, config: Config, gemini: Gemini) -> bool:
-        """Whether it works, which is printed as well."""
-        try:
-            print(f"ok    {self.name}: {self.run(config, gemini)}", flush=True)
-        except CHECK_ERRORS as error:
-            print(f"FAIL  {self.name}: {config.upstream}: {error}\n      mend: {self.fix}")
-            return False
-        return True
-
-
-# Each check needs what the ones before it have shown.
-CHECKS = (
-    Check("port", check_port, "end what listens there, or choose another with -listen"),
-    Check("memory", check_memory, "name a writable file with -state, SQLite's or a new one"),
-    Check("name", check_name, "see to DNS; where the network wants a proxy, set HTTPS_PROXY"),
-    Check(
-        "connection",
-        check_connection,
-        "see to the firewall and HTTPS_PROXY; a company's own CA goes into SSL_CERT_FILE",
-    ),
-    Check(
-        "key",
-        check_key,
-        "get a key at https://aistudio.google.com/apikey, and see what it is restricted to",
-    ),
-    Check("clock", check_clock, "set the clock: certificates and quotas go by it"),
-    Check(
-        "answer",
-        check_answer,
-        "what Gemini says above is the cause: billing, quota, or a region without service",
-    ),
-)
+    flash = [name for name in names if re.match(r"gemini-[\d.]+-flash", name)]
+    return newest_of([name for name in flash if not UNLISTED.search(name)] or names)
 
 
 def run_checks(config: Config) -> int:
-    """Print whether each thing works, up to the first that does not; the exit status."""
+    """Do what -check asks for; the exit status, 1 if something does not work."""
     try:
-        gemini = Gemini(config.upstream)
+        checker = Checker(config)
     except (OSError, ValueError) as error:
         print(f"FAIL  certificates: {error}")
         print("      mend: see to REQUESTS_CA_BUNDLE, SSL_CERT_FILE and HTTPS_PROXY")
         return 1
-    with contextlib.closing(gemini.pool):
-        for check in CHECKS:
-            if not check.passes(config, gemini):
-                return 1
-    return 0
+    with contextlib.closing(checker.gemini):
+        return checker.run()
 
 
 # ---- start and end ----
 
-# New objects between two runs of the collector, and runs between two looks at older objects.
+# New objects between two runs of the collector, and runs between two looks at older objects:
+# a thousand streams leave little garbage, and by default a twentieth of the time went into it.
 GC_THRESHOLDS = (20_000, 20, 20)
 # Seconds before a thread must yield; at 0.005, a thousand threads do little else.
 SWITCH_INTERVAL_SECONDS = 0.05
-EXPOSED = (
-    "warning: whoever reaches this port can spend the Gemini key; "
-    "set PROXY_API_KEY, or listen on 127.0.0.1"
-)
 
 
 def raise_limits() -> None:
@@ -8972,33 +8877,18 @@ def raise_limits() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
 
 
-def tune_garbage_collector() -> None:
-    """Let CPython's collector skip what stays for good, and run less often. (PyPy has another.)
-
-    A thousand streams make many objects that live long, and little garbage: scanning them as often
-    as by default took a twentieth of the time.
-    """
-    if hasattr(gc, "freeze"):
-        gc.freeze()
-        gc.set_threshold(*GC_THRESHOLDS)
-
-
-def reason_of(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
 def open_server(config: Config) -> Server:
     """The server, listening; exits with one line if it cannot listen, or not remember."""
+    host, port = config.listen
+    purpose = f"listen on {host or '*'}:{port}"
     try:
         server = Server(config, handed_over_socket(os.environ))
-    except (OSError, ValueError) as error:
-        host, port = config.listen
-        sys.exit(f"proxy-to-gemini: cannot listen on {host or '*'}:{port}: {reason_of(error)}")
-    try:
+        purpose = f"remember in {config.state}"
         if config.state != ":memory:":
             server.gemini.memory.try_out()
     except (OSError, ValueError) as error:
-        sys.exit(f"proxy-to-gemini: cannot remember in {config.state}: {reason_of(error)}")
+        reason = getattr(error, "strerror", None) or error
+        sys.exit(f"proxy-to-gemini: cannot {purpose}: {reason}")
     return server
 
 
@@ -9006,14 +8896,17 @@ def serve(config: Config) -> None:
     """Serve until a signal says stop."""
     signals = Signals(os.environ)
     server = open_server(config)
-    tune_garbage_collector()
+    if hasattr(gc, "freeze"):  # PyPy has another collector
+        gc.freeze()  # what is there by now stays for good
+        gc.set_threshold(*GC_THRESHOLDS)
     address = f"api {config.api} at {server.url}"
     log(f"proxy-to-gemini {VERSION}: {address}, answered by {config.upstream}")
     if not server.loopback and not config.proxy_key and not config.client_keys:
-        log(EXPOSED)
+        risk = "whoever reaches this port can spend the Gemini key"
+        log(f"warning: {risk}; set PROXY_API_KEY, or listen on 127.0.0.1")
     signals.notify("READY=1", f"STATUS={address}")
     if config.workers > 1:
-        Workers(server, signals, config.workers).run()
+        Workers(server, signals).run()
     else:
         server.run(signals)
 
@@ -9034,16 +8927,12 @@ def shared_state(config: Config) -> Iterator[Config]:
         yield config._replace(state=os.path.join(path, "state.db"))
 
 
-def version() -> str:
-    with open(__file__, "rb") as file:
-        digest = hashlib.sha256(file.read()).hexdigest()
-    return f"proxy-to-gemini {VERSION}, SHA-256 {digest}"
-
-
 def main() -> None:
     flags = flag_parser().parse_args()
     if flags.version:
-        print(version())
+        with open(__file__, "rb") as file:
+            digest = hashlib.sha256(file.read()).hexdigest()
+        print(f"proxy-to-gemini {VERSION}, SHA-256 {digest}")
         return
     if flags.print_unit:
         print(systemd_unit(sys.argv[1:]))
@@ -9055,8 +8944,6 @@ def main() -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     with shared_state(config) as complete:
         serve(complete)
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.flush()
     os._exit(0)  # without waiting for threads that serve slow clients
 
 

@@ -703,8 +703,9 @@ def events_of(one, answers):
 def with_ids(events, one):
     for event in events:
         if isinstance(event, ToolCall):
-            event = event._replace(id=one.new_id("call_"))
-        yield event
+            yield event._replace(id=one.new_id("call_"))
+        else:
+            yield event
 
 
 def chat(*messages, model=FLASH, **more):
@@ -6397,7 +6398,7 @@ def test_a_request_puts_no_control_characters_into_the_log(server, log_lines, ta
 def test_a_log_that_nobody_reads_stops_no_answer(gemini):
     with start("-listen=127.0.0.1:0", "-upstream", gemini.url, **ENV) as process:
         port = int(re.search(r"127\.0\.0\.1:(\d+)", process.stdout.readline()).group(1))
-        with RawClient(At(port)) as client:  # the pipe holds a few hundred lines
+        with RawClient(RemoteServer(port)) as client:  # the pipe holds a few hundred lines
             path = "/healthz?" + "x" * 100
             assert {client.request("GET", path)[0] for _ in range(1500)} == {200}
             assert client.request("GET", "/" + "x" * 4000)[0] == 404
@@ -7422,7 +7423,7 @@ def test_a_server_that_ended_has_closed_its_memory_and_its_connections(gemini):
 
 
 # ======================================================================================
-# 11. Command line
+# 14. Command line
 # ======================================================================================
 
 ENV = {"GEMINI_API_KEY": "AIza-1"}
@@ -7610,7 +7611,7 @@ def start(*arguments, **env):
     return started(PROGRAM, *arguments, env={**inherited, **env})
 
 
-class At:
+class RemoteServer:
     """A server in another process, for the helpers that take a server."""
 
     def __init__(self, port):
@@ -7626,7 +7627,7 @@ def port_of(process):
 def running(gemini, *flags, **env):
     """(the process, the server) of the program on a free port, in front of this Gemini."""
     with start("-listen=127.0.0.1:0", "-upstream", gemini.url, *flags, **env) as process:
-        yield process, At(port_of(process))
+        yield process, RemoteServer(port_of(process))
 
 
 STREAM_END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
@@ -7644,7 +7645,7 @@ class Supervised:
 
     def __init__(self, folder, listener, notified, process):
         self.folder, self.notified, self.process = folder, notified, process
-        self.server = At(listener.getsockname()[1])
+        self.server = RemoteServer(listener.getsockname()[1])
 
     def write_key(self, key):
         (self.folder / "gemini_api_key").write_text(key)
@@ -7825,8 +7826,8 @@ def test_the_checks_print_a_models_answer_but_not_the_key(gemini, capsys):
 
 
 def test_the_checks_ask_no_question_where_clients_bring_their_keys(gemini, capsys):
-    check = proxy.check_answer(check_config(gemini, key=""), proxy.Gemini(gemini.url))
-    assert check == "every client asks with a key of its own"
+    checker = proxy.Checker(check_config(gemini, key=""))
+    assert checker.check_answer() == "every client asks with a key of its own"
     assert gemini.bodies == []
 
 
@@ -8131,10 +8132,8 @@ def test_generations_of_models_are_compared_in_their_section_only():
     models = section_named("Models")
     for comparison in NODES:
         if isinstance(comparison, ast.Compare) and comparison.lineno not in models:
-            parts = ast.walk(comparison)
-            assert "generation" not in {getattr(part, "attr", "") for part in parts}, (
-                comparison.lineno
-            )
+            attributes = {getattr(part, "attr", "") for part in ast.walk(comparison)}
+            assert "generation" not in attributes, comparison.lineno
 
 
 # ---- form ----
@@ -8625,216 +8624,315 @@ def test_the_readme_says_which_parameters_of_messages_are_ignored():
 # The official libraries
 # ======================================================================================
 
-
-def test_ollamas_own_library(gemini):
-    ollama_library = pytest.importorskip("ollama")
-    with serving(gemini.url, api="ollama") as server:
-        client = ollama_library.Client(host=server.url)
-        assert (
-            FLASH + ":latest" in [model.model for model in client.list().models]
-            and "tools" in client.show(FLASH).capabilities
-        )
-        history = [user("Hi")]
-        first = client.chat(model=NEWEST, messages=history, tools=[WEATHER])
-        history += [first.message, {"role": "tool", "content": '{"temp": 3}'}]
-        text = "".join(
-            part.message.content
-            for part in client.chat(model=NEWEST, messages=history, tools=[WEATHER], stream=True)
-        )
-        assert text == 'The function said: {"temp": 3}' and gemini.asked[-1]["contents"][1][
-            "parts"
-        ][0]["thoughtSignature"] == sign("stand-in")
-        assert client.embed(model=EMBEDDER, input=["a"]).embeddings[0] == pytest.approx([0.6, 0.8])
-        with pytest.raises(ollama_library.ResponseError, match="not found"):
-            client.show("gemini-9")
-        client._client.close()
+RESULT = '{"temp": 3}'  # of a tool, and what the stand-in makes of it:
+ANSWER_TO_RESULT = 'The function said: {"temp": 3}'
+SLOW_DOWN = gemini_error(429, "Slow down.", "X", detail("RetryInfo", retryDelay="9s"))
 
 
-def test_anthropics_own_library(gemini):
-    anthropic = pytest.importorskip("anthropic")
+def signature_of_call(gemini):
+    """The signature of the tool call in the history of Gemini's last request."""
+    return gemini.bodies[-1]["contents"][1]["parts"][0]["thoughtSignature"]
+
+
+# ---- ollama ----
+
+
+@pytest.fixture
+def ollama_library(gemini):
+    module = pytest.importorskip("ollama")
+    with serving(gemini.url, api="ollama") as server, module.Client(host=server.url) as client:
+        yield client
+
+
+def test_ollamas_library_lists_models(ollama_library):
+    assert FLASH + ":latest" in [model.model for model in ollama_library.list().models]
+
+
+def test_ollamas_library_shows_what_a_model_can_do(ollama_library):
+    assert "tools" in ollama_library.show(FLASH).capabilities
+
+
+def test_ollamas_library_gets_an_error_for_an_unknown_model(ollama_library):
+    import ollama
+
+    with pytest.raises(ollama.ResponseError, match="not found"):
+        ollama_library.show("gemini-9")
+
+
+def test_ollamas_library_streams_the_answer_to_a_tools_result(ollama_library, gemini):
+    history = [user("Hi")]
+    first = ollama_library.chat(model=NEWEST, messages=history, tools=[WEATHER])
+    history += [first.message, {"role": "tool", "content": RESULT}]
+    stream = ollama_library.chat(model=NEWEST, messages=history, tools=[WEATHER], stream=True)
+    assert "".join(part.message.content for part in stream) == ANSWER_TO_RESULT
+    assert signature_of_call(gemini) == sign("stand-in")
+
+
+def test_ollamas_library_embeds(ollama_library):
+    embeddings = ollama_library.embed(model=EMBEDDER, input=["a"]).embeddings
+    assert embeddings[0] == pytest.approx([0.6, 0.8])
+
+
+# ---- anthropic ----
+
+
+@pytest.fixture
+def anthropic_library(gemini):
+    """Anthropic's client, which checks that answers are of its types."""
+    module = pytest.importorskip("anthropic")
+    options = {"api_key": "any", "max_retries": 0, "_strict_response_validation": True}
     with (
         serving(gemini.url, api="ollama", aliases=(("claude-*", NEWEST),)) as server,
-        anthropic.Anthropic(
-            base_url=server.url, api_key="any", max_retries=0, _strict_response_validation=True
-        ) as client,
+        module.Anthropic(base_url=server.url, **options) as client,
     ):
-        plan = {"model": "claude-opus-5", "max_tokens": 2000, "tools": [ASK_CITY]}
-        history = [user("Hi")]
-        with client.messages.stream(
-            messages=history, thinking={"type": "adaptive"}, **plan
-        ) as stream:
-            message = stream.get_final_message()
-        assert [block.type for block in message.content] == [
-            "thinking",
-            "tool_use",
-        ] and message.stop_reason == "tool_use"
-        history += [
-            {"role": "assistant", "content": message.content},
-            user([result_block(message.content[1].id, '{"temp": 3}')]),
-        ]
-        assert (
-            client.messages.create(messages=history, **plan).content[0].text
-            == 'The function said: {"temp": 3}'
-        )
-        assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
-        assert (
-            client.messages.count_tokens(
-                model=plan["model"], messages=history, tools=plan["tools"]
-            ).input_tokens
-            == 7
-        )
-        gemini.say(gemini_error(429, "Slow down.", "X", detail("RetryInfo", retryDelay="9s")))
-        with pytest.raises(anthropic.RateLimitError) as caught:
-            client.messages.create(messages=[user("Hi")], **plan)
-        assert caught.value.request_id == caught.value.body["request_id"]
+        yield client
 
 
-def test_openais_own_library_and_responses(server, gemini):
-    openai = pytest.importorskip("openai")
-    with openai.OpenAI(
-        base_url=server.url + "/v1", api_key="any", max_retries=0, _strict_response_validation=True
-    ) as client:
-        with client.responses.stream(
-            model=NEWEST, input="Hi", tools=[FLAT], include=["reasoning.encrypted_content"]
-        ) as stream:
-            first = stream.get_final_response()
-        made = next(item for item in first.output if item.type == "function_call")
-        result = {"type": "function_call_output", "call_id": made.call_id, "output": '{"temp": 3}'}
-        for more in (
-            {"previous_response_id": first.id, "input": [result]},
-            {"input": [user("Hi"), *(item.model_dump() for item in first.output), result]},
-        ):
-            assert (
-                client.responses.create(model=NEWEST, tools=[FLAT], **more).output_text
-                == 'The function said: {"temp": 3}'
-            )
-            assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign(
-                "stand-in"
-            )
-        assert [item.id for item in client.responses.retrieve(first.id).output] == [
-            item.id for item in first.output
-        ]
-        assert client.responses.input_items.list(first.id).data[0].content[0].text == "Hi"
-        assert client.responses.input_tokens.count(model=FLASH, input="Hi").input_tokens == 7
-        client.responses.delete(first.id)
-        with pytest.raises(openai.NotFoundError):
-            client.responses.retrieve(first.id)
-        gemini.say(Say(chunk("Hel"), cut=1))
-        assert [
-            event.type for event in client.responses.create(model=FLASH, input="Hi", stream=True)
-        ][-1] == "response.failed"
+CLAUDE_PLAN = {"model": "claude-opus-5", "max_tokens": 2000, "tools": [ASK_CITY]}
 
 
-def test_openais_own_library(server, gemini):
-    openai = pytest.importorskip("openai")
-    with openai.OpenAI(
-        base_url=server.url + "/v1", api_key="any", max_retries=0, _strict_response_validation=True
-    ) as client:
-        assert (
-            "You said: Hi"
-            in client.chat.completions.create(model=FLASH, messages=[user("Hi")])
-            .choices[0]
-            .message.content
-        )
-        with client.chat.completions.stream(
-            model=NEWEST, messages=[user("Hi")], tools=[WEATHER]
-        ) as stream:
-            message = stream.get_final_completion().choices[0].message
-        assert message.tool_calls[0].function.name == "weather"
-        history = [
-            user("Hi"),
-            kept(message.model_dump()),
-            {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": '{"temp": 3}'},
-        ]
-        text = "".join(
-            choice.delta.content or ""
-            for event in client.chat.completions.create(
-                model=NEWEST, messages=history, tools=[WEATHER], stream=True
-            )
-            for choice in event.choices
-        )
-        assert text == 'The function said: {"temp": 3}' and gemini.asked[-1]["contents"][1][
-            "parts"
-        ][0]["thoughtSignature"] == sign("stand-in")
-        gemini.say(gemini_error(429, "Slow down.", "X", detail("RetryInfo", retryDelay="9s")))
-        with pytest.raises(openai.RateLimitError):
-            client.chat.completions.create(model=FLASH, messages=[user("Hi")], stream=True)
-    with openai.OpenAI(
-        base_url=server.url + "/v1", api_key="any"
-    ) as client:  # its type of a vector knows no base64
-        assert client.embeddings.create(model=EMBEDDER, input=["a", "b"]).data[
-            1
-        ].embedding == pytest.approx([0.6, 0.8])
-        assert FLASH in [model.id for model in client.models.list()]
+def claude_with_call(client):
+    """A streamed message in which the model thinks and calls a tool."""
+    thinking = {"type": "adaptive"}
+    with client.messages.stream(messages=[user("Hi")], thinking=thinking, **CLAUDE_PLAN) as stream:
+        return stream.get_final_message()
 
 
-def test_openais_own_library_and_media(server, gemini):
-    openai = pytest.importorskip("openai")
-    recording = ("a.wav", RIFF)
-    with openai.OpenAI(
-        base_url=server.url + "/v1", api_key="any", max_retries=0, _strict_response_validation=True
-    ) as client:
-        gemini.say(*[whole(blob("image/png", PNG))] * 2)
-        assert (
-            client.images.generate(
-                model="gpt-image-1", prompt="A dot", size="1536x1024", output_format="png"
-            )
-            .data[0]
-            .b64_json
-            == PNG
-        )
-        assert [
-            event.b64_json
-            for event in client.images.generate(
-                model="gpt-image-1", prompt="A dot", stream=True, partial_images=1
-            )
-        ] == [PNG]
-        gemini.say(whole(SOUND), [chunk(SOUND), whole(SOUND)])
-        assert client.audio.speech.create(model="tts-1", voice="alloy", input="Hi").content == RIFF
-        with client.audio.speech.with_streaming_response.create(
-            model="tts-1", voice="alloy", input="Hi", response_format="pcm"
-        ) as audio:
-            assert b"".join(audio.iter_bytes()) == SAMPLES_OF_SOUND * 2
-        gemini.say(whole("Hei."), [chunk("He"), whole("i.")], whole(TIMED), whole(TIMED))
-        assert (
-            client.audio.transcriptions.create(
-                model="whisper-1", file=recording, language="no", temperature=0
-            ).text
-            == "Hei."
-        )
-        events = list(
-            client.audio.transcriptions.create(
-                model="gpt-4o-transcribe", file=recording, stream=True
-            )
-        )
-        assert [event.type for event in events] == ["transcript.text.delta"] * 2 + [
-            "transcript.text.done"
-        ] and events[-1].text == "Hei."
-        assert client.audio.transcriptions.create(
-            model="whisper-1", file=recording, response_format="srt"
-        ).startswith("1\n00:00:01,500 --> ")
-        assert (
-            client.audio.transcriptions.create(
-                model="gpt-4o-transcribe-diarize", file=recording, response_format="diarized_json"
-            )
-            .segments[1]
-            .speaker
-            == "B"
-        )
-    with openai.OpenAI(
-        base_url=server.url + "/v1", api_key="any"
-    ) as client:  # its types want what Gemini does not tell
-        gemini.say(whole(TIMED), [chunk(" up"), whole("on")])
-        verbose = client.audio.transcriptions.create(
-            model="whisper-1",
-            file=recording,
-            response_format="verbose_json",
-            timestamp_granularities=["segment"],
-        )
-        assert (verbose.duration, verbose.segments[0].text, verbose.language) == (
-            3661.25,
-            "Hello --> there.",
-            "english",
-        )
-        chunks = client.completions.create(model=FLASH, prompt="Once", stream=True)
-        assert "".join(choice.text for part in chunks for choice in part.choices) == " upon"
+def claude_history(client):
+    """The messages up to the result of the tool."""
+    content = claude_with_call(client).content
+    result = {"type": "tool_result", "tool_use_id": content[1].id, "content": RESULT}
+    return [user("Hi"), {"role": "assistant", "content": content}, user([result])]
+
+
+def test_anthropics_library_streams_a_thought_and_a_tool_call(anthropic_library):
+    message = claude_with_call(anthropic_library)
+    assert [block.type for block in message.content] == ["thinking", "tool_use"]
+    assert message.stop_reason == "tool_use"
+
+
+def test_anthropics_library_gets_the_answer_to_a_tools_result(anthropic_library, gemini):
+    history = claude_history(anthropic_library)
+    message = anthropic_library.messages.create(messages=history, **CLAUDE_PLAN)
+    assert message.content[0].text == ANSWER_TO_RESULT
+    assert signature_of_call(gemini) == sign("stand-in")
+
+
+def test_anthropics_library_counts_tokens(anthropic_library):
+    count = anthropic_library.messages.count_tokens(
+        model="claude-opus-5", messages=claude_history(anthropic_library), tools=[ASK_CITY]
+    )
+    assert count.input_tokens == 7
+
+
+def test_anthropics_library_gets_a_rate_limit_with_the_id_of_the_request(anthropic_library, gemini):
+    import anthropic
+
+    gemini.say(SLOW_DOWN)
+    with pytest.raises(anthropic.RateLimitError) as caught:
+        anthropic_library.messages.create(messages=[user("Hi")], **CLAUDE_PLAN)
+    assert caught.value.request_id
+    assert caught.value.request_id == caught.value.body["request_id"]
+
+
+# ---- openai ----
+
+
+@pytest.fixture
+def openai_library(server):
+    """OpenAI's client, which checks that answers are of its types."""
+    module = pytest.importorskip("openai")
+    options = {"api_key": "any", "max_retries": 0, "_strict_response_validation": True}
+    with module.OpenAI(base_url=server.url + "/v1", **options) as client:
+        yield client
+
+
+@pytest.fixture
+def lenient_library(server):
+    """OpenAI's client for what its own types do not fit, such as vectors in base64."""
+    module = pytest.importorskip("openai")
+    with module.OpenAI(base_url=server.url + "/v1", api_key="any") as client:
+        yield client
+
+
+def completion_with_call(client):
+    """A streamed message that calls a tool."""
+    plan = chat(model=NEWEST, tools=[WEATHER])
+    with client.chat.completions.stream(**plan) as stream:
+        return stream.get_final_completion().choices[0].message
+
+
+def test_openais_library_gets_a_completion(openai_library):
+    completion = openai_library.chat.completions.create(**chat())
+    assert "You said: Hi" in completion.choices[0].message.content
+
+
+def test_openais_library_streams_a_tool_call(openai_library):
+    assert completion_with_call(openai_library).tool_calls[0].function.name == "weather"
+
+
+def test_openais_library_streams_the_answer_to_a_tools_result(openai_library, gemini):
+    message = completion_with_call(openai_library)
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": RESULT}
+    body = chat(user("Hi"), kept(message.model_dump()), result, model=NEWEST, tools=[WEATHER])
+    events = openai_library.chat.completions.create(**body, stream=True)
+    choices = [choice for event in events for choice in event.choices]
+    assert "".join(choice.delta.content or "" for choice in choices) == ANSWER_TO_RESULT
+    assert signature_of_call(gemini) == sign("stand-in")
+
+
+def test_openais_library_gets_a_rate_limit_instead_of_a_stream(openai_library, gemini):
+    import openai
+
+    gemini.say(SLOW_DOWN)
+    with pytest.raises(openai.RateLimitError):
+        openai_library.chat.completions.create(**chat(), stream=True)
+
+
+def test_openais_library_streams_a_text_completion(lenient_library, gemini):
+    gemini.say([chunk(" up"), whole("on")])
+    stream = lenient_library.completions.create(model=FLASH, prompt="Once", stream=True)
+    assert "".join(choice.text for part in stream for choice in part.choices) == " upon"
+
+
+def test_openais_library_embeds(lenient_library):
+    vectors = lenient_library.embeddings.create(model=EMBEDDER, input=["a", "b"]).data
+    assert vectors[1].embedding == pytest.approx([0.6, 0.8])
+
+
+def test_openais_library_lists_models(lenient_library):
+    assert FLASH in [model.id for model in lenient_library.models.list()]
+
+
+# ---- openai: responses ----
+
+
+def response_with_call(client):
+    """A streamed response that calls a tool, and what returns the result of that tool."""
+    include = ["reasoning.encrypted_content"]
+    plan = {"model": NEWEST, "input": "Hi", "tools": [FLAT], "include": include}
+    with client.responses.stream(**plan) as stream:
+        response = stream.get_final_response()
+    tool_call = next(item for item in response.output if item.type == "function_call")
+    result = {"type": "function_call_output", "call_id": tool_call.call_id, "output": RESULT}
+    return response, result
+
+
+def test_openais_library_continues_a_stored_response(openai_library, gemini):
+    first, result = response_with_call(openai_library)
+    plan = {"model": NEWEST, "tools": [FLAT], "input": [result], "previous_response_id": first.id}
+    assert openai_library.responses.create(**plan).output_text == ANSWER_TO_RESULT
+    assert signature_of_call(gemini) == sign("stand-in")
+
+
+def test_openais_library_sends_the_items_of_a_response_again(openai_library, gemini):
+    first, result = response_with_call(openai_library)
+    items = [user("Hi"), *(item.model_dump() for item in first.output), result]
+    second = openai_library.responses.create(model=NEWEST, tools=[FLAT], input=items)
+    assert second.output_text == ANSWER_TO_RESULT
+    assert signature_of_call(gemini) == sign("stand-in")
+
+
+def test_openais_library_retrieves_a_response(openai_library):
+    first, _ = response_with_call(openai_library)
+    stored = openai_library.responses.retrieve(first.id)
+    assert [item.id for item in stored.output] == [item.id for item in first.output]
+
+
+def test_openais_library_lists_the_input_of_a_response(openai_library):
+    first, _ = response_with_call(openai_library)
+    assert openai_library.responses.input_items.list(first.id).data[0].content[0].text == "Hi"
+
+
+def test_openais_library_counts_the_tokens_of_an_input(openai_library):
+    assert openai_library.responses.input_tokens.count(model=FLASH, input="Hi").input_tokens == 7
+
+
+def test_openais_library_deletes_a_response(openai_library):
+    import openai
+
+    first, _ = response_with_call(openai_library)
+    openai_library.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        openai_library.responses.retrieve(first.id)
+
+
+def test_openais_library_gets_a_failed_response_when_gemini_hangs_up(openai_library, gemini):
+    gemini.say(Say(chunk("Hel"), cut=1))
+    events = list(openai_library.responses.create(model=FLASH, input="Hi", stream=True))
+    assert events[-1].type == "response.failed"
+
+
+# ---- openai: media ----
+
+RECORDING = ("a.wav", RIFF)
+
+
+def test_openais_library_draws_an_image(openai_library, gemini):
+    gemini.say(whole(blob("image/png", PNG)))
+    plan = {"prompt": "A dot", "size": "1536x1024", "output_format": "png"}
+    images = openai_library.images.generate(model="gpt-image-1", **plan)
+    assert images.data[0].b64_json == PNG
+
+
+def test_openais_library_streams_an_image(openai_library, gemini):
+    gemini.say(whole(blob("image/png", PNG)))
+    plan = {"prompt": "A dot", "stream": True, "partial_images": 1}
+    events = openai_library.images.generate(model="gpt-image-1", **plan)
+    assert [event.b64_json for event in events] == [PNG]
+
+
+def test_openais_library_gets_speech(openai_library, gemini):
+    gemini.say(whole(SOUND))
+    plan = {"model": "tts-1", "voice": "alloy", "input": "Hi"}
+    assert openai_library.audio.speech.create(**plan).content == RIFF
+
+
+def test_openais_library_streams_speech(openai_library, gemini):
+    gemini.say([chunk(SOUND), whole(SOUND)])
+    plan = {"model": "tts-1", "voice": "alloy", "input": "Hi", "response_format": "pcm"}
+    with openai_library.audio.speech.with_streaming_response.create(**plan) as audio:
+        assert b"".join(audio.iter_bytes()) == SAMPLES_OF_SOUND * 2
+
+
+def test_openais_library_gets_a_transcript(openai_library, gemini):
+    gemini.say(whole("Hei."))
+    plan = {"model": "whisper-1", "file": RECORDING, "language": "no", "temperature": 0}
+    assert openai_library.audio.transcriptions.create(**plan).text == "Hei."
+
+
+def test_openais_library_streams_a_transcript(openai_library, gemini):
+    gemini.say([chunk("He"), whole("i.")])
+    plan = {"model": "gpt-4o-transcribe", "file": RECORDING, "stream": True}
+    *deltas_of_text, done = openai_library.audio.transcriptions.create(**plan)
+    assert [event.type for event in deltas_of_text] == ["transcript.text.delta"] * 2
+    assert done.type == "transcript.text.done"
+    assert done.text == "Hei."
+
+
+def test_openais_library_gets_subtitles(openai_library, gemini):
+    gemini.say(whole(TIMED))
+    plan = {"model": "whisper-1", "file": RECORDING, "response_format": "srt"}
+    assert openai_library.audio.transcriptions.create(**plan).startswith("1\n00:00:01,500 --> ")
+
+
+def test_openais_library_gets_a_transcript_with_speakers(openai_library, gemini):
+    gemini.say(whole(TIMED))
+    model, form = "gpt-4o-transcribe-diarize", "diarized_json"
+    transcript = openai_library.audio.transcriptions.create(
+        model=model, file=RECORDING, response_format=form
+    )
+    assert transcript.segments[1].speaker == "B"
+
+
+def test_openais_library_gets_a_verbose_transcript(lenient_library, gemini):
+    gemini.say(whole(TIMED))
+    transcript = lenient_library.audio.transcriptions.create(
+        model="whisper-1",
+        file=RECORDING,
+        response_format="verbose_json",
+        timestamp_granularities=["segment"],
+    )
+    assert transcript.duration == 3661.25
+    assert transcript.segments[0].text == "Hello --> there."
+    assert transcript.language == "english"
