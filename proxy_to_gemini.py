@@ -4238,10 +4238,7 @@ def input_item_type(item: Fields) -> str:
 
 
 def encrypted_content(calls: list[ToolCall], model: Model) -> str:
-    """The signatures of these calls as the opaque text of a reasoning item; "" if there are none.
-
-    Clients that do not store responses send it back: Codex keeps it although it drops ids.
-    """
+    """The signatures of these calls as an opaque text, which clients send back; "" if none."""
     signatures = {call.id: call.signature for call in calls if call.signature}
     if not signatures:
         return ""
@@ -4331,8 +4328,15 @@ def past_items(response_id: str | None, context: Context) -> list[JSON]:
     return [item for items in reversed(past) for item in items]
 
 
+def input_items(content: str | list[JSON], tail: str) -> list[JSON]:
+    """A request's input as it is stored: items, each with an id that has this tail in it."""
+    if isinstance(content, str):
+        content = [{"role": "user", "content": content}]
+    return [input_item(item, f"{tail}_i{i}") for i, item in enumerate(content)]
+
+
 def input_item(item: JSON, tail: str) -> JSON:
-    """An item of a client's as it is stored: without nulls, with a type and an id that ends so."""
+    """An item without nulls, with its type and id, and a message's content as parts."""
     item = {key: value for key, value in item.items() if value is not None}
     if "role" in item:
         item = {"id": f"msg_{tail}", "type": "message", **item}
@@ -4340,11 +4344,11 @@ def input_item(item: JSON, tail: str) -> JSON:
         item = {"id": f"item_{tail}", "type": "item_reference", **item}
     if item["type"] != "message":
         return item
-    content = item.get("content")
-    if isinstance(content, str) and item.get("role") == "assistant":
-        item["content"] = [{"type": "output_text", "text": content, "annotations": []}]
-    elif isinstance(content, str):
-        item["content"] = [{"type": "input_text", "text": content}]
+    text = item.get("content")
+    if isinstance(text, str) and item.get("role") == "assistant":
+        item["content"] = [{"type": "output_text", "text": text, "annotations": []}]
+    elif isinstance(text, str):
+        item["content"] = [{"type": "input_text", "text": text}]
     return {**item, "status": item.get("status") or "completed"}
 
 
@@ -4357,10 +4361,11 @@ class ResponseOptions(NamedTuple):
     echo: JSON  # what a response repeats of its request
     input: str | list[JSON]  # the client's own items, to be stored
     thoughts: bool  # whether the client wants to see them
-    included: list[str]  # besides: SIGNATURES, SOURCES
+    signatures: bool  # whether it wants those of calls, in reasoning items
+    sources: bool  # whether it wants those of searches
 
 
-# What of `include` there is; the rest is named as ignored.
+# What `include` may name; what else OpenAI has there, Gemini does not have.
 SIGNATURES, SOURCES = "reasoning.encrypted_content", "web_search_call.action.sources"
 
 
@@ -4376,19 +4381,12 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     show = summary is not None or (context.ollama and effort != "none")
     fields, google = openai_google(body)
     limit = openai_limit(body, "max_output_tokens", context)
-    chat = Chat(
-        model,
-        history.system,
-        history.contents,
-        tools,
-        choice,
-        Thinking(effort, show=show, field="reasoning.effort", google=google),
-        openai_sampling(body, model, limit, context),
-        openai_response_format(text, "format"),
-        fields=fields,
-        recipe=recipe_named(model_name, context),
-        stream=bool(body.get("stream", bool)),
-    )
+    thinking = Thinking(effort, show=show, field="reasoning.effort", google=google)
+    sampling = openai_sampling(body, model, limit, context)
+    schema = openai_response_format(text, "format")
+    chat = Chat(model, history.system, history.contents, tools, choice, thinking, sampling, schema)
+    recipe, stream = recipe_named(model_name, context), bool(body.get("stream", bool))
+    chat = chat._replace(fields=fields, recipe=recipe, stream=stream)
     echo = {
         **openai_echo(body, text),
         "model": model_name,
@@ -4396,10 +4394,13 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
         "reasoning": {"effort": effort, "summary": summary},
         "service_tier": fields.get("serviceTier", "default"),
     }
-    thoughts = show or bool(google.get("includeThoughts"))
-    items = body.data.get("input") or []
-    options = ResponseOptions(echo, items, thoughts, openai_included(body))
-    return Plan((chat_call(chat, body),), chat.stream, options, model_name, chat=chat)
+    included = body.strings("include")
+    for name in included:
+        if name not in (SIGNATURES, SOURCES):
+            body.ignore(f"include.{name}")
+    items, thoughts = body.data.get("input") or [], show or bool(google.get("includeThoughts"))
+    options = ResponseOptions(echo, items, thoughts, SIGNATURES in included, SOURCES in included)
+    return Plan((chat_call(chat, body),), stream, options, model_name, chat=chat)
 
 
 def openai_history(body: Fields, model: Model, context: Context) -> History:
@@ -4440,18 +4441,8 @@ def openai_reasoning(body: Fields) -> tuple[str | None, str | None]:
     return reasoning.choice("effort", *EFFORTS), summary
 
 
-def openai_included(body: Fields) -> list[str]:
-    """What the client wants besides; most of what OpenAI offers there, Gemini does not have."""
-    names = body.strings("include")
-    for name in names:
-        if name not in (SIGNATURES, SOURCES):
-            body.ignore(f"include.{name}")
-    return names
-
-
 def openai_echo(body: Fields, text: Fields) -> JSON:
-    """What a response repeats of its request. A field that is only repeated is still ignored, and
-    named as that: so it is not marked as read here."""
+    """What a response repeats of its request. What is only repeated stays unread, thus ignored."""
     data, store = body.data, body.get("store", bool)
     return {
         "background": False,
@@ -4545,18 +4536,10 @@ class ResponseBuilder:
         self.output: list[JSON] = []
         response_id = exchange.new_id("resp_")
         self.tail = response_id.partition("_")[2]  # of the id of every item
-        self.response: JSON = {
-            "id": response_id,
-            "object": "response",
-            "created_at": int(exchange.created),
-            "completed_at": None,
-            "status": "in_progress",
-            "error": None,
-            "incomplete_details": None,
-            **self.options.echo,
-            "output": self.output,
-            "usage": None,
-        }
+        base = {"id": response_id, "object": "response", "created_at": int(exchange.created)}
+        state = {"completed_at": None, "status": "in_progress"}
+        state |= {"error": None, "incomplete_details": None, **self.options.echo}
+        self.response: JSON = {**base, **state, "output": self.output, "usage": None}
 
     def event(self, kind: str, **fields: Any) -> JSON:
         self.count += 1
@@ -4669,7 +4652,7 @@ class ResponseBuilder:
     def add_search(self, end: End) -> Iterator[JSON]:
         """What Gemini searched for. It says so only at its end, after the message about it."""
         action: JSON = {"type": "search", "query": end.queries[0], "queries": list(end.queries)}
-        if SOURCES in self.options.included:
+        if self.options.sources:
             urls = dict.fromkeys(citation.url for citation in end.citations)
             action["sources"] = [{"type": "url", "url": url} for url in urls]
         fields = {"type": "web_search_call", "status": "in_progress", "action": action}
@@ -4680,9 +4663,7 @@ class ResponseBuilder:
 
     def finish(self, end: End, calls: list[ToolCall]) -> Iterator[Any]:
         """The rest: citations, the calls after the signatures that belong to them, and the end."""
-        content = ""
-        if SIGNATURES in self.options.included:
-            content = encrypted_content(calls, self.chat.model)
+        content = encrypted_content(calls, self.chat.model) if self.options.signatures else ""
         if content and isinstance(self.open, ReasoningItem):
             yield from self.close(encrypted_content=content)
             content = ""
@@ -4721,18 +4702,10 @@ class ResponseBuilder:
         if status == "completed":
             self.response["completed_at"] = int(self.exchange.now)
         if self.response["store"]:
-            yield from self.keep()
+            response_key, input_key = stored_keys(self.response["id"])
+            yield Keep(input_key, encode_json(input_items(self.options.input, self.tail)))
+            yield Keep(response_key, encode_json(self.response))
         yield self.event(status, response=self.response)
-
-    def keep(self) -> Iterator[Keep]:
-        """What to store: the input's items, then the response."""
-        items = self.options.input
-        if isinstance(items, str):
-            items = [{"role": "user", "content": items}]
-        items = [input_item(item, f"{self.tail}_i{i}") for i, item in enumerate(items)]
-        response_key, input_key = stored_keys(self.response["id"])
-        yield Keep(input_key, encode_json(items))
-        yield Keep(response_key, encode_json(self.response))
 
 
 def response_status(end: End) -> tuple[str, JSON]:
@@ -4866,13 +4839,13 @@ def stored_route(method: str, path: str, response: Callable[[Exchange, Answers],
     return Route(method, path, openai_stored_request, response, parse=no_body, keys=path_keys)
 
 
-# (request, response, stream) of each endpoint that is not about a stored response.
+# (request, response, stream, framing) of each endpoint, as far as it has them.
 CHAT = (openai_chat_request, openai_chat_response, openai_chat_stream)
 COMPLETIONS = (openai_completions_request, openai_completions_response, openai_completions_stream)
-RESPONSES = (openai_responses_request, openai_responses_response, openai_responses_stream)
+RESPONSE = (openai_responses_request, openai_responses_response, openai_responses_stream, NAMED_SSE)
 INPUT_TOKENS = (openai_input_tokens_request, openai_input_tokens_response)
 EMBEDDINGS = (openai_embeddings_request, openai_embeddings_response)
-IMAGES = (openai_images_request, openai_images_response, openai_images_stream)
+IMAGES = (openai_images_request, openai_images_response, openai_images_stream, NAMED_SSE)
 SPEECH = (openai_speech_request, openai_speech_response, openai_speech_stream)
 TRANSCRIPTS = (openai_transcriptions_response, openai_transcriptions_stream)
 TRANSCRIPTIONS = (openai_transcriptions_request, *TRANSCRIPTS)
@@ -4884,14 +4857,7 @@ MODEL = (openai_models_request, openai_model_response)
 # The README's table needs a line too, and a test says so.
 OPENAI_ROUTES = (
     Route("POST", "/v1/chat/completions", *CHAT, keys=openai_keys),
-    Route(
-        "POST",
-        "/v1/responses",
-        *RESPONSES,
-        NAMED_SSE,
-        failure=openai_responses_failure,
-        keys=openai_keys,
-    ),
+    Route("POST", "/v1/responses", *RESPONSE, failure=openai_responses_failure, keys=openai_keys),
     Route("POST", "/v1/responses/input_tokens", *INPUT_TOKENS, keys=openai_keys),
     stored_route("GET", "/v1/responses/{id}/input_items", openai_input_items_response),
     stored_route("POST", "/v1/responses/{id}/cancel", openai_cancel_response),
@@ -4899,7 +4865,7 @@ OPENAI_ROUTES = (
     stored_route("DELETE", "/v1/responses/{id}", openai_delete_response),
     Route("POST", "/v1/embeddings", *EMBEDDINGS),
     Route("POST", "/v1/completions", *COMPLETIONS),
-    Route("POST", "/v1/images/generations", *IMAGES, NAMED_SSE, failure=openai_images_failure),
+    Route("POST", "/v1/images/generations", *IMAGES, failure=openai_images_failure),
     Route("POST", "/v1/audio/speech", *SPEECH),
     Route("POST", "/v1/audio/transcriptions", *TRANSCRIPTIONS, parse=parse_form),
     Route("POST", "/v1/audio/translations", *TRANSLATIONS, parse=parse_form),
