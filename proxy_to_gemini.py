@@ -4112,7 +4112,7 @@ def openai_error(error: ProxyError) -> tuple[int, JSON]:
 
 
 class History:
-    """The conversation so far. Each input item adds what it says to these lists."""
+    """A conversation as it grows: each input item adds what it says to these lists."""
 
     def __init__(self, model: Model, context: Context):
         self.model, self.context = model, context
@@ -4123,7 +4123,7 @@ class History:
         self.stored: dict[str, dict[str, JSON]] = {}  # key of a stored text -> its items by id
 
     def add(self, item: Fields) -> None:
-        """Add one item. A type that is not known is named as ignored: Codex sends many."""
+        """Add one item. A type that is not known is named as ignored."""
         kind = input_item_type(item)
         if kind in INPUT_ITEMS:
             item.mark_read("type", "id", "status")
@@ -4276,7 +4276,9 @@ def openai_keys(body: Fields, context: Context) -> list[str]:
     """The keys of the stored texts that a request builds on; stored_links names the next ones."""
     keys = reference_keys(body.data.get("input"))
     previous = body.data.get("previous_response_id")
-    return keys + stored_keys(previous) if isinstance(previous, str) else keys
+    if isinstance(previous, str):
+        keys += stored_keys(previous)
+    return keys
 
 
 def reference_keys(items: Any) -> list[str]:
@@ -4303,8 +4305,7 @@ def stored_links(key: str, text: str) -> list[str]:
 
 def stored_value(key: str, context: Context) -> Any:
     """The response or the input stored under a key, or None."""
-    text = context.stored.get(key)
-    return json.loads(text) if text else None
+    return json.loads(context.stored.get(key) or "null")
 
 
 def stored_items(key: str, context: Context) -> list[JSON]:
@@ -4476,7 +4477,7 @@ def openai_echoed_tool(tool: JSON) -> JSON:
 
 
 class MessageItem:
-    """A message while its text comes, in one part; and the names of its events."""
+    """A message while its text comes, in a single part; and what its events have in common."""
 
     prefix, part_event, text_event = "msg_", "content_part", "output_text"
 
@@ -4499,7 +4500,7 @@ class MessageItem:
 
 
 class ReasoningItem:
-    """The summary of the model's thoughts, likewise."""
+    """A summary of thoughts while its text comes, likewise."""
 
     prefix, part_event, text_event = "rs_", "reasoning_summary_part", "reasoning_summary_text"
 
@@ -4536,10 +4537,10 @@ class ResponseBuilder:
         self.output: list[JSON] = []
         response_id = exchange.new_id("resp_")
         self.tail = response_id.partition("_")[2]  # of the id of every item
-        base = {"id": response_id, "object": "response", "created_at": int(exchange.created)}
-        state = {"completed_at": None, "status": "in_progress"}
-        state |= {"error": None, "incomplete_details": None, **self.options.echo}
-        self.response: JSON = {**base, **state, "output": self.output, "usage": None}
+        self.response: JSON = {"id": response_id, "object": "response"}
+        self.response.update(created_at=int(exchange.created), completed_at=None)
+        self.response.update(status="in_progress", error=None, incomplete_details=None)
+        self.response.update(self.options.echo, output=self.output, usage=None)
 
     def event(self, kind: str, **fields: Any) -> JSON:
         self.count += 1
@@ -4632,14 +4633,14 @@ class ResponseBuilder:
         name = call.name.removeprefix(qualified_name(namespace, ""))
         if call.name in self.chat.tools.custom:
             kind, prefix, key, value = "custom_tool_call", "ctc_", "input", custom_input(call)
-            more = {}
+            last = {key: value}
         else:
             kind, prefix, key, value = "function_call", "fc_", "arguments", encode_json(call.args)
-            more = {"name": name}
+            last = {key: value, "name": name}  # which OpenAI specifies, but leaves out itself
         fields = {"call_id": call.id, "name": name, **given(namespace=namespace), key: ""}
         yield self.add(prefix, {"type": kind, "status": "in_progress", **fields})
         yield self.item_event(f"{kind}_{key}.delta", delta=value)
-        yield self.item_event(f"{kind}_{key}.done", **{key: value}, **more)
+        yield self.item_event(f"{kind}_{key}.done", **last)
         yield self.done(status="completed", **{key: value})
 
     def add_image(self, image: Media) -> Iterator[JSON]:
@@ -4690,7 +4691,10 @@ class ResponseBuilder:
         return self.end("failed", {"error": error}, self.exchange.usage)
 
     def end(self, status: str, fields: JSON, usage: Usage) -> Iterator[Any]:
-        """The last event. Unless the client forbids it, the response is stored before."""
+        """The last event. Unless the client forbids it, the response is stored before.
+
+        openai-python's strict validation wants `cache_write_tokens`.
+        """
         counts = {
             "input_tokens": usage.prompt,
             "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
@@ -4750,7 +4754,7 @@ def openai_responses_response(exchange: Exchange, answers: Answers) -> Kept:
 def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[Any]:
     """The last event of a stream that failed, after the first ones, which clients insist on.
 
-    Codex reads from the message when to try again (codex-api/src/sse/responses.rs).
+    Codex reads from the message when to try again (its codex-api/src/sse/responses.rs).
     """
     body = openai_error(error)[1]["error"]
     message = body["message"]
