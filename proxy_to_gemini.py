@@ -4233,8 +4233,7 @@ def input_item_type(item: Fields) -> str:
         return "message"
     if item.data.get("type") is None and item.data.get("id") and item.data.keys() <= {"id", "type"}:
         return "item_reference"
-    kind: str = item.require("type", str)
-    return kind
+    return str(item.require("type", str))
 
 
 def encrypted_content(calls: list[ToolCall], model: Model) -> str:
@@ -4311,8 +4310,7 @@ def stored_value(key: str, context: Context) -> Any:
 def stored_items(key: str, context: Context) -> list[JSON]:
     """The items of the response or of the input stored under a key."""
     value = stored_value(key, context) or []
-    items: list[JSON] = value["output"] if isinstance(value, dict) else value
-    return items
+    return list(value["output"] if isinstance(value, dict) else value)
 
 
 def past_items(response_id: str | None, context: Context) -> list[JSON]:
@@ -4686,16 +4684,15 @@ class ResponseBuilder:
 
     def fail(self, error: JSON) -> Iterator[Any]:
         """The last event of a response that failed; the open item stays as far as it came."""
+        if not self.count:
+            yield from self.begin()
         if self.open:
             self.output[-1] = {**self.output[-1], **self.open.final("incomplete")}
-        return self.end("failed", {"error": error}, self.exchange.usage)
+        yield from self.end("failed", {"error": error}, self.exchange.usage)
 
     def end(self, status: str, fields: JSON, usage: Usage) -> Iterator[Any]:
-        """The last event. Unless the client forbids it, the response is stored before.
-
-        openai-python's strict validation wants `cache_write_tokens`.
-        """
-        counts = {
+        """The last event. Unless the client forbids it, the response is stored before."""
+        counts = {  # cache_write_tokens is for openai-python, whose strict validation wants it
             "input_tokens": usage.prompt,
             "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
             "output_tokens": usage.output,
@@ -4761,11 +4758,7 @@ def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[Any]
     if error.retry_after and error.status == 429:
         message += f" Please try again in {error.retry_after:g}s."
     builder = exchange.builder or ResponseBuilder(exchange)
-    events: list[Any] = []
-    if not builder.count:
-        events += builder.begin()
-    events += builder.fail({"code": body["code"] or "invalid_prompt", "message": message})
-    return events
+    return list(builder.fail({"code": body["code"] or "invalid_prompt", "message": message}))
 
 
 # ---- tokens of a request, and stored responses ----
@@ -4797,8 +4790,7 @@ def openai_stored_request(body: Fields, context: Context) -> Plan:
 
 
 def openai_stored_response(exchange: Exchange, answers: Answers) -> JSON:
-    response: JSON = exchange.options
-    return response
+    return dict(exchange.options)
 
 
 def openai_delete_response(exchange: Exchange, answers: Answers) -> Kept:
