@@ -4358,7 +4358,7 @@ class ResponseOptions(NamedTuple):
     """What only the answer to a response's request can fulfil."""
 
     echo: JSON  # what a response repeats of its request
-    input: str | list[JSON]  # the client's own items, to be stored
+    items: str | list[JSON]  # the input, to be stored
     thoughts: bool  # whether the client wants to see them
     signatures: bool  # whether it wants those of calls, in reasoning items
     sources: bool  # whether it wants those of searches
@@ -4704,7 +4704,7 @@ class ResponseBuilder:
             self.response["completed_at"] = int(self.exchange.now)
         if self.response["store"]:
             response_key, input_key = stored_keys(self.response["id"])
-            yield Keep(input_key, encode_json(input_items(self.options.input, self.tail)))
+            yield Keep(input_key, encode_json(input_items(self.options.items, self.tail)))
             yield Keep(response_key, encode_json(self.response))
         yield self.event(status, response=self.response)
 
