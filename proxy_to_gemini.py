@@ -1,33 +1,33 @@
 #!/usr/bin/env python3
 """proxy_to_gemini.py: an OpenAI or Ollama server in one file, answered by Google's Gemini.
 
-    GEMINI_API_KEY=... python3 proxy_to_gemini.py                # an OpenAI server at 127.0.0.1:5555
-    GEMINI_API_KEY=... python3 proxy_to_gemini.py -api=ollama    # an Ollama server
+    GEMINI_API_KEY=... python3 proxy_to_gemini.py               # OpenAI's API at 127.0.0.1:5555
+    GEMINI_API_KEY=... python3 proxy_to_gemini.py -api=ollama   # Ollama's API
 
 It needs Python 3.9 or newer and nothing else. How a request goes through this file:
 
-    client JSON --parse--> Fields --route.request--> Plan(GeminiCall, ...) --Client--> chunks of JSON
-                    |                     ^                                               |
-                    '--> Chat --chat_call-' (chat endpoints)                         read_gemini
-                                                                                          v
+    client JSON --parse--> Fields --route.request--> Plan(GeminiCall, ...) --Client--> chunks
+                              |                        ^                                 |
+                              '---> Chat --chat_call---' (chat endpoints)           read_gemini
+                                                                                         v
     whole answer <--route.response-- Answer <--whole-- Text | ToolCall | Media | End (ids by Server)
-    wire events  <--route.stream----------------------'
+    wire events  <--route.stream------------------------'
 
 Where to look
     1. Vocabulary                the nouns everything else is written in
     2. Models                    one table of what their names say; names, stand-ins and recipes
-    3. Writing Gemini            parts, turns, settings, functions and schemas, repairs, signatures
-    4. Reading Gemini            from bytes to chunks, from chunks to events; refusals, usage, citations
-    5. Conversation              a question and an answer in nobody's dialect, and what the dialects share
+    3. Writing Gemini            parts, turns, settings, functions, schemas, repairs, signatures
+    4. Reading Gemini            from bytes to chunks to events; refusals, usage, citations
+    5. Conversation              a question and an answer in no dialect; what all dialects share
     6. OpenAI chat               messages, tools, settings, choices and chunks
     7. OpenAI's other endpoints  embeddings, completions, images, speech, transcripts, models
-    8. Responses                 OpenAI's newer endpoint, from input items to output items; OpenAI's routes
+    8. Responses                 from input items to output items; OpenAI's routes
     9. Ollama                    chat, generate, embeddings, models and their management
     10. Anthropic                messages and their counting
-    11. Routing                  which route answers a path, and in which protocol an error is told
-    12. Client                   the only code that talks to Gemini: pooled connections, waiting, retries, memory
-    13. Server                   the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
-    14. Command line             flags and environment, systemd, workers, checks, start and end
+    11. Routing                  which route answers a path, and the protocol of its errors
+    12. Client                   all that talks to Gemini: waiting, connections, attempts, memory
+    13. Server                   all that talks to clients: metrics, HTTP, who may call, answers
+    14. Command line             flags, environment, systemd, workers, checks, start and end
 
 Sections 1 to 11 are pure: they get values and give values. Time and ids are given to them; what is
 stored is looked up before (Route.keys), and what they want to be kept they return (Keep). Gemini's
@@ -85,7 +85,6 @@ import sys
 import threading
 import time
 import traceback
-import urllib.error
 import urllib.parse
 import urllib.request
 import wave
@@ -93,8 +92,10 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from re import Pattern
-from typing import Any, Callable, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union
 
+if TYPE_CHECKING:
+    import sqlite3
 
 # ======================================================================================
 # 1. Vocabulary: the nouns everything else is written in
@@ -135,15 +136,13 @@ class ProxyError(Exception):
         self.request_id = ""  # of the request that failed
 
 
-class NoRoute(ProxyError):
+class NoRouteError(ProxyError):
     """Nothing is served under this path."""
 
 
 def given(**fields: Any) -> JSON:
     """An object without the fields that are None, false or empty; 0 and 0.0 stay."""
-    return {
-        key: value for key, value in fields.items() if value or value == 0 and value is not False
-    }
+    return {key: value for key, value in fields.items() if value or type(value) in (int, float)}
 
 
 class Upload(NamedTuple):
@@ -169,63 +168,85 @@ def kind_of(value: Any) -> str:
     return KINDS.get(type(value), "null")
 
 
-def wrong_type(path: str, wanted: Iterable[type], value: Any) -> ProxyError:
-    names = " or ".join(KINDS[kind] for kind in wanted)
-    return ProxyError(
-        400,
-        f"Invalid type for '{path}': expected {names}, but got {kind_of(value)} instead.",
-        code="invalid_type",
-        path=path,
-    )
+def wrong_type(path: str, kinds: Iterable[type], value: Any) -> ProxyError:
+    names = " or ".join(KINDS[kind] for kind in kinds)
+    message = f"Invalid type for '{path}': expected {names}, but got {kind_of(value)} instead."
+    return ProxyError(400, message, code="invalid_type", path=path)
 
 
 def wrong_value(path: str, message: str) -> ProxyError:
     return ProxyError(400, message, code="invalid_value", path=path)
 
 
-# What an unread field may hold without anything being lost: these, and the defaults of OpenAI and Ollama.
-EMPTY_VALUES = (None, False, "", [], {})
-DEFAULTS = {
-    "n": 1,
-    "best_of": 1,
-    "modalities": ["text"],
+# What an unread field may hold without anything being lost: these, and the defaults of OpenAI's and
+# Ollama's API references, by the path of the field without its indexes.
+EMPTY_VALUES: tuple[Any, ...] = (None, False, "", [], {})
+DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "modalities": (["text"],),
     "service_tier": ("auto", "default"),
-    "verbosity": "medium",
-    "parallel_tool_calls": True,
+    "verbosity": ("medium",),
+    "text.verbosity": ("medium",),
+    "parallel_tool_calls": (True,),
     "truncation": ("disabled", "auto"),
-    "truncate": True,
-    "shift": True,
-    "detail": "auto",
+    "truncate": (True,),
+    "shift": (True,),
     "quality": ("auto", "standard"),
     "background": ("auto", "opaque"),
-    "moderation": "auto",
-    "speed": 1,
-    "chunking_strategy": "auto",
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
+    "moderation": ("auto",),
+    "speed": (1,),
+    "chunking_strategy": ("auto",),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "options.presence_penalty": (0,),
+    "options.frequency_penalty": (0,),
 }
+DETAIL = re.compile(r"(messages|input)\[\]\.(content|output)(\[\])?(\.\w+_url)?\.detail")
+
+
+def says_nothing(path: str, value: Any) -> bool:
+    """Whether an unread field of this path, without its indexes, can be left out in silence."""
+    if value in EMPTY_VALUES or value in DEFAULTS.get(path, ()):
+        return True
+    return value == "auto" and DETAIL.fullmatch(path) is not None
+
+
+def without_indexes(path: str) -> str:
+    """The same path for all items of a list: "messages[].name"."""
+    return re.sub(r"\[\d+\]", "[]", path)
+
+
+class Tracked(NamedTuple):
+    """An object of the client's JSON, and the keys of it that were read."""
+
+    path: str
+    data: JSON
+    read: set[str]
 
 
 class Fields:
-    """An object of the client's JSON, which knows its place in the body and which of its keys were read.
+    """An object of the client's JSON, which knows its path in the body and which of its keys were
+    read.
 
-    null counts as absent: client libraries send it for whatever was not set. What nobody ever read is
-    what the client is told was ignored.
+    null counts as absent: client libraries send it for whatever was not set. What nobody ever read
+    is named as ignored in the answer.
     """
 
     __slots__ = ("data", "path", "read", "tracked")
 
-    def __init__(self, data: Any, path: str = "", tracked: list | None = None):
+    def __init__(self, data: Any, path: str = "", tracked: list[Tracked | str] | None = None):
         if type(data) is not dict:
             raise wrong_type(path, (dict,), data)
-        self.data, self.path, self.read = data, path, set()
-        self.tracked = (
-            [] if tracked is None else tracked
-        )  # every Fields of this body, and names to be told
-        self.tracked.append(self)
+        self.data, self.path = data, path
+        self.read: set[str] = set()
+        # All objects of this body, and names to report as ignored. It does not hold the Fields,
+        # which hold it: a cycle would keep a large body until the garbage collector runs.
+        self.tracked: list[Tracked | str] = [] if tracked is None else tracked
+        self.tracked.append(Tracked(path, data, self.read))
 
     def path_of(self, key: str) -> str:
-        """The place of a key in the body, such as "tools[0].function"."""
+        """The path of a key in the body, such as "tools[0].function"."""
         return f"{self.path}.{key}" if self.path else key
 
     def get(self, key: str, *kinds: type) -> Any:
@@ -241,43 +262,40 @@ class Fields:
         raise wrong_type(self.path_of(key), kinds, value)
 
     def require(self, key: str, *kinds: type) -> Any:
+        """The same; a 400 where it is absent or null."""
         value = self.get(key, *kinds)
         if value is None:
-            raise ProxyError(
-                400,
-                f"Missing required parameter: '{self.path_of(key)}'.",
-                code="missing_required_parameter",
-                path=self.path_of(key),
-            )
+            path = self.path_of(key)
+            code = "missing_required_parameter"
+            raise ProxyError(400, f"Missing required parameter: '{path}'.", code=code, path=path)
         return value
 
     def number(self, key: str, low: float, high: float, kind: type = float) -> Any:
         """A number within these bounds, or None."""
         value = self.get(key, kind)
-        if value is not None and not low <= value <= high:
-            side = "decimal_below_min_value" if value < low else "decimal_above_max_value"
-            bounds = f"between {low} and {high}" if high < math.inf else f"{low} or more"
-            raise ProxyError(
-                400,
-                f"Invalid value for '{self.path_of(key)}': it must be {bounds}.",
-                code=side.replace("decimal", "integer") if kind is int else side,
-                path=self.path_of(key),
-            )
-        return value
+        if value is None or low <= value <= high:
+            return value
+        kind_name = "integer" if kind is int else "decimal"
+        bound = "below_min" if value < low else "above_max"
+        bounds = f"between {low} and {high}" if high < math.inf else f"{low} or more"
+        path = self.path_of(key)
+        message = f"Invalid value for '{path}': it must be {bounds}."
+        raise ProxyError(400, message, code=f"{kind_name}_{bound}_value", path=path)
 
     def choice(self, key: str, *allowed: str) -> str | None:
         """One of these words, in any case, or None."""
-        value = self.get(key, str)
-        if value is not None and value.lower() not in allowed:
+        value: str | None = self.get(key, str)
+        if value is None:
+            return None
+        if value.lower() not in allowed:
             raise self.unknown_choice(key, value, allowed)
-        return value and value.lower()
+        return value.lower()
 
     def unknown_choice(self, key: str, value: str, allowed: Iterable[str]) -> ProxyError:
+        path = self.path_of(key)
         names = ", ".join(f"'{word}'" for word in allowed)
-        return wrong_value(
-            self.path_of(key),
-            f"Invalid value for '{self.path_of(key)}': {value[:80]!r}. Supported values are: {names}.",
-        )
+        message = f"Invalid value for '{path}': {value[:80]!r}. Supported values are: {names}."
+        return wrong_value(path, message)
 
     def object(self, key: str) -> Fields | None:
         """The object under this key, or None."""
@@ -286,13 +304,15 @@ class Fields:
 
     def require_object(self, key: str) -> Fields:
         """The object under this key; a 400 where there is none."""
-        value = self.object(key)
-        if value is None:
-            raise wrong_type(self.path_of(key), (dict,), None)
-        return value
+        return Fields(self.peek(key), self.path_of(key), self.tracked)
 
     def object_or_empty(self, key: str) -> Fields:
         return self.object(key) or Fields({}, self.path_of(key), self.tracked)
+
+    def object_or_self(self, key: str) -> Fields:
+        """The object under this key; where there is no such key, this one, which clients send
+        flat."""
+        return self.require_object(key) if key in self.data else self
 
     def peek(self, key: str) -> Any:
         """The value under this key, whatever it is; it counts as read."""
@@ -309,35 +329,33 @@ class Fields:
 
     def strings(self, key: str) -> list[str]:
         """The strings under this key, which may be a list of them or a single one."""
-        value = self.get(key, str, list)
-        for i, item in enumerate(value if type(value) is list else ()):
+        value: str | list[str] = self.get(key, str, list) or []
+        if isinstance(value, str):
+            return [value]
+        for i, item in enumerate(value):
             if type(item) is not str:
                 raise wrong_type(f"{self.path_of(key)}[{i}]", (str,), item)
-        return [value] if type(value) is str else value or []
+        return value
 
     def mark_read(self, *keys: str) -> None:
         """These keys say nothing that could be lost."""
         self.read.update(keys)
 
     def ignore(self, name: str) -> None:
-        """Tell the client that this was ignored, although it was read."""
+        """Name this as ignored, although it was read."""
         self.tracked.append(name)
 
     def ignored(self) -> list[str]:
-        """Whatever the client sent and nobody read, by its place without the indexes: "messages[].name"."""
-        names = {}
-        for fields in self.tracked:
-            if type(fields) is str:
-                names[fields] = True
+        """Whatever the client sent and nobody read, by its path without the indexes."""
+        names: set[str] = set()
+        for item in self.tracked:
+            if isinstance(item, str):
+                names.add(item)
                 continue
-            for key in fields.data.keys() - fields.read:
-                value, default = fields.data[key], DEFAULTS.get(key)
-                if (
-                    value not in EMPTY_VALUES
-                    and value != default
-                    and not (type(default) is tuple and value in default)
-                ):
-                    names[re.sub(r"\[\d+\]", "[]", fields.path_of(key))] = True
+            for key in item.data.keys() - item.read:
+                path = without_indexes(f"{item.path}.{key}".lstrip("."))
+                if not says_nothing(path, item.data[key]):
+                    names.add(path)
         return sorted(names)
 
 
@@ -352,31 +370,33 @@ def no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-# Strict: neither NaN nor Infinity, in either direction. The text is ASCII, since some clients split lines at U+2028.
+# Strict: neither NaN nor Infinity, in either direction. To clients the text is ASCII, since some of
+# them split lines at U+2028; Gemini gets it as it is.
+COMPACT = (",", ":")
 decode_json = json.JSONDecoder(parse_float=finite, parse_constant=no_constant).decode
-encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-encode_json_as_is = json.JSONEncoder(
-    separators=(",", ":"), allow_nan=False, ensure_ascii=False
-).encode
+encode_json = json.JSONEncoder(separators=COMPACT, allow_nan=False).encode
+encode_utf8 = json.JSONEncoder(separators=COMPACT, allow_nan=False, ensure_ascii=False).encode
 
 
 def gemini_json(body: JSON) -> bytes:
-    """What Gemini is sent. Half an emoji, which some clients leave where they cut a text, is no character to it."""
-    text = encode_json_as_is(body)
+    """The bytes for Gemini. A lone surrogate, which clients leave where they cut an emoji, becomes
+    U+FFFD: no UTF-8 has it, and protobuf takes nothing else."""
+    text = encode_utf8(body)
     try:
         return text.encode()
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
+BAD_JSON = "We could not parse the JSON body of your request: "
+
+
 def nested_too_deeply() -> ProxyError:
-    return ProxyError(
-        400, "We could not parse the JSON body of your request: it is nested too deeply."
-    )
+    return ProxyError(400, BAD_JSON + "it is nested too deeply.")
 
 
 def parse_body(raw: bytes, content_type: str = "") -> Fields:
-    """The client's body as Fields, whatever its Content-Type claims; a 400 where it is no JSON object."""
+    """The client's body as Fields, whatever its Content-Type; a 400 where it is no JSON object."""
     if not raw.strip():
         raise ProxyError(400, "missing request body")
     try:
@@ -384,15 +404,9 @@ def parse_body(raw: bytes, content_type: str = "") -> Fields:
     except RecursionError:
         raise nested_too_deeply() from None
     except ValueError as error:
-        raise ProxyError(
-            400, f"We could not parse the JSON body of your request: {str(error)[:200]}."
-        ) from None
+        raise ProxyError(400, f"{BAD_JSON}{str(error)[:200]}.") from None
     if type(data) is not dict:
-        raise ProxyError(
-            400,
-            "We could not parse the JSON body of your request: expected an object, but got "
-            f"{kind_of(data)}.",
-        )
+        raise ProxyError(400, f"{BAD_JSON}expected an object, but got {kind_of(data)}.")
     return Fields(data)
 
 
@@ -406,60 +420,59 @@ PARAMETER = r"""\s*;\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)=(?:"((?:[^"\\\r\n]|\\.)*)"|
 DISPOSITION = re.compile(f"form-data(?:{PARAMETER})*\\s*;?", re.I)
 
 
-def no_form(why: str) -> ProxyError:
-    return ProxyError(
-        400, f"We could not parse the multipart/form-data body of your request: {why}."
-    )
+def bad_form(why: str) -> ProxyError:
+    start = "We could not parse the multipart/form-data body of your request"
+    return ProxyError(400, f"{start}: {why}.")
 
 
 def parse_form(raw: bytes, content_type: str) -> Fields:
-    """The client's form as Fields: texts, Uploads, and lists of them under names in []; a 400 where it is no form.
+    """The client's form as Fields: texts, Uploads, and lists of them under names in []; else a 400.
 
-    RFC 7578 and RFC 2046, with nothing before the first part; every piece must be what it says it is.
+    RFC 7578 and RFC 2046, with nothing before the first part; each piece must be what it says it
+    is.
     """
     match = FORM_TYPE.fullmatch(content_type)
     if not match:
-        raise no_form("the Content-Type must be multipart/form-data with a boundary")
+        raise bad_form("the Content-Type must be multipart/form-data with a boundary")
     first, *pieces = (b"\r\n" + raw).split(b"\r\n--" + match.group(2).encode(), MAX_FORM_PARTS + 1)
     if len(pieces) > MAX_FORM_PARTS:
-        raise no_form(f"it has more than {MAX_FORM_PARTS} parts")
+        raise bad_form(f"it has more than {MAX_FORM_PARTS} parts")
     if first.strip() or not pieces or not re.match(rb"--[ \t]*(\r\n|\Z)", pieces[-1]):
-        raise no_form("it does not begin and end with the boundary")
+        raise bad_form("it does not begin and end with the boundary")
     data: JSON = {}
     for piece in pieces[:-1]:
         name, value = form_part(piece)
-        key = name[:-2] if name.endswith("[]") and name != "[]" else name
-        several = data.setdefault(key, []) if key != name else None
-        if type(several) is list:
-            several.append(value)
-        elif key in data:
+        key = re.sub(r"(?<=.)\[\]$", "", name)
+        if key in data and (key == name or type(data[key]) is not list):
             raise wrong_value(name, f"Invalid form: '{name}' comes twice.")
-        else:
+        if key == name:
             data[key] = value
+        else:
+            data.setdefault(key, []).append(value)
     return Fields(data)
 
 
 def form_part(piece: bytes) -> tuple[str, str | Upload]:
     """(name, value) of one part, which is a file if it has a file name."""
     head, gap, data = piece.partition(b"\r\n\r\n")
-    headers = form_headers(head) if gap and len(head) < 8192 else {}
+    headers = form_headers(head if gap and len(head) < 8192 else b"")
     disposition = headers.get("content-disposition", "")
     if not DISPOSITION.fullmatch(disposition):
-        raise no_form("a part's head makes no sense")
+        raise bad_form("a part's head makes no sense")
     if headers.get("content-transfer-encoding", "binary").lower() not in ("binary", "8bit", "7bit"):
-        raise no_form("a part has a transfer encoding")
-    told = {
+        raise bad_form("a part has a transfer encoding")
+    parameters = {
         key.lower(): re.sub(r"\\(.)", r"\1", quoted or bare)
         for key, quoted, bare in re.findall(PARAMETER, disposition)
     }
-    name = told.get("name")
+    name = parameters.get("name")
     if not name:
-        raise no_form("a part has no name")
-    if "filename" in told or "filename*" in told:
-        file = told.get("filename") or urllib.parse.unquote(told.get("filename*", ""))
-        return name, Upload(
-            file, headers.get("content-type", "").partition(";")[0].strip().lower(), data
-        )
+        raise bad_form("a part has no name")
+    if "filename" in parameters or "filename*" in parameters:
+        encoded = parameters.get("filename*", "")
+        file_name = parameters.get("filename") or urllib.parse.unquote(encoded)
+        mime = headers.get("content-type", "").partition(";")[0].strip().lower()
+        return name, Upload(file_name, mime, data)
     try:
         return name, data.decode()
     except UnicodeDecodeError:
@@ -467,30 +480,37 @@ def form_part(piece: bytes) -> tuple[str, str | Upload]:
 
 
 def form_headers(head: bytes) -> dict[str, str]:
-    """The headers of a part, from the end of its delimiter's line; empty where they are no headers."""
+    """The headers of a part, from the end of its delimiter's line; empty where they are no
+    headers."""
     try:
         rest, *lines = head.decode().split("\r\n")
     except UnicodeDecodeError:
         return {}
     fields = [line.partition(":") for line in lines]
     headers = {name.lower(): value.strip() for name, colon, value in fields if colon}
-    return headers if not rest.strip(" \t") and len(headers) == len(lines) else {}
+    if rest.strip(" \t") or len(headers) != len(lines):
+        return {}
+    return headers
+
+
+FORM_SCALAR = re.compile(r"true|false|null|-?\d{1,9}(\.\d{1,17})?", re.I | re.A)
 
 
 def form_scalars(body: Fields, *keys: str) -> None:
-    """Read these texts of a form as the numbers and booleans that they are in JSON; others stay what they are."""
+    """Read these texts of a form as the numbers and booleans that they are in JSON, where they
+    are."""
     for key in keys:
         text = body.data.get(key)
-        if type(text) is str and re.fullmatch(
-            r"true|false|null|-?\d{1,9}(\.\d{1,17})?", text, re.I | re.A
-        ):
+        if type(text) is str and FORM_SCALAR.fullmatch(text):
             body.data[key] = decode_json(text.lower())
 
 
 def parsed_object(text: str) -> JSON | None:
-    """The JSON object that a text holds, or None: for arguments and results, which are JSON inside JSON."""
+    """The JSON object in a text, or None: arguments and results are JSON inside JSON."""
+    if text.lstrip()[:1] != "{":
+        return None
     try:
-        value = decode_json(text) if text.lstrip()[:1] == "{" else None
+        value = decode_json(text)
     except (ValueError, RecursionError):
         return None
     return value if type(value) is dict else None
@@ -563,19 +583,25 @@ class Usage(NamedTuple):
 class Exchange:
     """One request of a client's and its answer, as far as they have come."""
 
-    def __init__(self, plan: Plan, context: Context, id: str, created: float):
+    def __init__(self, plan: Plan, context: Context, seed: str, created: float):
         self.plan, self.context = plan, context
-        self.model, self.options, self.chat = plan.model, plan.options, plan.chat
-        self.id = id  # random; every id in the answer is made of it
+        self.model, self.options = plan.model, plan.options
+        self.seed = seed  # random; every id in the answer is made of it
         self.ids = 0  # how many there are so far
         self.created = self.now = created  # seconds since 1970; the shell moves `now` on
         self.usage = Usage()  # of all that was read so far
         self.prompt: Usage | None = None  # what Gemini's first chunk says of the tokens
         self.builder: ResponseBuilder | None = None  # from which a failed stream goes on
 
+    @property
+    def chat(self) -> Chat:
+        """The question; only chat endpoints ask for it, and their plans have one."""
+        assert self.plan.chat is not None
+        return self.plan.chat
+
     def new_id(self, prefix: str) -> str:
         self.ids += 1
-        return f"{prefix}{self.id}{self.ids}"
+        return f"{prefix}{self.seed}{self.ids}"
 
 
 class Payload(NamedTuple):
@@ -627,23 +653,28 @@ def no_keys(body: Fields, context: Context) -> list[str]:
     return []
 
 
+def no_plan(body: Fields, context: Context) -> Plan:
+    """For routes that always give the same answer."""
+    return Plan()
+
+
 class Route(NamedTuple):
     """One endpoint. Path segments in braces are captured; the last one may hold slashes.
 
-    A route either has an `answer`, which is always the same (JSON or a Refusal), or a `request`
-    and a `response`. Where it has no `response`, a whole answer is the last event of the stream.
+    A route either has an `answer`, which is always the same (JSON or a Refusal), or a `request` and
+    a `response`. Where it has no `response`, a whole answer is the last event of its stream.
     `response` and `stream` pull what Gemini answers, so each step of theirs may wait.
     """
 
     method: str
     path: str
-    request: Callable[[Fields, Context], Plan] = lambda body, context: Plan()
+    request: Callable[[Fields, Context], Plan] = no_plan
     response: Callable[[Exchange, Answers], Any] | None = None
     stream: Callable[[Exchange, Answers], Iterator[Any]] | None = None  # of events and Keep
     framing: Framing = SSE
     keep_alive: Callable[[Exchange], JSON] | None = None  # an event, where framing has no bytes
     parse: Callable[[bytes, str], Fields] = parse_body  # (body, Content-Type)
-    failure: Callable[[Exchange, ProxyError], list[JSON]] | None = None  # last events of a failure
+    failure: Callable[[Exchange, ProxyError], list[Any]] | None = None  # last events of a failure
     keys: Callable[[Fields, Context], list[str]] = no_keys  # of stored texts, besides recipes
     answer: Any = None
 
@@ -728,8 +759,9 @@ BEFORE_GEMINI_3 = {
 
 # What the name of a model says of it: (below this generation, the beginning of the name, traits).
 # Each row that fits counts, later ones more. A new family is a new row; a name that fits no row is
-# taken for the newest kind. Thinking: https://ai.google.dev/gemini-api/docs/thinking; output limits:
-# https://ai.google.dev/gemini-api/docs/models; the rest is from Gemini's refusals, in recordings.
+# taken for the newest kind. Thinking: https://ai.google.dev/gemini-api/docs/thinking; output
+# limits: https://ai.google.dev/gemini-api/docs/models; the rest is from Gemini's refusals, in
+# recordings.
 TRAITS: tuple[tuple[float, str, dict[str, Any]], ...] = (
     (3.5, r"", {"prefills": True}),
     (math.inf, r"gemini-3\.5-flash(?!-lite)", {"prefills": True}),
@@ -776,34 +808,30 @@ def generation_number(model: Model) -> int:
 
 
 def no_such_model(name: str) -> ProxyError:
-    error = ProxyError(
-        404,
-        f"The model `{name[:200]}` does not exist or you do not have access to it.",
-        code="model_not_found",
-        path="model",
-    )
+    message = f"The model `{name[:200]}` does not exist or you do not have access to it."
+    error = ProxyError(404, message, code="model_not_found", path="model")
     error.model = name
     return error
 
 
 class Recipe(NamedTuple):
-    """A name for a model that a client of Ollama made, with words and options of its own."""
+    """A model that a client of Ollama created: one of Gemini's, with words and options of its
+    own."""
 
     source: str = ""
     system: str = ""
-    options: JSON = {}
+    options: Mapping[str, Any] = {}
+
+
+OLLAMA_PREFIX = r"^(registry\.ollama\.ai/)?(library|ollama|models|google|gemini)/"
 
 
 def plain_name(model_name: str, ollama: bool) -> str:
-    """A model's name without prefixes, and without what Ollama lets clients write around it: registry, tag, case."""
+    """A model's name without prefixes, and without what Ollama lets clients write around it:
+    registry, tag, case."""
     if not ollama:
         return re.sub(r"^(models|google|gemini)/", "", model_name)
-    name = re.sub(
-        r"^(registry\.ollama\.ai/)?(library|ollama|models|google|gemini)/",
-        "",
-        model_name,
-        flags=re.I,
-    )
+    name = re.sub(OLLAMA_PREFIX, "", model_name, flags=re.I)
     name = re.sub(r":(latest|local)$", "", name, flags=re.I)
     return name if name.startswith("tunedModels/") else name.lower()
 
@@ -828,7 +856,7 @@ def all_recipe_keys(body: Fields, context: Context) -> list[str]:
 
 def recipe_named(name: str, context: Context) -> Recipe:
     """What a client created under this name; an empty Recipe where the name is Gemini's own."""
-    text = context.stored.get(recipe_key(name)) if context.ollama else None
+    text = context.ollama and context.stored.get(recipe_key(name))
     return Recipe(**json.loads(text)) if text else Recipe()
 
 
@@ -837,25 +865,27 @@ def recipe_names(context: Context) -> list[str]:
     return [key[len(RECIPE) :] for key in context.stored.get(RECIPE + "*", "").splitlines()]
 
 
+MODEL_NAME = re.compile(r"(tunedModels/)?[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+
+
 def model_named(model_name: str, context: Context) -> Model:
-    """The model that a client means: through recipes and aliases, an exact name before a glob, and without prefixes.
+    """The model that a client means: through recipes and aliases (an exact name before a glob), and
+    without prefixes.
 
     A name can never change the URL: whatever is not plain is a model that does not exist.
     """
     plain = plain_name(model_name, context.ollama)
-    name = (
-        recipe_named(model_name, context).source
-        or next((to for name, to in context.aliases if name in (model_name, plain)), "")
-        or next((to for glob, to in context.aliases if fnmatch.fnmatchcase(plain, glob)), plain)
-    )
-    if len(name) > 128 or not re.fullmatch(
-        r"(tunedModels/)?[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*", name
-    ):
+    candidates = [recipe_named(model_name, context).source]
+    candidates += [model for name, model in context.aliases if name in (model_name, plain)]
+    candidates += [model for glob, model in context.aliases if fnmatch.fnmatchcase(plain, glob)]
+    name = next(filter(None, candidates), plain)
+    if len(name) > 128 or not MODEL_NAME.fullmatch(name):
         raise no_such_model(model_name)
     return model_of(name)
 
 
-# OpenAI's names (and Google's former ones), Gemini's models that can do it, and the one for who names none of these.
+# For each media endpoint: OpenAI's names (and Google's former ones), Gemini's models that can do
+# it, and the one that stands in for the former.
 DEFAULT_MEDIA_MODELS = {
     "image": (
         r"dall-e|(chat)?gpt-image|imagen",
@@ -867,32 +897,34 @@ DEFAULT_MEDIA_MODELS = {
 }
 
 
-def media_model(model_name: str | None, what: str, context: Context) -> Model:
-    """The model for one of DEFAULT_MEDIA_MODELS. A glob for chats, such as `-alias='gpt-*=...'`, makes no painter of its model."""
-    openais, geminis, ours = DEFAULT_MEDIA_MODELS[what]
-    model, plain = (
-        model_named(model_name or ours, context),
-        plain_name(model_name or "", context.ollama),
-    )
-    chosen = re.match(geminis, model.name) or any(
-        name in (model_name, plain) for name, _ in context.aliases
-    )
-    return model_of(ours) if re.match(openais, plain) and not chosen else model
+def media_model(model_name: str, what: str, context: Context) -> Model:
+    """The model for one of DEFAULT_MEDIA_MODELS, "" for the default.
+
+    An alias glob for chats, such as `-alias='gpt-*=...'`, does not apply to image models and the
+    like.
+    """
+    openai_names, gemini_names, default = DEFAULT_MEDIA_MODELS[what]
+    model = model_named(model_name or default, context)
+    plain = plain_name(model_name, context.ollama)
+    aliased = any(name in (model_name, plain) for name, _ in context.aliases)
+    if re.match(openai_names, plain) and not aliased and not re.match(gemini_names, model.name):
+        return model_of(default)
+    return model
 
 
-GEMINI_OPENED = 1702425600  # 13 December 2023: Gemini's API opened; it tells no dates of its models
+GEMINI_OPENED = 1702425600  # 13 December 2023, Gemini's API opened; it gives no dates of its models
 
 
 def usable_models(answers: Answers, context: Context) -> dict[str, JSON]:
-    """Gemini's models that can chat or embed, by their plain names; then the names that stand for one of these."""
+    """Gemini's entries for the models that can chat or embed, by their plain names; then the names
+    that stand for one of these."""
     models: dict[str, JSON] = {}
-    for chunks in answers:
-        for chunk in chunks:
-            for entry in expect(chunk, "models", list):
-                methods = get_or_empty(entry, "supportedGenerationMethods", list)
-                name = get_or_empty(entry, "name", str)
-                if name and ("generateContent" in methods or "embedContent" in methods):
-                    models[re.sub("^models/", "", name)] = entry
+    entries = [entry for chunks in answers for chunk in chunks for entry in chunk["models"]]
+    for entry in entries:
+        methods = get_or_empty(entry, "supportedGenerationMethods", list)
+        name = get_or_empty(entry, "name", str)
+        if name and ("generateContent" in methods or "embedContent" in methods):
+            models[re.sub("^models/", "", name)] = entry
     names = [name for name, _ in context.aliases if not re.search(r"[*?\[]", name)]
     for name in names + recipe_names(context):
         model_name = model_named(name, context).name
@@ -902,7 +934,7 @@ def usable_models(answers: Answers, context: Context) -> dict[str, JSON]:
 
 
 # ======================================================================================
-# 3. Writing Gemini: parts, turns, settings, functions and schemas, repairs, signatures
+# 3. Writing Gemini: parts, turns, settings, functions, schemas, repairs, signatures
 # ======================================================================================
 
 # ---- parts ----
@@ -1814,7 +1846,7 @@ def count_call(call: GeminiCall, model: Model) -> GeminiCall:
 
 
 # ======================================================================================
-# 4. Reading Gemini: from bytes to chunks, from chunks to events; refusals, usage, citations
+# 4. Reading Gemini: from bytes to chunks to events; refusals, usage, citations
 # ======================================================================================
 
 # ---- refusals ----
@@ -2287,7 +2319,7 @@ def character(offset: int, said: bytes, pieces: list[tuple[str, bool]]) -> int:
 
 
 # ======================================================================================
-# 5. Conversation: a question and an answer in nobody's dialect, and what the dialects share
+# 5. Conversation: a question and an answer in no dialect; what all dialects share
 # ======================================================================================
 
 # ---- questions ----
@@ -2302,10 +2334,10 @@ class Chat(NamedTuple):
     tools: Tools = Tools()
     choice: ToolChoice = ToolChoice()
     thinking: Thinking = Thinking()
-    sampling: JSON = {}  # from sampling_config
+    sampling: Mapping[str, Any] = {}  # from sampling_config
     schema: JSON | None = None  # of an answer in JSON; ANY_JSON where any will do; None: text
-    settings: JSON = {}  # more of the generationConfig: modalities, speech
-    fields: JSON = {}  # more of the request: Google's own settings
+    settings: Mapping[str, Any] = {}  # more of the generationConfig: modalities, speech
+    fields: Mapping[str, Any] = {}  # more of the request: Google's own settings
     recipe: Recipe = Recipe()
     stream: bool = False
 
@@ -2337,22 +2369,24 @@ def chat_call(chat: Chat, body: Fields) -> GeminiCall:
 
 def recipe_sampling(recipe: Recipe, model: Model) -> JSON:
     """What a recipe sets where the client sets nothing."""
-    return ollama_sampling(Fields(recipe.options), model) if recipe.options else {}
+    return ollama_sampling(Fields(dict(recipe.options)), model) if recipe.options else {}
 
 
-def plan_count(plan: Plan) -> Plan:
+def count_plan(plan: Plan, model: Model) -> Plan:
     """The plan to count the tokens of a chat in place of asking it."""
-    assert plan.chat is not None
-    return plan._replace(calls=(count_call(plan.calls[0], plan.chat.model),), stream=False)
+    return plan._replace(calls=(count_call(plan.calls[0], model),), stream=False)
+
+
+GAP_INSTRUCTION = (
+    "You fill a gap in a text, as an editor's completion does. You get what stands before the gap "
+    "and what stands after it. Answer with what belongs into the gap and with nothing else: no "
+    "explanation, no code fence, and nothing that is there already."
+)
 
 
 def gap_instruction(system: str) -> str:
     """What to do with a gap_prompt, after the client's own instruction."""
-    return (f"{system}\n\n" if system else "") + (
-        "You fill a gap in a text, as an editor's completion does. You get what stands before the gap and what stands "
-        "after it. Answer with what belongs into the gap and with nothing else: no explanation, no code fence, and "
-        "nothing that is there already."
-    )
+    return "\n\n".join(filter(None, (system, GAP_INSTRUCTION)))
 
 
 def gap_prompt(before: str, after: str) -> str:
@@ -2368,18 +2402,17 @@ def chat_events(events: Iterable[Event], call: GeminiCall, chat: Chat) -> Iterat
     texts: list[str] = []
     calls = 0
     for event in events:
-        if isinstance(event, ToolCall):
-            calls += 1
-            if calls > 1 and not chat.choice.parallel:
-                continue
-            event = event._replace(name=chat.tools.names.get(event.name, event.name))  # noqa: PLW2901
-        elif call.unfence and isinstance(event, Text) and not event.thought:
+        if call.unfence and isinstance(event, Text) and not event.thought:
             texts.append(event.text)
             continue
         if texts and isinstance(event, (ToolCall, End)):  # they come after all of the text
             yield Text(unfenced("".join(texts)))
             texts.clear()
-        yield event
+        if not isinstance(event, ToolCall):
+            yield event
+        elif not calls or chat.choice.parallel:
+            calls += 1
+            yield event._replace(name=chat.tools.names.get(event.name, event.name))
 
 
 class Answer(NamedTuple):
@@ -2390,43 +2423,43 @@ class Answer(NamedTuple):
 
     @property
     def text(self) -> str:
-        return self.join(thought=False)
+        return self.joined(thought=False)
 
     @property
     def thoughts(self) -> str:
-        return self.join(thought=True)
+        return self.joined(thought=True)
 
     @property
     def calls(self) -> list[ToolCall]:
         return [event for event in self.events if isinstance(event, ToolCall)]
 
-    def join(self, thought: bool) -> str:
+    def joined(self, thought: bool) -> str:
         texts = [event for event in self.events if isinstance(event, Text)]
         return "".join(event.text for event in texts if event.thought == thought)
 
-    def media(self, kind: str) -> list[Media]:
+    def media(self, kind: str = "") -> list[Media]:
         """Those of this kind, such as "image/"."""
         media = [event for event in self.events if isinstance(event, Media)]
         return [event for event in media if event.mime.startswith(kind)]
 
 
 def whole(events: Iterable[Event]) -> Answer:
-    """The sum of an answer's events."""
+    """The sum of an answer's events, the last of which is its End."""
+    *rest, end = events
+    assert isinstance(end, End)
     items: list[Text | ToolCall | Media] = []
-    for kind, group in itertools.groupby(events, key=kind_of_event):
-        if kind in ("text", "thought"):
-            items.append(Text("".join(event.text for event in group), kind == "thought"))
-        elif kind == "End":
-            (end,) = group
-        else:
-            items += group
+    for thought, group in itertools.groupby(rest, key=text_kind):
+        run = list(group)
+        texts = [event.text for event in run if isinstance(event, Text)]
+        if texts:
+            items.append(Text("".join(texts), bool(thought)))
+        items += [event for event in run if isinstance(event, (ToolCall, Media))]
     return Answer(items, end)
 
 
-def kind_of_event(event: Event) -> str:
-    if isinstance(event, Text):
-        return "thought" if event.thought else "text"
-    return type(event).__name__
+def text_kind(event: Event) -> bool | None:
+    """Whether a text is a thought; None where the event is no text."""
+    return event.thought if isinstance(event, Text) else None
 
 
 def unfenced(text: str) -> str:
@@ -2445,16 +2478,13 @@ def native_finish(end: End) -> JSON:
     """Gemini's own words for an end that OpenAI has no word for, under OpenRouter's key for it."""
     if end.finish in ("stop", "length") and end.reason in ("STOP", "MAX_TOKENS"):
         return {}
-    return {
-        "native_finish_reason": end.reason,
-        **({"finish_message": end.message} if end.message else {}),
-    }
+    return {"native_finish_reason": end.reason, **given(finish_message=end.message)}
 
 
 def custom_input(call: ToolCall) -> str:
-    """The text for a custom tool; a model that made up parameters of its own is quoted."""
+    """The text for a custom tool; where a model made up other parameters, all of them as JSON."""
     text = call.args.get(CUSTOM_INPUT)
-    return text if type(text) is str else encode_json(call.args)
+    return text if isinstance(text, str) else encode_json(call.args)
 
 
 # ---- content parts, in the form of OpenAI's that Ollama shares ----
@@ -2467,82 +2497,70 @@ DETAILS = {
 
 
 def text_content(part: Fields, model: Model) -> Part:
-    return text_part(part.require("refusal" if part.data["type"] == "refusal" else "text", str))
+    key = "refusal" if part.data["type"] == "refusal" else "text"
+    return text_part(part.require(key, str))
 
 
 def link_content(part: Fields, model: Model) -> Part:
-    """A picture or a video: its URL stands bare or in an object, and `detail` beside it."""
+    """An image or a video: its URL stands bare or in an object, and `detail` beside it."""
     key = part.data["type"].replace("input_", "").replace("_url", "") + "_url"
     no_file_store(part)
-    link = part.object(key) if type(part.data.get(key)) is dict else part
-    at = "url" if link is not part else key
-    found = source_part(link.require(at, str), None, link.path_of(at))
+    link, url_key = part, key
+    if type(part.data.get(key)) is dict:
+        link, url_key = part.require_object(key), "url"
+    media = source_part(link.require(url_key, str), None, link.path_of(url_key))
     level = DETAILS.get(get_or_empty(link.data, "detail", str))
-    if level and model.resolutions and "text" not in found:
+    if level and model.resolutions and "text" not in media:
         link.mark_read("detail")
-        found["mediaResolution"] = {"level": level}
-    return found
+        media["mediaResolution"] = {"level": level}
+    return media
 
 
 def audio_content(part: Fields, model: Model) -> Part:
-    audio = part.object("input_audio") if "input_audio" in part.data else part
-    if audio is None:
-        raise wrong_type(part.path_of("input_audio"), (dict,), None)
-    kind = (audio.get("format", str) or "wav").lower()
-    return media_part(
-        audio.require("data", str),
-        extension_type("." + kind) or "audio/" + kind,
-        audio.path_of("data"),
-    )
+    audio = part.object_or_self("input_audio")
+    extension = (audio.get("format", str) or "wav").lower()
+    mime = extension_type("." + extension) or "audio/" + extension
+    return media_part(audio.require("data", str), mime, audio.path_of("data"))
 
 
 def file_content(part: Fields, model: Model) -> Part:
-    file = part.object("file") if "file" in part.data else part
-    if file is None:
-        raise wrong_type(part.path_of("file"), (dict,), None)
+    file = part.object_or_self("file")
     no_file_store(file)
     name, url = file.get("filename", str), file.get("file_url", str)
     if url:
         return source_part(url, None, file.path_of("file_url"), name)
-    return media_part(
-        file.require("file_data", str), extension_type(name), file.path_of("file_data"), name
-    )
+    path = file.path_of("file_data")
+    return media_part(file.require("file_data", str), extension_type(name), path, name)
 
 
 def no_file_store(part: Fields) -> None:
     if part.get("file_id", str):
         path = part.path_of("file_id")
-        raise wrong_value(
-            path,
+        message = (
             f"Invalid value for '{path}': there is no file store behind this server; send the "
-            "file itself, as base64 in a data URL.",
+            "file itself, as base64 in a data URL."
         )
+        raise wrong_value(path, message)
 
 
-CONTENT_PARTS = {
-    "text": text_content,
-    "input_text": text_content,
-    "output_text": text_content,
-    "refusal": text_content,
-    "image_url": link_content,
-    "input_image": link_content,
-    "video_url": link_content,
-    "input_video": link_content,
+CONTENT_PARTS: dict[str, Callable[[Fields, Model], Part]] = {
+    **dict.fromkeys(("text", "input_text", "output_text", "refusal"), text_content),
+    **dict.fromkeys(("image_url", "input_image", "video_url", "input_video"), link_content),
     "input_audio": audio_content,
-    "file": file_content,
-    "input_file": file_content,
+    **dict.fromkeys(("file", "input_file"), file_content),
 }
 
 
 def content_parts(message: Fields, key: str, model: Model) -> list[Part]:
-    """The parts of a message's content: a string, a list of typed parts, one such part, or nothing."""
+    """The parts of a content: a string, a list of typed parts, one such part, or nothing."""
     content = message.get(key, str, list, dict)
     if not content:
         return []
     if type(content) is str:
         return [text_part(content)]
-    parts = []
-    for part in [message.object(key)] if type(content) is dict else message.objects(key):
+    typed = [message.require_object(key)] if type(content) is dict else message.objects(key)
+    parts: list[Part] = []
+    for part in typed:
         kind = part.require("type", str)
         if kind not in CONTENT_PARTS:
             raise part.unknown_choice("type", kind, CONTENT_PARTS)
@@ -2552,58 +2570,54 @@ def content_parts(message: Fields, key: str, model: Model) -> list[Part]:
 
 
 def tool_message_part(
-    message: Fields, content: str, id: str, model: Model, images: Iterable[Part] = ()
+    message: Fields, content: str, id_key: str, model: Model, images: Iterable[Part] = ()
 ) -> Part:
-    """A tool's result, under these keys: text, JSON in a text, or parts; pictures go beside the text.
+    """A tool's result, under these keys: text, JSON in a text, or parts; media go beside the text.
 
-    Many clients do not say whose it is; valid_turns goes by the order then.
+    Many clients do not say which call it belongs to; valid_turns goes by the order then.
     """
     name = message.get("tool_name", str) or message.get("name", str)
-    return result_of_parts(
-        name,
-        [*content_parts(message, content, model), *images],
-        strip_signature(message.get(id, str)),
-    )
+    parts = [*content_parts(message, content, model), *images]
+    return result_of_parts(name, parts, strip_signature(message.get(id_key, str)))
 
 
 # ---- tool calls in histories ----
 
 
-# What LiteLLM and Bifrost put between a call's id and its signature, in the histories that they leave.
+# What LiteLLM and Bifrost put between a call's id and its signature, in the histories that they
+# leave (LiteLLM: THOUGHT_SIGNATURE_SEPARATOR in litellm/constants.py; both seen in recordings).
 SIGNED_ID_MARKS = ("__thought__", "_ts_")
 
 
-def split_signed_id(id: str) -> tuple[str, str]:
+def split_signed_id(signed_id: str) -> tuple[str, str]:
     """(the id itself, the signature that rides behind it or "")."""
     for mark in SIGNED_ID_MARKS:
-        plain, _, tail = id.rpartition(mark)
-        if len(tail) >= 40 and plain and is_base64(tail):
-            return plain, tail
-    return id, ""
+        call_id, _, tail = signed_id.rpartition(mark)
+        if len(tail) >= 40 and call_id and is_base64(tail):
+            return call_id, tail
+    return signed_id, ""
 
 
-def strip_signature(id: str | None) -> str | None:
-    return split_signed_id(id)[0] if id else id
+def strip_signature(signed_id: str | None) -> str | None:
+    return split_signed_id(signed_id)[0] if signed_id else signed_id
 
 
 def client_signature(call: Fields, function: Fields) -> str | None:
-    """The thought signature that the client kept for us, in Google's form or in one of other proxies'."""
+    """The thought signature that the client kept for us, in Google's form or in one of other
+    proxies'."""
     call.mark_read("extra_content", "provider_specific_fields")
     function.mark_read("thought_signature", "provider_specific_fields")
-    google = get_or_empty(get_or_empty(call.data, "extra_content", dict), "google", dict)
-    for found in (
-        get_or_empty(google, "thought_signature", str),
-        get_or_empty(function.data, "thought_signature", str),
-        get_or_empty(
-            get_or_empty(call.data, "provider_specific_fields", dict), "thought_signature", str
-        ),
-        get_or_empty(
-            get_or_empty(function.data, "provider_specific_fields", dict), "thought_signature", str
-        ),
-        split_signed_id(get_or_empty(call.data, "id", str))[1],
-    ):
-        if len(found) > 8 and is_base64(found):
-            return found
+    carriers = (
+        get_or_empty(get_or_empty(call.data, "extra_content", dict), "google", dict),
+        function.data,
+        get_or_empty(call.data, "provider_specific_fields", dict),
+        get_or_empty(function.data, "provider_specific_fields", dict),
+    )
+    signatures: list[str] = [get_or_empty(one, "thought_signature", str) for one in carriers]
+    signatures.append(split_signed_id(get_or_empty(call.data, "id", str))[1])
+    for signature in signatures:
+        if len(signature) > 8 and is_base64(signature):
+            return signature
     return None
 
 
@@ -2622,7 +2636,8 @@ class ToolBuilder:
         self.strict = False
 
     def declare(self, function: Fields, name: str, declaration: JSON, custom: bool = False) -> None:
-        """Add a function under the client's name; of two with the same name the first one counts."""
+        """Add a function under the client's name; of two with the same name the first one
+        counts."""
         if self.declared.setdefault(declaration["name"], declaration) != declaration:
             function.ignore(function.path)
             return
@@ -2642,8 +2657,8 @@ class ToolBuilder:
 
 
 def chat_tools(body: Fields, *more: Fields) -> Tools:
-    """`tools` and the older `functions`, in the form of chats and in the flat one of responses, which some clients send
-    to chats; `more` are other lists of tools."""
+    """`tools` and the older `functions`, in the form of chats and in the flat one of responses,
+    which some clients send to chats; `more` are other lists of tools."""
     builder = ToolBuilder()
     for fields in (body, *more):
         for tool, namespace, note in tool_list(fields):
@@ -2673,7 +2688,7 @@ def chat_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder, bod
         builder.strict = builder.strict or bool(function.get("strict", bool))
 
 
-# OpenAI's own tools that Gemini has too, by the beginning of their types: they come with dates behind.
+# OpenAI's own tools that Gemini has too, by the beginning of their types, which end in dates.
 HOSTED_TOOLS = (("web_search", "search"), ("code_interpreter", "code"))
 
 
@@ -2702,15 +2717,13 @@ def chat_function(
 def tool_list(
     fields: Fields, namespace: str = "", note: str = ""
 ) -> Iterator[tuple[Fields, str, str]]:
-    """The tools of a body's, each with its namespace or "", and what is told of the namespace with its first one."""
+    """The tools of a body's, each with its namespace or "", and with its first one the description
+    of the namespace."""
     for tool in fields.objects("tools"):
         if tool.data.get("type") == "namespace":
             tool.mark_read("type")
-            yield from tool_list(
-                tool,
-                qualified_name(namespace, tool.require("name", str)),
-                tool.get("description", str) or "",
-            )
+            inner = qualified_name(namespace, tool.require("name", str))
+            yield from tool_list(tool, inner, tool.get("description", str) or "")
         else:
             yield tool, namespace, note
             note = ""
@@ -2722,11 +2735,10 @@ def qualified_name(namespace: str | None, name: str) -> str:
 
 
 def function_name(function: Fields) -> str:
-    name = function.require("name", str)
+    name: str = function.require("name", str)
     if not name:
-        raise wrong_value(
-            function.path_of("name"), f"Invalid '{function.path_of('name')}': empty string."
-        )
+        path = function.path_of("name")
+        raise wrong_value(path, f"Invalid '{path}': empty string.")
     return name
 
 
@@ -2735,11 +2747,13 @@ def grammar_words(function: Fields) -> str:
     grammar = get_or_empty(function.data, "format", dict)
     grammar = get_or_empty(grammar, "grammar", dict) or grammar
     definition = get_or_empty(grammar, "definition", str)
+    if not definition:
+        return ""
     syntax = get_or_empty(grammar, "syntax", str)
-    return f"The text must conform to this {syntax} grammar:\n{definition}" if definition else ""
+    return f"The text must conform to this {syntax} grammar:\n{definition}"
 
 
-# OpenAI's words for the choice of a tool, and what clients write instead; Gemini's mode for each.
+# OpenAI's words for the choice of a tool, and what clients write instead -> Gemini's mode.
 TOOL_CHOICES = {
     "auto": None,
     "none": "NONE",
@@ -2752,38 +2766,42 @@ TOOL_CHOICES = {
 
 
 class EmbedOptions(NamedTuple):
-    count: int  # vectors
+    """What only the answer with vectors can fulfil."""
+
+    vectors: int  # how many
     base64: bool = False
 
 
-def read_vectors(answers: Iterator[Iterator[JSON]], exchange: Exchange) -> list[list[float]]:
+def read_vectors(answers: Answers, exchange: Exchange) -> list[list[float]]:
     """The vectors of all batches in order, each of unit length; a 502 where one is missing."""
+    options: EmbedOptions = exchange.options
     vectors: list[list[float]] = []
     for call, chunks in zip(exchange.plan.calls, answers):
         for chunk in chunks:
-            embeddings = [] if call.optional else expect(chunk, "embeddings", list)
-            vectors += [
-                unit_vector(get_or_empty(embedding, "values", list)) for embedding in embeddings
-            ]
-            counted = get_or_empty(
-                get_or_empty(chunk, "usageMetadata", dict), "promptTokenCount", int
-            )
-            counted = counted or get_or_empty(chunk, "totalTokens", int)
-            exchange.usage = exchange.usage.plus(Usage(prompt=max(0, counted)))
-    if len(vectors) != exchange.options.count:
-        raise invalid_answer(f"{len(vectors)} vectors for {exchange.options.count} texts")
+            if not call.optional:
+                embeddings = expect(chunk, "embeddings", list)
+                vectors += [unit_vector(get_or_empty(one, "values", list)) for one in embeddings]
+            usage = get_or_empty(chunk, "usageMetadata", dict)
+            tokens = get_or_empty(usage, "promptTokenCount", int)
+            tokens = tokens or get_or_empty(chunk, "totalTokens", int)
+            exchange.usage = exchange.usage.plus(Usage(prompt=max(0, tokens)))
+    if len(vectors) != options.vectors:
+        raise invalid_answer(f"{len(vectors)} vectors for {options.vectors} texts")
     return vectors
 
 
 def unit_vector(values: list[Any]) -> list[float]:
-    """The same direction with length 1: OpenAI's are so, and Gemini's are not when they are cut short."""
+    """The same direction with length 1: OpenAI's vectors have it, Gemini's do not when they are cut
+    to fewer dimensions."""
     try:
         length = math.hypot(*values)
     except (TypeError, OverflowError):
         raise invalid_answer("a vector that is not made of numbers") from None
     if not values or not 0 < length < math.inf:
         raise invalid_answer("an empty vector")
-    return values if abs(length - 1) < 1e-6 else [value / length for value in values]
+    if abs(length - 1) < 1e-6:
+        return values
+    return [value / length for value in values]
 
 
 # ======================================================================================
@@ -3637,7 +3655,7 @@ class ImageOptions(NamedTuple):
 def openai_images_request(body: Fields, context: Context) -> Plan:
     """Images: https://platform.openai.com/docs/api-reference/images/create"""
     model_name = body.get("model", str)
-    model = media_model(model_name, "image", context)
+    model = media_model(model_name or "", "image", context)
     prompt, n = openai_nonblank(body, "prompt"), body.number("n", 1, 10, int) or 1
     form = body.choice("response_format", "url", "b64_json")
     if body.choice("output_format", *IMAGE_FORMATS) not in (None, model.image_format):
@@ -4105,7 +4123,7 @@ def openai_error(error: ProxyError) -> tuple[int, JSON]:
 
 
 # ======================================================================================
-# 8. Responses: OpenAI's newer endpoint, from input items to output items; OpenAI's routes
+# 8. Responses: from input items to output items; OpenAI's routes
 # ======================================================================================
 
 # ---- input items ----
@@ -4766,7 +4784,9 @@ def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[Any]
 
 def openai_input_tokens_request(body: Fields, context: Context) -> Plan:
     """How many tokens a response's request would send: the body is the same."""
-    return plan_count(openai_responses_request(body, context))
+    plan = openai_responses_request(body, context)
+    assert plan.chat is not None
+    return count_plan(plan, plan.chat.model)
 
 
 def openai_input_tokens_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -4875,17 +4895,32 @@ OPENAI = Protocol("openai", OPENAI_ROUTES, openai_error, lambda error: openai_er
 # 9. Ollama: chat, generate, embeddings, models and their management
 # ======================================================================================
 
-OLLAMA_VERSION = "0.33.0"  # plain and recent: clients compare it by its numbers
+# What is said of Ollama is from https://github.com/ollama/ollama at v0.33.0-rc2 (server/routes.go,
+# api/types.go), unless another source stands beside it; of clients, from their source code.
+
+# VS Code's Copilot wants 0.6.4 or newer; Open WebUI reads each part between the dots as a number.
+OLLAMA_VERSION = "0.33.0"
 
 
 def ollama_time(seconds: float) -> str:
     """RFC 3339 in UTC with six digits, which every client's parser takes."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime(
-        "%Y-%m-%dT%H:%M:%S.%fZ"
-    )
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-# ---- what chat and generate share ----
+def nanoseconds(seconds: float) -> int:
+    """A duration as Ollama writes it; at least 1, since Open WebUI shows N/A for 0."""
+    return max(1, int(seconds * 1e9))
+
+
+# ---- requests to chat and generate ----
+
+
+class OllamaOptions(NamedTuple):
+    """What the answer to a chat or a prompt depends on."""
+
+    generate: bool  # whether the answer is in generate's form, not in chat's
+    done_reason: str = ""  # "load" or "unload" where there is no question
 
 
 def tagged(name: str) -> str:
@@ -4893,97 +4928,77 @@ def tagged(name: str) -> str:
     return name if ":" in name else name + ":latest"
 
 
-def ollama_model(body: Fields, context: Context, missing: ProxyError) -> tuple[str, Model]:
-    """(the model as the client spelt it, Gemini's model)."""
-    model_name = body.get("model", str)
-    if not model_name:
-        raise missing
-    return model_name, model_named(model_name, context)
+def ollama_name(body: Fields, *keys: str, missing: ProxyError | None = None) -> str:
+    """The first name of a model under these keys; the error `missing` where there is none."""
+    name = next(filter(None, [body.get(key, str) for key in keys]), "")
+    if not name:
+        raise missing or ProxyError(400, "model is required", path="model")
+    return name
 
 
-def model_required() -> ProxyError:
-    return ProxyError(400, "model is required", path="model")
-
-
-class OllamaOptions(NamedTuple):
-    """What only the answer to a chat or a prompt can fulfil."""
-
-    loading: str = ""  # "load" or "unload": nothing was asked
-
-
+# Go's form of a duration: https://pkg.go.dev/time#ParseDuration
 DURATION = re.compile(r"([+-]?)((?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|ms|s|m|h))+")
-UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-FOREVER_SECONDS = 1e10
+UNIT_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+LOADED_SECONDS, FOREVER_SECONDS = 300.0, 1e10  # the default: https://docs.ollama.com/faq
 
 
 def ollama_keep_alive(body: Fields) -> float:
-    """Seconds from a number of them or one of Go's durations; less than none is for ever."""
+    """Seconds, from a number of them or a duration in Go's form; a negative one is for ever."""
     value = body.get("keep_alive", float, str)
     if value is None:
-        return 300.0
-    if type(value) is str:
-        match = DURATION.fullmatch(value)
-        if not match and value.strip("+-") != "0":
-            raise wrong_value(
-                "keep_alive", f'invalid keep_alive: {value[:40]!r} is not a duration such as "5m"'
-            )
+        return LOADED_SECONDS
+    negative, seconds = str(value).startswith("-"), value
+    if isinstance(value, str):
+        if not DURATION.fullmatch(value) and value.strip("+-") != "0":
+            message = f'invalid keep_alive: {value[:40]!r} is not a duration such as "5m"'
+            raise wrong_value("keep_alive", message)
         parts = re.findall(r"([\d.]+)([a-zµ]+)", value)
-        value = sum(float(number) * UNITS[unit] for number, unit in parts) * (
-            -1 if value.startswith("-") else 1
-        )
-    return FOREVER_SECONDS if value < 0 else float(min(value, FOREVER_SECONDS))
+        seconds = sum(float(number) * UNIT_SECONDS[unit] for number, unit in parts)
+    if negative and seconds:
+        return FOREVER_SECONDS
+    return float(min(seconds, FOREVER_SECONDS))
 
 
-THINK_WORDS = '"high", "medium", "low", "max", true, or false'
+THINK_VALUES = '"high", "medium", "low", "max", true, or false'
 
 
 def ollama_thinking(body: Fields, model: Model) -> Thinking:
-    """`think`: unset is the model's own way within the limit, with its thoughts."""
+    """`think`: without it a model thinks in its way, within the limit, and shows its thoughts."""
     think = body.peek("think")
-    if type(think) not in (str, bool, type(None)):
-        raise wrong_value("think", f"think must be a boolean or string ({THINK_WORDS})")
-    if type(think) is str and think not in ("high", "medium", "low", "max"):
-        words = json.dumps(think[:40])
-        raise wrong_value("think", f"invalid think value: {words} (must be {THINK_WORDS})")
+    if think is not None and not isinstance(think, (str, bool)):
+        raise wrong_value("think", f"think must be a boolean or string ({THINK_VALUES})")
+    if isinstance(think, str) and think not in ("high", "medium", "low", "max"):
+        value = json.dumps(think[:40])
+        raise wrong_value("think", f"invalid think value: {value} (must be {THINK_VALUES})")
     if model.thinking is None:
         if think:
             name = json.dumps(body.data["model"][:200])
             raise ProxyError(400, f"{name} does not support thinking", path="think")
         return Thinking()
-    effort = {False: "none", True: None, None: None}.get(think, think)
+    effort = None
+    if think is False:
+        effort = "none"
+    elif isinstance(think, str):
+        effort = think
     return Thinking(effort, None, think is not False, not think, "think")
 
 
-def ollama_no_logprobs(body: Fields) -> None:
-    """Check `logprobs`, and name it as ignored: Gemini gives none to these models."""
-    top = body.number("top_logprobs", -math.inf, math.inf, int)
-    if top is not None and not 0 <= top <= 20:
-        raise wrong_value("top_logprobs", "top_logprobs must be between 0 and 20")
-    if top or body.get("logprobs", bool):
-        body.ignore("logprobs")
-
-
 def ollama_sampling(options: Fields, model: Model) -> JSON:
-    """The sampling that clients and recipes set in options. What only local models have stays unread,
-    and so is named as ignored."""
+    """The sampling in `options`. What only local models have stays unread: it counts as ignored."""
     numbers = [options.get(key, float) for key in ("num_predict", "top_k", "seed")]
     limit, top_k, seed = map(whole_number, numbers)
     if seed is not None and seed < 0:
-        seed = None  # at Ollama a random one
-    return sampling_config(
-        options.get("temperature", float),
-        options.get("top_p", float),
-        top_k,
-        limit,
-        seed,
-        stop_sequences(options),
-        **penalties(options, -math.inf, math.inf, model),
-    )
+        seed = None  # Ollama takes a random one
+    temperature, top_p = options.get("temperature", float), options.get("top_p", float)
+    stops, weights = stop_sequences(options), penalties(options, -math.inf, math.inf, model)
+    return sampling_config(temperature, top_p, top_k, limit, seed, stops, **weights)
 
 
 def whole_number(number: float | None) -> int | None:
     """A number as Ollama's server reads it where it wants a whole one: a fraction is cut off."""
-    return None if number is None else int(min(max(number, -(2**63)), 2**63))
+    if number is None:
+        return None
+    return int(min(max(number, -(2**63)), 2**63))
 
 
 def ollama_format(body: Fields) -> JSON | None:
@@ -4993,114 +5008,56 @@ def ollama_format(body: Fields) -> JSON | None:
         return None
     if schema == "json":
         return ANY_JSON
-    if type(schema) is not dict:
-        raise wrong_value(
-            "format",
-            f'invalid format: {json.dumps(schema)[:80]}; expected "json" or a valid JSON Schema object',
-        )
+    if not isinstance(schema, dict):
+        text = json.dumps(schema)[:80]
+        message = f'invalid format: {text}; expected "json" or a valid JSON Schema object'
+        raise wrong_value("format", message)
     return schema
 
 
 def ollama_images(fields: Fields) -> list[Part]:
-    """Pictures, or sound in their place: base64 that does not say what it is."""
-    path = fields.path_of("images")
-    images = fields.get("images", list) or ()
-    for i, image in enumerate(images):
-        if type(image) is not str:
-            raise wrong_type(f"{path}[{i}]", (str,), image)
+    """Images, or audio in their place: base64 that does not say what it is."""
+    fields.get("images", list)  # a single text is an error
+    path, images = fields.path_of("images"), fields.strings("images")
     return [media_part(image, None, f"{path}[{i}]", "x.jpeg") for i, image in enumerate(images)]
 
 
-def ollama_load(body: Fields, model_name: str) -> Plan:
-    """Nothing is asked: the model is to be loaded, or with keep_alive 0 to be dropped. It must exist."""
+def ollama_load_plan(body: Fields, model_name: str, generate: bool) -> Plan:
+    """Without a question a model is to be loaded, or unloaded if keep_alive is 0. It must exist."""
     seconds = ollama_keep_alive(body)
     body.mark_read(*body.data)
-    options = OllamaOptions("load" if seconds else "unload")
+    options = OllamaOptions(generate, "load" if seconds else "unload")
     loads = (plain_name(model_name, True), seconds)
     return Plan((MODELS_CALL,), False, options, model_name, loads=loads)
 
 
-def ollama_loaded(exchange: Exchange, answers: Answers) -> JSON:
-    """The end of a load or an unload."""
-    ollama_known(exchange.model, answers, exchange.context)
-    return {**ollama_base(exchange), "done": True, "done_reason": exchange.options.loading}
-
-
-def ollama_known(model_name: str, answers: Answers, context: Context) -> JSON:
-    """Gemini's entry for the model that a client means; a 404 if there is none."""
-    entry = usable_models(answers, context).get(model_named(model_name, context).name)
-    if entry is None:
-        raise no_such_model(model_name)
-    return entry
-
-
-def ollama_base(exchange: Exchange) -> JSON:
-    return {"model": exchange.model, "created_at": ollama_time(exchange.now)}
-
-
-def ollama_metrics(exchange: Exchange, first: float | None, end: End) -> JSON:
-    """The end of an answer. Durations are whole nanoseconds; Gemini gives none, so they are what passed here.
-
-    `first` is the time of its first word, or None where it said all at once.
-    """
-    now, began = exchange.now, exchange.created
-    first = began if first is None else first
-    durations = (now - began, 0.0, first - began, now - first)
-    total, load, prompt, output = (max(1, int(seconds * 1e9)) for seconds in durations)
-    return {
-        "done": True,
-        "done_reason": "length" if end.finish == "length" else "stop",
-        **native_finish(end),
-        "total_duration": total,
-        "load_duration": load,
-        "prompt_eval_count": end.usage.prompt,
-        "prompt_eval_duration": prompt,
-        "eval_count": end.usage.output,
-        "eval_duration": output,
-    }
-
-
-def ollama_call(call: ToolCall, index: int) -> JSON:
-    """A call; some clients read the index beside the function, others inside."""
-    function = {"index": index, "name": call.name, "arguments": call.args}
-    return {"id": call.id, "index": index, "function": function}
-
-
-def ollama_messages(events: Iterable[Event]) -> Iterator[tuple[JSON, End | None]]:
-    """(what an event adds to a message, the End) for each event of Gemini's; one call an event."""
-    calls = 0
-    for event in events:
-        if isinstance(event, Text):
-            yield {"thinking" if event.thought else "content": event.text}, None
-        elif isinstance(event, ToolCall):
-            yield {"tool_calls": [ollama_call(event, calls)]}, None
-            calls += 1
-        elif isinstance(event, End):
-            yield {}, event
-        elif event.mime.startswith("image/"):
-            yield {"images": [event.data]}, None
-        else:
-            yield {"content": media_note(event)}, None
-
-
-def ollama_message(answer: Answer) -> JSON:
-    """The message that a whole answer comes to."""
-    message: JSON = {"content": ""}
-    for addition, _ in ollama_messages(answer.events):
-        for key, value in addition.items():
-            message[key] = message[key] + value if key in message else value
-    return message
-
-
-# ---- chat ----
+def ollama_plan(body: Fields, model_name: str, chat: Chat, generate: bool) -> Plan:
+    """The plan for a chat or a prompt, with all that both may set."""
+    top = body.number("top_logprobs", -math.inf, math.inf, int)
+    if top is not None and not 0 <= top <= 20:
+        raise wrong_value("top_logprobs", "top_logprobs must be between 0 and 20")
+    if top or body.get("logprobs", bool):
+        body.ignore("logprobs")
+    options = body.object_or_empty("options")
+    chat = chat._replace(
+        tools=chat_tools(body),
+        thinking=ollama_thinking(body, chat.model),
+        sampling=ollama_sampling(options, chat.model),
+        schema=ollama_format(body),
+        stream=body.get("stream", bool) is not False,
+    )
+    loads = (plain_name(model_name, True), ollama_keep_alive(body))
+    calls = (chat_call(chat, body),)
+    return Plan(calls, chat.stream, OllamaOptions(generate), model_name, chat=chat, loads=loads)
 
 
 def ollama_chat_request(body: Fields, context: Context) -> Plan:
     """Chat: https://docs.ollama.com/api/chat"""
-    model_name, model = ollama_model(body, context, model_required())
+    model_name = ollama_name(body, "model")
+    model = model_named(model_name, context)
     messages = body.objects("messages")
     if not messages:
-        return ollama_load(body, model_name)
+        return ollama_load_plan(body, model_name, False)
     system: list[Part] = []
     contents: list[JSON] = []
     for message in messages:
@@ -5116,11 +5073,12 @@ def ollama_chat_request(body: Fields, context: Context) -> Plan:
         else:
             parts = content_parts(message, "content", model) + ollama_images(message)
             contents.append(user_turn(*parts))
-    recipe = recipe_named(model_name, context)
-    return ollama_plan(body, model_name, Chat(model, system, contents, recipe=recipe))
+    chat = Chat(model, system, contents, recipe=recipe_named(model_name, context))
+    return ollama_plan(body, model_name, chat, False)
 
 
 def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
+    """The parts of a turn of the model's, with its tool calls."""
     message.mark_read("thinking")
     parts = content_parts(message, "content", model) + ollama_images(message)
     for call in message.objects("tool_calls"):
@@ -5128,145 +5086,154 @@ def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
         function = call.require_object("function")
         function.mark_read("index")
         args = call_arguments(function.get("arguments", dict, str))
-        parts.append(
-            call_part(
-                function.require("name", str),
-                args,
-                strip_signature(call.get("id", str)),
-                client_signature(call, function),
-            )
-        )
+        name, call_id = function.require("name", str), strip_signature(call.get("id", str))
+        parts.append(call_part(name, args, call_id, client_signature(call, function)))
     return parts
-
-
-def ollama_plan(body: Fields, model_name: str, chat: Chat) -> Plan:
-    """The plan for a chat or a prompt, with all that both may set."""
-    ollama_no_logprobs(body)
-    options = body.object_or_empty("options")
-    chat = chat._replace(
-        tools=chat_tools(body),
-        thinking=ollama_thinking(body, chat.model),
-        sampling=ollama_sampling(options, chat.model),
-        schema=ollama_format(body),
-        stream=body.get("stream", bool) is not False,
-    )
-    loads = (plain_name(model_name, True), ollama_keep_alive(body))
-    calls = (chat_call(chat, body),)
-    return Plan(calls, chat.stream, OllamaOptions(), model_name, chat=chat, loads=loads)
-
-
-def ollama_chat_response(exchange: Exchange, answers: Answers) -> JSON:
-    if exchange.options.loading:
-        loaded = ollama_loaded(exchange, answers)
-        return {**loaded, "message": {"role": "assistant", "content": ""}}
-    answer = whole(next(answers))
-    return {
-        **ollama_base(exchange),
-        "message": {"role": "assistant", **ollama_message(answer)},
-        **ollama_metrics(exchange, None, answer.end),
-    }
-
-
-def ollama_chat_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
-    """Chunks, each with a role and with content, because clients want both in every one."""
-    first = None
-    for addition, end in ollama_messages(next(answers)):
-        first = first or exchange.now
-        ending = ollama_metrics(exchange, first, end) if end else {"done": False}
-        message = {"role": "assistant", "content": "", **addition}
-        yield {**ollama_base(exchange), "message": message, **ending}
-
-
-def ollama_chat_keep_alive(exchange: Exchange) -> JSON:
-    """A chunk that says nothing: NDJSON has no comments."""
-    return {**ollama_base(exchange), "message": {"role": "assistant", "content": ""}, "done": False}
-
-
-# ---- generate ----
 
 
 def ollama_generate_request(body: Fields, context: Context) -> Plan:
     """Generate: https://docs.ollama.com/api/generate"""
-    model_name, model = ollama_model(body, context, no_such_model(""))
-    recipe = recipe_named(model_name, context)
+    model_name = ollama_name(body, "model", missing=no_such_model(""))
+    model, recipe = model_named(model_name, context), recipe_named(model_name, context)
     prompt, suffix, system = (body.get(key, str) or "" for key in ("prompt", "suffix", "system"))
     raw, images = body.get("raw", bool), ollama_images(body)
     if raw and (system or body.get("template", str) or body.get("context", list)):
         raise wrong_value("raw", "raw mode does not support template, system, or context")
     if not prompt:
-        return ollama_load(body, model_name)
+        return ollama_load_plan(body, model_name, True)
     if raw:
         recipe = recipe._replace(system="")
     system = system or recipe.system
     if suffix:
         system, prompt = gap_instruction(system), gap_prompt(prompt, suffix)
     contents = [user_turn(text_part(prompt), *images)]
-    return ollama_plan(body, model_name, Chat(model, [text_part(system)], contents, recipe=recipe))
+    chat = Chat(model, [text_part(system)], contents, recipe=recipe)
+    return ollama_plan(body, model_name, chat, True)
 
 
-def ollama_generate_response(exchange: Exchange, answers: Answers) -> JSON:
-    if exchange.options.loading:
-        return {**ollama_loaded(exchange, answers), "response": ""}
-    answer = whole(next(answers))
-    return {
-        **ollama_base(exchange),
-        **generated(ollama_message(answer)),
-        "context": [],
-        **ollama_metrics(exchange, None, answer.end),
+# ---- answers to chat and generate ----
+
+
+def ollama_base(exchange: Exchange) -> JSON:
+    return {"model": exchange.model, "created_at": ollama_time(exchange.now)}
+
+
+def ollama_additions(events: Iterable[Event]) -> Iterator[tuple[JSON, End | None]]:
+    """(what an event adds to a message, the End) for each event. Zed reads one call a chunk."""
+    calls = 0
+    for event in events:
+        if isinstance(event, Text):
+            yield {"thinking" if event.thought else "content": event.text}, None
+        elif isinstance(event, ToolCall):
+            # LiteLLM reads the index beside the function, Open WebUI the one inside.
+            function = {"index": calls, "name": event.name, "arguments": event.args}
+            yield {"tool_calls": [{"id": event.id, "index": calls, "function": function}]}, None
+            calls += 1
+        elif isinstance(event, End):
+            yield {}, event
+        elif event.mime.startswith("image/"):
+            yield {"images": [event.data]}, None
+        else:
+            yield {"content": media_note(event)}, None
+
+
+def ollama_message(exchange: Exchange, message: JSON) -> JSON:
+    """A message, or what is added to it, in the form of chat or of generate."""
+    message = {"content": "", **message}  # Zed wants a role and a content in every chunk
+    if not exchange.options.generate:
+        return {"message": {"role": "assistant", **message}}
+    response = message.pop("content")
+    return {"response": response, **message}
+
+
+def ollama_metrics(exchange: Exchange, first: float, end: End) -> JSON:
+    """The end of an answer whose first event came at `first`. Durations are measured here."""
+    metrics = {
+        "done": True,
+        "done_reason": "length" if end.finish == "length" else "stop",
+        **native_finish(end),
+        "total_duration": nanoseconds(exchange.now - exchange.created),
+        "load_duration": 1,
+        "prompt_eval_count": end.usage.prompt,
+        "prompt_eval_duration": nanoseconds(first - exchange.created),
+        "eval_count": end.usage.output,
+        "eval_duration": nanoseconds(exchange.now - first),
     }
+    if exchange.options.generate:
+        return {"context": [], **metrics}  # ollama-ai-provider insists on a list
+    return metrics
 
 
-def ollama_generate_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
+def ollama_response(exchange: Exchange, answers: Answers) -> JSON:
+    """The whole answer to a chat or a prompt, or the end of a load or an unload."""
+    options: OllamaOptions = exchange.options
+    if options.done_reason:
+        listed_entry(exchange.model, answers, exchange.context)
+        ending = {"done": True, "done_reason": options.done_reason}
+        return {**ollama_base(exchange), **ending, **ollama_message(exchange, {})}
+    answer = whole(next(answers))
+    message: JSON = {}
+    for addition, _ in ollama_additions(answer.events):
+        for key, value in addition.items():
+            message[key] = message[key] + value if key in message else value
+    ending = ollama_metrics(exchange, exchange.created, answer.end)
+    return {**ollama_base(exchange), **ollama_message(exchange, message), **ending}
+
+
+def ollama_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
+    """The chunks of an answer; the last one has the metrics and no text."""
     first = None
-    for addition, end in ollama_messages(next(answers)):
+    for addition, end in ollama_additions(next(answers)):
         first = first or exchange.now
         ending: JSON = {"done": False}
         if end:
-            ending = {"context": [], **ollama_metrics(exchange, first, end)}
-        yield {**ollama_base(exchange), **generated(addition), **ending}
+            ending = ollama_metrics(exchange, first, end)
+        yield {**ollama_base(exchange), **ollama_message(exchange, addition), **ending}
 
 
-def generated(message: JSON) -> JSON:
-    """The same as a message, in generate's words."""
-    rest = {key: value for key, value in message.items() if key != "content"}
-    return {"response": message.get("content", ""), **rest}
-
-
-def ollama_generate_keep_alive(exchange: Exchange) -> JSON:
-    return {**ollama_base(exchange), "response": "", "done": False}
+def ollama_keep_alive_chunk(exchange: Exchange) -> JSON:
+    """A chunk without text: NDJSON has no comments."""
+    return {**ollama_base(exchange), **ollama_message(exchange, {}), "done": False}
 
 
 # ---- embeddings ----
 
 
+def ollama_embed_plan(name: str, model: Model, texts: list[str], size: int | None) -> Plan:
+    """The plan for a vector of this size for each text. Without a text there is no call."""
+    calls: tuple[GeminiCall, ...] = ()
+    if texts:  # Gemini takes no empty text
+        calls = embed_calls(model, [text or " " for text in texts], size)
+    return Plan(calls, False, EmbedOptions(len(texts)), name)
+
+
 def ollama_embed_request(body: Fields, context: Context) -> Plan:
     """Embed: https://docs.ollama.com/api/embed"""
-    model_name, model = ollama_model(body, context, no_such_model(""))
+    model_name = ollama_name(body, "model", missing=no_such_model(""))
+    model = model_named(model_name, context)
     value = body.peek("input")
-    if type(value) not in (str, list, type(None)):
-        raise wrong_value(
-            "input", "invalid input type: input must be a string or a list of strings"
-        )
-    texts = value if type(value) is list else list(filter(None, [value]))
+    if value is not None and not isinstance(value, (str, list)):
+        message = "invalid input type: input must be a string or a list of strings"
+        raise wrong_value("input", message)
+    texts = value or []
+    if isinstance(texts, str):
+        texts = [texts]
     for i, text in enumerate(texts):
-        if type(text) is not str:
+        if not isinstance(text, str):
             raise wrong_value(f"input[{i}]", f"invalid input type: input[{i}] must be a string")
     ollama_keep_alive(body)
     dimensions = body.number("dimensions", 0, 2**31 - 1, int)
-    calls: tuple[GeminiCall, ...] = ()
-    if texts:  # Gemini takes no empty text
-        calls = embed_calls(model, [text or " " for text in texts], dimensions)
-    return Plan(calls, False, EmbedOptions(len(texts)), model_name)
+    return ollama_embed_plan(model_name, model, texts, dimensions)
 
 
 def ollama_embed_response(exchange: Exchange, answers: Answers) -> JSON:
-    if not exchange.options.count:
+    if not exchange.options.vectors:
         return {"model": exchange.model, "embeddings": []}
     vectors = read_vectors(answers, exchange)
     return {
         "model": exchange.model,
         "embeddings": vectors,
-        "total_duration": max(1, int((exchange.now - exchange.created) * 1e9)),
+        "total_duration": nanoseconds(exchange.now - exchange.created),
         "load_duration": 1,
         "prompt_eval_count": exchange.usage.prompt,
     }
@@ -5274,215 +5241,176 @@ def ollama_embed_response(exchange: Exchange, answers: Answers) -> JSON:
 
 def ollama_embeddings_request(body: Fields, context: Context) -> Plan:
     """The older call: one prompt, one vector."""
-    model_name, model = ollama_model(body, context, model_required())
-    prompt = body.get("prompt", str)
+    model_name = ollama_name(body, "model")
+    model = model_named(model_name, context)
+    texts = list(filter(None, [body.get("prompt", str)]))
     ollama_keep_alive(body)
-    if not prompt:
-        return Plan((), False, EmbedOptions(0), model_name)
-    return Plan(embed_calls(model, [prompt], None), False, EmbedOptions(1), model_name)
+    return ollama_embed_plan(model_name, model, texts, None)
 
 
-def ollama_embeddings_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    return {"embedding": read_vectors(answers, exchange)[0] if exchange.options.count else []}
+def ollama_embeddings_response(exchange: Exchange, answers: Answers) -> JSON:
+    vectors = read_vectors(answers, exchange) or [[]]
+    return {"embedding": vectors[0]}
 
 
-# ---- the models ----
+# ---- models and their management ----
 
-# What Gemini lists and a chat cannot use; it can be asked for by name all the same.
+# What Gemini lists and a chat cannot use; a client can name it all the same.
 UNLISTED = re.compile(
     r"image|banana|tts|audio|live|robotics|computer-use|aqa|deep-research|antigravity|omni|lyria"
 )
 
 
+def listed_entry(model_name: str, answers: Answers, context: Context) -> JSON:
+    """Gemini's entry for the model that a client means; a 404 if there is none."""
+    entry = usable_models(answers, context).get(model_named(model_name, context).name)
+    if entry is None:
+        raise no_such_model(model_name)
+    return entry
+
+
 def ollama_capabilities(name: str, entry: JSON) -> list[str]:
-    """What a model can do, in the words that Ollama's server knows; some clients choke on any other."""
+    """What a model can do, in the words of Ollama's server; JetBrains' Koog fails on any other."""
     if "embedContent" in get_or_empty(entry, "supportedGenerationMethods", list):
         return ["embedding"]
-    model = model_of(name)
-    plain = name.startswith("gemma") or UNLISTED.search(name)
-    thinking = ["thinking"] if model.thinking is not None else []
-    return (
-        ["completion", "vision"]
-        if plain
-        else ["completion", "tools", "insert", "vision", *thinking]
-    )
-
-
-def ollama_details(entry: JSON, recipe: Recipe = Recipe()) -> JSON:
-    return {
-        "parent_model": recipe.source,
-        "format": "gguf",
-        "family": "gemini",
-        "families": ["gemini"],
-        "parameter_size": "unknown",
-        "quantization_level": "unknown",
-        "context_length": get_or_empty(entry, "inputTokenLimit", int),
-    }
+    if name.startswith("gemma") or UNLISTED.search(name):
+        return ["completion", "vision"]
+    capabilities = ["completion", "tools", "insert", "vision"]
+    if model_of(name).thinking is not None:
+        capabilities.append("thinking")
+    return capabilities
 
 
 def ollama_entry(name: str, entry: JSON) -> JSON:
-    """A model in a list. Clients keep what they learn under the digest, so it changes when the model does."""
-    capabilities = ollama_capabilities(
-        get_or_empty(entry, "name", str).rpartition("/")[2] or name, entry
-    )
-    digest = hashlib.sha256(
-        json.dumps([name, capabilities, entry.get("inputTokenLimit")]).encode()
-    ).hexdigest()
+    """A model in a list, from Gemini's entry for it."""
+    full_name, limit = get_or_empty(entry, "name", str), entry.get("inputTokenLimit")
+    capabilities = ollama_capabilities(full_name.rpartition("/")[2] or name, entry)
+    identity = json.dumps([name, capabilities, limit])  # llm-ollama caches them by the digest
+    details = {"parent_model": "", "format": "gguf", "family": "gemini", "families": ["gemini"]}
+    details.update(parameter_size="unknown", quantization_level="unknown")
+    details["context_length"] = get_or_empty(entry, "inputTokenLimit", int)
     return {
         "name": tagged(name),
         "model": tagged(name),
         "modified_at": ollama_time(GEMINI_OPENED),
         "size": 0,
-        "digest": digest,
-        "details": ollama_details(entry),
+        "digest": hashlib.sha256(identity.encode()).hexdigest(),
+        "details": details,
         "capabilities": capabilities,
     }
 
 
-def ollama_models_request(body: Fields, context: Context) -> Plan:
+def ollama_tags_request(body: Fields, context: Context) -> Plan:
     return Plan((MODELS_CALL,))
 
 
-def ollama_tags_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
+def ollama_tags_response(exchange: Exchange, answers: Answers) -> JSON:
     models = usable_models(answers, exchange.context)
-    return {
-        "models": [
-            ollama_entry(name, entry) for name, entry in models.items() if not UNLISTED.search(name)
-        ]
-    }
-
-
-class ManageOptions(NamedTuple):
-    """What is to be done about a model."""
-
-    name: str = ""
-    destination: str = ""  # another name
-    recipe: Recipe = Recipe()
-
-
-def ollama_managed(body: Fields, *keys: str) -> str:
-    """The name of the model that a request is about, which the older clients send as `name`."""
-    names = [body.get(key, str) for key in keys or ("model", "name")]
-    body.mark_read("verbose", "insecure")
-    name = next(filter(None, names), "")
-    if not name:
-        raise model_required()
-    return name
-
-
-def ollama_show_request(body: Fields, context: Context) -> Plan:
-    name = ollama_managed(body)
-    body.mark_read("options")
-    return Plan(
-        (MODELS_CALL,), False, ManageOptions(name, recipe=recipe_named(name, context)), name
-    )
-
-
-# Clients look into it for what a model can do: for the word "tools", and for .Suffix.
-OLLAMA_TEMPLATE = "{{ if .Suffix }}{{ .Suffix }}{{ end }}{{ if .Tools }}tools{{ end }}{{ .Prompt }}"
-
-
-def ollama_show_response(exchange: Exchange, answers: Iterator[Iterator[JSON]]) -> JSON:
-    """What clients decide by: capabilities, and the context length under exactly one key."""
-    model_name, recipe = exchange.options.name, exchange.options.recipe
-    try:
-        entry = ollama_known(model_name, answers, exchange.context)
-    except ProxyError as error:
-        error.model = tagged(model_name)  # so Ollama says
-        raise
-    told = ollama_entry(plain_name(model_name, True), entry)
-    embeds = told["capabilities"] == ["embedding"]
-    template = "{{ .Prompt }}" if embeds else OLLAMA_TEMPLATE
-    return {
-        "license": "",
-        "modelfile": f"# Gemini, by proxy-to-gemini\nFROM {recipe.source or told['name']}\n",
-        "parameters": "\n".join(
-            f"{key} {encode_json(value)}"
-            for key, values in recipe.options.items()
-            for value in (values if type(values) is list else [values])
-        ),
-        "template": template,
-        "system": recipe.system,
-        "details": ollama_details(entry, recipe),
-        "model_info": {
-            "general.architecture": "gemini",
-            "general.basename": model_name,
-            "general.parameter_count": 0,
-            "gemini.context_length": get_or_empty(entry, "inputTokenLimit", int),
-            "gemini.embedding_length": 3072 if embeds else 0,
-        },
-        "capabilities": told["capabilities"],
-        "modified_at": told["modified_at"],
-    }
+    names = [name for name in models if not UNLISTED.search(name)]
+    return {"models": [ollama_entry(name, models[name]) for name in names]}
 
 
 def ollama_ps_request(body: Fields, context: Context) -> Plan:
-    return Plan((MODELS_CALL,) if context.loaded else ())
+    if not context.loaded:
+        return Plan()
+    return Plan((MODELS_CALL,))
 
 
 def ollama_ps_response(exchange: Exchange, answers: Answers) -> JSON:
     """The models that were used lately, the one that stays longest first."""
     now = exchange.now
     loaded = {name: until for name, until in exchange.context.loaded.items() if until > now}
-    models = usable_models(answers, exchange.context) if loaded else {}
+    if not loaded:
+        return {"models": []}
+    models = usable_models(answers, exchange.context)
     entries = []
     for name, until in sorted(loaded.items(), key=itemgetter(1), reverse=True):
         if name in models:
             entry = ollama_entry(name, models[name])
-            shared = {key: entry[key] for key in ("name", "model", "size", "digest", "details")}
-            until = ollama_time(min(until, now + FOREVER_SECONDS))
-            entries.append(
-                {
-                    **shared,
-                    "size_vram": entry["size"],
-                    "expires_at": until,
-                    "context_length": entry["details"]["context_length"],
-                }
-            )
+            running = {key: entry[key] for key in ("name", "model", "size", "digest", "details")}
+            running["size_vram"] = entry["size"]
+            running["expires_at"] = ollama_time(min(until, now + FOREVER_SECONDS))
+            running["context_length"] = entry["details"]["context_length"]
+            entries.append(running)
     return {"models": entries}
 
 
+def ollama_manage_request(body: Fields, context: Context) -> Plan:
+    """One model and Gemini's list. Ollama's command line and LiteLLM send the older `name`."""
+    body.mark_read("verbose", "insecure")
+    return Plan((MODELS_CALL,), model=ollama_name(body, "model", "name"))
+
+
+# LiteLLM looks into it for the word "tools", Continue for .Suffix, to learn what a model can do.
+OLLAMA_TEMPLATE = "{{ if .Suffix }}{{ .Suffix }}{{ end }}{{ if .Tools }}tools{{ end }}{{ .Prompt }}"
+
+
+def ollama_show_request(body: Fields, context: Context) -> Plan:
+    body.mark_read("options")
+    return ollama_manage_request(body, context)
+
+
+def ollama_show_response(exchange: Exchange, answers: Answers) -> JSON:
+    """What clients decide by: capabilities, and the context length under exactly one key."""
+    model_name, recipe = exchange.model, recipe_named(exchange.model, exchange.context)
+    try:
+        gemini_entry = listed_entry(model_name, answers, exchange.context)
+    except ProxyError as error:
+        error.model = tagged(model_name)  # as in Ollama's answer
+        raise
+    entry = ollama_entry(plain_name(model_name, True), gemini_entry)
+    template, embedding_length = OLLAMA_TEMPLATE, 0
+    if entry["capabilities"] == ["embedding"]:
+        template, embedding_length = "{{ .Prompt }}", 3072
+    return {
+        "license": "",
+        "modelfile": f"# Gemini, by proxy-to-gemini\nFROM {recipe.source or entry['name']}\n",
+        "parameters": parameter_lines(recipe.options),
+        "template": template,
+        "system": recipe.system,
+        "details": {**entry["details"], "parent_model": recipe.source},
+        "model_info": {
+            "general.architecture": "gemini",
+            "general.basename": model_name,
+            "general.parameter_count": 0,
+            "gemini.context_length": entry["details"]["context_length"],
+            "gemini.embedding_length": embedding_length,
+        },
+        "capabilities": entry["capabilities"],
+        "modified_at": entry["modified_at"],
+    }
+
+
+def parameter_lines(options: Mapping[str, Any]) -> str:
+    """A recipe's options as lines of a key and a value, one for each value of a list."""
+    lines = []
+    for key, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        lines += [f"{key} {encode_json(item)}" for item in values]
+    return "\n".join(lines)
+
+
 def ollama_pull_request(body: Fields, context: Context) -> Plan:
-    name = ollama_managed(body)
-    return Plan((MODELS_CALL,), body.get("stream", bool) is not False, ManageOptions(name), name)
+    plan = ollama_manage_request(body, context)
+    return plan._replace(stream=body.get("stream", bool) is not False)
 
 
 def ollama_pull_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
-    """Nothing is downloaded; programs wait for "success"."""
+    """Nothing is downloaded; `codex --oss` and Home Assistant wait for "success"."""
     models = usable_models(answers, exchange.context)
     yield {"status": "pulling manifest"}
-    if model_named(exchange.options.name, exchange.context).name not in models:
+    if model_named(exchange.model, exchange.context).name not in models:
         raise ProxyError(500, "pull model manifest: file does not exist")
     for status in ("verifying sha256 digest", "writing manifest", "success"):
         yield {"status": status}
 
 
-def ollama_copy_request(body: Fields, context: Context) -> Plan:
-    source, to = ollama_managed(body, "source"), ollama_managed(body, "destination")
-    return Plan(
-        (MODELS_CALL,), False, ManageOptions(source, to, recipe_named(source, context)), source
-    )
-
-
-def ollama_copy_response(exchange: Exchange, answers: Answers) -> Kept:
-    options = exchange.options
-    source = model_named(options.name, exchange.context).name
-    models = usable_models(answers, exchange.context)
-    if source not in models:
-        raise ProxyError(404, f"model {json.dumps(options.name[:200])} not found")
-    recipe = options.recipe._replace(source=source)
-    keep = recipe_to_keep(options.destination, recipe, exchange.context, models)
-    return Kept(Payload(b""), (keep,))
-
-
-MAX_RECIPE_CHARACTERS, MAX_RECIPES = (
-    1 << 20,
-    200,
-)  # characters of a recipe, and recipes, which are not forgotten
+MAX_RECIPES = 200  # they stay until they are deleted
+MAX_RECIPE_CHARACTERS = 1 << 20
 
 
 def recipe_to_keep(name: str, recipe: Recipe, context: Context, models: dict[str, JSON]) -> Keep:
-    """Another name for a model, to be kept. A name of Gemini's own stays Gemini's."""
+    """A recipe to keep under this name. A name of Gemini's own stays Gemini's."""
     name, text = plain_name(name, True), json.dumps(recipe._asdict())
     key = recipe_key(name)
     known = context.stored.get(key)
@@ -5491,158 +5419,126 @@ def recipe_to_keep(name: str, recipe: Recipe, context: Context, models: dict[str
         raise ProxyError(400, message)
     full = len(recipe_names(context)) >= MAX_RECIPES and not known
     if full or len(text) > MAX_RECIPE_CHARACTERS:
-        raise ProxyError(
-            400, "there is no room for this model: what it says is too long, or there are too many"
-        )
+        message = "there is no room for this model: what it says is too long, or there are too many"
+        raise ProxyError(400, message)
     return Keep(key, text, pinned=True)
 
 
+def ollama_copy_request(body: Fields, context: Context) -> Plan:
+    """Another name for a model; `options` of the plan is that name."""
+    body.mark_read("verbose", "insecure")
+    source, destination = ollama_name(body, "source"), ollama_name(body, "destination")
+    return Plan((MODELS_CALL,), options=destination, model=source)
+
+
+def ollama_copy_response(exchange: Exchange, answers: Answers) -> Kept:
+    name, context = exchange.model, exchange.context
+    source = model_named(name, context).name
+    models = usable_models(answers, context)
+    if source not in models:
+        raise ProxyError(404, f"model {json.dumps(name[:200])} not found")
+    recipe = recipe_named(name, context)._replace(source=source)
+    keep = recipe_to_keep(exchange.options, recipe, context, models)
+    return Kept(Payload(b""), (keep,))
+
+
 def ollama_create_request(body: Fields, context: Context) -> Plan:
-    """A model `from` one of Gemini's, with `system` and `parameters` of its own; there are no weights to build from."""
-    name, source = ollama_managed(body), body.get("from", str)
+    """A recipe `from` a model, with `system` and `parameters`; it is the plan's `options`."""
+    plan, source = ollama_manage_request(body, context), body.get("from", str)
     if not source or body.get("files", dict) or body.get("adapters", dict):
-        raise ProxyError(
-            400,
-            'only models "from" one of Gemini\'s can be created here: there are no files to build from',
-            path="from",
-        )
+        message = 'only models "from" one of Gemini\'s can be created here: there are no files'
+        raise ProxyError(400, f"{message} to build from", path="from")
     model, old = model_named(source, context), recipe_named(source, context)
     system = body.get("system", str)
-    parameters = body.object_or_empty("parameters")
-    ollama_sampling(parameters, model)  # what is wrong with them is an error of this request
     if system is None:
         system = old.system
+    parameters = body.object_or_empty("parameters")
+    ollama_sampling(parameters, model)  # an error in them is one of this request
     recipe = Recipe(model.name, system, {**old.options, **parameters.data})
-    stream = body.get("stream", bool) is not False
-    return Plan((MODELS_CALL,), stream, ManageOptions(name, recipe=recipe), name)
+    return plan._replace(stream=body.get("stream", bool) is not False, options=recipe)
 
 
 def ollama_create_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
-    options, models = exchange.options, usable_models(answers, exchange.context)
-    if options.recipe.source not in models:
-        raise no_such_model(options.recipe.source)
-    yield recipe_to_keep(options.name, options.recipe, exchange.context, models)
+    recipe: Recipe = exchange.options
+    models = usable_models(answers, exchange.context)
+    if recipe.source not in models:
+        raise no_such_model(recipe.source)
+    yield recipe_to_keep(exchange.model, recipe, exchange.context, models)
     for status in ("creating new layer", "writing manifest", "success"):
         yield {"status": status}
 
 
-def ollama_delete_request(body: Fields, context: Context) -> Plan:
-    name = ollama_managed(body)
-    return Plan(
-        (MODELS_CALL,), False, ManageOptions(name, recipe=recipe_named(name, context)), name
-    )
-
-
 def ollama_delete_response(exchange: Exchange, answers: Answers) -> Kept:
-    options = exchange.options
-    if options.recipe.source:
-        return Kept(Payload(b""), (Keep(recipe_key(options.name), ""),))
-    if plain_name(options.name, True) in usable_models(answers, exchange.context):
-        raise ProxyError(
-            403, f"model '{options.name[:200]}' is Google's and cannot be deleted from here"
-        )
-    raise no_such_model(options.name)
+    name, context = exchange.model, exchange.context
+    if recipe_named(name, context).source:
+        return Kept(Payload(b""), (Keep(recipe_key(name), ""),))
+    if plain_name(name, True) in usable_models(answers, context):
+        message = f"model '{name[:200]}' is Google's and cannot be deleted from here"
+        raise ProxyError(403, message)
+    raise no_such_model(name)
 
 
-# ---- the rest ----
+# ---- errors and routes ----
+
+
+def ollama_error(error: ProxyError) -> tuple[int, Any]:
+    """Ollama's form of an error, which is a text: https://docs.ollama.com/api/errors"""
+    if isinstance(error, NoRouteError):
+        return 404, Payload(b"404 page not found")
+    status, message = error.status, error.message
+    if status == 401 and error.upstream:
+        status = 403  # for a 401, Ollama's command line asks to sign in at ollama.com
+    if error.code == "model_not_found":
+        message = f"model '{error.model[:200]}' not found"
+        if error.upstream and error.listed is not False:  # Gemini has a reason of its own
+            message += ": " + error.message
+    return status, {"error": message}
+
+
+def progress(status: str) -> JSON:
+    """The rest of the row of a route that streams its progress; a keep-alive repeats `status`."""
+    return {**RECIPES, "framing": NDJSON, "keep_alive": lambda exchange: {"status": status}}
 
 
 NDJSON = Framing(
     "application/x-ndjson", lambda event: encode_json(event).encode() + b"\n", keep_alive=b""
 )
-
-
-def ollama_error(error: ProxyError) -> tuple[int, Any]:
-    """Ollama's form of an error: a text. A 401 of Gemini's must not look like a missing sign-in at ollama.com."""
-    if isinstance(error, NoRoute):
-        return 404, Payload(b"404 page not found")
-    message = error.message
-    if error.code == "model_not_found":
-        message = f"model '{error.model[:200]}' not found"
-        if error.upstream and error.listed is not False:  # Gemini has a reason of its own
-            message += ": " + error.message
-    return 403 if error.status == 401 and error.upstream else error.status, {"error": message}
-
-
+RECIPES: JSON = {"keys": all_recipe_keys}
+CHAT: JSON = {**RECIPES, "framing": NDJSON, "keep_alive": ollama_keep_alive_chunk}
+PULLING, CREATING = progress("pulling manifest"), progress("creating new layer")
 NO_CLOUD = Refusal(403, "ollama cloud is disabled: remote inference is unavailable")
 NO_BLOBS = Refusal(
     400, "there are no files behind this server, and none can be put there: its models are Gemini's"
 )
 NO_PUSH = Refusal(400, "models cannot be pushed from here: they are Google's")
 NOT_SIGNED_IN = Refusal(401, "you are not currently signed in")
-NO_UPDATE = {"cloud": {"disabled": True, "source": "env"}}
 
-OLLAMA = Protocol(
-    "ollama",
-    (
-        Route(
-            "POST",
-            "/api/chat",
-            ollama_chat_request,
-            ollama_chat_response,
-            ollama_chat_stream,
-            NDJSON,
-            ollama_chat_keep_alive,
-            keys=all_recipe_keys,
-        ),
-        Route(
-            "POST",
-            "/api/generate",
-            ollama_generate_request,
-            ollama_generate_response,
-            ollama_generate_stream,
-            NDJSON,
-            ollama_generate_keep_alive,
-            keys=all_recipe_keys,
-        ),
-        Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response),
-        Route("POST", "/api/embeddings", ollama_embeddings_request, ollama_embeddings_response),
-        Route(
-            "GET", "/api/tags", ollama_models_request, ollama_tags_response, keys=all_recipe_keys
-        ),
-        Route("POST", "/api/show", ollama_show_request, ollama_show_response, keys=all_recipe_keys),
-        Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response, keys=all_recipe_keys),
-        Route("GET", "/api/version", answer={"version": OLLAMA_VERSION}),
-        Route("GET", "/api/status", answer=NO_UPDATE),
-        Route(
-            "POST",
-            "/api/pull",
-            ollama_pull_request,
-            stream=ollama_pull_stream,
-            framing=NDJSON,
-            keep_alive=lambda exchange: {"status": "pulling manifest"},
-            keys=all_recipe_keys,
-        ),
-        Route(
-            "POST",
-            "/api/create",
-            ollama_create_request,
-            stream=ollama_create_stream,
-            framing=NDJSON,
-            keep_alive=lambda exchange: {"status": "creating new layer"},
-            keys=all_recipe_keys,
-        ),
-        Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response, keys=all_recipe_keys),
-        Route(
-            "DELETE",
-            "/api/delete",
-            ollama_delete_request,
-            ollama_delete_response,
-            keys=all_recipe_keys,
-        ),
-        Route("POST", "/api/push", answer=NO_PUSH),
-        Route("GET", "/api/blobs/{digest}", answer=Refusal(404, "there is no such file here")),
-        Route("POST", "/api/blobs/{digest}", answer=NO_BLOBS),
-        Route("POST", "/api/me", answer=Refusal(401, "unauthorized")),
-        Route("POST", "/api/signout", answer=NOT_SIGNED_IN),
-        Route("DELETE", "/api/user/keys/{key}", answer=NOT_SIGNED_IN),
-        Route("POST", "/api/experimental/web_search", answer=NO_CLOUD),
-        Route("POST", "/api/experimental/web_fetch", answer=NO_CLOUD),
-        Route("GET", "/api/experimental/model-recommendations", answer={"recommendations": []}),
-    ),
-    ollama_error,
-    lambda error: ollama_error(error)[1],
+OLLAMA_ROUTES = (
+    Route("POST", "/api/chat", ollama_chat_request, ollama_response, ollama_stream, **CHAT),
+    Route("POST", "/api/generate", ollama_generate_request, ollama_response, ollama_stream, **CHAT),
+    Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response),
+    Route("POST", "/api/embeddings", ollama_embeddings_request, ollama_embeddings_response),
+    Route("GET", "/api/tags", ollama_tags_request, ollama_tags_response, **RECIPES),
+    Route("POST", "/api/show", ollama_show_request, ollama_show_response, **RECIPES),
+    Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response, **RECIPES),
+    Route("GET", "/api/version", answer={"version": OLLAMA_VERSION}),
+    Route("GET", "/api/status", answer={"cloud": {"disabled": True, "source": "env"}}),
+    Route("POST", "/api/pull", ollama_pull_request, stream=ollama_pull_stream, **PULLING),
+    Route("POST", "/api/create", ollama_create_request, stream=ollama_create_stream, **CREATING),
+    Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response, **RECIPES),
+    Route("DELETE", "/api/delete", ollama_manage_request, ollama_delete_response, **RECIPES),
+    Route("POST", "/api/push", answer=NO_PUSH),
+    Route("GET", "/api/blobs/{digest}", answer=Refusal(404, "there is no such file here")),
+    Route("POST", "/api/blobs/{digest}", answer=NO_BLOBS),
+    Route("POST", "/api/me", answer=Refusal(401, "unauthorized")),
+    Route("POST", "/api/signout", answer=NOT_SIGNED_IN),
+    Route("DELETE", "/api/user/keys/{key}", answer=NOT_SIGNED_IN),
+    Route("POST", "/api/experimental/web_search", answer=NO_CLOUD),
+    Route("POST", "/api/experimental/web_fetch", answer=NO_CLOUD),
+    Route("GET", "/api/experimental/model-recommendations", answer={"recommendations": []}),
 )
+
+OLLAMA = Protocol("ollama", OLLAMA_ROUTES, ollama_error, lambda error: ollama_error(error)[1])
 
 
 # ======================================================================================
@@ -6225,7 +6121,9 @@ def anthropic_grow(block: JSON, delta: JSON) -> None:
 
 def anthropic_count_request(body: Fields, context: Context) -> Plan:
     """Count tokens: https://platform.claude.com/docs/en/api/messages-count-tokens"""
-    return plan_count(anthropic_plan(body, context))
+    plan = anthropic_plan(body, context)
+    assert plan.chat is not None
+    return count_plan(plan, plan.chat.model)
 
 
 def anthropic_count_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -6289,7 +6187,7 @@ ANTHROPIC = Protocol(
 
 
 # ======================================================================================
-# 11. Routing: which route answers a path, and in which protocol an error is told
+# 11. Routing: which route answers a path, and the protocol of its errors
 # ======================================================================================
 
 
@@ -6391,94 +6289,115 @@ def find_route(api: str, method: str, path: str) -> Found:
             code="method_not_supported",
             headers={"Allow": ", ".join(dict.fromkeys(allowed))},
         )
-    raise NoRoute(404, f"Invalid URL ({method[:20]} {path[:200]})")
+    raise NoRouteError(404, f"Invalid URL ({method[:20]} {path[:200]})")
 
 
 # ======================================================================================
-# 12. Client: the only code that talks to Gemini: pooled connections, waiting, retries, memory
+# 12. Client: all that talks to Gemini: waiting, connections, attempts, memory
 # ======================================================================================
 
-CONNECT_SECONDS = 10.0  # seconds for a TCP connection, and for its TLS handshake
-ADDRESS_SECONDS = 2.5  # seconds of these for one of several addresses
-IDLE_CONNECTION_SECONDS = (
-    55.0  # seconds that an unused connection is kept: middleboxes give up at 60 and more
-)
-MAX_IDLE_CONNECTIONS = 128  # connections that are kept unused
-READY_SECONDS = 0.0002  # seconds within which what one waits for was there already
-KEEP_ALIVE_SECONDS = 10.0  # seconds of silence after which a stream says that it is alive
-MAX_ATTEMPTS = 3  # of one call in all
-BROKEN_RETRY_SECONDS = (
-    1.0  # seconds after a call within which a connection that breaks has asked for nothing yet
-)
-RETRY_WINDOW_SECONDS = (
-    30.0  # seconds after which a call that fails is not tried again: its client has waited enough
-)
-MAX_BACKOFF_SECONDS = (
-    2.0  # seconds that Gemini may ask for, for a call to be tried again here and not by the client
-)
-MAX_PARALLEL_CALLS = 4  # calls of one request that are under way at the same time
-MODEL_LIST_SECONDS = 300.0  # seconds that Gemini's list of models is kept
-MAX_ERROR_BYTES = 1 << 20  # bytes that are read of a refusal
+CONNECT_SECONDS = 10.0  # to connect, and as much silence again during the TLS handshake
+ADDRESS_SECONDS = 2.5  # of these, for each of several addresses but the last
+IDLE_CONNECTION_SECONDS = 55.0  # middleboxes forget unused connections after 60 seconds or more
+MAX_IDLE_CONNECTIONS = 128
+READY_SECONDS = 0.0002  # what comes faster than this was there before the wait began
+KEEP_ALIVE_SECONDS = 10.0  # a stream that is silent for so long sends a keep-alive
+MAX_ATTEMPTS = 3  # of a call, the first included
+BACKOFF_SECONDS = 0.2  # before the next attempt; it doubles with each one
+MAX_BACKOFF_SECONDS = 2.0  # a longer wait is left to the client
+RETRY_WINDOW_SECONDS = 30.0  # there is no further attempt later than this
+BROKEN_RETRY_SECONDS = 1.0  # if a connection breaks so early, Gemini has not begun to work
+MAX_PARALLEL_CALLS = 4  # of one request of a client
+MAX_ERROR_BYTES = 1 << 20  # of a refusal's body
+BLOCK_BYTES = 64 << 10  # of a body that are read at a time
+MODEL_LIST_SECONDS = 300.0  # how long a list of Gemini's models is used
+MAX_MODEL_LISTS = 32  # lists in memory: one for each Gemini key (-client-keys)
+MAX_MODEL_PAGES = 50  # pages of one list
+STATE_LOCK_SECONDS = 1.0  # how long to wait for a state file that another process has locked
+STATE_RETRY_SECONDS = 5.0  # how long a state file that failed is left alone
 KEY_MASK = "[the Gemini key]"
-MAX_MODEL_PAGES = 50  # of Gemini's list of models
-STATE_LOCK_SECONDS = 1.0  # seconds to wait for a state file that another process has locked
-STATE_RETRY_SECONDS = 5.0  # seconds in which a state file in trouble is not tried again
-MAX_MODEL_LISTS = 32  # of models that are kept, one for each key (-client-keys)
 HEADERS = {"Content-Type": "application/json", "User-Agent": f"proxy-to-gemini/{VERSION}"}
+
+# ---- the heads of HTTP messages ----
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HEADER_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n".encode())
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?\r\n")
-SINGLE_HEADERS = (
-    "host",
-    "content-length",
-    "transfer-encoding",
-)  # headers of which two would be a riddle
-MAX_HEAD_BYTES = 64 << 10  # bytes of the first line and the headers of a request or an answer
-
-# Linux tells at once that the far end hung up, even behind unread bytes; PyPy 3.9 lacks the name but not the thing.
-POLLRDHUP = getattr(select, "POLLRDHUP", 0x2000 if sys.platform.startswith("linux") else 0)
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
+SINGLE_HEADERS = ("host", "content-length", "transfer-encoding")  # two of them are ambiguous
+MAX_HEAD_BYTES = 64 << 10  # of the first line and the headers of a request or an answer
 
 
-class ClientGone(Exception):
-    """The client has left, so its call to Gemini is not worth going on with."""
-
-
-class BadHead(ProxyError):
+class BadHeadError(ProxyError):
     """This is not the head of an HTTP message."""
 
 
-def read_headers(file: io.BufferedReader, left: int) -> dict[str, str]:
-    """The header lines up to the empty one, by name in lower case, of so many bytes at most.
+def read_headers(file: io.BufferedIOBase, limit: int) -> dict[str, str]:
+    """The headers up to the empty line, by name in lower case; they may have `limit` bytes.
 
-    What another reader might take for something else is refused (RFC 9112, section 5): http.client's parser, which is
-    one for mail, stops at a malformed line without a word, and costs as much as the translation of a short chat.
+    A BadHeadError for what another reader might take for something else (RFC 9112, section 5). The
+    library's parser is one for mail: it stops at a malformed line without an error, and costs as
+    much as the translation of a short chat.
     """
     headers: dict[str, str] = {}
     while True:
-        line = file.readline(left + 1)
-        left -= len(line)
+        line = file.readline(limit + 1)
+        limit -= len(line)
         if line == b"\r\n":
             return headers
         match = HEADER_LINE.fullmatch(line)
-        if left < 0:
-            raise BadHead(431, "The headers are too large.")
+        if limit < 0:
+            raise BadHeadError(431, "The headers are too large.")
         if not match:
-            raise BadHead(400, "This is not an HTTP header line: " + ascii(line[:60]))
-        name, value = (
-            match.group(1).decode().lower(),
-            match.group(2).strip(b" \t").decode("latin-1"),
-        )
-        if name in headers and name in SINGLE_HEADERS:
-            raise BadHead(400, f"The header {name} comes twice.")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+            raise BadHeadError(400, "This is not an HTTP header line: " + ascii(line[:60]))
+        name = match.group(1).decode().lower()
+        value = match.group(2).strip(b" \t").decode("latin-1")
+        if name not in headers:
+            headers[name] = value
+        elif name in SINGLE_HEADERS:
+            raise BadHeadError(400, f"The header {name} comes twice.")
+        else:
+            headers[name] += f", {value}"
+
+
+# ---- waiting ----
+
+READABLE, WRITABLE = select.POLLIN, select.POLLOUT
+# Linux reports at once that the far end hung up, even behind unread bytes (poll(2)). PyPy 3.9
+# lacks the name, but the system call is the same.
+POLLRDHUP = getattr(select, "POLLRDHUP", 0)
+if not POLLRDHUP and sys.platform.startswith("linux"):
+    POLLRDHUP = 0x2000
+HANGUP = POLLRDHUP or READABLE
+
+
+class ClientGoneError(Exception):
+    """The client has left, so there is nobody to finish the call to Gemini for."""
+
+
+class Poller:
+    """Waits for sockets and pipes: the one place that knows select.poll, which Windows lacks."""
+
+    def __init__(self, *readable: socket.socket | int):
+        self.poll = select.poll()
+        for file in readable:
+            self.watch(file, READABLE)
+
+    def watch(self, file: socket.socket | int, event: int) -> None:
+        """Wait for this event of the file; 0 stands for none but its failure."""
+        self.poll.register(file, event)
+
+    def wait(self, seconds: float) -> list[int]:
+        """The descriptors that are ready; none if that takes longer than this."""
+        return [fd for fd, _ in self.poll.poll(max(0, math.ceil(seconds * 1000)))]
 
 
 class Waiter:
-    """The one place that waits: for Gemini, with an eye on the client that Gemini's answer is for.
+    """The one place that waits for Gemini, on behalf of one request of a client.
 
-    While Gemini is silent, the client's thread sleeps here. Bytes from Gemini wake it; so do a client that leaves, the
-    time-out, the end of the server (`stopping` becomes readable), and the beat of a stream.
+    While Gemini is silent, the client's thread sleeps here. It wakes up when Gemini's socket is
+    ready, when the client leaves, when time is up, when a keep-alive is due, and when the server
+    ends (then `stopping` becomes readable).
     """
 
     def __init__(
@@ -6488,324 +6407,420 @@ class Waiter:
         stopping: int = -1,
         keep_alive: Callable[[], None] | None = None,
     ):
-        self.client, self.silence, self.stopping = client, silence, stopping
+        self.client, self.stopping = client, stopping
+        self.silence = silence  # seconds that Gemini may be silent
         self.keep_alive = keep_alive  # called every KEEP_ALIVE_SECONDS of silence
-        self.polls: dict[tuple[socket.socket | None, int], Any] = {}
+        self.pollers: dict[tuple[socket.socket | None, int], Poller] = {}
 
-    def poll(self, gemini: socket.socket | None, event: int) -> Any:
-        """What waits for an event of Gemini's socket; a stream does that for each of its chunks."""
-        poll = self.polls.get((gemini, event))
-        if poll is not None:
-            return poll
-        self.polls[gemini, event] = poll = select.poll()
+    def poller(self, gemini: socket.socket | None, event: int) -> Poller:
+        """The poller of this event, the client and the end. A stream uses it for each chunk."""
+        poller = self.pollers.get((gemini, event))
+        if poller is not None:
+            return poller
+        poller = self.pollers[gemini, event] = Poller()
         if gemini is not None:
-            poll.register(gemini, event)
+            poller.watch(gemini, event)
         if self.client is not None:
-            poll.register(self.client, POLLRDHUP or select.POLLIN)
+            poller.watch(self.client, HANGUP)
         if self.stopping >= 0:
-            poll.register(self.stopping, select.POLLIN)
-        return poll
+            poller.watch(self.stopping, READABLE)
+        return poller
 
     def wait(
-        self, gemini: socket.socket | None, event: int = select.POLLIN, seconds: float | None = None
+        self, gemini: socket.socket | None, event: int = READABLE, seconds: float | None = None
     ) -> float:
-        """Return when Gemini's socket is ready, or when the seconds of a pause are over (None: the time-out, a 504):
-        the seconds that it took."""
-        poll, mine = self.poll(gemini, event), -1 if gemini is None else gemini.fileno()
-        began = time.monotonic()
-        over, keep_alive_due = (
-            began + (self.silence if seconds is None else seconds),
-            began + KEEP_ALIVE_SECONDS,
-        )
+        """Return when Gemini's socket is ready, or after these seconds: how long that took.
+
+        Without `seconds`, a silence that is too long is a 504.
+        """
+        poller = self.poller(gemini, event)
+        gemini_fd = -1 if gemini is None else gemini.fileno()
+        began = now = time.monotonic()
+        deadline = began + (self.silence if seconds is None else seconds)
+        keep_alive_due = began + KEEP_ALIVE_SECONDS if self.keep_alive else math.inf
         while True:
+            ready = poller.wait(min(deadline, keep_alive_due) - now)
+            self.check(ready, gemini_fd, poller)
             now = time.monotonic()
-            until = min(over, keep_alive_due) if self.keep_alive else over
-            ready = poll.poll(max(0, math.ceil((until - now) * 1000)))
-            for fd, _ in ready:
-                if fd == self.stopping:
-                    raise ProxyError(503, "The server is shutting down.")
-                if fd != mine and self.client_left(poll):
-                    raise ClientGone
-            now = time.monotonic()
-            if any(fd == mine for fd, _ in ready) or now >= over and seconds is not None:
+            if gemini_fd in ready:
                 return now - began
-            if now >= over:
-                raise ProxyError(
-                    504, f"Gemini has been silent for {self.silence:g} seconds.", upstream=True
-                )
+            if now >= deadline and seconds is not None:
+                return now - began
+            if now >= deadline:
+                message = f"Gemini has been silent for {self.silence:g} seconds."
+                raise ProxyError(504, message, upstream=True)
             if self.keep_alive and now >= keep_alive_due:
                 self.keep_alive()
+                now = time.monotonic()
                 keep_alive_due = now + KEEP_ALIVE_SECONDS
 
-    def client_left(self, poll: Any) -> bool:
-        """Whether the client hung up; where the system only tells that there is something to read, look at it."""
-        if POLLRDHUP:
+    def check(self, ready: list[int], gemini_fd: int, poller: Poller) -> None:
+        """Raise what makes it pointless to wait any longer."""
+        for fd in ready:
+            if fd == self.stopping:
+                raise ProxyError(503, "The server is shutting down.")
+            if fd != gemini_fd and self.client_left(poller):
+                raise ClientGoneError
+
+    def client_left(self, poller: Poller) -> bool:
+        """Whether the client hung up; a system without POLLRDHUP only says that it can be read."""
+        if POLLRDHUP or self.client is None:
             return True
         try:
-            if self.client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                poll.modify(self.client, 0)  # its next request came early: it is still there
-                return False
+            data = self.client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
         except OSError:
-            pass
-        return True
+            return True
+        if data:
+            poller.watch(self.client, 0)  # its next request came early: it is still there
+        return not data
 
 
-class Response(http.client.HTTPResponse):
-    """An answer of Gemini's, and the connection that it comes over; begin() reads its head."""
+# ---- connections ----
 
-    def __init__(self, connection: Connection, waiter: Waiter, kept: bool, method: str):
-        self.line = UpstreamSocket(connection.sock, waiter)
-        super().__init__(self.line, method=method)
-        self.connection, self.kept = (
-            connection,
-            kept,
-        )  # kept: it was used before, and may have gone stale
-
-    def begin(self) -> None:
-        """Read the head, past those of the answers that only say Continue."""
-        status = 100
-        try:
-            while status < 200:
-                line = self.fp.readline(MAX_HEAD_BYTES)
-                match = STATUS_LINE.fullmatch(line)
-                if not line:
-                    raise http.client.RemoteDisconnected("the connection ended before an answer")
-                if not match:
-                    raise http.client.BadStatusLine(ascii(line[:60]))
-                status, headers = int(match.group(2)), read_headers(self.fp, MAX_HEAD_BYTES)
-            length = int(headers.get("content-length", -1))
-        except (BadHead, ValueError) as error:
-            raise http.client.HTTPException(str(error)) from None
-        self.status, self.reason = status, (match.group(3) or b"").decode("latin-1")
-        self.headers, self.chunk_left = headers, None
-        self.chunked = headers.get("transfer-encoding", "").lower() == "chunked"
-        self.length = None if self.chunked or length < 0 else length
-        self.will_close = (
-            match.group(1) == b"0"
-            or "close" in headers.get("connection", "").lower()
-            or self.length is None
-            and not self.chunked
-        )
-
-    def send(self, data: bytes) -> None:
-        """The request, as far as the socket takes it at a time."""
-        view = memoryview(data)
-        while view:
-            view = view[self.line.patiently(self.line.sock.send, view) :]
-
-    @property
-    def spoken(self) -> bool:
-        """Whether a single byte of it has come."""
-        return self.line.spoken
-
-    @property
-    def reusable(self) -> bool:
-        """Whether it was read to its end, and the connection stays open."""
-        return self.isclosed() and not self.will_close
+DEFAULT_PORTS = {"https": 443, "http": 80}
+Result = TypeVar("Result")
+Address = tuple[int, int, int, str, Any]  # as socket.getaddrinfo gives it
 
 
 class UpstreamSocket(io.RawIOBase):
-    """A (non-blocking) socket to Gemini as a file for http.client; it waits in its Waiter."""
+    """A connection to Gemini as a raw file. Its socket never blocks: its waiter waits."""
 
     def __init__(self, sock: socket.socket, waiter: Waiter):
-        self.sock, self.waiter, self.spoken = sock, waiter, False
-        self.pending = getattr(
-            sock, "pending", int
-        )  # counts bytes of which TLS knows, and poll does not
-        self.slow = False  # whether the last bytes had to be waited for; then to look for the next is in vain
+        self.sock = sock
+        self.tls: ssl.SSLSocket | None = None  # the same socket, once it speaks TLS
+        self.reused = False  # whether it was idle before this call: Gemini may have closed it
+        self.assign(waiter)
+
+    def assign(self, waiter: Waiter) -> None:
+        """Carry another call from now on, whose waiter this is."""
+        self.waiter = waiter
+        self.received = False  # whether a byte has come since
+        self.slow = False  # whether the last bytes had to be waited for: so will the next ones
 
     def readable(self) -> bool:
         return True
 
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
     def readinto(self, buffer: Any) -> int:
-        if self.slow and not self.pending():
+        """Wait for bytes; 0 at the end. (TLS may hold bytes that the system knows nothing of.)"""
+        if self.slow and not (self.tls and self.tls.pending()):
             self.slow = self.waiter.wait(self.sock) > READY_SECONDS
-        count = self.patiently(self.sock.recv_into, buffer)
-        self.spoken = self.spoken or count > 0
+        count = self.when_ready(READABLE, self.sock.recv_into, buffer)
+        self.received = self.received or count > 0
         return count
 
-    def patiently(self, act: Callable[[Any], int], buffer: Any) -> int:
-        """What the socket's method gives, as soon as it gives something."""
+    def send(self, data: bytes) -> None:
+        """Send all of it, as fast as the socket takes it."""
+        view = memoryview(data)
+        while view:
+            count = self.when_ready(WRITABLE, self.sock.send, view)
+            view = view[count:]
+
+    def start_tls(self, context: ssl.SSLContext, host: str, session: ssl.SSLSession | None) -> None:
+        """Speak TLS; the session of an earlier connection saves half of the handshake."""
+        self.tls = context.wrap_socket(
+            self.sock, server_hostname=host, session=session, do_handshake_on_connect=False
+        )
+        self.sock = self.tls
+        self.when_ready(READABLE, self.tls.do_handshake)
+
+    def when_ready(self, event: int, operation: Callable[..., Result], *arguments: Any) -> Result:
+        """What an operation of the socket's returns, as soon as it does not block.
+
+        `event` is what a plain socket waits for; TLS says itself what it needs.
+        """
         while True:
             try:
-                return act(buffer)
+                return operation(*arguments)
             except ssl.SSLWantReadError:
-                event = select.POLLIN
+                event = READABLE
             except ssl.SSLWantWriteError:
-                event = select.POLLOUT
+                event = WRITABLE
             except BlockingIOError:
-                event = select.POLLIN if act == self.sock.recv_into else select.POLLOUT
+                pass
             self.slow = self.waiter.wait(self.sock, event) > READY_SECONDS
+
+    def close(self) -> None:
+        super().close()
+        self.sock.close()
 
 
 def dial(host: str, port: int, waiter: Waiter) -> socket.socket:
-    """A non-blocking connection to the first of a host's addresses that answers, in CONNECT_SECONDS for all of them.
+    """A non-blocking connection to the first address of the host's that answers.
 
-    The library gives each the whole time, and where a network drops IPv6 without a word, Google has several in vain.
-    (Only the look-up of the name cannot be watched: the C library does it.)
+    They have CONNECT_SECONDS together. The library gives each the whole time, but where a network
+    drops IPv6 in silence, several of Google's addresses never answer. (Nothing watches the client
+    during the look-up of the name, which the C library does.)
     """
-    until, failure = time.monotonic() + CONNECT_SECONDS, OSError("the name has no address")
-    families: dict[int, list[tuple]] = {}
-    for one in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        families.setdefault(one[0], []).append(one)
-    found = [
-        one for row in itertools.zip_longest(*families.values()) for one in row if one
-    ]  # v6, v4, v6, ...
-    for i, (family, kind, protocol, _, where) in enumerate(found, 1):
-        left = max(0.1, until - time.monotonic())
+    deadline = time.monotonic() + CONNECT_SECONDS
+    failure = OSError("the name has no address")
+    addresses = alternated(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    for address in addresses:
+        seconds = max(0.1, deadline - time.monotonic())
+        if address is not addresses[-1]:
+            seconds = min(seconds, ADDRESS_SECONDS)
         try:
-            sock = socket.socket(family, kind, protocol)
-            try:
-                reach(sock, where, waiter, min(left, ADDRESS_SECONDS) if i < len(found) else left)
-                return sock
-            except BaseException:
-                sock.close()
-                raise
+            return reach(address, waiter, seconds)
         except OSError as error:
             failure = error
     raise failure
 
 
-def reach(sock: socket.socket, where: Any, waiter: Waiter, seconds: float) -> None:
-    """Connect the socket, which blocks no longer; an OSError where that fails or takes more than so many seconds."""
-    sock.setblocking(False)
-    error = sock.connect_ex(where)
-    if error == errno.EINPROGRESS:
-        if waiter.wait(sock, select.POLLOUT, seconds) >= seconds:
-            raise TimeoutError
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if error:
-        raise OSError(error, os.strerror(error))
+def alternated(addresses: Iterable[Address]) -> list[Address]:
+    """The addresses with families taking turns: v6, v4, v6, ..."""
+    families: dict[int, list[Address]] = {}
+    for address in addresses:
+        families.setdefault(address[0], []).append(address)
+    turns = itertools.zip_longest(*families.values())
+    return [address for turn in turns for address in turn if address]
 
 
-class Connection(http.client.HTTPConnection):
-    """A connection to Gemini, directly or through an HTTP proxy."""
+def reach(address: Address, waiter: Waiter, seconds: float) -> socket.socket:
+    """A non-blocking connection to the address; an OSError if that fails or takes longer."""
+    family, kind, protocol, _, where = address
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setblocking(False)
+        error = sock.connect_ex(where)
+        if error == errno.EINPROGRESS:
+            if waiter.wait(sock, WRITABLE, seconds) >= seconds:
+                raise TimeoutError
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
-    def __init__(self, pool: Pool):
-        super().__init__(pool.host, pool.port)
-        self.pool = pool
 
-    def open(self, waiter: Waiter) -> None:
-        """Connect, with an eye on the client (connect(), the library's, sees nobody leave)."""
-        waiter = Waiter(waiter.client, CONNECT_SECONDS, waiter.stopping, waiter.keep_alive)
-        proxy = self.pool.proxy
-        self.sock = dial(
-            proxy.host if proxy else self.host, proxy.port if proxy else self.port, waiter
-        )
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.pool.secure:
-            if proxy:
-                self.tunnel(proxy, waiter)
-            self.shake_hands(waiter)
+class Response:
+    """Gemini's answer to a request (RFC 9112), as a file over its connection.
 
-    def tunnel(self, proxy: HttpProxy, waiter: Waiter) -> None:
-        """Have the proxy connect us (RFC 9110, section 9.3.6)."""
-        host = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-        headers = "".join(f"{name}: {value}\r\n" for name, value in proxy.headers.items())
-        answer = Response(self, waiter, False, "CONNECT")
-        answer.send(f"CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n{headers}\r\n".encode("latin-1"))
-        answer.begin()
-        if not 200 <= answer.status < 300:
-            raise OSError(
-                f"the proxy {proxy.host}:{proxy.port} says {answer.status} {answer.reason}".rstrip()
-            )
+    Nothing is read at first: begin() reads the head, read() and read1() the body. What breaks the
+    rules is an HTTPException; a body that ends too early is an IncompleteRead.
+    """
 
-    def shake_hands(self, waiter: Waiter) -> None:
-        """Speak TLS from here on; the session of an earlier connection saves half of the handshake."""
-        self.sock = self.pool.context.wrap_socket(
-            self.sock,
-            server_hostname=self.host,
-            session=self.pool.session,
-            do_handshake_on_connect=False,
-        )
-        UpstreamSocket(self.sock, waiter).patiently(lambda nothing: self.sock.do_handshake(), b"")
+    def __init__(self, connection: UpstreamSocket):
+        self.connection, self.file = connection, io.BufferedReader(connection)
+        self.status, self.reason = 0, ""
+        self.headers: dict[str, str] = {}  # by name in lower case
+        self.chunked = False
+        self.left: int | None = None  # bytes of the body or chunk; None if that is not known yet
+        self.complete = False  # whether the body was read to its end
+        self.persistent = False  # whether the connection stays open then
+
+    def begin(self) -> None:
+        """Read the head, past those of interim answers (1xx)."""
+        version = b"1"
+        while self.status < 200:
+            version = self.read_head()
+        self.chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
+        length = self.headers.get("content-length")
+        if length is not None and not self.chunked:
+            if not length.isdecimal():  # int() takes more than HTTP does; the error is its own
+                raise http.client.HTTPException(
+                    f"invalid literal for int() with base 10: {length!r}"
+                )
+            self.left = int(length)
+            self.complete = not self.left
+        known_end = self.chunked or self.left is not None
+        closes = "close" in self.headers.get("connection", "").lower()
+        self.persistent = known_end and not closes and version == b"1"
+
+    def read_head(self) -> bytes:
+        """Read a status line and headers; the minor version of HTTP/1."""
+        line = self.file.readline(MAX_HEAD_BYTES)
+        if not line:
+            raise http.client.RemoteDisconnected("the connection ended before an answer")
+        match = STATUS_LINE.fullmatch(line)
+        if not match:
+            raise http.client.BadStatusLine(ascii(line[:60]))
+        version, status, reason = match.groups(b"")
+        self.status, self.reason = int(status), reason.decode("latin-1")
+        try:
+            self.headers = read_headers(self.file, MAX_HEAD_BYTES)
+        except BadHeadError as error:
+            raise http.client.HTTPException(error.message) from None
+        return version
+
+    def read1(self, limit: int) -> bytes:
+        """The next bytes of the body, as soon as there are some; none at its end."""
+        if self.chunked and not self.left and not self.complete:
+            self.next_chunk()
+        if self.complete:
+            return b""
+        if self.left is None:
+            data = self.file.read1(limit)
+            self.complete = not data  # such a body ends with the connection
+            return data
+        data = self.file.read1(min(limit, self.left))
+        if not data:
+            raise http.client.IncompleteRead(b"", self.left)
+        self.left -= len(data)
+        self.complete = not self.left and not self.chunked
+        return data
+
+    def next_chunk(self) -> None:
+        """Go on to the next chunk, or past the last one and its trailers (RFC 9112, 7.1)."""
+        if self.left == 0 and self.file.read(2) != b"\r\n":
+            raise http.client.IncompleteRead(b"")
+        match = CHUNK_LINE.fullmatch(self.file.readline(MAX_HEAD_BYTES))
+        if not match:
+            raise http.client.IncompleteRead(b"")
+        self.left = int(match.group(1), 16)
+        if self.left:
+            return
+        self.complete = True
+        try:
+            read_headers(self.file, MAX_HEAD_BYTES)
+        except BadHeadError:
+            self.persistent = False  # the body is whole, but what comes after it is unclear
+
+    def read(self, limit: int = sys.maxsize) -> bytes:
+        """The rest of the body, or so many bytes of it."""
+        blocks: list[bytes] = []
+        while limit > 0:
+            try:
+                block = self.read1(min(limit, BLOCK_BYTES))
+            except http.client.IncompleteRead as error:
+                raise http.client.IncompleteRead(b"".join(blocks), error.expected) from None
+            if not block:
+                break
+            blocks.append(block)
+            limit -= len(block)
+        return b"".join(blocks)
+
+    def detach(self) -> UpstreamSocket:
+        """The connection, which this no longer reads from. (A lost response closes it.)"""
+        self.file.detach()
+        return self.connection
+
+
+class UpstreamRequest(urllib.request.Request):
+    """A request to Gemini, with what the pool must know besides."""
+
+    def __init__(self, url: str, key: str, body: bytes | None, waiter: Waiter, fresh: bool):
+        super().__init__(url, body, {"x-goog-api-key": key, **HEADERS})
+        self.body, self.waiter = body, waiter
+        self.fresh = fresh  # whether an idle connection will not do
+
+
+class HttpProxy(NamedTuple):
+    """An HTTP proxy on the way to Gemini."""
+
+    host: str
+    port: int
+    headers: dict[str, str]
 
 
 class Pool(urllib.request.BaseHandler):
-    """urllib's way to Gemini: http.client connections that are used again. It sends; the Response is read later."""
+    """How urllib reaches Gemini: over connections that are used again."""
 
     def __init__(self, upstream: str):
         parts = urllib.parse.urlsplit(upstream)
         self.secure, self.host = parts.scheme == "https", parts.hostname or ""
-        self.port = parts.port or (443 if self.secure else 80)
-        self.idle: collections.deque[tuple[float, Connection]] = collections.deque()
-        self.session: ssl.SSLSession | None = None
+        self.port = parts.port or DEFAULT_PORTS[parts.scheme]
+        self.authority = f"{self.host}:{self.port}"
+        if ":" in self.host:
+            self.authority = f"[{self.host}]:{self.port}"
+        self.idle: collections.deque[tuple[float, UpstreamSocket]] = collections.deque()
         self.proxy = proxy_for(parts.scheme, parts.netloc.rpartition("@")[2])
-        self.context = tls_context() if self.secure else None
-        self.opened = self.counted = (
-            0  # connections so far; of these, those that the metrics know of
-        )
+        self.context: ssl.SSLContext | None = None
+        if self.secure:
+            self.context = tls_context()
+        self.session: ssl.SSLSession | None = None
+        self.opened = self.counted = 0  # connections so far; of these, those in the metrics
 
-    def https_open(self, request: urllib.request.Request) -> Response:
-        """Send the request, and give its Response, of which nothing is read yet."""
-        kept = None if request.anew else self.take()
-        connection = kept or self.connect(request.waiter)
+    def https_open(self, request: UpstreamRequest) -> Response:
+        """Send the request: its Response, of which nothing is read yet."""
+        connection = None
+        if not request.fresh:
+            connection = self.acquire()
+        if connection is None:
+            connection = self.connect(request.waiter)
+        connection.assign(request.waiter)
         try:
-            body, method = request.data, request.get_method()
-            if not kept:
-                request.waiter.wait(
-                    None, seconds=0
-                )  # a client that left meanwhile asks for nothing
-            lines = [f"{method} {self.target(request.selector)} HTTP/1.1", f"Host: {request.host}"]
-            lines += [f"{name}: {value}" for name, value in request.header_items()]
-            lines += [] if body is None else [f"Content-Length: {len(body)}"]
-            if self.proxy and not self.secure:
-                lines += [f"{name}: {value}" for name, value in self.proxy.headers.items()]
-            response = Response(connection, request.waiter, kept is not None, method)
-            response.send("\r\n".join(lines + ["", ""]).encode("latin-1") + (body or b""))
-            return response
+            connection.send(self.head(request) + (request.body or b""))
         except BaseException:
             connection.close()
             raise
+        return Response(connection)
 
     http_open = https_open
 
-    def target(self, selector: str) -> str:
-        """What the request line asks for: a proxy on the way to plain HTTP wants the whole URL."""
-        return (
-            f"http://{self.host}:{self.port}{selector}"
-            if self.proxy and not self.secure
-            else selector
-        )
+    def head(self, request: UpstreamRequest) -> bytes:
+        """The request line and headers. A proxy for plain HTTP wants the whole URL."""
+        target, headers = request.selector, [("Host", request.host), *request.header_items()]
+        if request.body is not None:
+            headers.append(("Content-Length", str(len(request.body))))
+        if self.proxy and not self.secure:
+            target = f"http://{self.authority}{target}"
+            headers += self.proxy.headers.items()
+        return request_head(request.get_method(), target, headers)
 
-    def connect(self, waiter: Waiter) -> Connection:
+    def connect(self, waiter: Waiter) -> UpstreamSocket:
+        """A new connection, through the proxy if there is one, and with TLS for https."""
         self.opened += 1
-        connection = Connection(self)
+        waiter = Waiter(waiter.client, CONNECT_SECONDS, waiter.stopping, waiter.keep_alive)
+        host, port = self.host, self.port
+        if self.proxy:
+            host, port = self.proxy.host, self.proxy.port
+        connection = UpstreamSocket(dial(host, port, waiter), waiter)
         try:
-            connection.open(waiter)
+            if self.context:
+                if self.proxy:
+                    self.open_tunnel(connection, self.proxy)
+                connection.start_tls(self.context, self.host, self.session)
+            waiter.wait(None, seconds=0)  # a client that left meanwhile needs no answer
         except BaseException:
             connection.close()
             raise
         return connection
 
-    def take(self) -> Connection | None:
-        """A connection that is idle and still open, the one used last, or None."""
+    def open_tunnel(self, connection: UpstreamSocket, proxy: HttpProxy) -> None:
+        """Have the proxy connect us to Gemini (RFC 9110, section 9.3.6)."""
+        headers = [("Host", self.authority), *proxy.headers.items()]
+        connection.send(request_head("CONNECT", self.authority, headers))
+        response = Response(connection)
+        response.begin()
+        if not 200 <= response.status < 300:
+            answer = f"{response.status} {response.reason}".rstrip()
+            raise OSError(f"the proxy {proxy.host}:{proxy.port} says {answer}")
+        response.detach()
+
+    def acquire(self) -> UpstreamSocket | None:
+        """The connection that was used last of those that are idle and still open, or None."""
         while True:
             try:
                 since, connection = self.idle.pop()
             except IndexError:
                 return None
-            poll = select.poll()
-            poll.register(connection.sock, select.POLLIN)  # readable means closed, or out of step
-            if time.monotonic() - since < IDLE_CONNECTION_SECONDS and not poll.poll(0):
+            readable = Poller(connection.sock).wait(0)  # it is closed, or out of step
+            if not readable and time.monotonic() - since < IDLE_CONNECTION_SECONDS:
                 return connection
             connection.close()
 
-    def remember(self, response: Response) -> None:
-        """Have the next connections take up the TLS session of this one, whose ticket came before the answer."""
-        if self.secure and not response.kept:
-            self.session = response.connection.sock.session
-
-    def give(self, response: Response) -> None:
-        """Keep the connection of an answer that has been read to its end."""
-        self.idle.append((time.monotonic(), response.connection))
+    def release(self, response: Response) -> None:
+        """Keep the connection of a response for other calls; close it if it cannot carry any."""
+        connection = response.detach()
+        if not (response.complete and response.persistent):
+            connection.close()  # this is what stops the bill
+            return
+        connection.reused = True
+        self.idle.append((time.monotonic(), connection))
         while len(self.idle) > MAX_IDLE_CONNECTIONS:
             self.drop_oldest()
+
+    def save_session(self, connection: UpstreamSocket) -> None:
+        """Let new connections resume the TLS session of this one, once it carries an answer.
+
+        Its ticket comes after the handshake (RFC 8446, section 4.6.1), but before the answer.
+        """
+        if connection.tls and not connection.reused:
+            self.session = connection.tls.session
 
     def drop_oldest(self) -> None:
         with contextlib.suppress(IndexError):
@@ -6822,182 +6837,205 @@ class Pool(urllib.request.BaseHandler):
                 self.drop_oldest()
 
 
-class HttpProxy(NamedTuple):
-    """An HTTP proxy on the way to Gemini."""
-
-    host: str
-    port: int
-    headers: dict[str, str]
+def request_head(method: str, target: str, headers: Iterable[tuple[str, str]]) -> bytes:
+    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 def proxy_for(scheme: str, host: str) -> HttpProxy | None:
-    """The proxy that the environment names for this scheme and host, in any of the usual spellings."""
+    """The proxy that the environment names for this scheme and host, in any usual spelling."""
     url = urllib.request.getproxies().get(scheme)
     if not url or urllib.request.proxy_bypass(host):
         return None
-    parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+    if "://" not in url:
+        url = "http://" + url
+    parts = urllib.parse.urlsplit(url)
     if not parts.hostname:
         raise ValueError(f"{scheme.upper()}_PROXY is not the address of a proxy")
     headers = {}
     if parts.username:
-        login = (
-            f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-        )
-        headers["Proxy-Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+        user, password = map(urllib.parse.unquote, (parts.username, parts.password or ""))
+        login = base64.b64encode(f"{user}:{password}".encode()).decode()
+        headers["Proxy-Authorization"] = "Basic " + login
     return HttpProxy(parts.hostname, parts.port or 80, headers)
 
 
 def tls_context() -> ssl.SSLContext:
-    """The one TLS context. OpenSSL reads SSL_CERT_FILE and SSL_CERT_DIR by itself, but not what `requests` uses."""
+    """The one TLS context. OpenSSL itself reads SSL_CERT_FILE and SSL_CERT_DIR, but not the
+    variable of `requests`."""
     context = ssl.create_default_context()
     bundle = os.environ.get("REQUESTS_CA_BUNDLE")
-    if bundle:
-        context.load_verify_locations(**{"capath" if os.path.isdir(bundle) else "cafile": bundle})
+    if bundle and os.path.isdir(bundle):
+        context.load_verify_locations(capath=bundle)
+    elif bundle:
+        context.load_verify_locations(cafile=bundle)
     context.set_alpn_protocols(["http/1.1"])
     return context
 
 
-def unreachable(failure: BaseException) -> ProxyError:
-    """What it means to the client that Gemini could not be reached, or broke off."""
-    if isinstance(failure, urllib.error.URLError) and isinstance(failure.reason, BaseException):
-        failure = failure.reason
-    if isinstance(failure, (TimeoutError, socket.timeout)):
-        return ProxyError(504, "Gemini could not be reached in time.", upstream=True)
-    if isinstance(failure, http.client.IncompleteRead):
-        return ProxyError(502, "Gemini's answer broke off.", upstream=True)
-    words = getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
-    return ProxyError(
-        502, f"Gemini could not be reached, or does not speak HTTP: {words}", upstream=True
-    )
-
+# ---- calls ----
 
 TRANSPORT_ERRORS = (OSError, http.client.HTTPException)
 
 
-class UpstreamCall:
-    """One call to Gemini: sent when it is made, read by chunks().
+def transport_error(failure: Exception) -> ProxyError:
+    """What it means to the client that Gemini could not be reached, or broke off."""
+    if isinstance(failure, ProxyError):
+        return failure
+    if isinstance(failure, (TimeoutError, socket.timeout)):
+        return ProxyError(504, "Gemini could not be reached in time.", upstream=True)
+    if isinstance(failure, http.client.IncompleteRead):
+        return ProxyError(502, "Gemini's answer broke off.", upstream=True)
+    reason = getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
+    message = f"Gemini could not be reached, or does not speak HTTP: {reason}"
+    return ProxyError(502, message, upstream=True)
 
-    It is tried again, MAX_ATTEMPTS times in all, while no byte of an answer has come: when Gemini says so (gemini_refusal's
-    `again`, of MAX_BACKOFF_SECONDS at most), and when the connection broke within BROKEN_RETRY_SECONDS; but not
-    once RETRY_WINDOW_SECONDS is at its end.
+
+class UpstreamCall:
+    """One call to Gemini, in at most MAX_ATTEMPTS attempts: send() it, then read its chunks().
+
+    Another attempt is made while no byte of a good answer has come: when Gemini says that it may
+    help (`retry_after`, up to MAX_BACKOFF_SECONDS), when the connection broke within
+    BROKEN_RETRY_SECONDS, and when a repaired call may pass; not after RETRY_WINDOW_SECONDS.
     """
 
     def __init__(
         self, gemini: Gemini, call: GeminiCall, waiter: Waiter, key: str, ignored: list[str]
     ):
         self.gemini, self.call, self.waiter, self.key = gemini, call, waiter, key
-        self.ignored = ignored  # names of what had to be left out for Gemini to take it
+        self.ignored = ignored  # gets the names of what was left out so that Gemini takes the call
         self.response: Response | None = None
-        self.failure: BaseException | None = None  # why it could not be sent
-        self.tries, self.began = 0, time.monotonic()
-        self.send()
+        self.send_error: ProxyError  # of an attempt that has no response
+        self.attempts = 0
+        self.began = self.sent = time.monotonic()
 
-    def send(self, anew: bool = False) -> None:
-        """Send it, on a new connection if need be; trouble is for chunks() to tell."""
-        self.tries += 1
+    def send(self, fresh: bool = False) -> None:
+        """Make an attempt; on a fresh connection where an idle one has just failed.
+
+        An error on the way to Gemini is kept for begin(): calls are sent ahead, several at a time,
+        and it must not overtake the answers that come before it.
+        """
+        self.attempts += 1
+        body = None
         try:
-            body = None if self.call.body is None else gemini_json(self.call.body)
+            if self.call.body is not None:
+                body = gemini_json(self.call.body)
         except RecursionError:
             raise nested_too_deeply() from None
-        request = urllib.request.Request(
-            self.gemini.base + self.call.path, body, {"x-goog-api-key": self.key, **HEADERS}
-        )
-        request.waiter, request.anew = self.waiter, anew
+        url = self.gemini.base + self.call.path
+        request = UpstreamRequest(url, self.key, body, self.waiter, fresh)
         try:
-            self.response, self.failure = self.gemini.opener.open(request), None
-            self.sent = time.monotonic()
+            self.response = self.gemini.opener.open(request)
         except (ProxyError, *TRANSPORT_ERRORS) as failure:
-            self.response, self.failure = None, failure
+            self.send_error = self.failed_attempt(failure)
+        self.sent = time.monotonic()
 
     def chunks(self) -> Iterator[JSON]:
-        """What Gemini answers: one chunk, or those of a stream. Whatever goes wrong is a ProxyError, or ClientGone."""
+        """Gemini's answer: one chunk, or those of a stream; a ProxyError or ClientGoneError if it fails.
+
+        A call that nobody has sent is sent now.
+        """
         try:
-            self.await_ok()
+            response = self.good_response()
             if self.call.streaming:
-                yield from read_events(iter(functools.partial(self.response.read1, 65536), b""))
+                blocks = iter(functools.partial(response.read1, BLOCK_BYTES), b"")
+                yield from read_events(blocks)
             else:
-                yield read_chunk(self.response.read())
+                yield read_chunk(response.read())
         except (ProxyError, *TRANSPORT_ERRORS) as failure:
             if not self.call.optional:
-                error = failure if isinstance(failure, ProxyError) else unreachable(failure)
-                raise masked(error, self.key) from None
+                raise masked(transport_error(failure), self.key) from None
             yield {}
         finally:
             self.release()
 
-    def await_ok(self) -> None:
-        """Go on until Gemini has said 200, with what is worth another try; raises its refusal."""
+    def good_response(self) -> Response:
+        """The response with status 200, after further attempts if need be; else the refusal."""
         while True:
             error = self.begin()
-            if error is None:
-                return
-            lost = self.response is None or not self.response.spoken
-            stale = lost and self.response is not None and self.response.kept
+            if isinstance(error, Response):
+                return error
+            unanswered = self.unanswered()
+            stale = unanswered and self.response is not None and self.response.connection.reused
             self.release()
-            if error.upstream:  # and not our own end
+            if error.upstream:  # not because this server ends
                 self.gemini.count("upstream_errors_total", str(error.status))
-            mended, names = (
-                repaired(self.call, error.message) if error.status == 400 else (None, [])
-            )
-            late = time.monotonic() - self.began > RETRY_WINDOW_SECONDS
-            hopeless = mended is None and (
-                error.retry_after is None or error.retry_after > MAX_BACKOFF_SECONDS or late
-            )
-            if hopeless or self.tries >= MAX_ATTEMPTS:
+            backoff = self.backoff(error)
+            if backoff is None:
                 raise error
-            if mended is not None:
-                self.call = mended
-                self.ignored += names
-            elif not stale:
-                self.waiter.wait(
-                    None,
-                    seconds=max(error.retry_after, 0.2 * 2**self.tries * random.uniform(0.5, 1)),
-                )
+            if backoff and not stale:
+                self.waiter.wait(None, seconds=backoff)
             self.gemini.count("upstream_retries_total")
-            self.send(anew=lost)
+            self.send(fresh=unanswered)
 
-    def begin(self) -> ProxyError | None:
-        """Read the head of the answer; None if it is a 200, else what it means."""
-        if self.failure is None:
-            try:
-                self.response.begin()
-                if self.response.status == 200:
-                    self.gemini.pool.remember(self.response)
-                    return None
-                raw = self.response.read(MAX_ERROR_BYTES).replace(
-                    self.key.encode(), KEY_MASK.encode()
-                )
-                return gemini_refusal(self.response.status, read_json(raw), raw)
-            except TRANSPORT_ERRORS as failure:
-                self.failure = failure
-        error = self.failure if isinstance(self.failure, ProxyError) else unreachable(self.failure)
-        lost = self.response is None or not self.response.spoken
-        early = self.response is None or time.monotonic() - self.sent < BROKEN_RETRY_SECONDS
-        if (
-            lost
-            and early
-            and isinstance(self.failure, ConnectionError)
-            and not isinstance(self.failure, ConnectionRefusedError)
-        ):
-            error.retry_after = (
-                0.0  # later on, Gemini may be at work on it, and what is asked twice is paid twice
-            )
+    def begin(self) -> Response | ProxyError:
+        """Read the head of the answer to an attempt: the response if it is a 200, else an error."""
+        if not self.attempts:
+            self.send()
+        if self.response is None:
+            return self.send_error
+        try:
+            self.response.begin()
+            if self.response.status != 200:
+                return self.refusal(self.response)
+        except TRANSPORT_ERRORS as failure:
+            return self.failed_attempt(failure)
+        self.gemini.pool.save_session(self.response.connection)
+        return self.response
+
+    def refusal(self, response: Response) -> ProxyError:
+        """What a status other than 200 means; its body may be cut off."""
+        try:
+            raw = response.read(MAX_ERROR_BYTES)
+        except http.client.IncompleteRead as error:
+            raw = error.partial
+        raw = raw.replace(self.key.encode(), KEY_MASK.encode())
+        return gemini_refusal(response.status, read_json(raw), raw)
+
+    def failed_attempt(self, failure: Exception) -> ProxyError:
+        """The error of an attempt whose connection failed."""
+        error = transport_error(failure)
+        broken = isinstance(failure, ConnectionError)
+        if isinstance(failure, ConnectionRefusedError) or not broken or not self.unanswered():
+            return error
+        if self.response is None or time.monotonic() - self.sent < BROKEN_RETRY_SECONDS:
+            error.retry_after = 0.0  # later, Gemini may be at work, and would be paid for twice
         return error
 
+    def unanswered(self) -> bool:
+        """Whether not a byte has come in this attempt."""
+        return self.response is None or not self.response.connection.received
+
+    def backoff(self, error: ProxyError) -> float | None:
+        """Seconds before the next attempt, for which the call may be repaired; None to give up."""
+        if self.attempts >= MAX_ATTEMPTS:
+            return None
+        if error.status == 400 and self.repair(error.message):
+            return 0.0
+        late = time.monotonic() - self.began > RETRY_WINDOW_SECONDS
+        if late or error.retry_after is None or error.retry_after > MAX_BACKOFF_SECONDS:
+            return None
+        backoff: float = BACKOFF_SECONDS * 2**self.attempts
+        return max(error.retry_after, backoff * random.uniform(0.5, 1))
+
+    def repair(self, message: str) -> bool:
+        """Leave out of the call what the message of a 400 complains of; whether that was there."""
+        call, names = repaired(self.call, message)
+        if call is None:
+            return False
+        self.call = call
+        self.ignored += names
+        return True
+
     def release(self) -> None:
-        """Keep the connection if its answer was read to the end; else hang up, which is what stops the bill."""
+        """Give the connection back. If its answer was not read to the end, that hangs up."""
         response, self.response = self.response, None
-        if response is None:
-            return
-        if response.reusable:
-            self.gemini.pool.give(response)
-        else:
-            response.close()
-            response.connection.close()
+        if response is not None:
+            self.gemini.pool.release(response)
 
 
 def masked(error: ProxyError, key: str) -> ProxyError:
-    """The error without the key, should Gemini have quoted it, and of a length that can be read."""
+    """The error without the key, should Gemini have quoted it, and of a readable length."""
     error.message = error.message.replace(key, KEY_MASK)[:8000]
     return error
 
@@ -7006,32 +7044,43 @@ class CallBatch:
     """The answers to the calls of one request, in order. Leaving it hangs up on what is unread."""
 
     def __init__(self, gemini: Gemini, calls: Iterable[GeminiCall], waiter: Waiter, key: str):
-        self.ignored: list[str] = []
-        self.calls = (
-            UpstreamCall(gemini, gemini.signed(call, key), waiter, key, self.ignored)
-            if call is not MODELS_CALL
-            else ModelList(gemini, waiter, key)
-            for call in calls
-        )
-        self.pending: collections.deque[UpstreamCall] = collections.deque()
+        self.gemini, self.waiter, self.key = gemini, waiter, key
+        self.calls = iter(calls)
+        self.ignored: list[str] = []  # names of what was left out of the calls
+        self.pending: collections.deque[UpstreamCall | ModelList] = collections.deque()
 
     def __iter__(self) -> Iterator[Iterator[JSON]]:
-        self.pending.extend(itertools.islice(self.calls, MAX_PARALLEL_CALLS))
+        for _ in range(MAX_PARALLEL_CALLS):
+            self.send_next()
         while self.pending:
             yield self.pending[0].chunks()
             self.pending.popleft().release()
-            self.pending.extend(itertools.islice(self.calls, 1))
+            self.send_next()
+
+    def send_next(self) -> None:
+        """Send the next call, if there is one."""
+        call = next(self.calls, None)
+        if call is MODELS_CALL:
+            self.pending.append(ModelList(self.gemini, self.waiter, self.key))
+        elif call is not None:
+            call = self.gemini.signed(call, self.key)
+            upstream_call = UpstreamCall(self.gemini, call, self.waiter, self.key, self.ignored)
+            self.pending.append(upstream_call)
+            upstream_call.send()
 
     def __enter__(self) -> CallBatch:
         return self
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, *exc: object) -> None:
         for upstream_call in self.pending:
             upstream_call.release()
 
 
 class ModelList:
-    """Gemini's whole list of models as one chunk; kept for a few minutes, and longer while Gemini is in trouble."""
+    """Gemini's whole list of models as one chunk.
+
+    It is kept for MODEL_LIST_SECONDS; an old list is used while Gemini does not give a new one.
+    """
 
     def __init__(self, gemini: Gemini, waiter: Waiter, key: str):
         self.gemini, self.waiter, self.key = gemini, waiter, key
@@ -7050,188 +7099,236 @@ class ModelList:
         yield {"models": models}
 
     def pages(self) -> list[JSON]:
+        """The models of all pages (ai.google.dev/api/models#method:-models.list)."""
         models: list[JSON] = []
-        token = ""
+        path = "models?pageSize=1000"
         for _ in range(MAX_MODEL_PAGES):
-            call = GeminiCall(
-                "models?pageSize=1000"
-                + (f"&pageToken={urllib.parse.quote(token)}" if token else "")
-            )
+            call = GeminiCall(path)
             (page,) = UpstreamCall(self.gemini, call, self.waiter, self.key, []).chunks()
             models += expect(page, "models", list)
             token = expect(page, "nextPageToken", str).encode("ascii", "ignore").decode()
             if not token:
                 return models
+            path = f"models?pageSize=1000&pageToken={urllib.parse.quote(token)}"
         raise invalid_answer(f"more than {MAX_MODEL_PAGES} pages of models")
 
     def release(self) -> None:
-        """It holds nothing back."""
+        """There is nothing to give back."""
+
+
+# ---- memory ----
 
 
 class Memory:
-    """The one place that remembers: texts by a key, and by an alias that several may share; the oldest go first.
+    """The one place that remembers: texts by a key, and by an alias that several may share.
 
-    It is bounded by rows and by bytes. (SQLite gives it the index, the order and, in a file, the sharing.)
-    Trouble with the file is logged and is no client's: what was kept is not found then.
+    What is put into it may be evicted: it is bounded by rows and bytes, and the oldest go first.
+    What is pinned stays. SQLite gives it the index, the order and, in a file, the sharing. A file
+    that fails is logged; what was in it is then not there, but clients see no error.
     """
 
-    ROWS, SIZE = 20_000, 32 << 20  # at most, but for what came since it was last looked at
-    LOOK = 256, 4 << 20  # rows and bytes after which it is looked at
-    MAKE = (
+    MAX_ROWS, MAX_BYTES = 20_000, 32 << 20  # exceeded at most by what came since the last pruning
+    PRUNE_ROWS, PRUNE_BYTES = 256, 4 << 20  # after so many new ones it is pruned
+    PINNED = "!"  # begins the alias of a pinned text, its group; the other aliases are digests
+    SCHEMA = (
         "PRAGMA journal_mode = WAL",
-        "PRAGMA synchronous = OFF",  # what a crash loses was lost before
+        "PRAGMA synchronous = OFF",  # a crash may lose the last texts
         "CREATE TABLE IF NOT EXISTS memory (key TEXT PRIMARY KEY, alias TEXT, value TEXT)",
         "CREATE INDEX IF NOT EXISTS aliases ON memory (alias)",
     )
-    KEEP = "INSERT OR REPLACE INTO memory VALUES (?, ?, ?)"
-    DROP = "DELETE FROM memory WHERE key = ?"
-    FIND = "SELECT value FROM memory WHERE key = ?1 OR alias = ?2 ORDER BY key = ?1 DESC, rowid DESC LIMIT 1"
-    FORGET = (
-        "DELETE FROM memory WHERE rowid IN (SELECT row FROM (SELECT rowid AS row, ROW_NUMBER() OVER newest AS n, "
-        "SUM(LENGTH(value)) OVER newest AS size FROM memory WHERE alias NOT LIKE '!%' OR alias IS NULL "
-        "WINDOW newest AS (ORDER BY rowid DESC)) WHERE n > ? OR size > ?)"
+    INSERT = "INSERT OR REPLACE INTO memory VALUES (:key, :alias, :value)"
+    DELETE = "DELETE FROM memory WHERE key = :key"
+    SELECT = (
+        "SELECT value FROM memory WHERE key = :key OR alias = :alias "
+        "ORDER BY key = :key DESC, rowid DESC LIMIT 1"
+    )
+    SELECT_GROUP = "SELECT key, value FROM memory WHERE alias = :alias"
+    PRUNE = (
+        "DELETE FROM memory WHERE rowid IN (SELECT row FROM ("
+        "SELECT rowid AS row, ROW_NUMBER() OVER newest AS n, SUM(LENGTH(value)) OVER newest AS size"
+        f" FROM memory WHERE alias IS NULL OR alias NOT LIKE '{PINNED}%' "
+        "WINDOW newest AS (ORDER BY rowid DESC)) WHERE n > :rows OR size > :bytes)"
     )
 
     def __init__(self, path: str = ":memory:"):
         self.path, self.lock = path, threading.Lock()
-        self.database: Any = None
-        self.rows = self.size = 0  # that came since it was last looked at
-        self.rest = [
-            0.0,
-            0.0,
-        ]  # until when the file is not written, and not read, for that was in trouble
+        self.database: sqlite3.Connection | None = None
+        self.new_rows = self.new_bytes = 0  # since the last pruning
+        # After a failure the file is left alone until then. Another process that writes for long
+        # keeps this one from writing, but not from reading.
+        self.writes_resume = self.reads_resume = 0.0
 
-    def open(self) -> Any:
-        """The database, made when it is first needed: most exchanges have nothing to remember."""
-        if self.database is None:
-            import sqlite3
+    def open(self) -> sqlite3.Connection:
+        """The database, opened when it is first needed: most exchanges remember nothing."""
+        if self.database is not None:
+            return self.database
+        import sqlite3
 
-            if self.path != ":memory:":
-                os.close(
-                    os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-                )  # nobody else's to read
-            database = sqlite3.connect(
-                self.path, timeout=STATE_LOCK_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            for statement in self.MAKE:
-                database.execute(
-                    statement
-                ).close()  # PyPy would keep the lock until it collects garbage
-            self.database = database
-        return self.database
+        if self.path != ":memory:":  # only the user of this process may read the file
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        database = sqlite3.connect(
+            self.path, timeout=STATE_LOCK_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        try:
+            for statement in self.SCHEMA:
+                database.execute(statement).close()  # or PyPy keeps a lock until it collects it
+        except BaseException:
+            database.close()
+            raise
+        self.database = database
+        return database
 
     def try_out(self) -> None:
-        """Raise what is wrong with the file, before there are workers, which cannot share a connection."""
+        """Raise a ValueError or OSError if the file cannot be used.
+
+        It is closed again, since the workers that are forked later cannot share a connection.
+        """
         import sqlite3
 
         try:
-            self.open().close()
+            self.open()
         except sqlite3.Error as error:
             raise ValueError(str(error)) from None
-        self.database = None
+        self.close()
 
-    def run(self, statement: str, *values: Any) -> list[tuple] | None:
-        """The rows that a statement gives; None where the file is in trouble."""
+    def execute(self, statement: str, values: JSON) -> list[Any] | None:
+        """The rows that a statement gives; None if the database fails."""
         import sqlite3
 
+        try:
+            with contextlib.closing(self.open().execute(statement, values)) as cursor:
+                return cursor.fetchall()
+        except UnicodeEncodeError:  # a lone surrogate, which no text in it has
+            return []
+        except (sqlite3.Error, OSError) as error:
+            log(f"the state file {self.path} failed: {error}")
+            return None
+
+    def read(self, statement: str, **values: str | None) -> list[Any]:
+        """The rows that a SELECT gives; none if the database fails."""
+        if self.database is None and self.path == ":memory:":
+            return []  # nothing is in it, so that SQLite need not be loaded
         with self.lock:
-            reads = statement.startswith("SELECT")  # which no writer's lock keeps from reading
-            if time.monotonic() < self.rest[reads]:
-                return None
-            try:
-                with contextlib.closing(self.open().execute(statement, values)) as cursor:
-                    return cursor.fetchall()
-            except UnicodeEncodeError:  # a lone surrogate, which nothing that was kept has
+            if time.monotonic() < self.reads_resume:
                 return []
-            except (sqlite3.Error, OSError) as error:
-                self.rest[reads] = time.monotonic() + STATE_RETRY_SECONDS
-                log(f"what is to be remembered in {self.path} is in trouble: {error}")
-                return None
+            rows = self.execute(statement, values)
+            if rows is None:
+                self.reads_resume = time.monotonic() + STATE_RETRY_SECONDS
+            return rows or []
+
+    def write(self, statement: str, **values: str | int | None) -> bool:
+        """Run a statement that changes something; whether that went well."""
+        with self.lock:
+            if time.monotonic() < self.writes_resume:
+                return False
+            rows = self.execute(statement, values)
+            if rows is None:
+                self.writes_resume = time.monotonic() + STATE_RETRY_SECONDS
+            return rows is not None
+
+    def close(self) -> None:
+        """Close the database, and with it forget what is not in a file; a later use opens it again."""
+        with self.lock:
+            if self.database is not None:
+                self.database.close()
+                self.database = None
 
     def put(self, key: str, alias: str | None, value: str) -> None:
         """Keep a text until newer ones need its place."""
-        self.run(self.KEEP, key, alias, value)
-        self.rows, self.size = self.rows + 1, self.size + len(value)
-        if self.rows >= self.LOOK[0] or self.size >= self.LOOK[1]:
-            self.rows = self.size = 0
-            self.run(self.FORGET, self.ROWS, self.SIZE)
+        self.write(self.INSERT, key=key, alias=alias, value=value)
+        self.new_rows, self.new_bytes = self.new_rows + 1, self.new_bytes + len(value)
+        if self.new_rows >= self.PRUNE_ROWS or self.new_bytes >= self.PRUNE_BYTES:
+            self.new_rows = self.new_bytes = 0
+            self.write(self.PRUNE, rows=self.MAX_ROWS, bytes=self.MAX_BYTES)
 
-    def keep(self, shelf: str, key: str, text: str) -> None:
-        """Keep a text that is not forgotten by itself; "" forgets it. A 503 where that cannot be."""
-        done = self.run(self.KEEP, key, "!" + shelf, text) if text else self.run(self.DROP, key)
-        if done is None:
+    def pin(self, group: str, key: str, value: str) -> None:
+        """Keep a text that is never evicted, or forget it (""); a 503 if that fails."""
+        if value:
+            done = self.write(self.INSERT, key=key, alias=self.PINNED + group, value=value)
+        else:
+            done = self.write(self.DELETE, key=key)
+        if not done:
             raise ProxyError(503, "This server cannot remember anything now; its log tells why.")
 
-    def kept(self, shelf: str) -> list[tuple[str, str]]:
-        """(key, text) of all that is kept on this shelf."""
-        if self.empty:
-            return []
-        return self.run("SELECT key, value FROM memory WHERE alias = ?", "!" + shelf) or []
+    def pinned(self, group: str) -> list[tuple[str, str]]:
+        """(key, text) of all that is pinned in this group."""
+        return self.read(self.SELECT_GROUP, alias=self.PINNED + group)
 
     def get(self, key: str | None, alias: str | None = None) -> str | None:
-        """What was put under this key, else what was put last under this alias."""
-        rows = [] if self.empty else self.run(self.FIND, key, alias)
-        return rows[0][0] if rows else None
+        """The text under this key, else the last one under this alias, or None."""
+        for (text,) in self.read(self.SELECT, key=key, alias=alias):
+            return str(text)
+        return None
 
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing that would be worth a look."""
-        return self.database is None and self.path == ":memory:"
+
+# ---- the service ----
+
+
+def no_count(metric: str, *labels: str) -> None:
+    """For those who keep no metrics."""
 
 
 class Gemini:
     """The service: its connections, its models, and what it must be reminded of."""
 
     def __init__(
-        self,
-        upstream: str,
-        state: str = ":memory:",
-        count: Callable[..., None] = lambda *labels: None,
+        self, upstream: str, state: str = ":memory:", count: Callable[..., None] = no_count
     ):
         self.base = upstream.rstrip("/") + "/v1beta/"
         self.pool, self.memory = Pool(upstream), Memory(state)
-        self.count = count  # called with what the metrics tell of
+        self.count = count  # called with the name and labels of a metric
+        # It has no other handler: no redirect is followed, and a refusal is an answer.
         self.opener = urllib.request.OpenerDirector()
-        self.opener.add_handler(
-            self.pool
-        )  # and no other: no redirect is followed, and a refusal is an answer
-        self.models: dict[str, tuple[float, list[JSON]]] = {}  # by key
+        self.opener.add_handler(self.pool)
+        self.models: dict[str, tuple[float, list[JSON]]] = {}  # (when, the list) by key
+
+    def close(self) -> None:
+        """Close the idle connections and the memory."""
+        self.pool.close()
+        self.memory.close()
 
     def call(self, calls: Iterable[GeminiCall], waiter: Waiter, key: str) -> CallBatch:
         return CallBatch(self, calls, waiter, key)
 
     def signed(self, call: GeminiCall, key: str) -> GeminiCall:
-        """The call with what its history lost; what another generation of models had said stays out."""
+        """The call with what its history lost, but for what other generations of models gave."""
+        if call.model is None:
+            return call
+        scope, generation = scope_of(key), str(generation_number(call.model))
 
-        def recall(id: str | None, digest: str, name: str) -> KnownCall:
-            found = self.memory.get(f"{scope_of(key)}:call:{id}", digest)
-            if not found:
+        def recall(call_id: str | None, digest: str, name: str) -> KnownCall:
+            text = self.memory.get(f"{scope}:call:{call_id}", digest)
+            if not text:
                 return KnownCall()
-            generation, known, signature, *before = found.split(" ", 3)
-            if (generation, known) != (str(generation_number(call.model)), name):
+            words = text.split(" ", 3)  # as remember() joined them
+            if words[:2] != [generation, name]:
                 self.count("signatures_total", "foreign")
                 return KnownCall()
-            return KnownCall(signature, tuple(json.loads(before[0])) if before else ())
+            if len(words) == 3:
+                return KnownCall(words[2])
+            return KnownCall(words[2], tuple(json.loads(words[3])))
 
-        def count(origin: str) -> None:
-            self.count("signatures_total", origin)
-
-        return restore_signatures(call, scope_of(key), recall, count) if call.model else call
+        count = functools.partial(self.count, "signatures_total")
+        return restore_signatures(call, scope, recall, count)
 
     def remember(self, call: GeminiCall, key: str, calls: list[ToolCall]) -> list[str]:
-        """Ids for the function calls in the answer to this call; what they will want again is kept under them."""
+        """New ids for the tool calls in an answer; what Gemini wants back is put under them."""
         ids = ["call_" + secrets.token_hex(12) for _ in calls]
-        if any(made.signature or made.before for made in calls):
-            trail = ConversationDigest(call.body, scope_of(key))
-            for content in call.body["contents"]:
-                trail.turn(content)
-            for id, made in zip(ids, calls):
-                name = gemini_name(made.name)  # as it comes back, whatever the model called it
-                digest = trail.call(name, made.args)
-                known = [str(generation_number(call.model)), name, made.signature or ""]
-                known += [json.dumps(made.before)] if made.before else []
-                if any(known[2:]):
-                    self.memory.put(f"{scope_of(key)}:call:{id}", digest, " ".join(known))
+        signed = any(tool_call.signature or tool_call.before for tool_call in calls)
+        if not signed or call.model is None or call.body is None:
+            return ids
+        scope, generation = scope_of(key), str(generation_number(call.model))
+        conversation = ConversationDigest(call.body, scope)
+        for content in call.body["contents"]:
+            conversation.turn(content)
+        for call_id, tool_call in zip(ids, calls):
+            name = gemini_name(tool_call.name)  # as it comes back, whatever the model called it
+            digest = conversation.call(name, tool_call.args)
+            words = [generation, name, tool_call.signature or ""]
+            if tool_call.before:
+                words.append(json.dumps(tool_call.before))
+            if any(words[2:]):
+                self.memory.put(f"{scope}:call:{call_id}", digest, " ".join(words))
         return ids
 
 
@@ -7255,7 +7352,7 @@ class Shelf(NamedTuple):
     def get(self, key: str) -> str:
         """The text under a key; under one that ends in "*" the pinned keys that begin so."""
         if key.endswith("*"):
-            keys = [name[len(self.prefix) :] for name, _ in self.memory.kept(self.prefix)]
+            keys = [name[len(self.prefix) :] for name, _ in self.memory.pinned(self.prefix)]
             return "\n".join(name for name in keys if name.startswith(key[:-1]))
         text = self.memory.get(self.prefix + key) or ""
         if text and not key.startswith(RECIPE):
@@ -7265,41 +7362,36 @@ class Shelf(NamedTuple):
     def keep(self, item: Keep) -> None:
         key = self.prefix + item.key
         if item.pinned or not item.text:
-            self.memory.keep(self.prefix, key, item.text)
+            self.memory.pin(self.prefix, key, item.text)
         else:
             self.memory.put(key, None, item.text)
 
 
 def scope_of(key: str) -> str:
-    """What a Gemini key adds to digests: signatures of one key are nothing to another."""
+    """What a Gemini key adds to digests: signatures of one key mean nothing to another."""
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 # ======================================================================================
-# 13. Server: the only code that talks to clients: metrics, HTTP, who may call, answers, streams, log
+# 13. Server: all that talks to clients: metrics, HTTP, who may call, answers
 # ======================================================================================
 
-MAX_BODY_BYTES = 128 << 20  # bytes; Gemini takes 100 MB
-MAX_UNPACKED_BYTES = (
-    32 << 20
-)  # bytes of a compressed body, once unpacked: pictures and sound do not shrink
-CLIENT_SECONDS = (
-    60.0  # seconds without a byte from a client, or without it taking one; and for a whole head
-)
-BODY_SECONDS = 900.0  # seconds for a whole body
+MAX_BODY_BYTES = 128 << 20  # of a request; Gemini takes 100 MB
+MAX_UNPACKED_BYTES = 32 << 20  # of a compressed body, once unpacked: media hardly shrink
+CLIENT_SECONDS = 60.0  # of a client's silence, or of its not reading; also for a whole head
+BODY_SECONDS = 900.0  # for a whole body
 MAX_CONNECTIONS = 10_000  # of clients; the next one waits until another leaves
 ACCEPT_BATCH = 16  # clients that are accepted before the next look at anything else
-FULL_PAUSE_SECONDS = 0.1  # seconds to wait where there is no room for another connection
-DRAIN_NOTICE_SECONDS = (
-    1.0  # seconds for load balancers to see that the server ends, while it still serves
-)
-DRAIN_SECONDS = 6.5  # seconds more that answers under way get, before they are told so
-FINAL_SECONDS = 1.0  # seconds to tell it, and for a request that is just coming in
-TIDY_SECONDS = 5.0  # seconds between two looks at what can be given back
-MAX_LOADED_MODELS = 100  # models that are listed as loaded
-LINGER_SECONDS = 1.0  # seconds for a client to read a refusal of what it still sends
+FULL_PAUSE_SECONDS = 0.1  # between two looks for room for another connection
+DRAIN_NOTICE_SECONDS = 1.0  # for load balancers to see that the server ends; it still serves
+DRAIN_SECONDS = 6.5  # more for answers under way, before they end with an error
+FINAL_SECONDS = 1.0  # for those errors to be sent, and for a request that is just coming in
+TIDY_SECONDS = 5.0  # between two looks at what can be given back
+MAX_LOADED_MODELS = 100  # that are listed as loaded
+LINGER_SECONDS = 1.0  # for a client to read a refusal of what it is still sending
 KEY_PATTERN = r"[!-~]{1,1000}"  # what can be sent in a header as a key
-MAX_IGNORED_CHARACTERS = 4000  # characters of x-proxy-ignored: nginx takes 8 KB of headers in all
+MAX_IGNORED_CHARACTERS = 4000  # of x-proxy-ignored: nginx takes 8 KB of headers in all
+MAX_LOG_CHARACTERS = 4000  # of a log line: a pipe takes 4,096 bytes (PIPE_BUF) in one piece
 
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f]+) HTTP/1\.([0-9])\r\n".encode())
 APP_ORIGINS = (
@@ -7309,85 +7401,87 @@ APP_ORIGINS = (
 LOCAL_HOSTS = (
     r"(localhost|[\w.-]+\.(localhost|local|internal)|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
 )
-
-
-LOGGING = threading.Lock()
+LOG_LOCK = threading.Lock()
 
 
 def log(line: str) -> None:
-    """A line to standard error, which may be closed, full, or a pipe that nobody reads: that stops no answer."""
-    text = line.encode("unicode_escape").decode()  # nothing in it can begin another line
-    text = (
-        text if len(text) <= 4000 else f"{text[:1000]} ... {text[-2990:]}"
-    ) + "\n"  # a cause comes last
-    with contextlib.suppress(OSError, ValueError, AttributeError), LOGGING:
-        if (
-            not hasattr(sys.stderr, "buffer") or select.select([], [sys.stderr], [], 0)[1]
-        ):  # room for PIPE_BUF
-            sys.stderr.write(text)
+    """Write a line to standard error."""
+    text = line.encode("unicode_escape").decode()  # no line break within it starts another line
+    if len(text) > MAX_LOG_CHARACTERS:
+        text = f"{text[:1000]} ... {text[-2990:]}"  # the cause comes last
+    write_log(text + "\n")
+
+
+def write_log(line: str) -> None:
+    """Write to standard error. If it is closed, or a full pipe, the line is lost: nobody waits."""
+    with contextlib.suppress(OSError, ValueError, AttributeError), LOG_LOCK:
+        file = sys.stderr.fileno()
+        if select.select([], [file], [], 0)[1]:  # a pipe has room for PIPE_BUF bytes then
+            os.write(file, line.encode())
 
 
 @functools.lru_cache(maxsize=2)
 def http_date(second: int) -> str:
+    """A time for the Date header (RFC 9110, section 5.6.7), from seconds since 1970."""
     return email.utils.formatdate(second, usegmt=True)
-
-
-def origin_allowed(origin: str, added: tuple[str, ...]) -> bool:
-    """Whether a web page from there may call: pages of this machine, apps, and what -origins names."""
-    return "*" in added or origin in added or re.fullmatch(APP_ORIGINS, origin) is not None
 
 
 # ---- metrics ----
 
 BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # seconds
-STATUSES = tuple("200 204 400 401 403 404 405 413 415 429 431 499 500 502 503 504".split())
+STATUSES = (200, 204, 400, 401, 403, 404, 405, 413, 415, 429, 431, 499, 500, 502, 503, 504)
 LABELS = {
-    "status": STATUSES,
+    "status": tuple(map(str, STATUSES)),
     "kind": ("prompt", "cached", "output", "thoughts"),
     "origin": ("client", "memory", "foreign", "placeholder"),
 }
 
 
-class Family(NamedTuple):
-    """Metrics of one name."""
+class Metric(NamedTuple):
+    """What is measured under one name."""
 
     kind: str  # Prometheus' word
     help: str
     labels: tuple[str, ...] = ()
 
+    @property
+    def width(self) -> int:
+        """Numbers for each combination of labels: a histogram has its buckets, +Inf and the sum."""
+        return len(BUCKETS) + 2 if self.kind == "histogram" else 1
 
-# To count something new: a row here, and a call of add, watch or set where it happens.
-FAMILIES = {
-    "requests_total": Family("counter", "Requests by route and status.", ("route", "status")),
-    "request_seconds": Family(
+
+# To measure something new: a row here, and a call of add, observe or set where it happens.
+METRICS = {
+    "requests_total": Metric("counter", "Requests by route and status.", ("route", "status")),
+    "request_seconds": Metric(
         "histogram", "From a request's first line to the end of its answer.", ("route",)
     ),
-    "first_byte_seconds": Family(
+    "first_byte_seconds": Metric(
         "histogram", "From a request's first line to its answer's first byte.", ("route",)
     ),
-    "tokens_total": Family(
+    "tokens_total": Metric(
         "counter", "Tokens; cached ones are also prompt, and thoughts are also output.", ("kind",)
     ),
-    "upstream_errors_total": Family(
+    "upstream_errors_total": Metric(
         "counter", "Refusals and failures of Gemini, retried ones included.", ("status",)
     ),
-    "upstream_retries_total": Family("counter", "Calls that were tried again."),
-    "upstream_connections_total": Family("counter", "Connections to Gemini that were opened."),
-    "upstream_idle_connections": Family(
+    "upstream_retries_total": Metric("counter", "Calls that were tried again."),
+    "upstream_connections_total": Metric("counter", "Connections to Gemini that were opened."),
+    "upstream_idle_connections": Metric(
         "gauge", "Connections to Gemini that wait to be used again."
     ),
-    "signatures_total": Family(
+    "signatures_total": Metric(
         "counter", "Where the thought signatures of calls in histories came from.", ("origin",)
     ),
-    "clients": Family("gauge", "Connections of clients."),
-    "in_flight": Family("gauge", "Requests under way."),
+    "clients": Metric("gauge", "Connections of clients."),
+    "in_flight": Metric("gauge", "Requests under way."),
 }
 
 
 class Metrics:
-    """Numbers that all workers share: each writes a row of its own, and whoever is asked adds the rows up.
+    """Numbers that all workers share: each writes a row of its own, and /metrics adds the rows up.
 
-    What a label can say is fixed from the start ("other" is the rest), so clients cannot make it grow.
+    The values of a label are fixed from the start ("other" is the rest): clients cannot add any.
     """
 
     def __init__(self, routes: Iterable[str], workers: int = 1):
@@ -7395,423 +7489,500 @@ class Metrics:
             label: {value: i for i, value in enumerate(("other", *values))}
             for label, values in {**LABELS, "route": tuple(routes)}.items()
         }
-        self.start: dict[str, int] = {}  # of each family in a row
+        self.start: dict[str, int] = {}  # of each metric in a row
         size = 0
-        for name, family in FAMILIES.items():
+        for name, metric in METRICS.items():
             self.start[name] = size
-            size += math.prod(len(self.values[label]) for label in family.labels) * self.width(
-                family
-            )
+            size += math.prod(len(self.values[label]) for label in metric.labels) * metric.width
         self.size, self.workers, self.lock = size, workers, threading.Lock()
         self.slot = functools.lru_cache(maxsize=4096)(self.find_slot)
         self.numbers = memoryview(mmap.mmap(-1, 8 * size * workers)).cast("d")
-        self.take(0)
+        self.use_row(0)
 
-    def take(self, worker: int) -> None:
-        """Write to this worker's row from now on, without what a dead predecessor had under way."""
+    def use_row(self, worker: int) -> None:
+        """Write to this worker's row from now on. What a dead predecessor had under way is over."""
         self.row = worker * self.size
-        for name, family in FAMILIES.items():
-            if family.kind == "gauge":
+        for name, metric in METRICS.items():
+            if metric.kind == "gauge":
                 self.set(name, 0)
-
-    @staticmethod
-    def width(family: Family) -> int:
-        """The numbers for each combination of labels: a histogram has its buckets, what is above them, and the sum."""
-        return len(BUCKETS) + 2 if family.kind == "histogram" else 1
 
     def find_slot(self, name: str, labels: tuple[str, ...]) -> int:
         """Where a metric's (first) number is in a row."""
-        at = 0
-        for label, value in zip(FAMILIES[name].labels, labels):
-            at = at * len(self.values[label]) + self.values[label].get(value, 0)
-        return self.start[name] + at * self.width(FAMILIES[name])
+        metric, index = METRICS[name], 0
+        for label, value in zip(metric.labels, labels):
+            index = index * len(self.values[label]) + self.values[label].get(value, 0)
+        return self.start[name] + index * metric.width
 
     def add(self, name: str, *labels: str, amount: float = 1) -> None:
-        at = self.row + self.slot(name, labels)
+        """Add to a counter."""
+        slot = self.row + self.slot(name, labels)
         with self.lock:
-            self.numbers[at] += amount
+            self.numbers[slot] += amount
 
     def set(self, name: str, value: float) -> None:
+        """Set a gauge."""
         self.numbers[self.row + self.slot(name, ())] = value
 
     def observe(self, name: str, *labels: str, seconds: float) -> None:
         """Count an observation in a histogram."""
-        at = self.row + self.slot(name, labels)
+        slot = self.row + self.slot(name, labels)
         with self.lock:
-            self.numbers[at + bisect.bisect_left(BUCKETS, seconds)] += 1
-            self.numbers[at + len(BUCKETS) + 1] += seconds
+            self.numbers[slot + bisect.bisect_left(BUCKETS, seconds)] += 1
+            self.numbers[slot + len(BUCKETS) + 1] += seconds
 
     def page(self, config: Config) -> Payload:
-        """All of it in Prometheus' text form (prometheus.io/docs/instrumenting/exposition_formats)."""
+        """All as prometheus.io/docs/instrumenting/exposition_formats has it."""
         row = [sum(self.numbers[i :: self.size]) for i in range(self.size)]
+        info = f'version="{VERSION}",api="{config.api}",workers="{self.workers}"'
         lines = [
             "# HELP proxy_to_gemini_info What this is.",
             "# TYPE proxy_to_gemini_info gauge",
-            f'proxy_to_gemini_info{{version="{VERSION}",api="{config.api}",workers="{self.workers}"}} 1',
+            f"proxy_to_gemini_info{{{info}}} 1",
         ]
-        for name, family in FAMILIES.items():
-            told, width = "proxy_to_gemini_" + name, self.width(family)
-            lines += [f"# HELP {told} {family.help}", f"# TYPE {told} {family.kind}"]
-            for labels in itertools.product(*(self.values[label] for label in family.labels)):
-                at = self.slot(name, labels)
-                if any(row[at : at + width]) or not family.labels:
-                    pairs = [f'{label}="{value}"' for label, value in zip(family.labels, labels)]
-                    lines += metric_lines(told, pairs, row[at : at + width])
+        for name, metric in METRICS.items():
+            full_name = "proxy_to_gemini_" + name
+            lines += [f"# HELP {full_name} {metric.help}", f"# TYPE {full_name} {metric.kind}"]
+            for labels in itertools.product(*(self.values[label] for label in metric.labels)):
+                slot = self.slot(name, labels)
+                numbers = row[slot : slot + metric.width]
+                if any(numbers) or not metric.labels:
+                    pairs = [f'{label}="{value}"' for label, value in zip(metric.labels, labels)]
+                    lines += metric_lines(full_name, pairs, numbers)
         return Payload("\n".join([*lines, ""]).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
 def metric_lines(name: str, labels: list[str], numbers: list[float]) -> list[str]:
-    """The lines of one metric; several numbers are those of a histogram, whose buckets hold all that is below."""
+    """The lines of one metric. Several numbers are a histogram's, whose buckets add up."""
 
     def line(suffix: str, labels: list[str], number: float) -> str:
-        braces = "{" + ",".join(labels) + "}" if labels else ""
+        braces = ("{" + ",".join(labels) + "}").replace("{}", "")
         return f"{name}{suffix}{braces} {number:.15g}"
 
     if len(numbers) == 1:
         return [line("", labels, numbers[0])]
     *counts, total = numbers
     sums = list(itertools.accumulate(counts))
+    bounds = zip((*BUCKETS, "+Inf"), sums)
     return [
-        *(
-            line("_bucket", [*labels, f'le="{bound}"'], number)
-            for bound, number in zip((*BUCKETS, "+Inf"), sums)
-        ),
+        *(line("_bucket", [*labels, f'le="{bound}"'], number) for bound, number in bounds),
         line("_sum", labels, total),
         line("_count", labels, sums[-1]),
     ]
 
 
-# ---- connections ----
+# ---- one connection: heads, bodies, bytes ----
 
 
 class ClientSocket(io.RawIOBase):
-    """A client's (non-blocking) socket as a file that waits; between requests only while the server goes on."""
+    """A client's (non-blocking) socket as a file that waits: between requests, also for the end."""
 
     def __init__(self, sock: socket.socket, ending: int):
-        self.sock, self.fd = sock, sock.fileno()
-        self.idle = self.fresh = True  # whether no request has begun to come; whether none ever has
-        self.came = time.monotonic()
-        self.until = math.inf  # when all that the client is sending must have come
-        self.busy_poll, self.idle_poll = select.poll(), select.poll()
-        self.busy_poll.register(sock, select.POLLIN)
-        self.idle_poll.register(sock, select.POLLIN)
-        if ending >= 0:
-            self.idle_poll.register(ending, select.POLLIN)
+        self.sock = sock
+        self.idle = True  # no byte of the next request has come
+        self.unused = True  # no byte of any request has come
+        self.opened = time.monotonic()
+        self.deadline = math.inf  # for all that the client is sending
+        self.busy_poller, self.idle_poller = Poller(sock), Poller(sock, ending)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """What has come; nothing when the client left, or when the server ends and no request is coming."""
-        while True:
-            ready = (self.idle_poll if self.idle else self.busy_poll).poll(
-                max(0, min(CLIENT_SECONDS, self.until - time.monotonic())) * 1000
-            )
-            if not ready:
-                raise socket.timeout("the client is silent")
-            now = time.monotonic()
-            if all(fd != self.fd for fd, _ in ready):
-                grace = (
-                    self.came + FINAL_SECONDS - now if self.fresh else 0
-                )  # its first request may just be coming
-                if not self.busy_poll.poll(max(0, grace) * 1000):
-                    return 0
+        """Read what has come: nothing if the client left, or the server ends between requests."""
+        while self.wait():
             try:
                 count = self.sock.recv_into(buffer)
             except BlockingIOError:
                 continue
             if self.idle:
-                self.idle = self.fresh = False
-                self.until = now + CLIENT_SECONDS
+                self.idle = self.unused = False
+                self.deadline = time.monotonic() + CLIENT_SECONDS
             return count
+        return 0
 
-    def may_come(self) -> bool:
-        """Whether a request may still come in when the server ends: not one that has begun FINAL_SECONDS ago."""
-        return self.until - CLIENT_SECONDS > time.monotonic() - FINAL_SECONDS
+    def wait(self) -> bool:
+        """Wait until there is something to read; False: the server ends, and no request is coming.
+
+        A silent client is a socket.timeout (which is not TimeoutError before Python 3.10).
+        """
+        poller = self.idle_poller if self.idle else self.busy_poller
+        ready = poller.wait(min(CLIENT_SECONDS, self.deadline - time.monotonic()))
+        if not ready:
+            raise socket.timeout("the client is silent")
+        if self.sock.fileno() in ready:
+            return True
+        grace = 0.0
+        if self.unused:  # its first request may be on its way
+            grace = self.opened + FINAL_SECONDS - time.monotonic()
+        return bool(self.busy_poller.wait(grace))
+
+    def is_sending(self) -> bool:
+        """Whether the head of a request is coming in that began less than FINAL_SECONDS ago."""
+        return self.deadline - CLIENT_SECONDS > time.monotonic() - FINAL_SECONDS
 
     def send(self, data: bytes) -> None:
-        """All of it, as fast as the client takes it."""
+        """Send all of it, as fast as the client takes it."""
         view = memoryview(data)
         while view:
-            try:
-                view = view[self.sock.send(view) :]
-            except BlockingIOError:
-                room = select.poll()
-                room.register(self.sock, select.POLLOUT)
-                if not room.poll(CLIENT_SECONDS * 1000):
-                    raise socket.timeout("the client takes nothing") from None
+            view = view[self.send_some(view) :]
+
+    def send_some(self, view: memoryview) -> int:
+        """Send what the socket takes at once; if that is nothing, wait. The number of bytes."""
+        try:
+            return self.sock.send(view)
+        except BlockingIOError:
+            poller = Poller()
+            poller.watch(self.sock, WRITABLE)
+            if not poller.wait(CLIENT_SECONDS):
+                raise socket.timeout("the client takes nothing") from None
+            return 0
+
+
+class RequestHead(NamedTuple):
+    """The first line and the headers of a client's request."""
+
+    method: str = ""
+    target: str = ""
+    http_1_0: bool = False  # its client knows no chunks, and keep-alive only if it says so
+    headers: Mapping[str, str] = {}  # by name in lower case
+
+
+def parse_request_line(line: bytes) -> RequestHead:
+    """A head without headers yet. What another server might read differently is a 400."""
+    match = REQUEST_LINE.fullmatch(line)
+    if match:
+        method, target, minor = match.groups()
+        return RequestHead(method.decode(), target.decode("latin-1"), minor == b"0")
+    status = 400 if len(line) < MAX_HEAD_BYTES else 414
+    raise ProxyError(status, "This is not an HTTP/1.1 request line.")
+
+
+def body_length(head: RequestHead) -> int | None:
+    """The bytes of a request's body, or None where it comes in chunks (RFC 9112, section 6.3).
+
+    A length that two servers might read differently is a 400: that is how requests are smuggled.
+    """
+    coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
+    if coding is not None:
+        if coding.lower() != "chunked" or length is not None or head.http_1_0:
+            raise ProxyError(400, "The framing of this request's body is ambiguous.")
+        return None
+    if length is None:
+        return 0
+    if not re.fullmatch(r"[0-9]{1,15}", length):
+        raise ProxyError(400, "Content-Length is not a number.")
+    if int(length) > MAX_BODY_BYTES:
+        raise body_too_large()
+    return int(length)
+
+
+def body_too_large() -> ProxyError:
+    return ProxyError(413, f"The body of this request is larger than {MAX_BODY_BYTES >> 20} MiB.")
+
+
+def decoded_body(body: bytes, coding: str) -> bytes:
+    """The body without its Content-Encoding (RFC 9110, section 8.4.1). A bomb is a 413."""
+    if coding in ("identity", ""):
+        return body
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        name = ascii(coding[:40])
+        raise ProxyError(
+            415, f"Content-Encoding {name} is not known here; send the body as it is, or in gzip."
+        )
+    unpacker = zlib.decompressobj(wbits=47)  # gzip or zlib, whichever its head says
+    try:
+        data = unpacker.decompress(body, MAX_UNPACKED_BYTES)
+    except zlib.error as error:
+        raise ProxyError(400, f"The body is not {coding}: {error}") from None
+    if unpacker.unconsumed_tail:
+        raise ProxyError(
+            413, f"The body of this request unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB."
+        )
+    if not unpacker.eof:
+        raise ProxyError(400, f"The {coding} body breaks off.")
+    return data
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection of a client's: a request, its answer, and again."""
+    """One connection of a client: it reads requests, and a RequestCycle answers each."""
 
     protocol_version = "HTTP/1.1"
     server: Server
+    rfile: io.BufferedReader
 
     def setup(self) -> None:
         self.connection = self.request
         self.connection.setblocking(False)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.line = ClientSocket(self.connection, self.server.ending)
-        self.rfile = io.BufferedReader(self.line)
-        self.body_left = self.answering = False
+        self.client = ClientSocket(self.connection, self.server.ending)
+        self.rfile = io.BufferedReader(self.client)
+        self.body_left = False  # whether the client may still be sending a body
+        self.answering = False  # whether a request was read whose answer is not at its end
         self.server.handlers.add(self)
         self.server.unstarted.discard(self.request)
 
-    # ---- requests ----
-
     def handle_one_request(self) -> None:
-        self.close_connection, self.command, self.path, self.headers = True, "", "", {}
-        self.begun = self.framed = self.body_left = False
-        self.status, self.exchange, self.framing, self.answers, self.ignored = (
-            0,
-            None,
-            None,
-            None,
-            [],
-        )
-        self.protocol, self.route, self.failure = (
-            protocol_of(self.server.config.api, "/"),
-            "other",
-            None,
-        )
+        """Wait for a request, and answer it; the library does so until close_connection."""
+        self.close_connection = True  # unless its head says otherwise
         try:
-            self.line.idle, self.line.until = True, math.inf
+            self.client.idle, self.client.deadline = True, math.inf
             line = self.rfile.readline(MAX_HEAD_BYTES)
-            line = (
-                self.rfile.readline(MAX_HEAD_BYTES) if line == b"\r\n" else line
-            )  # RFC 9112, section 2.2
-            if not line:
-                return
-            self.began = self.spoke = time.monotonic()
-            try:
-                self.answer(line)
-            finally:
-                self.answering = False
-                self.account(time.monotonic())
-        except (ClientGone, OSError):
+            if line == b"\r\n":  # an empty line before a request means nothing (RFC 9112, 2.2)
+                line = self.rfile.readline(MAX_HEAD_BYTES)
+            if line:
+                RequestCycle(self).run(line)
+        except (ClientGoneError, OSError):
             self.close_connection = True
 
-    def answer(self, line: bytes) -> None:
-        """Read the rest of the request, and answer it, whatever it is."""
-        self.request_id = "req_" + secrets.token_hex(12)
-        try:
-            self.read_head(line)
-            self.serve()
-        except ProxyError as error:
-            self.explain(error)
-            self.fail(error)
-        except RecursionError:
-            self.fail(invalid_answer("it is nested too deeply"))
-        except (ClientGone, OSError):
-            self.status = self.status or 499
-            raise
-        except Exception:
-            log(
-                f"{self.request_id}: this is a bug in proxy-to-gemini; please report it: {traceback.format_exc()}"
-            )
-            self.fail(
-                ProxyError(
-                    500,
-                    "proxy-to-gemini has a bug here; its log tells more.",
-                    code="internal_error",
-                )
-            )
+    def read_headers(self, first: RequestHead, limit: int) -> RequestHead:
+        """The head of a request, once its headers are read, of so many bytes at most."""
+        headers = read_headers(self.rfile, limit)
+        self.answering, self.client.deadline = True, math.inf
+        length = headers.get("content-length", "0")
+        self.body_left = length != "0" or "transfer-encoding" in headers
+        if "host" not in headers and not first.http_1_0:  # RFC 9112, section 3.2
+            raise ProxyError(400, "This HTTP/1.1 request has no Host header.")
+        options = headers.get("connection", "").lower()  # RFC 9112, section 9.3
+        keeps_alive = "keep-alive" in options or not first.http_1_0
+        self.close_connection = "close" in options or not keeps_alive
+        return first._replace(headers=headers)
 
-    def read_head(self, line: bytes) -> None:
-        """The request line and headers, strictly: what another server might read differently is refused."""
-        match = REQUEST_LINE.fullmatch(line)
-        if not match:
-            raise ProxyError(
-                414 if len(line) >= MAX_HEAD_BYTES else 400, "This is not an HTTP/1.1 request line."
-            )
-        self.command, self.path = match.group(1).decode(), match.group(2).decode("latin-1")
-        self.request_version = "HTTP/1.0" if match.group(3) == b"0" else "HTTP/1.1"
-        headers = read_headers(self.rfile, MAX_HEAD_BYTES - len(line))
-        self.headers, self.answering = headers, True
-        self.line.until = math.inf
-        self.body_left = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-        connection = headers.get("connection", "").lower()
-        old = self.request_version == "HTTP/1.0"
-        self.close_connection = "close" in connection or old and "keep-alive" not in connection
-
-    def read_body(self) -> bytes:
-        """The whole body, however it is framed and coded."""
-        coding, length = self.headers.get("transfer-encoding"), self.headers.get("content-length")
-        if coding is not None and (
-            coding.lower() != "chunked" or length is not None or self.request_version == "HTTP/1.0"
-        ):
-            raise ProxyError(400, "The framing of this request's body is ambiguous.")
-        if coding is None and length is not None and not re.fullmatch(r"[0-9]{1,15}", length):
-            raise ProxyError(400, "Content-Length is not a number.")
-        if coding is None and int(length or 0) > MAX_BODY_BYTES:
-            raise too_large()
-        if self.body_left and self.headers.get("expect", "").lower() == "100-continue":
+    def read_body(self, head: RequestHead) -> bytes:
+        """The whole body, without its framing and its Content-Encoding."""
+        length = body_length(head)
+        if self.body_left and head.headers.get("expect", "").lower() == "100-continue":
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.line.until = time.monotonic() + BODY_SECONDS
-        body = self.read_chunked() if coding else self.read_exactly(int(length or 0))
+        self.client.deadline = time.monotonic() + BODY_SECONDS
+        body = self.read_chunked() if length is None else self.read_exactly(length)
         self.body_left = False
-        return decoded_body(body, self.headers.get("content-encoding", "identity").lower())
+        return decoded_body(body, head.headers.get("content-encoding", "identity").lower())
 
     def read_exactly(self, size: int) -> bytes:
         data = self.rfile.read(size)
         if len(data) < size:
-            raise ClientGone
+            raise ClientGoneError
         return data
 
     def read_chunked(self) -> bytes:
-        pieces, left = [], MAX_BODY_BYTES
+        """A body in chunks (RFC 9112, section 7.1)."""
+        chunks: list[bytes] = []
+        left = MAX_BODY_BYTES
         while True:
-            line = self.rfile.readline(1024)
-            match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n", line)
+            match = re.fullmatch(
+                rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n", self.rfile.readline(1024)
+            )
             if not match:
                 raise ProxyError(400, "This is not a chunk of a body.")
             size = int(match.group(1), 16)
             left -= size
             if left < 0:
-                raise too_large()
+                raise body_too_large()
             if not size:
-                break
-            pieces.append(self.read_exactly(size))
+                self.skip_trailers()
+                return b"".join(chunks)
+            chunks.append(self.read_exactly(size))
             if self.read_exactly(2) != b"\r\n":
                 raise ProxyError(400, "A chunk of the body is longer than it says.")
-        trailers = MAX_HEAD_BYTES
+
+    def skip_trailers(self) -> None:
+        """Read past what follows the last chunk (RFC 9112, section 7.1.2). Nobody needs it."""
+        left, line = MAX_HEAD_BYTES, b""
         while line != b"\r\n":
-            line = self.rfile.readline(trailers + 1)
-            trailers -= len(line)
-            if not line or trailers < 0:
+            line = self.rfile.readline(left + 1)
+            left -= len(line)
+            if not line or left < 0:
                 raise ProxyError(400, "The body does not end.")
-        return b"".join(pieces)
 
-    # ---- who may call ----
-
-    def gate(self, path: str) -> None:
-        """Refuse foreign web pages, foreign names for this machine, and clients without the key."""
-        config, headers = self.server.config, self.headers
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if self.server.loopback and host and not re.fullmatch(LOCAL_HOSTS, host, re.I | re.A):
-            raise ProxyError(
-                403, "This server is called by another name: " + ascii(host[:80])
-            )  # DNS rebinding
-        if origin is not None and not origin_allowed(origin, config.origins):
-            raise ProxyError(
-                403,
-                f"Pages from {ascii(origin[:80])} may not call this server; -origins can allow it.",
-            )
-        if (
-            config.proxy_key
-            and self.command != "OPTIONS"
-            and path not in ("/", "/healthz")
-            and not any(self.is_proxy_key(key) for key in self.client_keys())
-        ):
-            raise ProxyError(
-                401,
-                "Incorrect API key provided: this server wants its own key (PROXY_API_KEY).",
-                code="invalid_api_key",
-            )
-
-    def client_keys(self) -> Iterator[str]:
-        """What the client sent as a key, in any of the usual headers."""
-        for name in ("authorization", "x-api-key", "api-key", "x-goog-api-key"):
-            value = self.headers.get(name)
-            if value:
-                yield re.sub(r"^bearer +", "", value, flags=re.I)
-
-    def is_proxy_key(self, key: str) -> bool:
-        return hmac.compare_digest(key.encode("latin-1"), self.server.config.proxy_key.encode())
-
-    def gemini_key(self) -> str:
-        """The key for Gemini: the server's own, or with -client-keys the client's."""
-        config = self.server.config
-        if not config.client_keys:
-            return config.key
-        keys = [
-            key for key in self.client_keys() if not (config.proxy_key and self.is_proxy_key(key))
+    def answer_head(self, status: int, headers: list[tuple[str, str]], http_1_0: bool) -> bytes:
+        """Status line and headers of an answer. No request follows an unread body, or the end."""
+        self.close_connection = self.close_connection or self.body_left or self.server.draining
+        lines = [
+            f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
+            f"Date: {http_date(int(time.time()))}",
+            f"Server: proxy-to-gemini/{VERSION}",
+            *(f"{name}: {value}" for name, value in headers),
         ]
-        if not keys or not re.fullmatch(KEY_PATTERN, keys[0]):
-            raise ProxyError(
-                401,
-                "You didn't provide an API key: this server wants your own Gemini key as the API key "
-                "(aistudio.google.com/apikey).",
-                code="invalid_api_key",
-            )
-        return keys[0]
+        if self.close_connection:
+            lines.append("Connection: close")
+        elif http_1_0:
+            lines.append("Connection: keep-alive")
+        return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
-    def cors(self) -> list[tuple[str, str]]:
-        """The headers that let a web page read the answer."""
-        origin = self.headers.get("origin")
-        if origin is None or not origin_allowed(origin, self.server.config.origins):
-            return []
-        return [
-            ("Access-Control-Allow-Origin", re.sub(r"[^!-~]", "", origin[:500])),
-            ("Vary", "Origin"),
-            (
-                "Access-Control-Expose-Headers",
-                ", ".join(
-                    ("x-request-id", *self.protocol.id_headers, "retry-after", "x-proxy-ignored")
-                ),
-            ),
-        ]
+    def write(self, data: bytes) -> None:
+        try:
+            self.client.send(data)
+        except OSError:
+            raise ClientGoneError from None
 
-    def preflight(self) -> None:
-        asked = self.headers.get("access-control-request-headers", "")
-        names = [
-            name.strip() for name in asked[:2000].split(",") if re.fullmatch(TOKEN, name.strip())
-        ]
-        self.send(
-            204,
-            b"",
-            headers=[
-                ("Access-Control-Allow-Methods", "GET, POST, DELETE, HEAD, OPTIONS"),
-                ("Access-Control-Allow-Headers", ", ".join(names[:100])),
-                ("Access-Control-Max-Age", "86400"),
-            ],
+    def finish(self) -> None:
+        """End. A client that still sends can read its refusal before (RFC 9112, section 9.6)."""
+        if self.body_left:
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_WR)
+                self.connection.settimeout(LINGER_SECONDS)
+                deadline = time.monotonic() + LINGER_SECONDS
+                while time.monotonic() < deadline and self.connection.recv(1 << 16):
+                    pass
+        self.rfile.close()
+        self.server.handlers.discard(self)
+
+
+# ---- who may call ----
+
+
+def origin_allowed(origin: str, added: tuple[str, ...]) -> bool:
+    """Whether a web page from there may call: this machine's pages, apps, and -origins."""
+    return "*" in added or origin in added or re.fullmatch(APP_ORIGINS, origin) is not None
+
+
+def check_caller(head: RequestHead, path: str, config: Config, loopback: bool) -> None:
+    """Refuse foreign web pages, foreign names for this machine, and clients without the key."""
+    host, origin = head.headers.get("host", ""), head.headers.get("origin")
+    if loopback and host and not re.fullmatch(LOCAL_HOSTS, host, re.I | re.A):  # DNS rebinding
+        raise ProxyError(403, "This server is called by another name: " + ascii(host[:80]))
+    if origin is not None and not origin_allowed(origin, config.origins):
+        raise ProxyError(
+            403, f"Pages from {origin[:80]!a} may not call this server; -origins can allow it."
+        )
+    if not config.proxy_key or head.method == "OPTIONS" or path in ("/", "/healthz"):
+        return
+    if not any(is_proxy_key(key, config) for key in client_keys(head)):
+        raise invalid_key(
+            "Incorrect API key provided: this server wants its own key (PROXY_API_KEY)."
         )
 
-    # ---- answers ----
+
+def invalid_key(message: str) -> ProxyError:
+    return ProxyError(401, message, code="invalid_api_key")
+
+
+def client_keys(head: RequestHead) -> Iterator[str]:
+    """What the client sent as a key, in any of the usual headers."""
+    for name in ("authorization", "x-api-key", "api-key", "x-goog-api-key"):
+        value = head.headers.get(name)
+        if value:
+            yield re.sub(r"^bearer +", "", value, flags=re.I)
+
+
+def is_proxy_key(key: str, config: Config) -> bool:
+    return hmac.compare_digest(key.encode("latin-1"), config.proxy_key.encode())
+
+
+def upstream_key(head: RequestHead, config: Config) -> str:
+    """The key for Gemini: the server's own, or with -client-keys the client's."""
+    if not config.client_keys:
+        return config.key
+    for key in client_keys(head):
+        if config.proxy_key and is_proxy_key(key, config):
+            continue
+        if not re.fullmatch(KEY_PATTERN, key):
+            break
+        return key
+    raise invalid_key(
+        "You didn't provide an API key: this server wants your own Gemini key as the API key "
+        "(aistudio.google.com/apikey)."
+    )
+
+
+def cors_headers(head: RequestHead, config: Config, protocol: Protocol) -> list[tuple[str, str]]:
+    """The headers that let a web page read the answer (fetch.spec.whatwg.org, "CORS protocol")."""
+    origin = head.headers.get("origin")
+    if origin is None or not origin_allowed(origin, config.origins):
+        return []
+    exposed = ("x-request-id", *protocol.id_headers, "retry-after", "x-proxy-ignored")
+    return [
+        ("Access-Control-Allow-Origin", re.sub(r"[^!-~]", "", origin[:500])),
+        ("Vary", "Origin"),
+        ("Access-Control-Expose-Headers", ", ".join(exposed)),
+    ]
+
+
+def preflight_headers(head: RequestHead) -> list[tuple[str, str]]:
+    """The answer to a web page's question whether it may send these headers."""
+    text = head.headers.get("access-control-request-headers", "")[:2000]
+    names = [name.strip() for name in text.split(",") if re.fullmatch(TOKEN, name.strip())]
+    return [
+        ("Access-Control-Allow-Methods", "GET, POST, DELETE, HEAD, OPTIONS"),
+        ("Access-Control-Allow-Headers", ", ".join(names[:100])),
+        ("Access-Control-Max-Age", "86400"),
+    ]
+
+
+# ---- one request ----
+
+
+class RequestCycle:
+    """One request of a client, and its answer."""
+
+    def __init__(self, connection: Handler):
+        self.connection, self.server = connection, connection.server
+        self.began = self.first_byte = time.monotonic()  # first_byte: of the answer
+        self.request_id = "req_" + secrets.token_hex(12)
+        self.head = RequestHead()
+        self.key = ""  # for Gemini
+        self.protocol = protocol_of(self.server.config.api, "/")  # until the path is known
+        self.route: Route | None = None
+        self.route_name = "other"  # for the metrics
+        self.exchange: Exchange | None = None
+        self.ignored: list[str] = []  # what nobody read of the request, by name
+        self.left_out: list[str] = []  # what Gemini would not take; grows while it is called
+        self.status = 0  # of the answer; 0 until its head is written
+        self.framing = SSE  # of a stream
+        self.streaming = False  # whether the answer is a stream that has begun
+
+    def run(self, line: bytes) -> None:
+        """Answer the request that begins with this line, whatever it is."""
+        try:
+            self.head = parse_request_line(line)  # the log has it, whatever the headers are
+            self.head = self.connection.read_headers(self.head, MAX_HEAD_BYTES - len(line))
+            self.serve()
+        except ProxyError as error:
+            self.fail(error)
+        except RecursionError:
+            self.fail(invalid_answer("it is nested too deeply"))
+        except (ClientGoneError, OSError):
+            self.status = self.status or 499  # nginx's number for a client that left
+            raise
+        except Exception:
+            bug = f"this is a bug in proxy-to-gemini; please report it: {traceback.format_exc()}"
+            log(f"{self.request_id}: {bug}")
+            words = "proxy-to-gemini has a bug here; its log tells more."
+            self.fail(ProxyError(500, words, code="internal_error"))
+        finally:
+            self.connection.answering = False
+            self.account()
 
     def serve(self) -> None:
-        """Find the route, ask Gemini, and answer."""
-        server, api = self.server, self.server.config.api
-        target, _, query = re.sub(r"^https?://[^/?]*", "", self.path, flags=re.I).partition("?")
+        """Find what answers this path, and let it answer."""
+        server, method, api = self.server, self.head.method, self.server.config.api
+        target = re.sub(r"^https?://[^/?]*", "", self.head.target, flags=re.I)  # RFC 9112, 3.2.2
+        target, _, query = target.partition("?")
         path = plain_path(target, api)
         self.protocol = protocol_of(api, path)
-        self.gate(path)
-        if self.command == "OPTIONS":
-            return self.preflight()
-        if path in server.own_pages and self.command in ("GET", "HEAD"):
-            self.route = "GET " + path
-            return self.send_answer(*reversed(server.own_pages[path]()))
-        found = find_route(api, self.command, path)
-        self.protocol, self.route, self.failure = (
-            found.protocol,
-            found.route.name,
-            found.route.failure,
-        )
-        self.key = self.gemini_key()
-        route = found.route
-        query_fields = dict(urllib.parse.parse_qsl(query))
-        plan, context = self.plan(route, found.params, query_fields)
-        self.framing = plan.framing or route.framing
-        self.exchange = Exchange(plan, context, secrets.token_hex(12), time.time())
-        keep_alive_due = plan.stream and (route.keep_alive or self.framing.keep_alive)
-        keep_alive = functools.partial(self.keep_alive, route) if keep_alive_due else None
-        self.waiter = Waiter(self.connection, server.config.timeout, server.stopping, keep_alive)
-        with server.gemini.call(plan.calls, self.waiter, self.key) as self.answers:
-            self.answer_route(route, plan)
-        if plan.loads:
-            server.load(*plan.loads)
+        check_caller(self.head, path, server.config, server.loopback)
+        if method == "OPTIONS":
+            self.connection.write(self.answer_head(204, preflight_headers(self.head)))
+        elif path in server.own_pages and method in ("GET", "HEAD"):
+            self.route_name = "GET " + path
+            self.send_answer(*server.own_pages[path]())
+        else:
+            match = find_route(api, method, path)
+            self.protocol, self.route_name = match.protocol, match.route.name
+            self.key = upstream_key(self.head, server.config)
+            self.answer(match.route, self.plan(match, query))
 
-    def plan(self, route: Route, params: JSON, query: JSON) -> tuple[Plan, Context]:
-        """What the request comes to, and what it may depend on."""
-        server = self.server
+    def plan(self, match: Found, query: str) -> Exchange:
+        """Read the body, look up what is stored for it, and plan the calls to Gemini."""
+        server, route, context = self.server, match.route, self.server.context
         if isinstance(route.answer, Refusal):
             raise ProxyError(*route.answer)
+        if match.params or query:
+            fields = dict(urllib.parse.parse_qsl(query))
+            context = context._replace(params=match.params, query=fields)
+        if context.ollama:
+            context = context._replace(loaded=dict(server.loaded))
         try:
             body = self.read_fields(route)
-            context = server.context._replace(params=params, query=query)
-            if context.ollama:
-                context = context._replace(loaded=dict(server.loaded))
             keys = recipe_keys(body, context) + route.keys(body, context)
             if keys:
                 context = context._replace(stored=server.shelf(self.key).look_up(keys))
@@ -7819,248 +7990,221 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except RecursionError:
             raise nested_too_deeply() from None
         self.ignored = body.ignored()
-        body.tracked.clear()  # or they keep each other, and a large body, until the collector comes by
-        return plan, context
+        return Exchange(plan, context, secrets.token_hex(12), time.time())
 
-    def answer_route(self, route: Route, plan: Plan) -> None:
-        """Send what the route makes of Gemini's answers."""
-        answers = self.read_answers(plan)
-        if route.answer is not None:
-            self.send_answer(route.answer)
-        elif plan.stream and route.stream:
-            self.send_stream(self.stored(route.stream(self.exchange, answers)))
-        elif route.response:
-            self.send_answer(self.keep(route.response(self.exchange, answers)))
-        elif route.stream:
-            self.send_answer(self.keep(last_event(route.stream(self.exchange, answers))))
+    def read_fields(self, route: Route) -> Fields:
+        """The body as the route wants it. GET and HEAD may come without one."""
+        if self.head.method in ("GET", "HEAD") and not self.connection.body_left:
+            return no_body(b"", "")
+        body = self.connection.read_body(self.head)
+        return route.parse(body, self.head.headers.get("content-type", ""))
 
-    def read_answers(self, plan: Plan) -> Answers:
-        """For each call its events, where it generates, or its chunks of JSON."""
-        for call, chunks in zip(plan.calls, self.answers):
-            chunks = self.timed(chunks)
+    def answer(self, route: Route, exchange: Exchange) -> None:
+        """Ask Gemini what the plan says, and answer with what the route makes of it.
+
+        Neither the waiter nor the batch is kept in this object: both lead back to it.
+        """
+        server, plan = self.server, exchange.plan
+        self.route, self.exchange = route, exchange
+        self.framing = plan.framing or route.framing
+        keep_alive = None
+        if plan.stream and (route.keep_alive or self.framing.keep_alive):
+            keep_alive = functools.partial(self.keep_alive, route, exchange)
+        client = self.connection.connection
+        waiter = Waiter(client, server.config.timeout, server.stopping, keep_alive)
+        try:
+            with server.gemini.call(plan.calls, waiter, self.key) as batch:
+                self.left_out = batch.ignored
+                answers = self.read_answers(batch, exchange)
+                if plan.stream and route.stream:
+                    self.send_stream(self.kept(route.stream(exchange, answers)))
+                else:
+                    self.send_answer(200, self.whole_answer(route, exchange, answers))
+        except ProxyError as error:
+            self.add_model_to(error, exchange, waiter)
+            raise
+        if plan.loads:
+            server.load(*plan.loads)
+
+    def read_answers(self, batch: CallBatch, exchange: Exchange) -> Answers:
+        """For each call its events, or its chunks of JSON where it does not generate."""
+        for call, untimed in zip(exchange.plan.calls, batch):
+            chunks = timed(untimed, exchange)
             if not call.generates:
                 yield chunks
                 continue
-            events = self.identified(call, read_gemini(chunks, self.exchange))
-            yield chat_events(events, call, plan.chat) if plan.chat else events
+            events = self.identified(call, read_gemini(chunks, exchange))
+            if exchange.plan.chat:
+                events = chat_events(events, call, exchange.plan.chat)
+            yield events
 
-    def timed(self, chunks: Iterator[JSON]) -> Iterator[JSON]:
-        for chunk in chunks:
-            self.exchange.now = time.time()
-            yield chunk
-
-    def identified(self, call: GeminiCall, events: Iterator[Event]) -> Iterator[Event]:
-        """The events, with ids for the tool calls, whose signatures are kept under them."""
-        calls: list[ToolCall] = []
+    def identified(self, call: GeminiCall, events: Iterable[Event]) -> Iterator[Event]:
+        """The events, with ids for the tool calls, under which their signatures are kept."""
+        tool_calls: list[ToolCall] = []
         for event in events:
             if isinstance(event, ToolCall):
-                calls.append(event)
+                tool_calls.append(event)
                 continue
-            if calls:
-                ids = self.server.gemini.remember(call, self.key, calls)
-                yield from [made._replace(id=id) for made, id in zip(calls, ids)]
-                calls = []
+            if tool_calls:
+                ids = self.server.gemini.remember(call, self.key, tool_calls)
+                yield from (item._replace(id=new_id) for item, new_id in zip(tool_calls, ids))
+                tool_calls = []
             yield event
 
-    def stored(self, events: Iterator[Any]) -> Iterator[JSON]:
-        """The events for the client; what the others want to be kept is kept."""
+    def kept(self, events: Iterable[Any]) -> Iterator[JSON]:
+        """The events for the client. A Keep among them is kept instead."""
         for event in events:
             if isinstance(event, Keep):
                 self.server.shelf(self.key).keep(event)
             else:
                 yield event
 
-    def keep(self, answer: Any) -> Any:
-        """The answer itself, when what it wants to be kept is kept."""
-        if not isinstance(answer, Kept):
-            return answer
-        for item in answer.keep:
-            self.server.shelf(self.key).keep(item)
-        return answer.answer
+    def whole_answer(self, route: Route, exchange: Exchange, answers: Answers) -> Any:
+        """The route's answer to a client that wants no stream. What is to be kept is kept."""
+        answer = route.answer
+        if route.response:
+            answer = route.response(exchange, answers)
+        elif route.stream:
+            answer = last_event(route.stream(exchange, answers))
+        if isinstance(answer, Kept):
+            for item in answer.keep:
+                self.server.shelf(self.key).keep(item)
+            return answer.answer
+        return answer
 
-    def read_fields(self, route: Route) -> Fields:
-        if self.command in ("GET", "HEAD") and not self.body_left:
-            return no_body(b"", "")
-        return route.parse(self.read_body(), self.headers.get("content-type", ""))
+    def add_model_to(self, error: ProxyError, exchange: Exchange, waiter: Waiter) -> None:
+        """Add to "no such model" how the client spelt it, and whether Gemini lists it.
 
-    def send_answer(
-        self, answer: Any, status: int = 200, headers: Iterable[tuple[str, str]] = ()
-    ) -> None:
-        """A whole answer: JSON, or a Payload."""
-        payload = (
-            answer
-            if type(answer) is Payload
-            else Payload(encode_json(answer).encode(), "application/json")
-        )
-        self.send(status, payload.data, payload.content_type, [*headers, *self.ignored_header()])
+        This calls Gemini while an error waits to be sent: the error of a model that is listed, but
+        not for this use, has other words. Without the list, it is sent as it is.
+        """
+        if error.code != "model_not_found" or not error.upstream:
+            return
+        error.model = exchange.model
+        with contextlib.suppress(ProxyError):
+            (chunk,) = ModelList(self.server.gemini, waiter, self.key).chunks()
+            names = [get_or_empty(entry, "name", str) for entry in chunk["models"]]
+            error.listed = model_named(exchange.model, exchange.context).path in names
+
+    # ---- its answer ----
 
     def send_stream(self, events: Iterator[JSON]) -> None:
-        """A stream; its status waits for the first event, so that a refusal has a status of its own."""
+        """Answer with a stream. Its head waits for the first event: a refusal has a status."""
         encode = self.framing.encode
         for event in events:
             self.emit(encode(event))
         self.emit(self.framing.end, last=True)
 
-    def keep_alive(self, route: Route) -> None:
-        """Say that the stream is alive."""
-        self.emit(
-            route.framing.encode(route.keep_alive(self.exchange))
-            if route.keep_alive
-            else self.framing.keep_alive
-        )
-
-    def explain(self, error: ProxyError) -> None:
-        """Add to an error which model the client meant, and whether Gemini lists it."""
-        if error.code == "model_not_found" and error.upstream and self.exchange:
-            error.model = self.exchange.model
-            with contextlib.suppress(ProxyError):
-                lists = ModelList(self.server.gemini, self.waiter, self.key).chunks()
-                names = [
-                    get_or_empty(entry, "name", str) for chunk in lists for entry in chunk["models"]
-                ]
-                error.listed = model_named(error.model, self.exchange.context).path in names
-
-    def fail(self, error: ProxyError) -> None:
-        """Tell an error: as an answer, or in mid-stream as the last event."""
-        error.request_id = self.request_id
-        if self.begun and not self.framed:
-            self.close_connection = True  # nothing that could be said would be understood
-        elif self.begun:
-            told = (
-                self.failure(self.exchange, error)
-                if self.failure
-                else [self.protocol.stream_error(error)]
-            )
-            self.emit(b"".join(map(self.framing.encode, self.stored(iter(told)))), last=True)
+    def keep_alive(self, route: Route, exchange: Exchange) -> None:
+        """Show in the stream that it is alive."""
+        exchange.now = time.time()
+        if route.keep_alive:
+            self.emit(route.framing.encode(route.keep_alive(exchange)))
         else:
-            self.close_connection = self.close_connection or not self.command
-            self.send_answer(*reversed(self.protocol.error(error)), list(error.headers.items()))
-
-    def ignored_header(self) -> list[tuple[str, str]]:
-        """What was ignored of the request, by name, in a header; or none."""
-        names = self.ignored + (self.answers.ignored if self.answers else [])
-        names = [re.sub(r"[^!-+\--~]", "?", name)[:200] for name in names]
-        text = ", ".join(dict.fromkeys(names))
-        if len(text) > MAX_IGNORED_CHARACTERS:
-            text = text[:MAX_IGNORED_CHARACTERS].rpartition(", ")[0] + ", ..."
-        return [("x-proxy-ignored", text)] if text else []
-
-    def head(self, status: int, content_type: str, headers: list[tuple[str, str]]) -> bytes:
-        """Status line and headers, up to the empty line. A connection with an unread body is not gone on with."""
-        self.status, self.begun, self.spoke = status, True, time.monotonic()
-        self.close_connection = self.close_connection or self.body_left or self.server.draining
-        lines = [
-            f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
-            f"Date: {http_date(int(time.time()))}",
-            f"Server: proxy-to-gemini/{VERSION}",
-            *(f"{name}: {self.request_id}" for name in ("x-request-id", *self.protocol.id_headers)),
-        ]
-        lines += [f"Content-Type: {content_type}"] if content_type else []
-        lines += [f"{name}: {value}" for name, value in (*headers, *self.cors())]
-        if self.close_connection:
-            lines.append("Connection: close")
-        elif self.request_version == "HTTP/1.0":
-            lines.append("Connection: keep-alive")
-        return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
-
-    def send(
-        self,
-        status: int,
-        body: bytes,
-        content_type: str = "application/json",
-        headers: list[tuple[str, str]] = (),
-    ) -> None:
-        """A whole answer in one write."""
-        length = [] if status == 204 else [("Content-Length", str(len(body)))]
-        head = self.head(status, content_type if status != 204 else "", [*headers, *length])
-        self.write(head if self.command == "HEAD" else head + body)
+            self.emit(self.framing.keep_alive)
 
     def emit(self, data: bytes, last: bool = False) -> None:
-        """An event of a stream in one write, with the head before the first one."""
+        """Write an event of a stream, with the head before the first one, in one write."""
         head = b""
-        if not self.begun:
-            self.chunked = self.request_version != "HTTP/1.0"
-            self.close_connection = self.close_connection or not self.chunked
-            framing = [("Transfer-Encoding", "chunked")] if self.chunked else []
-            headers = [
-                ("Cache-Control", "no-cache"),
-                ("X-Accel-Buffering", "no"),
-                *framing,
-                *self.ignored_header(),
-            ]
-            head = self.head(200, self.framing.content_type, headers)
-            self.framed = self.framing.carries_errors
-        if self.chunked:
-            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (
-                b"0\r\n\r\n" if last else b""
-            )
-        self.write(head + data)
+        if not self.streaming:
+            head = self.stream_head()
+            self.streaming = True
+        if not self.head.http_1_0:  # in chunks: RFC 9112, section 7.1
+            if data:
+                data = b"%x\r\n%b\r\n" % (len(data), data)
+            if last:
+                data += b"0\r\n\r\n"
+        self.connection.write(head + data)
 
-    def write(self, data: bytes) -> None:
-        try:
-            self.line.send(data)
-        except OSError:
-            raise ClientGone from None
+    def stream_head(self) -> bytes:
+        headers = [
+            ("Content-Type", self.framing.content_type),
+            ("Cache-Control", "no-cache"),
+            ("X-Accel-Buffering", "no"),  # nginx.org/en/docs/http/ngx_http_proxy_module.html
+        ]
+        if self.head.http_1_0:
+            self.connection.close_connection = True  # which is how this stream ends
+        else:
+            headers.append(("Transfer-Encoding", "chunked"))
+        return self.answer_head(200, [*headers, *self.ignored_header()])
 
-    # ---- the rest ----
+    def send_answer(self, status: int, answer: Any, headers: Mapping[str, str] = {}) -> None:
+        """Send a whole answer, JSON or a Payload, in one write."""
+        payload = answer
+        if not isinstance(answer, Payload):
+            payload = Payload(encode_json(answer).encode(), "application/json")
+        own = ("Content-Type", payload.content_type), ("Content-Length", str(len(payload.data)))
+        data = self.answer_head(status, [own[0], *headers.items(), *self.ignored_header(), own[1]])
+        if self.head.method != "HEAD":
+            data += payload.data
+        self.connection.write(data)
 
-    def finish(self) -> None:
-        """After a refusal of what the client still sends: let it read that before the connection ends."""
-        if self.body_left:
-            with contextlib.suppress(OSError):
-                self.connection.shutdown(socket.SHUT_WR)
-                self.connection.settimeout(LINGER_SECONDS)
-                until = time.monotonic() + LINGER_SECONDS
-                while time.monotonic() < until and self.connection.recv(1 << 16):
-                    pass
-        self.rfile.close()
-        self.exchange = self.answers = (
-            None  # or the request's body stays until the collector comes by
-        )
-        self.server.handlers.discard(self)
+    def answer_head(self, status: int, headers: list[tuple[str, str]]) -> bytes:
+        """Status line and headers; with this the answer has begun."""
+        self.status, self.first_byte = status, time.monotonic()
+        ids = [(name, self.request_id) for name in ("x-request-id", *self.protocol.id_headers)]
+        cors = cors_headers(self.head, self.server.config, self.protocol)
+        return self.connection.answer_head(status, [*ids, *headers, *cors], self.head.http_1_0)
 
-    def account(self, now: float) -> None:
-        """Count the request, and log it in a line, without its query (which may hold keys) and without its content."""
-        metrics, model, usage = self.server.metrics, "", self.exchange and self.exchange.usage
-        if usage and self.exchange.model:
-            model = f" {self.exchange.model[:100]!r} {usage.prompt}+{usage.output} tokens"
-            for kind in LABELS["kind"]:
-                if getattr(usage, kind):
-                    metrics.add("tokens_total", kind, amount=getattr(usage, kind))
-        metrics.add("requests_total", self.route, str(self.status))
-        metrics.observe("request_seconds", self.route, seconds=now - self.began)
-        metrics.observe("first_byte_seconds", self.route, seconds=self.spoke - self.began)
-        log(
-            f"{self.command or '-'} {self.path.partition('?')[0][:200] or '-'} {self.status} "
-            f"{(now - self.began) * 1000:.0f} ms{model}"
-        )
+    def ignored_header(self) -> list[tuple[str, str]]:
+        """The header that names what was ignored of the request, if anything was."""
+        names = [re.sub(r"[^!-+\--~]", "?", name)[:200] for name in self.ignored + self.left_out]
+        text = ", ".join(dict.fromkeys(names))
+        if not text:
+            return []
+        if len(text) > MAX_IGNORED_CHARACTERS:
+            text = text[:MAX_IGNORED_CHARACTERS].rpartition(", ")[0] + ", ..."
+        return [("x-proxy-ignored", text)]
+
+    def fail(self, error: ProxyError) -> None:
+        """Answer with an error; in mid-stream it is the last event."""
+        error.request_id = self.request_id
+        if not self.status:
+            status, answer = self.protocol.error(error)
+            self.send_answer(status, answer, error.headers)
+        elif self.streaming and self.framing.carries_errors:
+            self.emit(b"".join(map(self.framing.encode, self.last_events(error))), last=True)
+        else:
+            self.connection.close_connection = True  # no error would be understood here
+
+    def last_events(self, error: ProxyError) -> list[JSON]:
+        """The end of a stream that failed."""
+        if self.route and self.route.failure and self.exchange:
+            return list(self.kept(self.route.failure(self.exchange, error)))
+        return [self.protocol.stream_error(error)]
+
+    # ---- its account ----
+
+    def account(self) -> None:
+        """Count the request, and log it without its content and its query, which may hold keys."""
+        now, metrics, tokens = time.monotonic(), self.server.metrics, self.count_tokens()
+        metrics.add("requests_total", self.route_name, str(self.status))
+        metrics.observe("request_seconds", self.route_name, seconds=now - self.began)
+        metrics.observe("first_byte_seconds", self.route_name, seconds=self.first_byte - self.began)
+        method, path = self.head.method, self.head.target.partition("?")[0][:200]
+        milliseconds = (now - self.began) * 1000
+        log(f"{method or '-'} {path or '-'} {self.status} {milliseconds:.0f} ms{tokens}")
+
+    def count_tokens(self) -> str:
+        """Count the tokens that the answer took; the end of the log line."""
+        if self.exchange is None or not self.exchange.model:
+            return ""
+        usage = self.exchange.usage
+        for kind in LABELS["kind"]:
+            tokens = getattr(usage, kind)
+            if tokens:
+                self.server.metrics.add("tokens_total", kind, amount=tokens)
+        return f" {self.exchange.model[:100]!r} {usage.prompt}+{usage.output} tokens"
 
 
-def too_large() -> ProxyError:
-    return ProxyError(413, f"The body of this request is larger than {MAX_BODY_BYTES >> 20} MiB.")
+def timed(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[JSON]:
+    """The chunks; the exchange learns when each of them came."""
+    for chunk in chunks:
+        exchange.now = time.time()
+        yield chunk
 
 
-def decoded_body(body: bytes, coding: str) -> bytes:
-    """The body without its Content-Encoding, if that is one that the library knows; a bomb is a 413."""
-    if coding in ("identity", ""):
-        return body
-    if coding not in ("gzip", "x-gzip", "deflate"):
-        raise ProxyError(
-            415,
-            f"Content-Encoding {coding[:40]!a} is not known here; send the body as it is, or in gzip.",
-        )
-    machine = zlib.decompressobj(wbits=47)  # gzip or zlib, by its head
-    try:
-        data = machine.decompress(body, MAX_UNPACKED_BYTES)
-    except zlib.error as error:
-        raise ProxyError(400, f"The body is not {coding}: {error}") from None
-    if machine.unconsumed_tail:
-        raise ProxyError(
-            413, f"The body of this request unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB."
-        )
-    if not machine.eof:
-        raise ProxyError(400, f"The {coding} body breaks off.")
-    return data
+# ---- the server ----
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -8070,7 +8214,7 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 1024
 
     def __init__(self, config: Config, handed_over: socket.socket | None = None):
-        """`handed_over` is a socket that listens already, and that others may go on listening on."""
+        """`handed_over` is a socket that listens already, and may go on with other processes."""
         self.config, self.shared = config, handed_over is not None
         self.own_pages = {
             "/": self.front_page,
@@ -8078,25 +8222,26 @@ class Server(http.server.ThreadingHTTPServer):
             "/metrics": self.metrics_page,
         }
         routes = [route.name for _, protocol in MOUNTS[config.api] for route in protocol.routes]
-        self.metrics = Metrics(
-            [*dict.fromkeys(routes), *("GET " + path for path in self.own_pages)], config.workers
-        )
+        pages = ["GET " + path for path in self.own_pages]
+        self.metrics = Metrics([*dict.fromkeys(routes), *pages], config.workers)
         self.gemini = Gemini(config.upstream, config.state, self.metrics.add)
         self.context = self.make_context()
         self.loaded: dict[str, float] = {}
         self.handlers: set[Handler] = set()  # one for each connection
-        self.unstarted: set[socket.socket] = set()  # those whose handler has not begun yet
+        self.unstarted: set[socket.socket] = set()  # connections whose handler has not begun yet
         self.draining, self.tidied = False, -math.inf
-        self.ending = (
-            self.stopping
-        ) = -1  # pipes that tell of the end: for new requests, for those under way
+        # Pipes whose other end is closed when the server ends: for new requests, for answers.
+        self.ending = self.stopping = -1
         self.listen(handed_over)
-        host = self.server_address[0]
-        self.loopback = host == "::1" or host.startswith("127.")
+        self.host = str(self.server_address[0])
+        self.loopback = self.host == "::1" or self.host.startswith("127.")
 
     def listen(self, handed_over: socket.socket | None) -> None:
+        """Listen where the configuration says, or on a socket that does so already."""
         host, port = self.config.listen
-        self.address_family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
+        self.address_family = socket.AF_INET
+        if ":" in host or not host:
+            self.address_family = socket.AF_INET6
         if handed_over is not None:
             self.address_family = handed_over.family
             super().__init__(handed_over.getsockname(), Handler, bind_and_activate=False)
@@ -8114,7 +8259,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.setblocking(False)  # another worker may be faster to accept
 
     def server_bind(self) -> None:
-        """Without http.server's reverse look-up of the host's name, which can take half a minute."""
+        """Bind without http.server's reverse look-up of the host, which can take half a minute."""
         if self.address_family == socket.AF_INET6 and not self.config.listen[0]:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
@@ -8128,7 +8273,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def shelf(self, key: str) -> Shelf:
         """What is stored for the users of this Gemini key. With -client-keys, each has its own."""
-        return Shelf(self.gemini.memory, f"{scope_of(key)}:" if self.config.client_keys else "")
+        prefix = f"{scope_of(key)}:" if self.config.client_keys else ""
+        return Shelf(self.gemini.memory, prefix)
 
     def load(self, name: str, seconds: float) -> None:
         """List a model as loaded for so long; none at all takes it out."""
@@ -8140,92 +8286,94 @@ class Server(http.server.ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        host, port = self.server_address[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.server_port}"
 
-    # ---- pages of its own ----
+    # ---- its own pages: (status, page) ----
 
     def front_page(self) -> tuple[int, Payload]:
         if self.config.api == "ollama":
             return 200, Payload(b"Ollama is running")
-        return 200, Payload(
-            f"You are running proxy-to-gemini at {self.url}; api = {self.config.api}\n".encode()
-        )
+        text = f"You are running proxy-to-gemini at {self.url}; api = {self.config.api}\n"
+        return 200, Payload(text.encode())
 
     def health_page(self) -> tuple[int, Payload]:
-        return (503, Payload(b"ending")) if self.draining else (200, Payload(b"ok"))
+        if self.draining:
+            return 503, Payload(b"ending")
+        return 200, Payload(b"ok")
 
     def metrics_page(self) -> tuple[int, Payload]:
         self.update_gauges()
         return 200, self.metrics.page(self.config)
 
-    # ---- its life ----
+    # ---- from start to end ----
 
     def run(self, signals: Signals) -> None:
         """Accept clients until a signal says stop; then let what is under way end."""
-        (self.ending, end), (self.stopping, stop) = os.pipe(), os.pipe()
-        poll = select.poll()
-        poll.register(signals.pipe, select.POLLIN)
-        while not signals.over():
-            room = len(self.handlers) < max_connections()
-            poll.register(self.socket, select.POLLIN if room else 0)
-            for fd, _ in poll.poll(1000 * (signals.poll_seconds if room else FULL_PAUSE_SECONDS)):
+        self.ending, end = os.pipe()
+        self.stopping, stop = os.pipe()
+        poller = Poller(signals.pipe)
+        while not signals.should_stop():
+            signals.ping_watchdog()
+            event, seconds = READABLE, signals.poll_seconds
+            if len(self.handlers) >= max_connections():
+                event, seconds = 0, FULL_PAUSE_SECONDS
+            poller.watch(self.socket, event)
+            for fd in poller.wait(seconds):
                 if fd == signals.pipe:
                     signals.drain_pipe()
                 else:
                     self.accept_pending()
-            if signals.asks(signal.SIGHUP):
+            if signals.take(signal.SIGHUP):
                 self.reload()
             self.service_actions()
-        signals.tell("STOPPING=1")
+        signals.notify("STOPPING=1")
         self.drain(end, stop)
+        for pipe in (self.ending, self.stopping):
+            os.close(pipe)
+        self.gemini.close()
 
     def drain(self, end: int, stop: int) -> None:
-        """Go on while connections are used again; then give answers under way DRAIN_SECONDS, and FINAL_SECONDS.
+        """Go on while connections are used again; then give answers DRAIN_SECONDS to end.
 
-        A connection that is closed in the moment in which its next request comes in loses that request, and a load
-        balancer may not send it again. So each is told with an answer that it was the last one, and health checks
-        have the time to say so before the silent ones are closed.
+        A connection that is closed just when its next request comes in loses that request, and a
+        load balancer may not repeat it. So each gets an answer that says it is the last one, and
+        health checks have the time to see the end before idle connections are closed.
         """
-        self.draining, until = True, time.monotonic() + DRAIN_NOTICE_SECONDS
-        while (self.handlers or self.unstarted) and time.monotonic() < until:
-            if select.select([self.socket], [], [], 0.01)[0]:
+        self.draining, deadline = True, time.monotonic() + DRAIN_NOTICE_SECONDS
+        poller = Poller(self.socket)
+        while (self.handlers or self.unstarted) and time.monotonic() < deadline:
+            if poller.wait(0.01):
                 self.accept_pending()
-        until += FINAL_SECONDS  # whom a last answer sends away comes back at once, but not for ever
-        while (
-            not self.shared
-            and time.monotonic() < until
-            and select.select([self.socket], [], [], 0)[0]
-        ):
+        deadline += FINAL_SECONDS  # for clients that come back at once after each answer
+        while not self.shared and time.monotonic() < deadline and poller.wait(0):
             self.accept_pending()
         self.server_close()
         os.close(end)
-        self.wait_for_handlers(FINAL_SECONDS, lambda handler: handler.line.may_come())
+        self.wait_for_handlers(FINAL_SECONDS, lambda handler: handler.client.is_sending())
         self.wait_for_handlers(DRAIN_SECONDS, lambda handler: handler.answering)
         os.close(stop)
         self.wait_for_handlers(FINAL_SECONDS, lambda handler: handler.answering)
 
-    def wait_for_handlers(self, seconds: float, counts: Callable[[Handler], bool]) -> None:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and (
-            self.unstarted or any(counts(handler) for handler in list(self.handlers))
-        ):
+    def wait_for_handlers(self, seconds: float, busy: Callable[[Handler], bool]) -> None:
+        """Wait until no handler is busy, for so many seconds at most."""
+        deadline = time.monotonic() + seconds
+        while self.unstarted or any(map(busy, list(self.handlers))):
+            if time.monotonic() > deadline:
+                return
             time.sleep(0.01)
 
     def reload(self) -> None:
         """Read the Gemini key again."""
         key = gemini_key(os.environ)
-        usable = re.fullmatch(KEY_PATTERN, key)
-        if usable:
+        if re.fullmatch(KEY_PATTERN, key):
             self.config = self.config._replace(key=key)
-        log(
-            "the Gemini key was read again"
-            if usable
-            else "there is no usable Gemini key; the old one stays"
-        )
+            log("the Gemini key was read again")
+        else:
+            log("there is no usable Gemini key; the old one stays")
 
     def accept_pending(self) -> None:
-        """Accept who waits, several at a time: when a thousand come at once, each wait would cost a turn of theirs."""
+        """Accept clients that wait, several at a time: a thousand may come at once."""
         for _ in range(ACCEPT_BATCH):
             try:
                 client, address = self.get_request()
@@ -8245,14 +8393,14 @@ class Server(http.server.ThreadingHTTPServer):
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self.gemini.pool.drop_oldest()
-                time.sleep(FULL_PAUSE_SECONDS)  # the client waits, and so does the processor
+                time.sleep(FULL_PAUSE_SECONDS)  # the client stays in the queue
             raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log(f"this is a bug in proxy-to-gemini; please report it: {traceback.format_exc()}")
 
     def service_actions(self) -> None:
-        """Every few seconds, see what can be given back."""
+        """Every few seconds, give back what is not needed any more."""
         if time.monotonic() - self.tidied > TIDY_SECONDS:
             self.tidied = time.monotonic()
             self.gemini.pool.tidy()
@@ -8260,7 +8408,7 @@ class Server(http.server.ThreadingHTTPServer):
             give_memory_back()
 
     def update_gauges(self) -> None:
-        """Count what is there just now."""
+        """Measure what there is just now."""
         handlers, pool = list(self.handlers), self.gemini.pool
         self.metrics.set("clients", len(handlers))
         self.metrics.set("in_flight", sum(handler.answering for handler in handlers))
@@ -8271,7 +8419,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 @functools.lru_cache(maxsize=1)
 def max_connections() -> int:
-    """How many clients there may be: each may need a file more for its way to Gemini."""
+    """How many clients there may be: each may need another file for its connection to Gemini."""
     import resource
 
     return min(MAX_CONNECTIONS, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 16))
@@ -8279,26 +8427,30 @@ def max_connections() -> int:
 
 @functools.lru_cache(maxsize=1)
 def malloc_trim() -> Callable[[int], int]:
-    """glibc's function that gives free memory back to the system; elsewhere one that does nothing."""
+    """glibc's function that gives free memory back to the system; elsewhere it does nothing."""
     import ctypes
 
     return getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)
 
 
 def give_memory_back() -> None:
-    """The start, and each large picture, leave free memory behind that glibc would keep for ever."""
+    """The start, and each large image, leave free memory behind that glibc would keep for ever."""
     malloc_trim()(0)
 
 
 # ======================================================================================
-# 14. Command line: flags and environment, systemd, workers, checks, start and end
+# 14. Command line: flags, environment, systemd, workers, checks, start and end
 # ======================================================================================
 
-GEMINI = "https://generativelanguage.googleapis.com"
-NO_KEY = """proxy-to-gemini: there is no Gemini key. Get one at https://aistudio.google.com/apikey (free), and then:
+DEFAULT_UPSTREAM = "https://generativelanguage.googleapis.com"
+NO_KEY = """\
+proxy-to-gemini: there is no Gemini key. Get one at https://aistudio.google.com/apikey (free), then:
 
     GEMINI_API_KEY=<your key> python3 proxy_to_gemini.py
 """
+UNUSABLE_KEY = (
+    "proxy-to-gemini: the key in GEMINI_API_KEY has characters that no key has; it cannot be sent."
+)
 
 
 class Config(NamedTuple):
@@ -8313,8 +8465,11 @@ class Config(NamedTuple):
     timeout: float = 600.0  # seconds that Gemini may be silent
     proxy_key: str = ""  # what clients must send
     workers: int = 1  # processes
-    state: str = ":memory:"  # SQLite's name of the file that remembers
+    state: str = ":memory:"  # the file with signatures and responses, as SQLite names it
     client_keys: bool = False  # whether each client brings its own Gemini key
+
+
+# Types of flags: each returns the value of a flag, or raises what argparse prints with the usage.
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -8326,26 +8481,27 @@ def listen_address(text: str) -> tuple[str, int]:
 
 
 def base_url(text: str) -> str:
+    """The URL of a server, without a slash at its end."""
     try:
-        parts = urllib.parse.urlsplit(text)
-        fits = (
-            parts.scheme in ("http", "https")
-            and parts.hostname
-            and parts.port != 0
-            and not parts.query
-        )
-    except ValueError:
-        fits = False
-    if not fits:
+        url = urllib.parse.urlsplit(text)
+        valid = url.scheme in ("http", "https") and url.hostname and url.port != 0 and not url.query
+    except ValueError:  # a port that is not a number
+        valid = False
+    if not valid:
         raise argparse.ArgumentTypeError(f"{text!r} is not the URL of a server")
     return text.rstrip("/")
 
 
 def alias(text: str) -> tuple[str, str]:
+    """("gpt-*", "gemini-3.8-flash") from NAME=MODEL."""
     name, _, model = text.partition("=")
     if not name or not model:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MODEL")
     return name, re.sub("^models/", "", model)
+
+
+def origin_list(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
 
 
 def seconds(text: str) -> float:
@@ -8367,124 +8523,86 @@ def worker_count(text: str) -> int:
 def flag_parser() -> argparse.ArgumentParser:
     """The flags, spelt as Go does (-api=ollama), or with two dashes."""
     parser = argparse.ArgumentParser(
-        prog="proxy_to_gemini.py", allow_abbrev=False, description=__doc__.splitlines()[0]
+        prog="proxy_to_gemini.py",
+        allow_abbrev=False,
+        description=(__doc__ or "").partition("\n")[0],
     )
 
-    def flag(name: str, **how: Any) -> None:
-        parser.add_argument("-" + name, "--" + name, **how)
+    def flag(name: str, text: str, **options: Any) -> None:
+        parser.add_argument("-" + name, "--" + name, help=text, **options)
 
-    flag("api", choices=sorted(MOUNTS), default="openai", help="the protocol to serve")
-    flag(
-        "listen",
-        type=listen_address,
-        default=("127.0.0.1", 5555),
-        metavar="HOST:PORT",
-        help=":PORT is every interface",
+    def switch(name: str, text: str) -> None:
+        flag(name, text, action="store_true")
+
+    flag("api", "the protocol to serve", choices=sorted(MOUNTS), default="openai")
+    address = {"type": listen_address, "default": ("127.0.0.1", 5555), "metavar": "HOST:PORT"}
+    flag("listen", ":PORT is every interface", **address)
+    upstream = (
+        f"base URL of the Gemini API; {DEFAULT_UPSTREAM} unless $GOOGLE_GEMINI_BASE_URL is set"
     )
-    flag(
-        "upstream",
-        type=base_url,
-        default=None,
-        metavar="URL",
-        help=f"base URL of the Gemini API; {GEMINI} unless $GOOGLE_GEMINI_BASE_URL is set",
-    )
-    flag(
-        "alias",
-        type=alias,
-        action="append",
-        default=[],
-        metavar="NAME=MODEL",
-        help="another name for a model; NAME may be a glob; repeatable",
-    )
-    flag(
-        "origins",
-        type=lambda text: tuple(filter(None, text.split(","))),
-        default=(),
-        metavar="ORIGIN,...",
-        help="browser origins that may call besides this machine's and apps'; * is any",
-    )
-    flag(
-        "timeout",
-        type=seconds,
-        default=600.0,
-        metavar="SECONDS",
-        help="how long Gemini may be silent",
-    )
-    flag("workers", type=worker_count, default=1, metavar="N", help="processes that share the port")
-    flag(
-        "state", default=None, metavar="FILE", help="keeps signatures and responses over a restart"
-    )
-    flag(
-        "client-keys",
-        action="store_true",
-        help="every client brings its own Gemini key as its API key",
-    )
-    flag(
-        "check", action="store_true", help="tell what works on the way to Gemini, and what to mend"
-    )
-    flag(
-        "print-unit", action="store_true", help="print a systemd unit for this file and these flags"
-    )
-    flag("version", action="store_true", help="version, and the SHA-256 of this file")
+    flag("upstream", upstream, type=base_url, metavar="URL")
+    names = "another name for a model; NAME may be a glob; repeatable"
+    flag("alias", names, type=alias, action="append", default=[], metavar="NAME=MODEL")
+    origins = "browser origins that may call besides this machine's and apps'; * is any"
+    flag("origins", origins, type=origin_list, default=(), metavar="ORIGIN,...")
+    flag("timeout", "how long Gemini may be silent", type=seconds, default=600.0, metavar="SECONDS")
+    flag("workers", "processes that share the port", type=worker_count, default=1, metavar="N")
+    flag("state", "keeps signatures and responses over a restart", metavar="FILE")
+    switch("client-keys", "every client brings its own Gemini key as its API key")
+    switch("check", "tell what works on the way to Gemini, and what to mend")
+    switch("print-unit", "print a systemd unit for this file and these flags")
+    switch("version", "version, and the SHA-256 of this file")
     return parser
 
 
 def gemini_key(env: Mapping[str, str]) -> str:
     """The key from the environment or from systemd's credentials; "" where there is none."""
     for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
-        if env.get(name, "").strip():
-            return env[name].strip()
+        key = env.get(name, "").strip()
+        if key:
+            return key
     with contextlib.suppress(OSError, KeyError, UnicodeDecodeError):
-        with open(
-            os.path.join(env["CREDENTIALS_DIRECTORY"], "gemini_api_key"), encoding="utf-8"
-        ) as file:
+        path = os.path.join(env["CREDENTIALS_DIRECTORY"], "gemini_api_key")
+        with open(path, encoding="utf-8") as file:
             return file.read().strip()
     return ""
 
 
-def state_file(told: str | None, env: Mapping[str, str]) -> str:
-    """Where to remember: in the file that -state names, else in systemd's StateDirectory, else in memory only."""
+def state_file(flag: str | None, env: Mapping[str, str]) -> str:
+    """The file of -state, else one in systemd's StateDirectory, else SQLite's name for no file."""
+    if flag:
+        return flag
     folder = env.get("STATE_DIRECTORY", "").partition(":")[0]
-    return told or (os.path.join(folder, "proxy-to-gemini.db") if folder else ":memory:")
+    if folder:
+        return os.path.join(folder, "proxy-to-gemini.db")
+    return ":memory:"
 
 
-def configured(arguments: list[str], env: Mapping[str, str]) -> tuple[Config, argparse.Namespace]:
-    """(the configuration, the flags); ends the program where it is told wrongly (2), or has no usable key (1)."""
-    parser = flag_parser()
-    flags = parser.parse_args(arguments)
-    if flags.version:
-        with open(__file__, "rb") as file:
-            print(f"proxy-to-gemini {VERSION}, SHA-256 {hashlib.sha256(file.read()).hexdigest()}")
-        sys.exit(0)
-    if flags.print_unit:
-        print(unit([word for word in arguments if word.lstrip("-") != "print-unit"]))
-        sys.exit(0)
+def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
+    """The configuration; exits with 2 if a URL is wrong, with 1 if there is no usable key."""
     try:
-        upstream = flags.upstream or base_url(
-            env.get("GOOGLE_GEMINI_BASE_URL", "").strip() or GEMINI
-        )
+        default = env.get("GOOGLE_GEMINI_BASE_URL", "").strip() or DEFAULT_UPSTREAM
+        upstream = flags.upstream or base_url(default)
     except argparse.ArgumentTypeError as error:
-        parser.error(f"GOOGLE_GEMINI_BASE_URL: {error}")
+        flag_parser().error(f"GOOGLE_GEMINI_BASE_URL: {error}")
     key = gemini_key(env)
     if not key and not flags.client_keys:
         sys.exit(NO_KEY)
     if key and not re.fullmatch(KEY_PATTERN, key):
-        sys.exit(
-            "proxy-to-gemini: the key in GEMINI_API_KEY has characters that no key has; it cannot be sent."
-        )
+        sys.exit(UNUSABLE_KEY)
     return Config(
-        flags.api,
-        flags.listen,
-        upstream,
-        key,
-        tuple(flags.alias),
-        flags.origins,
-        flags.timeout,
-        env.get("PROXY_API_KEY", "").strip(),
-        flags.workers,
-        state_file(flags.state, env),
-        flags.client_keys,
-    ), flags
+        api=flags.api,
+        listen=flags.listen,
+        upstream=upstream,
+        key=key,
+        aliases=tuple(flags.alias),
+        origins=flags.origins,
+        timeout=flags.timeout,
+        proxy_key=env.get("PROXY_API_KEY", "").strip(),
+        workers=flags.workers,
+        state=state_file(flags.state, env),
+        client_keys=flags.client_keys,
+    )
 
 
 # ---- systemd ----
@@ -8506,7 +8624,7 @@ RestartSec=1
 TimeoutStopSec=15
 WatchdogSec=30
 
-# The Gemini key is in this file, which only root can read; PROXY_API_KEY and HTTPS_PROXY may stand in the other.
+# Only root can read the file with the Gemini key; PROXY_API_KEY and HTTPS_PROXY go into the other.
 LoadCredential=gemini_api_key:/etc/proxy-to-gemini/gemini_api_key
 EnvironmentFile=-/etc/proxy-to-gemini/environment
 StateDirectory=proxy-to-gemini
@@ -8548,186 +8666,219 @@ WantedBy=multi-user.target
 """
 
 
-def unit(flags: list[str]) -> str:
+def systemd_unit(arguments: list[str]) -> str:
     """A systemd unit for this very file and these flags, without the final newline."""
     here = os.path.abspath(__file__)
+    flags = [word for word in arguments if word.lstrip("-") != "print-unit"]
     words = [os.path.realpath(sys.executable), here, *flags]
-    text = UNIT.format(
-        folder=os.path.dirname(here), command=" ".join(map(unit_word, words))
-    ).rstrip()
-    if any(
-        flag.lstrip("-") == "client-keys" for flag in flags
-    ):  # without the file the service fails
-        text = re.sub(
-            r"# The Gemini key.*\n.*\n", "# PROXY_API_KEY and HTTPS_PROXY may stand here.\n", text
-        )
+    command = " ".join(map(unit_word, words))
+    text = UNIT.format(folder=os.path.dirname(here), command=command).rstrip()
+    if any(flag.lstrip("-") == "client-keys" for flag in flags):
+        # The service would not start without the file of the key.
+        key_lines = r"# Only root.*\n.*\n"
+        text = re.sub(key_lines, "# PROXY_API_KEY and HTTPS_PROXY go into this file.\n", text)
     return text
 
 
 def unit_word(word: str) -> str:
-    """A word of a command line in a unit, where % and $ mean something (systemd.service, "Command lines")."""
+    """A word of a command line, quoted as "Command lines" in systemd.service(5) wants it."""
     word = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
-    return word if re.fullmatch(r"[^\s'\";]+", word) else f'"{word}"'
+    if re.fullmatch(r"[^\s'\";]+", word):
+        return word
+    return f'"{word}"'
 
 
 def handed_over_socket(env: Mapping[str, str]) -> socket.socket | None:
-    """The socket that systemd listens on for this process (sd_listen_fds), or None."""
-    if env.get("LISTEN_PID") != str(os.getpid()) or not re.fullmatch(
-        r"[1-9]\d*", env.get("LISTEN_FDS", "")
-    ):
+    """The socket that systemd listens on for this process (sd_listen_fds(3)), or None."""
+    count = env.get("LISTEN_FDS", "")
+    if env.get("LISTEN_PID") != str(os.getpid()) or not re.fullmatch(r"[1-9]\d*", count):
         return None
-    if env["LISTEN_FDS"] != "1":
-        raise ValueError(f"LISTEN_FDS hands over {env['LISTEN_FDS']} sockets, and one is served")
+    if count != "1":
+        raise ValueError(f"LISTEN_FDS hands over {count} sockets, and one is served")
     sock = socket.socket(fileno=3)
     if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
         raise ValueError("the socket of LISTEN_FDS is not one for TCP")
     return sock
 
 
+def watchdog_seconds(env: Mapping[str, str]) -> float:
+    """How often systemd wants a ping (sd_watchdog_enabled(3)); infinite if never."""
+    usec, own_pid = env.get("WATCHDOG_USEC", ""), str(os.getpid())
+    if env.get("WATCHDOG_PID", own_pid) == own_pid and re.fullmatch(r"[1-9]\d{0,15}", usec):
+        return int(usec) / 1e6
+    return math.inf
+
+
 class Signals:
-    """What this process is asked by signals, and what systemd is told of it."""
+    """The signals that this process receives, and the notifications that it sends to systemd."""
 
     def __init__(self, env: Mapping[str, str]):
-        self.heard: set[int] = set()  # signals that wait to be looked at
-        self.parent = 0  # whose end is ours too: a worker's
-        self.supervisor = env.get("NOTIFY_SOCKET", "")
-        told = env.get("WATCHDOG_USEC", "")
-        mine = env.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.watchdog = (
-            int(told) / 1e6 if mine and re.fullmatch(r"[1-9]\d{0,15}", told) else math.inf
-        )  # seconds
+        self.pending: set[int] = set()  # received, and not yet taken
+        self.parent = 0  # the process id of a worker's parent, with which it ends
+        self.notify_socket = env.get("NOTIFY_SOCKET", "")
+        self.watchdog = watchdog_seconds(env)
         self.poll_seconds = min(1.0, self.watchdog / 4)
         self.last_ping = -math.inf
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, lambda number, frame: self.heard.add(number))
-        self.begin()
+            signal.signal(number, self.receive)
+        self.open_pipe()
 
-    def begin(self) -> None:
-        """Have signals wake this process, and no other."""
+    def receive(self, number: int, frame: object) -> None:
+        self.pending.add(number)
+
+    def open_pipe(self) -> None:
+        """Open the pipe with which a signal wakes this process, and no other."""
         self.pipe, wake = os.pipe()
         os.set_blocking(self.pipe, False)
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
 
-    def begin_as_worker(self, parent: int) -> None:
-        self.parent, self.supervisor, self.watchdog = parent, "", math.inf
-        self.heard.discard(signal.SIGCHLD)
-        self.begin()
+    def become_worker(self, parent: int) -> None:
+        """Go on in a fork: systemd hears from the parent alone."""
+        self.parent, self.notify_socket, self.watchdog = parent, "", math.inf
+        self.pending.discard(signal.SIGCHLD)
+        self.open_pipe()
 
     def drain_pipe(self) -> None:
-        """Take what woke us."""
+        """Read what signals wrote into the pipe."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.pipe, 4096)
 
-    def asks(self, number: int) -> bool:
-        """Whether this signal came since this was asked last."""
-        asked = number in self.heard
-        self.heard.discard(number)
-        return asked
+    def take(self, number: int) -> bool:
+        """Whether this signal was received since the last call."""
+        received = number in self.pending
+        self.pending.discard(number)
+        return received
 
-    def over(self) -> bool:
-        """Whether it is time to end; until then the watchdog is told that we are well."""
+    def should_stop(self) -> bool:
+        """Whether a signal ends this process, or the end of its parent."""
+        orphaned = self.parent != 0 and os.getppid() != self.parent
+        return orphaned or bool(self.pending & {signal.SIGTERM, signal.SIGINT})
+
+    def ping_watchdog(self) -> None:
+        """Tell systemd that this process is alive, whenever that is due."""
         if time.monotonic() - self.last_ping > self.watchdog / 2.5:
             self.last_ping = time.monotonic()
-            self.tell("WATCHDOG=1")
-        orphaned = self.parent and os.getppid() != self.parent
-        return bool(orphaned or self.heard & {signal.SIGTERM, signal.SIGINT})
+            self.notify("WATCHDOG=1", wait_seconds=0)  # the next ping is due soon
 
-    def tell(self, *lines: str) -> None:
-        """Tell systemd (sd_notify)."""
-        if not self.supervisor:
+    def notify(self, *lines: str, wait_seconds: float = 5) -> None:
+        """Send these lines to systemd (sd_notify(3)), if it started this process."""
+        if not self.notify_socket:
             return
-        address = "\0" + self.supervisor[1:] if self.supervisor[0] == "@" else self.supervisor
+        address = re.sub("^@", "\0", self.notify_socket)  # an abstract address (unix(7))
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(0 if lines == ("WATCHDOG=1",) else 5)  # what is said once must arrive
+            sock.settimeout(wait_seconds)
             sock.sendto("\n".join(lines).encode(), address)
 
 
 # ---- workers ----
 
+RESTART_SECONDS = 1.0  # seconds between two starts of the same worker
+# Seconds for workers to end by themselves: those of Server.drain, and a little more.
+WORKER_DRAIN_SECONDS = DRAIN_NOTICE_SECONDS + DRAIN_SECONDS + 3 * FINAL_SECONDS
+
 
 class Workers:
-    """The processes that share the port: each is a fork of this one, which only looks after them."""
+    """The processes that share the port: forks of this one, which only looks after them."""
 
     def __init__(self, server: Server, signals: Signals, count: int):
-        self.server, self.signals, self.count = server, signals, count
-        self.numbers: dict[int, int] = {}  # by process id
-        self.due = [0.0] * count  # when each may be started again
+        self.server, self.signals = server, signals
+        self.running: dict[int, int] = {}  # process id: number of the worker
+        self.start_after = [0.0] * count  # the earliest time of each worker's next start
 
     def run(self) -> None:
-        """Replace those that die, until a signal ends them all; those that will not end are killed."""
+        """Replace workers that die, until a signal ends them all."""
         poll = select.poll()
         poll.register(self.signals.pipe, select.POLLIN)
-        while not self.signals.over():
+        while not self.signals.should_stop():
+            self.signals.ping_watchdog()
             self.start_missing()
             poll.poll(self.signals.poll_seconds * 1000)
             self.signals.drain_pipe()
-            if self.signals.asks(signal.SIGHUP):
-                self.server.reload()  # for those that are forked later
-                self.signal(signal.SIGHUP)
+            if self.signals.take(signal.SIGHUP):
+                self.server.reload()  # for workers that are forked later
+                self.send_signal(signal.SIGHUP)
             self.reap()
-        self.signals.tell("STOPPING=1")
-        self.server.server_close()  # or the kernel takes clients whom no worker will serve
-        self.signal(signal.SIGTERM)
-        until = time.monotonic() + DRAIN_NOTICE_SECONDS + DRAIN_SECONDS + 3 * FINAL_SECONDS
-        while self.numbers and time.monotonic() < until:
+        self.signals.notify("STOPPING=1")
+        self.server.server_close()  # or the kernel accepts clients that no worker will serve
+        self.stop(poll)
+
+    def stop(self, poll: select.poll) -> None:
+        """End the workers, and kill those that are too slow."""
+        self.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + WORKER_DRAIN_SECONDS
+        while self.running and time.monotonic() < deadline:
             poll.poll(100)
             self.signals.drain_pipe()
             self.reap()
-        self.signal(signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
 
     def start_missing(self) -> None:
-        for number in set(range(self.count)) - set(self.numbers.values()):
-            if time.monotonic() < self.due[number] or self.signals.over():
+        """Start every worker that does not run, unless it was started just before."""
+        running = set(self.running.values())
+        for number, start_after in enumerate(self.start_after):
+            if number in running or time.monotonic() < start_after or self.signals.should_stop():
                 continue
-            self.due[number] = (
-                time.monotonic() + 1
-            )  # one that dies at once is not started in a rush
-            parent = os.getpid()
-            try:
-                child = os.fork()
-            except OSError as error:  # too many processes, or no memory: the others go on
-                log(f"worker {number} cannot be started: {error.strerror}")
-                continue
-            if not child:
-                self.work(number, parent)
-            self.numbers[child] = number
+            self.start_after[number] = time.monotonic() + RESTART_SECONDS
+            self.start(number)
 
-    def work(self, number: int, parent: int) -> None:
-        """What a worker does from its first to its last moment."""
+    def start(self, number: int) -> None:
+        parent = os.getpid()
         try:
-            self.signals.begin_as_worker(parent)
-            self.server.metrics.take(number)
+            pid = os.fork()
+        except OSError as error:  # too many processes, or no memory: the others go on
+            log(f"worker {number} cannot be started: {error.strerror}")
+            return
+        if pid == 0:
+            self.run_worker(number, parent)
+        self.running[pid] = number
+
+    def run_worker(self, number: int, parent: int) -> NoReturn:
+        """The whole life of a worker, which ends its process."""
+        try:
+            self.signals.become_worker(parent)
+            self.server.metrics.use_row(number)
             self.server.run(self.signals)
         except BaseException:
             log(f"a worker has a bug; please report it: {traceback.format_exc()}")
         finally:
             os._exit(0)
 
-    def signal(self, number: int) -> None:
-        for pid in list(self.numbers):
+    def send_signal(self, number: int) -> None:
+        for pid in self.running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def reap(self) -> None:
-        """See who has ended."""
+        """Forget the workers that have ended, and log those that died."""
         with contextlib.suppress(ChildProcessError):
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
-                if not pid:
+                if pid == 0:
                     return
-                number = self.numbers.pop(pid, None)
+                number = self.running.pop(pid, None)
                 if status and number is not None:
                     log(f"worker {number} died (status {status}); another takes its place")
 
 
 # ---- checks ----
 
+CHECK_SECONDS = 30.0  # seconds that a call of a check may take
+
+# Each check returns what it learned in a few words, or raises one of CHECK_ERRORS.
+CHECK_ERRORS = (ProxyError, OSError, ValueError, http.client.HTTPException)
+
+
+def check_call(config: Config, gemini: Gemini, call: GeminiCall) -> UpstreamCall:
+    return UpstreamCall(gemini, call, Waiter(None, CHECK_SECONDS), config.key, [])
+
 
 def check_port(config: Config, gemini: Gemini) -> str:
     server = Server(config, handed_over_socket(os.environ))
     server.server_close()
-    return f"{server.url} is free" if not server.shared else f"{server.url} is handed over"
+    if server.shared:
+        return f"{server.url} is handed over"
+    return f"{server.url} is free"
 
 
 def check_memory(config: Config, gemini: Gemini) -> str:
@@ -8739,31 +8890,34 @@ def check_memory(config: Config, gemini: Gemini) -> str:
 
 def check_name(config: Config, gemini: Gemini) -> str:
     pool = gemini.pool
-    host, port = (pool.proxy.host, pool.proxy.port) if pool.proxy else (pool.host, pool.port)
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    way = ", the proxy on the way," if pool.proxy else ""
-    return f"{host}:{port}{way} is at " + ", ".join(
-        dict.fromkeys(address[0] for *_, address in found)
-    )
+    host, port, role = pool.host, pool.port, ""
+    if pool.proxy:
+        host, port, role = pool.proxy.host, pool.proxy.port, ", the proxy on the way,"
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    hosts = dict.fromkeys(str(address[0]) for *_, address in addresses)
+    return f"{host}:{port}{role} is at " + ", ".join(hosts)
 
 
 def check_connection(config: Config, gemini: Gemini) -> str:
     with contextlib.closing(gemini.pool.connect(Waiter(None, CHECK_SECONDS))) as connection:
-        if not gemini.pool.secure:
+        sock = connection.sock
+        if not isinstance(sock, ssl.SSLSocket):
             return f"{config.upstream}, without TLS"
-        issuer = dict(pair for name in connection.sock.getpeercert()["issuer"] for pair in name)
-        trust = next(
-            (
-                f"${name}"
-                for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
-                if os.environ.get(name)
-            ),
-            "the system",
-        )
+        certificate: JSON = sock.getpeercert() or {}
+        issuer = dict(pair for name in certificate["issuer"] for pair in name)
+        organization = issuer.get("organizationName") or issuer.get("commonName")
         return (
-            f"{config.upstream}, {connection.sock.version()}, certificate of "
-            f"{issuer.get('organizationName') or issuer.get('commonName')}, trusted by {trust}"
+            f"{config.upstream}, {sock.version()}, certificate of {organization}, "
+            f"trusted by {trust_store()}"
         )
+
+
+def trust_store() -> str:
+    """Where the certificates come from that tls_context() trusts."""
+    for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+        if os.environ.get(name):
+            return f"${name}"
+    return "the system"
 
 
 def check_key(config: Config, gemini: Gemini) -> str:
@@ -8773,81 +8927,86 @@ def check_key(config: Config, gemini: Gemini) -> str:
 
 
 def listed_models(config: Config, gemini: Gemini) -> list[JSON]:
-    return [
-        entry
-        for chunk in ModelList(gemini, Waiter(None, CHECK_SECONDS), config.key).chunks()
-        for entry in chunk["models"]
-    ]
+    (answer,) = ModelList(gemini, Waiter(None, CHECK_SECONDS), config.key).chunks()
+    models: list[JSON] = answer["models"]
+    return models
 
 
 def check_clock(config: Config, gemini: Gemini) -> str:
-    upstream_call = UpstreamCall(
-        gemini, GeminiCall("models?pageSize=1"), Waiter(None, CHECK_SECONDS), config.key, []
-    )
-    upstream_call.begin()
-    told = upstream_call.response and email.utils.parsedate_tz(
-        upstream_call.response.headers.get("date", "")
-    )
-    upstream_call.release()
-    if not told:
+    call = check_call(config, gemini, GeminiCall("models?pageSize=1"))
+    call.begin()
+    date = None
+    if call.response:
+        date = email.utils.parsedate_tz(call.response.headers.get("date", ""))
+    call.release()
+    if not date:
         return "Gemini does not tell the time"
-    apart = abs(time.time() - email.utils.mktime_tz(told))
-    if apart > 300:
-        raise ValueError(f"it is {apart:.0f} seconds off")
-    return (
-        "it agrees with Gemini's"
-        if apart < 5
-        else f"it is {apart:.0f} seconds off, which does no harm"
-    )
+    difference = abs(time.time() - email.utils.mktime_tz(date))
+    if difference > 300:
+        raise ValueError(f"it is {difference:.0f} seconds off")
+    if difference >= 5:
+        return f"it is {difference:.0f} seconds off, which does no harm"
+    return "it agrees with Gemini's"
 
 
 def check_answer(config: Config, gemini: Gemini) -> str:
-    """One short answer of a flash model, the newest in the list."""
     if not config.key:
         return "every client asks with a key of its own"
-    names = [
-        get_or_empty(entry, "name", str).rpartition("/")[2]
-        for entry in listed_models(config, gemini)
-        if "generateContent" in get_or_empty(entry, "supportedGenerationMethods", list)
-    ]
-    fitting = [
-        name
-        for name in names
-        if re.match(r"gemini-[\d.]+-flash", name) and not UNLISTED.search(name)
-    ]
-    model = newest_of(fitting or names)
-    began = time.monotonic()
-    call = generate_call(model, False, [], [user_turn(text_part("Say hello in one word."))], {})
-    (answer,) = UpstreamCall(gemini, call, Waiter(None, CHECK_SECONDS), config.key, []).chunks()
-    text = texts_of(
-        get_or_empty(get_or_empty(first_candidate(answer), "content", dict), "parts", list)
-    )
+    model, began = newest_flash(listed_models(config, gemini)), time.monotonic()
+    turns = [user_turn(text_part("Say hello in one word."))]
+    call = check_call(config, gemini, generate_call(model, False, [], turns, {}))
+    (answer,) = call.chunks()
+    content = get_or_empty(first_candidate(answer), "content", dict)
+    text = texts_of(get_or_empty(content, "parts", list))
     return f"{model.name} said {text[:40]!a} after {time.monotonic() - began:.1f} seconds"
 
 
-CHECK_SECONDS = 30.0  # seconds
+def newest_flash(models: list[JSON]) -> Model:
+    """The newest flash model, which is cheap; without one, the newest model that can chat."""
+    names = [
+        get_or_empty(entry, "name", str).rpartition("/")[2]
+        for entry in models
+        if "generateContent" in get_or_empty(entry, "supportedGenerationMethods", list)
+    ]
+    flash = re.compile(r"gemini-[\d.]+-flash")
+    candidates = [name for name in names if flash.match(name) and not UNLISTED.search(name)]
+    return newest_of(candidates or names)
 
-# What must work, in the order in which one rests on the other; and what to mend where it does not.
+
+class Check(NamedTuple):
+    """One thing that must work."""
+
+    name: str
+    run: Callable[[Config, Gemini], str]
+    fix: str  # what to do if it fails
+
+    def passes(self, config: Config, gemini: Gemini) -> bool:
+        """Whether it works, which is printed as well."""
+        try:
+            print(f"ok    {self.name}: {self.run(config, gemini)}", flush=True)
+        except CHECK_ERRORS as error:
+            print(f"FAIL  {self.name}: {config.upstream}: {error}\n      mend: {self.fix}")
+            return False
+        return True
+
+
+# Each check needs what the ones before it have shown.
 CHECKS = (
-    ("port", check_port, "end what listens there, or choose another with -listen"),
-    (
-        "memory",
-        check_memory,
-        "name a file with -state that can be written, and that is SQLite's or new",
-    ),
-    ("name", check_name, "see to DNS; where the network wants a proxy, set HTTPS_PROXY"),
-    (
+    Check("port", check_port, "end what listens there, or choose another with -listen"),
+    Check("memory", check_memory, "name a writable file with -state, SQLite's or a new one"),
+    Check("name", check_name, "see to DNS; where the network wants a proxy, set HTTPS_PROXY"),
+    Check(
         "connection",
         check_connection,
         "see to the firewall and HTTPS_PROXY; a company's own CA goes into SSL_CERT_FILE",
     ),
-    (
+    Check(
         "key",
         check_key,
         "get a key at https://aistudio.google.com/apikey, and see what it is restricted to",
     ),
-    ("clock", check_clock, "set the clock: certificates and quotas go by it"),
-    (
+    Check("clock", check_clock, "set the clock: certificates and quotas go by it"),
+    Check(
         "answer",
         check_answer,
         "what Gemini says above is the cause: billing, quota, or a region without service",
@@ -8855,121 +9014,131 @@ CHECKS = (
 )
 
 
-def check(config: Config) -> int:
-    """Tell of each thing whether it works, and at the first that does not what to mend: the exit status."""
+def run_checks(config: Config) -> int:
+    """Print whether each thing works, up to the first that does not; the exit status."""
     try:
         gemini = Gemini(config.upstream)
     except (OSError, ValueError) as error:
-        print(
-            f"FAIL  certificates: {error}\n      mend: see to REQUESTS_CA_BUNDLE, SSL_CERT_FILE and HTTPS_PROXY"
-        )
+        print(f"FAIL  certificates: {error}")
+        print("      mend: see to REQUESTS_CA_BUNDLE, SSL_CERT_FILE and HTTPS_PROXY")
         return 1
     with contextlib.closing(gemini.pool):
-        for name, test, mend in CHECKS:
-            try:
-                print(f"ok    {name}: {test(config, gemini)}", flush=True)
-            except (ProxyError, OSError, ValueError, http.client.HTTPException) as error:
-                print(f"FAIL  {name}: {config.upstream}: {error}\n      mend: {mend}")
+        for check in CHECKS:
+            if not check.passes(config, gemini):
                 return 1
     return 0
 
 
 # ---- start and end ----
 
-GC_THRESHOLDS = (
-    20_000,
-    20,
-    20,
-)  # new objects until the collector comes by, and its turns until it looks at older ones
-SWITCH_INTERVAL_SECONDS = (
-    0.05  # seconds until a thread insists on its turn; at 0.005, a thousand threads do little else
+# New objects between two runs of the collector, and runs between two looks at older objects.
+GC_THRESHOLDS = (20_000, 20, 20)
+# Seconds before a thread must yield; at 0.005, a thousand threads do little else.
+SWITCH_INTERVAL_SECONDS = 0.05
+EXPOSED = (
+    "warning: whoever reaches this port can spend the Gemini key; "
+    "set PROXY_API_KEY, or listen on 127.0.0.1"
 )
 
 
 def raise_limits() -> None:
-    """As many open files as we may have: each client needs two."""
+    """Allow as many open files as the system does: each client needs two."""
     import resource
 
+    needed = 2 * MAX_CONNECTIONS + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * MAX_CONNECTIONS + 64
+    if hard != resource.RLIM_INFINITY:
+        needed = min(needed, hard)
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (max(soft, min(hard, wanted)) if hard > 0 else wanted, hard)
-        )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
 
 
-def spare_the_collector() -> None:
-    """Have CPython's garbage collector leave alone what stays for good, and come by less often.
+def tune_garbage_collector() -> None:
+    """Let CPython's collector skip what stays for good, and run less often. (PyPy has another.)
 
-    A thousand streams make much that lives long and little that is garbage; to look through it again and again was a
-    twentieth of their cost. (PyPy's collector is another.)
+    A thousand streams make many objects that live long, and little garbage: scanning them as often
+    as by default took a twentieth of the time.
     """
     if hasattr(gc, "freeze"):
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
 
 
-def opened(config: Config) -> Server:
-    """The server, listening; ends the program with a line where that cannot be."""
+def reason_of(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def open_server(config: Config) -> Server:
+    """The server, listening; exits with one line if it cannot listen, or not remember."""
     try:
         server = Server(config, handed_over_socket(os.environ))
     except (OSError, ValueError) as error:
         host, port = config.listen
-        sys.exit(
-            f"proxy-to-gemini: cannot listen on {host or '*'}:{port}: {getattr(error, 'strerror', None) or error}"
-        )
+        sys.exit(f"proxy-to-gemini: cannot listen on {host or '*'}:{port}: {reason_of(error)}")
     try:
         if config.state != ":memory:":
             server.gemini.memory.try_out()
     except (OSError, ValueError) as error:
-        sys.exit(
-            f"proxy-to-gemini: cannot remember in {config.state}: {getattr(error, 'strerror', None) or error}"
-        )
+        sys.exit(f"proxy-to-gemini: cannot remember in {config.state}: {reason_of(error)}")
     return server
 
 
 def serve(config: Config) -> None:
     """Serve until a signal says stop."""
     signals = Signals(os.environ)
-    server = opened(config)
-    spare_the_collector()
-    log(
-        f"proxy-to-gemini {VERSION}: api {config.api} at {server.url}, answered by {config.upstream}"
-    )
+    server = open_server(config)
+    tune_garbage_collector()
+    address = f"api {config.api} at {server.url}"
+    log(f"proxy-to-gemini {VERSION}: {address}, answered by {config.upstream}")
     if not server.loopback and not config.proxy_key and not config.client_keys:
-        log(
-            "warning: whoever reaches this port can spend the Gemini key; set PROXY_API_KEY, or listen on 127.0.0.1"
-        )
-    signals.tell("READY=1", f"STATUS=api {config.api} at {server.url}")
+        log(EXPOSED)
+    signals.notify("READY=1", f"STATUS={address}")
     if config.workers > 1:
         Workers(server, signals, config.workers).run()
     else:
         server.run(signals)
 
 
+@contextlib.contextmanager
+def shared_state(config: Config) -> Iterator[Config]:
+    """The configuration with a file for what workers share, which goes when they end."""
+    if config.workers == 1 or config.state != ":memory:":
+        yield config
+        return
+    import tempfile
+
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="proxy-to-gemini-")
+    except OSError as error:
+        sys.exit(f"proxy-to-gemini: workers share a file; name one with -state: {error.strerror}")
+    with folder as path:
+        yield config._replace(state=os.path.join(path, "state.db"))
+
+
+def version() -> str:
+    with open(__file__, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    return f"proxy-to-gemini {VERSION}, SHA-256 {digest}"
+
+
 def main() -> None:
-    config, flags = configured(sys.argv[1:], os.environ)
+    flags = flag_parser().parse_args()
+    if flags.version:
+        print(version())
+        return
+    if flags.print_unit:
+        print(systemd_unit(sys.argv[1:]))
+        return
+    config = configure(flags, os.environ)
     if flags.check:
-        sys.exit(check(config))
+        sys.exit(run_checks(config))
     raise_limits()
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-    with contextlib.ExitStack() as stack:
-        if (
-            config.workers > 1 and config.state == ":memory:"
-        ):  # what workers share must be in a file
-            import tempfile
-
-            try:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="proxy-to-gemini-"))
-            except OSError as error:
-                sys.exit(
-                    f"proxy-to-gemini: workers share a file; name one with -state: {error.strerror}"
-                )
-            config = config._replace(state=os.path.join(folder, "state.db"))
-        serve(config)
+    with shared_state(config) as complete:
+        serve(complete)
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.flush()
-    os._exit(0)  # threads that wait for slow clients would only be in each other's way
+    os._exit(0)  # without waiting for threads that serve slow clients
 
 
 if __name__ == "__main__":
