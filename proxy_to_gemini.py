@@ -4798,7 +4798,7 @@ def path_keys(body: Fields, context: Context) -> list[str]:
 
 
 def openai_stored_request(body: Fields, context: Context) -> Plan:
-    """A response that was stored; OpenAI's 404 if it is not there (any more)."""
+    """A stored response; a 404 as OpenAI's if it is not there, or not any more."""
     response_id = context.params["id"]
     response = stored_value(f"response:{response_id}", context)
     if response is None:

@@ -3251,7 +3251,7 @@ def test_a_blocked_prompt_is_an_incomplete_response_without_items():
 def test_a_response_that_breaks_off_ends_with_what_came():
     one = exchange(response_plan({})[0])
     stream = proxy.openai_responses_stream(one, events_of(one, [[chunk("Hel")]]))
-    events = list(itertools.islice(stream, 5))
+    events = [next(stream) for _ in range(5)]
     with pytest.raises(ProxyError) as caught:
         next(stream)
     (last,) = kept_by(proxy.openai_responses_failure(one, caught.value), Notes())
@@ -3713,7 +3713,7 @@ def test_json_beside_tools_loses_its_code_fence():
         ),
     ],
 )
-def test_thoughts_come_where_a_summary_is_wanted(reasoning, config, kinds):
+def test_thoughts_come_with_a_summary(reasoning, config, kinds):
     body = {"model": NEWEST, "reasoning": reasoning}
     assert response_to_gemini(body)["generationConfig"] == {"thinkingConfig": config}
     response = response_to(body, whole(THOUGHT, "42"))
