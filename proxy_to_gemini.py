@@ -4856,7 +4856,7 @@ def stored_route(method: str, path: str, response: Callable[[Exchange, Answers],
 
 
 # (request, response, stream, framing) of each endpoint, as far as it has them.
-CHAT = (openai_chat_request, openai_chat_response, openai_chat_stream)
+CHAT_COMPLETIONS = (openai_chat_request, openai_chat_response, openai_chat_stream)
 COMPLETIONS = (openai_completions_request, openai_completions_response, openai_completions_stream)
 RESPONSE = (openai_responses_request, openai_responses_response, openai_responses_stream, NAMED_SSE)
 INPUT_TOKENS = (openai_input_tokens_request, openai_input_tokens_response)
@@ -4872,7 +4872,7 @@ MODEL = (openai_models_request, openai_model_response)
 # To add an endpoint: a request, a response and perhaps a stream function above, and a row here.
 # The README's table needs a line too, and a test says so.
 OPENAI_ROUTES = (
-    Route("POST", "/v1/chat/completions", *CHAT, keys=openai_keys),
+    Route("POST", "/v1/chat/completions", *CHAT_COMPLETIONS, keys=openai_keys),
     Route("POST", "/v1/responses", *RESPONSE, failure=openai_responses_failure, keys=openai_keys),
     Route("POST", "/v1/responses/input_tokens", *INPUT_TOKENS, keys=openai_keys),
     stored_route("GET", "/v1/responses/{id}/input_items", openai_input_items_response),

@@ -3050,21 +3050,21 @@ def stored_exchange(route, notes, response_id="resp_1", **query):
     return exchange(route.request(Fields({}), context), context)
 
 
-REASONING = {
+REASONING_ITEM = {
     "id": "rs_1_0",
     "type": "reasoning",
     "summary": [{"type": "summary_text", "text": "Hm"}],
 }
-HELLO = {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}
-MESSAGE = {
+HELLO_PART = {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}
+MESSAGE_ITEM = {
     "id": "msg_1_1",
     "type": "message",
     "status": "completed",
     "role": "assistant",
-    "content": [HELLO],
+    "content": [HELLO_PART],
 }
-SEALED = {"id": "rs_1_2", **reasoning_item(signatures("call_2"))}
-CALL = {
+SIGNATURES_ITEM = {"id": "rs_1_2", **reasoning_item(signatures("call_2"))}
+CALL_ITEM = {
     "id": "fc_1_3",
     "type": "function_call",
     "status": "completed",
@@ -3075,13 +3075,13 @@ CALL = {
 IN_REASONING = {"item_id": "rs_1_0", "output_index": 0, "summary_index": 0}
 IN_MESSAGE = {"item_id": "msg_1_1", "output_index": 1, "content_index": 0}
 IN_CALL = {"item_id": "fc_1_3", "output_index": 3}
-EVENTS = [
+RESPONSE_EVENTS = [
     {"type": "response.created"},
     {"type": "response.in_progress"},
     {
         "type": "response.output_item.added",
         "output_index": 0,
-        "item": {**REASONING, "summary": []},
+        "item": {**REASONING_ITEM, "summary": []},
     },
     {
         "type": "response.reasoning_summary_part.added",
@@ -3095,24 +3095,24 @@ EVENTS = [
         **IN_REASONING,
         "part": {"type": "summary_text", "text": "Hm"},
     },
-    {"type": "response.output_item.done", "output_index": 0, "item": REASONING},
+    {"type": "response.output_item.done", "output_index": 0, "item": REASONING_ITEM},
     {
         "type": "response.output_item.added",
         "output_index": 1,
-        "item": {**MESSAGE, "status": "in_progress", "content": []},
+        "item": {**MESSAGE_ITEM, "status": "in_progress", "content": []},
     },
-    {"type": "response.content_part.added", **IN_MESSAGE, "part": {**HELLO, "text": ""}},
+    {"type": "response.content_part.added", **IN_MESSAGE, "part": {**HELLO_PART, "text": ""}},
     {"type": "response.output_text.delta", **IN_MESSAGE, "delta": "He", "logprobs": []},
     {"type": "response.output_text.delta", **IN_MESSAGE, "delta": "llo", "logprobs": []},
     {"type": "response.output_text.done", **IN_MESSAGE, "text": "Hello", "logprobs": []},
-    {"type": "response.content_part.done", **IN_MESSAGE, "part": HELLO},
-    {"type": "response.output_item.done", "output_index": 1, "item": MESSAGE},
-    {"type": "response.output_item.added", "output_index": 2, "item": SEALED},
-    {"type": "response.output_item.done", "output_index": 2, "item": SEALED},
+    {"type": "response.content_part.done", **IN_MESSAGE, "part": HELLO_PART},
+    {"type": "response.output_item.done", "output_index": 1, "item": MESSAGE_ITEM},
+    {"type": "response.output_item.added", "output_index": 2, "item": SIGNATURES_ITEM},
+    {"type": "response.output_item.done", "output_index": 2, "item": SIGNATURES_ITEM},
     {
         "type": "response.output_item.added",
         "output_index": 3,
-        "item": {**CALL, "status": "in_progress", "arguments": ""},
+        "item": {**CALL_ITEM, "status": "in_progress", "arguments": ""},
     },
     {
         "type": "response.function_call_arguments.delta",
@@ -3125,7 +3125,7 @@ EVENTS = [
         "arguments": '{"city":"Oslo"}',
         "name": "weather",
     },
-    {"type": "response.output_item.done", "output_index": 3, "item": CALL},
+    {"type": "response.output_item.done", "output_index": 3, "item": CALL_ITEM},
     {"type": "response.completed"},
 ]
 
@@ -3143,11 +3143,16 @@ def weather_events():
 
 
 def test_the_events_of_a_response_are_openais():
-    assert without(weather_events(), "sequence_number", "response") == EVENTS
+    assert without(weather_events(), "sequence_number", "response") == RESPONSE_EVENTS
 
 
 def test_the_last_event_has_all_items_of_the_response():
-    assert weather_events()[-1]["response"]["output"] == [REASONING, MESSAGE, SEALED, CALL]
+    assert weather_events()[-1]["response"]["output"] == [
+        REASONING_ITEM,
+        MESSAGE_ITEM,
+        SIGNATURES_ITEM,
+        CALL_ITEM,
+    ]
 
 
 def test_the_first_event_has_the_response_as_it_begins():
@@ -3186,7 +3191,7 @@ WHOLE_RESPONSE = {
     "top_p": None,
     "truncation": "disabled",
     "user": "me",
-    "output": [{**MESSAGE, "id": "msg_1_0"}],
+    "output": [{**MESSAGE_ITEM, "id": "msg_1_0"}],
     "usage": {
         "input_tokens": 4,
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
