@@ -720,6 +720,7 @@ class Budget(NamedTuple):
 
 NEWEST = 99.0  # the generation of a name that does not say it
 ALL_LEVELS = Levels(("MINIMAL", "LOW", "MEDIUM", "HIGH"))
+# In recordings, and in profiles/google.py of https://github.com/pydantic/pydantic-ai.
 RESULT_MEDIA = ("image/png", "image/jpeg", "image/webp", "application/pdf", "text/plain")
 
 
@@ -940,13 +941,11 @@ def usable_models(answers: Answers, context: Context) -> dict[str, JSON]:
 # ---- parts ----
 
 Part = JSON
-HOSTED_PARTS = {
-    "toolCall",
-    "toolResponse",
-}  # parts of Gemini's own tools, such as its search, beside functions
-PLACEHOLDER = base64.b64encode(
-    b"skip_thought_signature_validator"
-).decode()  # Google's documented bypass
+# Of Gemini's own tools beside functions: https://ai.google.dev/gemini-api/docs/tool-combination
+HOSTED_PARTS = {"toolCall", "toolResponse"}
+# For an unknown signature, in base64 as seen in recordings; Google documents it:
+# https://ai.google.dev/gemini-api/docs/thought-signatures
+PLACEHOLDER = base64.b64encode(b"skip_thought_signature_validator").decode()
 
 
 def text_part(text: str) -> Part:
@@ -957,7 +956,7 @@ def texts_of(parts: Iterable[Part]) -> str:
     return "".join(part.get("text", "") for part in parts)
 
 
-# The first bytes of a file, and what it is. Ollama's clients send bare base64, and some name a wrong type.
+# The first bytes of files. Ollama's clients send bare base64, and some name a wrong type.
 MAGIC = (
     (rb"\xff\xd8\xff", "image/jpeg"),
     (rb"\x89PNG", "image/png"),
@@ -976,10 +975,9 @@ MAGIC = (
     (rb"\x1a\x45\xdf\xa3", "video/webm"),
 )
 MIME_SPELLINGS = {
-    "image/jpg": "image/jpeg",
-    "audio/x-wav": "audio/wav",
-    "audio/wave": "audio/wav",
+    **dict.fromkeys(("audio/x-wav", "audio/wave"), "audio/wav"),
     "audio/m4a": "audio/mp4",
+    "image/jpg": "image/jpeg",
     "application/x-pdf": "application/pdf",
 }
 TEXT_TYPES = re.compile(
@@ -987,38 +985,22 @@ TEXT_TYPES = re.compile(
     r".*\+(json|xml)$"
 )
 EXTENSIONS = {
-    "png": "image/png",
+    **{name: f"image/{name}" for name in ("png", "jpeg", "webp", "heic", "gif")},
+    **{name: f"audio/{name}" for name in ("mp3", "wav", "flac", "ogg", "aac")},
+    **{name: f"video/{name}" for name in ("mp4", "webm", "mov")},
+    **{name: f"text/{name}" for name in ("csv", "html", "xml")},
+    **{name: f"application/{name}" for name in ("pdf", "json")},
+    **dict.fromkeys(("txt", "ts", "yaml", "yml"), "text/plain"),
     "jpg": "image/jpeg",
-    "jpeg": "image/jpeg",
-    "webp": "image/webp",
-    "heic": "image/heic",
-    "gif": "image/gif",
-    "pdf": "application/pdf",
-    "mp3": "audio/mp3",
-    "wav": "audio/wav",
-    "flac": "audio/flac",
-    "ogg": "audio/ogg",
     "m4a": "audio/mp4",
-    "aac": "audio/aac",
-    "mp4": "video/mp4",
-    "webm": "video/webm",
-    "mov": "video/mov",
-    "txt": "text/plain",
     "md": "text/markdown",
-    "csv": "text/csv",
-    "json": "application/json",
-    "html": "text/html",
-    "xml": "text/xml",
     "py": "text/x-python",
     "js": "text/javascript",
-    "ts": "text/plain",
-    "yaml": "text/plain",
-    "yml": "text/plain",
 }
 
 
 def sniffed(data: str) -> str | None:
-    """The MIME type that the first bytes of base64 data tell, or None."""
+    """The MIME type of base64 data by its first bytes, or None."""
     head = decode_base64(data[:32])
     return next((mime for pattern, mime in MAGIC if re.match(pattern, head, re.S)), None)
 
@@ -1029,64 +1011,56 @@ def extension_type(name: str | None) -> str | None:
 
 def is_base64(text: str) -> bool:
     """Whether this is base64 in either alphabet, padded or not."""
-    return (
-        re.fullmatch(r"[A-Za-z0-9+/_-]+={0,2}", text, re.ASCII) is not None
-        and len(text.rstrip("=")) % 4 != 1
-    )
+    match = re.fullmatch(r"[A-Za-z0-9+/_-]+={0,2}", text, re.ASCII)
+    return match is not None and len(text.rstrip("=")) % 4 != 1
 
 
 def decode_base64(text: str) -> bytes:
-    """Its bytes (the library's decoder of the URL-safe alphabet takes the other too, and more padding than need be)."""
+    """The bytes of base64; the library takes both alphabets here, and too much padding."""
     return base64.urlsafe_b64decode(text + "==")
 
 
 def base64_data(text: str, path: str) -> str:
-    """Base64 in either alphabet, padded or not, with or without line breaks, as Gemini takes it; else a 400."""
-    text = text if is_base64(text) else "".join(text.split())
-    data = text.rstrip("=")
-    if not is_base64(text):
-        raise wrong_value(
-            path, f"Invalid value for '{path}': it must be valid base64-encoded data."
-        )
+    """Base64 as Gemini takes it: padded, without line breaks; a 400 where it is none."""
+    data = "".join(text.split())
+    if not is_base64(data):
+        message = f"Invalid value for '{path}': it must be valid base64-encoded data."
+        raise wrong_value(path, message)
+    data = data.rstrip("=")
     return data + "=" * (-len(data) % 4)
 
 
 def media_part(data: str, mime: str | None, path: str, name: str | None = None) -> Part:
-    """A part of base64 data or of a data: URL; a text file becomes text, which every model reads."""
-    if data[:5].lower() == "data:":
+    """A part of base64 data or a data: URL; a text file becomes text, which every model reads."""
+    if data[:5].lower() == "data:":  # RFC 2397
         head, comma, data = data[5:].partition(",")
         if not comma:
-            raise wrong_value(
-                path, f"Invalid value for '{path}': expected a base64-encoded data URL."
-            )
-        mime = head.partition(";")[0].strip().lower() or mime
-        if "base64" not in [word.strip().lower() for word in head.split(";")[1:]]:
-            data = base64.b64encode(
-                urllib.parse.unquote_to_bytes(data.encode("utf-8", "replace"))
-            ).decode()
+            message = f"Invalid value for '{path}': expected a base64-encoded data URL."
+            raise wrong_value(path, message)
+        mime_type, *parameters = [word.strip().lower() for word in head.split(";")]
+        mime = mime_type or mime
+        if "base64" not in parameters:
+            raw = urllib.parse.unquote_to_bytes(data.encode("utf-8", "replace"))
+            data = base64.b64encode(raw).decode()
     data = base64_data(data, path)
     mime = MIME_SPELLINGS.get(mime or "", mime)
     if not mime or mime == "application/octet-stream":
         mime = sniffed(data) or extension_type(name) or mime or "application/octet-stream"
     if TEXT_TYPES.match(mime):
+        heading = f"{name}:\n" if name else ""
         try:
-            text = decode_base64(data).decode()
-            return text_part(f"{name}:\n{text}" if name else text)
+            return text_part(heading + decode_base64(data).decode())
         except UnicodeDecodeError:
-            pass  # not UTF-8 after all: Gemini may still know what it is
+            pass  # Gemini may still know what it is
     return {"inlineData": {"mimeType": mime, "data": data}}
 
 
 def local_host(host: str) -> bool:
-    """Whether a host name or address is on this machine or in a private network, in any spelling of it."""
+    """Whether a host name or address is of this machine or a private network, however spelt."""
     import ipaddress
 
     host = host.strip("[]").rstrip(".").lower()
-    if (
-        "." not in host
-        and ":" not in host
-        or re.search(r"(^|\.)(localhost|local|internal|lan|home|arpa)$", host)
-    ):
+    if re.search(r"(^|\.)(localhost|local|internal|lan|home|arpa)$|^[^.:]*$", host):
         return True
     try:
         address = ipaddress.ip_address(host)
@@ -1095,96 +1069,88 @@ def local_host(host: str) -> bool:
     return not (getattr(address, "ipv4_mapped", None) or address).is_global
 
 
-def link_part(url: str, path: str, name: str | None = None) -> Part:
-    """A part that Gemini fetches itself: this proxy fetches nothing that a client names."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname or ""
-    except ValueError:
-        parts, host = None, ""
-    if not host or parts.scheme not in ("https", "http", "gs"):
-        raise wrong_value(
-            path, f"Invalid value for '{path}': expected a data URL or a public https URL."
-        )
-    if parts.scheme != "gs" and (local_host(host) or "@" in parts.netloc):
-        raise wrong_value(
-            path,
-            f"Invalid value for '{path}': Gemini fetches this URL, and cannot reach {host[:80]!r}.",
-        )
-    mime = extension_type(parts.path) or extension_type(name)
-    return {"fileData": {**({"mimeType": mime} if mime else {}), "fileUri": url}}
-
-
 def source_part(source: str, mime: str | None, path: str, name: str | None = None) -> Part:
-    """The part for what a client calls a URL: a data URL, or the address of something public."""
+    """The part for a data: URL, or for an address, which Gemini fetches: this proxy must not."""
     if source[:5].lower() == "data:":
         return media_part(source, mime, path, name)
-    return link_part(source, path, name)
+    message = f"Invalid value for '{path}': expected a data URL or a public https URL."
+    try:
+        url = urllib.parse.urlsplit(source)
+        host = url.hostname
+    except ValueError:
+        raise wrong_value(path, message) from None
+    if not host or url.scheme not in ("https", "http", "gs"):
+        raise wrong_value(path, message)
+    if url.scheme != "gs" and (local_host(host) or "@" in url.netloc):
+        why = f"Gemini fetches this URL, and cannot reach {host[:80]!r}."
+        raise wrong_value(path, f"Invalid value for '{path}': {why}")
+    mime_type = extension_type(url.path) or extension_type(name)
+    return {"fileData": {**given(mimeType=mime_type), "fileUri": source}}
 
 
-def call_part(name: str, args: JSON, id: str | None = None, signature: str | None = None) -> Part:
-    call = {**given(id=id), "name": gemini_name(name), "args": args}
+def call_part(
+    name: str, args: JSON, call_id: str | None = None, signature: str | None = None
+) -> Part:
+    call = {**given(id=call_id), "name": gemini_name(name), "args": args}
     return {"functionCall": call, **given(thoughtSignature=signature)}
 
 
 def result_part(
     name: str | None,
     content: str | JSON,
-    id: str | None = None,
+    call_id: str | None = None,
     media: Sequence[Part] = (),
     failed: bool = False,
 ) -> Part:
-    """A functionResponse, whose call valid_turns finds; it moves `media` beside it where need be."""
-    if type(content) is str:
-        content = result_content(content, failed)
-    name = gemini_name(name) if name else ""
-    return {
-        "functionResponse": {
-            **given(id=id),
-            "name": name,
-            "response": content,
-            **given(parts=list(media)),
-        }
-    }
+    """A functionResponse of an object, or of a text and media: the object that is in it, or itself.
 
-
-def result_content(text: str, failed: bool) -> JSON:
-    """The response object for a tool's result in text: the JSON object in it, or else the text."""
-    if failed:
-        return {"error": text}
-    parsed = parsed_object(text)
-    return {"output": text} if parsed is None or loses_digits(parsed) else parsed
+    valid_turns finds its call, and moves the media beside it where need be.
+    """
+    response = content
+    if isinstance(content, str):
+        parsed = parsed_object(content)
+        if failed:
+            response = {"error": content}
+        elif parsed is None or loses_digits(parsed):
+            response = {"output": content}
+        else:
+            response = parsed
+    result = {**given(id=call_id), "name": "", "response": response, **given(parts=list(media))}
+    if name:
+        result["name"] = gemini_name(name)
+    return {"functionResponse": result}
 
 
 def result_of_parts(
-    name: str | None, parts: list[Part], id: str | None, failed: bool = False
+    name: str | None, parts: list[Part], call_id: str | None, failed: bool = False
 ) -> Part:
-    """A functionResponse of what a client's tool said in parts: its texts, and pictures and documents beside them."""
+    """A functionResponse of a tool's result in parts: its texts, and the media beside them."""
     text = "\n".join(part["text"] for part in parts if "text" in part)
-    return result_part(name, text, id, [part for part in parts if "text" not in part], failed)
+    media = [part for part in parts if "text" not in part]
+    return result_part(name, text, call_id, media, failed)
 
 
 def loses_digits(value: Any) -> bool:
-    """Whether there is an integer that Gemini would round: it reads every number as a double. A text keeps it."""
+    """Whether it holds an integer that Gemini would round: its numbers are doubles, as seen."""
     if type(value) is int:
         return abs(value) > 2**53
-    if type(value) is dict:
+    if isinstance(value, dict):
         value = list(value.values())
-    return type(value) is list and any(map(loses_digits, value))
+    return isinstance(value, list) and any(map(loses_digits, value))
 
 
-def call_arguments(text: Any) -> JSON:
-    """The arguments of a call in a client's history, where they are JSON in a string, or nearly so."""
-    if type(text) is dict:
+def call_arguments(text: str | JSON | None) -> JSON:
+    """The arguments of a tool call in a history: JSON in a string, or nearly so."""
+    if isinstance(text, dict):
         return text
-    told = parsed_object(text or "{}")
-    if told is not None:
-        return told
-    return {} if text.strip() in ("", "null") else {"_raw": text}
+    if not text or text.strip() in ("", "null"):
+        return {}
+    arguments = parsed_object(text)
+    return {"_raw": text} if arguments is None else arguments
 
 
 def gemini_name(name: str) -> str:
-    """A function name as Gemini takes it; the same name always gives the same one."""
+    """A function name as Gemini takes it: https://ai.google.dev/api/caching#FunctionDeclaration"""
     if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}", name):
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
@@ -1194,13 +1160,6 @@ def gemini_name(name: str) -> str:
 # ---- turns ----
 
 MISSING_RESULT = {"error": "There is no result: the call was interrupted."}
-RESULT_MEDIA = (
-    "image/png",
-    "image/jpeg",
-    "image/webp",
-    "application/pdf",
-    "text/plain",
-)  # what functionResponse.parts takes
 
 
 def user_turn(*parts: Part) -> JSON:
@@ -1218,25 +1177,24 @@ def has_content(part: Part) -> bool:
 def valid_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     """The history in the order that Gemini accepts, with nothing lost.
 
-    Neighbours of one role are one turn; the results of a turn's calls follow it in one turn of their own, in
-    the order of the calls, with a stand-in for each missing one, and whatever else was said comes after; a
-    result without a call becomes text. The first turn is the user's, and so is the last, unless the model
-    goes on with its own. (ai.google.dev/gemini-api/docs/function-calling; each rule is a 400 of Gemini's.)
+    Neighbours of one role become one turn. A turn's calls get their results in a turn of their own,
+    in order, with a stand-in for what is missing; a result without a call becomes text. The first
+    turn is the user's, and so is the last, unless the model continues its own. Each rule is a 400
+    of Gemini's; most are in https://ai.google.dev/gemini-api/docs/function-calling.
     """
     turns: list[JSON] = []
-    kept = [
+    history = [
         (content["role"], [part for part in content["parts"] if has_content(part)])
         for content in contents
     ]
-    for role, group in itertools.groupby((turn for turn in kept if turn[1]), key=itemgetter(0)):
-        parts = [part for _, inner_parts in group for part in inner_parts]
+    for role, group in itertools.groupby((turn for turn in history if turn[1]), itemgetter(0)):
+        parts = [part for _, more in group for part in more]
         if role == "model":
             turns.append(model_turn(*parts))
         else:
-            before = turns[-1]["parts"] if turns else []
-            turns += tool_result_turns(before, parts, model)
+            turns += tool_result_turns(turns[-1:], parts, model)
     if turns and turns[-1]["role"] == "model":
-        turns += tool_result_turns(turns[-1]["parts"], [], model)
+        turns += tool_result_turns(turns[-1:], [], model)
     if turns and turns[0]["role"] == "model":
         turns.insert(0, user_turn(text_part(" ")))
     if turns and turns[-1]["role"] == "model" and not model.prefills:
@@ -1244,14 +1202,13 @@ def valid_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     return turns
 
 
-def tool_result_turns(before: list[Part], parts: list[Part], model: Model) -> list[JSON]:
-    """The user's turns after a model's turn: the results of its calls, then the rest of the parts."""
-    calls = [part["functionCall"] for part in before if "functionCall" in part]
+def tool_result_turns(before: list[JSON], parts: list[Part], model: Model) -> list[JSON]:
+    """The user's turns after a model's turn: the results of its calls, then the other parts."""
+    earlier = [part for turn in before for part in turn["parts"]]
+    calls = [part["functionCall"] for part in earlier if "functionCall" in part]
     results = [part["functionResponse"] for part in parts if "functionResponse" in part]
-    if not calls and not results:
-        return [user_turn(*parts)] if parts else []
     matched = match_results(calls, results)
-    used = {id(results[i]) for i in matched if i is not None}
+    used = {id(result) for result in matched.values()}
     rest: list[Part] = []
     for part in parts:
         result = part.get("functionResponse")
@@ -1260,18 +1217,15 @@ def tool_result_turns(before: list[Part], parts: list[Part], model: Model) -> li
         elif id(result) not in used:
             text = f"Result of {result['name'] or 'a function'}: {encode_json(result['response'])}"
             rest += [text_part(text), *result.get("parts", ())]
-    answers: list[Part] = []
-    media: list[Part] = []
-    for call, i in zip(calls, matched):
-        result = {"response": MISSING_RESULT} if i is None else results[i]
-        answer, outside = tool_result(call, result, model)
-        answers.append(answer)
-        media += outside
+    missing = {"response": MISSING_RESULT}
+    pairs = [tool_result(call, matched.get(i, missing), model) for i, call in enumerate(calls)]
+    answers = [answer for answer, _ in pairs]
+    media = [part for _, outside in pairs for part in outside]
     return [user_turn(*turn) for turn in (answers, media + rest) if turn]
 
 
 def tool_result(call: JSON, result: JSON, model: Model) -> tuple[Part, list[Part]]:
-    """(the functionResponse to a call, the media that do not go inside of one on this model)."""
+    """(the functionResponse to a call, the media that this model does not take inside of one)."""
     inside: list[Part] = []
     outside: list[Part] = []
     for part in result.get("parts", ()):
@@ -1283,52 +1237,46 @@ def tool_result(call: JSON, result: JSON, model: Model) -> tuple[Part, list[Part
     return {"functionResponse": {**answer, **given(parts=inside)}}, outside
 
 
-def match_results(calls: list[JSON], results: list[JSON]) -> list[int | None]:
-    """For each call the index of its result, or None: by id, else by name where no id is known, else by order."""
-    matched: list[int | None] = [None] * len(calls)
-    known = {call.get("id") for call in calls} - {None}
-    keys = (  # what a call and a result must have in common, one after the other; None fits nothing
-        (lambda call: call.get("id"), lambda result: result.get("id")),
-        (
-            lambda call: call["name"],
-            lambda result: None if result.get("id") in known else result["name"] or None,
-        ),
-        (lambda call: "", lambda result: None if result.get("id") or result["name"] else ""),
-    )
-    used: set[int] = set()
-    for of_call, of_result in keys:
-        waiting: dict[Any, collections.deque[int]] = collections.defaultdict(collections.deque)
-        for i, result in enumerate(results):
-            if i not in used and of_result(result) is not None:
-                waiting[of_result(result)].append(i)
-        for i, call in enumerate(calls):
-            if matched[i] is None and waiting.get(of_call(call)):
-                matched[i] = waiting[of_call(call)].popleft()
-                used.add(matched[i])
-    missing = [i for i, found in enumerate(matched) if found is None]
-    strays = [i for i, result in enumerate(results) if i not in used and not result["name"]]
-    if len(strays) == len(missing):  # their ids are unknown, but there is one for each call
-        for i, stray in zip(missing, strays):
-            matched[i] = stray
-    return matched
+def match_results(calls: list[JSON], results: list[JSON]) -> dict[int, JSON]:
+    """The index of each call -> its result, if it has one: by id, else by name, else by order."""
+    call_ids = {call["id"] for call in calls if "id" in call}
+    with_id: dict[int, str] = {}
+    with_name: dict[int, str] = {}
+    others: dict[int, str] = {}
+    for i, result in enumerate(results):
+        if result.get("id") in call_ids:
+            with_id[i] = result["id"]
+        elif result["name"]:
+            with_name[i] = result["name"]
+        elif "id" not in result:
+            others[i] = ""
+    matched: dict[int, int] = {}
+    pair_up(matched, [call.get("id", "") for call in calls], with_id)
+    pair_up(matched, [call["name"] for call in calls], with_name)
+    pair_up(matched, [""] * len(calls), others)
+    used = set(matched.values())
+    strays = {i: "" for i, result in enumerate(results) if i not in used and not result["name"]}
+    if len(strays) == len(calls) - len(matched):  # their ids are unknown, but each call has one
+        pair_up(matched, [""] * len(calls), strays)
+    return {i: results[k] for i, k in matched.items()}
+
+
+def pair_up(matched: dict[int, int], call_keys: list[str], result_keys: dict[int, str]) -> None:
+    """Match each call that has no result yet with the next result of the same key."""
+    waiting: dict[str, collections.deque[int]] = collections.defaultdict(collections.deque)
+    for i, key in result_keys.items():
+        waiting[key].append(i)
+    for i, key in enumerate(call_keys):
+        if i not in matched and waiting[key]:
+            matched[i] = waiting[key].popleft()
 
 
 # ---- thinking and settings ----
 
-EFFORTS = (
-    "none",
-    "minimal",
-    "low",
-    "medium",
-    "high",
-    "xhigh",
-    "max",
-    "ultra",
-)  # OpenAI's and Codex's words
-BUDGETS = dict(
-    zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768, 32768))
-)  # tokens; Google's own table for its OpenAI endpoint
-LEVEL_EFFORTS = {"MINIMAL": "minimal", "LOW": "low", "MEDIUM": "medium", "HIGH": "high"}
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")  # up to Codex's
+# Their budgets in tokens: "low" to "high" as Google's own OpenAI endpoint has them
+# (https://ai.google.dev/gemini-api/docs/openai), and above these the most that any model takes.
+BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768, 32768)))
 
 
 class Thinking(NamedTuple):
@@ -1339,41 +1287,30 @@ class Thinking(NamedTuple):
     show: bool = False  # whether the client wants to see its thoughts
     answer_only: bool = False  # whether the client's limit of tokens is meant for the answer alone
     field: str = ""  # what to name as ignored where the effort has no effect
-    google: JSON = {}  # Google's own thinkingConfig, which counts for more than the rest
-
-
-def effort_of(thinking: Thinking) -> str | None:
-    """The effort that a client asked for, also where it gave a budget in tokens."""
-    if thinking.effort is None and thinking.budget:
-        enough = [word for word in EFFORTS[1:] if BUDGETS[word] >= thinking.budget]
-        return (enough or EFFORTS[-1:])[0]
-    return thinking.effort
+    google: Mapping[str, Any] = {}  # Google's own thinkingConfig, which counts for more
 
 
 def thinking_config(
     model: Model, effort: str | None, show: bool, budget: int | None = None
 ) -> JSON:
-    """The thinkingConfig for an effort (None: the model's own), with or without its thoughts.
+    """The thinkingConfig for any effort (None: the model's own) on any model.
 
-    Every effort is legal on every model: the nearest level that is not less, or a budget within
-    bounds. A model that cannot stop thinking thinks as little as it can.
+    It is the nearest level that is not less, or a budget within bounds.
     """
-    if model.thinking is None:
-        return {}
     config: JSON = {}
+    if model.thinking is None:
+        return config
     if isinstance(model.thinking, Budget):
-        low, high, stops = model.thinking
-        if budget:
-            config["thinkingBudget"] = min(max(budget, low), high)
-        elif effort == "none" and stops:
+        tokens = budget or BUDGETS.get(effort or "")
+        if tokens == 0 and model.thinking.stops:
             config["thinkingBudget"] = 0
-        elif effort is not None:
-            config["thinkingBudget"] = min(max(BUDGETS[effort], low), high)
+        elif tokens is not None:
+            config["thinkingBudget"] = min(max(tokens, model.thinking.low), model.thinking.high)
     elif effort is not None:
         names = model.thinking.names
         lowest = EFFORTS.index(effort)
-        enough = [name for name in names if EFFORTS.index(LEVEL_EFFORTS[name]) >= lowest]
-        config["thinkingLevel"] = (enough or names[-1:])[0]
+        enough = (name for name in names if EFFORTS.index(name.lower()) >= lowest)
+        config["thinkingLevel"] = next(enough, names[-1])
     if show and effort != "none":
         config["includeThoughts"] = True
     return config
@@ -1382,24 +1319,22 @@ def thinking_config(
 SMALL_OUTPUT_TOKENS = 1024  # a model that thinks as it likes can use up so many before its answer
 
 
-def effort_unsupported(effort: str | None, config: JSON) -> bool:
-    """Whether an effort has no effect, or thinking goes on although it should not."""
-    if effort == "none":
-        return config.get("thinkingBudget") != 0
-    return effort is not None and not config
-
-
 def chat_thinking(thinking: Thinking, model: Model, limit: int | None, body: Fields) -> JSON:
     """The thinkingConfig of a chat; names the client's field as ignored where it has no effect."""
-    effort = effort_of(thinking)
-    small = thinking.answer_only and limit and limit < SMALL_OUTPUT_TOKENS
-    config = thinking_config(
-        model, "none" if effort is None and small else effort, thinking.show, thinking.budget
-    )
-    if thinking.field and effort_unsupported(effort, config):
+    client_effort = thinking.effort
+    if client_effort is None and thinking.budget:
+        enough = (word for word in EFFORTS[1:] if BUDGETS[word] >= thinking.budget)
+        client_effort = next(enough, EFFORTS[-1])
+    effort = client_effort
+    if effort is None and thinking.answer_only and limit and limit < SMALL_OUTPUT_TOKENS:
+        effort = "none"
+    config = thinking_config(model, effort, thinking.show, thinking.budget)
+    no_effect = client_effort is not None and not config
+    thinks_anyway = client_effort == "none" and config.get("thinkingBudget") != 0
+    if thinking.field and (no_effect or thinks_anyway):
         body.ignore(thinking.field)
     if thinking.google.keys() - {"includeThoughts"}:  # a level or a budget of the client's own
-        return thinking.google
+        return dict(thinking.google)
     return {**config, **thinking.google}
 
 
@@ -1410,13 +1345,12 @@ def sampling_config(
     limit: int | None = None,
     seed: int | None = None,
     stops: Sequence[str] = (),
-    presence: float | None = None,
-    frequency: float | None = None,
+    **penalties: float | None,
 ) -> JSON:
     """The part of a generationConfig about sampling, within what Gemini takes.
 
-    Its numbers have 32 bits; the same seed always gives the same one. A null stands for a value
-    that the client gave to say "none", such as a limit of -1.
+    Bounds: https://ai.google.dev/api/generate-content#generationconfig; its integers have 32 bits.
+    A null stands for a value that the client gave to say "none", such as a limit of -1.
     """
     config: JSON = {}
     if temperature is not None:
@@ -1426,15 +1360,14 @@ def sampling_config(
     if top_k is not None:
         config["topK"] = top_k if 0 < top_k < 2**31 else None
     if limit is not None:
-        config["maxOutputTokens"] = min(limit, 2**31 - 1) if limit > 0 else None
+        config["maxOutputTokens"] = max(0, min(limit, 2**31 - 1)) or None
     if seed is not None:
         config["seed"] = seed if -(2**31) <= seed < 2**31 else seed % 2**31
     if stops:
         config["stopSequences"] = list(stops)
-    if presence is not None:
-        config["presencePenalty"] = presence or None
-    if frequency is not None:
-        config["frequencyPenalty"] = frequency or None
+    for name, penalty in penalties.items():
+        if penalty is not None:
+            config[name] = penalty or None
     return config
 
 
@@ -1442,10 +1375,8 @@ def penalties(fields: Fields, low: float, high: float, model: Model) -> dict[str
     """Both penalties; models that refuse them leave them unread, and so named as ignored."""
     if not model.penalties:
         return {}
-    return {
-        "presence": fields.number("presence_penalty", low, high),
-        "frequency": fields.number("frequency_penalty", low, high),
-    }
+    names = ("presence", "frequency")
+    return {f"{name}Penalty": fields.number(f"{name}_penalty", low, high) for name in names}
 
 
 def stop_sequences(body: Fields, key: str = "stop") -> list[str]:
@@ -1458,61 +1389,54 @@ def stop_sequences(body: Fields, key: str = "stop") -> list[str]:
 
 # ---- functions and schemas ----
 
-SUBSCHEMAS = (
-    "items",
-    "prefixItems",
-    "anyOf",
-    "oneOf",
-    "allOf",
-    "not",
-    "additionalProperties",
-    "if",
-    "then",
-    "else",
-    "contains",
-)
+COMBINATIONS = ("anyOf", "oneOf", "allOf", "additionalProperties")
+SUBSCHEMAS = (*COMBINATIONS, "items", "prefixItems", "contains", "not", "if", "then", "else")
 NAMED_SUBSCHEMAS = ("properties", "$defs", "patternProperties", "dependentSchemas")
+OPEN_ENDED = ("$ref", *COMBINATIONS, "patternProperties")  # need no `properties` beside them
 
 
 def gemini_schema(schema: Any) -> Any:
-    """A JSON Schema in the dialect of parametersJsonSchema and responseJsonSchema, which mean the same.
+    """A JSON Schema as parametersJsonSchema and responseJsonSchema want it.
 
-    Gemini has no `const`, no null in `enum`, and lets nothing stand beside a `$ref`; what it does not know it
-    passes over. Properties keep their names, whatever these are.
+    Gemini has no `const`, no null in `enum`, and allows nothing beside a `$ref`; what it does not
+    know it passes over: https://ai.google.dev/api/generate-content#generationconfig, recordings.
     """
-    if type(schema) is list:
+    if isinstance(schema, list):
         return [gemini_schema(item) for item in schema]
-    if type(schema) is not dict:
+    if not isinstance(schema, dict):
         return schema
-    out = {}
-    for key, value in schema.items():
-        key = "$defs" if key == "definitions" else key
-        if key in NAMED_SUBSCHEMAS and type(value) is dict:
-            out[key] = {
-                **(out.get(key) or {}),
-                **{name: gemini_schema(inner) for name, inner in value.items()},
-            }
+    out: JSON = {}
+    for keyword, value in schema.items():
+        key = str({"definitions": "$defs"}.get(keyword, keyword))
+        if key in NAMED_SUBSCHEMAS and isinstance(value, dict):
+            inner = {name: gemini_schema(subschema) for name, subschema in value.items()}
+            out[key] = {**out.get(key, {}), **inner}
         elif key in SUBSCHEMAS:
             out[key] = gemini_schema(value)
         elif key not in ("$schema", "strict", *NAMED_SUBSCHEMAS):
             out[key] = value
     if "const" in out:
         out["enum"] = [out.pop("const")]
-    if type(out.get("enum")) is list and None in out["enum"]:
+    if isinstance(out.get("enum"), list) and None in out["enum"]:
         out = nullable_enum(out)
-    return lone_reference(out) if type(out.get("$ref")) is str else out
+    return lone_reference(out) if isinstance(out.get("$ref"), str) else out
 
 
 def nullable_enum(schema: JSON) -> JSON:
     """An enum with null, as a choice between the rest of it and null."""
-    kinds, values = schema.get("type"), [value for value in schema["enum"] if value is not None]
-    kinds = [kind for kind in kinds if kind != "null"] if type(kinds) is list else kinds
     rest = {key: value for key, value in schema.items() if key not in ("enum", "type")}
+    values = [value for value in schema["enum"] if value is not None]
     if not values:
         return {**rest, "type": "null"}
-    kind = {"type": kinds[0] if type(kinds) is list and len(kinds) == 1 else kinds} if kinds else {}
-    choice = {"anyOf": [{**kind, "enum": values}, {"type": "null"}]}
-    return {"allOf": [choice, rest]} if "anyOf" in rest else {**rest, **choice}
+    kinds = schema.get("type")
+    if isinstance(kinds, list):
+        kinds = [kind for kind in kinds if kind != "null"]
+        if len(kinds) == 1:
+            kinds = kinds[0]
+    choice = {"anyOf": [{**given(type=kinds), "enum": values}, {"type": "null"}]}
+    if "anyOf" in rest:
+        return {"allOf": [choice, rest]}
+    return {**rest, **choice}
 
 
 def lone_reference(schema: JSON) -> JSON:
@@ -1521,41 +1445,29 @@ def lone_reference(schema: JSON) -> JSON:
     reference = {"$ref": schema["$ref"].replace("#/definitions/", "#/$defs/", 1)}
     if "anyOf" in rest:
         return {"allOf": [reference, rest]}
-    return (
-        {"anyOf": [reference], **rest}
-        if any(not key.startswith("$") for key in rest)
-        else {**rest, **reference}
-    )
+    if any(not key.startswith("$") for key in rest):
+        return {"anyOf": [reference], **rest}
+    return {**rest, **reference}
 
 
 class Tools(NamedTuple):
     """What Gemini may call."""
 
-    declarations: list[JSON] = []
-    names: dict[str, str] = {}  # Gemini's name of each function -> the client's
+    declarations: Sequence[JSON] = ()
+    names: Mapping[str, str] = {}  # Gemini's name of each function -> the client's
     custom: frozenset[str] = frozenset()  # the client's names of functions that take plain text
     strict: bool = False  # whether a call must keep to its schema
     search: str = ""  # what the client calls Google Search, where it asks for it
     code: str = ""  # and code execution
-    namespaces: dict[str, str] = {}  # the client's name of a function -> its namespace
+    namespaces: Mapping[str, str] = {}  # the client's name of a function -> its namespace
 
     def hosted(self) -> dict[str, str]:
         """Google's own tools among them: Gemini's name -> what the client calls it."""
         return given(googleSearch=self.search, codeExecution=self.code)
 
 
-OPEN_ENDED = (
-    "$ref",
-    "anyOf",
-    "oneOf",
-    "allOf",
-    "additionalProperties",
-    "patternProperties",
-)  # say something by themselves
-
-
 def function_declaration(name: str, description: str | None, schema: JSON | None) -> JSON:
-    """Without parameters where there are none: Gemini refuses an object without properties."""
+    """Without parameters where there are none: some models refuse an object without properties."""
     declaration = {"name": gemini_name(name), **given(description=description)}
     if schema and (schema.get("properties") or any(schema.get(key) for key in OPEN_ENDED)):
         declaration["parametersJsonSchema"] = gemini_schema(schema)
@@ -1566,13 +1478,9 @@ CUSTOM_INPUT = "input"  # the one parameter of a function that takes plain text
 
 
 def custom_declaration(name: str, description: str | None, grammar: str = "") -> JSON:
-    told = "\n".join(text for text in (description, grammar) if text)
     text = {"type": "string", "description": "The text, and nothing else."}
-    return function_declaration(
-        name,
-        told,
-        {"type": "object", "required": [CUSTOM_INPUT], "properties": {CUSTOM_INPUT: text}},
-    )
+    schema = {"type": "object", "required": [CUSTOM_INPUT], "properties": {CUSTOM_INPUT: text}}
+    return function_declaration(name, "\n".join(filter(None, (description, grammar))), schema)
 
 
 class ToolChoice(NamedTuple):
@@ -1586,17 +1494,15 @@ class ToolChoice(NamedTuple):
 def tool_fields(tools: Tools, choice: ToolChoice, model: Model, body: Fields) -> JSON:
     """The request's `tools` and `toolConfig`."""
     listed: list[JSON] = []
-    config: JSON = {}
     hosted = tools.hosted()
     if tools.declarations:
         listed.append({"functionDeclarations": tools.declarations})
     if hosted and listed and not model.mixes_tools:
         for name in hosted.values():
             body.ignore(name)
-    elif hosted:
-        if listed:
-            config["includeServerSideToolInvocations"] = True
-        listed += [{key: {}} for key in hosted]
+        hosted = {}
+    config = given(includeServerSideToolInvocations=bool(hosted and listed))
+    listed += [{key: {}} for key in hosted]
     if tools.declarations and (choice.mode or tools.strict):
         names = [gemini_name(name) for name in choice.names]
         mode = choice.mode or "VALIDATED"
@@ -1616,27 +1522,24 @@ def json_config(schema: JSON | None) -> JSON:
     return given(responseMimeType="application/json", responseJsonSchema=gemini_schema(schema))
 
 
-JSON_ALONE = "\n\nWhen you answer without calling a function, answer with nothing but JSON, without a code fence"
+JSON_ALONE = (
+    "\n\nWhen you answer without calling a function, answer with nothing but JSON, "
+    "without a code fence"
+)
 
 
 def json_words(schema: JSON) -> Part:
     """The same in words for the system, for models that do not take the settings beside tools."""
-    schema_words = "."
-    if schema:
-        schema_words = f", that conforms to this JSON Schema:\n{encode_json(schema)}"
-    return text_part(JSON_ALONE + schema_words)
+    if not schema:
+        return text_part(f"{JSON_ALONE}.")
+    return text_part(f"{JSON_ALONE}, that conforms to this JSON Schema:\n{encode_json(schema)}")
 
 
 def generate_call(
-    model: Model,
-    streaming: bool,
-    system: list[Part],
-    contents: list[JSON],
-    config: JSON,
-    **fields: Any,
+    model: Model, stream: bool, system: list[Part], history: list[JSON], config: JSON, **fields: Any
 ) -> GeminiCall:
-    """The call for a history, whose turns are put right here. Gemini wants one turn at least, which may be empty."""
-    turns = valid_turns(contents, model) or [user_turn(text_part(""))]
+    """The call for a history, whose turns are put right here. Gemini wants one turn at least."""
+    turns = valid_turns(history, model) or [user_turn(text_part(""))]
     parts = [part for part in system if has_content(part)]
     body: JSON = {"contents": turns}
     if parts and model.system:
@@ -1646,105 +1549,86 @@ def generate_call(
     if config:
         body["generationConfig"] = config
     body.update(fields)
-    verb = "streamGenerateContent?alt=sse" if streaming else "generateContent"
-    return GeminiCall(f"{model.path}:{verb}", body, model, streaming, generates=True)
+    verb = "streamGenerateContent?alt=sse" if stream else "generateContent"
+    return GeminiCall(f"{model.path}:{verb}", body, model, stream, generates=True)
 
 
-MAX_EMBED_BATCH = 100  # inputs that Gemini takes in one call
+MAX_EMBED_BATCH = 100  # inputs in one call, as https://github.com/vercel/ai has it
 
 
 def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple[GeminiCall, ...]:
-    """The calls for the vectors of these texts; and one to count the tokens, where the vectors come without a count."""
-    size = {"outputDimensionality": dimensions} if dimensions else {}
-    requests = [
-        {"model": model.path, "content": {"parts": [text_part(text)]}, **size} for text in texts
-    ]
-    batches = [
-        GeminiCall(
-            f"{model.path}:batchEmbedContents",
-            {"requests": requests[i : i + MAX_EMBED_BATCH]},
-            model,
-        )
-        for i in range(0, len(requests), MAX_EMBED_BATCH)
-    ]
-    if re.search(r"embedding-00\d$", model.path):
-        contents = [user_turn(*map(text_part, texts))]
-        batches.append(
-            GeminiCall(f"{model.path}:countTokens", {"contents": contents}, model, optional=True)
-        )
-    return tuple(batches)
+    """The calls for the vectors of these texts, and one to count tokens if vectors lack a count."""
+    size = given(outputDimensionality=dimensions or None)
+    calls: list[GeminiCall] = []
+    for i in range(0, len(texts), MAX_EMBED_BATCH):
+        contents = [{"parts": [text_part(text)]} for text in texts[i : i + MAX_EMBED_BATCH]]
+        requests = [{"model": model.path, "content": content, **size} for content in contents]
+        calls.append(GeminiCall(f"{model.path}:batchEmbedContents", {"requests": requests}, model))
+    if re.search(r"embedding-00\d$", model.path):  # no usage, as seen in recordings
+        body = {"contents": [user_turn(*map(text_part, texts))]}
+        calls.append(GeminiCall(f"{model.path}:countTokens", body, model, optional=True))
+    return tuple(calls)
 
 
 MODELS_CALL = GeminiCall("models")  # Gemini's whole list, which the client keeps for a few minutes
 
-# ---- repairs ----
+# ---- repairs: each changes a request, and returns whether there was something to change ----
 
 
-def without(*path: str) -> Callable[[JSON], str | None]:
-    """A repair that takes a field out of a request, and tells its name where it was there."""
-
-    def repair(body: JSON) -> str | None:
-        for key in path[:-1]:
-            body = body.get(key) or {}
-        return path[-1] if body.pop(path[-1], None) is not None else None
-
-    return repair
+def without_field(body: JSON, name: str) -> bool:
+    config = body.get("generationConfig") or {}
+    return body.pop(name, None) is not None or config.pop(name, None) is not None
 
 
-def forget_signatures(body: JSON) -> str | None:
-    """Signatures of another model or key are refused: the first call of each turn gets the placeholder."""
-    found = None
-    for content in body["contents"]:
-        for part in content["parts"]:
-            if part.get("thoughtSignature", PLACEHOLDER) != PLACEHOLDER:
-                found = "thoughtSignature"
-                part["thoughtSignature"] = PLACEHOLDER
-                if "functionCall" not in part:
-                    del part["thoughtSignature"]
-    return found
-
-
-def forget_resolutions(body: JSON) -> str | None:
-    """Pictures in the resolution that the model likes best."""
+def without_signatures(body: JSON, name: str) -> bool:
+    """Tool calls get the placeholder in place of their signatures, other parts get nothing."""
     parts = [part for content in body["contents"] for part in content["parts"]]
-    return (
-        "detail"
-        if [part.pop("mediaResolution") for part in parts if "mediaResolution" in part]
-        else None
-    )
+    signed = [part for part in parts if part.get(name, PLACEHOLDER) != PLACEHOLDER]
+    for part in signed:
+        part[name] = PLACEHOLDER
+        if "functionCall" not in part:
+            del part[name]
+    return bool(signed)
 
 
-# What Gemini's 400 says, and what can be left out for a second try. Models change faster than this file.
+def without_resolutions(body: JSON, name: str) -> bool:
+    parts = [part for content in body["contents"] for part in content["parts"]]
+    sized = [part for part in parts if "mediaResolution" in part]
+    for part in sized:
+        del part["mediaResolution"]
+    return bool(sized)
+
+
+def without_prefill(body: JSON, name: str) -> bool:
+    body["contents"].append(user_turn(text_part("Continue.")))
+    return True
+
+
+# What Gemini's 400 says, what to name as ignored, and the repair for a second attempt. Models
+# change faster than this file. Words without a source are guesses by the names of the fields.
 REPAIRS = (
-    (
-        r"thinking.?(level|budget)|thinking is not|thinking_config",
-        without("generationConfig", "thinkingConfig"),
-    ),
-    (r"penalty is not enabled|presence_?penalty", without("generationConfig", "presencePenalty")),
-    (r"penalty is not enabled|frequency_?penalty", without("generationConfig", "frequencyPenalty")),
-    (r"service.?tier", without("serviceTier")),
-    (r"media.?resolution", forget_resolutions),
-    (r"(invalid|corrupted) thought.?signature", forget_signatures),
-    (
-        r"must not end with|ending with a model turn",
-        lambda body: body["contents"].append(user_turn(text_part("Continue."))) or "prefill",
-    ),
+    # https://github.com/RooCodeInc/Roo-Code/issues/10700
+    (r"thinking.?(level|budget)|thinking is not|thinking_config", "thinkingConfig", without_field),
+    # https://github.com/PublicAffairs/openai-gemini/issues/63: it does not say which penalty
+    (r"penalty is not enabled|presence_?penalty", "presencePenalty", without_field),
+    (r"penalty is not enabled|frequency_?penalty", "frequencyPenalty", without_field),
+    (r"service.?tier", "serviceTier", without_field),
+    (r"media.?resolution", "detail", without_resolutions),
+    # reported after a change of the model or the key: "Corrupted thought signature."
+    (r"(invalid|corrupted) thought.?signature", "thoughtSignature", without_signatures),
+    # https://github.com/pipecat-ai/pipecat/issues/5821
+    (r"must not end with|ending with a model turn", "prefill", without_prefill),
 )
 
 
 def repaired(call: GeminiCall, message: str) -> tuple[GeminiCall | None, list[str]]:
-    """The call without the fields that Gemini's message complains of, and their names; (None, []) if there are none."""
-    if not call.body or "contents" not in call.body:
-        return None, []
-    body = json.loads(encode_json(call.body))
-    names = [
-        name
-        for pattern, repair in REPAIRS
-        if re.search(pattern, message, re.I)
-        for name in [repair(body)]
-        if name
-    ]
-    return (call._replace(body=body), names) if names else (None, [])
+    """(the call without what Gemini's message complains of, the names of that), or (None, [])."""
+    names: list[str] = []
+    body = json.loads(encode_json(call.body or {}))
+    for pattern, name, repair in REPAIRS:
+        if "contents" in body and re.search(pattern, message, re.I) and repair(body, name):
+            names.append(name)
+    return (call._replace(body=body), names) if names else (None, names)
 
 
 # ---- signatures ----
@@ -1752,11 +1636,13 @@ def repaired(call: GeminiCall, message: str) -> tuple[GeminiCall | None, list[st
 
 def canonical(value: Any) -> Any:
     """A value whose JSON is the same whoever wrote it: some clients turn 1.0 into 1."""
-    if type(value) is float and value.is_integer():
+    if isinstance(value, float) and value.is_integer():
         return int(value)
-    if type(value) is dict:
+    if isinstance(value, dict):
         return {key: canonical(inner) for key, inner in value.items()}
-    return [canonical(item) for item in value] if type(value) is list else value
+    if isinstance(value, list):
+        return [canonical(item) for item in value]
+    return value
 
 
 def plain_part(part: Part) -> JSON:
@@ -1769,7 +1655,7 @@ def plain_part(part: Part) -> JSON:
 
 
 class ConversationDigest:
-    """Digests that tie each call to the conversation that led to it: system, all turns before, name, arguments."""
+    """Digests that tie a tool call to what led to it: system and turns before, name, arguments."""
 
     def __init__(self, body: JSON, scope: str):
         system = [plain_part(part) for part in body.get("systemInstruction", {}).get("parts", ())]
@@ -1783,7 +1669,7 @@ class ConversationDigest:
         self.seen = {}
 
     def call(self, name: str, args: JSON) -> str:
-        """The digest of the next call of the turn that comes now. Equal calls of one turn are told apart by order."""
+        """The digest of the next call in the turn that follows; equal calls differ by order."""
         digest = self.hash.copy()
         call = json.dumps([name, canonical(args)], sort_keys=True)
         self.seen[call] = self.seen.get(call, -1) + 1
@@ -1791,55 +1677,84 @@ class ConversationDigest:
         return digest.hexdigest()
 
 
+class CallKey(NamedTuple):
+    """What to look for in the memory of signatures, for a tool call in a history."""
+
+    id: str | None
+    digest: str  # where its id is not known
+    name: str
+
+
 class KnownCall(NamedTuple):
-    """What is known of a function call that a client sends back."""
+    """What the memory knows of a tool call."""
 
     signature: str | None = None
-    before: tuple[JSON, ...] = ()  # the parts of Gemini's own tools that came before it
+    before: tuple[Part, ...] = ()  # the parts of Gemini's own tools that came before it
+
+
+def signature_keys(call: GeminiCall, scope: str) -> list[CallKey]:
+    """The key of each tool call in a history, in order."""
+    body = call.body or {}
+    contents = body.get("contents", ())
+    keys: list[CallKey] = []
+    if not any("functionCall" in part for content in contents for part in content["parts"]):
+        return keys
+    conversation = ConversationDigest(body, scope)
+    for content in contents:
+        for part in content["parts"]:
+            if "functionCall" in part:
+                item = part["functionCall"]
+                digest = conversation.call(item["name"], item["args"])
+                keys.append(CallKey(item.get("id"), digest, item["name"]))
+        conversation.turn(content)
+    return keys
 
 
 def restore_signatures(
-    call: GeminiCall,
-    scope: str,
-    recall: Callable[[str | None, str, str], KnownCall],
-    count: Callable[[str], None] = lambda origin: None,
-) -> GeminiCall:
-    """The call with what its history lost: signatures, and the parts of Gemini's own tools.
+    call: GeminiCall, known_calls: Sequence[KnownCall] = ()
+) -> tuple[GeminiCall, list[str]]:
+    """(the call with the signatures and hosted parts that its history lost, their origins).
 
-    `recall` is given a function call's id, digest and name. The first call of a turn must have a signature on
-    Gemini 3: what nobody knows gets Google's placeholder. `count` is told where each one came from.
+    `known_calls` has what is known of each of its tool calls. On Gemini 3 the first one of a turn
+    needs a signature: https://ai.google.dev/gemini-api/docs/thought-signatures
     """
-    turns = (call.body or {}).get("contents", ())
-    if not any("functionCall" in part for content in turns for part in content["parts"]):
-        return call
-    mixed = call.body.get("toolConfig", {}).get("includeServerSideToolInvocations")
-    trail, contents = ConversationDigest(call.body, scope), []
-    for content in turns:
-        first, parts = True, []
+    body = call.body or {}
+    mixed = body.get("toolConfig", {}).get("includeServerSideToolInvocations")
+    every_known = itertools.chain(known_calls, itertools.repeat(KnownCall()))
+    contents: list[JSON] = []
+    origins: list[str] = []
+    for content in body.get("contents", ()):
+        parts: list[Part] = []
+        required = call.model is not None and call.model.signs  # of the turn's next tool call
         for part in content["parts"]:
+            restored = part
             if "functionCall" in part:
-                made = part["functionCall"]
-                known = recall(made.get("id"), trail.call(made["name"], made["args"]), made["name"])
-                found = (
-                    ("client", part.get("thoughtSignature")),
-                    ("memory", known.signature),
-                    ("placeholder", PLACEHOLDER if first and call.model.signs else None),
-                )
-                origin, signature = next((pair for pair in found if pair[1]), ("", None))
-                if signature:
-                    part = {**part, "thoughtSignature": signature}
-                    count(origin)
-                parts += known.before if mixed else ()
-                first = False
-            parts.append(part)
-        trail.turn(content)
+                known = next(every_known)
+                restored, origin = signed_part(part, known, required)
+                origins.append(origin)
+                required = False
+                if mixed:
+                    parts += known.before
+            parts.append(restored)
         contents.append({**content, "parts": parts})
-    return call._replace(body={**call.body, "contents": contents})
+    signed = call._replace(body={**body, **given(contents=contents)})
+    return signed, [origin for origin in origins if origin]
+
+
+def signed_part(part: Part, known: KnownCall, required: bool) -> tuple[Part, str]:
+    """(a tool call with its signature, the origin of that); "" where it needs none."""
+    if part.get("thoughtSignature"):
+        return part, "client"
+    if known.signature:
+        return {**part, "thoughtSignature": known.signature}, "memory"
+    if required:
+        return {**part, "thoughtSignature": PLACEHOLDER}, "placeholder"
+    return part, ""
 
 
 def count_call(call: GeminiCall, model: Model) -> GeminiCall:
     """The call that counts the tokens that another one would send (ai.google.dev/api/tokens)."""
-    signed = restore_signatures(call, "", lambda *_: KnownCall())  # Gemini may look for them here
+    signed, _ = restore_signatures(call)  # Gemini may look for them here
     fields = {key: value for key, value in (signed.body or {}).items() if key != "generationConfig"}
     body = {"generateContentRequest": {"model": model.path, **fields}}
     return GeminiCall(f"{model.path}:countTokens", body, model)
@@ -1853,79 +1768,86 @@ def count_call(call: GeminiCall, model: Model) -> GeminiCall:
 
 
 def get_or_empty(value: Any, key: str, kind: type) -> Any:
-    """The value under a key if both are what they should be, else an empty one: for what may be anything."""
-    inner = value.get(key) if type(value) is dict else None
-    return inner if type(inner) is kind else kind()
+    """The value under a key if both are what they should be, else an empty one of this kind."""
+    if isinstance(value, dict) and type(value.get(key)) is kind:
+        return value[key]
+    return kind()
 
 
-def gemini_refusal(status: int, said: Any, raw: bytes = b"") -> ProxyError:
-    """What a refusal of Gemini's means to the client. `said` is its JSON, or None where it is none; `raw` its bytes.
+def gemini_refusal(status: int, answer: Any, raw: bytes = b"") -> ProxyError:
+    """What a refusal means to the client; `answer` is the JSON of its `raw` bytes, None if none.
 
-    The class of the status and Gemini's own words survive. (The forms of errors: google.rpc.Status.)
+    The class of the status and Gemini's own words survive. https://google.aip.dev/193; the error is
+    in a list where a stream was asked for without SSE.
     """
-    said = said[0] if type(said) is list and said else said
-    error = get_or_empty(said, "error", dict)
+    if isinstance(answer, list) and answer:
+        answer = answer[0]
+    error = get_or_empty(answer, "error", dict)
+    details = [detail for detail in get_or_empty(error, "details", list) if type(detail) is dict]
     message = (
         get_or_empty(error, "message", str)
-        or get_or_empty(said, "error", str)
-        or get_or_empty(said, "message", str)
+        or get_or_empty(answer, "error", str)
+        or get_or_empty(answer, "message", str)
+        or unknown_refusal(status, raw)
     )
-    details = [detail for detail in get_or_empty(error, "details", list) if type(detail) is dict]
-    if not message:
-        text = " ".join(raw[:200].decode("utf-8", "replace").split())
-        text = f": {text}" if text else "."
-        message = f"Gemini, or something on the way to it, answered with status {status}{text}"
-    retry_after = (
-        retry_delay(details, message)
-        if status == 429
-        else 0.0
-        if status in (500, 502, 503, 504)
-        else None
-    )
-    headers = (
-        {"Retry-After": str(max(1, math.ceil(retry_after)))}
-        if retry_after is not None and status == 429
-        else {}
-    )
-    code = None
-    if (
-        any(get_or_empty(detail, "reason", str) == "API_KEY_INVALID" for detail in details)
-        or status == 401
-        or (status == 400 and re.search(r"API key (not valid|not found|expired)", message, re.I))
-    ):
-        status, code = 401, "invalid_api_key"
-    elif status == 404:
-        code = "model_not_found"
-    elif status == 429 and final_quota(details, message):
-        code, retry_after, headers["x-should-retry"] = "insufficient_quota", None, "false"
+    code = refusal_code(status, details, message)
+    headers: dict[str, str] = {}
+    retry_after = None
+    if status in (500, 502, 503, 504):
+        retry_after = 0.0
     elif status == 429:
-        code = "rate_limit_exceeded"
-    elif "exceeds the maximum number of tokens" in message:
-        code = "context_length_exceeded"
-    if not 400 <= status <= 599:
-        status, code = 502, None
+        retry_after = retry_delay(details, message)
+    if status == 429 and retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
+    if code == "insufficient_quota":  # OpenAI's and Anthropic's SDKs obey the header
+        retry_after, headers["x-should-retry"] = None, "false"
+    elif code == "invalid_api_key":  # Gemini's status for it is 400
+        status = 401
+    elif not 400 <= status <= 599:
+        status = 502
     return ProxyError(
         status, message, code=code, headers=headers, upstream=True, retry_after=retry_after
     )
 
 
+def unknown_refusal(status: int, raw: bytes) -> str:
+    text = " ".join(raw[:200].decode("utf-8", "replace").split())
+    message = f"Gemini, or something on the way to it, answered with status {status}"
+    return f"{message}: {text}" if text else f"{message}."
+
+
+def refusal_code(status: int, details: list[JSON], message: str) -> str | None:
+    """OpenAI's word for a refusal: https://platform.openai.com/docs/guides/error-codes"""
+    reasons = [get_or_empty(detail, "reason", str) for detail in details]
+    if status == 401 or "API_KEY_INVALID" in reasons:
+        return "invalid_api_key"
+    if status == 400 and re.search(r"API key (not valid|not found|expired)", message, re.I):
+        return "invalid_api_key"
+    if status == 404:
+        return "model_not_found"
+    if status == 429:
+        violations = [
+            item for detail in details for item in get_or_empty(detail, "violations", list)
+        ]
+        daily = ["PerDay" in get_or_empty(violation, "quotaId", str) for violation in violations]
+        if any(daily) or re.search(r"limit: 0\b", message):  # waiting does not help
+            return "insufficient_quota"
+        return "rate_limit_exceeded"
+    if 400 <= status <= 599 and "exceeds the maximum number of tokens" in message:
+        return "context_length_exceeded"
+    return None
+
+
 def retry_delay(details: list[JSON], message: str) -> float | None:
-    """The seconds that Gemini wants to be left alone: from RetryInfo, else from its words; None if it does not say."""
+    """The seconds to wait by RetryInfo, else by Gemini's words; None if it does not say."""
     for detail in details:
-        told = re.fullmatch(r"(\d{1,6}(?:\.\d{1,12})?)s", get_or_empty(detail, "retryDelay", str))
-        if told:
-            return float(told.group(1))
-    told = re.search(r"retry in (\d{1,6}(?:\.\d{1,12})?)(m?)s", message)
-    return float(told.group(1)) / (1000 if told.group(2) else 1) if told else None
-
-
-def final_quota(details: list[JSON], message: str) -> bool:
-    """Whether waiting does not help: a quota per day, or one of zero."""
-    violations = [
-        violation for detail in details for violation in get_or_empty(detail, "violations", list)
-    ]
-    quotas = [get_or_empty(violation, "quotaId", str) for violation in violations]
-    return any("PerDay" in quota for quota in quotas) or bool(re.search(r"limit: 0\b", message))
+        match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,12})?)s", get_or_empty(detail, "retryDelay", str))
+        if match:
+            return float(match.group(1))
+    match = re.search(r"retry in (\d{1,6}(?:\.\d{1,12})?)(m?s)", message)
+    if not match:
+        return None
+    return float(match.group(1)) / {"s": 1, "ms": 1000}[match.group(2)]
 
 
 def invalid_answer(what: str) -> ProxyError:
@@ -1952,60 +1874,57 @@ def read_json(data: bytes) -> Any:
 
 
 def read_chunk(data: bytes) -> JSON:
-    """A GenerateContentResponse, or the answer of another method; Gemini may say an error in its place."""
+    """A GenerateContentResponse, or the answer of another method; raises an error in its place."""
     chunk = read_json(data)
-    if type(chunk) is not dict:
-        if type(chunk) is list and get_or_empty(chunk and chunk[0], "error", dict):
-            raise in_stream_refusal(chunk[0])
+    if isinstance(chunk, list) and get_or_empty(chunk and chunk[0], "error", dict):
+        raise in_stream_refusal(chunk[0])
+    if not isinstance(chunk, dict):
         raise invalid_answer(f"expected a JSON object, but got {len(data)} bytes of something else")
     if "error" in chunk:
         raise in_stream_refusal(chunk)
     return chunk
 
 
-def in_stream_refusal(said: JSON) -> ProxyError:
+def in_stream_refusal(answer: JSON) -> ProxyError:
     """A refusal inside of a 200: its status is in the error itself."""
-    code = get_or_empty(get_or_empty(said, "error", dict), "code", int)
-    return gemini_refusal(code if 400 <= code <= 599 else 502, said)
+    code = get_or_empty(get_or_empty(answer, "error", dict), "code", int)
+    return gemini_refusal(code if 400 <= code <= 599 else 502, answer)
 
 
 def read_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines in blocks of bytes, cut anywhere. CR, LF or both end a line, and nothing else (not U+2028)."""
+    """The lines in blocks of bytes, cut anywhere; CR, LF or both end a line, U+2028 does not."""
     pieces: list[bytes] = []  # of a line that has not ended yet; it may be megabytes long
     after_cr = False
-    for block in blocks:
-        if after_cr and block[:1] == b"\n":
-            block, after_cr = block[1:], False
-        after_cr = block[-1:] == b"\r" if block else after_cr
+    for block in filter(None, blocks):
         lines = block.splitlines()
-        if not lines:
-            continue
-        open_end = block[-1] not in b"\r\n"
-        pieces.append(lines[0])
-        if len(lines) == 1 and open_end:
-            continue
-        yield b"".join(pieces)
-        yield from lines[1:-1] if open_end else lines[1:]
-        pieces = [lines[-1]] if open_end and len(lines) > 1 else []
-    if pieces:
+        if after_cr and block[:1] == b"\n":  # it belongs to the CR at the end of the last block
+            del lines[0]
+        after_cr = block[-1:] == b"\r"
+        if block[-1:] in (b"\r", b"\n"):
+            lines.append(b"")  # the beginning of the next line
+        pieces += lines[:1]
+        if len(lines) > 1:
+            yield b"".join(pieces)
+            yield from lines[1:-1]
+            pieces = lines[-1:]
+    if any(pieces):
         yield b"".join(pieces)
 
 
 def read_events(blocks: Iterable[bytes]) -> Iterator[JSON]:
-    """The chunks in Gemini's event stream, decoded from blocks of bytes.
+    """The chunks in Gemini's event stream: https://html.spec.whatwg.org/#parsing-an-event-stream
 
     An error in mid-stream comes as an event, or as bare JSON lines outside of any; both are raised.
     """
     data: list[bytes] = []
     stray: list[bytes] = []
-    for line in read_lines(blocks):
-        line = line[3:] if line[:3] == codecs.BOM_UTF8 else line
+    for raw_line in read_lines(blocks):
+        line = raw_line.removeprefix(codecs.BOM_UTF8)
         if line[:5] == b"data:":
             data.append(line[5:])
-        elif not line:
-            if data:
-                yield read_chunk(b"\n".join(data))
-                data = []
+        elif not line and data:
+            yield read_chunk(b"\n".join(data))
+            data = []
         elif line.partition(b":")[0] not in (b"", b"event", b"id", b"retry"):
             stray.append(line)
     if data:
@@ -2029,9 +1948,7 @@ class ToolCall(NamedTuple):
     args: JSON
     signature: str | None = None
     id: str = ""
-    before: tuple[
-        JSON, ...
-    ] = ()  # parts of Gemini's own tools, which it wants back before the call
+    before: tuple[Part, ...] = ()  # of Gemini's own tools, which it wants back before the call
 
 
 class Media(NamedTuple):
@@ -2060,77 +1977,49 @@ class End(NamedTuple):
     queries: tuple[str, ...] = ()  # what Gemini searched the web for
 
 
-# Gemini's finish reasons in four words. What is not here is "stop": the list grows every few months.
+Event = Union[Text, ToolCall, Media, End]
+
+# Gemini's finish reasons in four words; what is not here is "stop", since the list grows every few
+# months: https://ai.google.dev/api/generate-content#FinishReason, and google-genai's types.
 FINISHES = {
-    "STOP": "stop",
-    "MAX_TOKENS": "length",
-    "CONTINUATION": "length",
-    **dict.fromkeys(
-        (
-            "SAFETY",
-            "RECITATION",
-            "LANGUAGE",
-            "BLOCKLIST",
-            "PROHIBITED_CONTENT",
-            "SPII",
-            "MODEL_ARMOR",
-            "IMAGE_SAFETY",
-            "IMAGE_PROHIBITED_CONTENT",
-            "IMAGE_RECITATION",
-            "IMAGE_OTHER",
-            "NO_IMAGE",
-        ),
-        "filter",
-    ),
-    **dict.fromkeys(
-        (
-            "MALFORMED_FUNCTION_CALL",
-            "UNEXPECTED_TOOL_CALL",
-            "TOO_MANY_TOOL_CALLS",
-            "MALFORMED_RESPONSE",
-            "MISSING_THOUGHT_SIGNATURE",
-        ),
-        "failed",
-    ),
-    "1": "stop",
-    "2": "length",
-    "3": "filter",
-    "4": "filter",  # the enum's numbers, which some recorders write
+    "": "filter",  # a blocked prompt has a block reason instead
+    **dict.fromkeys(("STOP", "1"), "stop"),  # numbers: as some recorders write the enum
+    **dict.fromkeys(("MAX_TOKENS", "2", "CONTINUATION"), "length"),
+    **dict.fromkeys(("SAFETY", "3", "RECITATION", "4", "LANGUAGE", "BLOCKLIST", "SPII"), "filter"),
+    **dict.fromkeys(("PROHIBITED_CONTENT", "MODEL_ARMOR", "IMAGE_OTHER", "NO_IMAGE"), "filter"),
+    **dict.fromkeys(("IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"), "filter"),
+    **dict.fromkeys(("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL"), "failed"),
+    **dict.fromkeys(("TOO_MANY_TOOL_CALLS", "MALFORMED_RESPONSE"), "failed"),
+    "MISSING_THOUGHT_SIGNATURE": "failed",
 }
 
 
 def expect(value: JSON, key: str, kind: type) -> Any:
-    """The value under a key of Gemini's, an empty one where it is absent; a 502 where it is something else."""
-    found = value.get(key)
-    if found is None:
+    """The value under a key of Gemini's, an empty one if there is none; a 502 for another kind."""
+    inner = value.get(key)
+    if inner is None:
         return kind()
-    if type(found) is not kind:
-        raise invalid_answer(f"{key} is {kind_of(found)}")
-    return found
-
-
-GROUNDING = {"groundingMetadata", "citationMetadata"}
+    if type(inner) is not kind:
+        raise invalid_answer(f"{key} is {kind_of(inner)}")
+    return inner
 
 
 def first_candidate(chunk: JSON) -> JSON:
     """The candidate of a chunk, or an empty one: every call asks for one only."""
     for candidate in expect(chunk, "candidates", list):
-        if type(candidate) is not dict:
+        if not isinstance(candidate, dict):
             raise invalid_answer("a candidate is no object")
         if not candidate.get("index"):
             return candidate
     return {}
 
 
-Event = Union[Text, ToolCall, Media, End]
-
-
 def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Event]:
     """What Gemini says, in order, and one End; a 502 where it never ends.
 
     Calls come last, when the answer is complete: a client must not act on one that Gemini takes
-    back, or has answered itself (its own servers do that). A STOP is not always the end, so the last
-    one counts; the token counts are running figures, so the last ones are true.
+    back, or that its own servers have answered. Of finish reasons and token counts the last ones
+    count, as seen in recordings: a STOP is not always the end, and counts are running figures.
     """
     reading = Reading()
     for chunk in chunks:
@@ -2138,7 +2027,7 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Event]:
         if exchange.prompt is None:
             exchange.prompt = read_usage(reading.usage)
         for part in expect(expect(candidate, "content", dict), "parts", list):
-            event = read_part(part, reading)
+            event = reading.read_part(part)
             if event is not None:
                 yield event
     usage = read_usage(reading.usage)
@@ -2160,7 +2049,7 @@ class Reading:
         self.reason = self.message = self.blocked = ""
         self.pieces: list[tuple[str, bool]] = []  # (text, whether it is Gemini's own, not ours)
         self.calls: list[ToolCall] = []
-        self.hosted: list[JSON] = []  # parts of Gemini's own tools, for the call that comes next
+        self.hosted: list[Part] = []  # parts of Gemini's own tools, for the call that comes next
         self.answered: set[str] = set()  # functions that Gemini's servers have answered
 
     def read_chunk(self, chunk: JSON) -> JSON:
@@ -2171,93 +2060,81 @@ class Reading:
         candidate = first_candidate(chunk)
         self.reason = str(candidate.get("finishReason") or "") or self.reason
         self.message = expect(candidate, "finishMessage", str) or self.message
-        for key in GROUNDING & candidate.keys():
-            values = expect(candidate, key, dict).items()
-            self.grounding.update({name: value for name, value in values if value})
+        for key in ("groundingMetadata", "citationMetadata"):
+            self.grounding.update(given(**expect(candidate, key, dict)))
         return candidate
 
-    def end(self, calls: bool, usage: Usage) -> End:
-        finish = FINISHES.get(self.reason, "stop") if self.reason else "filter"
-        queries = get_or_empty(self.grounding, "webSearchQueries", list)
-        citations = read_citations(self.pieces, self.grounding)
-        return End(
-            finish,
-            calls,
-            self.reason or self.blocked,
-            self.message,
-            usage,
-            citations,
-            tuple(query for query in queries if type(query) is str),
-        )
-
-
-def read_part(part: Any, reading: Reading) -> Text | Media | None:
-    """The event of one part; None where it has nothing for the client yet."""
-    if type(part) is not dict:
-        raise invalid_answer("a part is no object")
-    if "text" in part:
-        text = expect(part, "text", str)
-        thought = part.get("thought") is True
-        return text_event(text, thought, True, reading)
-    if "functionCall" in part:
-        reading.calls.append(read_call(part)._replace(before=tuple(reading.hosted)))
-        reading.hosted = []
-    elif "functionResponse" in part:
-        response = expect(part, "functionResponse", dict)
-        reading.answered.add(expect(response, "name", str))
-    elif HOSTED_PARTS & part.keys():
-        reading.hosted.append(part)
-    elif part.get("thought"):
+    def read_part(self, part: Any) -> Text | Media | None:
+        """The event of one part; None where it has nothing for the client yet."""
+        if not isinstance(part, dict):
+            raise invalid_answer("a part is no object")
+        if "text" in part:
+            return self.text(expect(part, "text", str), part.get("thought") is True)
+        if "functionCall" in part:
+            self.calls.append(read_call(part, tuple(self.hosted)))
+            self.hosted = []
+        elif "functionResponse" in part:
+            response = expect(part, "functionResponse", dict)
+            self.answered.add(expect(response, "name", str))
+        elif HOSTED_PARTS & part.keys():
+            self.hosted.append(part)
+        elif not part.get("thought"):
+            return self.read_output(part)
         return None
-    elif "inlineData" in part:
-        data = expect(part, "inlineData", dict)
-        return Media(expect(data, "mimeType", str), expect(data, "data", str))
-    elif "executableCode" in part:
-        code = expect(part, "executableCode", dict)
-        language = expect(code, "language", str).lower()
-        return text_event(fenced(expect(code, "code", str), language), False, False, reading)
-    elif "codeExecutionResult" in part:
+
+    def read_output(self, part: Part) -> Text | Media | None:
+        """Media, and code that Gemini ran, as Markdown: the protocols have no part for it."""
+        if "inlineData" in part:
+            data = expect(part, "inlineData", dict)
+            return Media(expect(data, "mimeType", str), expect(data, "data", str))
+        if "executableCode" in part:
+            code = expect(part, "executableCode", dict)
+            language = expect(code, "language", str).lower()
+            return self.text(fenced(expect(code, "code", str), language), own=False)
         output = expect(expect(part, "codeExecutionResult", dict), "output", str)
-        return text_event(output and fenced(output), False, False, reading)
-    return None
+        return self.text(output and fenced(output), own=False)
+
+    def text(self, text: str, thought: bool = False, own: bool = True) -> Text | None:
+        """The event of a text, in which citations count; `own` is whether Gemini wrote it so."""
+        if not text:
+            return None
+        if not thought:
+            self.pieces.append((text, own))
+        return Text(text, thought)
+
+    def end(self, calls: bool, usage: Usage) -> End:
+        finish = FINISHES.get(self.reason, "stop")
+        searches = get_or_empty(self.grounding, "webSearchQueries", list)
+        queries = tuple(query for query in searches if isinstance(query, str))
+        citations = read_citations(self.pieces, self.grounding)
+        reason = self.reason or self.blocked
+        return End(finish, calls, reason, self.message, usage, citations, queries)
 
 
-def text_event(text: str, thought: bool, own: bool, reading: Reading) -> Text | None:
-    """The event of a text, which citations count in; `own` is whether Gemini wrote it so."""
-    if not text:
-        return None
-    if not thought:
-        reading.pieces.append((text, own))
-    return Text(text, thought)
-
-
-def read_call(part: JSON) -> ToolCall:
+def read_call(part: Part, before: tuple[Part, ...]) -> ToolCall:
     call = expect(part, "functionCall", dict)
-    signature = expect(part, "thoughtSignature", str)
+    signature = expect(part, "thoughtSignature", str) or None
     if signature and not is_base64(signature):
         raise invalid_answer("thoughtSignature is not base64")
-    return ToolCall(expect(call, "name", str), expect(call, "args", dict), signature or None)
+    name, args = expect(call, "name", str), expect(call, "args", dict)
+    return ToolCall(name, args, signature, before=before)
 
 
 def fenced(text: str, language: str = "") -> str:
-    """Code that Gemini ran, or what it printed, as Markdown: the protocols have no part for it."""
     return "\n```{}\n{}\n```\n".format(language, text.rstrip("\n"))
 
 
 def read_usage(usage: JSON) -> Usage:
-    """The token counts of a usageMetadata. Thoughts are output, and results of Gemini's own tools are prompt."""
+    """The token counts of a usageMetadata: thoughts are output, tools' results are prompt."""
 
-    def count(key: str) -> int:
-        value = usage.get(key)
-        return value if type(value) is int and value > 0 else 0
+    def count(key: str, fields: JSON = usage) -> int:
+        number: int = get_or_empty(fields, key, int)
+        return max(0, number)
 
     def audio_tokens(key: str) -> int:
-        details = [
-            detail
-            for detail in get_or_empty(usage, key, list)
-            if get_or_empty(detail, "modality", str) == "AUDIO"
-        ]
-        return sum(max(0, get_or_empty(detail, "tokenCount", int)) for detail in details)
+        details = get_or_empty(usage, key, list)
+        audio = [item for item in details if get_or_empty(item, "modality", str) == "AUDIO"]
+        return sum(count("tokenCount", item) for item in audio)
 
     thoughts = count("thoughtsTokenCount")
     return Usage(
@@ -2271,14 +2148,9 @@ def read_usage(usage: JSON) -> Usage:
 
 
 def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Citation]:
-    """The sources of an answer. Gemini counts in bytes of its own text, a Citation in characters of ours."""
-    said = "".join(text for text, own in pieces if own).encode("utf-8", "surrogatepass")
-    sources = [
-        next((source for source in chunk.values() if get_or_empty(source, "uri", str)), {})
-        if type(chunk) is dict
-        else {}
-        for chunk in get_or_empty(grounding, "groundingChunks", list)
-    ]
+    """The sources of an answer. Gemini counts bytes of its text, a Citation characters of ours."""
+    own_text = "".join(text for text, own in pieces if own).encode("utf-8", "surrogatepass")
+    sources = [grounding_source(item) for item in get_or_empty(grounding, "groundingChunks", list)]
     spans = [
         (get_or_empty(support, "segment", dict), sources[i])
         for support in get_or_empty(grounding, "groundingSupports", list)
@@ -2286,36 +2158,42 @@ def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Cita
         if type(i) is int and 0 <= i < len(sources)
     ]
     spans += [(source, source) for source in get_or_empty(grounding, "citationSources", list)]
-    found = []
+    citations: list[Citation] = []
     for span, source in spans:
-        url, (start, end) = get_or_empty(source, "uri", str), span_of(span, said)
+        url = get_or_empty(source, "uri", str)
         if url:
-            title = get_or_empty(source, "title", str) or url
-            found.append(
-                Citation(character(start, said, pieces), character(end, said, pieces), url, title)
-            )
-    return found
+            start, end = (character(i, own_text, pieces) for i in span_of(span, own_text))
+            citations.append(Citation(start, end, url, get_or_empty(source, "title", str) or url))
+    return citations
 
 
-def span_of(span: JSON, said: bytes) -> tuple[int, int]:
-    """Where a segment begins and ends in the text, in bytes; by its own words where the numbers do not fit them."""
+def grounding_source(item: Any) -> JSON:
+    """The source in one of the groundingChunks, which is under "web", "maps" or the like, or {}."""
+    if not isinstance(item, dict):
+        return {}
+    return next((source for source in item.values() if get_or_empty(source, "uri", str)), {})
+
+
+def span_of(span: JSON, own_text: bytes) -> tuple[int, int]:
+    """The bytes where a segment begins and ends; by its words where the numbers do not fit them."""
     start, end = get_or_empty(span, "startIndex", int), get_or_empty(span, "endIndex", int)
     words = get_or_empty(span, "text", str).encode("utf-8", "surrogatepass")
-    if words and said[start:end] != words and words in said:
-        start = said.index(words)
+    if words and own_text[start:end] != words and words in own_text:
+        start = own_text.index(words)
         end = start + len(words)
     return max(0, start), max(0, end)
 
 
-def character(offset: int, said: bytes, pieces: list[tuple[str, bool]]) -> int:
+def character(offset: int, own_text: bytes, pieces: list[tuple[str, bool]]) -> int:
     """The character of the answer that stands at a byte of Gemini's own text."""
-    left, at = len(said[:offset].decode("utf-8", "ignore")), 0
+    left, position = len(own_text[:offset].decode("utf-8", "ignore")), 0
     for text, own in pieces:
-        if own and left <= len(text):
-            return at + left
-        at += len(text)
-        left -= len(text) if own else 0
-    return at
+        if own:
+            if left <= len(text):
+                return position + left
+            left -= len(text)
+        position += len(text)
+    return position
 
 
 # ======================================================================================
@@ -2685,7 +2563,7 @@ def chat_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder, bod
             raise wrong_type(tool.path_of(wrapper), (dict,), None)
         function = tool.object(wrapper) or tool
         chat_function(function, builder, kind == "custom", namespace, note)
-        builder.strict = builder.strict or bool(function.get("strict", bool))
+        builder.strict |= bool(function.get("strict", bool))
 
 
 # OpenAI's own tools that Gemini has too, by the beginning of their types, which end in dates.
@@ -5547,34 +5425,29 @@ OLLAMA = Protocol("ollama", OLLAMA_ROUTES, ollama_error, lambda error: ollama_er
 
 # ---- content blocks ----
 
-CONTENT_HOMES = {
-    "tool_use": "assistant",
-    "tool_result": "user",
-}  # blocks that only one role may say
+BLOCK_ROLES = {"tool_use": "assistant", "tool_result": "user"}  # who may send them
 
 
 def anthropic_text_part(block: Fields, model: Model) -> list[Part]:
-    block.mark_read("citations")  # of an answer that comes back; Gemini has its text
+    block.mark_read("citations")  # of an earlier answer; Gemini gets its text
     return [text_part(block.require("text", str))]
 
 
 def anthropic_source_parts(block: Fields, model: Model, name: str | None = None) -> list[Part]:
-    """The parts of a picture or a document, wherever its source says that it is."""
+    """The parts of an image or a document, by the type of its source."""
     block.require("source", dict)
-    source = block.object("source")
+    source = block.object_or_empty("source")
     kind = source.require("type", str)
     if kind == "base64":
-        return [
-            media_part(
-                source.require("data", str), source.get("media_type", str), source.path_of("data")
-            )
-        ]
+        data, mime = source.require("data", str), source.get("media_type", str)
+        return [media_part(data, mime, source.path_of("data"))]
     if kind == "url":
         return [source_part(source.require("url", str), None, source.path_of("url"), name)]
     if kind == "text":
         source.mark_read("media_type")
         return [text_part(source.require("data", str))]
     if kind == "content":
+        source.require("content", str, list)
         return anthropic_parts(source, "content", model)
     if kind == "file":
         source.require("file_id", str)
@@ -5583,56 +5456,41 @@ def anthropic_source_parts(block: Fields, model: Model, name: str | None = None)
 
 
 def anthropic_document_parts(block: Fields, model: Model) -> list[Part]:
-    """A document after its title and context; one behind a URL is a PDF, unless its name says otherwise."""
-    told = [block.get(key, str) for key in ("title", "context")]
-    head = "\n".join(filter(None, told))
-    return ([text_part(head + ":\n")] if head else []) + anthropic_source_parts(
-        block, model, "document.pdf"
-    )
+    """A document after its title and context. A URL without an ending is taken for a PDF."""
+    head = "\n".join(filter(None, [block.get("title", str), block.get("context", str)]))
+    parts = anthropic_source_parts(block, model, "document.pdf")
+    if head:
+        parts.insert(0, text_part(head + ":\n"))
+    return parts
 
 
 def anthropic_search_parts(block: Fields, model: Model) -> list[Part]:
-    """A search result of the client's own."""
+    """A result of the client's own search."""
     head = f"{block.get('title', str) or ''} ({block.get('source', str) or ''}):\n"
+    block.require("content", str, list)
     return [text_part(head), *anthropic_parts(block, "content", model)]
 
 
 def anthropic_reference_part(block: Fields, model: Model) -> list[Part]:
-    """A tool that a search for tools found: all of them are declared from the start."""
+    """A tool that a search for tools returned. Gemini knows all tools from the start."""
     return [text_part(block.require("tool_name", str))]
 
 
 def anthropic_call_part(block: Fields, model: Model) -> list[Part]:
     block.mark_read("caller")
-    id = block.require("id", str)
-    signature = split_signed_id(id)[1]
-    return [
-        call_part(
-            block.require("name", str),
-            block.get("input", dict) or {},
-            strip_signature(id),
-            signature or None,
-        )
-    ]
+    call_id, signature = split_signed_id(block.require("id", str))
+    name = block.require("name", str)
+    return [call_part(name, block.get("input", dict) or {}, call_id, signature)]
 
 
 def anthropic_result_part(block: Fields, model: Model) -> list[Part]:
-    """A tool's result: a text, or blocks of it."""
-    parts = (
-        anthropic_parts(block, "content", model, "tool") if block.get("content", str, list) else []
-    )
-    return [
-        result_of_parts(
-            None,
-            parts,
-            strip_signature(block.require("tool_use_id", str)),
-            bool(block.get("is_error", bool)),
-        )
-    ]
+    parts = anthropic_parts(block, "content", model, "tool")
+    call_id = strip_signature(block.require("tool_use_id", str))
+    return [result_of_parts(None, parts, call_id, bool(block.get("is_error", bool)))]
 
 
 def anthropic_thought(block: Fields, model: Model) -> list[Part]:
-    """Thoughts do not go back; the signature that rides in their block is taken by anthropic_parts."""
+    """Thoughts are not sent to Gemini; anthropic_parts takes the signature of their block."""
     block.mark_read("thinking", "signature", "data")
     return []
 
@@ -5651,67 +5509,60 @@ ANTHROPIC_BLOCKS: dict[str, Callable[[Fields, Model], list[Part]]] = {
 
 
 def anthropic_parts(message: Fields, key: str, model: Model, role: str = "") -> list[Part]:
-    """The parts of a content: a string, or a list of blocks. What Anthropic's own servers did is told as ignored.
-
-    A signature in a thinking block belongs to the next call of the message.
-    """
-    content = message.require(key, str, list)
-    if type(content) is str:
-        return [text_part(content)] if content else []
+    """The parts of a content, which is a string, a list of blocks, or nothing."""
+    content = message.get(key, str, list)
+    if not content:
+        return []
+    if isinstance(content, str):
+        return [text_part(content)]
     parts: list[Part] = []
     signature = ""
     for block in message.objects(key):
         kind = block.require("type", str)
-        if kind not in ANTHROPIC_BLOCKS:
+        if kind not in ANTHROPIC_BLOCKS:  # such as those of tools on Anthropic's servers
             block.ignore(re.sub(r"\[\d+\]", "[]", block.path) + "." + kind)
             block.mark_read(*block.data)
             continue
-        if CONTENT_HOMES.get(kind, role) != role:
-            raise wrong_value(
-                block.path_of("type"),
-                f"Invalid value for '{block.path_of('type')}': {kind} blocks can only stand "
-                f"in messages of role '{CONTENT_HOMES[kind]}'.",
-            )
+        if BLOCK_ROLES.get(kind, role) != role:
+            path, home = block.path_of("type"), BLOCK_ROLES[kind]
+            problem = f"{kind} blocks can only stand in messages of role '{home}'."
+            raise wrong_value(path, f"Invalid value for '{path}': {problem}")
         if block.data.get("citations") == {"enabled": False}:
             block.mark_read("citations")
-        made = ANTHROPIC_BLOCKS[kind](block, model)
+        block_parts = ANTHROPIC_BLOCKS[kind](block, model)
         if kind == "thinking":
-            signature = anthropic_signature(block) or signature
-        elif kind == "tool_use" and signature:
-            made[0]["thoughtSignature"], signature = signature, ""
-        parts += made
+            signature = thinking_signature(block) or signature
+        elif kind == "tool_use" and signature:  # which came before the message's next call
+            block_parts[0]["thoughtSignature"] = signature
+            signature = ""
+        parts += block_parts
     return parts
 
 
-def anthropic_signature(block: Fields) -> str:
-    """The signature of Gemini's in a thinking block, or "" where there is none."""
-    found = get_or_empty(block.data, "signature", str)
-    return found if len(found) > 8 and is_base64(found) else ""
+def thinking_signature(block: Fields) -> str:
+    """Gemini's signature in a thinking block; "" where there is none."""
+    signature: str = get_or_empty(block.data, "signature", str)
+    return signature if len(signature) > 8 and is_base64(signature) else ""
 
 
+# Claude Code begins its instructions with this line for Anthropic's servers. It is no instruction,
+# and may change from one request to the next.
+BILLING_HEADER = "x-anthropic-billing-header:"
 ANTHROPIC_ROLES = ("user", "assistant", "system")
-BILLING = "x-anthropic-billing-header:"  # Claude Code puts this line for Anthropic's servers before its instructions
-
-
-def anthropic_system(body: Fields, model: Model) -> list[Part]:
-    """The system's parts, but for what is no instruction, and may change from one request to the next."""
-    parts = (
-        anthropic_parts(body, "system", model, "system") if body.get("system", str, list) else []
-    )
-    said = [part for part in parts if not part.get("text", "").startswith(BILLING)]
-    if len(said) < len(parts):
-        body.ignore("system[]." + BILLING[:-1])
-    return said
 
 
 def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
-    """(the system's parts, the turns). What the system says between the turns stays there, marked as its own."""
-    system = anthropic_system(body, model)
+    """(the system's parts, the turns). System messages between turns stay there, marked as such."""
+    parts = anthropic_parts(body, "system", model, "system")
+    system = [part for part in parts if not part.get("text", "").startswith(BILLING_HEADER)]
+    if len(system) < len(parts):
+        body.ignore("system[]." + BILLING_HEADER[:-1])
     contents: list[JSON] = []
     for message in body.objects("messages"):
         role = message.require("role", str)
         if role not in ANTHROPIC_ROLES:
             raise message.unknown_choice("role", role, ANTHROPIC_ROLES)
+        message.require("content", str, list)
         parts = anthropic_parts(message, "content", model, role)
         if role == "assistant":
             contents.append(model_turn(*parts))
@@ -5726,13 +5577,8 @@ def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]
 
 # ---- tools ----
 
-
-def object_schema(required: tuple[str, ...], **properties: JSON) -> JSON:
-    return {"type": "object", "properties": properties, "required": list(required)}
-
-
 TEXT_SCHEMA: JSON = {"type": "string"}
-EDIT_SCHEMAS = {
+EDIT_FIELDS: JSON = {
     "path": TEXT_SCHEMA,
     "file_text": {"type": "string", "description": "The whole text of a file to create"},
     "old_str": {"type": "string", "description": "The text to replace; it must occur exactly once"},
@@ -5750,72 +5596,62 @@ EDIT_SCHEMAS = {
 }
 
 
-def edit_schema(required: tuple[str, ...], *commands: str, lacks: str = "", **more: JSON) -> JSON:
-    """The schema of a tool that edits files by commands."""
-    fields = {key: value for key, value in EDIT_SCHEMAS.items() if key != lacks}
-    return object_schema(
-        required, command={"type": "string", "enum": list(commands)}, **fields, **more
-    )
+def edit_fields(*commands: str, **more: JSON) -> JSON:
+    """The fields of a tool that edits files, with these commands besides the usual four."""
+    words = ["view", "create", "str_replace", "insert", *commands]
+    return {"command": {"type": "string", "enum": words}, **EDIT_FIELDS, **more}
 
 
-EDITS = ("view", "create", "str_replace", "insert")
+OLD_EDIT_FIELDS = edit_fields("undo_edit")
+del OLD_EDIT_FIELDS["insert_text"]
 OLD_EDITOR = (
-    "View, create and edit text files. Insert takes the text to insert as new_str; undo_edit takes back the "
-    "last edit of a file.",
-    edit_schema(("command", "path"), *EDITS, "undo_edit", lacks="insert_text"),
+    "View, create and edit text files. Insert takes the text to insert as new_str; undo_edit takes "
+    "back the last edit of a file."
 )
+MEMORY_FIELDS = edit_fields("delete", "rename", old_path=TEXT_SCHEMA, new_path=TEXT_SCHEMA)
+MEMORY = (
+    "Keep and look up notes in files under /memories, which outlive this conversation. Look "
+    "there before you begin. Rename takes old_path and new_path, all else takes path."
+)
+BASH_FIELDS: JSON = {"command": TEXT_SCHEMA, "restart": {"type": "boolean"}}
+BASH = "Run a command in a persistent bash session, or restart that session."
 
-# Tools that Anthropic's models know and clients run: what they do, and what they take.
-# (platform.claude.com/docs/en/agents-and-tools/tool-use: bash-tool, text-editor-tool, memory-tool)
-ANTHROPIC_TOOLS: dict[str, tuple[str, JSON]] = {
-    "bash": (
-        "Run a command in a persistent bash session, or restart that session.",
-        object_schema((), command=TEXT_SCHEMA, restart={"type": "boolean"}),
-    ),
-    "text_editor_20241022": OLD_EDITOR,
-    "text_editor_20250124": OLD_EDITOR,
-    "text_editor": ("View, create and edit text files.", edit_schema(("command", "path"), *EDITS)),
-    "memory": (
-        "Keep and look up notes in files under /memories, which outlive this conversation. Look there before "
-        "you begin. Rename takes old_path and new_path, all else takes path.",
-        edit_schema(
-            ("command",), *EDITS, "delete", "rename", old_path=TEXT_SCHEMA, new_path=TEXT_SCHEMA
-        ),
-    ),
+# (description, fields, required fields) of tools that Claude knows and clients run:
+# https://platform.claude.com/docs/en/agents-and-tools/tool-use/overview
+ANTHROPIC_TOOLS: dict[str, tuple[str, JSON, list[str]]] = {
+    "bash": (BASH, BASH_FIELDS, []),
+    "text_editor_20241022": (OLD_EDITOR, OLD_EDIT_FIELDS, ["command", "path"]),
+    "text_editor_20250124": (OLD_EDITOR, OLD_EDIT_FIELDS, ["command", "path"]),
+    "text_editor": ("View, create and edit text files.", edit_fields(), ["command", "path"]),
+    "memory": (MEMORY, MEMORY_FIELDS, ["command"]),
 }
+HOSTED_BY_ANTHROPIC = {"web_search": "search", "code_execution": "code"}
 
 
 def anthropic_tools(body: Fields) -> Tools:
-    """The tools: the client's own, those whose schema is Anthropic's, and Gemini's in place of Anthropic's servers'."""
+    """The client's own tools, those with a schema of Anthropic's, and Gemini's for hosted ones."""
     builder = ToolBuilder()
     for tool in body.objects("tools"):
-        anthropic_tool(tool, builder)
+        kind = tool.get("type", str) or "custom"
+        family = re.sub(r"_\d{8}$", "", kind)  # types end in a date
+        known = ANTHROPIC_TOOLS.get(kind) or ANTHROPIC_TOOLS.get(family)
+        tool.mark_read("eager_input_streaming", "defer_loading")  # about when Claude sees it
+        if kind == "custom":
+            name, description = function_name(tool), tool.get("description", str)
+            schema = tool.get("input_schema", dict)
+            builder.declare(tool, name, function_declaration(name, description, schema))
+            builder.strict |= bool(tool.get("strict", bool))
+        elif known:
+            name, (description, fields, required) = tool.require("name", str), known
+            schema = {"type": "object", "properties": fields, "required": required}
+            builder.declare(tool, name, function_declaration(name, description, schema))
+        elif family in HOSTED_BY_ANTHROPIC:
+            tool.mark_read("name")
+            builder.hosted[HOSTED_BY_ANTHROPIC[family]] = f"tools[].{kind}"
+        else:
+            tool.ignore(f"tools[].{kind}")
+            tool.mark_read(*tool.data)
     return builder.tools()
-
-
-ANTHROPIC_HOSTED = {"web_search": "search", "code_execution": "code"}
-
-
-def anthropic_tool(tool: Fields, builder: ToolBuilder) -> None:
-    """Add one tool; what Gemini has nothing for is named as ignored."""
-    kind = tool.get("type", str) or "custom"
-    family = re.sub(r"_\d{8}$", "", kind)
-    known = ANTHROPIC_TOOLS.get(kind) or ANTHROPIC_TOOLS.get(family)
-    tool.mark_read("eager_input_streaming", "defer_loading")  # about when Claude sees it
-    if kind == "custom":
-        name, description = function_name(tool), tool.get("description", str)
-        schema = tool.get("input_schema", dict)
-        builder.declare(tool, name, function_declaration(name, description, schema))
-        builder.strict = builder.strict or bool(tool.get("strict", bool))
-    elif known:
-        name = tool.require("name", str)
-        builder.declare(tool, name, function_declaration(name, *known))
-    elif family in ANTHROPIC_HOSTED:
-        tool.mark_read("name")
-        builder.hosted[ANTHROPIC_HOSTED[family]] = f"tools[].{kind}"
-    else:
-        tool.ignore(f"tools[].{kind}")
-        tool.mark_read(*tool.data)
 
 
 def anthropic_tool_choice(body: Fields, tools: Tools) -> ToolChoice:
@@ -5827,18 +5663,17 @@ def anthropic_tool_choice(body: Fields, tools: Tools) -> ToolChoice:
     parallel = not choice.get("disable_parallel_tool_use", bool)
     if kind in ("auto", "none"):
         return ToolChoice(TOOL_CHOICES[kind], (), parallel)
-    name = choice.require("name", str) if kind == "tool" else ""
-    if name in tools.names.values():
-        return ToolChoice("ANY", (name,), parallel)
     if kind == "any" and tools.declarations:
         return ToolChoice("ANY", (), parallel)
-    listed = [get_or_empty(tool, "name", str) for tool in body.data.get("tools") or ()]
-    if name and name not in listed:
-        raise wrong_value(
-            choice.path_of("name"),
-            f"Invalid value for '{choice.path_of('name')}': no tool {name[:80]!r} is among "
-            "the tools.",
-        )
+    if kind == "tool":
+        name = choice.require("name", str)
+        if name in tools.names.values():
+            return ToolChoice("ANY", (name,), parallel)
+        listed = [get_or_empty(tool, "name", str) for tool in body.data.get("tools") or ()]
+        if name and name not in listed:
+            path = choice.path_of("name")
+            problem = f"no tool {name[:80]!r} is among the tools."
+            raise wrong_value(path, f"Invalid value for '{path}': {problem}")
     body.ignore("tool_choice")  # Gemini cannot be made to use its own tools
     return ToolChoice(parallel=parallel)
 
@@ -5864,7 +5699,7 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
     model = model_named(model_name, context)
     if not body.require("messages", list):
         raise wrong_value("messages", "messages: at least one message is required")
-    anthropic_thread(body)
+    refuse_continued_thread(body)
     system, contents = anthropic_turns(body, model)
     tools = anthropic_tools(body)
     choice = anthropic_tool_choice(body, tools)
@@ -5872,34 +5707,20 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
         tools = tools._replace(search="", code="")
     output = body.object_or_empty("output_config")
     sampling = anthropic_sampling(body, model)
-    thinking, blocks = anthropic_thinking(body, output)
-    chat = Chat(
-        model,
-        system,
-        contents,
-        tools,
-        choice,
-        thinking,
-        sampling,
-        anthropic_format(body, output),
-        recipe=recipe_named(model_name, context),
-        stream=stream,
-    )
-    calls = (chat_call(chat, body),)
-    return Plan(calls, stream, AnthropicOptions(blocks), model_name, chat=chat)
+    thinking, takes_blocks = anthropic_thinking(body, output)
+    schema = anthropic_schema(body, output)
+    chat = Chat(model, system, contents, tools, choice, thinking, sampling, schema)
+    chat = chat._replace(recipe=recipe_named(model_name, context), stream=stream)
+    options = AnthropicOptions(takes_blocks)
+    return Plan((chat_call(chat, body),), stream, options, model_name, chat=chat)
 
 
-def anthropic_thread(body: Fields) -> None:
-    """Nothing is kept here between two requests: a client that relies on it is told to send the whole conversation."""
-    thread = body.data.get("thread")
-    if get_or_empty(thread, "type", str) == "continue":
-        raise ProxyError(
-            404,
-            "No conversation is kept on this server: send all of its messages, with thread "
-            '{"type": "create"}.',
-            code="thread_not_found",
-            path="thread",
-        )
+def refuse_continued_thread(body: Fields) -> None:
+    """No thread is kept between two requests. (The tool_runner of anthropic 2.x sends `thread`.)"""
+    if get_or_empty(body.data.get("thread"), "type", str) == "continue":
+        hint = 'send all of its messages, with thread {"type": "create"}.'
+        message = f"No conversation is kept on this server: {hint}"
+        raise ProxyError(404, message, code="thread_not_found", path="thread")
 
 
 def anthropic_sampling(body: Fields, model: Model) -> JSON:
@@ -5907,21 +5728,13 @@ def anthropic_sampling(body: Fields, model: Model) -> JSON:
     if limit and limit > model.max_output:
         body.ignore(f"max_tokens>{model.max_output}")
         limit = model.max_output
-    return sampling_config(
-        body.number("temperature", 0, 2),
-        body.number("top_p", 0, 1),
-        body.get("top_k", int),
-        limit,
-        stops=stop_sequences(body, "stop_sequences"),
-    )
+    temperature, top_p = body.number("temperature", 0, 2), body.number("top_p", 0, 1)
+    top_k, stops = body.get("top_k", int), stop_sequences(body, "stop_sequences")
+    return sampling_config(temperature, top_p, top_k, limit, stops=stops)
 
 
 def anthropic_thinking(body: Fields, output: Fields) -> tuple[Thinking, bool]:
-    """(how to think, whether the client takes thinking blocks).
-
-    Without `thinking` the model thinks in its own way within the limit, and shows nothing of it. An
-    effort counts for more than a budget, which only the older models know.
-    """
+    """(how to think, whether the client takes thinking blocks); none without `thinking`."""
     effort = output.choice("effort", *EFFORTS)
     thinking = body.object("thinking")
     if thinking is None:
@@ -5933,15 +5746,16 @@ def anthropic_thinking(body: Fields, output: Fields) -> tuple[Thinking, bool]:
     return Thinking(effort, budget, show, field="thinking"), True
 
 
-def anthropic_format(body: Fields, output: Fields) -> JSON | None:
-    """The schema of the answer, None where it is text: `output_config.format`, or `output_format` in older clients."""
-    wanted = output.object("format") or body.object("output_format")
-    if wanted is None:
+def anthropic_schema(body: Fields, output: Fields) -> JSON | None:
+    """The schema of a JSON answer: `output_config.format`, or `output_format` in older clients."""
+    form = output.object("format") or body.object("output_format")
+    if form is None:
         return None
-    kind = wanted.require("type", str)
+    kind = form.require("type", str)
     if kind != "json_schema":
-        raise wanted.unknown_choice("type", kind, ("json_schema",))
-    return wanted.require("schema", dict)
+        raise form.unknown_choice("type", kind, ("json_schema",))
+    schema: JSON = form.require("schema", dict)
+    return schema
 
 
 # ---- the answer ----
@@ -5950,173 +5764,150 @@ ANTHROPIC_STOPS = {"length": "max_tokens", "filter": "refusal"}  # else "end_tur
 
 
 def anthropic_usage(usage: Usage, queries: tuple[str, ...] = ()) -> JSON:
-    """Anthropic counts what came from a cache beside the rest of the input, not within it."""
-    return {
+    """Anthropic counts cached tokens beside the rest of the input, not within it."""
+    counts: JSON = {
         "input_tokens": max(0, usage.prompt - usage.cached),
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": usage.cached,
         "output_tokens": usage.output,
         "output_tokens_details": {"thinking_tokens": usage.thoughts},
-        **(
-            {"server_tool_use": {"web_search_requests": len(queries), "web_fetch_requests": 0}}
-            if queries
-            else {}
-        ),
     }
+    if queries:
+        counts["server_tool_use"] = {"web_search_requests": len(queries), "web_fetch_requests": 0}
+    return counts
 
 
 def anthropic_ending(end: End) -> JSON:
-    """How a message ended. Gemini does not tell which stop sequence it came to, nor whether it was one."""
-    told = end.message or f"Gemini ended its answer: {end.reason}"
-    refusal = {"type": "refusal", "category": None, "explanation": told}
-    return {
-        "stop_reason": ANTHROPIC_STOPS.get(end.finish) or ("tool_use" if end.calls else "end_turn"),
-        "stop_sequence": None,
-        **({"stop_details": refusal} if end.finish == "filter" else {}),
-        **native_finish(end),
-    }
+    """How a message ended. Gemini does not say whether it met a stop sequence, nor which one."""
+    default = "tool_use" if end.calls else "end_turn"
+    reason = ANTHROPIC_STOPS.get(end.finish, default)
+    ending: JSON = {"stop_reason": reason, "stop_sequence": None}
+    if reason == "refusal":
+        explanation = end.message or f"Gemini ended its answer: {end.reason}"
+        ending["stop_details"] = {"type": reason, "category": None, "explanation": explanation}
+    return {**ending, **native_finish(end)}
 
 
-# The blocks of an answer as they begin, and the key of each that grows.
-TEXT_BLOCK: JSON = {"type": "text", "text": ""}
-THINKING_BLOCK: JSON = {"type": "thinking", "thinking": "", "signature": ""}
-GROWING = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature"}
+# Blocks that grow, as they begin. Neighbours of one such type are one block; calls never join.
+GROWING_BLOCKS: dict[str, JSON] = {
+    "text": {"text": ""},
+    "thinking": {"thinking": "", "signature": ""},
+}
 
 
-def anthropic_pieces(
-    events: Iterable[Event], exchange: Exchange
-) -> Iterator[tuple[JSON | None, Any]]:
-    """(a block as it begins, a delta or None), piece after piece; then (None, the End).
+def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tuple[str, JSON]]:
+    """(type, fields) of each block, or piece of a growing one; at last those of the message_delta.
 
-    A signature rides in the thinking block before its call, where the client takes one: it must send that back.
+    A signature travels in a thinking block before its call: clients must send such blocks back.
+    https://platform.claude.com/docs/en/build-with-claude/extended-thinking
     """
+    options: AnthropicOptions = exchange.options
     texts: list[str] = []
     for event in events:
         if isinstance(event, Text) and event.thought:
-            yield THINKING_BLOCK, {"type": "thinking_delta", "thinking": event.text}
+            yield "thinking", {"thinking": event.text}
         elif isinstance(event, Text):
             texts.append(event.text)
-            yield TEXT_BLOCK, {"type": "text_delta", "text": event.text}
+            yield "text", {"text": event.text}
         elif isinstance(event, Media):
-            yield TEXT_BLOCK, {"type": "text_delta", "text": media_note(event)}
+            yield "text", {"text": media_note(event)}
         elif isinstance(event, ToolCall):
-            if event.signature and exchange.options.thinking:
-                yield THINKING_BLOCK, {"type": "signature_delta", "signature": event.signature}
-            block = {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
-            yield block, {"type": "input_json_delta", "partial_json": encode_json(event.args)}
+            if event.signature and options.thinking:
+                yield "thinking", {"signature": event.signature}
+            yield "tool_use", {"id": event.id, "name": event.name, "input": event.args}
         else:
             yield from anthropic_searches(event, "".join(texts), exchange)
-            yield None, event
+            usage = anthropic_usage(event.usage, event.queries)
+            yield "message_delta", {"delta": anthropic_ending(event), "usage": usage}
 
 
-def anthropic_searches(end: End, text: str, exchange: Exchange) -> Iterator[tuple[JSON, Any]]:
-    """The citations of a text, and the search that they come from: Gemini tells of both when all is said."""
+def anthropic_searches(end: End, text: str, exchange: Exchange) -> Iterator[tuple[str, JSON]]:
+    """The citations of a text, then the searches behind them: Gemini reports both at the end."""
+    citations: list[JSON] = []
+    results: dict[str, JSON] = {}
     for citation in end.citations:
-        yield (
-            TEXT_BLOCK,
-            {
-                "type": "citations_delta",
-                "citation": {
-                    "type": "web_search_result_location",
-                    "cited_text": text[citation.start : citation.end],
-                    "url": citation.url,
-                    "title": citation.title,
-                    "encrypted_index": "",
-                },
-            },
-        )
-    sources = {citation.url: citation.title for citation in end.citations}
-    results = [
-        {
-            "type": "web_search_result",
-            "url": url,
-            "title": title,
-            "encrypted_content": "",
-            "page_age": None,
-        }
-        for url, title in sources.items()
-    ]
+        link = {"url": citation.url, "title": citation.title}
+        quote = {"cited_text": text[citation.start : citation.end], **link, "encrypted_index": ""}
+        citations.append({"type": "web_search_result_location", **quote})
+        page = {**link, "encrypted_content": "", "page_age": None}
+        results[citation.url] = {"type": "web_search_result", **page}
+    if citations:
+        yield "text", {"citations": citations}
     for query in end.queries:
-        id = exchange.new_id("srvtoolu_")
-        yield (
-            {"type": "server_tool_use", "id": id, "name": "web_search", "input": {}},
-            {"type": "input_json_delta", "partial_json": encode_json({"query": query})},
-        )
-        yield {"type": "web_search_tool_result", "tool_use_id": id, "content": results}, None
+        call_id = exchange.new_id("srvtoolu_")
+        yield "server_tool_use", {"id": call_id, "name": "web_search", "input": {"query": query}}
+        yield "web_search_tool_result", {"tool_use_id": call_id, "content": [*results.values()]}
+
+
+def anthropic_start(exchange: Exchange, answers: Answers) -> tuple[JSON, Iterator[Event]]:
+    """(the message as it begins, the answer's events). It waits for the first, or for a refusal."""
+    events = next(answers)
+    first = next(events)
+    message: JSON = {
+        "id": exchange.new_id("msg_"),
+        "type": "message",
+        "role": "assistant",
+        "model": exchange.model,
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": anthropic_usage(exchange.prompt or Usage()),
+    }
+    return message, itertools.chain([first], events)
 
 
 def anthropic_messages_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
-    """The events of a message: its start, its blocks one after the other, how it ended."""
-    events = next(answers)
-    first = next(events)  # a refusal of Gemini's comes before it, and so before all of this
-    yield {
-        "type": "message_start",
-        "message": {
-            "id": exchange.new_id("msg_"),
-            "type": "message",
-            "role": "assistant",
-            "model": exchange.model,
-            "content": [],
-            "stop_reason": None,
-            "stop_sequence": None,
-            "usage": anthropic_usage(exchange.prompt or Usage()),
-        },
-    }
-    pieces = anthropic_pieces(itertools.chain([first], events), exchange)
-    for index, (block, group) in enumerate(itertools.groupby(pieces, key=itemgetter(0))):
-        deltas = map(itemgetter(1), group)
-        if block is None:
-            yield from map(anthropic_message_delta, deltas)
-        else:
-            yield from anthropic_block_events(index, block, deltas)
+    """The events of a message: https://platform.claude.com/docs/en/build-with-claude/streaming"""
+    message, events = anthropic_start(exchange, answers)
+    yield {"type": "message_start", "message": message}
+    index, open_kind = -1, ""
+    for kind, fields in anthropic_pieces(events, exchange):
+        grows = kind == open_kind and kind in GROWING_BLOCKS
+        if open_kind and not grows:
+            yield {"type": "content_block_stop", "index": index}
+        if kind == "message_delta":
+            yield {"type": kind, **fields}
+            break
+        if not grows:
+            index, open_kind = index + 1, kind
+            block = {"type": kind, **GROWING_BLOCKS.get(kind, fields)}
+            if "input" in fields:
+                block["input"] = {}
+            yield {"type": "content_block_start", "index": index, "content_block": block}
+        for delta in anthropic_deltas(fields):
+            yield {"type": "content_block_delta", "index": index, "delta": delta}
     yield {"type": "message_stop"}
 
 
-def anthropic_block_events(index: int, block: JSON, deltas: Iterable[Any]) -> Iterator[JSON]:
-    """The events of one block; blocks are numbered and never overlap."""
-    yield {"type": "content_block_start", "index": index, "content_block": block}
-    yield from (
-        {"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas if delta
-    )
-    yield {"type": "content_block_stop", "index": index}
-
-
-def anthropic_message_delta(end: End) -> JSON:
-    return {
-        "type": "message_delta",
-        "delta": anthropic_ending(end),
-        "usage": anthropic_usage(end.usage, end.queries),
-    }
+def anthropic_deltas(fields: JSON) -> Iterator[JSON]:
+    """The deltas that add these fields to a block."""
+    for key, value in fields.items():
+        if key in ("text", "thinking", "signature"):
+            yield {"type": f"{key}_delta", key: value}
+        elif key == "input":
+            yield {"type": "input_json_delta", "partial_json": encode_json(value)}
+        elif key == "citations":
+            yield from ({"type": "citations_delta", "citation": citation} for citation in value)
 
 
 def anthropic_messages_response(exchange: Exchange, answers: Answers) -> JSON:
-    """The message that the events of a stream add up to."""
-    message: JSON = {}
-    for event in anthropic_messages_stream(exchange, answers):
-        kind = event["type"]
-        if kind == "message_start":
-            message = event["message"]
-        elif kind == "content_block_start":
-            message["content"].append(dict(event["content_block"]))
-        elif kind == "content_block_delta":
-            anthropic_grow(message["content"][-1], event["delta"])
-        elif kind == "message_delta":
-            message.update(event["delta"], usage=event["usage"])
-    return message
+    """The message that the events of the stream would add up to."""
+    message, events = anthropic_start(exchange, answers)
+    answer = whole(events)
+    *pieces, (_, ending) = anthropic_pieces([*answer.events, answer.end], exchange)
+    content: list[JSON] = []
+    for kind, fields in pieces:
+        if kind not in GROWING_BLOCKS:
+            content.append({"type": kind, **fields})
+            continue
+        if not content or content[-1]["type"] != kind:
+            content.append({"type": kind, **GROWING_BLOCKS[kind]})
+        for key, value in fields.items():  # texts, or a list of citations
+            content[-1][key] = content[-1].get(key, []) + value
+    return {**message, "content": content, **ending["delta"], "usage": ending["usage"]}
 
 
-def anthropic_grow(block: JSON, delta: JSON) -> None:
-    """Add a delta to its block."""
-    key = GROWING.get(delta["type"])
-    if key:
-        block[key] += delta[key]
-    elif delta["type"] == "input_json_delta":
-        block["input"] = json.loads(delta["partial_json"])
-    else:
-        block.setdefault("citations", []).append(delta["citation"])
-
-
-# ---- counting ----
+# ---- counting, errors, routes ----
 
 
 def anthropic_count_request(body: Fields, context: Context) -> Plan:
@@ -6130,9 +5921,8 @@ def anthropic_count_response(exchange: Exchange, answers: Answers) -> JSON:
     return {"input_tokens": read_count(answers)}
 
 
-# ---- errors and routes ----
-
-ANTHROPIC_TYPES = {
+ANTHROPIC_ERROR_TYPES = {
+    **dict.fromkeys(range(500, 600), "api_error"),
     401: "authentication_error",
     402: "billing_error",
     403: "permission_error",
@@ -6142,44 +5932,42 @@ ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
     529: "overloaded_error",
-}
+}  # else "invalid_request_error"
 
 
 def anthropic_error(error: ProxyError) -> tuple[int, JSON]:
     """Anthropic's form of an error: https://platform.claude.com/docs/en/api/errors
 
-    A 401 of Gemini's is not one of this server's, which would have clients ask for another key of their own.
+    A 401 of Gemini's becomes a 403: it is about the server's key, not about the client's.
     """
-    status, message = 403 if error.status == 401 and error.upstream else error.status, error.message
+    status, message = error.status, error.message
+    if status == 401 and error.upstream:
+        status = 403
     if error.code == "model_not_found" and error.model.startswith("claude"):
-        message += " To have one of Gemini's models answer to this name, start the server with -alias='claude-*=MODEL'."
-    kind = ANTHROPIC_TYPES.get(status) or (
-        "api_error" if status >= 500 else "invalid_request_error"
-    )
-    details = {"details": {"error_code": error.code}} if error.code == "thread_not_found" else {}
-    return status, {
-        "type": "error",
-        "error": {"type": kind, "message": message, **details},
-        "request_id": error.request_id,
-    }
+        hint = "start the server with -alias='claude-*=MODEL'."
+        message += f" To have one of Gemini's models answer to this name, {hint}"
+    kind = ANTHROPIC_ERROR_TYPES.get(status, "invalid_request_error")
+    body: JSON = {"type": kind, "message": message}
+    if error.code == "thread_not_found":
+        body["details"] = {"error_code": error.code}
+    return status, {"type": "error", "error": body, "request_id": error.request_id}
 
 
+ANTHROPIC_ROUTES = (
+    Route(
+        "POST",
+        "/v1/messages",
+        anthropic_messages_request,
+        anthropic_messages_response,
+        anthropic_messages_stream,
+        NAMED_SSE,
+        lambda exchange: {"type": "ping"},
+    ),
+    Route("POST", "/v1/messages/count_tokens", anthropic_count_request, anthropic_count_response),
+)
 ANTHROPIC = Protocol(
     "anthropic",
-    (
-        Route(
-            "POST",
-            "/v1/messages",
-            anthropic_messages_request,
-            anthropic_messages_response,
-            anthropic_messages_stream,
-            NAMED_SSE,
-            lambda exchange: {"type": "ping"},
-        ),
-        Route(
-            "POST", "/v1/messages/count_tokens", anthropic_count_request, anthropic_count_response
-        ),
-    ),
+    ANTHROPIC_ROUTES,
     anthropic_error,
     lambda error: anthropic_error(error)[1],
     ("request-id",),
@@ -6192,38 +5980,31 @@ ANTHROPIC = Protocol(
 
 
 def without_401(protocol: Protocol) -> Protocol:
-    """The protocol on an Ollama server, whose clients take a 401 for a missing sign-in at ollama.com."""
+    """The protocol for Ollama's clients, to whom a 401 means a missing sign-in at ollama.com."""
 
-    def error(error: ProxyError) -> tuple[int, Any]:
+    def error_body(error: ProxyError) -> tuple[int, Any]:
         status, body = protocol.error(error)
-        return 403 if status == 401 and error.upstream else status, body
+        if status == 401 and error.upstream:
+            status = 403
+        return status, body
 
-    return protocol._replace(error=error)
-
-
-def without_routes(protocol: Protocol, paths: tuple[str, ...]) -> Protocol:
-    """The protocol without the routes of these paths."""
-    return protocol._replace(
-        routes=tuple(route for route in protocol.routes if route.path not in paths)
-    )
+    return protocol._replace(error=error_body)
 
 
-# What of OpenAI's a real Ollama server does not mount.
+# Paths of OpenAI's that a real Ollama server does not mount, and the protocol as it mounts it.
 OPENAI_ONLY_PATHS = ("/v1/images/generations", "/v1/audio/speech", "/v1/audio/translations")
+SHARED_ROUTES = tuple(route for route in OPENAI.routes if route.path not in OPENAI_ONLY_PATHS)
+SHARED_OPENAI = without_401(OPENAI._replace(routes=SHARED_ROUTES))
 
-# What each -api mounts; the first protocol whose beginning fits a path tells of errors there.
+# What each -api mounts. The first protocol whose prefix fits a path writes its errors.
 MOUNTS: dict[str, tuple[tuple[str, Protocol], ...]] = {
     "openai": (("/", OPENAI),),
-    "ollama": (
-        ("/v1/messages", ANTHROPIC),
-        ("/v1", without_401(without_routes(OPENAI, OPENAI_ONLY_PATHS))),
-        ("/", OLLAMA),
-    ),
+    "ollama": (("/v1/messages", ANTHROPIC), ("/v1", SHARED_OPENAI), ("/", OLLAMA)),
 }
 
 
-class Found(NamedTuple):
-    """A route for a path, and what the path holds."""
+class RouteMatch(NamedTuple):
+    """A route for a path, and the values of the segments that it captures."""
 
     protocol: Protocol
     route: Route
@@ -6232,31 +6013,26 @@ class Found(NamedTuple):
 
 @functools.cache
 def path_pattern(path: str) -> Pattern[str]:
-    """A route's path as a pattern; the last captured segment may hold slashes, as model names do."""
+    """A route's path as a pattern. Its last segment may hold slashes, as model names do."""
     pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(path))
     return re.compile(re.sub(r"\[\^/\]\+\)$", ".+)", pattern) + r"\Z")
 
 
 def plain_path(path: str, api: str) -> str:
-    """The path as the routes spell it: users put /v1 into base URLs twice, or leave it out, or add slashes."""
-    path = re.sub(r"/{2,}", "/", "/" + path)
-    path = path.rstrip("/") or "/"
+    """The path as routes spell it: users write /v1 twice or never in base URLs, or add slashes."""
+    path = re.sub(r"/{2,}", "/", "/" + path).rstrip("/") or "/"
     path = re.sub(r"^(/v1)+(?=/|$)", "/v1", path)
-    if (
-        api == "openai"
-        and not path.startswith("/v1/")
-        and path not in ("/", "/healthz", "/metrics")
-    ):
-        path = "/v1" + path
-    return path
+    if api == "ollama" or path.startswith("/v1/") or path in ("/", "/healthz", "/metrics"):
+        return path
+    return "/v1" + path
 
 
 def protocol_of(api: str, path: str) -> Protocol:
-    """The protocol in which an error at this path is told."""
-    return next(protocol for beginning, protocol in MOUNTS[api] if path.startswith(beginning))
+    """The protocol that writes the errors at this path."""
+    return next(protocol for prefix, protocol in MOUNTS[api] if path.startswith(prefix))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def exact_routes(api: str) -> dict[tuple[str, str], tuple[Protocol, Route]]:
     return {
         (route.method, route.path): (protocol, route)
@@ -6265,31 +6041,29 @@ def exact_routes(api: str) -> dict[tuple[str, str], tuple[Protocol, Route]]:
     }
 
 
-def find_route(api: str, method: str, path: str) -> Found:
-    """The route for a method and a plain_path; a 404, or a 405 with Allow, where there is none. HEAD is like GET."""
-    method = "GET" if method == "HEAD" else method
+def find_route(api: str, method: str, path: str) -> RouteMatch:
+    """The route for a method and a plain_path; else a 404 or a 405 with Allow. HEAD is like GET."""
+    if method == "HEAD":
+        method = "GET"
     exact = exact_routes(api).get((method, path))
     if exact:
-        return Found(*exact, {})
-    allowed = []
-    for _, protocol in MOUNTS[api]:
-        for route in protocol.routes:
-            match = path_pattern(route.path).match(path)
-            if match and route.method == method:
-                params = {
-                    key: urllib.parse.unquote(value) for key, value in match.groupdict().items()
-                }
-                return Found(protocol, route, params)
-            allowed += [route.method] if match else []
-    if allowed:
-        allowed += ["HEAD"] if "GET" in allowed else []
-        raise ProxyError(
-            405,
-            f"Not allowed to {method[:20]} on {path[:200]}.",
-            code="method_not_supported",
-            headers={"Allow": ", ".join(dict.fromkeys(allowed))},
-        )
-    raise NoRouteError(404, f"Invalid URL ({method[:20]} {path[:200]})")
+        return RouteMatch(*exact, {})
+    allowed: list[str] = []
+    routes = [(protocol, route) for _, protocol in MOUNTS[api] for route in protocol.routes]
+    for protocol, route in routes:
+        match = path_pattern(route.path).match(path)
+        if match and route.method == method:
+            params = {key: urllib.parse.unquote(text) for key, text in match.groupdict().items()}
+            return RouteMatch(protocol, route, params)
+        if match:
+            allowed.append(route.method)
+    if not allowed:
+        raise NoRouteError(404, f"Invalid URL ({method[:20]} {path[:200]})")
+    if "GET" in allowed:
+        allowed.append("HEAD")
+    message = f"Not allowed to {method[:20]} on {path[:200]}."
+    headers = {"Allow": ", ".join(dict.fromkeys(allowed))}
+    raise ProxyError(405, message, code="method_not_supported", headers=headers)
 
 
 # ======================================================================================
@@ -7291,25 +7065,30 @@ class Gemini:
         return CallBatch(self, calls, waiter, key)
 
     def signed(self, call: GeminiCall, key: str) -> GeminiCall:
-        """The call with what its history lost, but for what other generations of models gave."""
+        """The call with what its history lost."""
         if call.model is None:
             return call
-        scope, generation = scope_of(key), str(generation_number(call.model))
+        keys = signature_keys(call, scope_of(key))
+        if not keys:
+            return call
+        known = [self.known_call(call_key, key, call.model) for call_key in keys]
+        signed, origins = restore_signatures(call, known)
+        for origin in origins:
+            self.count("signatures_total", origin)
+        return signed
 
-        def recall(call_id: str | None, digest: str, name: str) -> KnownCall:
-            text = self.memory.get(f"{scope}:call:{call_id}", digest)
-            if not text:
-                return KnownCall()
-            words = text.split(" ", 3)  # as remember() joined them
-            if words[:2] != [generation, name]:
-                self.count("signatures_total", "foreign")
-                return KnownCall()
-            if len(words) == 3:
-                return KnownCall(words[2])
-            return KnownCall(words[2], tuple(json.loads(words[3])))
-
-        count = functools.partial(self.count, "signatures_total")
-        return restore_signatures(call, scope, recall, count)
+    def known_call(self, call_key: CallKey, key: str, model: Model) -> KnownCall:
+        """What is kept of a tool call, unless another generation of models gave it."""
+        text = self.memory.get(f"{scope_of(key)}:call:{call_key.id}", call_key.digest)
+        if not text:
+            return KnownCall()
+        words = text.split(" ", 3)  # as remember() joined them
+        if words[:2] != [str(generation_number(model)), call_key.name]:
+            self.count("signatures_total", "foreign")
+            return KnownCall()
+        if len(words) == 3:
+            return KnownCall(words[2])
+        return KnownCall(words[2], tuple(json.loads(words[3])))
 
     def remember(self, call: GeminiCall, key: str, calls: list[ToolCall]) -> list[str]:
         """New ids for the tool calls in an answer; what Gemini wants back is put under them."""
@@ -7971,7 +7750,7 @@ class RequestCycle:
             self.key = upstream_key(self.head, server.config)
             self.answer(match.route, self.plan(match, query))
 
-    def plan(self, match: Found, query: str) -> Exchange:
+    def plan(self, match: RouteMatch, query: str) -> Exchange:
         """Read the body, look up what is stored for it, and plan the calls to Gemini."""
         server, route, context = self.server, match.route, self.server.context
         if isinstance(route.answer, Refusal):
