@@ -4008,209 +4008,192 @@ def openai_error(error: ProxyError) -> tuple[int, JSON]:
 # ---- input items ----
 
 
-class History(NamedTuple):
-    """What the input items come to, as it grows."""
+class History:
+    """A conversation as it grows: each input item adds what it says to these lists."""
 
-    model: Model
-    context: Context
-    system: list[Part]
-    contents: list[JSON]
-    signatures: dict[str, str]  # of calls, by their ids, from reasoning items of ours
-    tools: list[Fields]  # the items that bring more tools
-    stored: dict[
-        str, dict[str, JSON]
-    ]  # key of a stored text -> its items by id, as they are looked up
+    def __init__(self, model: Model, context: Context):
+        self.model, self.context = model, context
+        self.system: list[Part] = []
+        self.contents: list[JSON] = []
+        self.tools: list[Fields] = []  # the items that bring more tools
+        self.signatures: dict[str, str] = {}  # call id -> signature, from our own reasoning items
+        self.stored: dict[str, dict[str, JSON]] = {}  # key of a stored text -> its items by id
 
+    def add(self, item: Fields) -> None:
+        """Add one item. A type that is not known is named as ignored."""
+        kind = input_item_type(item)
+        if kind in INPUT_ITEMS:
+            item.mark_read("type", "id", "status")
+            INPUT_ITEMS[kind](self, item)
+        else:
+            item.ignore(f"input[].{kind}")
+            item.mark_read(*item.data)
 
-def openai_item(item: Fields, history: History) -> None:
-    """Add what one item says; what nobody knows is named as ignored."""
-    kind = openai_item_kind(item)
-    if kind in OPENAI_ITEMS:
-        item.mark_read("type", "id", "status")
-        OPENAI_ITEMS[kind](item, history)
-    else:
-        item.ignore(f"input[].{kind}")
+    def add_message(self, item: Fields) -> None:
+        item.mark_read("phase")
+        openai_turn(item, self.model, self.system, self.contents)
+
+    def add_call(self, item: Fields) -> None:
+        """A call of a function or of a custom tool."""
+        call_id, id_signature = split_signed_id(item.require("call_id", str))
+        name = qualified_name(item.get("namespace", str), item.require("name", str))
+        if item.data["type"] == "custom_tool_call":
+            args = {CUSTOM_INPUT: item.get("input", str) or ""}
+        else:
+            args = call_arguments(item.get("arguments", str, dict))
+        signature = client_signature(item, item) or self.signatures.get(call_id) or id_signature
+        self.contents.append(model_turn(call_part(name, args, call_id, signature)))
+
+    def add_output(self, item: Fields) -> None:
+        """The result of such a call."""
+        part = tool_message_part(item, "output", "call_id", self.model)
+        self.contents.append(user_turn(part))
+
+    def add_local_call(self, item: Fields) -> None:
+        """A call of one of OpenAI's tools on the client's machine; to Gemini it is a function."""
+        call_id = item.get("call_id", str) or item.get("id", str)
+        args = item.get("action", dict) or item.get("operation", dict) or {}
+        item.mark_read("environment", "max_output_length")
+        name = item.data["type"][: -len("_call")]
+        self.contents.append(model_turn(call_part(name, args, call_id)))
+
+    def add_local_output(self, item: Fields) -> None:
+        """What such a tool printed: a text, or a list of streams and outcomes."""
+        call_id = item.get("call_id", str) or item.get("id", str)
+        content = item.get("output", str, list)
+        item.mark_read("max_output_length")
+        if not isinstance(content, str):
+            content = {"output": content or item.data.get("status")}
+        self.contents.append(user_turn(result_part(None, content, call_id)))
+
+    def add_reasoning(self, item: Fields) -> None:
+        """The signatures in it. Its words do not go back to the model."""
+        item.mark_read("summary", "content")
+        text = item.get("encrypted_content", str)
+        signatures = text and signatures_in(text, self.model)
+        if signatures:
+            self.signatures.update(signatures)
+        elif text:
+            item.ignore("input[].encrypted_content")
+
+    def add_image(self, item: Fields) -> None:
+        """An image that the model made earlier."""
+        item.mark_read("revised_prompt", "background", "output_format", "quality", "size", "action")
+        data = item.get("result", str)
+        if data:
+            self.contents.append(model_turn(media_part(data, None, item.path_of("result"))))
+
+    def add_reference(self, item: Fields) -> None:
+        """The stored item with this id, which names its response; a 404 if it is not stored."""
+        item_id = item.require("id", str)
+        key = reference_key(item_id)
+        if key not in self.stored:
+            self.stored[key] = {entry["id"]: entry for entry in stored_items(key, self.context)}
+        entry = self.stored[key].get(item_id)
+        if entry is None or entry.get("type") == "item_reference":
+            why = "it was not stored, or is forgotten. Send the item itself, or leave it out."
+            raise ProxyError(404, f"Item with id '{item_id[:80]}' not found: {why}", path="input")
+        self.add(Fields(entry, item.path))
+
+    def add_tools(self, item: Fields) -> None:
+        item.mark_read("role")
+        self.tools.append(item)
+
+    def skip(self, item: Fields) -> None:
+        """A search of Gemini's: the text that followed has its results."""
         item.mark_read(*item.data)
 
 
-def openai_item_kind(item: Fields) -> str:
-    """The type of an item, which messages and references need not say."""
+INPUT_ITEMS: dict[str, Callable[[History, Fields], None]] = {
+    "message": History.add_message,
+    "reasoning": History.add_reasoning,
+    "item_reference": History.add_reference,
+    "function_call": History.add_call,
+    "function_call_output": History.add_output,
+    "custom_tool_call": History.add_call,
+    "custom_tool_call_output": History.add_output,
+    "local_shell_call": History.add_local_call,
+    "local_shell_call_output": History.add_local_output,
+    "shell_call": History.add_local_call,
+    "shell_call_output": History.add_local_output,
+    "apply_patch_call": History.add_local_call,
+    "apply_patch_call_output": History.add_local_output,
+    "image_generation_call": History.add_image,
+    "web_search_call": History.skip,
+    "additional_tools": History.add_tools,
+}
+
+
+def input_item_type(item: Fields) -> str:
+    """The type of an item. Messages and references may leave it out."""
     if item.data.get("type") is None and "role" in item.data:
         return "message"
     if item.data.get("type") is None and item.data.get("id") and item.data.keys() <= {"id", "type"}:
         return "item_reference"
-    return item.require("type", str)
+    return str(item.require("type", str))
 
 
-def openai_message_item(item: Fields, history: History) -> None:
-    item.mark_read("phase")
-    openai_turn(item, history.model, history.system, history.contents)
-
-
-def openai_call_item(item: Fields, history: History) -> None:
-    """A call of a function or of a custom tool."""
-    told = item.require("call_id", str)
-    name = qualified_name(item.get("namespace", str), item.require("name", str))
-    if item.data["type"] == "custom_tool_call":
-        args = {CUSTOM_INPUT: item.get("input", str) or ""}
-    else:
-        args = call_arguments(item.get("arguments", str, dict))
-    id, laden = split_signed_id(told)
-    signature = client_signature(item, item) or history.signatures.get(id) or laden
-    history.contents.append(model_turn(call_part(name, args, id, signature)))
-
-
-def openai_output_item(item: Fields, history: History) -> None:
-    """The result of such a call."""
-    history.contents.append(user_turn(tool_message_part(item, "output", "call_id", history.model)))
-
-
-def openai_local_call_item(item: Fields, history: History) -> None:
-    """A call of one of OpenAI's own tools that run on the client's machine, as one of a function."""
-    id, args = (
-        item.get("call_id", str) or item.get("id", str),
-        item.get("action", dict) or item.get("operation", dict),
-    )
-    item.mark_read("environment", "max_output_length")
-    history.contents.append(
-        model_turn(call_part(item.data["type"][: -len("_call")], args or {}, id))
-    )
-
-
-def openai_local_output_item(item: Fields, history: History) -> None:
-    """What such a tool printed: a text, or a list of streams and outcomes."""
-    id, output = item.get("call_id", str) or item.get("id", str), item.get("output", str, list)
-    item.mark_read("max_output_length")
-    content = output if type(output) is str else {"output": output or item.data.get("status")}
-    history.contents.append(user_turn(result_part(None, content, id)))
-
-
-def openai_reasoning_item(item: Fields, history: History) -> None:
-    """The signatures in it; its words do not go back. What another model has sealed is of no use here."""
-    item.mark_read("summary", "content")
-    seal = item.get("encrypted_content", str)
-    signatures = unsealed(seal, history.model) if seal else {}
-    if signatures is None:
-        item.ignore("input[].encrypted_content")
-    history.signatures.update(signatures or {})
-
-
-def openai_image_item(item: Fields, history: History) -> None:
-    """A picture that the model drew earlier."""
-    item.mark_read("revised_prompt", "background", "output_format", "quality", "size", "action")
-    data = item.get("result", str)
-    if data:
-        history.contents.append(model_turn(media_part(data, None, item.path_of("result"))))
-
-
-def openai_reference_item(item: Fields, history: History) -> None:
-    """An item of a stored response, by its id, which tells the response; a 404 where it is not there."""
-    id = item.require("id", str)
-    key = reference_key(id)
-    if key not in history.stored:
-        history.stored[key] = {entry["id"]: entry for entry in stored_items(key, history.context)}
-    stored = history.stored[key].get(id)
-    if stored is None or stored.get("type") == "item_reference":
-        raise ProxyError(
-            404,
-            f"Item with id '{id[:80]}' not found: it was not stored, or is forgotten. "
-            "Send the item itself, or leave it out.",
-            path="input",
-        )
-    openai_item(Fields(stored, item.path), history)
-
-
-def openai_more_tools_item(item: Fields, history: History) -> None:
-    item.mark_read("role")
-    history.tools.append(item)
-
-
-def openai_finished_item(item: Fields, history: History) -> None:
-    """A search of Gemini's: its results are in the text that followed."""
-    item.mark_read(*item.data)
-
-
-OPENAI_ITEMS: dict[str, Callable[[Fields, History], None]] = {
-    "message": openai_message_item,
-    "reasoning": openai_reasoning_item,
-    "item_reference": openai_reference_item,
-    "function_call": openai_call_item,
-    "function_call_output": openai_output_item,
-    "custom_tool_call": openai_call_item,
-    "custom_tool_call_output": openai_output_item,
-    **dict.fromkeys(("local_shell_call", "shell_call", "apply_patch_call"), openai_local_call_item),
-    **dict.fromkeys(
-        ("local_shell_call_output", "shell_call_output", "apply_patch_call_output"),
-        openai_local_output_item,
-    ),
-    "image_generation_call": openai_image_item,
-    "web_search_call": openai_finished_item,
-    "additional_tools": openai_more_tools_item,
-}
-
-
-def sealed(calls: list[ToolCall], model: Model) -> str | None:
-    """The signatures of these calls as the opaque text of a reasoning item; None where there are none."""
+def encrypted_content(calls: list[ToolCall], model: Model) -> str:
+    """The signatures of these calls as an opaque text, which clients send back; "" if none."""
     signatures = {call.id: call.signature for call in calls if call.signature}
-    seal = {"generation": generation_number(model), "signatures": signatures}
-    return base64.b64encode(encode_json(seal).encode()).decode() if signatures else None
+    if not signatures:
+        return ""
+    content = {"generation": generation_number(model), "signatures": signatures}
+    return base64.b64encode(encode_json(content).encode()).decode()
 
 
-def unsealed(text: str, model: Model) -> dict[str, str] | None:
-    """The signatures that `sealed` has put into a text; None where it is not ours, or another generation's."""
+def signatures_in(text: str, model: Model) -> dict[str, str]:
+    """The signatures in an encrypted_content; none if it is not ours, or of other models."""
     try:
-        seal = parsed_object(base64.b64decode(text, validate=True).decode())
+        content = parsed_object(base64.b64decode(text, validate=True).decode())
     except ValueError:
-        return None
-    if get_or_empty(seal, "generation", int) != generation_number(model):
-        return None
-    signatures = get_or_empty(seal, "signatures", dict).items()
-    return {
-        id: value for id, value in signatures if type(value) is str and is_base64(value)
-    } or None
+        return {}
+    if get_or_empty(content, "generation", int) != generation_number(model):
+        return {}
+    signatures: JSON = get_or_empty(content, "signatures", dict)
+    return {key: text for key, text in signatures.items() if type(text) is str and is_base64(text)}
 
 
 # ---- what is stored ----
 
 
-def reference_key(id: str) -> str:
+def reference_key(item_id: str) -> str:
     """The key of the stored text that holds the item with this id, such as "msg_TAIL_i0"."""
-    tail, _, position = id.partition("_")[2].rpartition("_")
+    tail, _, position = item_id.partition("_")[2].rpartition("_")
     return f"{'input' if position[:1] == 'i' else 'response'}:resp_{tail}"
 
 
-def stored_keys(id: str) -> list[str]:
-    """The keys under which a response and its input are stored: apart, for the input is larger."""
-    return [f"response:{id}", f"input:{id}"]
+def stored_keys(response_id: str) -> list[str]:
+    """The keys of a response and of its input, which is stored apart because it is larger."""
+    return [f"response:{response_id}", f"input:{response_id}"]
 
 
 def openai_keys(body: Fields, context: Context) -> list[str]:
-    """The keys of what a request for a response rests on; stored_links finds what that rests on."""
-    keys: list[str] = []
+    """The keys of the stored texts that a request builds on; stored_links names the next ones."""
+    keys = reference_keys(body.data.get("input"))
     previous = body.data.get("previous_response_id")
-    if type(previous) is str:
+    if isinstance(previous, str):
         keys += stored_keys(previous)
-    return keys + reference_keys(body.data.get("input"))
-
-
-def reference_keys(items: Any) -> list[str]:
-    """The keys of the items that input items refer to."""
-    keys: list[str] = []
-    for item in items if type(items) is list else ():
-        if type(item) is dict and item.get("type") in (None, "item_reference"):
-            id = item.get("id")
-            keys += [reference_key(id)] if type(id) is str else []
     return keys
 
 
+def reference_keys(items: Any) -> list[str]:
+    """The keys of the items that these input items refer to."""
+    if not isinstance(items, list):
+        return []
+    objects = [item for item in items if isinstance(item, dict)]
+    ids = [item.get("id") for item in objects if item.get("type") in (None, "item_reference")]
+    return [reference_key(item_id) for item_id in ids if isinstance(item_id, str)]
+
+
 def stored_links(key: str, text: str) -> list[str]:
-    """The keys to which a stored text leads: all recipes, an earlier response, items referred to."""
+    """The keys to which a stored text leads: recipes, an earlier response, items referred to."""
     if key == RECIPE + "*":
         return text.splitlines()
     if not text or key.startswith(RECIPE):
         return []
     value = json.loads(text)
-    if type(value) is list:
+    if isinstance(value, list):
         return reference_keys(value)
     previous = value["previous_response_id"]
     return stored_keys(previous) if previous else []
@@ -4218,55 +4201,51 @@ def stored_links(key: str, text: str) -> list[str]:
 
 def stored_value(key: str, context: Context) -> Any:
     """The response or the input stored under a key, or None."""
-    text = context.stored.get(key)
-    return json.loads(text) if text else None
+    return json.loads(context.stored.get(key) or "null")
 
 
 def stored_items(key: str, context: Context) -> list[JSON]:
     """The items of the response or of the input stored under a key."""
-    value = stored_value(key, context)
-    if type(value) is dict:
-        return list(value["output"])
-    return value or []
+    value = stored_value(key, context) or []
+    return list(value["output"] if isinstance(value, dict) else value)
 
 
-def openai_past(id: str | None, context: Context) -> list[JSON]:
-    """The items of all responses up to this one, the oldest first; OpenAI's 404 where one of them is forgotten."""
+def past_items(response_id: str | None, context: Context) -> list[JSON]:
+    """The items of all responses up to this one, oldest first; OpenAI's 404 if one is missing."""
     past: list[list[JSON]] = []
-    while id:
-        response, items = (stored_value(key, context) for key in stored_keys(id))
+    while response_id:
+        response, items = (stored_value(key, context) for key in stored_keys(response_id))
         if response is None or items is None:
-            raise ProxyError(
-                404,
-                f"Previous response with id '{id[:80]}' not found.",
-                code="previous_response_not_found",
-                path="previous_response_id",
-            )
+            message = f"Previous response with id '{response_id[:80]}' not found."
+            code, path = "previous_response_not_found", "previous_response_id"
+            raise ProxyError(404, message, code=code, path=path)
         past.append(items + response["output"])
-        id = response["previous_response_id"]
+        response_id = response["previous_response_id"]
     return [item for items in reversed(past) for item in items]
 
 
-def openai_kept_items(told: str | list[JSON], tail: str) -> list[JSON]:
-    """The input as a list of items that have types and ids."""
-    items = [{"role": "user", "content": told}] if type(told) is str else told
-    out = []
-    for i, item in enumerate(items):
-        item = {key: value for key, value in item.items() if value is not None}
-        kind = (
-            "message" if "role" in item else "item_reference"
-        )  # where an item does not say what it is
-        item = {"id": f"{'msg' if 'role' in item else 'item'}_{tail}_i{i}", "type": kind, **item}
-        if item["type"] == "message" and type(item.get("content")) is str:
-            kind = "output_text" if item.get("role") == "assistant" else "input_text"
-            more = {"annotations": []} if kind == "output_text" else {}
-            item["content"] = [{"type": kind, "text": item["content"], **more}]
-        out.append(
-            {**item, "status": item.get("status") or "completed"}
-            if item["type"] == "message"
-            else item
-        )
-    return out
+def input_items(content: str | list[JSON], tail: str) -> list[JSON]:
+    """A request's input as it is stored: items, each with an id that has this tail in it."""
+    if isinstance(content, str):
+        content = [{"role": "user", "content": content}]
+    return [input_item(item, f"{tail}_i{i}") for i, item in enumerate(content)]
+
+
+def input_item(item: JSON, tail: str) -> JSON:
+    """An item without nulls, with its type and id, and a message's content as parts."""
+    item = {key: value for key, value in item.items() if value is not None}
+    if "role" in item:
+        item = {"id": f"msg_{tail}", "type": "message", **item}
+    else:
+        item = {"id": f"item_{tail}", "type": "item_reference", **item}
+    if item["type"] != "message":
+        return item
+    text = item.get("content")
+    if isinstance(text, str) and item.get("role") == "assistant":
+        item["content"] = [{"type": "output_text", "text": text, "annotations": []}]
+    elif isinstance(text, str):
+        item["content"] = [{"type": "input_text", "text": text}]
+    return {**item, "status": item.get("status") or "completed"}
 
 
 # ---- the request ----
@@ -4276,13 +4255,14 @@ class ResponseOptions(NamedTuple):
     """What only the answer to a response's request can fulfil."""
 
     echo: JSON  # what a response repeats of its request
-    items: str | list[JSON]  # the client's own items, to be stored
-    summary: bool  # thoughts are wanted
-    included: list[str]  # signatures in reasoning items, sources in searches
+    items: str | list[JSON]  # the input, to be stored
+    thoughts: bool  # whether the client wants to see them
+    signatures: bool  # whether it wants those of calls, in reasoning items
+    sources: bool  # whether it wants those of searches
 
-    @property
-    def sealed(self) -> bool:
-        return "reasoning.encrypted_content" in self.included
+
+# What `include` may name; what else OpenAI has there, Gemini does not have.
+SIGNATURES, SOURCES = "reasoning.encrypted_content", "web_search_call.action.sources"
 
 
 def openai_responses_request(body: Fields, context: Context) -> Plan:
@@ -4297,19 +4277,12 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     show = summary is not None or (context.ollama and effort != "none")
     fields, google = openai_google(body)
     limit = openai_limit(body, "max_output_tokens", context)
-    chat = Chat(
-        model,
-        history.system,
-        history.contents,
-        tools,
-        choice,
-        Thinking(effort, show=show, field="reasoning.effort", google=google),
-        openai_sampling(body, model, limit, context),
-        openai_response_format(text, "format"),
-        fields=fields,
-        recipe=recipe_named(model_name, context),
-        stream=bool(body.get("stream", bool)),
-    )
+    thinking = Thinking(effort, show=show, field="reasoning.effort", google=google)
+    sampling = openai_sampling(body, model, limit, context)
+    schema = openai_response_format(text, "format")
+    chat = Chat(model, history.system, history.contents, tools, choice, thinking, sampling, schema)
+    recipe, stream = recipe_named(model_name, context), bool(body.get("stream", bool))
+    chat = chat._replace(fields=fields, recipe=recipe, stream=stream)
     echo = {
         **openai_echo(body, text),
         "model": model_name,
@@ -4317,87 +4290,74 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
         "reasoning": {"effort": effort, "summary": summary},
         "service_tier": fields.get("serviceTier", "default"),
     }
-    options = ResponseOptions(
-        echo,
-        body.data.get("input") or [],
-        show or bool(google.get("includeThoughts")),
-        openai_included(body),
-    )
-    return Plan((chat_call(chat, body),), chat.stream, options, model_name, chat=chat)
+    included = body.strings("include")
+    for name in included:
+        if name not in (SIGNATURES, SOURCES):
+            body.ignore(f"include.{name}")
+    items, thoughts = body.data.get("input") or [], show or bool(google.get("includeThoughts"))
+    options = ResponseOptions(echo, items, thoughts, SIGNATURES in included, SOURCES in included)
+    return Plan((chat_call(chat, body),), stream, options, model_name, chat=chat)
 
 
 def openai_history(body: Fields, model: Model, context: Context) -> History:
-    """The conversation: the earlier responses, whose instructions do not count any more, and then the input."""
+    """The conversation: the earlier responses without their instructions, and then the input."""
     for key, kinds in (("conversation", (str, dict)), ("prompt", (dict,))):
         if body.data.get(key) and type(body.data[key]) in kinds:
-            raise wrong_value(
-                key, f"Invalid value for '{key}': it is kept at OpenAI; send the items themselves."
-            )
-    instructions, previous = body.get("instructions", str), body.get("previous_response_id", str)
-    told = body.get("input", str, list)
-    if not (told or instructions or previous):
-        raise ProxyError(
-            400,
-            "Missing required parameter: 'input'.",
-            code="missing_required_parameter",
-            path="input",
-        )
-    history = History(
-        model, context, [text_part(instructions)] if instructions else [], [], {}, [], {}
-    )
-    for i, item in enumerate(openai_past(previous, context)):
-        openai_item(Fields(item, f"previous_response_id[{i}]"), history)
-    if type(told) is str:
-        history.contents.append(user_turn(text_part(told)))
+            why = "it is kept at OpenAI; send the items themselves"
+            raise wrong_value(key, f"Invalid value for '{key}': {why}.")
+    instructions = body.get("instructions", str)
+    previous = body.get("previous_response_id", str)
+    content = body.get("input", str, list)
+    if not (content or instructions or previous):
+        message = "Missing required parameter: 'input'."
+        raise ProxyError(400, message, code="missing_required_parameter", path="input")
+    history = History(model, context)
+    if instructions:
+        history.system.append(text_part(instructions))
+    for i, item in enumerate(past_items(previous, context)):
+        history.add(Fields(item, f"previous_response_id[{i}]"))
+    if isinstance(content, str):
+        history.contents.append(user_turn(text_part(content)))
     else:
-        for item in body.objects("input"):
-            openai_item(item, history)
+        for entry in body.objects("input"):
+            history.add(entry)
     return history
 
 
 def openai_reasoning(body: Fields) -> tuple[str | None, str | None]:
-    """(the effort to think with, how the thoughts are to be told), each None where it is not said."""
+    """(the effort to think with, the kind of summary); None where the request does not say."""
     reasoning = body.object("reasoning")
     if reasoning is None:
         return body.choice("reasoning_effort", *EFFORTS), None
-    summaries = [
-        reasoning.choice(key, "auto", "concise", "detailed", "none")
-        for key in ("summary", "generate_summary")
-    ]
-    summary = next((word for word in summaries if word), None)
-    return reasoning.choice("effort", *EFFORTS), None if summary == "none" else summary
-
-
-def openai_included(body: Fields) -> list[str]:
-    """What is to be told besides; most that OpenAI could tell is not there."""
-    names = body.strings("include")
-    for name in names:
-        if name not in ("reasoning.encrypted_content", "web_search_call.action.sources"):
-            body.ignore(f"include.{name}")
-    return names
+    kinds = ("auto", "concise", "detailed", "none")
+    summary, older = (reasoning.choice(key, *kinds) for key in ("summary", "generate_summary"))
+    summary = summary or older
+    if summary == "none":
+        summary = None
+    return reasoning.choice("effort", *EFFORTS), summary
 
 
 def openai_echo(body: Fields, text: Fields) -> JSON:
-    """What a response repeats of its request. What is not read here is not heeded either, and told as ignored."""
-    told, store = body.data, body.get("store", bool)
+    """What a response repeats of its request. What is only repeated stays unread, thus ignored."""
+    data, store = body.data, body.get("store", bool)
     return {
         "background": False,
-        "instructions": told.get("instructions"),
-        "max_output_tokens": told.get("max_output_tokens"),
-        "max_tool_calls": get_or_empty(told, "max_tool_calls", int) or None,
+        "instructions": data.get("instructions"),
+        "max_output_tokens": data.get("max_output_tokens"),
+        "max_tool_calls": get_or_empty(data, "max_tool_calls", int) or None,
         "metadata": body.get("metadata", dict) or {},
-        "previous_response_id": told.get("previous_response_id"),
-        "prompt_cache_key": get_or_empty(told, "prompt_cache_key", str) or None,
-        "safety_identifier": get_or_empty(told, "safety_identifier", str) or None,
+        "previous_response_id": data.get("previous_response_id"),
+        "prompt_cache_key": get_or_empty(data, "prompt_cache_key", str) or None,
+        "safety_identifier": get_or_empty(data, "safety_identifier", str) or None,
         "store": store is not False,
-        "temperature": told.get("temperature"),
+        "temperature": data.get("temperature"),
         "text": {**text.data, "format": text.data.get("format") or {"type": "text"}},
-        "tool_choice": told.get("tool_choice") or "auto",
-        "tools": [openai_echoed_tool(tool) for tool in told.get("tools") or ()],
-        "top_logprobs": get_or_empty(told, "top_logprobs", int),
-        "top_p": told.get("top_p"),
+        "tool_choice": data.get("tool_choice") or "auto",
+        "tools": [openai_echoed_tool(tool) for tool in data.get("tools") or ()],
+        "top_logprobs": get_or_empty(data, "top_logprobs", int),
+        "top_p": data.get("top_p"),
         "truncation": body.choice("truncation", "auto", "disabled") or "disabled",
-        "user": get_or_empty(told, "user", str) or None,
+        "user": get_or_empty(data, "user", str) or None,
     }
 
 
@@ -4411,285 +4371,251 @@ def openai_echoed_tool(tool: JSON) -> JSON:
 # ---- the answer ----
 
 
-class ItemShape(NamedTuple):
-    """An item that comes bit by bit: its id, its key and kind of parts, and the words of its events."""
+class MessageItem:
+    """A message while its text comes, in a single part; and what its events have in common."""
 
-    prefix: str
-    key: str
-    kind: str
-    index: str
-    part: str
-    text: str
-    lists: tuple[str, ...]  # what its parts have besides the text
+    prefix, part_event, text_event = "msg_", "content_part", "output_text"
+
+    def __init__(self, start: int):
+        self.start = start  # of its text in the text of the whole answer
+        self.pieces: list[str] = []
+        self.annotations: list[JSON] = []  # some are known only after the message has ended
+        self.place: JSON = {"content_index": 0}  # of the part, in events
+        self.more: JSON = {"logprobs": []}  # in events about text
+
+    def item(self) -> JSON:
+        return {"type": "message", "status": "in_progress", "role": "assistant", "content": []}
+
+    def part(self) -> JSON:
+        text = {"type": "output_text", "text": "".join(self.pieces)}
+        return {**text, "annotations": self.annotations, "logprobs": []}
+
+    def final(self, status: str) -> JSON:
+        return {"content": [self.part()], "status": status}
 
 
-ITEM_SHAPES = {
-    "message": ItemShape(
-        "msg_",
-        "content",
-        "output_text",
-        "content_index",
-        "content_part",
-        "output_text",
-        ("annotations", "logprobs"),
-    ),
-    "reasoning": ItemShape(
-        "rs_",
-        "summary",
-        "summary_text",
-        "summary_index",
-        "reasoning_summary_part",
-        "reasoning_summary_text",
-        (),
-    ),
-}
+class ReasoningItem:
+    """A summary of thoughts while its text comes, likewise."""
+
+    prefix, part_event, text_event = "rs_", "reasoning_summary_part", "reasoning_summary_text"
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.place: JSON = {"summary_index": 0}
+        self.more: JSON = {}
+
+    def item(self) -> JSON:
+        return {"type": "reasoning", "summary": []}
+
+    def part(self) -> JSON:
+        return {"type": "summary_text", "text": "".join(self.pieces)}
+
+    def final(self, status: str) -> JSON:
+        return {"summary": [self.part()]}
 
 
 class ResponseBuilder:
-    """A response as it grows, and the events that tell of it: one item after the other, each whole at its end.
+    """A response as it grows, and its events: one item after the other, each ended before the next.
 
-    (The order of events, and what client libraries make of any other: openai-python's lib/streaming/responses.)
+    Client libraries insist on this order: openai-python's lib/streaming/responses, and openai-node,
+    which takes output_index for the order in which the items came.
     """
 
     def __init__(self, exchange: Exchange):
-        self.exchange, self.options, self.count = exchange, exchange.options, 0
-        id = exchange.new_id("resp_")
-        self.tail = id.partition("_")[2]  # which every item's id has in it
+        assert exchange.chat is not None
+        self.exchange, self.chat = exchange, exchange.chat
+        self.options: ResponseOptions = exchange.options
+        self.count = 0  # events so far
+        self.length = 0  # characters of the answer's text so far
+        self.open: MessageItem | ReasoningItem | None = None  # the item that has not ended
+        self.messages: list[MessageItem] = []
         self.output: list[JSON] = []
-        self.response = {
-            "id": id,
-            "object": "response",
-            "created_at": int(exchange.created),
-            "completed_at": None,
-            "status": "in_progress",
-            "error": None,
-            "incomplete_details": None,
-            **self.options.echo,
-            "output": self.output,
-            "usage": None,
-        }
-        self.open: ItemShape | None = None  # of the item that has not ended yet
-        self.pieces: list[str] = []  # its text
-        self.messages: list[
-            tuple[int, int]
-        ] = []  # (where it begins in the answer's text, its index) of each message
-        self.said = 0  # characters of the answer so far
+        response_id = exchange.new_id("resp_")
+        self.tail = response_id.partition("_")[2]  # of the id of every item
+        self.response: JSON = {"id": response_id, "object": "response"}
+        self.response.update(created_at=int(exchange.created), completed_at=None)
+        self.response.update(status="in_progress", error=None, incomplete_details=None)
+        self.response.update(self.options.echo, output=self.output, usage=None)
 
-    def event(self, kind: str, **more: Any) -> JSON:
-        event = {"type": "response." + kind, "sequence_number": self.count, **more}
+    def event(self, kind: str, **fields: Any) -> JSON:
         self.count += 1
-        return event
+        return {"type": f"response.{kind}", "sequence_number": self.count - 1, **fields}
 
-    def here(self, kind: str, **more: Any) -> JSON:
+    def item_event(self, kind: str, **fields: Any) -> JSON:
         """An event about the last item."""
-        return self.event(
-            kind, item_id=self.output[-1]["id"], output_index=len(self.output) - 1, **more
-        )
+        index = len(self.output) - 1
+        return self.event(kind, item_id=self.output[index]["id"], output_index=index, **fields)
 
     def begin(self) -> Iterator[JSON]:
         for kind in ("created", "in_progress"):
             yield self.event(kind, response={**self.response, "output": []})
 
-    def add(self, prefix: str, item: JSON) -> JSON:
+    def add(self, prefix: str, fields: JSON) -> JSON:
         """The event of a new item."""
-        item = {"id": f"{prefix}{self.tail}_{len(self.output)}", **item}
-        self.output.append(item)
-        return self.event("output_item.added", output_index=len(self.output) - 1, item=item)
+        index = len(self.output)
+        self.output.append({"id": f"{prefix}{self.tail}_{index}", **fields})
+        return self.event("output_item.added", output_index=index, item=self.output[index])
 
-    def done(self, **more: Any) -> JSON:
-        """The event of the last item, when it is whole."""
-        self.output[-1] = {**self.output[-1], **more}
-        return self.event(
-            "output_item.done", output_index=len(self.output) - 1, item=self.output[-1]
-        )
+    def done(self, **fields: Any) -> JSON:
+        """The event of the last item's end, with its last fields."""
+        index = len(self.output) - 1
+        self.output[index] = {**self.output[index], **fields}
+        return self.event("output_item.done", output_index=index, item=self.output[index])
 
-    def say(self, kind: str, text: str) -> Iterator[JSON]:
-        """A bit of a message or of reasoning."""
-        if self.open is not ITEM_SHAPES[kind]:
+    def start(self, item: MessageItem | ReasoningItem) -> Iterator[JSON]:
+        self.open = item
+        yield self.add(item.prefix, item.item())
+        yield self.item_event(f"{item.part_event}.added", **item.place, part=item.part())
+
+    def start_message(self) -> Iterator[JSON]:
+        message = MessageItem(self.length)
+        self.messages.append(message)
+        yield from self.start(message)
+
+    def add_text(self, text: str) -> Iterator[JSON]:
+        if not isinstance(self.open, MessageItem):
             yield from self.close()
-            yield from self.start(kind)
-        self.pieces.append(text)
-        more = {"logprobs": []} if kind == "message" else {}
-        yield self.here(self.open.text + ".delta", **{self.open.index: 0}, delta=text, **more)
+            yield from self.start_message()
+        self.length += len(text)
+        yield self.delta(text)
 
-    def start(self, kind: str) -> Iterator[JSON]:
-        self.open, self.pieces = ITEM_SHAPES[kind], []
-        if kind == "message":
-            self.messages.append((self.said, len(self.output)))
-        more = {"status": "in_progress", "role": "assistant"} if kind == "message" else {}
-        yield self.add(self.open.prefix, {"type": kind, **more, self.open.key: []})
-        yield self.here(self.open.part + ".added", **{self.open.index: 0}, part=self.part())
+    def add_thought(self, text: str) -> Iterator[JSON]:
+        if not isinstance(self.open, ReasoningItem):
+            yield from self.close()
+            yield from self.start(ReasoningItem())
+        yield self.delta(text)
 
-    def close(
-        self, status: str = "completed", citations: Iterable[Citation] = (), **more: Any
-    ) -> Iterator[JSON]:
-        """The end of the message or the reasoning that has not ended yet, if there is one."""
-        form = self.open
-        if form is None:
+    def delta(self, text: str) -> JSON:
+        item = self.open
+        assert item is not None
+        item.pieces.append(text)
+        return self.item_event(f"{item.text_event}.delta", **item.place, delta=text, **item.more)
+
+    def close(self, status: str = "completed", **fields: Any) -> Iterator[JSON]:
+        """The end of the message or the thoughts, if either is open."""
+        item = self.open
+        if item is None:
             return
-        part = self.part()
-        text = part["text"]
-        at, logprobs = {form.index: 0}, {"logprobs": []} if form.key == "content" else {}
-        if form.key == "content":
-            part["annotations"] = [self.annotation(citation) for citation in citations]
-            for i, annotation in enumerate(part["annotations"]):
-                yield self.here(
-                    "output_text.annotation.added", **at, annotation_index=i, annotation=annotation
-                )
-            self.said += len(text)
-            more["status"] = status
-        yield self.here(form.text + ".done", **at, text=text, **logprobs)
-        yield self.here(form.part + ".done", **at, part=part)
-        yield self.done(**{form.key: [part]}, **more)
+        part = item.part()
+        done = f"{item.text_event}.done"
+        yield self.item_event(done, **item.place, text=part["text"], **item.more)
+        yield self.item_event(f"{item.part_event}.done", **item.place, part=part)
+        yield self.done(**item.final(status), **fields)
         self.open = None
 
-    def part(self) -> JSON:
-        """What the item that has not ended has in it so far."""
-        return {
-            "type": self.open.kind,
-            "text": "".join(self.pieces),
-            **{key: [] for key in self.open.lists},
-        }
+    def cite(self, citations: list[Citation]) -> Iterator[JSON]:
+        """Add each source to the message that rests on it. Only an open one has events for it."""
+        for citation in citations:
+            messages = (item for item in reversed(self.messages) if item.start <= citation.start)
+            message = next(messages, None)
+            if message is None:
+                continue
+            annotation = {
+                "type": "url_citation",
+                "start_index": max(0, citation.start - message.start),
+                "end_index": max(0, citation.end - message.start),
+                "url": citation.url,
+                "title": citation.title,
+            }
+            message.annotations.append(annotation)
+            if message is self.open:
+                place = {**message.place, "annotation_index": len(message.annotations) - 1}
+                kind = "output_text.annotation.added"
+                yield self.item_event(kind, **place, annotation=annotation)
 
-    def annotation(self, citation: Citation, start: int | None = None) -> JSON:
-        """A source, counted from the beginning of its own message."""
-        start = self.messages[-1][0] if start is None else start
-        return {
-            "type": "url_citation",
-            "start_index": max(0, citation.start - start),
-            "end_index": max(0, citation.end - start),
-            "url": citation.url,
-            "title": citation.title,
-        }
-
-    def call(self, call: ToolCall) -> Iterator[JSON]:
-        name, tools = call.name, self.exchange.chat.tools
-        namespace = tools.namespaces.get(name)
-        short = name[len(namespace) + 1 :] if namespace else name
-        if name in tools.custom:
-            kind, prefix, key, value, more = (
-                "custom_tool_call",
-                "ctc_",
-                "input",
-                custom_input(call),
-                {},
-            )
+    def add_call(self, call: ToolCall) -> Iterator[JSON]:
+        namespace = self.chat.tools.namespaces.get(call.name)
+        name = call.name.removeprefix(qualified_name(namespace, ""))
+        if call.name in self.chat.tools.custom:
+            kind, prefix, key, value = "custom_tool_call", "ctc_", "input", custom_input(call)
+            last = {key: value}
         else:
-            kind, prefix, key = "function_call", "fc_", "arguments"
-            value, more = encode_json(call.args), {"name": short}
-        yield self.add(
-            prefix,
-            {
-                "type": kind,
-                "status": "in_progress",
-                "call_id": call.id,
-                "name": short,
-                **({"namespace": namespace} if namespace else {}),
-                key: "",
-            },
-        )
-        yield self.here(f"{kind}_{key}.delta", delta=value)
-        yield self.here(f"{kind}_{key}.done", **{key: value}, **more)
+            kind, prefix, key, value = "function_call", "fc_", "arguments", encode_json(call.args)
+            last = {key: value, "name": name}  # which OpenAI specifies, but leaves out itself
+        fields = {"call_id": call.id, "name": name, **given(namespace=namespace), key: ""}
+        yield self.add(prefix, {"type": kind, "status": "in_progress", **fields})
+        yield self.item_event(f"{kind}_{key}.delta", delta=value)
+        yield self.item_event(f"{kind}_{key}.done", **last)
         yield self.done(status="completed", **{key: value})
 
-    def show(self, media: Media) -> Iterator[JSON]:
-        """A picture, as OpenAI's own tool tells it."""
+    def add_image(self, image: Media) -> Iterator[JSON]:
+        """An image, as OpenAI's own tool for them has it."""
         yield from self.close()
-        yield self.add(
-            "ig_", {"type": "image_generation_call", "status": "in_progress", "result": None}
-        )
-        yield self.done(status="completed", result=media.data)
+        fields = {"type": "image_generation_call", "status": "in_progress", "result": None}
+        yield self.add("ig_", fields)
+        yield self.done(status="completed", result=image.data)
 
-    def search(self, end: End) -> Iterator[JSON]:
-        """What Gemini looked for. It tells so at its end only, so this comes after the message that rests on it."""
-        action = {"type": "search", "query": end.queries[0], "queries": list(end.queries)}
-        if "web_search_call.action.sources" in self.options.included:
+    def add_search(self, end: End) -> Iterator[JSON]:
+        """What Gemini searched for. It says so only at its end, after the message about it."""
+        action: JSON = {"type": "search", "query": end.queries[0], "queries": list(end.queries)}
+        if self.options.sources:
             urls = dict.fromkeys(citation.url for citation in end.citations)
             action["sources"] = [{"type": "url", "url": url} for url in urls]
-        yield self.add(
-            "ws_", {"type": "web_search_call", "status": "in_progress", "action": action}
-        )
+        fields = {"type": "web_search_call", "status": "in_progress", "action": action}
+        yield self.add("ws_", fields)
         for step in ("in_progress", "searching", "completed"):
-            yield self.here("web_search_call." + step)
+            yield self.item_event(f"web_search_call.{step}")
         yield self.done(status="completed")
 
-    def finish(self, end: End, calls: list[ToolCall]) -> Iterator[JSON]:
-        """The rest: citations, the calls after the signatures that belong to them, and how it all ended."""
-        seal = sealed(calls, self.exchange.chat.model) if self.options.sealed else None
-        status, more = openai_end(end)
-        if seal and self.open is ITEM_SHAPES["reasoning"]:
-            yield from self.close(encrypted_content=seal)
-            seal = None
-        yield from self.close(
-            "completed" if status == "completed" else "incomplete", self.cited(end.citations)
-        )
+    def finish(self, end: End, calls: list[ToolCall]) -> Iterator[Any]:
+        """The rest: citations, the calls after the signatures that belong to them, and the end."""
+        content = encrypted_content(calls, self.chat.model) if self.options.signatures else ""
+        if content and isinstance(self.open, ReasoningItem):
+            yield from self.close(encrypted_content=content)
+            content = ""
+        status, fields = response_status(end)
+        yield from self.cite(end.citations)
+        yield from self.close("completed" if status == "completed" else "incomplete")
         if end.queries:
-            yield from self.search(end)
-        if seal:
-            yield self.add("rs_", {"type": "reasoning", "summary": [], "encrypted_content": seal})
+            yield from self.add_search(end)
+        if content:
+            reasoning = {"type": "reasoning", "summary": [], "encrypted_content": content}
+            yield self.add("rs_", reasoning)
             yield self.done()
         for call in calls:
-            yield from self.call(call)
+            yield from self.add_call(call)
         if not self.output and status == "completed":
-            yield from self.start("message")
+            yield from self.start_message()
             yield from self.close()
-        yield from self.end(status, more, end.usage)
+        yield from self.end(status, fields, end.usage)
 
     def fail(self, error: JSON) -> Iterator[Any]:
-        """The last event of a response that failed, with the item that did not end as far as it came."""
+        """The last event of a response that failed; the open item stays as far as it came."""
+        if not self.count:
+            yield from self.begin()
         if self.open:
-            status = {"status": "incomplete"} if self.open.key == "content" else {}
-            self.output[-1] = {**self.output[-1], self.open.key: [self.part()], **status}
-        return self.end("failed", {"error": error}, self.exchange.usage)
+            self.output[-1] = {**self.output[-1], **self.open.final("incomplete")}
+        yield from self.end("failed", {"error": error}, self.exchange.usage)
 
-    def cited(self, citations: list[Citation]) -> list[Citation]:
-        """Those of the message that has not ended; the others are added to theirs, which have been told already."""
-        last = []
-        for citation in citations:
-            start, index = next(
-                (found for found in reversed(self.messages) if found[0] <= citation.start), (0, -1)
-            )
-            if self.open is ITEM_SHAPES["message"] and index == len(self.output) - 1:
-                last.append(citation)
-            elif index >= 0:
-                self.output[index]["content"][0]["annotations"].append(
-                    self.annotation(citation, start)
-                )
-        return last
-
-    def end(self, status: str, more: JSON, usage: Usage) -> Iterator[Any]:
+    def end(self, status: str, fields: JSON, usage: Usage) -> Iterator[Any]:
         """The last event. Unless the client forbids it, the response is stored before."""
-        counts = {
+        counts = {  # cache_write_tokens is for openai-python, whose strict validation wants it
             "input_tokens": usage.prompt,
             "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
             "output_tokens": usage.output,
             "output_tokens_details": {"reasoning_tokens": usage.thoughts},
             "total_tokens": usage.prompt + usage.output,
         }
-        self.response.update(more, status=status, usage=counts)
+        self.response.update(fields, status=status, usage=counts)
         if status == "completed":
             self.response["completed_at"] = int(self.exchange.now)
         if self.response["store"]:
-            items = openai_kept_items(self.options.items, self.tail)
             response_key, input_key = stored_keys(self.response["id"])
-            yield Keep(input_key, encode_json(items))
+            yield Keep(input_key, encode_json(input_items(self.options.items, self.tail)))
             yield Keep(response_key, encode_json(self.response))
         yield self.event(status, response=self.response)
 
 
-def openai_end(end: End) -> tuple[str, JSON]:
-    """(the status of a response, what it says about that), with Gemini's own words."""
+def response_status(end: End) -> tuple[str, JSON]:
+    """(the status of a response, the fields about it), with Gemini's own words."""
+    native = native_finish(end)
     if end.finish == "failed":
         message = end.message or f"Gemini ended its answer with {end.reason}."
-        return "failed", {
-            "error": {"code": "server_error", "message": message},
-            **native_finish(end),
-        }
+        return "failed", {"error": {"code": "server_error", "message": message}, **native}
     reason = {"length": "max_output_tokens", "filter": "content_filter"}.get(end.finish)
-    return ("incomplete" if reason else "completed"), {
-        "incomplete_details": {"reason": reason} if reason else None,
-        **native_finish(end),
-    }
+    if reason:
+        return "incomplete", {"incomplete_details": {"reason": reason}, **native}
+    return "completed", native
 
 
 def openai_responses_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
@@ -4699,44 +4625,44 @@ def openai_responses_stream(exchange: Exchange, answers: Answers) -> Iterator[An
     for event in next(answers):
         if not builder.count:
             yield from builder.begin()
-        if isinstance(event, Text):
-            if not event.thought or exchange.options.summary:
-                yield from builder.say("reasoning" if event.thought else "message", event.text)
-        elif isinstance(event, ToolCall):
+        if isinstance(event, ToolCall):
             calls.append(event)
         elif isinstance(event, End):
             yield from builder.finish(event, calls)
-        elif event.mime.startswith("image/"):
-            yield from builder.show(event)
-        else:
-            yield from builder.say("message", media_note(event))
+        elif isinstance(event, Media) and event.mime.startswith("image/"):
+            yield from builder.add_image(event)
+        elif isinstance(event, Media):
+            yield from builder.add_text(media_note(event))
+        elif not event.thought:
+            yield from builder.add_text(event.text)
+        elif builder.options.thoughts:
+            yield from builder.add_thought(event.text)
 
 
 def openai_responses_response(exchange: Exchange, answers: Answers) -> Kept:
-    """The same, as its last event tells it."""
+    """The same, as its last event has it."""
     last = last_event(openai_responses_stream(exchange, answers))
     return last._replace(answer=last.answer["response"])
 
 
 def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[Any]:
-    """The last event of a stream that failed, after the first ones, which helpers of clients insist on.
+    """The last event of a stream that failed, after the first ones, which clients insist on.
 
-    Codex and others read from its words when to try again.
+    Codex reads from the message when to try again (its codex-api/src/sse/responses.rs).
     """
     body = openai_error(error)[1]["error"]
     message = body["message"]
     if error.retry_after and error.status == 429:
         message += f" Please try again in {error.retry_after:g}s."
     builder = exchange.builder or ResponseBuilder(exchange)
-    events = [] if builder.count else list(builder.begin())
-    return [*events, *builder.fail({"code": body["code"] or "invalid_prompt", "message": message})]
+    return list(builder.fail({"code": body["code"] or "invalid_prompt", "message": message}))
 
 
-# ---- what a request would cost, and what becomes of a response ----
+# ---- tokens of a request, and stored responses ----
 
 
 def openai_input_tokens_request(body: Fields, context: Context) -> Plan:
-    """The tokens of a request that is not made: /v1/responses/input_tokens takes the same body."""
+    """How many tokens a response's request would send: the body is the same."""
     plan = openai_responses_request(body, context)
     assert plan.chat is not None
     return count_plan(plan, plan.chat.model)
@@ -4746,33 +4672,30 @@ def openai_input_tokens_response(exchange: Exchange, answers: Answers) -> JSON:
     return {"object": "response.input_tokens", "input_tokens": read_count(answers)}
 
 
-def openai_stored_keys(body: Fields, context: Context) -> list[str]:
+def path_keys(body: Fields, context: Context) -> list[str]:
     return stored_keys(context.params["id"])
 
 
 def openai_stored_request(body: Fields, context: Context) -> Plan:
-    """A response that was stored; OpenAI's 404 where it is not there (any more)."""
-    id = context.params["id"]
-    response = stored_value(f"response:{id}", context)
+    """A stored response; a 404 as OpenAI's if it is not there, or not any more."""
+    response_id = context.params["id"]
+    response = stored_value(f"response:{response_id}", context)
     if response is None:
-        raise ProxyError(404, f"Response with id '{id[:80]}' not found.")
+        raise ProxyError(404, f"Response with id '{response_id[:80]}' not found.")
     if context.query.get("stream") == "true":
-        raise wrong_value(
-            "stream",
-            "Invalid value for 'stream': only a response that is under way could be streamed.",
-        )
+        why = "only a response that is under way could be streamed"
+        raise wrong_value("stream", f"Invalid value for 'stream': {why}.")
     return Plan(options=response)
 
 
 def openai_stored_response(exchange: Exchange, answers: Answers) -> JSON:
-    response: JSON = exchange.options
-    return response
+    return dict(exchange.options)
 
 
 def openai_delete_response(exchange: Exchange, answers: Answers) -> Kept:
-    id = exchange.options["id"]
-    keep = tuple(Keep(key, "") for key in stored_keys(id))
-    return Kept({"id": id, "object": "response", "deleted": True}, keep)
+    response_id = exchange.options["id"]
+    keep = tuple(Keep(key, "") for key in stored_keys(response_id))
+    return Kept({"id": response_id, "object": "response", "deleted": True}, keep)
 
 
 def openai_cancel_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -4789,124 +4712,62 @@ def openai_input_items_response(exchange: Exchange, answers: Answers) -> JSON:
     if not re.fullmatch(r"[1-9]\d?|100", limit, re.ASCII):
         raise wrong_value("limit", "Invalid value for 'limit': it must be between 1 and 100.")
     ids = [item["id"] for item in items]
-    after = ids.index(query["after"]) + 1 if query.get("after") in ids else 0
-    page = items[after : after + int(limit)]
-    page_ids = ids[after : after + int(limit)] or [None]
+    start = 0
+    if query.get("after") in ids:
+        start = ids.index(query["after"]) + 1
+    end = start + int(limit)
+    page_ids = ids[start:end] or [None]
     return {
         "object": "list",
-        "data": page,
+        "data": items[start:end],
         "first_id": page_ids[0],
         "last_id": page_ids[-1],
-        "has_more": len(items) > after + len(page),
+        "has_more": len(items) > end,
     }
 
 
 # ---- routes ----
 
-STORED = {"keys": openai_stored_keys, "parse": no_body}
 
-# To add an endpoint: a request, a response and perhaps a stream function above, and a row here; the README's
-# table wants a line too, and a test says so.
-OPENAI = Protocol(
-    "openai",
-    (
-        Route(
-            "POST",
-            "/v1/chat/completions",
-            openai_chat_request,
-            openai_chat_response,
-            openai_chat_stream,
-            keys=openai_keys,
-        ),
-        Route(
-            "POST",
-            "/v1/responses",
-            openai_responses_request,
-            openai_responses_response,
-            openai_responses_stream,
-            NAMED_SSE,
-            failure=openai_responses_failure,
-            keys=openai_keys,
-        ),
-        Route(
-            "POST",
-            "/v1/responses/input_tokens",
-            openai_input_tokens_request,
-            openai_input_tokens_response,
-            keys=openai_keys,
-        ),
-        Route(
-            "GET",
-            "/v1/responses/{id}/input_items",
-            openai_stored_request,
-            openai_input_items_response,
-            **STORED,
-        ),
-        Route(
-            "POST",
-            "/v1/responses/{id}/cancel",
-            openai_stored_request,
-            openai_cancel_response,
-            **STORED,
-        ),
-        Route("GET", "/v1/responses/{id}", openai_stored_request, openai_stored_response, **STORED),
-        Route(
-            "DELETE", "/v1/responses/{id}", openai_stored_request, openai_delete_response, **STORED
-        ),
-        Route("POST", "/v1/embeddings", openai_embeddings_request, openai_embeddings_response),
-        Route(
-            "POST",
-            "/v1/completions",
-            openai_completions_request,
-            openai_completions_response,
-            openai_completions_stream,
-        ),
-        Route(
-            "POST",
-            "/v1/images/generations",
-            openai_images_request,
-            openai_images_response,
-            openai_images_stream,
-            NAMED_SSE,
-            failure=openai_images_failure,
-        ),
-        Route(
-            "POST",
-            "/v1/audio/speech",
-            openai_speech_request,
-            openai_speech_response,
-            openai_speech_stream,
-        ),
-        Route(
-            "POST",
-            "/v1/audio/transcriptions",
-            openai_transcriptions_request,
-            openai_transcriptions_response,
-            openai_transcriptions_stream,
-            parse=parse_form,
-        ),
-        Route(
-            "POST",
-            "/v1/audio/translations",
-            openai_translations_request,
-            openai_transcriptions_response,
-            openai_transcriptions_stream,
-            parse=parse_form,
-        ),
-        Route(
-            "GET", "/v1/models", openai_models_request, openai_models_response, keys=all_recipe_keys
-        ),
-        Route(
-            "GET",
-            "/v1/models/{model}",
-            openai_models_request,
-            openai_model_response,
-            keys=all_recipe_keys,
-        ),
-    ),
-    openai_error,
-    lambda error: openai_error(error)[1],
+def stored_route(method: str, path: str, response: Callable[[Exchange, Answers], Any]) -> Route:
+    """A route about a stored response."""
+    return Route(method, path, openai_stored_request, response, parse=no_body, keys=path_keys)
+
+
+# (request, response, stream, framing) of each endpoint, as far as it has them.
+CHAT_COMPLETIONS = (openai_chat_request, openai_chat_response, openai_chat_stream)
+COMPLETIONS = (openai_completions_request, openai_completions_response, openai_completions_stream)
+RESPONSE = (openai_responses_request, openai_responses_response, openai_responses_stream, NAMED_SSE)
+INPUT_TOKENS = (openai_input_tokens_request, openai_input_tokens_response)
+EMBEDDINGS = (openai_embeddings_request, openai_embeddings_response)
+IMAGES = (openai_images_request, openai_images_response, openai_images_stream, NAMED_SSE)
+SPEECH = (openai_speech_request, openai_speech_response, openai_speech_stream)
+TRANSCRIPTS = (openai_transcriptions_response, openai_transcriptions_stream)
+TRANSCRIPTIONS = (openai_transcriptions_request, *TRANSCRIPTS)
+TRANSLATIONS = (openai_translations_request, *TRANSCRIPTS)
+MODELS = (openai_models_request, openai_models_response)
+MODEL = (openai_models_request, openai_model_response)
+
+# To add an endpoint: a request, a response and perhaps a stream function above, and a row here.
+# The README's table needs a line too, and a test says so.
+OPENAI_ROUTES = (
+    Route("POST", "/v1/chat/completions", *CHAT_COMPLETIONS, keys=openai_keys),
+    Route("POST", "/v1/responses", *RESPONSE, failure=openai_responses_failure, keys=openai_keys),
+    Route("POST", "/v1/responses/input_tokens", *INPUT_TOKENS, keys=openai_keys),
+    stored_route("GET", "/v1/responses/{id}/input_items", openai_input_items_response),
+    stored_route("POST", "/v1/responses/{id}/cancel", openai_cancel_response),
+    stored_route("GET", "/v1/responses/{id}", openai_stored_response),
+    stored_route("DELETE", "/v1/responses/{id}", openai_delete_response),
+    Route("POST", "/v1/embeddings", *EMBEDDINGS),
+    Route("POST", "/v1/completions", *COMPLETIONS),
+    Route("POST", "/v1/images/generations", *IMAGES, failure=openai_images_failure),
+    Route("POST", "/v1/audio/speech", *SPEECH),
+    Route("POST", "/v1/audio/transcriptions", *TRANSCRIPTIONS, parse=parse_form),
+    Route("POST", "/v1/audio/translations", *TRANSLATIONS, parse=parse_form),
+    Route("GET", "/v1/models", *MODELS, keys=all_recipe_keys),
+    Route("GET", "/v1/models/{model}", *MODEL, keys=all_recipe_keys),
 )
+OPENAI = Protocol("openai", OPENAI_ROUTES, openai_error, lambda error: openai_error(error)[1])
 
 
 # ======================================================================================
