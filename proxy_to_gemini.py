@@ -92,7 +92,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from re import Pattern
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TypeVar, Union
 
 if TYPE_CHECKING:
     import sqlite3
@@ -205,11 +205,9 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
 DETAIL = re.compile(r"(messages|input)\[\]\.(content|output)(\[\])?(\.\w+_url)?\.detail")
 
 
-def says_nothing(path: str, value: Any) -> bool:
-    """Whether an unread field of this path, without its indexes, can be left out in silence."""
-    if value in EMPTY_VALUES or value in DEFAULTS.get(path, ()):
-        return True
-    return value == "auto" and DETAIL.fullmatch(path) is not None
+def is_default(path: str, value: Any) -> bool:
+    """Whether this is what an absent field of this path, without its indexes, stands for."""
+    return value in DEFAULTS.get(path, ()) or (value == "auto" and bool(DETAIL.fullmatch(path)))
 
 
 def without_indexes(path: str) -> str:
@@ -353,9 +351,10 @@ class Fields:
                 names.add(item)
                 continue
             for key in item.data.keys() - item.read:
-                path = without_indexes(f"{item.path}.{key}".lstrip("."))
-                if not says_nothing(path, item.data[key]):
-                    names.add(path)
+                if item.data[key] not in EMPTY_VALUES:
+                    path = without_indexes(f"{item.path}.{key}".lstrip("."))
+                    if not is_default(path, item.data[key]):
+                        names.add(path)
         return sorted(names)
 
 
@@ -590,7 +589,7 @@ class Exchange:
         self.ids = 0  # how many there are so far
         self.created = self.now = created  # seconds since 1970; the shell moves `now` on
         self.usage = Usage()  # of all that was read so far
-        self.prompt: Usage | None = None  # what Gemini's first chunk says of the tokens
+        self.prompt: JSON | None = None  # what Gemini's first chunk says of the tokens
         self.builder: ResponseBuilder | None = None  # from which a failed stream goes on
 
     @property
@@ -1207,6 +1206,8 @@ def tool_result_turns(before: list[JSON], parts: list[Part], model: Model) -> li
     earlier = [part for turn in before for part in turn["parts"]]
     calls = [part["functionCall"] for part in earlier if "functionCall" in part]
     results = [part["functionResponse"] for part in parts if "functionResponse" in part]
+    if not calls and not results:
+        return [user_turn(*parts)] if parts else []
     matched = match_results(calls, results)
     used = {id(result) for result in matched.values()}
     rest: list[Part] = []
@@ -2025,7 +2026,7 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Event]:
     for chunk in chunks:
         candidate = reading.read_chunk(chunk)
         if exchange.prompt is None:
-            exchange.prompt = read_usage(reading.usage)
+            exchange.prompt = reading.usage
         for part in expect(expect(candidate, "content", dict), "parts", list):
             event = reading.read_part(part)
             if event is not None:
@@ -3829,209 +3830,192 @@ def openai_error(error: ProxyError) -> tuple[int, JSON]:
 # ---- input items ----
 
 
-class History(NamedTuple):
-    """What the input items come to, as it grows."""
+class History:
+    """A conversation as it grows: each input item adds what it says to these lists."""
 
-    model: Model
-    context: Context
-    system: list[Part]
-    contents: list[JSON]
-    signatures: dict[str, str]  # of calls, by their ids, from reasoning items of ours
-    tools: list[Fields]  # the items that bring more tools
-    stored: dict[
-        str, dict[str, JSON]
-    ]  # key of a stored text -> its items by id, as they are looked up
+    def __init__(self, model: Model, context: Context):
+        self.model, self.context = model, context
+        self.system: list[Part] = []
+        self.contents: list[JSON] = []
+        self.tools: list[Fields] = []  # the items that bring more tools
+        self.signatures: dict[str, str] = {}  # call id -> signature, from our own reasoning items
+        self.stored: dict[str, dict[str, JSON]] = {}  # key of a stored text -> its items by id
 
+    def add(self, item: Fields) -> None:
+        """Add one item. A type that is not known is named as ignored."""
+        kind = input_item_type(item)
+        if kind in INPUT_ITEMS:
+            item.mark_read("type", "id", "status")
+            INPUT_ITEMS[kind](self, item)
+        else:
+            item.ignore(f"input[].{kind}")
+            item.mark_read(*item.data)
 
-def openai_item(item: Fields, history: History) -> None:
-    """Add what one item says; what nobody knows is named as ignored."""
-    kind = openai_item_kind(item)
-    if kind in OPENAI_ITEMS:
-        item.mark_read("type", "id", "status")
-        OPENAI_ITEMS[kind](item, history)
-    else:
-        item.ignore(f"input[].{kind}")
+    def add_message(self, item: Fields) -> None:
+        item.mark_read("phase")
+        openai_turn(item, self.model, self.system, self.contents)
+
+    def add_call(self, item: Fields) -> None:
+        """A call of a function or of a custom tool."""
+        call_id, id_signature = split_signed_id(item.require("call_id", str))
+        name = qualified_name(item.get("namespace", str), item.require("name", str))
+        if item.data["type"] == "custom_tool_call":
+            args = {CUSTOM_INPUT: item.get("input", str) or ""}
+        else:
+            args = call_arguments(item.get("arguments", str, dict))
+        signature = client_signature(item, item) or self.signatures.get(call_id) or id_signature
+        self.contents.append(model_turn(call_part(name, args, call_id, signature)))
+
+    def add_output(self, item: Fields) -> None:
+        """The result of such a call."""
+        part = tool_message_part(item, "output", "call_id", self.model)
+        self.contents.append(user_turn(part))
+
+    def add_local_call(self, item: Fields) -> None:
+        """A call of one of OpenAI's tools on the client's machine; to Gemini it is a function."""
+        call_id = item.get("call_id", str) or item.get("id", str)
+        args = item.get("action", dict) or item.get("operation", dict) or {}
+        item.mark_read("environment", "max_output_length")
+        name = item.data["type"][: -len("_call")]
+        self.contents.append(model_turn(call_part(name, args, call_id)))
+
+    def add_local_output(self, item: Fields) -> None:
+        """What such a tool printed: a text, or a list of streams and outcomes."""
+        call_id = item.get("call_id", str) or item.get("id", str)
+        content = item.get("output", str, list)
+        item.mark_read("max_output_length")
+        if not isinstance(content, str):
+            content = {"output": content or item.data.get("status")}
+        self.contents.append(user_turn(result_part(None, content, call_id)))
+
+    def add_reasoning(self, item: Fields) -> None:
+        """The signatures in it. Its words do not go back to the model."""
+        item.mark_read("summary", "content")
+        text = item.get("encrypted_content", str)
+        signatures = text and signatures_in(text, self.model)
+        if signatures:
+            self.signatures.update(signatures)
+        elif text:
+            item.ignore("input[].encrypted_content")
+
+    def add_image(self, item: Fields) -> None:
+        """An image that the model made earlier."""
+        item.mark_read("revised_prompt", "background", "output_format", "quality", "size", "action")
+        data = item.get("result", str)
+        if data:
+            self.contents.append(model_turn(media_part(data, None, item.path_of("result"))))
+
+    def add_reference(self, item: Fields) -> None:
+        """The stored item with this id, which names its response; a 404 if it is not stored."""
+        item_id = item.require("id", str)
+        key = reference_key(item_id)
+        if key not in self.stored:
+            self.stored[key] = {entry["id"]: entry for entry in stored_items(key, self.context)}
+        entry = self.stored[key].get(item_id)
+        if entry is None or entry.get("type") == "item_reference":
+            why = "it was not stored, or is forgotten. Send the item itself, or leave it out."
+            raise ProxyError(404, f"Item with id '{item_id[:80]}' not found: {why}", path="input")
+        self.add(Fields(entry, item.path))
+
+    def add_tools(self, item: Fields) -> None:
+        item.mark_read("role")
+        self.tools.append(item)
+
+    def skip(self, item: Fields) -> None:
+        """A search of Gemini's: the text that followed has its results."""
         item.mark_read(*item.data)
 
 
-def openai_item_kind(item: Fields) -> str:
-    """The type of an item, which messages and references need not say."""
+INPUT_ITEMS: dict[str, Callable[[History, Fields], None]] = {
+    "message": History.add_message,
+    "reasoning": History.add_reasoning,
+    "item_reference": History.add_reference,
+    "function_call": History.add_call,
+    "function_call_output": History.add_output,
+    "custom_tool_call": History.add_call,
+    "custom_tool_call_output": History.add_output,
+    "local_shell_call": History.add_local_call,
+    "local_shell_call_output": History.add_local_output,
+    "shell_call": History.add_local_call,
+    "shell_call_output": History.add_local_output,
+    "apply_patch_call": History.add_local_call,
+    "apply_patch_call_output": History.add_local_output,
+    "image_generation_call": History.add_image,
+    "web_search_call": History.skip,
+    "additional_tools": History.add_tools,
+}
+
+
+def input_item_type(item: Fields) -> str:
+    """The type of an item. Messages and references may leave it out."""
     if item.data.get("type") is None and "role" in item.data:
         return "message"
     if item.data.get("type") is None and item.data.get("id") and item.data.keys() <= {"id", "type"}:
         return "item_reference"
-    return item.require("type", str)
+    return str(item.require("type", str))
 
 
-def openai_message_item(item: Fields, history: History) -> None:
-    item.mark_read("phase")
-    openai_turn(item, history.model, history.system, history.contents)
-
-
-def openai_call_item(item: Fields, history: History) -> None:
-    """A call of a function or of a custom tool."""
-    told = item.require("call_id", str)
-    name = qualified_name(item.get("namespace", str), item.require("name", str))
-    if item.data["type"] == "custom_tool_call":
-        args = {CUSTOM_INPUT: item.get("input", str) or ""}
-    else:
-        args = call_arguments(item.get("arguments", str, dict))
-    id, laden = split_signed_id(told)
-    signature = client_signature(item, item) or history.signatures.get(id) or laden
-    history.contents.append(model_turn(call_part(name, args, id, signature)))
-
-
-def openai_output_item(item: Fields, history: History) -> None:
-    """The result of such a call."""
-    history.contents.append(user_turn(tool_message_part(item, "output", "call_id", history.model)))
-
-
-def openai_local_call_item(item: Fields, history: History) -> None:
-    """A call of one of OpenAI's own tools that run on the client's machine, as one of a function."""
-    id, args = (
-        item.get("call_id", str) or item.get("id", str),
-        item.get("action", dict) or item.get("operation", dict),
-    )
-    item.mark_read("environment", "max_output_length")
-    history.contents.append(
-        model_turn(call_part(item.data["type"][: -len("_call")], args or {}, id))
-    )
-
-
-def openai_local_output_item(item: Fields, history: History) -> None:
-    """What such a tool printed: a text, or a list of streams and outcomes."""
-    id, output = item.get("call_id", str) or item.get("id", str), item.get("output", str, list)
-    item.mark_read("max_output_length")
-    content = output if type(output) is str else {"output": output or item.data.get("status")}
-    history.contents.append(user_turn(result_part(None, content, id)))
-
-
-def openai_reasoning_item(item: Fields, history: History) -> None:
-    """The signatures in it; its words do not go back. What another model has sealed is of no use here."""
-    item.mark_read("summary", "content")
-    seal = item.get("encrypted_content", str)
-    signatures = unsealed(seal, history.model) if seal else {}
-    if signatures is None:
-        item.ignore("input[].encrypted_content")
-    history.signatures.update(signatures or {})
-
-
-def openai_image_item(item: Fields, history: History) -> None:
-    """A picture that the model drew earlier."""
-    item.mark_read("revised_prompt", "background", "output_format", "quality", "size", "action")
-    data = item.get("result", str)
-    if data:
-        history.contents.append(model_turn(media_part(data, None, item.path_of("result"))))
-
-
-def openai_reference_item(item: Fields, history: History) -> None:
-    """An item of a stored response, by its id, which tells the response; a 404 where it is not there."""
-    id = item.require("id", str)
-    key = reference_key(id)
-    if key not in history.stored:
-        history.stored[key] = {entry["id"]: entry for entry in stored_items(key, history.context)}
-    stored = history.stored[key].get(id)
-    if stored is None or stored.get("type") == "item_reference":
-        raise ProxyError(
-            404,
-            f"Item with id '{id[:80]}' not found: it was not stored, or is forgotten. "
-            "Send the item itself, or leave it out.",
-            path="input",
-        )
-    openai_item(Fields(stored, item.path), history)
-
-
-def openai_more_tools_item(item: Fields, history: History) -> None:
-    item.mark_read("role")
-    history.tools.append(item)
-
-
-def openai_finished_item(item: Fields, history: History) -> None:
-    """A search of Gemini's: its results are in the text that followed."""
-    item.mark_read(*item.data)
-
-
-OPENAI_ITEMS: dict[str, Callable[[Fields, History], None]] = {
-    "message": openai_message_item,
-    "reasoning": openai_reasoning_item,
-    "item_reference": openai_reference_item,
-    "function_call": openai_call_item,
-    "function_call_output": openai_output_item,
-    "custom_tool_call": openai_call_item,
-    "custom_tool_call_output": openai_output_item,
-    **dict.fromkeys(("local_shell_call", "shell_call", "apply_patch_call"), openai_local_call_item),
-    **dict.fromkeys(
-        ("local_shell_call_output", "shell_call_output", "apply_patch_call_output"),
-        openai_local_output_item,
-    ),
-    "image_generation_call": openai_image_item,
-    "web_search_call": openai_finished_item,
-    "additional_tools": openai_more_tools_item,
-}
-
-
-def sealed(calls: list[ToolCall], model: Model) -> str | None:
-    """The signatures of these calls as the opaque text of a reasoning item; None where there are none."""
+def encrypted_content(calls: list[ToolCall], model: Model) -> str:
+    """The signatures of these calls as an opaque text, which clients send back; "" if none."""
     signatures = {call.id: call.signature for call in calls if call.signature}
-    seal = {"generation": generation_number(model), "signatures": signatures}
-    return base64.b64encode(encode_json(seal).encode()).decode() if signatures else None
+    if not signatures:
+        return ""
+    content = {"generation": generation_number(model), "signatures": signatures}
+    return base64.b64encode(encode_json(content).encode()).decode()
 
 
-def unsealed(text: str, model: Model) -> dict[str, str] | None:
-    """The signatures that `sealed` has put into a text; None where it is not ours, or another generation's."""
+def signatures_in(text: str, model: Model) -> dict[str, str]:
+    """The signatures in an encrypted_content; none if it is not ours, or of other models."""
     try:
-        seal = parsed_object(base64.b64decode(text, validate=True).decode())
+        content = parsed_object(base64.b64decode(text, validate=True).decode())
     except ValueError:
-        return None
-    if get_or_empty(seal, "generation", int) != generation_number(model):
-        return None
-    signatures = get_or_empty(seal, "signatures", dict).items()
-    return {
-        id: value for id, value in signatures if type(value) is str and is_base64(value)
-    } or None
+        return {}
+    if get_or_empty(content, "generation", int) != generation_number(model):
+        return {}
+    signatures: JSON = get_or_empty(content, "signatures", dict)
+    return {key: text for key, text in signatures.items() if type(text) is str and is_base64(text)}
 
 
 # ---- what is stored ----
 
 
-def reference_key(id: str) -> str:
+def reference_key(item_id: str) -> str:
     """The key of the stored text that holds the item with this id, such as "msg_TAIL_i0"."""
-    tail, _, position = id.partition("_")[2].rpartition("_")
+    tail, _, position = item_id.partition("_")[2].rpartition("_")
     return f"{'input' if position[:1] == 'i' else 'response'}:resp_{tail}"
 
 
-def stored_keys(id: str) -> list[str]:
-    """The keys under which a response and its input are stored: apart, for the input is larger."""
-    return [f"response:{id}", f"input:{id}"]
+def stored_keys(response_id: str) -> list[str]:
+    """The keys of a response and of its input, which is stored apart because it is larger."""
+    return [f"response:{response_id}", f"input:{response_id}"]
 
 
 def openai_keys(body: Fields, context: Context) -> list[str]:
-    """The keys of what a request for a response rests on; stored_links finds what that rests on."""
-    keys: list[str] = []
+    """The keys of the stored texts that a request builds on; stored_links names the next ones."""
+    keys = reference_keys(body.data.get("input"))
     previous = body.data.get("previous_response_id")
-    if type(previous) is str:
+    if isinstance(previous, str):
         keys += stored_keys(previous)
-    return keys + reference_keys(body.data.get("input"))
-
-
-def reference_keys(items: Any) -> list[str]:
-    """The keys of the items that input items refer to."""
-    keys: list[str] = []
-    for item in items if type(items) is list else ():
-        if type(item) is dict and item.get("type") in (None, "item_reference"):
-            id = item.get("id")
-            keys += [reference_key(id)] if type(id) is str else []
     return keys
 
 
+def reference_keys(items: Any) -> list[str]:
+    """The keys of the items that these input items refer to."""
+    if not isinstance(items, list):
+        return []
+    objects = [item for item in items if isinstance(item, dict)]
+    ids = [item.get("id") for item in objects if item.get("type") in (None, "item_reference")]
+    return [reference_key(item_id) for item_id in ids if isinstance(item_id, str)]
+
+
 def stored_links(key: str, text: str) -> list[str]:
-    """The keys to which a stored text leads: all recipes, an earlier response, items referred to."""
+    """The keys to which a stored text leads: recipes, an earlier response, items referred to."""
     if key == RECIPE + "*":
         return text.splitlines()
     if not text or key.startswith(RECIPE):
         return []
     value = json.loads(text)
-    if type(value) is list:
+    if isinstance(value, list):
         return reference_keys(value)
     previous = value["previous_response_id"]
     return stored_keys(previous) if previous else []
@@ -4039,55 +4023,51 @@ def stored_links(key: str, text: str) -> list[str]:
 
 def stored_value(key: str, context: Context) -> Any:
     """The response or the input stored under a key, or None."""
-    text = context.stored.get(key)
-    return json.loads(text) if text else None
+    return json.loads(context.stored.get(key) or "null")
 
 
 def stored_items(key: str, context: Context) -> list[JSON]:
     """The items of the response or of the input stored under a key."""
-    value = stored_value(key, context)
-    if type(value) is dict:
-        return list(value["output"])
-    return value or []
+    value = stored_value(key, context) or []
+    return list(value["output"] if isinstance(value, dict) else value)
 
 
-def openai_past(id: str | None, context: Context) -> list[JSON]:
-    """The items of all responses up to this one, the oldest first; OpenAI's 404 where one of them is forgotten."""
+def past_items(response_id: str | None, context: Context) -> list[JSON]:
+    """The items of all responses up to this one, oldest first; OpenAI's 404 if one is missing."""
     past: list[list[JSON]] = []
-    while id:
-        response, items = (stored_value(key, context) for key in stored_keys(id))
+    while response_id:
+        response, items = (stored_value(key, context) for key in stored_keys(response_id))
         if response is None or items is None:
-            raise ProxyError(
-                404,
-                f"Previous response with id '{id[:80]}' not found.",
-                code="previous_response_not_found",
-                path="previous_response_id",
-            )
+            message = f"Previous response with id '{response_id[:80]}' not found."
+            code, path = "previous_response_not_found", "previous_response_id"
+            raise ProxyError(404, message, code=code, path=path)
         past.append(items + response["output"])
-        id = response["previous_response_id"]
+        response_id = response["previous_response_id"]
     return [item for items in reversed(past) for item in items]
 
 
-def openai_kept_items(told: str | list[JSON], tail: str) -> list[JSON]:
-    """The input as a list of items that have types and ids."""
-    items = [{"role": "user", "content": told}] if type(told) is str else told
-    out = []
-    for i, item in enumerate(items):
-        item = {key: value for key, value in item.items() if value is not None}
-        kind = (
-            "message" if "role" in item else "item_reference"
-        )  # where an item does not say what it is
-        item = {"id": f"{'msg' if 'role' in item else 'item'}_{tail}_i{i}", "type": kind, **item}
-        if item["type"] == "message" and type(item.get("content")) is str:
-            kind = "output_text" if item.get("role") == "assistant" else "input_text"
-            more = {"annotations": []} if kind == "output_text" else {}
-            item["content"] = [{"type": kind, "text": item["content"], **more}]
-        out.append(
-            {**item, "status": item.get("status") or "completed"}
-            if item["type"] == "message"
-            else item
-        )
-    return out
+def input_items(content: str | list[JSON], tail: str) -> list[JSON]:
+    """A request's input as it is stored: items, each with an id that has this tail in it."""
+    if isinstance(content, str):
+        content = [{"role": "user", "content": content}]
+    return [input_item(item, f"{tail}_i{i}") for i, item in enumerate(content)]
+
+
+def input_item(item: JSON, tail: str) -> JSON:
+    """An item without nulls, with its type and id, and a message's content as parts."""
+    item = {key: value for key, value in item.items() if value is not None}
+    if "role" in item:
+        item = {"id": f"msg_{tail}", "type": "message", **item}
+    else:
+        item = {"id": f"item_{tail}", "type": "item_reference", **item}
+    if item["type"] != "message":
+        return item
+    text = item.get("content")
+    if isinstance(text, str) and item.get("role") == "assistant":
+        item["content"] = [{"type": "output_text", "text": text, "annotations": []}]
+    elif isinstance(text, str):
+        item["content"] = [{"type": "input_text", "text": text}]
+    return {**item, "status": item.get("status") or "completed"}
 
 
 # ---- the request ----
@@ -4097,13 +4077,14 @@ class ResponseOptions(NamedTuple):
     """What only the answer to a response's request can fulfil."""
 
     echo: JSON  # what a response repeats of its request
-    items: str | list[JSON]  # the client's own items, to be stored
-    summary: bool  # thoughts are wanted
-    included: list[str]  # signatures in reasoning items, sources in searches
+    items: str | list[JSON]  # the input, to be stored
+    thoughts: bool  # whether the client wants to see them
+    signatures: bool  # whether it wants those of calls, in reasoning items
+    sources: bool  # whether it wants those of searches
 
-    @property
-    def sealed(self) -> bool:
-        return "reasoning.encrypted_content" in self.included
+
+# What `include` may name; what else OpenAI has there, Gemini does not have.
+SIGNATURES, SOURCES = "reasoning.encrypted_content", "web_search_call.action.sources"
 
 
 def openai_responses_request(body: Fields, context: Context) -> Plan:
@@ -4118,19 +4099,12 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     show = summary is not None or (context.ollama and effort != "none")
     fields, google = openai_google(body)
     limit = openai_limit(body, "max_output_tokens", context)
-    chat = Chat(
-        model,
-        history.system,
-        history.contents,
-        tools,
-        choice,
-        Thinking(effort, show=show, field="reasoning.effort", google=google),
-        openai_sampling(body, model, limit, context),
-        openai_response_format(text, "format"),
-        fields=fields,
-        recipe=recipe_named(model_name, context),
-        stream=bool(body.get("stream", bool)),
-    )
+    thinking = Thinking(effort, show=show, field="reasoning.effort", google=google)
+    sampling = openai_sampling(body, model, limit, context)
+    schema = openai_response_format(text, "format")
+    chat = Chat(model, history.system, history.contents, tools, choice, thinking, sampling, schema)
+    recipe, stream = recipe_named(model_name, context), bool(body.get("stream", bool))
+    chat = chat._replace(fields=fields, recipe=recipe, stream=stream)
     echo = {
         **openai_echo(body, text),
         "model": model_name,
@@ -4138,87 +4112,74 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
         "reasoning": {"effort": effort, "summary": summary},
         "service_tier": fields.get("serviceTier", "default"),
     }
-    options = ResponseOptions(
-        echo,
-        body.data.get("input") or [],
-        show or bool(google.get("includeThoughts")),
-        openai_included(body),
-    )
-    return Plan((chat_call(chat, body),), chat.stream, options, model_name, chat=chat)
+    included = body.strings("include")
+    for name in included:
+        if name not in (SIGNATURES, SOURCES):
+            body.ignore(f"include.{name}")
+    items, thoughts = body.data.get("input") or [], show or bool(google.get("includeThoughts"))
+    options = ResponseOptions(echo, items, thoughts, SIGNATURES in included, SOURCES in included)
+    return Plan((chat_call(chat, body),), stream, options, model_name, chat=chat)
 
 
 def openai_history(body: Fields, model: Model, context: Context) -> History:
-    """The conversation: the earlier responses, whose instructions do not count any more, and then the input."""
+    """The conversation: the earlier responses without their instructions, and then the input."""
     for key, kinds in (("conversation", (str, dict)), ("prompt", (dict,))):
         if body.data.get(key) and type(body.data[key]) in kinds:
-            raise wrong_value(
-                key, f"Invalid value for '{key}': it is kept at OpenAI; send the items themselves."
-            )
-    instructions, previous = body.get("instructions", str), body.get("previous_response_id", str)
-    told = body.get("input", str, list)
-    if not (told or instructions or previous):
-        raise ProxyError(
-            400,
-            "Missing required parameter: 'input'.",
-            code="missing_required_parameter",
-            path="input",
-        )
-    history = History(
-        model, context, [text_part(instructions)] if instructions else [], [], {}, [], {}
-    )
-    for i, item in enumerate(openai_past(previous, context)):
-        openai_item(Fields(item, f"previous_response_id[{i}]"), history)
-    if type(told) is str:
-        history.contents.append(user_turn(text_part(told)))
+            why = "it is kept at OpenAI; send the items themselves"
+            raise wrong_value(key, f"Invalid value for '{key}': {why}.")
+    instructions = body.get("instructions", str)
+    previous = body.get("previous_response_id", str)
+    content = body.get("input", str, list)
+    if not (content or instructions or previous):
+        message = "Missing required parameter: 'input'."
+        raise ProxyError(400, message, code="missing_required_parameter", path="input")
+    history = History(model, context)
+    if instructions:
+        history.system.append(text_part(instructions))
+    for i, item in enumerate(past_items(previous, context)):
+        history.add(Fields(item, f"previous_response_id[{i}]"))
+    if isinstance(content, str):
+        history.contents.append(user_turn(text_part(content)))
     else:
-        for item in body.objects("input"):
-            openai_item(item, history)
+        for entry in body.objects("input"):
+            history.add(entry)
     return history
 
 
 def openai_reasoning(body: Fields) -> tuple[str | None, str | None]:
-    """(the effort to think with, how the thoughts are to be told), each None where it is not said."""
+    """(the effort to think with, the kind of summary); None where the request does not say."""
     reasoning = body.object("reasoning")
     if reasoning is None:
         return body.choice("reasoning_effort", *EFFORTS), None
-    summaries = [
-        reasoning.choice(key, "auto", "concise", "detailed", "none")
-        for key in ("summary", "generate_summary")
-    ]
-    summary = next((word for word in summaries if word), None)
-    return reasoning.choice("effort", *EFFORTS), None if summary == "none" else summary
-
-
-def openai_included(body: Fields) -> list[str]:
-    """What is to be told besides; most that OpenAI could tell is not there."""
-    names = body.strings("include")
-    for name in names:
-        if name not in ("reasoning.encrypted_content", "web_search_call.action.sources"):
-            body.ignore(f"include.{name}")
-    return names
+    kinds = ("auto", "concise", "detailed", "none")
+    summary, older = (reasoning.choice(key, *kinds) for key in ("summary", "generate_summary"))
+    summary = summary or older
+    if summary == "none":
+        summary = None
+    return reasoning.choice("effort", *EFFORTS), summary
 
 
 def openai_echo(body: Fields, text: Fields) -> JSON:
-    """What a response repeats of its request. What is not read here is not heeded either, and told as ignored."""
-    told, store = body.data, body.get("store", bool)
+    """What a response repeats of its request. What is only repeated stays unread, thus ignored."""
+    data, store = body.data, body.get("store", bool)
     return {
         "background": False,
-        "instructions": told.get("instructions"),
-        "max_output_tokens": told.get("max_output_tokens"),
-        "max_tool_calls": get_or_empty(told, "max_tool_calls", int) or None,
+        "instructions": data.get("instructions"),
+        "max_output_tokens": data.get("max_output_tokens"),
+        "max_tool_calls": get_or_empty(data, "max_tool_calls", int) or None,
         "metadata": body.get("metadata", dict) or {},
-        "previous_response_id": told.get("previous_response_id"),
-        "prompt_cache_key": get_or_empty(told, "prompt_cache_key", str) or None,
-        "safety_identifier": get_or_empty(told, "safety_identifier", str) or None,
+        "previous_response_id": data.get("previous_response_id"),
+        "prompt_cache_key": get_or_empty(data, "prompt_cache_key", str) or None,
+        "safety_identifier": get_or_empty(data, "safety_identifier", str) or None,
         "store": store is not False,
-        "temperature": told.get("temperature"),
+        "temperature": data.get("temperature"),
         "text": {**text.data, "format": text.data.get("format") or {"type": "text"}},
-        "tool_choice": told.get("tool_choice") or "auto",
-        "tools": [openai_echoed_tool(tool) for tool in told.get("tools") or ()],
-        "top_logprobs": get_or_empty(told, "top_logprobs", int),
-        "top_p": told.get("top_p"),
+        "tool_choice": data.get("tool_choice") or "auto",
+        "tools": [openai_echoed_tool(tool) for tool in data.get("tools") or ()],
+        "top_logprobs": get_or_empty(data, "top_logprobs", int),
+        "top_p": data.get("top_p"),
         "truncation": body.choice("truncation", "auto", "disabled") or "disabled",
-        "user": get_or_empty(told, "user", str) or None,
+        "user": get_or_empty(data, "user", str) or None,
     }
 
 
@@ -4232,285 +4193,251 @@ def openai_echoed_tool(tool: JSON) -> JSON:
 # ---- the answer ----
 
 
-class ItemShape(NamedTuple):
-    """An item that comes bit by bit: its id, its key and kind of parts, and the words of its events."""
+class MessageItem:
+    """A message while its text comes, in a single part; and what its events have in common."""
 
-    prefix: str
-    key: str
-    kind: str
-    index: str
-    part: str
-    text: str
-    lists: tuple[str, ...]  # what its parts have besides the text
+    prefix, part_event, text_event = "msg_", "content_part", "output_text"
+
+    def __init__(self, start: int):
+        self.start = start  # of its text in the text of the whole answer
+        self.pieces: list[str] = []
+        self.annotations: list[JSON] = []  # some are known only after the message has ended
+        self.place: JSON = {"content_index": 0}  # of the part, in events
+        self.more: JSON = {"logprobs": []}  # in events about text
+
+    def item(self) -> JSON:
+        return {"type": "message", "status": "in_progress", "role": "assistant", "content": []}
+
+    def part(self) -> JSON:
+        text = {"type": "output_text", "text": "".join(self.pieces)}
+        return {**text, "annotations": self.annotations, "logprobs": []}
+
+    def final(self, status: str) -> JSON:
+        return {"content": [self.part()], "status": status}
 
 
-ITEM_SHAPES = {
-    "message": ItemShape(
-        "msg_",
-        "content",
-        "output_text",
-        "content_index",
-        "content_part",
-        "output_text",
-        ("annotations", "logprobs"),
-    ),
-    "reasoning": ItemShape(
-        "rs_",
-        "summary",
-        "summary_text",
-        "summary_index",
-        "reasoning_summary_part",
-        "reasoning_summary_text",
-        (),
-    ),
-}
+class ReasoningItem:
+    """A summary of thoughts while its text comes, likewise."""
+
+    prefix, part_event, text_event = "rs_", "reasoning_summary_part", "reasoning_summary_text"
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.place: JSON = {"summary_index": 0}
+        self.more: JSON = {}
+
+    def item(self) -> JSON:
+        return {"type": "reasoning", "summary": []}
+
+    def part(self) -> JSON:
+        return {"type": "summary_text", "text": "".join(self.pieces)}
+
+    def final(self, status: str) -> JSON:
+        return {"summary": [self.part()]}
 
 
 class ResponseBuilder:
-    """A response as it grows, and the events that tell of it: one item after the other, each whole at its end.
+    """A response as it grows, and its events: one item after the other, each ended before the next.
 
-    (The order of events, and what client libraries make of any other: openai-python's lib/streaming/responses.)
+    Client libraries insist on this order: openai-python's lib/streaming/responses, and openai-node,
+    which takes output_index for the order in which the items came.
     """
 
     def __init__(self, exchange: Exchange):
-        self.exchange, self.options, self.count = exchange, exchange.options, 0
-        id = exchange.new_id("resp_")
-        self.tail = id.partition("_")[2]  # which every item's id has in it
+        assert exchange.chat is not None
+        self.exchange, self.chat = exchange, exchange.chat
+        self.options: ResponseOptions = exchange.options
+        self.count = 0  # events so far
+        self.length = 0  # characters of the answer's text so far
+        self.open: MessageItem | ReasoningItem | None = None  # the item that has not ended
+        self.messages: list[MessageItem] = []
         self.output: list[JSON] = []
-        self.response = {
-            "id": id,
-            "object": "response",
-            "created_at": int(exchange.created),
-            "completed_at": None,
-            "status": "in_progress",
-            "error": None,
-            "incomplete_details": None,
-            **self.options.echo,
-            "output": self.output,
-            "usage": None,
-        }
-        self.open: ItemShape | None = None  # of the item that has not ended yet
-        self.pieces: list[str] = []  # its text
-        self.messages: list[
-            tuple[int, int]
-        ] = []  # (where it begins in the answer's text, its index) of each message
-        self.said = 0  # characters of the answer so far
+        response_id = exchange.new_id("resp_")
+        self.tail = response_id.partition("_")[2]  # of the id of every item
+        self.response: JSON = {"id": response_id, "object": "response"}
+        self.response.update(created_at=int(exchange.created), completed_at=None)
+        self.response.update(status="in_progress", error=None, incomplete_details=None)
+        self.response.update(self.options.echo, output=self.output, usage=None)
 
-    def event(self, kind: str, **more: Any) -> JSON:
-        event = {"type": "response." + kind, "sequence_number": self.count, **more}
+    def event(self, kind: str, **fields: Any) -> JSON:
         self.count += 1
-        return event
+        return {"type": f"response.{kind}", "sequence_number": self.count - 1, **fields}
 
-    def here(self, kind: str, **more: Any) -> JSON:
+    def item_event(self, kind: str, **fields: Any) -> JSON:
         """An event about the last item."""
-        return self.event(
-            kind, item_id=self.output[-1]["id"], output_index=len(self.output) - 1, **more
-        )
+        index = len(self.output) - 1
+        return self.event(kind, item_id=self.output[index]["id"], output_index=index, **fields)
 
     def begin(self) -> Iterator[JSON]:
         for kind in ("created", "in_progress"):
             yield self.event(kind, response={**self.response, "output": []})
 
-    def add(self, prefix: str, item: JSON) -> JSON:
+    def add(self, prefix: str, fields: JSON) -> JSON:
         """The event of a new item."""
-        item = {"id": f"{prefix}{self.tail}_{len(self.output)}", **item}
-        self.output.append(item)
-        return self.event("output_item.added", output_index=len(self.output) - 1, item=item)
+        index = len(self.output)
+        self.output.append({"id": f"{prefix}{self.tail}_{index}", **fields})
+        return self.event("output_item.added", output_index=index, item=self.output[index])
 
-    def done(self, **more: Any) -> JSON:
-        """The event of the last item, when it is whole."""
-        self.output[-1] = {**self.output[-1], **more}
-        return self.event(
-            "output_item.done", output_index=len(self.output) - 1, item=self.output[-1]
-        )
+    def done(self, **fields: Any) -> JSON:
+        """The event of the last item's end, with its last fields."""
+        index = len(self.output) - 1
+        self.output[index] = {**self.output[index], **fields}
+        return self.event("output_item.done", output_index=index, item=self.output[index])
 
-    def say(self, kind: str, text: str) -> Iterator[JSON]:
-        """A bit of a message or of reasoning."""
-        if self.open is not ITEM_SHAPES[kind]:
+    def start(self, item: MessageItem | ReasoningItem) -> Iterator[JSON]:
+        self.open = item
+        yield self.add(item.prefix, item.item())
+        yield self.item_event(f"{item.part_event}.added", **item.place, part=item.part())
+
+    def start_message(self) -> Iterator[JSON]:
+        message = MessageItem(self.length)
+        self.messages.append(message)
+        yield from self.start(message)
+
+    def add_text(self, text: str) -> Iterator[JSON]:
+        if not isinstance(self.open, MessageItem):
             yield from self.close()
-            yield from self.start(kind)
-        self.pieces.append(text)
-        more = {"logprobs": []} if kind == "message" else {}
-        yield self.here(self.open.text + ".delta", **{self.open.index: 0}, delta=text, **more)
+            yield from self.start_message()
+        self.length += len(text)
+        yield self.delta(text)
 
-    def start(self, kind: str) -> Iterator[JSON]:
-        self.open, self.pieces = ITEM_SHAPES[kind], []
-        if kind == "message":
-            self.messages.append((self.said, len(self.output)))
-        more = {"status": "in_progress", "role": "assistant"} if kind == "message" else {}
-        yield self.add(self.open.prefix, {"type": kind, **more, self.open.key: []})
-        yield self.here(self.open.part + ".added", **{self.open.index: 0}, part=self.part())
+    def add_thought(self, text: str) -> Iterator[JSON]:
+        if not isinstance(self.open, ReasoningItem):
+            yield from self.close()
+            yield from self.start(ReasoningItem())
+        yield self.delta(text)
 
-    def close(
-        self, status: str = "completed", citations: Iterable[Citation] = (), **more: Any
-    ) -> Iterator[JSON]:
-        """The end of the message or the reasoning that has not ended yet, if there is one."""
-        form = self.open
-        if form is None:
+    def delta(self, text: str) -> JSON:
+        item = self.open
+        assert item is not None
+        item.pieces.append(text)
+        return self.item_event(f"{item.text_event}.delta", **item.place, delta=text, **item.more)
+
+    def close(self, status: str = "completed", **fields: Any) -> Iterator[JSON]:
+        """The end of the message or the thoughts, if either is open."""
+        item = self.open
+        if item is None:
             return
-        part = self.part()
-        text = part["text"]
-        at, logprobs = {form.index: 0}, {"logprobs": []} if form.key == "content" else {}
-        if form.key == "content":
-            part["annotations"] = [self.annotation(citation) for citation in citations]
-            for i, annotation in enumerate(part["annotations"]):
-                yield self.here(
-                    "output_text.annotation.added", **at, annotation_index=i, annotation=annotation
-                )
-            self.said += len(text)
-            more["status"] = status
-        yield self.here(form.text + ".done", **at, text=text, **logprobs)
-        yield self.here(form.part + ".done", **at, part=part)
-        yield self.done(**{form.key: [part]}, **more)
+        part = item.part()
+        done = f"{item.text_event}.done"
+        yield self.item_event(done, **item.place, text=part["text"], **item.more)
+        yield self.item_event(f"{item.part_event}.done", **item.place, part=part)
+        yield self.done(**item.final(status), **fields)
         self.open = None
 
-    def part(self) -> JSON:
-        """What the item that has not ended has in it so far."""
-        return {
-            "type": self.open.kind,
-            "text": "".join(self.pieces),
-            **{key: [] for key in self.open.lists},
-        }
+    def cite(self, citations: list[Citation]) -> Iterator[JSON]:
+        """Add each source to the message that rests on it. Only an open one has events for it."""
+        for citation in citations:
+            messages = (item for item in reversed(self.messages) if item.start <= citation.start)
+            message = next(messages, None)
+            if message is None:
+                continue
+            annotation = {
+                "type": "url_citation",
+                "start_index": max(0, citation.start - message.start),
+                "end_index": max(0, citation.end - message.start),
+                "url": citation.url,
+                "title": citation.title,
+            }
+            message.annotations.append(annotation)
+            if message is self.open:
+                place = {**message.place, "annotation_index": len(message.annotations) - 1}
+                kind = "output_text.annotation.added"
+                yield self.item_event(kind, **place, annotation=annotation)
 
-    def annotation(self, citation: Citation, start: int | None = None) -> JSON:
-        """A source, counted from the beginning of its own message."""
-        start = self.messages[-1][0] if start is None else start
-        return {
-            "type": "url_citation",
-            "start_index": max(0, citation.start - start),
-            "end_index": max(0, citation.end - start),
-            "url": citation.url,
-            "title": citation.title,
-        }
-
-    def call(self, call: ToolCall) -> Iterator[JSON]:
-        name, tools = call.name, self.exchange.chat.tools
-        namespace = tools.namespaces.get(name)
-        short = name[len(namespace) + 1 :] if namespace else name
-        if name in tools.custom:
-            kind, prefix, key, value, more = (
-                "custom_tool_call",
-                "ctc_",
-                "input",
-                custom_input(call),
-                {},
-            )
+    def add_call(self, call: ToolCall) -> Iterator[JSON]:
+        namespace = self.chat.tools.namespaces.get(call.name)
+        name = call.name.removeprefix(qualified_name(namespace, ""))
+        if call.name in self.chat.tools.custom:
+            kind, prefix, key, value = "custom_tool_call", "ctc_", "input", custom_input(call)
+            last = {key: value}
         else:
-            kind, prefix, key = "function_call", "fc_", "arguments"
-            value, more = encode_json(call.args), {"name": short}
-        yield self.add(
-            prefix,
-            {
-                "type": kind,
-                "status": "in_progress",
-                "call_id": call.id,
-                "name": short,
-                **({"namespace": namespace} if namespace else {}),
-                key: "",
-            },
-        )
-        yield self.here(f"{kind}_{key}.delta", delta=value)
-        yield self.here(f"{kind}_{key}.done", **{key: value}, **more)
+            kind, prefix, key, value = "function_call", "fc_", "arguments", encode_json(call.args)
+            last = {key: value, "name": name}  # which OpenAI specifies, but leaves out itself
+        fields = {"call_id": call.id, "name": name, **given(namespace=namespace), key: ""}
+        yield self.add(prefix, {"type": kind, "status": "in_progress", **fields})
+        yield self.item_event(f"{kind}_{key}.delta", delta=value)
+        yield self.item_event(f"{kind}_{key}.done", **last)
         yield self.done(status="completed", **{key: value})
 
-    def show(self, media: Media) -> Iterator[JSON]:
-        """A picture, as OpenAI's own tool tells it."""
+    def add_image(self, image: Media) -> Iterator[JSON]:
+        """An image, as OpenAI's own tool for them has it."""
         yield from self.close()
-        yield self.add(
-            "ig_", {"type": "image_generation_call", "status": "in_progress", "result": None}
-        )
-        yield self.done(status="completed", result=media.data)
+        fields = {"type": "image_generation_call", "status": "in_progress", "result": None}
+        yield self.add("ig_", fields)
+        yield self.done(status="completed", result=image.data)
 
-    def search(self, end: End) -> Iterator[JSON]:
-        """What Gemini looked for. It tells so at its end only, so this comes after the message that rests on it."""
-        action = {"type": "search", "query": end.queries[0], "queries": list(end.queries)}
-        if "web_search_call.action.sources" in self.options.included:
+    def add_search(self, end: End) -> Iterator[JSON]:
+        """What Gemini searched for. It says so only at its end, after the message about it."""
+        action: JSON = {"type": "search", "query": end.queries[0], "queries": list(end.queries)}
+        if self.options.sources:
             urls = dict.fromkeys(citation.url for citation in end.citations)
             action["sources"] = [{"type": "url", "url": url} for url in urls]
-        yield self.add(
-            "ws_", {"type": "web_search_call", "status": "in_progress", "action": action}
-        )
+        fields = {"type": "web_search_call", "status": "in_progress", "action": action}
+        yield self.add("ws_", fields)
         for step in ("in_progress", "searching", "completed"):
-            yield self.here("web_search_call." + step)
+            yield self.item_event(f"web_search_call.{step}")
         yield self.done(status="completed")
 
-    def finish(self, end: End, calls: list[ToolCall]) -> Iterator[JSON]:
-        """The rest: citations, the calls after the signatures that belong to them, and how it all ended."""
-        seal = sealed(calls, self.exchange.chat.model) if self.options.sealed else None
-        status, more = openai_end(end)
-        if seal and self.open is ITEM_SHAPES["reasoning"]:
-            yield from self.close(encrypted_content=seal)
-            seal = None
-        yield from self.close(
-            "completed" if status == "completed" else "incomplete", self.cited(end.citations)
-        )
+    def finish(self, end: End, calls: list[ToolCall]) -> Iterator[Any]:
+        """The rest: citations, the calls after the signatures that belong to them, and the end."""
+        content = encrypted_content(calls, self.chat.model) if self.options.signatures else ""
+        if content and isinstance(self.open, ReasoningItem):
+            yield from self.close(encrypted_content=content)
+            content = ""
+        status, fields = response_status(end)
+        yield from self.cite(end.citations)
+        yield from self.close("completed" if status == "completed" else "incomplete")
         if end.queries:
-            yield from self.search(end)
-        if seal:
-            yield self.add("rs_", {"type": "reasoning", "summary": [], "encrypted_content": seal})
+            yield from self.add_search(end)
+        if content:
+            reasoning = {"type": "reasoning", "summary": [], "encrypted_content": content}
+            yield self.add("rs_", reasoning)
             yield self.done()
         for call in calls:
-            yield from self.call(call)
+            yield from self.add_call(call)
         if not self.output and status == "completed":
-            yield from self.start("message")
+            yield from self.start_message()
             yield from self.close()
-        yield from self.end(status, more, end.usage)
+        yield from self.end(status, fields, end.usage)
 
     def fail(self, error: JSON) -> Iterator[Any]:
-        """The last event of a response that failed, with the item that did not end as far as it came."""
+        """The last event of a response that failed; the open item stays as far as it came."""
+        if not self.count:
+            yield from self.begin()
         if self.open:
-            status = {"status": "incomplete"} if self.open.key == "content" else {}
-            self.output[-1] = {**self.output[-1], self.open.key: [self.part()], **status}
-        return self.end("failed", {"error": error}, self.exchange.usage)
+            self.output[-1] = {**self.output[-1], **self.open.final("incomplete")}
+        yield from self.end("failed", {"error": error}, self.exchange.usage)
 
-    def cited(self, citations: list[Citation]) -> list[Citation]:
-        """Those of the message that has not ended; the others are added to theirs, which have been told already."""
-        last = []
-        for citation in citations:
-            start, index = next(
-                (found for found in reversed(self.messages) if found[0] <= citation.start), (0, -1)
-            )
-            if self.open is ITEM_SHAPES["message"] and index == len(self.output) - 1:
-                last.append(citation)
-            elif index >= 0:
-                self.output[index]["content"][0]["annotations"].append(
-                    self.annotation(citation, start)
-                )
-        return last
-
-    def end(self, status: str, more: JSON, usage: Usage) -> Iterator[Any]:
+    def end(self, status: str, fields: JSON, usage: Usage) -> Iterator[Any]:
         """The last event. Unless the client forbids it, the response is stored before."""
-        counts = {
+        counts = {  # cache_write_tokens is for openai-python, whose strict validation wants it
             "input_tokens": usage.prompt,
             "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
             "output_tokens": usage.output,
             "output_tokens_details": {"reasoning_tokens": usage.thoughts},
             "total_tokens": usage.prompt + usage.output,
         }
-        self.response.update(more, status=status, usage=counts)
+        self.response.update(fields, status=status, usage=counts)
         if status == "completed":
             self.response["completed_at"] = int(self.exchange.now)
         if self.response["store"]:
-            items = openai_kept_items(self.options.items, self.tail)
             response_key, input_key = stored_keys(self.response["id"])
-            yield Keep(input_key, encode_json(items))
+            yield Keep(input_key, encode_json(input_items(self.options.items, self.tail)))
             yield Keep(response_key, encode_json(self.response))
         yield self.event(status, response=self.response)
 
 
-def openai_end(end: End) -> tuple[str, JSON]:
-    """(the status of a response, what it says about that), with Gemini's own words."""
+def response_status(end: End) -> tuple[str, JSON]:
+    """(the status of a response, the fields about it), with Gemini's own words."""
+    native = native_finish(end)
     if end.finish == "failed":
         message = end.message or f"Gemini ended its answer with {end.reason}."
-        return "failed", {
-            "error": {"code": "server_error", "message": message},
-            **native_finish(end),
-        }
+        return "failed", {"error": {"code": "server_error", "message": message}, **native}
     reason = {"length": "max_output_tokens", "filter": "content_filter"}.get(end.finish)
-    return ("incomplete" if reason else "completed"), {
-        "incomplete_details": {"reason": reason} if reason else None,
-        **native_finish(end),
-    }
+    if reason:
+        return "incomplete", {"incomplete_details": {"reason": reason}, **native}
+    return "completed", native
 
 
 def openai_responses_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
@@ -4520,44 +4447,44 @@ def openai_responses_stream(exchange: Exchange, answers: Answers) -> Iterator[An
     for event in next(answers):
         if not builder.count:
             yield from builder.begin()
-        if isinstance(event, Text):
-            if not event.thought or exchange.options.summary:
-                yield from builder.say("reasoning" if event.thought else "message", event.text)
-        elif isinstance(event, ToolCall):
+        if isinstance(event, ToolCall):
             calls.append(event)
         elif isinstance(event, End):
             yield from builder.finish(event, calls)
-        elif event.mime.startswith("image/"):
-            yield from builder.show(event)
-        else:
-            yield from builder.say("message", media_note(event))
+        elif isinstance(event, Media) and event.mime.startswith("image/"):
+            yield from builder.add_image(event)
+        elif isinstance(event, Media):
+            yield from builder.add_text(media_note(event))
+        elif not event.thought:
+            yield from builder.add_text(event.text)
+        elif builder.options.thoughts:
+            yield from builder.add_thought(event.text)
 
 
 def openai_responses_response(exchange: Exchange, answers: Answers) -> Kept:
-    """The same, as its last event tells it."""
+    """The same, as its last event has it."""
     last = last_event(openai_responses_stream(exchange, answers))
     return last._replace(answer=last.answer["response"])
 
 
 def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[Any]:
-    """The last event of a stream that failed, after the first ones, which helpers of clients insist on.
+    """The last event of a stream that failed, after the first ones, which clients insist on.
 
-    Codex and others read from its words when to try again.
+    Codex reads from the message when to try again (its codex-api/src/sse/responses.rs).
     """
     body = openai_error(error)[1]["error"]
     message = body["message"]
     if error.retry_after and error.status == 429:
         message += f" Please try again in {error.retry_after:g}s."
     builder = exchange.builder or ResponseBuilder(exchange)
-    events = [] if builder.count else list(builder.begin())
-    return [*events, *builder.fail({"code": body["code"] or "invalid_prompt", "message": message})]
+    return list(builder.fail({"code": body["code"] or "invalid_prompt", "message": message}))
 
 
-# ---- what a request would cost, and what becomes of a response ----
+# ---- tokens of a request, and stored responses ----
 
 
 def openai_input_tokens_request(body: Fields, context: Context) -> Plan:
-    """The tokens of a request that is not made: /v1/responses/input_tokens takes the same body."""
+    """How many tokens a response's request would send: the body is the same."""
     plan = openai_responses_request(body, context)
     assert plan.chat is not None
     return count_plan(plan, plan.chat.model)
@@ -4567,33 +4494,30 @@ def openai_input_tokens_response(exchange: Exchange, answers: Answers) -> JSON:
     return {"object": "response.input_tokens", "input_tokens": read_count(answers)}
 
 
-def openai_stored_keys(body: Fields, context: Context) -> list[str]:
+def path_keys(body: Fields, context: Context) -> list[str]:
     return stored_keys(context.params["id"])
 
 
 def openai_stored_request(body: Fields, context: Context) -> Plan:
-    """A response that was stored; OpenAI's 404 where it is not there (any more)."""
-    id = context.params["id"]
-    response = stored_value(f"response:{id}", context)
+    """A stored response; a 404 as OpenAI's if it is not there, or not any more."""
+    response_id = context.params["id"]
+    response = stored_value(f"response:{response_id}", context)
     if response is None:
-        raise ProxyError(404, f"Response with id '{id[:80]}' not found.")
+        raise ProxyError(404, f"Response with id '{response_id[:80]}' not found.")
     if context.query.get("stream") == "true":
-        raise wrong_value(
-            "stream",
-            "Invalid value for 'stream': only a response that is under way could be streamed.",
-        )
+        why = "only a response that is under way could be streamed"
+        raise wrong_value("stream", f"Invalid value for 'stream': {why}.")
     return Plan(options=response)
 
 
 def openai_stored_response(exchange: Exchange, answers: Answers) -> JSON:
-    response: JSON = exchange.options
-    return response
+    return dict(exchange.options)
 
 
 def openai_delete_response(exchange: Exchange, answers: Answers) -> Kept:
-    id = exchange.options["id"]
-    keep = tuple(Keep(key, "") for key in stored_keys(id))
-    return Kept({"id": id, "object": "response", "deleted": True}, keep)
+    response_id = exchange.options["id"]
+    keep = tuple(Keep(key, "") for key in stored_keys(response_id))
+    return Kept({"id": response_id, "object": "response", "deleted": True}, keep)
 
 
 def openai_cancel_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -4610,124 +4534,62 @@ def openai_input_items_response(exchange: Exchange, answers: Answers) -> JSON:
     if not re.fullmatch(r"[1-9]\d?|100", limit, re.ASCII):
         raise wrong_value("limit", "Invalid value for 'limit': it must be between 1 and 100.")
     ids = [item["id"] for item in items]
-    after = ids.index(query["after"]) + 1 if query.get("after") in ids else 0
-    page = items[after : after + int(limit)]
-    page_ids = ids[after : after + int(limit)] or [None]
+    start = 0
+    if query.get("after") in ids:
+        start = ids.index(query["after"]) + 1
+    end = start + int(limit)
+    page_ids = ids[start:end] or [None]
     return {
         "object": "list",
-        "data": page,
+        "data": items[start:end],
         "first_id": page_ids[0],
         "last_id": page_ids[-1],
-        "has_more": len(items) > after + len(page),
+        "has_more": len(items) > end,
     }
 
 
 # ---- routes ----
 
-STORED = {"keys": openai_stored_keys, "parse": no_body}
 
-# To add an endpoint: a request, a response and perhaps a stream function above, and a row here; the README's
-# table wants a line too, and a test says so.
-OPENAI = Protocol(
-    "openai",
-    (
-        Route(
-            "POST",
-            "/v1/chat/completions",
-            openai_chat_request,
-            openai_chat_response,
-            openai_chat_stream,
-            keys=openai_keys,
-        ),
-        Route(
-            "POST",
-            "/v1/responses",
-            openai_responses_request,
-            openai_responses_response,
-            openai_responses_stream,
-            NAMED_SSE,
-            failure=openai_responses_failure,
-            keys=openai_keys,
-        ),
-        Route(
-            "POST",
-            "/v1/responses/input_tokens",
-            openai_input_tokens_request,
-            openai_input_tokens_response,
-            keys=openai_keys,
-        ),
-        Route(
-            "GET",
-            "/v1/responses/{id}/input_items",
-            openai_stored_request,
-            openai_input_items_response,
-            **STORED,
-        ),
-        Route(
-            "POST",
-            "/v1/responses/{id}/cancel",
-            openai_stored_request,
-            openai_cancel_response,
-            **STORED,
-        ),
-        Route("GET", "/v1/responses/{id}", openai_stored_request, openai_stored_response, **STORED),
-        Route(
-            "DELETE", "/v1/responses/{id}", openai_stored_request, openai_delete_response, **STORED
-        ),
-        Route("POST", "/v1/embeddings", openai_embeddings_request, openai_embeddings_response),
-        Route(
-            "POST",
-            "/v1/completions",
-            openai_completions_request,
-            openai_completions_response,
-            openai_completions_stream,
-        ),
-        Route(
-            "POST",
-            "/v1/images/generations",
-            openai_images_request,
-            openai_images_response,
-            openai_images_stream,
-            NAMED_SSE,
-            failure=openai_images_failure,
-        ),
-        Route(
-            "POST",
-            "/v1/audio/speech",
-            openai_speech_request,
-            openai_speech_response,
-            openai_speech_stream,
-        ),
-        Route(
-            "POST",
-            "/v1/audio/transcriptions",
-            openai_transcriptions_request,
-            openai_transcriptions_response,
-            openai_transcriptions_stream,
-            parse=parse_form,
-        ),
-        Route(
-            "POST",
-            "/v1/audio/translations",
-            openai_translations_request,
-            openai_transcriptions_response,
-            openai_transcriptions_stream,
-            parse=parse_form,
-        ),
-        Route(
-            "GET", "/v1/models", openai_models_request, openai_models_response, keys=all_recipe_keys
-        ),
-        Route(
-            "GET",
-            "/v1/models/{model}",
-            openai_models_request,
-            openai_model_response,
-            keys=all_recipe_keys,
-        ),
-    ),
-    openai_error,
-    lambda error: openai_error(error)[1],
+def stored_route(method: str, path: str, response: Callable[[Exchange, Answers], Any]) -> Route:
+    """A route about a stored response."""
+    return Route(method, path, openai_stored_request, response, parse=no_body, keys=path_keys)
+
+
+# (request, response, stream, framing) of each endpoint, as far as it has them.
+CHAT_COMPLETIONS = (openai_chat_request, openai_chat_response, openai_chat_stream)
+COMPLETIONS = (openai_completions_request, openai_completions_response, openai_completions_stream)
+RESPONSE = (openai_responses_request, openai_responses_response, openai_responses_stream, NAMED_SSE)
+INPUT_TOKENS = (openai_input_tokens_request, openai_input_tokens_response)
+EMBEDDINGS = (openai_embeddings_request, openai_embeddings_response)
+IMAGES = (openai_images_request, openai_images_response, openai_images_stream, NAMED_SSE)
+SPEECH = (openai_speech_request, openai_speech_response, openai_speech_stream)
+TRANSCRIPTS = (openai_transcriptions_response, openai_transcriptions_stream)
+TRANSCRIPTIONS = (openai_transcriptions_request, *TRANSCRIPTS)
+TRANSLATIONS = (openai_translations_request, *TRANSCRIPTS)
+MODELS = (openai_models_request, openai_models_response)
+MODEL = (openai_models_request, openai_model_response)
+
+# To add an endpoint: a request, a response and perhaps a stream function above, and a row here.
+# The README's table needs a line too, and a test says so.
+OPENAI_ROUTES = (
+    Route("POST", "/v1/chat/completions", *CHAT_COMPLETIONS, keys=openai_keys),
+    Route("POST", "/v1/responses", *RESPONSE, failure=openai_responses_failure, keys=openai_keys),
+    Route("POST", "/v1/responses/input_tokens", *INPUT_TOKENS, keys=openai_keys),
+    stored_route("GET", "/v1/responses/{id}/input_items", openai_input_items_response),
+    stored_route("POST", "/v1/responses/{id}/cancel", openai_cancel_response),
+    stored_route("GET", "/v1/responses/{id}", openai_stored_response),
+    stored_route("DELETE", "/v1/responses/{id}", openai_delete_response),
+    Route("POST", "/v1/embeddings", *EMBEDDINGS),
+    Route("POST", "/v1/completions", *COMPLETIONS),
+    Route("POST", "/v1/images/generations", *IMAGES, failure=openai_images_failure),
+    Route("POST", "/v1/audio/speech", *SPEECH),
+    Route("POST", "/v1/audio/transcriptions", *TRANSCRIPTIONS, parse=parse_form),
+    Route("POST", "/v1/audio/translations", *TRANSLATIONS, parse=parse_form),
+    Route("GET", "/v1/models", *MODELS, keys=all_recipe_keys),
+    Route("GET", "/v1/models/{model}", *MODEL, keys=all_recipe_keys),
 )
+OPENAI = Protocol("openai", OPENAI_ROUTES, openai_error, lambda error: openai_error(error)[1])
 
 
 # ======================================================================================
@@ -5812,7 +5674,7 @@ def anthropic_start(exchange: Exchange, answers: Answers) -> tuple[JSON, Iterato
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
-        "usage": anthropic_usage(exchange.prompt or Usage()),
+        "usage": anthropic_usage(read_usage(exchange.prompt or {})),
     }
     return message, itertools.chain([first], events)
 
@@ -8188,9 +8050,6 @@ proxy-to-gemini: there is no Gemini key. Get one at https://aistudio.google.com/
 
     GEMINI_API_KEY=<your key> python3 proxy_to_gemini.py
 """
-UNUSABLE_KEY = (
-    "proxy-to-gemini: the key in GEMINI_API_KEY has characters that no key has; it cannot be sent."
-)
 
 
 class Config(NamedTuple):
@@ -8209,11 +8068,8 @@ class Config(NamedTuple):
     client_keys: bool = False  # whether each client brings its own Gemini key
 
 
-# Types of flags: each returns the value of a flag, or raises what argparse prints with the usage.
-
-
 def listen_address(text: str) -> tuple[str, int]:
-    """("127.0.0.1", 5555) from HOST:PORT, :PORT or [::1]:PORT."""
+    """("127.0.0.1", 5555) from HOST:PORT, :PORT or [::1]:PORT; argparse prints the error."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(\d{1,5})", text)
     if not match or int(match.group(2)) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
@@ -8222,14 +8078,11 @@ def listen_address(text: str) -> tuple[str, int]:
 
 def base_url(text: str) -> str:
     """The URL of a server, without a slash at its end."""
-    try:
+    with contextlib.suppress(ValueError):  # of a port that is not a number
         url = urllib.parse.urlsplit(text)
-        valid = url.scheme in ("http", "https") and url.hostname and url.port != 0 and not url.query
-    except ValueError:  # a port that is not a number
-        valid = False
-    if not valid:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the URL of a server")
-    return text.rstrip("/")
+        if url.scheme in ("http", "https") and url.hostname and url.port != 0 and not url.query:
+            return text.rstrip("/")
+    raise argparse.ArgumentTypeError(f"{text!r} is not the URL of a server")
 
 
 def alias(text: str) -> tuple[str, str]:
@@ -8240,18 +8093,11 @@ def alias(text: str) -> tuple[str, str]:
     return name, re.sub("^models/", "", model)
 
 
-def origin_list(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
-
-
 def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e7:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e7:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
 
 
 def worker_count(text: str) -> int:
@@ -8262,60 +8108,42 @@ def worker_count(text: str) -> int:
 
 def flag_parser() -> argparse.ArgumentParser:
     """The flags, spelt as Go does (-api=ollama), or with two dashes."""
-    parser = argparse.ArgumentParser(
-        prog="proxy_to_gemini.py",
-        allow_abbrev=False,
-        description=(__doc__ or "").partition("\n")[0],
-    )
+    about = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser("proxy_to_gemini.py", description=about, allow_abbrev=False)
 
     def flag(name: str, text: str, **options: Any) -> None:
         parser.add_argument("-" + name, "--" + name, help=text, **options)
 
-    def switch(name: str, text: str) -> None:
-        flag(name, text, action="store_true")
-
     flag("api", "the protocol to serve", choices=sorted(MOUNTS), default="openai")
     address = {"type": listen_address, "default": ("127.0.0.1", 5555), "metavar": "HOST:PORT"}
     flag("listen", ":PORT is every interface", **address)
-    upstream = (
-        f"base URL of the Gemini API; {DEFAULT_UPSTREAM} unless $GOOGLE_GEMINI_BASE_URL is set"
-    )
-    flag("upstream", upstream, type=base_url, metavar="URL")
-    names = "another name for a model; NAME may be a glob; repeatable"
-    flag("alias", names, type=alias, action="append", default=[], metavar="NAME=MODEL")
-    origins = "browser origins that may call besides this machine's and apps'; * is any"
-    flag("origins", origins, type=origin_list, default=(), metavar="ORIGIN,...")
+    text = f"base URL of the Gemini API; {DEFAULT_UPSTREAM} unless $GOOGLE_GEMINI_BASE_URL is set"
+    flag("upstream", text, type=base_url, metavar="URL")
+    text = "another name for a model; NAME may be a glob; repeatable"
+    flag("alias", text, type=alias, action="append", default=[], metavar="NAME=MODEL")
+    text = "browser origins that may call besides this machine's and apps'; * is any"
+    flag("origins", text, default="", metavar="ORIGIN,...")
     flag("timeout", "how long Gemini may be silent", type=seconds, default=600.0, metavar="SECONDS")
     flag("workers", "processes that share the port", type=worker_count, default=1, metavar="N")
     flag("state", "keeps signatures and responses over a restart", metavar="FILE")
-    switch("client-keys", "every client brings its own Gemini key as its API key")
-    switch("check", "tell what works on the way to Gemini, and what to mend")
-    switch("print-unit", "print a systemd unit for this file and these flags")
-    switch("version", "version, and the SHA-256 of this file")
+    switch = {"action": "store_true"}
+    flag("client-keys", "every client brings its own Gemini key as its API key", **switch)
+    flag("check", "tell what works on the way to Gemini, and what to mend", **switch)
+    flag("print-unit", "print a systemd unit for this file and these flags", **switch)
+    flag("version", "version, and the SHA-256 of this file", **switch)
     return parser
 
 
 def gemini_key(env: Mapping[str, str]) -> str:
     """The key from the environment or from systemd's credentials; "" where there is none."""
-    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
-        key = env.get(name, "").strip()
-        if key:
-            return key
+    key = env.get("GEMINI_API_KEY", "").strip() or env.get("GOOGLE_API_KEY", "").strip()
+    if key:
+        return key
     with contextlib.suppress(OSError, KeyError, UnicodeDecodeError):
         path = os.path.join(env["CREDENTIALS_DIRECTORY"], "gemini_api_key")
         with open(path, encoding="utf-8") as file:
             return file.read().strip()
     return ""
-
-
-def state_file(flag: str | None, env: Mapping[str, str]) -> str:
-    """The file of -state, else one in systemd's StateDirectory, else SQLite's name for no file."""
-    if flag:
-        return flag
-    folder = env.get("STATE_DIRECTORY", "").partition(":")[0]
-    if folder:
-        return os.path.join(folder, "proxy-to-gemini.db")
-    return ":memory:"
 
 
 def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
@@ -8329,18 +8157,22 @@ def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
     if not key and not flags.client_keys:
         sys.exit(NO_KEY)
     if key and not re.fullmatch(KEY_PATTERN, key):
-        sys.exit(UNUSABLE_KEY)
+        problem = "has characters that no key has; it cannot be sent."
+        sys.exit(f"proxy-to-gemini: the key in GEMINI_API_KEY {problem}")
+    state, folder = flags.state, env.get("STATE_DIRECTORY", "").partition(":")[0]
+    if folder and not state:
+        state = os.path.join(folder, "proxy-to-gemini.db")
     return Config(
         api=flags.api,
         listen=flags.listen,
         upstream=upstream,
         key=key,
         aliases=tuple(flags.alias),
-        origins=flags.origins,
+        origins=tuple(filter(None, flags.origins.split(","))),
         timeout=flags.timeout,
         proxy_key=env.get("PROXY_API_KEY", "").strip(),
         workers=flags.workers,
-        state=state_file(flags.state, env),
+        state=state or ":memory:",
         client_keys=flags.client_keys,
     )
 
@@ -8353,7 +8185,6 @@ Description=proxy-to-gemini: OpenAI's or Ollama's API, answered by Gemini
 Documentation=file://{folder}/README.md
 Wants=network-online.target
 After=network-online.target
-
 [Service]
 Type=notify
 NotifyAccess=main
@@ -8363,13 +8194,10 @@ Restart=always
 RestartSec=1
 TimeoutStopSec=15
 WatchdogSec=30
-
-# Only root can read the file with the Gemini key; PROXY_API_KEY and HTTPS_PROXY go into the other.
 LoadCredential=gemini_api_key:/etc/proxy-to-gemini/gemini_api_key
 EnvironmentFile=-/etc/proxy-to-gemini/environment
 StateDirectory=proxy-to-gemini
 StateDirectoryMode=0700
-
 DynamicUser=yes
 MemoryMax=1G
 TasksMax=12000
@@ -8400,23 +8228,18 @@ SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
 SystemCallErrorNumber=EPERM
-
 [Install]
-WantedBy=multi-user.target
-"""
+WantedBy=multi-user.target"""
 
 
 def systemd_unit(arguments: list[str]) -> str:
     """A systemd unit for this very file and these flags, without the final newline."""
     here = os.path.abspath(__file__)
     flags = [word for word in arguments if word.lstrip("-") != "print-unit"]
-    words = [os.path.realpath(sys.executable), here, *flags]
-    command = " ".join(map(unit_word, words))
-    text = UNIT.format(folder=os.path.dirname(here), command=command).rstrip()
+    command = " ".join(map(unit_word, [os.path.realpath(sys.executable), here, *flags]))
+    text = UNIT.format(folder=os.path.dirname(here), command=command)
     if any(flag.lstrip("-") == "client-keys" for flag in flags):
-        # The service would not start without the file of the key.
-        key_lines = r"# Only root.*\n.*\n"
-        text = re.sub(key_lines, "# PROXY_API_KEY and HTTPS_PROXY go into this file.\n", text)
+        text = re.sub("\nLoadCredential=.*", "", text)  # without that file it would not start
     return text
 
 
@@ -8459,12 +8282,9 @@ class Signals:
         self.watchdog = watchdog_seconds(env)
         self.poll_seconds = min(1.0, self.watchdog / 4)
         self.last_ping = -math.inf
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, self.receive)
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(name, lambda number, frame: self.pending.add(number))
         self.open_pipe()
-
-    def receive(self, number: int, frame: object) -> None:
-        self.pending.add(number)
 
     def open_pipe(self) -> None:
         """Open the pipe with which a signal wakes this process, and no other."""
@@ -8521,19 +8341,18 @@ WORKER_DRAIN_SECONDS = DRAIN_NOTICE_SECONDS + DRAIN_SECONDS + 3 * FINAL_SECONDS
 class Workers:
     """The processes that share the port: forks of this one, which only looks after them."""
 
-    def __init__(self, server: Server, signals: Signals, count: int):
+    def __init__(self, server: Server, signals: Signals):
         self.server, self.signals = server, signals
         self.running: dict[int, int] = {}  # process id: number of the worker
-        self.start_after = [0.0] * count  # the earliest time of each worker's next start
+        self.start_after = [0.0] * server.config.workers  # the earliest time of each next start
 
     def run(self) -> None:
-        """Replace workers that die, until a signal ends them all."""
-        poll = select.poll()
-        poll.register(self.signals.pipe, select.POLLIN)
+        """Replace workers that die, until a signal ends them all; kill those that are too slow."""
+        poller = Poller(self.signals.pipe)
         while not self.signals.should_stop():
             self.signals.ping_watchdog()
             self.start_missing()
-            poll.poll(self.signals.poll_seconds * 1000)
+            poller.wait(self.signals.poll_seconds)
             self.signals.drain_pipe()
             if self.signals.take(signal.SIGHUP):
                 self.server.reload()  # for workers that are forked later
@@ -8541,40 +8360,33 @@ class Workers:
             self.reap()
         self.signals.notify("STOPPING=1")
         self.server.server_close()  # or the kernel accepts clients that no worker will serve
-        self.stop(poll)
-
-    def stop(self, poll: select.poll) -> None:
-        """End the workers, and kill those that are too slow."""
         self.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + WORKER_DRAIN_SECONDS
         while self.running and time.monotonic() < deadline:
-            poll.poll(100)
+            poller.wait(0.1)
             self.signals.drain_pipe()
             self.reap()
         self.send_signal(signal.SIGKILL)
 
     def start_missing(self) -> None:
         """Start every worker that does not run, unless it was started just before."""
-        running = set(self.running.values())
         for number, start_after in enumerate(self.start_after):
-            if number in running or time.monotonic() < start_after or self.signals.should_stop():
-                continue
-            self.start_after[number] = time.monotonic() + RESTART_SECONDS
-            self.start(number)
+            due = number not in self.running.values() and time.monotonic() >= start_after
+            if due and not self.signals.should_stop():
+                self.start_after[number] = time.monotonic() + RESTART_SECONDS
+                self.start(number)
 
     def start(self, number: int) -> None:
+        """Fork a worker, whose whole life is spent here."""
         parent = os.getpid()
         try:
             pid = os.fork()
         except OSError as error:  # too many processes, or no memory: the others go on
             log(f"worker {number} cannot be started: {error.strerror}")
             return
-        if pid == 0:
-            self.run_worker(number, parent)
-        self.running[pid] = number
-
-    def run_worker(self, number: int, parent: int) -> NoReturn:
-        """The whole life of a worker, which ends its process."""
+        if pid != 0:
+            self.running[pid] = number
+            return
         try:
             self.signals.become_worker(parent)
             self.server.metrics.use_row(number)
@@ -8604,101 +8416,104 @@ class Workers:
 # ---- checks ----
 
 CHECK_SECONDS = 30.0  # seconds that a call of a check may take
-
-# Each check returns what it learned in a few words, or raises one of CHECK_ERRORS.
-CHECK_ERRORS = (ProxyError, OSError, ValueError, http.client.HTTPException)
-
-
-def check_call(config: Config, gemini: Gemini, call: GeminiCall) -> UpstreamCall:
-    return UpstreamCall(gemini, call, Waiter(None, CHECK_SECONDS), config.key, [])
-
-
-def check_port(config: Config, gemini: Gemini) -> str:
-    server = Server(config, handed_over_socket(os.environ))
-    server.server_close()
-    if server.shared:
-        return f"{server.url} is handed over"
-    return f"{server.url} is free"
+# What must work, where each needs what stands before it; and what to do if it does not.
+CHECKS = {
+    "port": "end what listens there, or choose another with -listen",
+    "memory": "name a writable file with -state, SQLite's or a new one",
+    "name": "see to DNS; where the network wants a proxy, set HTTPS_PROXY",
+    "connection": "see to the firewall and HTTPS_PROXY; a company's own CA goes into SSL_CERT_FILE",
+    "key": "get a key at https://aistudio.google.com/apikey, and see what it is restricted to",
+    "clock": "set the clock: certificates and quotas go by it",
+    "answer": "what Gemini says above is the cause: billing, quota, or a region without service",
+}
 
 
-def check_memory(config: Config, gemini: Gemini) -> str:
-    if config.state == ":memory:":
-        return "nothing is kept over a restart"
-    Memory(config.state).try_out()
-    return config.state
+class Checker:
+    """A method for each of CHECKS: it returns what it learned in a few words, or raises."""
 
+    def __init__(self, config: Config):
+        self.config, self.gemini = config, Gemini(config.upstream)
+        self.waiter = Waiter(None, CHECK_SECONDS)
+        self.model_list = ModelList(self.gemini, self.waiter, config.key)
 
-def check_name(config: Config, gemini: Gemini) -> str:
-    pool = gemini.pool
-    host, port, role = pool.host, pool.port, ""
-    if pool.proxy:
-        host, port, role = pool.proxy.host, pool.proxy.port, ", the proxy on the way,"
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    hosts = dict.fromkeys(str(address[0]) for *_, address in addresses)
-    return f"{host}:{port}{role} is at " + ", ".join(hosts)
+    def run(self) -> int:
+        """Print whether each thing works, up to the first that does not; the exit status."""
+        for name, fix in CHECKS.items():
+            check: Callable[[], str] = getattr(self, "check_" + name)
+            try:
+                print(f"ok    {name}: {check()}", flush=True)
+            except (ProxyError, OSError, ValueError, http.client.HTTPException) as error:
+                print(f"FAIL  {name}: {self.config.upstream}: {error}\n      mend: {fix}")
+                return 1
+        return 0
 
+    def check_port(self) -> str:
+        server = Server(self.config, handed_over_socket(os.environ))
+        server.server_close()
+        if server.shared:
+            return f"{server.url} is handed over"
+        return f"{server.url} is free"
 
-def check_connection(config: Config, gemini: Gemini) -> str:
-    with contextlib.closing(gemini.pool.connect(Waiter(None, CHECK_SECONDS))) as connection:
-        sock = connection.sock
-        if not isinstance(sock, ssl.SSLSocket):
-            return f"{config.upstream}, without TLS"
-        certificate: JSON = sock.getpeercert() or {}
-        issuer = dict(pair for name in certificate["issuer"] for pair in name)
-        organization = issuer.get("organizationName") or issuer.get("commonName")
-        return (
-            f"{config.upstream}, {sock.version()}, certificate of {organization}, "
-            f"trusted by {trust_store()}"
-        )
+    def check_memory(self) -> str:
+        if self.config.state == ":memory:":
+            return "nothing is kept over a restart"
+        Memory(self.config.state).try_out()
+        return self.config.state
 
+    def check_name(self) -> str:
+        pool = self.gemini.pool
+        host, port, role = pool.host, pool.port, ""
+        if pool.proxy:
+            host, port, role = pool.proxy.host, pool.proxy.port, ", the proxy on the way,"
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        hosts = dict.fromkeys(str(address[0]) for *_, address in addresses)
+        return f"{host}:{port}{role} is at " + ", ".join(hosts)
 
-def trust_store() -> str:
-    """Where the certificates come from that tls_context() trusts."""
-    for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
-        if os.environ.get(name):
-            return f"${name}"
-    return "the system"
+    def check_connection(self) -> str:
+        with contextlib.closing(self.gemini.pool.connect(self.waiter)) as connection:
+            sock = connection.sock
+            if not isinstance(sock, ssl.SSLSocket):
+                return f"{self.config.upstream}, without TLS"
+            certificate: JSON = sock.getpeercert() or {}
+            issuer = dict(pair for name in certificate["issuer"] for pair in name)
+            organization = issuer.get("organizationName") or issuer.get("commonName")
+            names = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")  # as in tls_context()
+            store = next((f"${name}" for name in names if os.environ.get(name)), "the system")
+            trust = f"certificate of {organization}, trusted by {store}"
+            return f"{self.config.upstream}, {sock.version()}, {trust}"
 
+    def check_key(self) -> str:
+        if not self.config.key:
+            return "every client brings its own"
+        (answer,) = self.model_list.chunks()
+        return f"it opens a list of {len(answer['models'])} models"
 
-def check_key(config: Config, gemini: Gemini) -> str:
-    if not config.key:
-        return "every client brings its own"
-    return f"it opens a list of {len(listed_models(config, gemini))} models"
+    def check_clock(self) -> str:
+        models = GeminiCall("models?pageSize=1")
+        call = UpstreamCall(self.gemini, models, self.waiter, self.config.key, [])
+        call.begin()
+        date = call.response and email.utils.parsedate_tz(call.response.headers.get("date", ""))
+        call.release()
+        if not date:
+            return "Gemini does not tell the time"
+        difference = abs(time.time() - email.utils.mktime_tz(date))
+        if difference > 300:
+            raise ValueError(f"it is {difference:.0f} seconds off")
+        if difference >= 5:
+            return f"it is {difference:.0f} seconds off, which does no harm"
+        return "it agrees with Gemini's"
 
-
-def listed_models(config: Config, gemini: Gemini) -> list[JSON]:
-    (answer,) = ModelList(gemini, Waiter(None, CHECK_SECONDS), config.key).chunks()
-    models: list[JSON] = answer["models"]
-    return models
-
-
-def check_clock(config: Config, gemini: Gemini) -> str:
-    call = check_call(config, gemini, GeminiCall("models?pageSize=1"))
-    call.begin()
-    date = None
-    if call.response:
-        date = email.utils.parsedate_tz(call.response.headers.get("date", ""))
-    call.release()
-    if not date:
-        return "Gemini does not tell the time"
-    difference = abs(time.time() - email.utils.mktime_tz(date))
-    if difference > 300:
-        raise ValueError(f"it is {difference:.0f} seconds off")
-    if difference >= 5:
-        return f"it is {difference:.0f} seconds off, which does no harm"
-    return "it agrees with Gemini's"
-
-
-def check_answer(config: Config, gemini: Gemini) -> str:
-    if not config.key:
-        return "every client asks with a key of its own"
-    model, began = newest_flash(listed_models(config, gemini)), time.monotonic()
-    turns = [user_turn(text_part("Say hello in one word."))]
-    call = check_call(config, gemini, generate_call(model, False, [], turns, {}))
-    (answer,) = call.chunks()
-    content = get_or_empty(first_candidate(answer), "content", dict)
-    text = texts_of(get_or_empty(content, "parts", list))
-    return f"{model.name} said {text[:40]!a} after {time.monotonic() - began:.1f} seconds"
+    def check_answer(self) -> str:
+        if not self.config.key:
+            return "every client asks with a key of its own"
+        (models,) = self.model_list.chunks()
+        model, began = newest_flash(models["models"]), time.monotonic()
+        turns = [user_turn(text_part("Say hello in one word."))]
+        call = generate_call(model, False, [], turns, {})
+        (answer,) = UpstreamCall(self.gemini, call, self.waiter, self.config.key, []).chunks()
+        content = get_or_empty(first_candidate(answer), "content", dict)
+        text = texts_of(get_or_empty(content, "parts", list))
+        return f"{model.name} said {text[:40]!a} after {time.monotonic() - began:.1f} seconds"
 
 
 def newest_flash(models: list[JSON]) -> Model:
@@ -8708,77 +8523,29 @@ def newest_flash(models: list[JSON]) -> Model:
         for entry in models
         if "generateContent" in get_or_empty(entry, "supportedGenerationMethods", list)
     ]
-    flash = re.compile(r"gemini-[\d.]+-flash")
-    candidates = [name for name in names if flash.match(name) and not UNLISTED.search(name)]
-    return newest_of(candidates or names)
-
-
-class Check(NamedTuple):
-    """One thing that must work."""
-
-    name: str
-    run: Callable[[Config, Gemini], str]
-    fix: str  # what to do if it fails
-
-    def passes(self, config: Config, gemini: Gemini) -> bool:
-        """Whether it works, which is printed as well."""
-        try:
-            print(f"ok    {self.name}: {self.run(config, gemini)}", flush=True)
-        except CHECK_ERRORS as error:
-            print(f"FAIL  {self.name}: {config.upstream}: {error}\n      mend: {self.fix}")
-            return False
-        return True
-
-
-# Each check needs what the ones before it have shown.
-CHECKS = (
-    Check("port", check_port, "end what listens there, or choose another with -listen"),
-    Check("memory", check_memory, "name a writable file with -state, SQLite's or a new one"),
-    Check("name", check_name, "see to DNS; where the network wants a proxy, set HTTPS_PROXY"),
-    Check(
-        "connection",
-        check_connection,
-        "see to the firewall and HTTPS_PROXY; a company's own CA goes into SSL_CERT_FILE",
-    ),
-    Check(
-        "key",
-        check_key,
-        "get a key at https://aistudio.google.com/apikey, and see what it is restricted to",
-    ),
-    Check("clock", check_clock, "set the clock: certificates and quotas go by it"),
-    Check(
-        "answer",
-        check_answer,
-        "what Gemini says above is the cause: billing, quota, or a region without service",
-    ),
-)
+    flash = [name for name in names if re.match(r"gemini-[\d.]+-flash", name)]
+    return newest_of([name for name in flash if not UNLISTED.search(name)] or names)
 
 
 def run_checks(config: Config) -> int:
-    """Print whether each thing works, up to the first that does not; the exit status."""
+    """Do what -check asks for; the exit status, 1 if something does not work."""
     try:
-        gemini = Gemini(config.upstream)
+        checker = Checker(config)
     except (OSError, ValueError) as error:
         print(f"FAIL  certificates: {error}")
         print("      mend: see to REQUESTS_CA_BUNDLE, SSL_CERT_FILE and HTTPS_PROXY")
         return 1
-    with contextlib.closing(gemini.pool):
-        for check in CHECKS:
-            if not check.passes(config, gemini):
-                return 1
-    return 0
+    with contextlib.closing(checker.gemini):
+        return checker.run()
 
 
 # ---- start and end ----
 
-# New objects between two runs of the collector, and runs between two looks at older objects.
+# New objects between two runs of the collector, and runs between two looks at older objects:
+# a thousand streams leave little garbage, and by default a twentieth of the time went into it.
 GC_THRESHOLDS = (20_000, 20, 20)
 # Seconds before a thread must yield; at 0.005, a thousand threads do little else.
 SWITCH_INTERVAL_SECONDS = 0.05
-EXPOSED = (
-    "warning: whoever reaches this port can spend the Gemini key; "
-    "set PROXY_API_KEY, or listen on 127.0.0.1"
-)
 
 
 def raise_limits() -> None:
@@ -8793,33 +8560,18 @@ def raise_limits() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
 
 
-def tune_garbage_collector() -> None:
-    """Let CPython's collector skip what stays for good, and run less often. (PyPy has another.)
-
-    A thousand streams make many objects that live long, and little garbage: scanning them as often
-    as by default took a twentieth of the time.
-    """
-    if hasattr(gc, "freeze"):
-        gc.freeze()
-        gc.set_threshold(*GC_THRESHOLDS)
-
-
-def reason_of(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
 def open_server(config: Config) -> Server:
     """The server, listening; exits with one line if it cannot listen, or not remember."""
+    host, port = config.listen
+    purpose = f"listen on {host or '*'}:{port}"
     try:
         server = Server(config, handed_over_socket(os.environ))
-    except (OSError, ValueError) as error:
-        host, port = config.listen
-        sys.exit(f"proxy-to-gemini: cannot listen on {host or '*'}:{port}: {reason_of(error)}")
-    try:
+        purpose = f"remember in {config.state}"
         if config.state != ":memory:":
             server.gemini.memory.try_out()
     except (OSError, ValueError) as error:
-        sys.exit(f"proxy-to-gemini: cannot remember in {config.state}: {reason_of(error)}")
+        reason = getattr(error, "strerror", None) or error
+        sys.exit(f"proxy-to-gemini: cannot {purpose}: {reason}")
     return server
 
 
@@ -8827,14 +8579,17 @@ def serve(config: Config) -> None:
     """Serve until a signal says stop."""
     signals = Signals(os.environ)
     server = open_server(config)
-    tune_garbage_collector()
+    if hasattr(gc, "freeze"):  # PyPy has another collector
+        gc.freeze()  # what is there by now stays for good
+        gc.set_threshold(*GC_THRESHOLDS)
     address = f"api {config.api} at {server.url}"
     log(f"proxy-to-gemini {VERSION}: {address}, answered by {config.upstream}")
     if not server.loopback and not config.proxy_key and not config.client_keys:
-        log(EXPOSED)
+        risk = "whoever reaches this port can spend the Gemini key"
+        log(f"warning: {risk}; set PROXY_API_KEY, or listen on 127.0.0.1")
     signals.notify("READY=1", f"STATUS={address}")
     if config.workers > 1:
-        Workers(server, signals, config.workers).run()
+        Workers(server, signals).run()
     else:
         server.run(signals)
 
@@ -8855,16 +8610,12 @@ def shared_state(config: Config) -> Iterator[Config]:
         yield config._replace(state=os.path.join(path, "state.db"))
 
 
-def version() -> str:
-    with open(__file__, "rb") as file:
-        digest = hashlib.sha256(file.read()).hexdigest()
-    return f"proxy-to-gemini {VERSION}, SHA-256 {digest}"
-
-
 def main() -> None:
     flags = flag_parser().parse_args()
     if flags.version:
-        print(version())
+        with open(__file__, "rb") as file:
+            digest = hashlib.sha256(file.read()).hexdigest()
+        print(f"proxy-to-gemini {VERSION}, SHA-256 {digest}")
         return
     if flags.print_unit:
         print(systemd_unit(sys.argv[1:]))
@@ -8876,8 +8627,6 @@ def main() -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     with shared_state(config) as complete:
         serve(complete)
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.flush()
     os._exit(0)  # without waiting for threads that serve slow clients
 
 

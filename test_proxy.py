@@ -703,8 +703,9 @@ def events_of(one, answers):
 def with_ids(events, one):
     for event in events:
         if isinstance(event, ToolCall):
-            event = event._replace(id=one.new_id("call_"))
-        yield event
+            yield event._replace(id=one.new_id("call_"))
+        else:
+            yield event
 
 
 def chat(*messages, model=FLASH, **more):
@@ -3222,7 +3223,7 @@ def test_a_stream_of_images_that_breaks_off_says_so(server, gemini, monkeypatch)
 
 
 # ======================================================================================
-# 5. Responses
+# 8. Responses
 # ======================================================================================
 
 FLAT = {"type": "function", "strict": False, **WEATHER["function"]}
@@ -3231,432 +3232,425 @@ PATCH = {
     "name": "apply_patch",
     "format": {"type": "grammar", "syntax": "lark", "definition": "start: X"},
 }
-SEAL = base64.b64encode(
-    b'{"generation":3,"signatures":{"call_9":"%b"}}' % sign("s").encode()
-).decode()
+NAMESPACE = {"type": "namespace", "name": "code", "description": "Code", "tools": [PATCH]}
+THOUGHT = {"text": "Hm", "thought": True}
+IMAGE = {"inlineData": {"mimeType": "image/png", "data": PNG}}
+OSLO_CALL = {"type": "function_call", "call_id": "call_9", "name": "weather", "arguments": "{}"}
 
 
-def responding(body, *answers, context=Context(), notes=None):
-    """The events of a response, when Gemini says these chunks; their last one is the whole answer."""
-    body, notes = {"model": FLASH, **body}, Notes() if notes is None else notes
-    context = looked_up(RESPONSES_ROUTE, body, context, notes)
-    plan = asked(body, proxy.openai_responses_request, context)[0]
+def signatures(call_id):
+    """The `encrypted_content` of a reasoning item about this call."""
+    content = {"generation": 3, "signatures": {call_id: sign("s")}}
+    return base64.b64encode(proxy.encode_json(content).encode()).decode()
+
+
+def reasoning_item(encrypted_content):
+    return {"type": "reasoning", "summary": [], "encrypted_content": encrypted_content}
+
+
+def response_plan(body, context=None):
+    """(the Plan, what was ignored) for a response's body."""
+    body = {"model": FLASH, "input": "Hi", **body}
+    return asked(body, proxy.openai_responses_request, context or Context())
+
+
+def response_events(body, *answers, context=None, notes=None):
+    """The events of a response, when Gemini says these chunks; the last one has the whole answer."""
+    body, notes = {"model": FLASH, "input": "Hi", **body}, Notes() if notes is None else notes
+    context = looked_up(RESPONSES_ROUTE, body, context or Context(), notes)
+    plan = response_plan(body, context)[0]
     events = stream_of(RESPONSES_ROUTE, exchange(plan, context), answers, notes=notes)
-    assert (
-        whole_of(RESPONSES_ROUTE, exchange(plan, context), answers, notes=notes)
-        == events[-1]["response"]
-    )
+    answer = whole_of(RESPONSES_ROUTE, exchange(plan, context), answers, notes=notes)
+    assert answer == events[-1]["response"]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     return events
 
 
-def items_to_gemini(*items, notes=None, **more):
-    body = {"model": FLASH, "input": list(items), **more}
+def response_to(body, *answers, **more):
+    return response_events(body, *answers, **more)[-1]["response"]
+
+
+def response_to_gemini(body, notes=None):
+    """What Gemini is asked for the body of a response."""
+    body = {"model": FLASH, "input": "Hi", **body}
     context = looked_up(RESPONSES_ROUTE, body, Context(), Notes() if notes is None else notes)
     return gemini_body(body, request=proxy.openai_responses_request, context=context)
 
 
-def told(events):
-    """The events without what is the same in each."""
-    return [
-        {key: value for key, value in event.items() if key not in ("sequence_number", "response")}
-        for event in events
-    ]
+def contents_of(*items, **more):
+    """The turns of Gemini's that these input items become."""
+    return response_to_gemini({"input": list(items), **more})["contents"]
 
 
-def test_the_events_of_a_response_are_openais():
-    thought = {"text": "Hm", "thought": True}
+def without(events, *keys):
+    return [{key: event[key] for key in event if key not in keys} for event in events]
+
+
+def stored_exchange(route, notes, response_id="resp_1", **query):
+    """An exchange of a route about a stored response."""
+    context = Context(params={"id": response_id}, query=query)
+    context = looked_up(route, {}, context, notes)
+    return exchange(route.request(Fields({}), context), context)
+
+
+REASONING_ITEM = {
+    "id": "rs_1_0",
+    "type": "reasoning",
+    "summary": [{"type": "summary_text", "text": "Hm"}],
+}
+HELLO_PART = {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}
+MESSAGE_ITEM = {
+    "id": "msg_1_1",
+    "type": "message",
+    "status": "completed",
+    "role": "assistant",
+    "content": [HELLO_PART],
+}
+SIGNATURES_ITEM = {"id": "rs_1_2", **reasoning_item(signatures("call_2"))}
+CALL_ITEM = {
+    "id": "fc_1_3",
+    "type": "function_call",
+    "status": "completed",
+    "call_id": "call_2",
+    "name": "weather",
+    "arguments": '{"city":"Oslo"}',
+}
+IN_REASONING = {"item_id": "rs_1_0", "output_index": 0, "summary_index": 0}
+IN_MESSAGE = {"item_id": "msg_1_1", "output_index": 1, "content_index": 0}
+IN_CALL = {"item_id": "fc_1_3", "output_index": 3}
+RESPONSE_EVENTS = [
+    {"type": "response.created"},
+    {"type": "response.in_progress"},
+    {
+        "type": "response.output_item.added",
+        "output_index": 0,
+        "item": {**REASONING_ITEM, "summary": []},
+    },
+    {
+        "type": "response.reasoning_summary_part.added",
+        **IN_REASONING,
+        "part": {"type": "summary_text", "text": ""},
+    },
+    {"type": "response.reasoning_summary_text.delta", **IN_REASONING, "delta": "Hm"},
+    {"type": "response.reasoning_summary_text.done", **IN_REASONING, "text": "Hm"},
+    {
+        "type": "response.reasoning_summary_part.done",
+        **IN_REASONING,
+        "part": {"type": "summary_text", "text": "Hm"},
+    },
+    {"type": "response.output_item.done", "output_index": 0, "item": REASONING_ITEM},
+    {
+        "type": "response.output_item.added",
+        "output_index": 1,
+        "item": {**MESSAGE_ITEM, "status": "in_progress", "content": []},
+    },
+    {"type": "response.content_part.added", **IN_MESSAGE, "part": {**HELLO_PART, "text": ""}},
+    {"type": "response.output_text.delta", **IN_MESSAGE, "delta": "He", "logprobs": []},
+    {"type": "response.output_text.delta", **IN_MESSAGE, "delta": "llo", "logprobs": []},
+    {"type": "response.output_text.done", **IN_MESSAGE, "text": "Hello", "logprobs": []},
+    {"type": "response.content_part.done", **IN_MESSAGE, "part": HELLO_PART},
+    {"type": "response.output_item.done", "output_index": 1, "item": MESSAGE_ITEM},
+    {"type": "response.output_item.added", "output_index": 2, "item": SIGNATURES_ITEM},
+    {"type": "response.output_item.done", "output_index": 2, "item": SIGNATURES_ITEM},
+    {
+        "type": "response.output_item.added",
+        "output_index": 3,
+        "item": {**CALL_ITEM, "status": "in_progress", "arguments": ""},
+    },
+    {
+        "type": "response.function_call_arguments.delta",
+        **IN_CALL,
+        "delta": '{"city":"Oslo"}',
+    },
+    {
+        "type": "response.function_call_arguments.done",
+        **IN_CALL,
+        "arguments": '{"city":"Oslo"}',
+        "name": "weather",
+    },
+    {"type": "response.output_item.done", "output_index": 3, "item": CALL_ITEM},
+    {"type": "response.completed"},
+]
+
+
+def weather_events():
+    """The events of an answer with a thought, a text, and a call with its signature."""
     body = {
         "model": NEWEST,
-        "input": "Hi",
         "tools": [FLAT],
         "reasoning": {"effort": "low", "summary": "auto"},
         "include": ["reasoning.encrypted_content"],
     }
-    events = responding(
-        body,
-        chunk(thought),
-        chunk("He"),
-        chunk("llo"),
-        whole(call("weather", {"city": "Oslo"}, "s")),
-    )
-    at = {"item_id": "msg_1_1", "output_index": 1, "content_index": 0}
-    reasoning = {
-        "id": "rs_1_0",
-        "type": "reasoning",
-        "summary": [{"type": "summary_text", "text": "Hm"}],
-    }
-    part = {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}
-    message = {
-        "id": "msg_1_1",
-        "type": "message",
-        "status": "completed",
-        "role": "assistant",
-        "content": [part],
-    }
-    sealed = {
-        "id": "rs_1_2",
-        "type": "reasoning",
-        "summary": [],
-        "encrypted_content": base64.b64encode(
-            base64.b64decode(SEAL).replace(b"call_9", b"call_2")
-        ).decode(),
-    }
-    made = {
-        "id": "fc_1_3",
-        "type": "function_call",
-        "status": "completed",
-        "call_id": "call_2",
-        "name": "weather",
-        "arguments": '{"city":"Oslo"}',
-    }
-    assert told(events) == [
-        {"type": "response.created"},
-        {"type": "response.in_progress"},
-        {
-            "type": "response.output_item.added",
-            "output_index": 0,
-            "item": {**reasoning, "summary": []},
-        },
-        {
-            "type": "response.reasoning_summary_part.added",
-            "item_id": "rs_1_0",
-            "output_index": 0,
-            "summary_index": 0,
-            "part": {"type": "summary_text", "text": ""},
-        },
-        {
-            "type": "response.reasoning_summary_text.delta",
-            "item_id": "rs_1_0",
-            "output_index": 0,
-            "summary_index": 0,
-            "delta": "Hm",
-        },
-        {
-            "type": "response.reasoning_summary_text.done",
-            "item_id": "rs_1_0",
-            "output_index": 0,
-            "summary_index": 0,
-            "text": "Hm",
-        },
-        {
-            "type": "response.reasoning_summary_part.done",
-            "item_id": "rs_1_0",
-            "output_index": 0,
-            "summary_index": 0,
-            "part": {"type": "summary_text", "text": "Hm"},
-        },
-        {"type": "response.output_item.done", "output_index": 0, "item": reasoning},
-        {
-            "type": "response.output_item.added",
-            "output_index": 1,
-            "item": {**message, "status": "in_progress", "content": []},
-        },
-        {"type": "response.content_part.added", **at, "part": {**part, "text": ""}},
-        {"type": "response.output_text.delta", **at, "delta": "He", "logprobs": []},
-        {"type": "response.output_text.delta", **at, "delta": "llo", "logprobs": []},
-        {"type": "response.output_text.done", **at, "text": "Hello", "logprobs": []},
-        {"type": "response.content_part.done", **at, "part": part},
-        {"type": "response.output_item.done", "output_index": 1, "item": message},
-        {"type": "response.output_item.added", "output_index": 2, "item": sealed},
-        {"type": "response.output_item.done", "output_index": 2, "item": sealed},
-        {
-            "type": "response.output_item.added",
-            "output_index": 3,
-            "item": {**made, "status": "in_progress", "arguments": ""},
-        },
-        {
-            "type": "response.function_call_arguments.delta",
-            "item_id": "fc_1_3",
-            "output_index": 3,
-            "delta": made["arguments"],
-        },
-        {
-            "type": "response.function_call_arguments.done",
-            "item_id": "fc_1_3",
-            "output_index": 3,
-            "arguments": made["arguments"],
-            "name": "weather",
-        },
-        {"type": "response.output_item.done", "output_index": 3, "item": made},
-        {"type": "response.completed"},
+    last = whole(call("weather", {"city": "Oslo"}, "s"))
+    return response_events(body, chunk(THOUGHT), chunk("He"), chunk("llo"), last)
+
+
+def test_the_events_of_a_response_are_openais():
+    assert without(weather_events(), "sequence_number", "response") == RESPONSE_EVENTS
+
+
+def test_the_last_event_has_all_items_of_the_response():
+    assert weather_events()[-1]["response"]["output"] == [
+        REASONING_ITEM,
+        MESSAGE_ITEM,
+        SIGNATURES_ITEM,
+        CALL_ITEM,
     ]
-    assert events[-1]["response"]["output"] == [reasoning, message, sealed, made]
-    assert (
-        events[0]["response"]["status"],
-        events[0]["response"]["output"],
-        events[0]["response"]["usage"],
-    ) == ("in_progress", [], None)
 
 
-def test_a_whole_response():
-    assert responding(
-        {"input": "Hi", "temperature": 0.5, "metadata": {"a": "b"}, "user": "me"}, whole("Hello")
-    )[-1]["response"] == {
-        "id": "resp_1",
-        "object": "response",
-        "created_at": 1700000000,
-        "completed_at": 1700000000,
-        "status": "completed",
-        "error": None,
-        "incomplete_details": None,
-        "background": False,
-        "instructions": None,
-        "max_output_tokens": None,
-        "max_tool_calls": None,
-        "metadata": {"a": "b"},
-        "model": FLASH,
-        "parallel_tool_calls": True,
-        "previous_response_id": None,
-        "prompt_cache_key": None,
-        "reasoning": {"effort": None, "summary": None},
-        "safety_identifier": None,
-        "service_tier": "default",
-        "store": True,
-        "temperature": 0.5,
-        "text": {"format": {"type": "text"}},
-        "tool_choice": "auto",
-        "tools": [],
-        "top_logprobs": 0,
-        "top_p": None,
-        "truncation": "disabled",
-        "user": "me",
-        "output": [
-            {
-                "id": "msg_1_0",
-                "type": "message",
-                "status": "completed",
-                "role": "assistant",
-                "content": [
-                    {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}
-                ],
-            }
-        ],
-        "usage": {
-            "input_tokens": 4,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            "output_tokens": 7,
-            "output_tokens_details": {"reasoning_tokens": 2},
-            "total_tokens": 11,
-        },
-    }
+def test_the_first_event_has_the_response_as_it_begins():
+    response = weather_events()[0]["response"]
+    assert response["status"] == "in_progress"
+    assert response["output"] == []
+    assert response["usage"] is None
+
+
+WHOLE_RESPONSE = {
+    "id": "resp_1",
+    "object": "response",
+    "created_at": 1700000000,
+    "completed_at": 1700000000,
+    "status": "completed",
+    "error": None,
+    "incomplete_details": None,
+    "background": False,
+    "instructions": None,
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "metadata": {"a": "b"},
+    "model": FLASH,
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None,
+    "service_tier": "default",
+    "store": True,
+    "temperature": 0.5,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_logprobs": 0,
+    "top_p": None,
+    "truncation": "disabled",
+    "user": "me",
+    "output": [{**MESSAGE_ITEM, "id": "msg_1_0"}],
+    "usage": {
+        "input_tokens": 4,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": 7,
+        "output_tokens_details": {"reasoning_tokens": 2},
+        "total_tokens": 11,
+    },
+}
+
+
+def test_a_whole_response_is_openais():
+    body = {"temperature": 0.5, "metadata": {"a": "b"}, "user": "me"}
+    assert response_to(body, whole("Hello")) == WHOLE_RESPONSE
+
+
+NO_CALL = {
+    "code": "server_error",
+    "message": "Gemini ended its answer with MALFORMED_FUNCTION_CALL.",
+}
 
 
 @pytest.mark.parametrize(
-    "finish, kind, details, error",
+    "finish, status, details, error, native",
     [
-        ("STOP", "completed", None, None),
-        ("MAX_TOKENS", "incomplete", {"reason": "max_output_tokens"}, None),
-        ("SAFETY", "incomplete", {"reason": "content_filter"}, None),
-        (
-            "MALFORMED_FUNCTION_CALL",
-            "failed",
-            None,
-            {
-                "code": "server_error",
-                "message": "Gemini ended its answer with MALFORMED_FUNCTION_CALL.",
-            },
-        ),
+        ("STOP", "completed", None, None, None),
+        ("MAX_TOKENS", "incomplete", {"reason": "max_output_tokens"}, None, None),
+        ("SAFETY", "incomplete", {"reason": "content_filter"}, None, "SAFETY"),
+        ("MALFORMED_FUNCTION_CALL", "failed", None, NO_CALL, "MALFORMED_FUNCTION_CALL"),
     ],
 )
-def test_how_a_response_ends(finish, kind, details, error):
-    last = responding({"input": "Hi"}, whole("Once", finish=finish))[-1]
+def test_a_finish_reason_becomes_the_status_of_a_response(finish, status, details, error, native):
+    last = response_events({}, whole("Once", finish=finish))[-1]
     response = last["response"]
-    assert last["type"] == f"response.{kind}" and (
-        response["status"],
-        response["incomplete_details"],
-        response["error"],
-    ) == (kind, details, error)
-    assert response["output"][0]["status"] == ("completed" if kind == "completed" else "incomplete")
-    assert response.get("native_finish_reason", "STOP") == (
-        finish if finish != "MAX_TOKENS" else "STOP"
-    )
+    assert last["type"] == f"response.{status}"
+    assert response["status"] == status
+    assert response["incomplete_details"] == details
+    assert response["error"] == error
+    assert response.get("native_finish_reason") == native
 
 
-def test_a_response_without_a_word():
-    assert (
-        responding({"input": "Hi"}, whole())[-1]["response"]["output"][0]["content"][0]["text"]
-        == ""
-    )
-    blocked = responding({"input": "Hi"}, {"promptFeedback": {"blockReason": "SAFETY"}})[-1][
-        "response"
-    ]
-    assert (blocked["output"], blocked["incomplete_details"], blocked["native_finish_reason"]) == (
-        [],
-        {"reason": "content_filter"},
-        "SAFETY",
-    )
+@pytest.mark.parametrize(
+    "finish, status",
+    [("STOP", "completed"), ("MAX_TOKENS", "incomplete"), ("SAFETY", "incomplete")],
+)
+def test_a_message_that_was_cut_off_is_incomplete(finish, status):
+    response = response_to({}, whole("Once", finish=finish))
+    assert response["output"][0]["status"] == status
 
 
-def test_a_response_that_breaks_off():
-    made = exchange(asked({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0])
-    events = []
+def test_a_response_without_a_word_has_an_empty_message():
+    response = response_to({}, whole())
+    assert response["output"][0]["content"][0]["text"] == ""
+
+
+def test_a_blocked_prompt_is_an_incomplete_response_without_items():
+    response = response_to({}, {"promptFeedback": {"blockReason": "SAFETY"}})
+    assert response["output"] == []
+    assert response["incomplete_details"] == {"reason": "content_filter"}
+    assert response["native_finish_reason"] == "SAFETY"
+
+
+def test_a_response_that_breaks_off_ends_with_what_came():
+    one = exchange(response_plan({})[0])
+    stream = proxy.openai_responses_stream(one, events_of(one, [[chunk("Hel")]]))
+    events = [next(stream) for _ in range(5)]
     with pytest.raises(ProxyError) as caught:
-        for event in proxy.openai_responses_stream(made, events_of(made, [[chunk("Hel")]])):
-            events.append(event)
-    (last,) = kept_by(proxy.openai_responses_failure(made, caught.value), Notes())
-    assert (last["type"], last["sequence_number"]) == ("response.failed", len(events)) and last[
-        "response"
-    ]["id"] == events[0]["response"]["id"]
-    assert last["response"]["error"] == {"code": "server_error", "message": caught.value.message}
-    assert (
-        last["response"]["output"][0]["status"],
-        last["response"]["output"][0]["content"][0]["text"],
-    ) == ("incomplete", "Hel")
-    *_, slow = proxy.openai_responses_failure(
-        exchange(made.plan), ProxyError(429, "Slow.", code="rate_limit_exceeded", retry_after=1.5)
-    )
-    assert (
-        slow["response"]["error"]
-        == {"code": "rate_limit_exceeded", "message": "Slow. Please try again in 1.5s."}
-        and slow["sequence_number"] == 2
-    )
+        next(stream)
+    (last,) = kept_by(proxy.openai_responses_failure(one, caught.value), Notes())
+    assert last["type"] == "response.failed"
+    assert last["sequence_number"] == len(events)
+    response = last["response"]
+    assert response["id"] == events[0]["response"]["id"]
+    assert response["error"] == {"code": "server_error", "message": caught.value.message}
+    assert response["output"][0]["status"] == "incomplete"
+    assert response["output"][0]["content"][0]["text"] == "Hel"
 
 
-def test_input_items_become_turns():
-    body = items_to_gemini(
-        {"role": "developer", "content": "Be brief."},
-        user(
-            [
-                {"type": "input_text", "text": "Look"},
-                {"type": "input_image", "image_url": f"data:image/png;base64,{PNG}"},
-            ]
-        ),
-        {
-            "type": "reasoning",
-            "id": "rs_1",
-            "summary": [{"type": "summary_text", "text": "Hm"}],
-            "encrypted_content": SEAL,
-        },
-        {
-            "type": "message",
-            "role": "assistant",
-            "content": [{"type": "output_text", "text": "I call.", "annotations": []}],
-        },
-        {
-            "type": "function_call",
-            "call_id": "call_9",
-            "name": "weather",
-            "arguments": '{"city": "Oslo"}',
-            "status": "completed",
-        },
+def test_a_failure_before_the_first_event_has_the_first_events_too():
+    one, error = exchange(response_plan({})[0]), ProxyError(400, "No.")
+    events = kept_by(proxy.openai_responses_failure(one, error), Notes())
+    kinds = ["response.created", "response.in_progress", "response.failed"]
+    assert [event["type"] for event in events] == kinds
+    assert [event["sequence_number"] for event in events] == [0, 1, 2]
+
+
+def test_a_failure_says_in_codexs_words_when_to_try_again():
+    error = ProxyError(429, "Slow.", code="rate_limit_exceeded", retry_after=1.5)
+    *_, last = proxy.openai_responses_failure(exchange(response_plan({})[0]), error)
+    message = "Slow. Please try again in 1.5s."
+    assert last["response"]["error"] == {"code": "rate_limit_exceeded", "message": message}
+
+
+def test_instructions_and_developer_messages_are_the_system_instruction():
+    items = [{"role": "developer", "content": "Be brief."}, user("Hi")]
+    body = response_to_gemini({"input": items, "instructions": "Be kind."})
+    assert body["systemInstruction"]["parts"] == [{"text": "Be kind."}, {"text": "Be brief."}]
+
+
+def test_messages_become_turns():
+    link = f"data:image/png;base64,{PNG}"
+    parts = [{"type": "input_text", "text": "Look"}, {"type": "input_image", "image_url": link}]
+    answer = [{"type": "output_text", "text": "I see.", "annotations": []}]
+    items = [user(parts), {"type": "message", **assistant(answer)}, user("Well?")]
+    assert contents_of(*items) == [u("Look", IMAGE), m("I see."), u("Well?")]
+
+
+def test_calls_and_their_outputs_become_turns():
+    output = [{"type": "input_text", "text": "done"}]
+    contents = contents_of(
+        user("Hi"),
+        {**OSLO_CALL, "arguments": '{"city": "Oslo"}', "status": "completed"},
         {"type": "custom_tool_call", "call_id": "call_8", "name": "apply_patch", "input": "X"},
-        {
-            "type": "custom_tool_call_output",
-            "call_id": "call_8",
-            "output": [{"type": "input_text", "text": "done"}],
-        },
+        {"type": "custom_tool_call_output", "call_id": "call_8", "output": output},
         {"type": "function_call_output", "call_id": "call_9", "output": '{"temp": 3}'},
-        instructions="Be kind.",
+    )
+    calls = [
+        {"id": "call_9", "name": "weather", "args": {"city": "Oslo"}},
+        {"id": "call_8", "name": "apply_patch", "args": {"input": "X"}},
+    ]
+    results = [
+        {"id": "call_9", "name": "weather", "response": {"temp": 3}},
+        {"id": "call_8", "name": "apply_patch", "response": {"output": "done"}},
+    ]
+    assert contents == [
+        u("Hi"),
+        m(*({"functionCall": entry} for entry in calls)),
+        u(*({"functionResponse": entry} for entry in results)),
+    ]
+
+
+def test_a_reasoning_item_gives_a_call_its_signature():
+    contents = contents_of(
+        user("Hi"),
+        {**reasoning_item(signatures("call_9")), "id": "rs_1"},
+        assistant("I call."),
+        OSLO_CALL,
+        {"type": "function_call_output", "call_id": "call_9", "output": "3"},
         model=NEWEST,
     )
-    assert body["systemInstruction"]["parts"] == [{"text": "Be kind."}, {"text": "Be brief."}]
-    assert body["contents"] == [
-        u("Look", {"inlineData": {"mimeType": "image/png", "data": PNG}}),
-        m(
-            "I call.",
-            {
-                "functionCall": {"id": "call_9", "name": "weather", "args": {"city": "Oslo"}},
-                "thoughtSignature": sign("s"),
-            },
-            {"functionCall": {"id": "call_8", "name": "apply_patch", "args": {"input": "X"}}},
-        ),
-        u(
-            {"functionResponse": {"id": "call_9", "name": "weather", "response": {"temp": 3}}},
-            {
-                "functionResponse": {
-                    "id": "call_8",
-                    "name": "apply_patch",
-                    "response": {"output": "done"},
-                }
-            },
-        ),
+    function_call = {"id": "call_9", "name": "weather", "args": {}}
+    part = {"functionCall": function_call, "thoughtSignature": sign("s")}
+    assert contents[1] == m("I call.", part)
+
+
+def test_the_summary_of_a_reasoning_item_does_not_go_back():
+    item = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm"}]}
+    assert contents_of(user("Hi"), item, assistant("Yes?"), user("Go")) == [
+        u("Hi"),
+        m("Yes?"),
+        u("Go"),
     ]
 
 
-def test_calls_of_openais_own_local_tools_are_functions():
-    body = items_to_gemini(
+@pytest.mark.parametrize(
+    "action, output",
+    [
+        ({"commands": ["ls"]}, "a.txt"),
+        ({"commands": ["ls"]}, [{"stdout": "a.txt", "stderr": ""}]),
+    ],
+)
+@pytest.mark.parametrize("name", ["local_shell", "shell"])
+def test_calls_of_openais_local_tools_are_functions(name, action, output):
+    contents = contents_of(
         user("ls"),
-        {
-            "type": "local_shell_call",
-            "id": "lsh_1",
-            "call_id": "call_1",
-            "action": {"type": "exec", "command": ["ls"]},
-            "status": "completed",
-        },
-        {"type": "local_shell_call_output", "id": "call_1", "output": "a.txt"},
-        {"type": "shell_call", "call_id": "call_2", "action": {"commands": ["ls"]}},
-        {
-            "type": "shell_call_output",
-            "call_id": "call_2",
-            "output": [{"stdout": "a.txt", "stderr": ""}],
-        },
+        {"type": f"{name}_call", "id": "lsh_1", "call_id": "call_1", "action": action},
+        {"type": f"{name}_call_output", "id": "call_1", "output": output},
     )
-    assert [part for content in body["contents"][1:] for part in content["parts"]] == [
-        {
-            "functionCall": {
-                "id": "call_1",
-                "name": "local_shell",
-                "args": {"type": "exec", "command": ["ls"]},
-            }
-        },
-        {
-            "functionResponse": {
-                "id": "call_1",
-                "name": "local_shell",
-                "response": {"output": "a.txt"},
-            }
-        },
-        {"functionCall": {"id": "call_2", "name": "shell", "args": {"commands": ["ls"]}}},
-        {
-            "functionResponse": {
-                "id": "call_2",
-                "name": "shell",
-                "response": {"output": [{"stdout": "a.txt", "stderr": ""}]},
-            }
-        },
-    ]
+    function_call = {"id": "call_1", "name": name, "args": action}
+    result = {"id": "call_1", "name": name, "response": {"output": output}}
+    assert contents[1:] == [m({"functionCall": function_call}), u({"functionResponse": result})]
 
 
-def test_what_a_response_cannot_take_is_named():
-    items = [
-        user("Hi"),
-        {"type": "mcp_call", "id": "1", "name": "x"},
-        {"type": "reasoning", "summary": [], "encrypted_content": "gAAA"},
-        {"type": "web_search_call", "id": "ws_1"},
-    ]
+def test_unknown_items_of_a_response_are_named_as_ignored():
+    items = [user("Hi"), {"type": "mcp_call", "id": "1", "name": "x"}]
+    assert response_plan({"input": items})[1] == ["input[].mcp_call"]
+
+
+def test_a_search_in_the_input_of_a_response_is_left_out():
+    plan, ignored = response_plan({"input": [user("Hi"), {"type": "web_search_call", "id": "ws"}]})
+    assert plan.calls[0].body["contents"] == [u("Hi")]
+    assert ignored == []
+
+
+@pytest.mark.parametrize(
+    "model, content, ignored",
+    [
+        (NEWEST, signatures("call_9"), []),
+        (FLASH, signatures("call_9"), ["input[].encrypted_content"]),
+        (NEWEST, "gAAA", ["input[].encrypted_content"]),
+    ],
+)
+def test_encrypted_content_of_other_models_is_named_as_ignored(model, content, ignored):
+    assert response_plan({"model": model, "input": [reasoning_item(content)]})[1] == ignored
+
+
+def test_hosted_tools_of_a_response_are_googles_or_named_as_ignored():
     tools = [
         {"type": "file_search", "vector_store_ids": ["v"]},
         {"type": "web_search", "search_context_size": "low"},
         {"type": "code_interpreter", "container": {"type": "auto"}},
     ]
-    plan, ignored = asked(
-        {
-            "model": NEWEST,
-            "input": items,
-            "tools": tools,
-            "text": {"verbosity": "low"},
-            "include": ["file_search_call.results"],
-            "x": 1,
-        },
-        proxy.openai_responses_request,
-    )
-    assert ignored == [
-        "include.file_search_call.results",
-        "input[].encrypted_content",
-        "input[].mcp_call",
-        "text.verbosity",
-        "tools[].container",
-        "tools[].file_search",
-        "tools[].search_context_size",
-        "x",
-    ]
+    plan, ignored = response_plan({"model": NEWEST, "tools": tools})
     assert plan.calls[0].body["tools"] == [{"googleSearch": {}}, {"codeExecution": {}}]
-    sealed = {"type": "reasoning", "summary": [], "encrypted_content": SEAL}
-    for model, named in ((NEWEST, []), (FLASH, ["input[].encrypted_content"])):
-        assert (
-            asked({"model": model, "input": [sealed]}, proxy.openai_responses_request)[1] == named
-        )
+    assert ignored == ["tools[].container", "tools[].file_search", "tools[].search_context_size"]
+
+
+@pytest.mark.parametrize(
+    "more, ignored",
+    [
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"include": ["file_search_call.results"]}, "include.file_search_call.results"),
+        ({"x": 1}, "x"),
+    ],
+)
+def test_fields_without_effect_on_a_response_are_named_as_ignored(more, ignored):
+    assert response_plan(more)[1] == [ignored]
 
 
 @pytest.mark.parametrize(
@@ -3668,248 +3662,296 @@ def test_what_a_response_cannot_take_is_named():
         ("input[0].type", {"input": [{}]}),
         ("input[0].role", {"input": [{"role": "x"}]}),
         ("input[0].call_id", {"input": [{"type": "function_call", "name": "x"}]}),
-        ("input", {"input": [{"type": "item_reference", "id": "msg_1_0"}]}),
         ("text.format.type", {"text": {"format": {"type": "x"}}}),
         ("reasoning.effort", {"reasoning": {"effort": "x"}}),
         ("max_output_tokens", {"max_output_tokens": 0}),
         ("conversation", {"conversation": "conv_1"}),
         ("prompt", {"prompt": {"id": "pmpt_1"}}),
-        ("previous_response_id", {"previous_response_id": "resp_1"}),
         ("truncation", {"truncation": "x"}),
         ("include", {"include": 7}),
         ("metadata", {"metadata": 7}),
-        (
-            "tools[0].tools[0].name",
-            {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function"}]}]},
-        ),
+        ("tools[0].tools[0].name", {"tools": [{**NAMESPACE, "tools": [{"type": "function"}]}]}),
     ],
 )
-def test_what_no_response_can_be_made_of(path, more):
+def test_a_response_that_cannot_be_made_is_a_400_with_the_place(path, more):
     error = refused({"model": FLASH, "input": "Hi", **more}, proxy.openai_responses_request)
-    assert error.path == path and error.status == (
-        404 if "resp_1" in str(more) or "item_reference" in str(more) else 400
-    )
+    assert error.path == path
+    assert error.status == 400
 
 
-def test_tools_of_responses_are_flat_and_may_stand_in_namespaces():
-    more = {
-        "type": "additional_tools",
-        "role": "developer",
-        "tools": [{"type": "namespace", "name": "code", "description": "Code", "tools": [PATCH]}],
-    }
-    body = {
-        "input": [user("Hi"), more],
-        "tools": [FLAT],
-        "tool_choice": {
-            "type": "allowed_tools",
-            "mode": "required",
-            "tools": [
-                {"type": "function", "name": "weather"},
-                {"type": "custom", "namespace": "code", "name": "apply_patch"},
-                {"type": "web_search"},
-            ],
-        },
-    }
-    sent = gemini_body({"model": NEWEST, **body}, request=proxy.openai_responses_request)
-    assert [d["name"] for d in sent["tools"][0]["functionDeclarations"]] == [
-        "weather",
-        "code.apply_patch",
+@pytest.mark.parametrize(
+    "path, more",
+    [
+        ("input", {"input": [{"type": "item_reference", "id": "msg_1_0"}]}),
+        ("previous_response_id", {"previous_response_id": "resp_1"}),
+    ],
+)
+def test_what_is_not_stored_is_a_404_with_the_place(path, more):
+    error = refused({"model": FLASH, "input": "Hi", **more}, proxy.openai_responses_request)
+    assert error.path == path
+    assert error.status == 404
+
+
+def test_tools_of_responses_may_stand_in_namespaces_and_among_the_items():
+    more = {"type": "additional_tools", "role": "developer", "tools": [NAMESPACE]}
+    body = response_to_gemini({"input": [user("Hi"), more], "tools": [FLAT]})
+    weather, patch = body["tools"][0]["functionDeclarations"]
+    assert weather["name"] == "weather"
+    assert patch["name"] == "code.apply_patch"
+    grammar = "Code\nThe text must conform to this lark grammar:\nstart: X"
+    assert patch["description"].startswith(grammar)
+
+
+def test_a_response_may_choose_among_tools_in_namespaces():
+    allowed = [
+        {"type": "function", "name": "weather"},
+        {"type": "custom", "namespace": "code", "name": "apply_patch"},
+        {"type": "web_search"},
     ]
-    assert sent["tools"][0]["functionDeclarations"][1]["description"].startswith(
-        "Code\nThe text must conform to this lark grammar:\nstart: X"
-    )
-    assert sent["toolConfig"]["functionCallingConfig"] == {
-        "mode": "ANY",
-        "allowedFunctionNames": ["weather", "code.apply_patch"],
-    }
-    events = responding(body, whole(call("code.apply_patch", {"input": "X"})))
-    made = {
-        "id": "ctc_1_0",
-        "type": "custom_tool_call",
-        "status": "completed",
-        "call_id": "call_2",
-        "name": "apply_patch",
-        "namespace": "code",
-        "input": "X",
-    }
-    assert events[-1]["response"]["output"] == [made]
-    assert [event["type"] for event in events[3:5]] == [
-        "response.custom_tool_call_input.delta",
-        "response.custom_tool_call_input.done",
+    choice = {"type": "allowed_tools", "mode": "required", "tools": allowed}
+    body = response_to_gemini({"tools": [FLAT, NAMESPACE], "tool_choice": choice})
+    names = ["weather", "code.apply_patch"]
+    config = {"mode": "ANY", "allowedFunctionNames": names}
+    assert body["toolConfig"]["functionCallingConfig"] == config
+
+
+PATCH_CALL = {
+    "id": "ctc_1_0",
+    "type": "custom_tool_call",
+    "status": "completed",
+    "call_id": "call_2",
+    "name": "apply_patch",
+    "namespace": "code",
+    "input": "X",
+}
+
+
+def test_a_call_of_a_custom_tool_in_a_namespace_has_its_own_events():
+    answer = whole(call("code.apply_patch", {"input": "X"}))
+    events = response_events({"tools": [NAMESPACE]}, answer)
+    assert events[-1]["response"]["output"] == [PATCH_CALL]
+    place = {"item_id": "ctc_1_0", "output_index": 0}
+    assert without(events[3:5], "sequence_number") == [
+        {"type": "response.custom_tool_call_input.delta", **place, "delta": "X"},
+        {"type": "response.custom_tool_call_input.done", **place, "input": "X"},
     ]
-    back = items_to_gemini(
-        user("Hi"), made, {"type": "custom_tool_call_output", "call_id": "call_2", "output": "ok"}
-    )
-    assert back["contents"][1]["parts"][0]["functionCall"] == {
-        "id": "call_2",
-        "name": "code.apply_patch",
-        "args": {"input": "X"},
-    }
 
 
-def test_a_search_and_its_sources_in_a_response():
-    grounding = {
-        "webSearchQueries": ["oslo"],
-        "groundingChunks": [{"web": {"uri": "https://a.example", "title": "A"}}],
-        "groundingSupports": [
-            {"segment": {"startIndex": 0, "endIndex": 3}, "groundingChunkIndices": [0]},
-            {"segment": {"startIndex": 4, "endIndex": 7}, "groundingChunkIndices": [0]},
-        ],
-    }
+def test_a_call_of_a_custom_tool_in_a_namespace_goes_back_to_gemini():
+    output = {"type": "custom_tool_call_output", "call_id": "call_2", "output": "ok"}
+    function_call = {"id": "call_2", "name": "code.apply_patch", "args": {"input": "X"}}
+    contents = contents_of(user("Hi"), PATCH_CALL, output)
+    assert contents[1] == m({"functionCall": function_call})
+
+
+GROUNDING = {
+    "webSearchQueries": ["oslo"],
+    "groundingChunks": [{"web": {"uri": "https://a.example", "title": "A"}}],
+    "groundingSupports": [
+        {"segment": {"startIndex": 0, "endIndex": 3}, "groundingChunkIndices": [0]},
+        {"segment": {"startIndex": 4, "endIndex": 7}, "groundingChunkIndices": [0]},
+    ],
+}
+ANNOTATION = {
+    "type": "url_citation",
+    "start_index": 0,
+    "end_index": 3,
+    "url": "https://a.example",
+    "title": "A",
+}
+
+
+def search_events():
+    """The events of an answer in two messages that rest on a search."""
     body = {
-        "input": "Hi",
         "tools": [{"type": "web_search"}],
         "include": ["web_search_call.action.sources"],
         "reasoning": {"summary": "auto"},
     }
-    events = responding(
-        body,
-        chunk("One "),
-        chunk({"text": "Hm", "thought": True}),
-        whole("two.", groundingMetadata=grounding),
-    )
-    first, _, second, search = events[-1]["response"]["output"]
-    cited = {
-        "type": "url_citation",
-        "start_index": 0,
-        "end_index": 3,
-        "url": "https://a.example",
-        "title": "A",
-    }
-    assert first["content"][0]["annotations"] == second["content"][0]["annotations"] == [cited]
-    assert [
-        event["annotation"] for event in events if event["type"].endswith("annotation.added")
-    ] == [cited]
-    assert search["action"] == {
-        "type": "search",
-        "query": "oslo",
-        "queries": ["oslo"],
-        "sources": [{"type": "url", "url": "https://a.example"}],
+    last = whole("two.", groundingMetadata=GROUNDING)
+    return response_events(body, chunk("One "), chunk(THOUGHT), last)
+
+
+def test_each_message_has_the_sources_that_it_rests_on():
+    first, _, second, _ = search_events()[-1]["response"]["output"]
+    assert first["content"][0]["annotations"] == [ANNOTATION]
+    assert second["content"][0]["annotations"] == [ANNOTATION]
+
+
+def test_the_sources_of_the_last_message_have_events():
+    kind = "response.output_text.annotation.added"
+    events = [event for event in search_events() if event["type"] == kind]
+    place = {"item_id": "msg_1_2", "output_index": 2, "content_index": 0, "annotation_index": 0}
+    assert without(events, "sequence_number") == [{"type": kind, **place, "annotation": ANNOTATION}]
+
+
+def test_a_search_is_an_item_with_its_queries_and_sources():
+    assert search_events()[-1]["response"]["output"][3] == {
+        "id": "ws_1_3",
+        "type": "web_search_call",
+        "status": "completed",
+        "action": {
+            "type": "search",
+            "query": "oslo",
+            "queries": ["oslo"],
+            "sources": [{"type": "url", "url": "https://a.example"}],
+        },
     }
 
 
-def test_a_picture_in_a_response():
-    made = responding(
-        {"input": "Draw"}, whole("Here", {"inlineData": {"mimeType": "image/png", "data": PNG}})
-    )[-1]["response"]["output"]
-    assert made[1] == {
+def test_an_image_is_an_item_of_a_response():
+    assert response_to({}, whole("Here", IMAGE))["output"][1] == {
         "id": "ig_1_1",
         "type": "image_generation_call",
         "status": "completed",
         "result": PNG,
     }
-    assert items_to_gemini(user("Draw"), *made, user("Redder"))["contents"][1] == m(
-        "Here", {"inlineData": {"mimeType": "image/png", "data": PNG}}
-    )
 
 
-def stored_context(route, notes, id="resp_1", **query):
-    return looked_up(route, {}, Context(params={"id": id}, query=query), notes)
+def test_an_image_of_a_response_goes_back_to_gemini():
+    items = response_to({}, whole("Here", IMAGE))["output"]
+    assert contents_of(user("Draw"), *items, user("Redder"))[1] == m("Here", IMAGE)
 
 
-def test_a_response_continues_from_what_was_stored():
+def stored_response():
+    """(what is stored, the response) of a short exchange."""
     notes = Notes()
-    first = responding({"input": "Who?", "instructions": "Be brief."}, whole("Gem."), notes=notes)[
-        -1
-    ]["response"]
-    assert first["id"] == "resp_1"
-    again = items_to_gemini(user("And now?"), previous_response_id=first["id"], notes=notes)
-    assert again["contents"] == [u("Who?"), m("Gem."), u("And now?")]
-    assert "systemInstruction" not in again
-    for reference in (
-        {"type": "item_reference", "id": first["output"][0]["id"]},
-        {"id": first["output"][0]["id"]},
-    ):
-        by_reference = items_to_gemini(
-            {"type": "item_reference", "id": "msg_1_i0"}, reference, user("And now?"), notes=notes
-        )
-        assert by_reference["contents"] == again["contents"]
+    body = {"input": "Who?", "instructions": "Be brief."}
+    return notes, response_to(body, whole("Gem."), notes=notes)
 
 
-def test_a_stored_response_is_read_and_deleted():
-    notes = Notes()
-    first = responding({"input": "Who?"}, whole("Gem."), notes=notes)[-1]["response"]
-    read_route = openai_route("/v1/responses/{id}", "GET")
-    context = stored_context(read_route, notes)
-    plan = read_route.request(Fields({}), context)
-    assert whole_of(read_route, exchange(plan, context)) == first
-    delete_route = openai_route("/v1/responses/{id}", "DELETE")
-    assert whole_of(delete_route, exchange(plan, context), notes=notes) == {
-        "id": first["id"],
-        "object": "response",
-        "deleted": True,
-    }
-    assert not notes
+CONTINUED = [u("Who?"), m("Gem."), u("And now?")]
+
+
+def test_a_response_continues_an_earlier_one_without_its_instructions():
+    notes, first = stored_response()
+    body = {"input": [user("And now?")], "previous_response_id": first["id"]}
+    sent = response_to_gemini(body, notes)
+    assert sent["contents"] == CONTINUED
+    assert "systemInstruction" not in sent
+
+
+def test_references_stand_for_stored_items():
+    notes, first = stored_response()
+    question = {"type": "item_reference", "id": "msg_1_i0"}
+    answer = {"type": "item_reference", "id": first["output"][0]["id"]}
+    items = [question, answer, user("And now?")]
+    assert response_to_gemini({"input": items}, notes)["contents"] == CONTINUED
+
+
+def test_a_reference_may_leave_out_its_type():
+    notes, first = stored_response()
+    items = [user("Who?"), {"id": first["output"][0]["id"]}, user("And now?")]
+    assert response_to_gemini({"input": items}, notes)["contents"] == CONTINUED
+
+
+def test_a_stored_response_is_read():
+    notes, first = stored_response()
+    route = openai_route("/v1/responses/{id}", "GET")
+    assert whole_of(route, stored_exchange(route, notes)) == first
+
+
+def test_a_stored_response_is_not_streamed():
+    notes, _ = stored_response()
     with pytest.raises(ProxyError) as caught:
-        read_route.request(Fields({}), stored_context(read_route, notes))
+        stored_exchange(openai_route("/v1/responses/{id}", "GET"), notes, stream="true")
+    assert caught.value.path == "stream"
+
+
+def test_a_stored_response_is_deleted_with_its_input():
+    notes, first = stored_response()
+    route = openai_route("/v1/responses/{id}", "DELETE")
+    answer = whole_of(route, stored_exchange(route, notes), notes=notes)
+    assert answer == {"id": first["id"], "object": "response", "deleted": True}
+    assert not notes
+
+
+def test_a_response_that_is_not_stored_is_not_read():
+    with pytest.raises(ProxyError) as caught:
+        stored_exchange(openai_route("/v1/responses/{id}", "GET"), Notes())
     assert caught.value.status == 404
-    body = {"model": FLASH, "previous_response_id": first["id"]}
-    assert refused(body, proxy.openai_responses_request).code == "previous_response_not_found"
+
+
+def test_a_response_that_is_not_stored_is_not_continued():
+    body = {"model": FLASH, "previous_response_id": "resp_1"}
+    error = refused(body, proxy.openai_responses_request)
+    assert error.code == "previous_response_not_found"
 
 
 def test_a_response_is_not_stored_where_the_client_forbids_it():
     notes = Notes()
-    responding({"input": "Who?", "store": False}, whole("Gem."), notes=notes)
+    response_to({"store": False}, whole("Gem."), notes=notes)
     assert not notes
 
 
-def test_the_items_of_a_stored_response():
+def test_a_stored_response_cannot_be_cancelled():
+    notes, _ = stored_response()
+    route = openai_route("/v1/responses/{id}/cancel")
+    with pytest.raises(ProxyError) as caught:
+        whole_of(route, stored_exchange(route, notes))
+    assert caught.value.status == 400
+
+
+def item_page(**query):
+    """A page of the input of a stored response with three messages."""
     notes = Notes()
-    responding({"input": [user("a"), assistant("b", id=None), user("c")]}, whole("d"), notes=notes)
+    items = [user("a"), assistant("b", id=None), user("c")]
+    response_to({"input": items}, whole("d"), notes=notes)
     route = openai_route("/v1/responses/{id}/input_items", "GET")
+    return whole_of(route, stored_exchange(route, notes, **query))
 
-    def page(**query):
-        context = stored_context(route, notes, **query)
-        return whole_of(route, exchange(route.request(Fields({}), context), context))
 
-    assert [item["id"] for item in page()["data"]] == ["msg_1_i2", "msg_1_i1", "msg_1_i0"]
-    assert page(order="asc", limit="2", after="msg_1_i0") == {
+def test_the_input_of_a_stored_response_comes_newest_first():
+    page = item_page()
+    assert [item["id"] for item in page["data"]] == ["msg_1_i2", "msg_1_i1", "msg_1_i0"]
+
+
+def test_a_page_of_input_items_is_openais():
+    answer = [{"type": "output_text", "text": "b", "annotations": []}]
+    question = [{"type": "input_text", "text": "c"}]
+    more = {"type": "message", "status": "completed"}
+    assert item_page(order="asc", limit="2", after="msg_1_i0") == {
         "object": "list",
         "first_id": "msg_1_i1",
         "last_id": "msg_1_i2",
         "has_more": False,
         "data": [
-            {
-                "id": "msg_1_i1",
-                "type": "message",
-                "role": "assistant",
-                "content": [{"type": "output_text", "text": "b", "annotations": []}],
-                "status": "completed",
-            },
-            {
-                "id": "msg_1_i2",
-                "type": "message",
-                "role": "user",
-                "content": [{"type": "input_text", "text": "c"}],
-                "status": "completed",
-            },
+            {"id": "msg_1_i1", "role": "assistant", "content": answer, **more},
+            {"id": "msg_1_i2", "role": "user", "content": question, **more},
         ],
     }
-    assert page(limit="1")["has_more"]
+
+
+def test_a_page_of_input_items_says_whether_there_are_more():
+    assert item_page(limit="1")["has_more"]
+
+
+def test_a_page_of_input_items_has_a_limit():
     with pytest.raises(ProxyError, match="limit"):
-        page(limit="0")
+        item_page(limit="0")
 
 
-def test_a_response_in_json():
-    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
-    body = {
-        "model": FLASH,
-        "input": "Hi",
-        "text": {"format": {"type": "json_schema", "name": "x", "strict": True, "schema": schema}},
-    }
-    assert gemini_body(body, request=proxy.openai_responses_request)["generationConfig"] == {
+JSON_SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
+JSON_TEXT = {"format": {"type": "json_schema", "name": "x", "strict": True, "schema": JSON_SCHEMA}}
+
+
+def test_a_response_in_json_has_its_schema():
+    assert response_to_gemini({"text": JSON_TEXT})["generationConfig"] == {
         "responseMimeType": "application/json",
-        "responseJsonSchema": schema,
+        "responseJsonSchema": JSON_SCHEMA,
     }
-    fenced = responding({**body, "tools": [FLAT]}, whole('```json\n{"a":"b"}\n```'))[-1]["response"]
-    assert (
-        fenced["output"][0]["content"][0]["text"] == '{"a":"b"}' and fenced["text"] == body["text"]
-    )
 
 
-def test_thoughts_come_when_they_are_asked_for():
-    thought = {"text": "Hm", "thought": True}
-    for reasoning, config, kinds in (
+def test_json_beside_tools_loses_its_code_fence():
+    body = {"text": JSON_TEXT, "tools": [FLAT]}
+    response = response_to(body, whole('```json\n{"a":"b"}\n```'))
+    assert response["output"][0]["content"][0]["text"] == '{"a":"b"}'
+    assert response["text"] == JSON_TEXT
+
+
+@pytest.mark.parametrize(
+    "reasoning, config, kinds",
+    [
         ({"effort": "low"}, {"thinkingLevel": "LOW"}, ["message"]),
         ({"summary": "concise"}, {"includeThoughts": True}, ["reasoning", "message"]),
         (
@@ -3917,51 +3959,40 @@ def test_thoughts_come_when_they_are_asked_for():
             {"thinkingLevel": "HIGH", "includeThoughts": True},
             ["reasoning", "message"],
         ),
-    ):
-        body = {"model": NEWEST, "input": "Hi", "reasoning": reasoning}
-        assert gemini_body(body, request=proxy.openai_responses_request)["generationConfig"] == {
-            "thinkingConfig": config
-        }
-        assert [
-            item["type"]
-            for item in responding(body, whole(thought, "42"))[-1]["response"]["output"]
-        ] == kinds
-    assert [
-        item["type"]
-        for item in responding({"input": "Hi"}, whole(thought, "42"), context=OLLAMA)[-1][
-            "response"
-        ]["output"]
-    ] == ["reasoning", "message"]
+    ],
+)
+def test_thoughts_come_with_a_summary(reasoning, config, kinds):
+    body = {"model": NEWEST, "reasoning": reasoning}
+    assert response_to_gemini(body)["generationConfig"] == {"thinkingConfig": config}
+    response = response_to(body, whole(THOUGHT, "42"))
+    assert [item["type"] for item in response["output"]] == kinds
 
 
-def test_the_body_of_a_response_in_a_chat():
-    body = {
-        "model": FLASH,
-        "instructions": "Be brief.",
-        "input": [user("Hi")],
-        "tools": [FLAT, PATCH],
-    }
-    sent = gemini_body(body)
-    assert (sent["contents"], sent["systemInstruction"]) == (
-        [u("Hi")],
-        {"parts": [{"text": "Be brief."}]},
-    )
-    assert [d["name"] for d in sent["tools"][0]["functionDeclarations"]] == [
-        "weather",
-        "apply_patch",
-    ]
-    assert (
-        refused({"model": FLASH, "input": 7}).path == "input"
-        and refused({"model": FLASH}).path == "messages"
-    )
+def test_thoughts_come_by_themselves_from_an_ollama_server():
+    response = response_to({}, whole(THOUGHT, "42"), context=Context(ollama=True))
+    assert [item["type"] for item in response["output"]] == ["reasoning", "message"]
 
 
-def test_codex_gets_a_list_of_its_own():
-    listed = proxy.openai_models_response(
-        exchange(proxy.Plan(), Context(query={"client_version": "0.171.0"})),
-        iter([iter([{"models": MODELS}])]),
-    )
-    assert listed["models"] == [] and listed["data"]
+def test_the_body_of_a_response_is_answered_as_a_chat_too():
+    body = {"model": FLASH, "instructions": "Be brief.", "input": [user("Hi")]}
+    sent = gemini_body({**body, "tools": [FLAT, PATCH]})
+    assert sent["contents"] == [u("Hi")]
+    assert sent["systemInstruction"] == {"parts": [{"text": "Be brief."}]}
+    names = [entry["name"] for entry in sent["tools"][0]["functionDeclarations"]]
+    assert names == ["weather", "apply_patch"]
+
+
+@pytest.mark.parametrize("path, more", [("input", {"input": 7}), ("messages", {})])
+def test_a_chat_without_messages_is_a_400_with_the_place(path, more):
+    assert refused({"model": FLASH, **more}).path == path
+
+
+def test_codex_gets_a_list_of_models_of_its_own():
+    context = Context(query={"client_version": "0.171.0"})
+    answers = iter([iter([{"models": MODELS}])])
+    listed = proxy.openai_models_response(exchange(proxy.Plan(), context), answers)
+    assert listed["models"] == []
+    assert listed["data"]
 
 
 # ======================================================================================
@@ -6429,7 +6460,7 @@ def test_a_request_puts_no_control_characters_into_the_log(server, log_lines, ta
 def test_a_log_that_nobody_reads_stops_no_answer(gemini):
     with start("-listen=127.0.0.1:0", "-upstream", gemini.url, **ENV) as process:
         port = int(re.search(r"127\.0\.0\.1:(\d+)", process.stdout.readline()).group(1))
-        with RawClient(At(port)) as client:  # the pipe holds a few hundred lines
+        with RawClient(RemoteServer(port)) as client:  # the pipe holds a few hundred lines
             path = "/healthz?" + "x" * 100
             assert {client.request("GET", path)[0] for _ in range(1500)} == {200}
             assert client.request("GET", "/" + "x" * 4000)[0] == 404
@@ -7454,7 +7485,7 @@ def test_a_server_that_ended_has_closed_its_memory_and_its_connections(gemini):
 
 
 # ======================================================================================
-# 11. Command line
+# 14. Command line
 # ======================================================================================
 
 ENV = {"GEMINI_API_KEY": "AIza-1"}
@@ -7642,7 +7673,7 @@ def start(*arguments, **env):
     return started(PROGRAM, *arguments, env={**inherited, **env})
 
 
-class At:
+class RemoteServer:
     """A server in another process, for the helpers that take a server."""
 
     def __init__(self, port):
@@ -7658,7 +7689,7 @@ def port_of(process):
 def running(gemini, *flags, **env):
     """(the process, the server) of the program on a free port, in front of this Gemini."""
     with start("-listen=127.0.0.1:0", "-upstream", gemini.url, *flags, **env) as process:
-        yield process, At(port_of(process))
+        yield process, RemoteServer(port_of(process))
 
 
 STREAM_END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
@@ -7676,7 +7707,7 @@ class Supervised:
 
     def __init__(self, folder, listener, notified, process):
         self.folder, self.notified, self.process = folder, notified, process
-        self.server = At(listener.getsockname()[1])
+        self.server = RemoteServer(listener.getsockname()[1])
 
     def write_key(self, key):
         (self.folder / "gemini_api_key").write_text(key)
@@ -7857,8 +7888,8 @@ def test_the_checks_print_a_models_answer_but_not_the_key(gemini, capsys):
 
 
 def test_the_checks_ask_no_question_where_clients_bring_their_keys(gemini, capsys):
-    check = proxy.check_answer(check_config(gemini, key=""), proxy.Gemini(gemini.url))
-    assert check == "every client asks with a key of its own"
+    checker = proxy.Checker(check_config(gemini, key=""))
+    assert checker.check_answer() == "every client asks with a key of its own"
     assert gemini.bodies == []
 
 
@@ -8163,10 +8194,8 @@ def test_generations_of_models_are_compared_in_their_section_only():
     models = section_named("Models")
     for comparison in NODES:
         if isinstance(comparison, ast.Compare) and comparison.lineno not in models:
-            parts = ast.walk(comparison)
-            assert "generation" not in {getattr(part, "attr", "") for part in parts}, (
-                comparison.lineno
-            )
+            attributes = {getattr(part, "attr", "") for part in ast.walk(comparison)}
+            assert "generation" not in attributes, comparison.lineno
 
 
 # ---- form ----
@@ -8657,216 +8686,315 @@ def test_the_readme_says_which_parameters_of_messages_are_ignored():
 # The official libraries
 # ======================================================================================
 
-
-def test_ollamas_own_library(gemini):
-    ollama_library = pytest.importorskip("ollama")
-    with serving(gemini.url, api="ollama") as server:
-        client = ollama_library.Client(host=server.url)
-        assert (
-            FLASH + ":latest" in [model.model for model in client.list().models]
-            and "tools" in client.show(FLASH).capabilities
-        )
-        history = [user("Hi")]
-        first = client.chat(model=NEWEST, messages=history, tools=[WEATHER])
-        history += [first.message, {"role": "tool", "content": '{"temp": 3}'}]
-        text = "".join(
-            part.message.content
-            for part in client.chat(model=NEWEST, messages=history, tools=[WEATHER], stream=True)
-        )
-        assert text == 'The function said: {"temp": 3}' and gemini.asked[-1]["contents"][1][
-            "parts"
-        ][0]["thoughtSignature"] == sign("stand-in")
-        assert client.embed(model=EMBEDDER, input=["a"]).embeddings[0] == pytest.approx([0.6, 0.8])
-        with pytest.raises(ollama_library.ResponseError, match="not found"):
-            client.show("gemini-9")
-        client._client.close()
+RESULT = '{"temp": 3}'  # of a tool, and what the stand-in makes of it:
+ANSWER_TO_RESULT = 'The function said: {"temp": 3}'
+SLOW_DOWN = gemini_error(429, "Slow down.", "X", detail("RetryInfo", retryDelay="9s"))
 
 
-def test_anthropics_own_library(gemini):
-    anthropic = pytest.importorskip("anthropic")
+def signature_of_call(gemini):
+    """The signature of the tool call in the history of Gemini's last request."""
+    return gemini.bodies[-1]["contents"][1]["parts"][0]["thoughtSignature"]
+
+
+# ---- ollama ----
+
+
+@pytest.fixture
+def ollama_library(gemini):
+    module = pytest.importorskip("ollama")
+    with serving(gemini.url, api="ollama") as server, module.Client(host=server.url) as client:
+        yield client
+
+
+def test_ollamas_library_lists_models(ollama_library):
+    assert FLASH + ":latest" in [model.model for model in ollama_library.list().models]
+
+
+def test_ollamas_library_shows_what_a_model_can_do(ollama_library):
+    assert "tools" in ollama_library.show(FLASH).capabilities
+
+
+def test_ollamas_library_gets_an_error_for_an_unknown_model(ollama_library):
+    import ollama
+
+    with pytest.raises(ollama.ResponseError, match="not found"):
+        ollama_library.show("gemini-9")
+
+
+def test_ollamas_library_streams_the_answer_to_a_tools_result(ollama_library, gemini):
+    history = [user("Hi")]
+    first = ollama_library.chat(model=NEWEST, messages=history, tools=[WEATHER])
+    history += [first.message, {"role": "tool", "content": RESULT}]
+    stream = ollama_library.chat(model=NEWEST, messages=history, tools=[WEATHER], stream=True)
+    assert "".join(part.message.content for part in stream) == ANSWER_TO_RESULT
+    assert signature_of_call(gemini) == sign("stand-in")
+
+
+def test_ollamas_library_embeds(ollama_library):
+    embeddings = ollama_library.embed(model=EMBEDDER, input=["a"]).embeddings
+    assert embeddings[0] == pytest.approx([0.6, 0.8])
+
+
+# ---- anthropic ----
+
+
+@pytest.fixture
+def anthropic_library(gemini):
+    """Anthropic's client, which checks that answers are of its types."""
+    module = pytest.importorskip("anthropic")
+    options = {"api_key": "any", "max_retries": 0, "_strict_response_validation": True}
     with (
         serving(gemini.url, api="ollama", aliases=(("claude-*", NEWEST),)) as server,
-        anthropic.Anthropic(
-            base_url=server.url, api_key="any", max_retries=0, _strict_response_validation=True
-        ) as client,
+        module.Anthropic(base_url=server.url, **options) as client,
     ):
-        plan = {"model": "claude-opus-5", "max_tokens": 2000, "tools": [ASK_CITY]}
-        history = [user("Hi")]
-        with client.messages.stream(
-            messages=history, thinking={"type": "adaptive"}, **plan
-        ) as stream:
-            message = stream.get_final_message()
-        assert [block.type for block in message.content] == [
-            "thinking",
-            "tool_use",
-        ] and message.stop_reason == "tool_use"
-        history += [
-            {"role": "assistant", "content": message.content},
-            user([result_block(message.content[1].id, '{"temp": 3}')]),
-        ]
-        assert (
-            client.messages.create(messages=history, **plan).content[0].text
-            == 'The function said: {"temp": 3}'
-        )
-        assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
-        assert (
-            client.messages.count_tokens(
-                model=plan["model"], messages=history, tools=plan["tools"]
-            ).input_tokens
-            == 7
-        )
-        gemini.say(gemini_error(429, "Slow down.", "X", detail("RetryInfo", retryDelay="9s")))
-        with pytest.raises(anthropic.RateLimitError) as caught:
-            client.messages.create(messages=[user("Hi")], **plan)
-        assert caught.value.request_id == caught.value.body["request_id"]
+        yield client
 
 
-def test_openais_own_library_and_responses(server, gemini):
-    openai = pytest.importorskip("openai")
-    with openai.OpenAI(
-        base_url=server.url + "/v1", api_key="any", max_retries=0, _strict_response_validation=True
-    ) as client:
-        with client.responses.stream(
-            model=NEWEST, input="Hi", tools=[FLAT], include=["reasoning.encrypted_content"]
-        ) as stream:
-            first = stream.get_final_response()
-        made = next(item for item in first.output if item.type == "function_call")
-        result = {"type": "function_call_output", "call_id": made.call_id, "output": '{"temp": 3}'}
-        for more in (
-            {"previous_response_id": first.id, "input": [result]},
-            {"input": [user("Hi"), *(item.model_dump() for item in first.output), result]},
-        ):
-            assert (
-                client.responses.create(model=NEWEST, tools=[FLAT], **more).output_text
-                == 'The function said: {"temp": 3}'
-            )
-            assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign(
-                "stand-in"
-            )
-        assert [item.id for item in client.responses.retrieve(first.id).output] == [
-            item.id for item in first.output
-        ]
-        assert client.responses.input_items.list(first.id).data[0].content[0].text == "Hi"
-        assert client.responses.input_tokens.count(model=FLASH, input="Hi").input_tokens == 7
-        client.responses.delete(first.id)
-        with pytest.raises(openai.NotFoundError):
-            client.responses.retrieve(first.id)
-        gemini.say(Say(chunk("Hel"), cut=1))
-        assert [
-            event.type for event in client.responses.create(model=FLASH, input="Hi", stream=True)
-        ][-1] == "response.failed"
+CLAUDE_PLAN = {"model": "claude-opus-5", "max_tokens": 2000, "tools": [ASK_CITY]}
 
 
-def test_openais_own_library(server, gemini):
-    openai = pytest.importorskip("openai")
-    with openai.OpenAI(
-        base_url=server.url + "/v1", api_key="any", max_retries=0, _strict_response_validation=True
-    ) as client:
-        assert (
-            "You said: Hi"
-            in client.chat.completions.create(model=FLASH, messages=[user("Hi")])
-            .choices[0]
-            .message.content
-        )
-        with client.chat.completions.stream(
-            model=NEWEST, messages=[user("Hi")], tools=[WEATHER]
-        ) as stream:
-            message = stream.get_final_completion().choices[0].message
-        assert message.tool_calls[0].function.name == "weather"
-        history = [
-            user("Hi"),
-            kept(message.model_dump()),
-            {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": '{"temp": 3}'},
-        ]
-        text = "".join(
-            choice.delta.content or ""
-            for event in client.chat.completions.create(
-                model=NEWEST, messages=history, tools=[WEATHER], stream=True
-            )
-            for choice in event.choices
-        )
-        assert text == 'The function said: {"temp": 3}' and gemini.asked[-1]["contents"][1][
-            "parts"
-        ][0]["thoughtSignature"] == sign("stand-in")
-        gemini.say(gemini_error(429, "Slow down.", "X", detail("RetryInfo", retryDelay="9s")))
-        with pytest.raises(openai.RateLimitError):
-            client.chat.completions.create(model=FLASH, messages=[user("Hi")], stream=True)
-    with openai.OpenAI(
-        base_url=server.url + "/v1", api_key="any"
-    ) as client:  # its type of a vector knows no base64
-        assert client.embeddings.create(model=EMBEDDER, input=["a", "b"]).data[
-            1
-        ].embedding == pytest.approx([0.6, 0.8])
-        assert FLASH in [model.id for model in client.models.list()]
+def claude_with_call(client):
+    """A streamed message in which the model thinks and calls a tool."""
+    thinking = {"type": "adaptive"}
+    with client.messages.stream(messages=[user("Hi")], thinking=thinking, **CLAUDE_PLAN) as stream:
+        return stream.get_final_message()
 
 
-def test_openais_own_library_and_media(server, gemini):
-    openai = pytest.importorskip("openai")
-    recording = ("a.wav", RIFF)
-    with openai.OpenAI(
-        base_url=server.url + "/v1", api_key="any", max_retries=0, _strict_response_validation=True
-    ) as client:
-        gemini.say(*[whole(blob("image/png", PNG))] * 2)
-        assert (
-            client.images.generate(
-                model="gpt-image-1", prompt="A dot", size="1536x1024", output_format="png"
-            )
-            .data[0]
-            .b64_json
-            == PNG
-        )
-        assert [
-            event.b64_json
-            for event in client.images.generate(
-                model="gpt-image-1", prompt="A dot", stream=True, partial_images=1
-            )
-        ] == [PNG]
-        gemini.say(whole(AUDIO), [chunk(AUDIO), whole(AUDIO)])
-        assert client.audio.speech.create(model="tts-1", voice="alloy", input="Hi").content == RIFF
-        with client.audio.speech.with_streaming_response.create(
-            model="tts-1", voice="alloy", input="Hi", response_format="pcm"
-        ) as audio:
-            assert b"".join(audio.iter_bytes()) == PCM_SAMPLES * 2
-        gemini.say(whole("Hei."), [chunk("He"), whole("i.")], whole(TIMED), whole(TIMED))
-        assert (
-            client.audio.transcriptions.create(
-                model="whisper-1", file=recording, language="no", temperature=0
-            ).text
-            == "Hei."
-        )
-        events = list(
-            client.audio.transcriptions.create(
-                model="gpt-4o-transcribe", file=recording, stream=True
-            )
-        )
-        assert [event.type for event in events] == ["transcript.text.delta"] * 2 + [
-            "transcript.text.done"
-        ] and events[-1].text == "Hei."
-        assert client.audio.transcriptions.create(
-            model="whisper-1", file=recording, response_format="srt"
-        ).startswith("1\n00:00:01,500 --> ")
-        assert (
-            client.audio.transcriptions.create(
-                model="gpt-4o-transcribe-diarize", file=recording, response_format="diarized_json"
-            )
-            .segments[1]
-            .speaker
-            == "B"
-        )
-    with openai.OpenAI(
-        base_url=server.url + "/v1", api_key="any"
-    ) as client:  # its types want what Gemini does not tell
-        gemini.say(whole(TIMED), [chunk(" up"), whole("on")])
-        verbose = client.audio.transcriptions.create(
-            model="whisper-1",
-            file=recording,
-            response_format="verbose_json",
-            timestamp_granularities=["segment"],
-        )
-        assert (verbose.duration, verbose.segments[0].text, verbose.language) == (
-            3661.25,
-            "Hello --> there.",
-            "english",
-        )
-        chunks = client.completions.create(model=FLASH, prompt="Once", stream=True)
-        assert "".join(choice.text for part in chunks for choice in part.choices) == " upon"
+def claude_history(client):
+    """The messages up to the result of the tool."""
+    content = claude_with_call(client).content
+    result = {"type": "tool_result", "tool_use_id": content[1].id, "content": RESULT}
+    return [user("Hi"), {"role": "assistant", "content": content}, user([result])]
+
+
+def test_anthropics_library_streams_a_thought_and_a_tool_call(anthropic_library):
+    message = claude_with_call(anthropic_library)
+    assert [block.type for block in message.content] == ["thinking", "tool_use"]
+    assert message.stop_reason == "tool_use"
+
+
+def test_anthropics_library_gets_the_answer_to_a_tools_result(anthropic_library, gemini):
+    history = claude_history(anthropic_library)
+    message = anthropic_library.messages.create(messages=history, **CLAUDE_PLAN)
+    assert message.content[0].text == ANSWER_TO_RESULT
+    assert signature_of_call(gemini) == sign("stand-in")
+
+
+def test_anthropics_library_counts_tokens(anthropic_library):
+    count = anthropic_library.messages.count_tokens(
+        model="claude-opus-5", messages=claude_history(anthropic_library), tools=[ASK_CITY]
+    )
+    assert count.input_tokens == 7
+
+
+def test_anthropics_library_gets_a_rate_limit_with_the_id_of_the_request(anthropic_library, gemini):
+    import anthropic
+
+    gemini.say(SLOW_DOWN)
+    with pytest.raises(anthropic.RateLimitError) as caught:
+        anthropic_library.messages.create(messages=[user("Hi")], **CLAUDE_PLAN)
+    assert caught.value.request_id
+    assert caught.value.request_id == caught.value.body["request_id"]
+
+
+# ---- openai ----
+
+
+@pytest.fixture
+def openai_library(server):
+    """OpenAI's client, which checks that answers are of its types."""
+    module = pytest.importorskip("openai")
+    options = {"api_key": "any", "max_retries": 0, "_strict_response_validation": True}
+    with module.OpenAI(base_url=server.url + "/v1", **options) as client:
+        yield client
+
+
+@pytest.fixture
+def lenient_library(server):
+    """OpenAI's client for what its own types do not fit, such as vectors in base64."""
+    module = pytest.importorskip("openai")
+    with module.OpenAI(base_url=server.url + "/v1", api_key="any") as client:
+        yield client
+
+
+def completion_with_call(client):
+    """A streamed message that calls a tool."""
+    plan = chat(model=NEWEST, tools=[WEATHER])
+    with client.chat.completions.stream(**plan) as stream:
+        return stream.get_final_completion().choices[0].message
+
+
+def test_openais_library_gets_a_completion(openai_library):
+    completion = openai_library.chat.completions.create(**chat())
+    assert "You said: Hi" in completion.choices[0].message.content
+
+
+def test_openais_library_streams_a_tool_call(openai_library):
+    assert completion_with_call(openai_library).tool_calls[0].function.name == "weather"
+
+
+def test_openais_library_streams_the_answer_to_a_tools_result(openai_library, gemini):
+    message = completion_with_call(openai_library)
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": RESULT}
+    body = chat(user("Hi"), kept(message.model_dump()), result, model=NEWEST, tools=[WEATHER])
+    events = openai_library.chat.completions.create(**body, stream=True)
+    choices = [choice for event in events for choice in event.choices]
+    assert "".join(choice.delta.content or "" for choice in choices) == ANSWER_TO_RESULT
+    assert signature_of_call(gemini) == sign("stand-in")
+
+
+def test_openais_library_gets_a_rate_limit_instead_of_a_stream(openai_library, gemini):
+    import openai
+
+    gemini.say(SLOW_DOWN)
+    with pytest.raises(openai.RateLimitError):
+        openai_library.chat.completions.create(**chat(), stream=True)
+
+
+def test_openais_library_streams_a_text_completion(lenient_library, gemini):
+    gemini.say([chunk(" up"), whole("on")])
+    stream = lenient_library.completions.create(model=FLASH, prompt="Once", stream=True)
+    assert "".join(choice.text for part in stream for choice in part.choices) == " upon"
+
+
+def test_openais_library_embeds(lenient_library):
+    vectors = lenient_library.embeddings.create(model=EMBEDDER, input=["a", "b"]).data
+    assert vectors[1].embedding == pytest.approx([0.6, 0.8])
+
+
+def test_openais_library_lists_models(lenient_library):
+    assert FLASH in [model.id for model in lenient_library.models.list()]
+
+
+# ---- openai: responses ----
+
+
+def response_with_call(client):
+    """A streamed response that calls a tool, and what returns the result of that tool."""
+    include = ["reasoning.encrypted_content"]
+    plan = {"model": NEWEST, "input": "Hi", "tools": [FLAT], "include": include}
+    with client.responses.stream(**plan) as stream:
+        response = stream.get_final_response()
+    tool_call = next(item for item in response.output if item.type == "function_call")
+    result = {"type": "function_call_output", "call_id": tool_call.call_id, "output": RESULT}
+    return response, result
+
+
+def test_openais_library_continues_a_stored_response(openai_library, gemini):
+    first, result = response_with_call(openai_library)
+    plan = {"model": NEWEST, "tools": [FLAT], "input": [result], "previous_response_id": first.id}
+    assert openai_library.responses.create(**plan).output_text == ANSWER_TO_RESULT
+    assert signature_of_call(gemini) == sign("stand-in")
+
+
+def test_openais_library_sends_the_items_of_a_response_again(openai_library, gemini):
+    first, result = response_with_call(openai_library)
+    items = [user("Hi"), *(item.model_dump() for item in first.output), result]
+    second = openai_library.responses.create(model=NEWEST, tools=[FLAT], input=items)
+    assert second.output_text == ANSWER_TO_RESULT
+    assert signature_of_call(gemini) == sign("stand-in")
+
+
+def test_openais_library_retrieves_a_response(openai_library):
+    first, _ = response_with_call(openai_library)
+    stored = openai_library.responses.retrieve(first.id)
+    assert [item.id for item in stored.output] == [item.id for item in first.output]
+
+
+def test_openais_library_lists_the_input_of_a_response(openai_library):
+    first, _ = response_with_call(openai_library)
+    assert openai_library.responses.input_items.list(first.id).data[0].content[0].text == "Hi"
+
+
+def test_openais_library_counts_the_tokens_of_an_input(openai_library):
+    assert openai_library.responses.input_tokens.count(model=FLASH, input="Hi").input_tokens == 7
+
+
+def test_openais_library_deletes_a_response(openai_library):
+    import openai
+
+    first, _ = response_with_call(openai_library)
+    openai_library.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        openai_library.responses.retrieve(first.id)
+
+
+def test_openais_library_gets_a_failed_response_when_gemini_hangs_up(openai_library, gemini):
+    gemini.say(Say(chunk("Hel"), cut=1))
+    events = list(openai_library.responses.create(model=FLASH, input="Hi", stream=True))
+    assert events[-1].type == "response.failed"
+
+
+# ---- openai: media ----
+
+RECORDING = ("a.wav", RIFF)
+
+
+def test_openais_library_draws_an_image(openai_library, gemini):
+    gemini.say(whole(blob("image/png", PNG)))
+    plan = {"prompt": "A dot", "size": "1536x1024", "output_format": "png"}
+    images = openai_library.images.generate(model="gpt-image-1", **plan)
+    assert images.data[0].b64_json == PNG
+
+
+def test_openais_library_streams_an_image(openai_library, gemini):
+    gemini.say(whole(blob("image/png", PNG)))
+    plan = {"prompt": "A dot", "stream": True, "partial_images": 1}
+    events = openai_library.images.generate(model="gpt-image-1", **plan)
+    assert [event.b64_json for event in events] == [PNG]
+
+
+def test_openais_library_gets_speech(openai_library, gemini):
+    gemini.say(whole(AUDIO))
+    plan = {"model": "tts-1", "voice": "alloy", "input": "Hi"}
+    assert openai_library.audio.speech.create(**plan).content == RIFF
+
+
+def test_openais_library_streams_speech(openai_library, gemini):
+    gemini.say([chunk(AUDIO), whole(AUDIO)])
+    plan = {"model": "tts-1", "voice": "alloy", "input": "Hi", "response_format": "pcm"}
+    with openai_library.audio.speech.with_streaming_response.create(**plan) as audio:
+        assert b"".join(audio.iter_bytes()) == PCM_SAMPLES * 2
+
+
+def test_openais_library_gets_a_transcript(openai_library, gemini):
+    gemini.say(whole("Hei."))
+    plan = {"model": "whisper-1", "file": RECORDING, "language": "no", "temperature": 0}
+    assert openai_library.audio.transcriptions.create(**plan).text == "Hei."
+
+
+def test_openais_library_streams_a_transcript(openai_library, gemini):
+    gemini.say([chunk("He"), whole("i.")])
+    plan = {"model": "gpt-4o-transcribe", "file": RECORDING, "stream": True}
+    *deltas_of_text, done = openai_library.audio.transcriptions.create(**plan)
+    assert [event.type for event in deltas_of_text] == ["transcript.text.delta"] * 2
+    assert done.type == "transcript.text.done"
+    assert done.text == "Hei."
+
+
+def test_openais_library_gets_subtitles(openai_library, gemini):
+    gemini.say(whole(TIMED))
+    plan = {"model": "whisper-1", "file": RECORDING, "response_format": "srt"}
+    assert openai_library.audio.transcriptions.create(**plan).startswith("1\n00:00:01,500 --> ")
+
+
+def test_openais_library_gets_a_transcript_with_speakers(openai_library, gemini):
+    gemini.say(whole(TIMED))
+    model, form = "gpt-4o-transcribe-diarize", "diarized_json"
+    transcript = openai_library.audio.transcriptions.create(
+        model=model, file=RECORDING, response_format=form
+    )
+    assert transcript.segments[1].speaker == "B"
+
+
+def test_openais_library_gets_a_verbose_transcript(lenient_library, gemini):
+    gemini.say(whole(TIMED))
+    transcript = lenient_library.audio.transcriptions.create(
+        model="whisper-1",
+        file=RECORDING,
+        response_format="verbose_json",
+        timestamp_granularities=["segment"],
+    )
+    assert transcript.duration == 3661.25
+    assert transcript.segments[0].text == "Hello --> there."
+    assert transcript.language == "english"
