@@ -432,11 +432,6 @@ class StandIn(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     @property
-    def asked(self):
-        """The former name of `bodies`."""
-        return self.bodies
-
-    @property
     def url(self):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -718,9 +713,6 @@ def plan_and_ignored(body, request=proxy.openai_chat_request, context=NO_CONTEXT
     fields = Fields(body)
     plan = request(fields, context)
     return plan, fields.ignored()
-
-
-asked = plan_and_ignored  # its former name
 
 
 def gemini_body(body, **how):
@@ -2431,7 +2423,7 @@ def test_a_function_name_with_a_space_keeps_its_signature(server, gemini):
     message = kept(answer["choices"][0]["message"])
     result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "3"}
     post(server, body=chat(user("Hi"), message, result, model=NEWEST, tools=[tool]))
-    assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("s")
+    assert gemini.bodies[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("s")
 
 
 # ======================================================================================
@@ -3251,7 +3243,7 @@ def reasoning_item(encrypted_content):
 def response_plan(body, context=None):
     """(the Plan, what was ignored) for a response's body."""
     body = {"model": FLASH, "input": "Hi", **body}
-    return asked(body, proxy.openai_responses_request, context or Context())
+    return plan_and_ignored(body, proxy.openai_responses_request, context or Context())
 
 
 def response_events(body, *answers, context=None, notes=None):
@@ -4009,7 +4001,7 @@ def ollama_route(path, method="POST"):
 def ollama(body, *answers, path="/api/chat", context=OLLAMA):
     """(the whole answer, the streamed events) to a body, when Gemini says this."""
     route = ollama_route(path)
-    plan = asked(body, route.request, context)[0]
+    plan = plan_and_ignored(body, route.request, context)[0]
     answer = whole_of(route, exchange(plan, context), *answers)
     return answer, stream_of(route, exchange(plan, context), *answers) if plan.stream else None
 
@@ -4084,14 +4076,14 @@ def test_an_ollama_chat_becomes_a_request():
 
 
 def test_an_ollama_chat_streams_unless_the_client_says_otherwise():
-    plan = asked(chat(), proxy.ollama_chat_request, OLLAMA)[0]
+    plan = plan_and_ignored(chat(), proxy.ollama_chat_request, OLLAMA)[0]
     assert plan.stream
     assert plan.calls[0].streaming
-    assert not asked(chat(stream=False), proxy.ollama_chat_request, OLLAMA)[0].stream
+    assert not plan_and_ignored(chat(stream=False), proxy.ollama_chat_request, OLLAMA)[0].stream
 
 
 def test_an_option_of_local_models_is_named_as_ignored():
-    ignored = asked(CHAT_WITH_SETTINGS, proxy.ollama_chat_request, OLLAMA)[1]
+    ignored = plan_and_ignored(CHAT_WITH_SETTINGS, proxy.ollama_chat_request, OLLAMA)[1]
     assert ignored == ["options.num_ctx"]
 
 
@@ -4099,7 +4091,7 @@ def test_an_option_of_local_models_is_named_as_ignored():
     "more", [{"logprobs": True}, {"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 0}]
 )
 def test_ollamas_logprobs_are_named_as_ignored(more):
-    assert "logprobs" in asked(chat(**more), proxy.ollama_chat_request, OLLAMA)[1]
+    assert "logprobs" in plan_and_ignored(chat(**more), proxy.ollama_chat_request, OLLAMA)[1]
 
 
 def test_fractions_of_whole_numbers_are_cut_off_as_ollama_does():
@@ -4207,7 +4199,7 @@ def test_a_model_that_cannot_think_gets_no_thinking_config(think):
     ],
 )
 def test_ollamas_spellings_of_a_model_all_mean_it(name):
-    plan = asked(chat(model=name), proxy.ollama_chat_request, OLLAMA)[0]
+    plan = plan_and_ignored(chat(model=name), proxy.ollama_chat_request, OLLAMA)[0]
     assert plan.calls[0].model.name == FLASH
     assert plan.model == name
 
@@ -4273,7 +4265,7 @@ def test_without_a_question_a_model_is_loaded_or_unloaded(keep_alive, seconds, p
         form = {"message": {"role": "assistant", "content": ""}}
     reason = "load" if seconds else "unload"
     assert answer == {**STAMP, "done": True, "done_reason": reason, **form}
-    plan = asked(body, ollama_route(path).request, OLLAMA)[0]
+    plan = plan_and_ignored(body, ollama_route(path).request, OLLAMA)[0]
     assert plan.loads == (FLASH, seconds)
 
 
@@ -4345,7 +4337,7 @@ def test_a_generated_answer_whole_and_streamed():
 )
 def test_ollamas_keep_alive_is_a_chunk_without_text(path, form):
     route = ollama_route(path)
-    plan = asked(chat(prompt="Hi"), route.request, OLLAMA)[0]
+    plan = plan_and_ignored(chat(prompt="Hi"), route.request, OLLAMA)[0]
     assert route.keep_alive(exchange(plan, OLLAMA)) == {**STAMP, **form, "done": False}
 
 
@@ -4429,7 +4421,7 @@ OLLAMA_REFUSES = {  # what is wrong: (path, body, status, Ollama's text or the p
 )
 def test_ollamas_words_for_bad_input(path, body, status, words):
     with pytest.raises(ProxyError) as caught:
-        asked(body, ollama_route(path).request, OLLAMA)
+        plan_and_ignored(body, ollama_route(path).request, OLLAMA)
     answer_status, answer = proxy.ollama_error(caught.value)
     assert answer_status == status
     assert words in answer["error"]
@@ -4481,13 +4473,13 @@ def test_embed_answers_with_unit_vectors_and_metrics():
 @pytest.mark.parametrize("nothing", ["", [], None])
 def test_embed_without_input_asks_nothing(nothing):
     body = {"model": EMBEDDER, "input": nothing}
-    assert asked(body, proxy.ollama_embed_request, OLLAMA)[0].calls == ()
+    assert plan_and_ignored(body, proxy.ollama_embed_request, OLLAMA)[0].calls == ()
     assert ollama(body, path="/api/embed")[0] == {"model": EMBEDDER, "embeddings": []}
 
 
 def test_an_empty_text_to_embed_becomes_a_space():
     body = {"model": EMBEDDER, "input": ["a", ""]}
-    (embed, *_) = asked(body, proxy.ollama_embed_request, OLLAMA)[0].calls
+    (embed, *_) = plan_and_ignored(body, proxy.ollama_embed_request, OLLAMA)[0].calls
     parts = [request["content"]["parts"] for request in embed.body["requests"]]
     assert parts == [[{"text": "a"}], [{"text": " "}]]
 
@@ -4509,7 +4501,7 @@ def manage(method, path, body, context=OLLAMA, notes=None):
     """The whole answer to a body, or the list of events where it wants a stream."""
     route, notes = ollama_route(path, method), Notes() if notes is None else notes
     context = looked_up(route, body, context, notes)
-    plan = asked(body, route.request, context)[0]
+    plan = plan_and_ignored(body, route.request, context)[0]
     answers = [[{"models": MODELS}]] * len(plan.calls)
     make = stream_of if plan.stream else whole_of
     return make(route, exchange(plan, context), *answers, notes=notes)
@@ -4596,7 +4588,7 @@ PIRATE = {
 def asked_with(body, context, notes, route=None):
     """The plan for a body, with what is stored."""
     route = route or ollama_route("/api/chat")
-    return asked(body, route.request, looked_up(route, body, context, notes))[0]
+    return plan_and_ignored(body, route.request, looked_up(route, body, context, notes))[0]
 
 
 def recipes():
@@ -4621,13 +4613,13 @@ def test_an_option_of_a_recipe_is_not_named_as_ignored():
     """The client of a chat never sent `num_ctx`: the recipe did."""
     route, body = ollama_route("/api/chat"), chat(model="pirate", options={"top_k": 3})
     context = looked_up(route, body, OLLAMA, recipes())
-    assert asked(body, route.request, context)[1] == []
+    assert plan_and_ignored(body, route.request, context)[1] == []
 
 
 def test_an_option_of_the_clients_is_named_as_ignored_also_with_a_recipe():
     route, body = ollama_route("/api/chat"), chat(model="pirate", options={"num_ctx": 9})
     context = looked_up(route, body, OLLAMA, recipes())
-    assert asked(body, route.request, context)[1] == ["options.num_ctx"]
+    assert plan_and_ignored(body, route.request, context)[1] == ["options.num_ctx"]
 
 
 def test_a_recipe_is_in_ollamas_list():
@@ -5412,7 +5404,7 @@ def test_claudes_signatures_are_remembered_by_id_where_no_thinking_is_visible(
     block = {**answer["content"][0], "input": {"city": "Oslo", "unit": "C"}}
     history = user("Other words"), assistant([block]), user([result_block(block["id"])])
     post(claude_server, "/v1/messages", claude_chat(*history, tools=[ASK_CITY]))
-    assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
+    assert gemini.bodies[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
     assert not gemini.refused
 
 
@@ -5560,7 +5552,7 @@ def test_a_recipe_holds_on_every_route(path, body, gemini):
     with serving(gemini.url, api="ollama") as server:
         post(server, "/api/create", PIRATE_RECIPE)
         assert post(server, path, body)[0] == 200
-    call_body = gemini.asked[-1]
+    call_body = gemini.bodies[-1]
     assert call_body["systemInstruction"]["parts"][0]["text"] == "Say arr."
     assert call_body["generationConfig"]["temperature"] == 0.1
 
@@ -5570,7 +5562,7 @@ def test_a_recipes_words_come_before_those_that_ask_for_json(gemini):
     with serving(gemini.url, api="ollama") as server:
         post(server, "/api/create", PIRATE_RECIPE)
         post(server, body=body)
-    parts = gemini.asked[-1]["systemInstruction"]["parts"]
+    parts = gemini.bodies[-1]["systemInstruction"]["parts"]
     assert [part["text"][:8] for part in parts] == ["Say arr.", proxy.JSON_ALONE[:8]]
 
 
@@ -5592,7 +5584,7 @@ def test_a_recipes_words_are_counted_with_the_message():
 
 
 # ======================================================================================
-# 9. Client
+# 12. Client
 # ======================================================================================
 
 
@@ -6248,7 +6240,7 @@ def test_a_file_that_is_no_database_is_logged_and_stops_nothing(tmp_path, log_li
 
 
 # ======================================================================================
-# 10. Server
+# 13. Server
 # ======================================================================================
 
 
