@@ -93,7 +93,7 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from re import Pattern
-from typing import Any, Callable, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, Callable, NamedTuple, NoReturn, Union
 
 # ======================================================================================
 # 1. Vocabulary: the nouns everything else is written in
@@ -379,11 +379,13 @@ encode_utf8 = json.JSONEncoder(separators=COMPACT, allow_nan=False, ensure_ascii
 def gemini_json(body: JSON) -> bytes:
     """The bytes for Gemini. A lone surrogate, which clients leave where they cut an emoji, becomes
     U+FFFD: no UTF-8 has it, and protobuf takes nothing else."""
-    text = encode_utf8(body)
     try:
+        text = encode_utf8(body)
         return text.encode()
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+    except RecursionError:
+        raise nested_too_deeply() from None
 
 
 BAD_JSON = "We could not parse the JSON body of your request: "
@@ -6447,8 +6449,6 @@ BROKEN_RETRY_SECONDS = 1.0  # if a connection breaks so early, Gemini has not be
 MAX_PARALLEL_CALLS = 4  # of one request of a client
 BLOCK_BYTES = 64 << 10  # of a body that are read at a time
 MODEL_LIST_SECONDS = 300.0  # how long a list of Gemini's models is used
-MAX_MODEL_LISTS = 32  # lists in memory: one for each Gemini key (-client-keys)
-MAX_MODEL_PAGES = 50  # pages of one list
 STATE_LOCK_SECONDS = 1.0  # how long to wait for a state file that another process has locked
 STATE_RETRY_SECONDS = 5.0  # how long a state file that failed is left alone
 KEY_MASK = "[the Gemini key]"
@@ -6485,19 +6485,17 @@ def read_headers(file: io.BufferedIOBase, limit: int) -> dict[str, str]:
             raise BadHeadError(400, "This is not an HTTP header line: " + ascii(line[:60]))
         name = match.group(1).decode().lower()
         value = match.group(2).strip(b" \t").decode("latin-1")
-        if name not in headers:
-            headers[name] = value
-        elif name in ("host", "content-length", "transfer-encoding"):  # two of them are ambiguous
-            raise BadHeadError(400, f"The header {name} comes twice.")
-        else:
-            headers[name] += f", {value}"
+        if name in headers:
+            value = f"{headers[name]}, {value}"
+            if name in ("host", "content-length", "transfer-encoding"):  # two would be ambiguous
+                raise BadHeadError(400, f"The header {name} comes twice.")
+        headers[name] = value
 
 
 # ---- waiting ----
 
 READABLE, WRITABLE = select.POLLIN, select.POLLOUT
-# Linux reports at once that the far end hung up, even behind unread bytes (poll(2)). PyPy 3.9
-# lacks the name, but the system call is the same.
+# Linux reports a hang-up at once, even behind unread bytes (poll(2)). PyPy 3.9 lacks the name only.
 POLLRDHUP = getattr(select, "POLLRDHUP", {"linux": 0x2000}.get(sys.platform, 0))
 
 
@@ -6532,13 +6530,12 @@ class Waiter:
     def __init__(
         self,
         client: socket.socket | None,
-        silence: float,
+        silence: float,  # seconds that Gemini may be silent
         stopping: int = -1,
-        keep_alive: Callable[[], None] | None = None,
+        keep_alive: Callable[[], None] | None = None,  # called every KEEP_ALIVE_SECONDS of silence
     ):
-        self.client, self.stopping = client, stopping
-        self.silence = silence  # seconds that Gemini may be silent
-        self.keep_alive = keep_alive  # called every KEEP_ALIVE_SECONDS of silence
+        self.client, self.silence = client, silence
+        self.stopping, self.keep_alive = stopping, keep_alive
         self.pollers: dict[tuple[socket.socket | None, int], Poller] = {}
 
     def poller(self, gemini: socket.socket | None, event: int) -> Poller:
@@ -6557,10 +6554,7 @@ class Waiter:
     def wait(
         self, gemini: socket.socket | None, event: int = READABLE, seconds: float | None = None
     ) -> float:
-        """Return when Gemini's socket is ready, or after these seconds: how long that took.
-
-        Without `seconds`, a silence that is too long is a 504.
-        """
+        """Wait for Gemini's socket, or so many seconds; how long it took. Silence is a 504 else."""
         poller = self.poller(gemini, event)
         gemini_fd = -1 if gemini is None else gemini.fileno()
         began = now = time.monotonic()
@@ -6595,7 +6589,6 @@ class Waiter:
 
 # ---- connections ----
 
-Result = TypeVar("Result")
 Address = tuple[int, int, int, str, Any]  # as socket.getaddrinfo gives it
 HttpProxy = tuple[str, int, dict[str, str]]  # host, port and headers of one on the way to Gemini
 
@@ -6617,12 +6610,11 @@ class UpstreamSocket(io.RawIOBase):
         """Wait for bytes; 0 at the end. (TLS may hold bytes that the system knows nothing of.)"""
         if self.slow and not (self.tls and self.tls.pending()):
             self.slow = self.waiter.wait(self.sock) > READY_SECONDS
-        count = self.when_ready(READABLE, self.sock.recv_into, buffer)
+        count: int = self.when_ready(READABLE, self.sock.recv_into, buffer)
         self.received = self.received or count > 0
         return count
 
     def send(self, data: bytes) -> None:
-        """Send all of it, as fast as the socket takes it."""
         view = memoryview(data)
         while view:
             view = view[self.when_ready(WRITABLE, self.sock.send, view) :]
@@ -6634,8 +6626,8 @@ class UpstreamSocket(io.RawIOBase):
         )
         self.when_ready(READABLE, self.tls.do_handshake)
 
-    def when_ready(self, event: int, operation: Callable[..., Result], *arguments: Any) -> Result:
-        """What the operation returns once it does not block: at this event, unless TLS has its own."""
+    def when_ready(self, event: int, operation: Callable[..., Any], *arguments: Any) -> Any:
+        """What it returns once it does not block: after this event, or the one that TLS needs."""
         while True:
             try:
                 return operation(*arguments)
@@ -6656,13 +6648,12 @@ def dial(host: str, port: int, waiter: Waiter) -> socket.socket:
     """A non-blocking connection to the first address of the host's that answers: v6, v4, v6, ...
 
     They have CONNECT_SECONDS together. The library gives each the whole time, but where a network
-    drops IPv6 in silence, several of Google's addresses never answer. (Nothing watches the client
-    during the look-up of the name, which the C library does.)
+    drops IPv6 in silence, several of Google's never answer. (The look-up watches no client.)
     """
     deadline = time.monotonic() + CONNECT_SECONDS
     families: dict[int, list[Address]] = {}
-    for address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        families.setdefault(address[0], []).append(address)
+    for resolved in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        families.setdefault(resolved[0], []).append(resolved)
     turns = itertools.chain(*itertools.zip_longest(*families.values()))
     *addresses, last = [address for address in turns if address]
     for address in addresses:
@@ -6674,11 +6665,10 @@ def dial(host: str, port: int, waiter: Waiter) -> socket.socket:
 
 def reach(address: Address, waiter: Waiter, seconds: float) -> socket.socket:
     """A non-blocking connection to the address; an OSError if that fails or takes longer."""
-    family, kind, protocol, _, where = address
-    sock = socket.socket(family, kind, protocol)
+    sock = socket.socket(*address[:3])
     try:
         sock.setblocking(False)
-        error = sock.connect_ex(where)
+        error = sock.connect_ex(address[4])
         if error == errno.EINPROGRESS:
             if waiter.wait(sock, WRITABLE, seconds) >= seconds:
                 raise TimeoutError
@@ -6752,9 +6742,8 @@ class Response:
 
     def next_chunk(self) -> None:
         """Go on to the next chunk, or past the last one and its trailers (RFC 9112, 7.1)."""
-        if self.left == 0 and self.file.read(2) != b"\r\n":
-            raise http.client.IncompleteRead(b"")
-        match = CHUNK_LINE.fullmatch(self.file.readline(MAX_HEAD_BYTES))
+        in_step = self.left is None or self.file.read(2) == b"\r\n"
+        match = in_step and CHUNK_LINE.fullmatch(self.file.readline(MAX_HEAD_BYTES))
         if not match:
             raise http.client.IncompleteRead(b"")
         self.left = int(match.group(1), 16)
@@ -6777,14 +6766,13 @@ class Response:
 
 
 class UpstreamRequest(urllib.request.Request):
-    """A request to Gemini, with what the pool must know besides."""
+    """A request to Gemini, with what the pool must know; an idle connection is not `fresh`."""
 
     def __init__(self, url: str, key: str, body: bytes | None, waiter: Waiter, fresh: bool):
         agent = f"proxy-to-gemini/{VERSION}"
         headers = {"x-goog-api-key": key, "Content-Type": "application/json", "User-Agent": agent}
         super().__init__(url, body, headers)
-        self.body, self.waiter = body, waiter
-        self.fresh = fresh  # whether an idle connection will not do
+        self.body, self.waiter, self.fresh = body, waiter, fresh
 
 
 class Pool(urllib.request.BaseHandler):
@@ -6809,13 +6797,13 @@ class Pool(urllib.request.BaseHandler):
         """Send the request: its Response, of which nothing is read yet."""
         connection = self.acquire(request)
         connection.waiter, connection.received = request.waiter, False
-        target, headers = request.selector, [("Host", request.host), *request.header_items()]
+        target, headers = request.selector, dict(request.header_items())
         if request.body is not None:
-            headers.append(("Content-Length", str(len(request.body))))
+            headers["Content-Length"] = str(len(request.body))
         if self.proxy and not self.context:  # a proxy for plain HTTP wants the whole URL
             target = f"http://{self.authority}{target}"
-            headers += self.proxy[2].items()
-        head = request_head(request.get_method(), target, headers)
+            headers.update(self.proxy[2])
+        head = request_head(request.get_method(), target, request.host, headers)
         try:
             connection.send(head + (request.body or b""))
         except BaseException:
@@ -6856,8 +6844,7 @@ class Pool(urllib.request.BaseHandler):
     def open_tunnel(self, connection: UpstreamSocket, proxy: HttpProxy) -> None:
         """Have the proxy connect us to Gemini (RFC 9110, section 9.3.6)."""
         host, port, headers = proxy
-        head = request_head("CONNECT", self.authority, [("Host", self.authority), *headers.items()])
-        connection.send(head)
+        connection.send(request_head("CONNECT", self.authority, self.authority, headers))
         response = Response(connection)
         response.begin()
         if not 200 <= response.status < 300:
@@ -6881,10 +6868,6 @@ class Pool(urllib.request.BaseHandler):
         with contextlib.suppress(IndexError):
             self.idle.popleft()[1].close()
 
-    def close(self) -> None:
-        while self.idle:
-            self.drop_oldest()
-
     def tidy(self) -> None:
         """Close what has been idle for too long."""
         with contextlib.suppress(IndexError):
@@ -6892,9 +6875,9 @@ class Pool(urllib.request.BaseHandler):
                 self.drop_oldest()
 
 
-def request_head(method: str, target: str, headers: Iterable[tuple[str, str]]) -> bytes:
-    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+def request_head(method: str, target: str, host: str, headers: dict[str, str]) -> bytes:
+    lines = [f"{name}: {value}\r\n" for name, value in {"Host": host, **headers}.items()]
+    return "".join([f"{method} {target} HTTP/1.1\r\n", *lines, "\r\n"]).encode("latin-1")
 
 
 def proxy_for(scheme: str, host: str) -> HttpProxy | None:
@@ -6927,6 +6910,7 @@ def tls_context() -> ssl.SSLContext:
 # ---- calls ----
 
 TRANSPORT_ERRORS = (OSError, http.client.HTTPException)
+BROKEN_ERRORS = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
 
 
 def transport_error(failure: Exception) -> ProxyError:
@@ -6956,32 +6940,26 @@ class UpstreamCall:
         self.gemini, self.call, self.waiter, self.key = gemini, call, waiter, key
         self.ignored = ignored  # gets the names of what was left out so that Gemini takes the call
         self.response: Response | None = None
-        self.send_error: Exception  # of an attempt that has no response
+        self.send_error: Exception  # begin() returns it in its turn: calls are sent ahead
         self.attempts = 0
         self.began = self.sent = time.monotonic()
 
     def send(self, fresh: bool = False) -> None:
-        """Make an attempt; on a fresh connection where an idle one has just failed.
-
-        Calls are sent ahead. An error waits for begin(), so that it does not overtake answers.
-        """
+        """Make an attempt; on a fresh connection where an idle one has just failed."""
         self.attempts += 1
         body = None
-        try:
-            if self.call.body is not None:
-                body = gemini_json(self.call.body)
-        except RecursionError:
-            raise nested_too_deeply() from None
+        if self.call.body is not None:
+            body = gemini_json(self.call.body)
         url = self.gemini.base + self.call.path
         request = UpstreamRequest(url, self.key, body, self.waiter, fresh)
         try:
             self.response = self.gemini.opener.open(request)
         except (ProxyError, *TRANSPORT_ERRORS) as failure:
-            self.send_error = failure
+            self.send_error = failure.with_traceback(None)  # which leads back to this object
         self.sent = time.monotonic()
 
     def chunks(self) -> Iterator[JSON]:
-        """Gemini's answer: one chunk, or those of a stream. A call that was not sent is sent now."""
+        """Gemini's answer: one chunk, or those of a stream. A call not sent yet is sent now."""
         try:
             if self.call is MODELS_CALL:
                 yield {"models": self.gemini.list_models(self.waiter, self.key)}
@@ -7003,17 +6981,15 @@ class UpstreamCall:
     def good_response(self) -> Response:
         """The response with status 200, after further attempts if need be; else the refusal."""
         while True:
-            outcome, response = self.begin(), self.response
+            outcome = self.begin()
             if isinstance(outcome, Response):
                 return outcome
             error = transport_error(outcome)
-            unanswered = response is None or not response.connection.received
-            stale = response is not None and unanswered and response.connection.reused
-            refused = isinstance(outcome, ConnectionRefusedError)
-            if isinstance(outcome, ConnectionError) and unanswered and not refused:
-                # Later, Gemini may be at work, and would be paid for twice.
-                if response is None or time.monotonic() - self.sent < BROKEN_RETRY_SECONDS:
-                    error.retry_after = 0.0
+            unanswered = self.response is None or not self.response.connection.received
+            stale = unanswered and self.response is not None and self.response.connection.reused
+            late = self.response is not None and time.monotonic() - self.sent > BROKEN_RETRY_SECONDS
+            if isinstance(outcome, BROKEN_ERRORS) and unanswered and not late:
+                error.retry_after = 0.0  # later, Gemini may be at work, and would be paid for twice
             self.release()
             if error.upstream:  # not because this server ends
                 self.gemini.count("upstream_errors_total", str(error.status))
@@ -7035,9 +7011,9 @@ class UpstreamCall:
         try:
             response.begin()
             if response.status == 200:
-                connection = response.connection
-                if connection.tls and not connection.reused:  # its ticket comes before an answer
-                    self.gemini.pool.session = connection.tls.session  # (RFC 8446, section 4.6.1)
+                tls = response.connection.tls
+                if tls and not response.connection.reused:
+                    self.gemini.pool.session = tls.session  # its ticket has come (RFC 8446, 4.6.1)
                 return response
             body = response.read(1 << 20)
         except http.client.IncompleteRead as failure:
@@ -7060,8 +7036,7 @@ class UpstreamCall:
         late = time.monotonic() - self.began > RETRY_WINDOW_SECONDS
         if late or error.retry_after is None or error.retry_after > MAX_BACKOFF_SECONDS:
             return None
-        backoff: float = BACKOFF_SECONDS * 2**self.attempts
-        return max(error.retry_after, backoff * random.uniform(0.5, 1))
+        return max(error.retry_after, BACKOFF_SECONDS * 2.0**self.attempts * random.uniform(0.5, 1))
 
     def release(self) -> None:
         """Give the connection back. If its answer was not read to the end, that hangs up."""
@@ -7106,9 +7081,7 @@ class Memory:
         self.path, self.lock = path, threading.Lock()
         self.database: sqlite3.Connection | None = None
         self.new_rows = self.new_bytes = 0  # since the last pruning
-        # Until then it is left alone after a failure. Another process that writes for long keeps
-        # this one from writing, but not from reading.
-        self.resume = {"read": 0.0, "write": 0.0}
+        self.resume = {"read": 0.0, "write": 0.0}  # when, after a failure; a lock stops writes only
 
     def open(self) -> sqlite3.Connection:
         """The database, opened when it is first needed: most exchanges remember nothing."""
@@ -7129,18 +7102,15 @@ class Memory:
         return database
 
     def close(self) -> None:
-        """Close the database, and with it forget what is not in a file; a later use opens it again."""
+        """Close the database: what is not in a file is forgotten. A later use opens it again."""
         with self.lock:
             if self.database is not None:
                 self.database.close()
                 self.database = None
 
     def try_out(self) -> None:
-        """Raise a ValueError or OSError if the file cannot be used."""
-        try:
-            self.open()
-        except sqlite3.Error as error:
-            raise ValueError(str(error)) from None
+        """An OSError or sqlite3.Error if the file cannot be used."""
+        self.open()
         self.close()  # the workers that are forked later cannot share a connection
 
     def execute(self, use: str, statement: str, **values: str | int | None) -> list[Any] | None:
@@ -7197,14 +7167,14 @@ class Gemini:
         self.base = url.rstrip("/") + "/v1beta/"
         self.pool, self.memory = Pool(url), Memory(state)
         self.count = count  # called with the name and labels of a metric
-        # It has no other handler: no redirect is followed, and a refusal is an answer.
-        self.opener = urllib.request.OpenerDirector()
+        self.opener = urllib.request.OpenerDirector()  # bare: it follows no redirect
         self.opener.add_handler(self.pool)
         self.models: dict[str, tuple[float, list[JSON]]] = {}  # (when, the list) by key
 
     def close(self) -> None:
         """Close the idle connections and the memory."""
-        self.pool.close()
+        while self.pool.idle:
+            self.pool.drop_oldest()
         self.memory.close()
 
     def answers(
@@ -7215,8 +7185,7 @@ class Gemini:
         try:
             while True:
                 for call in itertools.islice(unsent, MAX_PARALLEL_CALLS - len(pending)):
-                    signed = self.signed(call, key)
-                    pending.append(UpstreamCall(self, signed, waiter, key, ignored))
+                    pending.append(UpstreamCall(self, self.signed(call, key), waiter, key, ignored))
                     if call is not MODELS_CALL:
                         pending[-1].send()
                 if not pending:
@@ -7234,7 +7203,7 @@ class Gemini:
             try:
                 models = self.read_models(waiter, key)
                 self.models[key] = time.monotonic(), models
-                while len(self.models) > MAX_MODEL_LISTS:
+                while len(self.models) > 32:  # one for each Gemini key (-client-keys)
                     self.models.pop(next(iter(self.models)), None)
             except ProxyError:
                 if models is None:
@@ -7245,14 +7214,14 @@ class Gemini:
         """The models of all pages (ai.google.dev/api/models#method:-models.list)."""
         models: list[JSON] = []
         path = "models?pageSize=1000"
-        for _ in range(MAX_MODEL_PAGES):
+        for _ in range(50):
             (page,) = UpstreamCall(self, GeminiCall(path), waiter, key, []).chunks()
             models += expect(page, "models", list)
             token = expect(page, "nextPageToken", str).encode("ascii", "ignore").decode()
             if not token:
                 return models
             path = f"models?pageSize=1000&pageToken={urllib.parse.quote(token)}"
-        raise invalid_answer(f"more than {MAX_MODEL_PAGES} pages of models")
+        raise invalid_answer("more than 50 pages of models")
 
     def signed(self, call: GeminiCall, key: str) -> GeminiCall:
         """The call with what its history lost, but for what other generations of models gave."""
@@ -7262,7 +7231,9 @@ class Gemini:
 
         def recall(call_id: str | None, digest: str, name: str) -> KnownCall:
             text = self.memory.get(f"{scope}:call:{call_id}", digest) or ""
-            words = text.split(" ", 3)  # as remember() joined them
+            words = text.split(
+                " ", 3
+            )  # as remember() joined them; version 1.0 left out a last "[]"
             if words[:2] == [generation, name]:
                 return KnownCall(words[2], tuple(json.loads("".join(words[3:]) or "[]")))
             if text:
@@ -7275,8 +7246,7 @@ class Gemini:
     def remember(self, call: GeminiCall, key: str, calls: list[ToolCall]) -> list[str]:
         """New ids for the tool calls in an answer; what Gemini wants back is put under them."""
         ids = ["call_" + secrets.token_hex(12) for _ in calls]
-        signed = any(tool_call.signature or tool_call.before for tool_call in calls)
-        if not signed or call.model is None or call.body is None:
+        if not (call.model and call.body and any(item.signature or item.before for item in calls)):
             return ids
         scope, generation = scope_of(key), str(generation_number(call.model))
         conversation = ConversationDigest(call.body, scope)
@@ -7285,10 +7255,8 @@ class Gemini:
         for call_id, tool_call in zip(ids, calls):
             name = gemini_name(tool_call.name)  # as it comes back, whatever the model called it
             digest = conversation.call(name, tool_call.args)
-            words = [generation, name, tool_call.signature or ""]
-            if tool_call.before:
-                words.append(json.dumps(tool_call.before))
-            if any(words[2:]):
+            if tool_call.signature or tool_call.before:
+                words = (generation, name, tool_call.signature or "", json.dumps(tool_call.before))
                 self.memory.put(f"{scope}:call:{call_id}", digest, " ".join(words))
         return ids
 
@@ -8827,7 +8795,7 @@ class Workers:
 CHECK_SECONDS = 30.0  # seconds that a call of a check may take
 
 # Each check returns what it learned in a few words, or raises one of CHECK_ERRORS.
-CHECK_ERRORS = (ProxyError, OSError, ValueError, http.client.HTTPException)
+CHECK_ERRORS = (ProxyError, OSError, ValueError, sqlite3.Error, http.client.HTTPException)
 
 
 def check_call(config: Config, gemini: Gemini, call: GeminiCall) -> UpstreamCall:
@@ -8982,7 +8950,7 @@ def run_checks(config: Config) -> int:
         print(f"FAIL  certificates: {error}")
         print("      mend: see to REQUESTS_CA_BUNDLE, SSL_CERT_FILE and HTTPS_PROXY")
         return 1
-    with contextlib.closing(gemini.pool):
+    with contextlib.closing(gemini):
         for check in CHECKS:
             if not check.passes(config, gemini):
                 return 1
@@ -9038,7 +9006,7 @@ def open_server(config: Config) -> Server:
     try:
         if config.state != ":memory:":
             server.gemini.memory.try_out()
-    except (OSError, ValueError) as error:
+    except (OSError, sqlite3.Error) as error:
         sys.exit(f"proxy-to-gemini: cannot remember in {config.state}: {reason_of(error)}")
     return server
 

@@ -24,6 +24,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -5931,7 +5932,7 @@ def test_an_old_list_of_models_is_better_than_none(gemini, service):
     service.gemini.models["the-key"] = since - 1e6, models
     gemini.shutdown()
     gemini.server_close()
-    service.pool.close()
+    service.gemini.close()
     assert service.chunks(proxy.MODELS_CALL, timeout=0.1) == [{"models": MODELS}]
 
 
@@ -6015,8 +6016,6 @@ def test_memory_in_a_file_can_be_opened_again(tmp_path):
 
 
 def test_a_state_file_of_version_1_0_can_be_read(tmp_path):
-    import sqlite3
-
     path = str(tmp_path / "state.db")
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.execute("CREATE TABLE memory (key TEXT PRIMARY KEY, alias TEXT, value TEXT)")
@@ -6029,13 +6028,11 @@ def test_a_state_file_of_version_1_0_can_be_read(tmp_path):
 
 def test_a_file_that_is_no_database_is_refused_at_the_start(tmp_path):
     (tmp_path / "state.db").write_bytes(b"this is no database" * 100)
-    with pytest.raises(ValueError, match="not a database"):
+    with pytest.raises(sqlite3.Error, match="not a database"):
         proxy.Memory(str(tmp_path / "state.db")).try_out()
 
 
 def test_a_locked_file_can_still_be_read(tmp_path, monkeypatch):
-    import sqlite3
-
     monkeypatch.setattr(proxy, "STATE_LOCK_SECONDS", 0)
     monkeypatch.setattr(proxy, "log", lambda line: None)
     path = str(tmp_path / "state.db")
