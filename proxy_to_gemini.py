@@ -93,7 +93,7 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from re import Pattern
-from typing import Any, Callable, NamedTuple, NoReturn, Union
+from typing import Any, Callable, NamedTuple, Union
 
 # ======================================================================================
 # 1. Vocabulary: the nouns everything else is written in
@@ -203,11 +203,9 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
 DETAIL = re.compile(r"(messages|input)\[\]\.(content|output)(\[\])?(\.\w+_url)?\.detail")
 
 
-def says_nothing(path: str, value: Any) -> bool:
-    """Whether an unread field of this path, without its indexes, can be left out in silence."""
-    if value in EMPTY_VALUES or value in DEFAULTS.get(path, ()):
-        return True
-    return value == "auto" and DETAIL.fullmatch(path) is not None
+def is_default(path: str, value: Any) -> bool:
+    """Whether this is what an absent field of this path, without its indexes, stands for."""
+    return value in DEFAULTS.get(path, ()) or (value == "auto" and bool(DETAIL.fullmatch(path)))
 
 
 def without_indexes(path: str) -> str:
@@ -351,9 +349,10 @@ class Fields:
                 names.add(item)
                 continue
             for key in item.data.keys() - item.read:
-                path = without_indexes(f"{item.path}.{key}".lstrip("."))
-                if not says_nothing(path, item.data[key]):
-                    names.add(path)
+                if item.data[key] not in EMPTY_VALUES:
+                    path = without_indexes(f"{item.path}.{key}".lstrip("."))
+                    if not is_default(path, item.data[key]):
+                        names.add(path)
         return sorted(names)
 
 
@@ -590,7 +589,7 @@ class Exchange:
         self.ids = 0  # how many there are so far
         self.created = self.now = created  # seconds since 1970; the shell moves `now` on
         self.usage = Usage()  # of all that was read so far
-        self.prompt: Usage | None = None  # what Gemini's first chunk says of the tokens
+        self.prompt: JSON | None = None  # what Gemini's first chunk says of the tokens
         self.builder: ResponseBuilder | None = None  # from which a failed stream goes on
 
     @property
@@ -720,6 +719,7 @@ class Budget(NamedTuple):
 
 NEWEST = 99.0  # the generation of a name that does not say it
 ALL_LEVELS = Levels(("MINIMAL", "LOW", "MEDIUM", "HIGH"))
+# In recordings, and in profiles/google.py of https://github.com/pydantic/pydantic-ai.
 RESULT_MEDIA = ("image/png", "image/jpeg", "image/webp", "application/pdf", "text/plain")
 
 
@@ -940,13 +940,11 @@ def usable_models(answers: Answers, context: Context) -> dict[str, JSON]:
 # ---- parts ----
 
 Part = JSON
-HOSTED_PARTS = {
-    "toolCall",
-    "toolResponse",
-}  # parts of Gemini's own tools, such as its search, beside functions
-PLACEHOLDER = base64.b64encode(
-    b"skip_thought_signature_validator"
-).decode()  # Google's documented bypass
+# Of Gemini's own tools beside functions: https://ai.google.dev/gemini-api/docs/tool-combination
+HOSTED_PARTS = {"toolCall", "toolResponse"}
+# For an unknown signature, in base64 as seen in recordings; Google documents it:
+# https://ai.google.dev/gemini-api/docs/thought-signatures
+PLACEHOLDER = base64.b64encode(b"skip_thought_signature_validator").decode()
 
 
 def text_part(text: str) -> Part:
@@ -957,7 +955,7 @@ def texts_of(parts: Iterable[Part]) -> str:
     return "".join(part.get("text", "") for part in parts)
 
 
-# The first bytes of a file, and what it is. Ollama's clients send bare base64, and some name a wrong type.
+# The first bytes of files. Ollama's clients send bare base64, and some name a wrong type.
 MAGIC = (
     (rb"\xff\xd8\xff", "image/jpeg"),
     (rb"\x89PNG", "image/png"),
@@ -976,10 +974,9 @@ MAGIC = (
     (rb"\x1a\x45\xdf\xa3", "video/webm"),
 )
 MIME_SPELLINGS = {
-    "image/jpg": "image/jpeg",
-    "audio/x-wav": "audio/wav",
-    "audio/wave": "audio/wav",
+    **dict.fromkeys(("audio/x-wav", "audio/wave"), "audio/wav"),
     "audio/m4a": "audio/mp4",
+    "image/jpg": "image/jpeg",
     "application/x-pdf": "application/pdf",
 }
 TEXT_TYPES = re.compile(
@@ -987,38 +984,22 @@ TEXT_TYPES = re.compile(
     r".*\+(json|xml)$"
 )
 EXTENSIONS = {
-    "png": "image/png",
+    **{name: f"image/{name}" for name in ("png", "jpeg", "webp", "heic", "gif")},
+    **{name: f"audio/{name}" for name in ("mp3", "wav", "flac", "ogg", "aac")},
+    **{name: f"video/{name}" for name in ("mp4", "webm", "mov")},
+    **{name: f"text/{name}" for name in ("csv", "html", "xml")},
+    **{name: f"application/{name}" for name in ("pdf", "json")},
+    **dict.fromkeys(("txt", "ts", "yaml", "yml"), "text/plain"),
     "jpg": "image/jpeg",
-    "jpeg": "image/jpeg",
-    "webp": "image/webp",
-    "heic": "image/heic",
-    "gif": "image/gif",
-    "pdf": "application/pdf",
-    "mp3": "audio/mp3",
-    "wav": "audio/wav",
-    "flac": "audio/flac",
-    "ogg": "audio/ogg",
     "m4a": "audio/mp4",
-    "aac": "audio/aac",
-    "mp4": "video/mp4",
-    "webm": "video/webm",
-    "mov": "video/mov",
-    "txt": "text/plain",
     "md": "text/markdown",
-    "csv": "text/csv",
-    "json": "application/json",
-    "html": "text/html",
-    "xml": "text/xml",
     "py": "text/x-python",
     "js": "text/javascript",
-    "ts": "text/plain",
-    "yaml": "text/plain",
-    "yml": "text/plain",
 }
 
 
 def sniffed(data: str) -> str | None:
-    """The MIME type that the first bytes of base64 data tell, or None."""
+    """The MIME type of base64 data by its first bytes, or None."""
     head = decode_base64(data[:32])
     return next((mime for pattern, mime in MAGIC if re.match(pattern, head, re.S)), None)
 
@@ -1029,64 +1010,56 @@ def extension_type(name: str | None) -> str | None:
 
 def is_base64(text: str) -> bool:
     """Whether this is base64 in either alphabet, padded or not."""
-    return (
-        re.fullmatch(r"[A-Za-z0-9+/_-]+={0,2}", text, re.ASCII) is not None
-        and len(text.rstrip("=")) % 4 != 1
-    )
+    match = re.fullmatch(r"[A-Za-z0-9+/_-]+={0,2}", text, re.ASCII)
+    return match is not None and len(text.rstrip("=")) % 4 != 1
 
 
 def decode_base64(text: str) -> bytes:
-    """Its bytes (the library's decoder of the URL-safe alphabet takes the other too, and more padding than need be)."""
+    """The bytes of base64; the library takes both alphabets here, and too much padding."""
     return base64.urlsafe_b64decode(text + "==")
 
 
 def base64_data(text: str, path: str) -> str:
-    """Base64 in either alphabet, padded or not, with or without line breaks, as Gemini takes it; else a 400."""
-    text = text if is_base64(text) else "".join(text.split())
-    data = text.rstrip("=")
-    if not is_base64(text):
-        raise wrong_value(
-            path, f"Invalid value for '{path}': it must be valid base64-encoded data."
-        )
+    """Base64 as Gemini takes it: padded, without line breaks; a 400 where it is none."""
+    data = "".join(text.split())
+    if not is_base64(data):
+        message = f"Invalid value for '{path}': it must be valid base64-encoded data."
+        raise wrong_value(path, message)
+    data = data.rstrip("=")
     return data + "=" * (-len(data) % 4)
 
 
 def media_part(data: str, mime: str | None, path: str, name: str | None = None) -> Part:
-    """A part of base64 data or of a data: URL; a text file becomes text, which every model reads."""
-    if data[:5].lower() == "data:":
+    """A part of base64 data or a data: URL; a text file becomes text, which every model reads."""
+    if data[:5].lower() == "data:":  # RFC 2397
         head, comma, data = data[5:].partition(",")
         if not comma:
-            raise wrong_value(
-                path, f"Invalid value for '{path}': expected a base64-encoded data URL."
-            )
-        mime = head.partition(";")[0].strip().lower() or mime
-        if "base64" not in [word.strip().lower() for word in head.split(";")[1:]]:
-            data = base64.b64encode(
-                urllib.parse.unquote_to_bytes(data.encode("utf-8", "replace"))
-            ).decode()
+            message = f"Invalid value for '{path}': expected a base64-encoded data URL."
+            raise wrong_value(path, message)
+        mime_type, *parameters = [word.strip().lower() for word in head.split(";")]
+        mime = mime_type or mime
+        if "base64" not in parameters:
+            raw = urllib.parse.unquote_to_bytes(data.encode("utf-8", "replace"))
+            data = base64.b64encode(raw).decode()
     data = base64_data(data, path)
     mime = MIME_SPELLINGS.get(mime or "", mime)
     if not mime or mime == "application/octet-stream":
         mime = sniffed(data) or extension_type(name) or mime or "application/octet-stream"
     if TEXT_TYPES.match(mime):
+        heading = f"{name}:\n" if name else ""
         try:
-            text = decode_base64(data).decode()
-            return text_part(f"{name}:\n{text}" if name else text)
+            return text_part(heading + decode_base64(data).decode())
         except UnicodeDecodeError:
-            pass  # not UTF-8 after all: Gemini may still know what it is
+            pass  # Gemini may still know what it is
     return {"inlineData": {"mimeType": mime, "data": data}}
 
 
 def local_host(host: str) -> bool:
-    """Whether a host name or address is on this machine or in a private network, in any spelling of it."""
+    """Whether a host name or address is of this machine or a private network, however spelt."""
     import ipaddress
 
     host = host.strip("[]").rstrip(".").lower()
-    if (
-        "." not in host
-        and ":" not in host
-        or re.search(r"(^|\.)(localhost|local|internal|lan|home|arpa)$", host)
-    ):
+    if re.search(r"(^|\.)(localhost|local|internal|lan|home|arpa)$|^[^.:]*$", host):
         return True
     try:
         address = ipaddress.ip_address(host)
@@ -1095,96 +1068,88 @@ def local_host(host: str) -> bool:
     return not (getattr(address, "ipv4_mapped", None) or address).is_global
 
 
-def link_part(url: str, path: str, name: str | None = None) -> Part:
-    """A part that Gemini fetches itself: this proxy fetches nothing that a client names."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname or ""
-    except ValueError:
-        parts, host = None, ""
-    if not host or parts.scheme not in ("https", "http", "gs"):
-        raise wrong_value(
-            path, f"Invalid value for '{path}': expected a data URL or a public https URL."
-        )
-    if parts.scheme != "gs" and (local_host(host) or "@" in parts.netloc):
-        raise wrong_value(
-            path,
-            f"Invalid value for '{path}': Gemini fetches this URL, and cannot reach {host[:80]!r}.",
-        )
-    mime = extension_type(parts.path) or extension_type(name)
-    return {"fileData": {**({"mimeType": mime} if mime else {}), "fileUri": url}}
-
-
 def source_part(source: str, mime: str | None, path: str, name: str | None = None) -> Part:
-    """The part for what a client calls a URL: a data URL, or the address of something public."""
+    """The part for a data: URL, or for an address, which Gemini fetches: this proxy must not."""
     if source[:5].lower() == "data:":
         return media_part(source, mime, path, name)
-    return link_part(source, path, name)
+    message = f"Invalid value for '{path}': expected a data URL or a public https URL."
+    try:
+        url = urllib.parse.urlsplit(source)
+        host = url.hostname
+    except ValueError:
+        raise wrong_value(path, message) from None
+    if not host or url.scheme not in ("https", "http", "gs"):
+        raise wrong_value(path, message)
+    if url.scheme != "gs" and (local_host(host) or "@" in url.netloc):
+        why = f"Gemini fetches this URL, and cannot reach {host[:80]!r}."
+        raise wrong_value(path, f"Invalid value for '{path}': {why}")
+    mime_type = extension_type(url.path) or extension_type(name)
+    return {"fileData": {**given(mimeType=mime_type), "fileUri": source}}
 
 
-def call_part(name: str, args: JSON, id: str | None = None, signature: str | None = None) -> Part:
-    call = {**given(id=id), "name": gemini_name(name), "args": args}
+def call_part(
+    name: str, args: JSON, call_id: str | None = None, signature: str | None = None
+) -> Part:
+    call = {**given(id=call_id), "name": gemini_name(name), "args": args}
     return {"functionCall": call, **given(thoughtSignature=signature)}
 
 
 def result_part(
     name: str | None,
     content: str | JSON,
-    id: str | None = None,
+    call_id: str | None = None,
     media: Sequence[Part] = (),
     failed: bool = False,
 ) -> Part:
-    """A functionResponse, whose call valid_turns finds; it moves `media` beside it where need be."""
-    if type(content) is str:
-        content = result_content(content, failed)
-    name = gemini_name(name) if name else ""
-    return {
-        "functionResponse": {
-            **given(id=id),
-            "name": name,
-            "response": content,
-            **given(parts=list(media)),
-        }
-    }
+    """A functionResponse of an object, or of a text and media: the object that is in it, or itself.
 
-
-def result_content(text: str, failed: bool) -> JSON:
-    """The response object for a tool's result in text: the JSON object in it, or else the text."""
-    if failed:
-        return {"error": text}
-    parsed = parsed_object(text)
-    return {"output": text} if parsed is None or loses_digits(parsed) else parsed
+    valid_turns finds its call, and moves the media beside it where need be.
+    """
+    response = content
+    if isinstance(content, str):
+        parsed = parsed_object(content)
+        if failed:
+            response = {"error": content}
+        elif parsed is None or loses_digits(parsed):
+            response = {"output": content}
+        else:
+            response = parsed
+    result = {**given(id=call_id), "name": "", "response": response, **given(parts=list(media))}
+    if name:
+        result["name"] = gemini_name(name)
+    return {"functionResponse": result}
 
 
 def result_of_parts(
-    name: str | None, parts: list[Part], id: str | None, failed: bool = False
+    name: str | None, parts: list[Part], call_id: str | None, failed: bool = False
 ) -> Part:
-    """A functionResponse of what a client's tool said in parts: its texts, and pictures and documents beside them."""
+    """A functionResponse of a tool's result in parts: its texts, and the media beside them."""
     text = "\n".join(part["text"] for part in parts if "text" in part)
-    return result_part(name, text, id, [part for part in parts if "text" not in part], failed)
+    media = [part for part in parts if "text" not in part]
+    return result_part(name, text, call_id, media, failed)
 
 
 def loses_digits(value: Any) -> bool:
-    """Whether there is an integer that Gemini would round: it reads every number as a double. A text keeps it."""
+    """Whether it holds an integer that Gemini would round: its numbers are doubles, as seen."""
     if type(value) is int:
         return abs(value) > 2**53
-    if type(value) is dict:
+    if isinstance(value, dict):
         value = list(value.values())
-    return type(value) is list and any(map(loses_digits, value))
+    return isinstance(value, list) and any(map(loses_digits, value))
 
 
-def call_arguments(text: Any) -> JSON:
-    """The arguments of a call in a client's history, where they are JSON in a string, or nearly so."""
-    if type(text) is dict:
+def call_arguments(text: str | JSON | None) -> JSON:
+    """The arguments of a tool call in a history: JSON in a string, or nearly so."""
+    if isinstance(text, dict):
         return text
-    told = parsed_object(text or "{}")
-    if told is not None:
-        return told
-    return {} if text.strip() in ("", "null") else {"_raw": text}
+    if not text or text.strip() in ("", "null"):
+        return {}
+    arguments = parsed_object(text)
+    return {"_raw": text} if arguments is None else arguments
 
 
 def gemini_name(name: str) -> str:
-    """A function name as Gemini takes it; the same name always gives the same one."""
+    """A function name as Gemini takes it: https://ai.google.dev/api/caching#FunctionDeclaration"""
     if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}", name):
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
@@ -1194,13 +1159,6 @@ def gemini_name(name: str) -> str:
 # ---- turns ----
 
 MISSING_RESULT = {"error": "There is no result: the call was interrupted."}
-RESULT_MEDIA = (
-    "image/png",
-    "image/jpeg",
-    "image/webp",
-    "application/pdf",
-    "text/plain",
-)  # what functionResponse.parts takes
 
 
 def user_turn(*parts: Part) -> JSON:
@@ -1218,25 +1176,24 @@ def has_content(part: Part) -> bool:
 def valid_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     """The history in the order that Gemini accepts, with nothing lost.
 
-    Neighbours of one role are one turn; the results of a turn's calls follow it in one turn of their own, in
-    the order of the calls, with a stand-in for each missing one, and whatever else was said comes after; a
-    result without a call becomes text. The first turn is the user's, and so is the last, unless the model
-    goes on with its own. (ai.google.dev/gemini-api/docs/function-calling; each rule is a 400 of Gemini's.)
+    Neighbours of one role become one turn. A turn's calls get their results in a turn of their own,
+    in order, with a stand-in for what is missing; a result without a call becomes text. The first
+    turn is the user's, and so is the last, unless the model continues its own. Each rule is a 400
+    of Gemini's; most are in https://ai.google.dev/gemini-api/docs/function-calling.
     """
     turns: list[JSON] = []
-    kept = [
+    history = [
         (content["role"], [part for part in content["parts"] if has_content(part)])
         for content in contents
     ]
-    for role, group in itertools.groupby((turn for turn in kept if turn[1]), key=itemgetter(0)):
-        parts = [part for _, inner_parts in group for part in inner_parts]
+    for role, group in itertools.groupby((turn for turn in history if turn[1]), itemgetter(0)):
+        parts = [part for _, more in group for part in more]
         if role == "model":
             turns.append(model_turn(*parts))
         else:
-            before = turns[-1]["parts"] if turns else []
-            turns += tool_result_turns(before, parts, model)
+            turns += tool_result_turns(turns[-1:], parts, model)
     if turns and turns[-1]["role"] == "model":
-        turns += tool_result_turns(turns[-1]["parts"], [], model)
+        turns += tool_result_turns(turns[-1:], [], model)
     if turns and turns[0]["role"] == "model":
         turns.insert(0, user_turn(text_part(" ")))
     if turns and turns[-1]["role"] == "model" and not model.prefills:
@@ -1244,14 +1201,15 @@ def valid_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     return turns
 
 
-def tool_result_turns(before: list[Part], parts: list[Part], model: Model) -> list[JSON]:
-    """The user's turns after a model's turn: the results of its calls, then the rest of the parts."""
-    calls = [part["functionCall"] for part in before if "functionCall" in part]
+def tool_result_turns(before: list[JSON], parts: list[Part], model: Model) -> list[JSON]:
+    """The user's turns after a model's turn: the results of its calls, then the other parts."""
+    earlier = [part for turn in before for part in turn["parts"]]
+    calls = [part["functionCall"] for part in earlier if "functionCall" in part]
     results = [part["functionResponse"] for part in parts if "functionResponse" in part]
     if not calls and not results:
         return [user_turn(*parts)] if parts else []
     matched = match_results(calls, results)
-    used = {id(results[i]) for i in matched if i is not None}
+    used = {id(result) for result in matched.values()}
     rest: list[Part] = []
     for part in parts:
         result = part.get("functionResponse")
@@ -1260,18 +1218,15 @@ def tool_result_turns(before: list[Part], parts: list[Part], model: Model) -> li
         elif id(result) not in used:
             text = f"Result of {result['name'] or 'a function'}: {encode_json(result['response'])}"
             rest += [text_part(text), *result.get("parts", ())]
-    answers: list[Part] = []
-    media: list[Part] = []
-    for call, i in zip(calls, matched):
-        result = {"response": MISSING_RESULT} if i is None else results[i]
-        answer, outside = tool_result(call, result, model)
-        answers.append(answer)
-        media += outside
+    missing = {"response": MISSING_RESULT}
+    pairs = [tool_result(call, matched.get(i, missing), model) for i, call in enumerate(calls)]
+    answers = [answer for answer, _ in pairs]
+    media = [part for _, outside in pairs for part in outside]
     return [user_turn(*turn) for turn in (answers, media + rest) if turn]
 
 
 def tool_result(call: JSON, result: JSON, model: Model) -> tuple[Part, list[Part]]:
-    """(the functionResponse to a call, the media that do not go inside of one on this model)."""
+    """(the functionResponse to a call, the media that this model does not take inside of one)."""
     inside: list[Part] = []
     outside: list[Part] = []
     for part in result.get("parts", ()):
@@ -1283,52 +1238,46 @@ def tool_result(call: JSON, result: JSON, model: Model) -> tuple[Part, list[Part
     return {"functionResponse": {**answer, **given(parts=inside)}}, outside
 
 
-def match_results(calls: list[JSON], results: list[JSON]) -> list[int | None]:
-    """For each call the index of its result, or None: by id, else by name where no id is known, else by order."""
-    matched: list[int | None] = [None] * len(calls)
-    known = {call.get("id") for call in calls} - {None}
-    keys = (  # what a call and a result must have in common, one after the other; None fits nothing
-        (lambda call: call.get("id"), lambda result: result.get("id")),
-        (
-            lambda call: call["name"],
-            lambda result: None if result.get("id") in known else result["name"] or None,
-        ),
-        (lambda call: "", lambda result: None if result.get("id") or result["name"] else ""),
-    )
-    used: set[int] = set()
-    for of_call, of_result in keys:
-        waiting: dict[Any, collections.deque[int]] = collections.defaultdict(collections.deque)
-        for i, result in enumerate(results):
-            if i not in used and of_result(result) is not None:
-                waiting[of_result(result)].append(i)
-        for i, call in enumerate(calls):
-            if matched[i] is None and waiting.get(of_call(call)):
-                matched[i] = waiting[of_call(call)].popleft()
-                used.add(matched[i])
-    missing = [i for i, found in enumerate(matched) if found is None]
-    strays = [i for i, result in enumerate(results) if i not in used and not result["name"]]
-    if len(strays) == len(missing):  # their ids are unknown, but there is one for each call
-        for i, stray in zip(missing, strays):
-            matched[i] = stray
-    return matched
+def match_results(calls: list[JSON], results: list[JSON]) -> dict[int, JSON]:
+    """The index of each call -> its result, if it has one: by id, else by name, else by order."""
+    call_ids = {call["id"] for call in calls if "id" in call}
+    with_id: dict[int, str] = {}
+    with_name: dict[int, str] = {}
+    others: dict[int, str] = {}
+    for i, result in enumerate(results):
+        if result.get("id") in call_ids:
+            with_id[i] = result["id"]
+        elif result["name"]:
+            with_name[i] = result["name"]
+        elif "id" not in result:
+            others[i] = ""
+    matched: dict[int, int] = {}
+    pair_up(matched, [call.get("id", "") for call in calls], with_id)
+    pair_up(matched, [call["name"] for call in calls], with_name)
+    pair_up(matched, [""] * len(calls), others)
+    used = set(matched.values())
+    strays = {i: "" for i, result in enumerate(results) if i not in used and not result["name"]}
+    if len(strays) == len(calls) - len(matched):  # their ids are unknown, but each call has one
+        pair_up(matched, [""] * len(calls), strays)
+    return {i: results[k] for i, k in matched.items()}
+
+
+def pair_up(matched: dict[int, int], call_keys: list[str], result_keys: dict[int, str]) -> None:
+    """Match each call that has no result yet with the next result of the same key."""
+    waiting: dict[str, collections.deque[int]] = collections.defaultdict(collections.deque)
+    for i, key in result_keys.items():
+        waiting[key].append(i)
+    for i, key in enumerate(call_keys):
+        if i not in matched and waiting[key]:
+            matched[i] = waiting[key].popleft()
 
 
 # ---- thinking and settings ----
 
-EFFORTS = (
-    "none",
-    "minimal",
-    "low",
-    "medium",
-    "high",
-    "xhigh",
-    "max",
-    "ultra",
-)  # OpenAI's and Codex's words
-BUDGETS = dict(
-    zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768, 32768))
-)  # tokens; Google's own table for its OpenAI endpoint
-LEVEL_EFFORTS = {"MINIMAL": "minimal", "LOW": "low", "MEDIUM": "medium", "HIGH": "high"}
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")  # up to Codex's
+# Their budgets in tokens: "low" to "high" as Google's own OpenAI endpoint has them
+# (https://ai.google.dev/gemini-api/docs/openai), and above these the most that any model takes.
+BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768, 32768)))
 
 
 class Thinking(NamedTuple):
@@ -1339,41 +1288,30 @@ class Thinking(NamedTuple):
     show: bool = False  # whether the client wants to see its thoughts
     answer_only: bool = False  # whether the client's limit of tokens is meant for the answer alone
     field: str = ""  # what to name as ignored where the effort has no effect
-    google: JSON = {}  # Google's own thinkingConfig, which counts for more than the rest
-
-
-def effort_of(thinking: Thinking) -> str | None:
-    """The effort that a client asked for, also where it gave a budget in tokens."""
-    if thinking.effort is None and thinking.budget:
-        enough = [word for word in EFFORTS[1:] if BUDGETS[word] >= thinking.budget]
-        return (enough or EFFORTS[-1:])[0]
-    return thinking.effort
+    google: Mapping[str, Any] = {}  # Google's own thinkingConfig, which counts for more
 
 
 def thinking_config(
     model: Model, effort: str | None, show: bool, budget: int | None = None
 ) -> JSON:
-    """The thinkingConfig for an effort (None: the model's own), with or without its thoughts.
+    """The thinkingConfig for any effort (None: the model's own) on any model.
 
-    Every effort is legal on every model: the nearest level that is not less, or a budget within
-    bounds. A model that cannot stop thinking thinks as little as it can.
+    It is the nearest level that is not less, or a budget within bounds.
     """
-    if model.thinking is None:
-        return {}
     config: JSON = {}
+    if model.thinking is None:
+        return config
     if isinstance(model.thinking, Budget):
-        low, high, stops = model.thinking
-        if budget:
-            config["thinkingBudget"] = min(max(budget, low), high)
-        elif effort == "none" and stops:
+        tokens = budget or BUDGETS.get(effort or "")
+        if tokens == 0 and model.thinking.stops:
             config["thinkingBudget"] = 0
-        elif effort is not None:
-            config["thinkingBudget"] = min(max(BUDGETS[effort], low), high)
+        elif tokens is not None:
+            config["thinkingBudget"] = min(max(tokens, model.thinking.low), model.thinking.high)
     elif effort is not None:
         names = model.thinking.names
         lowest = EFFORTS.index(effort)
-        enough = [name for name in names if EFFORTS.index(LEVEL_EFFORTS[name]) >= lowest]
-        config["thinkingLevel"] = (enough or names[-1:])[0]
+        enough = (name for name in names if EFFORTS.index(name.lower()) >= lowest)
+        config["thinkingLevel"] = next(enough, names[-1])
     if show and effort != "none":
         config["includeThoughts"] = True
     return config
@@ -1382,24 +1320,22 @@ def thinking_config(
 SMALL_OUTPUT_TOKENS = 1024  # a model that thinks as it likes can use up so many before its answer
 
 
-def effort_unsupported(effort: str | None, config: JSON) -> bool:
-    """Whether an effort has no effect, or thinking goes on although it should not."""
-    if effort == "none":
-        return config.get("thinkingBudget") != 0
-    return effort is not None and not config
-
-
 def chat_thinking(thinking: Thinking, model: Model, limit: int | None, body: Fields) -> JSON:
     """The thinkingConfig of a chat; names the client's field as ignored where it has no effect."""
-    effort = effort_of(thinking)
-    small = thinking.answer_only and limit and limit < SMALL_OUTPUT_TOKENS
-    config = thinking_config(
-        model, "none" if effort is None and small else effort, thinking.show, thinking.budget
-    )
-    if thinking.field and effort_unsupported(effort, config):
+    client_effort = thinking.effort
+    if client_effort is None and thinking.budget:
+        enough = (word for word in EFFORTS[1:] if BUDGETS[word] >= thinking.budget)
+        client_effort = next(enough, EFFORTS[-1])
+    effort = client_effort
+    if effort is None and thinking.answer_only and limit and limit < SMALL_OUTPUT_TOKENS:
+        effort = "none"
+    config = thinking_config(model, effort, thinking.show, thinking.budget)
+    no_effect = client_effort is not None and not config
+    thinks_anyway = client_effort == "none" and config.get("thinkingBudget") != 0
+    if thinking.field and (no_effect or thinks_anyway):
         body.ignore(thinking.field)
     if thinking.google.keys() - {"includeThoughts"}:  # a level or a budget of the client's own
-        return thinking.google
+        return dict(thinking.google)
     return {**config, **thinking.google}
 
 
@@ -1410,13 +1346,12 @@ def sampling_config(
     limit: int | None = None,
     seed: int | None = None,
     stops: Sequence[str] = (),
-    presence: float | None = None,
-    frequency: float | None = None,
+    **penalties: float | None,
 ) -> JSON:
     """The part of a generationConfig about sampling, within what Gemini takes.
 
-    Its numbers have 32 bits; the same seed always gives the same one. A null stands for a value
-    that the client gave to say "none", such as a limit of -1.
+    Bounds: https://ai.google.dev/api/generate-content#generationconfig; its integers have 32 bits.
+    A null stands for a value that the client gave to say "none", such as a limit of -1.
     """
     config: JSON = {}
     if temperature is not None:
@@ -1426,15 +1361,14 @@ def sampling_config(
     if top_k is not None:
         config["topK"] = top_k if 0 < top_k < 2**31 else None
     if limit is not None:
-        config["maxOutputTokens"] = min(limit, 2**31 - 1) if limit > 0 else None
+        config["maxOutputTokens"] = max(0, min(limit, 2**31 - 1)) or None
     if seed is not None:
         config["seed"] = seed if -(2**31) <= seed < 2**31 else seed % 2**31
     if stops:
         config["stopSequences"] = list(stops)
-    if presence is not None:
-        config["presencePenalty"] = presence or None
-    if frequency is not None:
-        config["frequencyPenalty"] = frequency or None
+    for name, penalty in penalties.items():
+        if penalty is not None:
+            config[name] = penalty or None
     return config
 
 
@@ -1442,10 +1376,8 @@ def penalties(fields: Fields, low: float, high: float, model: Model) -> dict[str
     """Both penalties; models that refuse them leave them unread, and so named as ignored."""
     if not model.penalties:
         return {}
-    return {
-        "presence": fields.number("presence_penalty", low, high),
-        "frequency": fields.number("frequency_penalty", low, high),
-    }
+    names = ("presence", "frequency")
+    return {f"{name}Penalty": fields.number(f"{name}_penalty", low, high) for name in names}
 
 
 def stop_sequences(body: Fields, key: str = "stop") -> list[str]:
@@ -1458,61 +1390,54 @@ def stop_sequences(body: Fields, key: str = "stop") -> list[str]:
 
 # ---- functions and schemas ----
 
-SUBSCHEMAS = (
-    "items",
-    "prefixItems",
-    "anyOf",
-    "oneOf",
-    "allOf",
-    "not",
-    "additionalProperties",
-    "if",
-    "then",
-    "else",
-    "contains",
-)
+COMBINATIONS = ("anyOf", "oneOf", "allOf", "additionalProperties")
+SUBSCHEMAS = (*COMBINATIONS, "items", "prefixItems", "contains", "not", "if", "then", "else")
 NAMED_SUBSCHEMAS = ("properties", "$defs", "patternProperties", "dependentSchemas")
+OPEN_ENDED = ("$ref", *COMBINATIONS, "patternProperties")  # need no `properties` beside them
 
 
 def gemini_schema(schema: Any) -> Any:
-    """A JSON Schema in the dialect of parametersJsonSchema and responseJsonSchema, which mean the same.
+    """A JSON Schema as parametersJsonSchema and responseJsonSchema want it.
 
-    Gemini has no `const`, no null in `enum`, and lets nothing stand beside a `$ref`; what it does not know it
-    passes over. Properties keep their names, whatever these are.
+    Gemini has no `const`, no null in `enum`, and allows nothing beside a `$ref`; what it does not
+    know it passes over: https://ai.google.dev/api/generate-content#generationconfig, recordings.
     """
-    if type(schema) is list:
+    if isinstance(schema, list):
         return [gemini_schema(item) for item in schema]
-    if type(schema) is not dict:
+    if not isinstance(schema, dict):
         return schema
-    out = {}
-    for key, value in schema.items():
-        key = "$defs" if key == "definitions" else key
-        if key in NAMED_SUBSCHEMAS and type(value) is dict:
-            out[key] = {
-                **(out.get(key) or {}),
-                **{name: gemini_schema(inner) for name, inner in value.items()},
-            }
+    out: JSON = {}
+    for keyword, value in schema.items():
+        key = str({"definitions": "$defs"}.get(keyword, keyword))
+        if key in NAMED_SUBSCHEMAS and isinstance(value, dict):
+            inner = {name: gemini_schema(subschema) for name, subschema in value.items()}
+            out[key] = {**out.get(key, {}), **inner}
         elif key in SUBSCHEMAS:
             out[key] = gemini_schema(value)
         elif key not in ("$schema", "strict", *NAMED_SUBSCHEMAS):
             out[key] = value
     if "const" in out:
         out["enum"] = [out.pop("const")]
-    if type(out.get("enum")) is list and None in out["enum"]:
+    if isinstance(out.get("enum"), list) and None in out["enum"]:
         out = nullable_enum(out)
-    return lone_reference(out) if type(out.get("$ref")) is str else out
+    return lone_reference(out) if isinstance(out.get("$ref"), str) else out
 
 
 def nullable_enum(schema: JSON) -> JSON:
     """An enum with null, as a choice between the rest of it and null."""
-    kinds, values = schema.get("type"), [value for value in schema["enum"] if value is not None]
-    kinds = [kind for kind in kinds if kind != "null"] if type(kinds) is list else kinds
     rest = {key: value for key, value in schema.items() if key not in ("enum", "type")}
+    values = [value for value in schema["enum"] if value is not None]
     if not values:
         return {**rest, "type": "null"}
-    kind = {"type": kinds[0] if type(kinds) is list and len(kinds) == 1 else kinds} if kinds else {}
-    choice = {"anyOf": [{**kind, "enum": values}, {"type": "null"}]}
-    return {"allOf": [choice, rest]} if "anyOf" in rest else {**rest, **choice}
+    kinds = schema.get("type")
+    if isinstance(kinds, list):
+        kinds = [kind for kind in kinds if kind != "null"]
+        if len(kinds) == 1:
+            kinds = kinds[0]
+    choice = {"anyOf": [{**given(type=kinds), "enum": values}, {"type": "null"}]}
+    if "anyOf" in rest:
+        return {"allOf": [choice, rest]}
+    return {**rest, **choice}
 
 
 def lone_reference(schema: JSON) -> JSON:
@@ -1521,41 +1446,29 @@ def lone_reference(schema: JSON) -> JSON:
     reference = {"$ref": schema["$ref"].replace("#/definitions/", "#/$defs/", 1)}
     if "anyOf" in rest:
         return {"allOf": [reference, rest]}
-    return (
-        {"anyOf": [reference], **rest}
-        if any(not key.startswith("$") for key in rest)
-        else {**rest, **reference}
-    )
+    if any(not key.startswith("$") for key in rest):
+        return {"anyOf": [reference], **rest}
+    return {**rest, **reference}
 
 
 class Tools(NamedTuple):
     """What Gemini may call."""
 
-    declarations: list[JSON] = []
-    names: dict[str, str] = {}  # Gemini's name of each function -> the client's
+    declarations: Sequence[JSON] = ()
+    names: Mapping[str, str] = {}  # Gemini's name of each function -> the client's
     custom: frozenset[str] = frozenset()  # the client's names of functions that take plain text
     strict: bool = False  # whether a call must keep to its schema
     search: str = ""  # what the client calls Google Search, where it asks for it
     code: str = ""  # and code execution
-    namespaces: dict[str, str] = {}  # the client's name of a function -> its namespace
+    namespaces: Mapping[str, str] = {}  # the client's name of a function -> its namespace
 
     def hosted(self) -> dict[str, str]:
         """Google's own tools among them: Gemini's name -> what the client calls it."""
         return given(googleSearch=self.search, codeExecution=self.code)
 
 
-OPEN_ENDED = (
-    "$ref",
-    "anyOf",
-    "oneOf",
-    "allOf",
-    "additionalProperties",
-    "patternProperties",
-)  # say something by themselves
-
-
 def function_declaration(name: str, description: str | None, schema: JSON | None) -> JSON:
-    """Without parameters where there are none: Gemini refuses an object without properties."""
+    """Without parameters where there are none: some models refuse an object without properties."""
     declaration = {"name": gemini_name(name), **given(description=description)}
     if schema and (schema.get("properties") or any(schema.get(key) for key in OPEN_ENDED)):
         declaration["parametersJsonSchema"] = gemini_schema(schema)
@@ -1566,13 +1479,9 @@ CUSTOM_INPUT = "input"  # the one parameter of a function that takes plain text
 
 
 def custom_declaration(name: str, description: str | None, grammar: str = "") -> JSON:
-    told = "\n".join(text for text in (description, grammar) if text)
     text = {"type": "string", "description": "The text, and nothing else."}
-    return function_declaration(
-        name,
-        told,
-        {"type": "object", "required": [CUSTOM_INPUT], "properties": {CUSTOM_INPUT: text}},
-    )
+    schema = {"type": "object", "required": [CUSTOM_INPUT], "properties": {CUSTOM_INPUT: text}}
+    return function_declaration(name, "\n".join(filter(None, (description, grammar))), schema)
 
 
 class ToolChoice(NamedTuple):
@@ -1586,17 +1495,15 @@ class ToolChoice(NamedTuple):
 def tool_fields(tools: Tools, choice: ToolChoice, model: Model, body: Fields) -> JSON:
     """The request's `tools` and `toolConfig`."""
     listed: list[JSON] = []
-    config: JSON = {}
     hosted = tools.hosted()
     if tools.declarations:
         listed.append({"functionDeclarations": tools.declarations})
     if hosted and listed and not model.mixes_tools:
         for name in hosted.values():
             body.ignore(name)
-    elif hosted:
-        if listed:
-            config["includeServerSideToolInvocations"] = True
-        listed += [{key: {}} for key in hosted]
+        hosted = {}
+    config = given(includeServerSideToolInvocations=bool(hosted and listed))
+    listed += [{key: {}} for key in hosted]
     if tools.declarations and (choice.mode or tools.strict):
         names = [gemini_name(name) for name in choice.names]
         mode = choice.mode or "VALIDATED"
@@ -1616,27 +1523,24 @@ def json_config(schema: JSON | None) -> JSON:
     return given(responseMimeType="application/json", responseJsonSchema=gemini_schema(schema))
 
 
-JSON_ALONE = "\n\nWhen you answer without calling a function, answer with nothing but JSON, without a code fence"
+JSON_ALONE = (
+    "\n\nWhen you answer without calling a function, answer with nothing but JSON, "
+    "without a code fence"
+)
 
 
 def json_words(schema: JSON) -> Part:
     """The same in words for the system, for models that do not take the settings beside tools."""
-    schema_words = "."
-    if schema:
-        schema_words = f", that conforms to this JSON Schema:\n{encode_json(schema)}"
-    return text_part(JSON_ALONE + schema_words)
+    if not schema:
+        return text_part(f"{JSON_ALONE}.")
+    return text_part(f"{JSON_ALONE}, that conforms to this JSON Schema:\n{encode_json(schema)}")
 
 
 def generate_call(
-    model: Model,
-    streaming: bool,
-    system: list[Part],
-    contents: list[JSON],
-    config: JSON,
-    **fields: Any,
+    model: Model, stream: bool, system: list[Part], history: list[JSON], config: JSON, **fields: Any
 ) -> GeminiCall:
-    """The call for a history, whose turns are put right here. Gemini wants one turn at least, which may be empty."""
-    turns = valid_turns(contents, model) or [user_turn(text_part(""))]
+    """The call for a history, whose turns are put right here. Gemini wants one turn at least."""
+    turns = valid_turns(history, model) or [user_turn(text_part(""))]
     parts = [part for part in system if has_content(part)]
     body: JSON = {"contents": turns}
     if parts and model.system:
@@ -1646,105 +1550,86 @@ def generate_call(
     if config:
         body["generationConfig"] = config
     body.update(fields)
-    verb = "streamGenerateContent?alt=sse" if streaming else "generateContent"
-    return GeminiCall(f"{model.path}:{verb}", body, model, streaming, generates=True)
+    verb = "streamGenerateContent?alt=sse" if stream else "generateContent"
+    return GeminiCall(f"{model.path}:{verb}", body, model, stream, generates=True)
 
 
-MAX_EMBED_BATCH = 100  # inputs that Gemini takes in one call
+MAX_EMBED_BATCH = 100  # inputs in one call, as https://github.com/vercel/ai has it
 
 
 def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple[GeminiCall, ...]:
-    """The calls for the vectors of these texts; and one to count the tokens, where the vectors come without a count."""
-    size = {"outputDimensionality": dimensions} if dimensions else {}
-    requests = [
-        {"model": model.path, "content": {"parts": [text_part(text)]}, **size} for text in texts
-    ]
-    batches = [
-        GeminiCall(
-            f"{model.path}:batchEmbedContents",
-            {"requests": requests[i : i + MAX_EMBED_BATCH]},
-            model,
-        )
-        for i in range(0, len(requests), MAX_EMBED_BATCH)
-    ]
-    if re.search(r"embedding-00\d$", model.path):
-        contents = [user_turn(*map(text_part, texts))]
-        batches.append(
-            GeminiCall(f"{model.path}:countTokens", {"contents": contents}, model, optional=True)
-        )
-    return tuple(batches)
+    """The calls for the vectors of these texts, and one to count tokens if vectors lack a count."""
+    size = given(outputDimensionality=dimensions or None)
+    calls: list[GeminiCall] = []
+    for i in range(0, len(texts), MAX_EMBED_BATCH):
+        contents = [{"parts": [text_part(text)]} for text in texts[i : i + MAX_EMBED_BATCH]]
+        requests = [{"model": model.path, "content": content, **size} for content in contents]
+        calls.append(GeminiCall(f"{model.path}:batchEmbedContents", {"requests": requests}, model))
+    if re.search(r"embedding-00\d$", model.path):  # no usage, as seen in recordings
+        body = {"contents": [user_turn(*map(text_part, texts))]}
+        calls.append(GeminiCall(f"{model.path}:countTokens", body, model, optional=True))
+    return tuple(calls)
 
 
 MODELS_CALL = GeminiCall("models")  # Gemini's whole list, which the client keeps for a few minutes
 
-# ---- repairs ----
+# ---- repairs: each changes a request, and returns whether there was something to change ----
 
 
-def without(*path: str) -> Callable[[JSON], str | None]:
-    """A repair that takes a field out of a request, and tells its name where it was there."""
-
-    def repair(body: JSON) -> str | None:
-        for key in path[:-1]:
-            body = body.get(key) or {}
-        return path[-1] if body.pop(path[-1], None) is not None else None
-
-    return repair
+def without_field(body: JSON, name: str) -> bool:
+    config = body.get("generationConfig") or {}
+    return body.pop(name, None) is not None or config.pop(name, None) is not None
 
 
-def forget_signatures(body: JSON) -> str | None:
-    """Signatures of another model or key are refused: the first call of each turn gets the placeholder."""
-    found = None
-    for content in body["contents"]:
-        for part in content["parts"]:
-            if part.get("thoughtSignature", PLACEHOLDER) != PLACEHOLDER:
-                found = "thoughtSignature"
-                part["thoughtSignature"] = PLACEHOLDER
-                if "functionCall" not in part:
-                    del part["thoughtSignature"]
-    return found
-
-
-def forget_resolutions(body: JSON) -> str | None:
-    """Pictures in the resolution that the model likes best."""
+def without_signatures(body: JSON, name: str) -> bool:
+    """Tool calls get the placeholder in place of their signatures, other parts get nothing."""
     parts = [part for content in body["contents"] for part in content["parts"]]
-    return (
-        "detail"
-        if [part.pop("mediaResolution") for part in parts if "mediaResolution" in part]
-        else None
-    )
+    signed = [part for part in parts if part.get(name, PLACEHOLDER) != PLACEHOLDER]
+    for part in signed:
+        part[name] = PLACEHOLDER
+        if "functionCall" not in part:
+            del part[name]
+    return bool(signed)
 
 
-# What Gemini's 400 says, and what can be left out for a second try. Models change faster than this file.
+def without_resolutions(body: JSON, name: str) -> bool:
+    parts = [part for content in body["contents"] for part in content["parts"]]
+    sized = [part for part in parts if "mediaResolution" in part]
+    for part in sized:
+        del part["mediaResolution"]
+    return bool(sized)
+
+
+def without_prefill(body: JSON, name: str) -> bool:
+    body["contents"].append(user_turn(text_part("Continue.")))
+    return True
+
+
+# What Gemini's 400 says, what to name as ignored, and the repair for a second attempt. Models
+# change faster than this file. Words without a source are guesses by the names of the fields.
 REPAIRS = (
-    (
-        r"thinking.?(level|budget)|thinking is not|thinking_config",
-        without("generationConfig", "thinkingConfig"),
-    ),
-    (r"penalty is not enabled|presence_?penalty", without("generationConfig", "presencePenalty")),
-    (r"penalty is not enabled|frequency_?penalty", without("generationConfig", "frequencyPenalty")),
-    (r"service.?tier", without("serviceTier")),
-    (r"media.?resolution", forget_resolutions),
-    (r"(invalid|corrupted) thought.?signature", forget_signatures),
-    (
-        r"must not end with|ending with a model turn",
-        lambda body: body["contents"].append(user_turn(text_part("Continue."))) or "prefill",
-    ),
+    # https://github.com/RooCodeInc/Roo-Code/issues/10700
+    (r"thinking.?(level|budget)|thinking is not|thinking_config", "thinkingConfig", without_field),
+    # https://github.com/PublicAffairs/openai-gemini/issues/63: it does not say which penalty
+    (r"penalty is not enabled|presence_?penalty", "presencePenalty", without_field),
+    (r"penalty is not enabled|frequency_?penalty", "frequencyPenalty", without_field),
+    (r"service.?tier", "serviceTier", without_field),
+    (r"media.?resolution", "detail", without_resolutions),
+    # reported after a change of the model or the key: "Corrupted thought signature."
+    (r"(invalid|corrupted) thought.?signature", "thoughtSignature", without_signatures),
+    # https://github.com/pipecat-ai/pipecat/issues/5821
+    (r"must not end with|ending with a model turn", "prefill", without_prefill),
 )
 
 
 def repaired(call: GeminiCall, message: str) -> tuple[GeminiCall | None, list[str]]:
-    """The call without the fields that Gemini's message complains of, and their names; (None, []) if there are none."""
-    if not call.body or "contents" not in call.body:
-        return None, []
-    body = json.loads(encode_json(call.body))
-    names = [
-        name
-        for pattern, repair in REPAIRS
-        if re.search(pattern, message, re.I)
-        for name in [repair(body)]
-        if name
-    ]
-    return (call._replace(body=body), names) if names else (None, [])
+    """(the call without what Gemini's message complains of, the names of that), or (None, [])."""
+    names: list[str] = []
+    body = json.loads(encode_json(call.body or {}))
+    for pattern, name, repair in REPAIRS:
+        if "contents" in body and re.search(pattern, message, re.I) and repair(body, name):
+            names.append(name)
+    return (call._replace(body=body), names) if names else (None, names)
 
 
 # ---- signatures ----
@@ -1752,11 +1637,13 @@ def repaired(call: GeminiCall, message: str) -> tuple[GeminiCall | None, list[st
 
 def canonical(value: Any) -> Any:
     """A value whose JSON is the same whoever wrote it: some clients turn 1.0 into 1."""
-    if type(value) is float and value.is_integer():
+    if isinstance(value, float) and value.is_integer():
         return int(value)
-    if type(value) is dict:
+    if isinstance(value, dict):
         return {key: canonical(inner) for key, inner in value.items()}
-    return [canonical(item) for item in value] if type(value) is list else value
+    if isinstance(value, list):
+        return [canonical(item) for item in value]
+    return value
 
 
 def plain_part(part: Part) -> JSON:
@@ -1769,7 +1656,7 @@ def plain_part(part: Part) -> JSON:
 
 
 class ConversationDigest:
-    """Digests that tie each call to the conversation that led to it: system, all turns before, name, arguments."""
+    """Digests that tie a tool call to what led to it: system and turns before, name, arguments."""
 
     def __init__(self, body: JSON, scope: str):
         system = [plain_part(part) for part in body.get("systemInstruction", {}).get("parts", ())]
@@ -1783,7 +1670,7 @@ class ConversationDigest:
         self.seen = {}
 
     def call(self, name: str, args: JSON) -> str:
-        """The digest of the next call of the turn that comes now. Equal calls of one turn are told apart by order."""
+        """The digest of the next call in the turn that follows; equal calls differ by order."""
         digest = self.hash.copy()
         call = json.dumps([name, canonical(args)], sort_keys=True)
         self.seen[call] = self.seen.get(call, -1) + 1
@@ -1791,55 +1678,84 @@ class ConversationDigest:
         return digest.hexdigest()
 
 
+class CallKey(NamedTuple):
+    """What to look for in the memory of signatures, for a tool call in a history."""
+
+    id: str | None
+    digest: str  # where its id is not known
+    name: str
+
+
 class KnownCall(NamedTuple):
-    """What is known of a function call that a client sends back."""
+    """What the memory knows of a tool call."""
 
     signature: str | None = None
-    before: tuple[JSON, ...] = ()  # the parts of Gemini's own tools that came before it
+    before: tuple[Part, ...] = ()  # the parts of Gemini's own tools that came before it
+
+
+def signature_keys(call: GeminiCall, scope: str) -> list[CallKey]:
+    """The key of each tool call in a history, in order."""
+    body = call.body or {}
+    contents = body.get("contents", ())
+    keys: list[CallKey] = []
+    if not any("functionCall" in part for content in contents for part in content["parts"]):
+        return keys
+    conversation = ConversationDigest(body, scope)
+    for content in contents:
+        for part in content["parts"]:
+            if "functionCall" in part:
+                item = part["functionCall"]
+                digest = conversation.call(item["name"], item["args"])
+                keys.append(CallKey(item.get("id"), digest, item["name"]))
+        conversation.turn(content)
+    return keys
 
 
 def restore_signatures(
-    call: GeminiCall,
-    scope: str,
-    recall: Callable[[str | None, str, str], KnownCall],
-    count: Callable[[str], None] = lambda origin: None,
-) -> GeminiCall:
-    """The call with what its history lost: signatures, and the parts of Gemini's own tools.
+    call: GeminiCall, known_calls: Sequence[KnownCall] = ()
+) -> tuple[GeminiCall, list[str]]:
+    """(the call with the signatures and hosted parts that its history lost, their origins).
 
-    `recall` is given a function call's id, digest and name. The first call of a turn must have a signature on
-    Gemini 3: what nobody knows gets Google's placeholder. `count` is told where each one came from.
+    `known_calls` has what is known of each of its tool calls. On Gemini 3 the first one of a turn
+    needs a signature: https://ai.google.dev/gemini-api/docs/thought-signatures
     """
-    turns = (call.body or {}).get("contents", ())
-    if not any("functionCall" in part for content in turns for part in content["parts"]):
-        return call
-    mixed = call.body.get("toolConfig", {}).get("includeServerSideToolInvocations")
-    trail, contents = ConversationDigest(call.body, scope), []
-    for content in turns:
-        first, parts = True, []
+    body = call.body or {}
+    mixed = body.get("toolConfig", {}).get("includeServerSideToolInvocations")
+    every_known = itertools.chain(known_calls, itertools.repeat(KnownCall()))
+    contents: list[JSON] = []
+    origins: list[str] = []
+    for content in body.get("contents", ()):
+        parts: list[Part] = []
+        required = call.model is not None and call.model.signs  # of the turn's next tool call
         for part in content["parts"]:
+            restored = part
             if "functionCall" in part:
-                made = part["functionCall"]
-                known = recall(made.get("id"), trail.call(made["name"], made["args"]), made["name"])
-                found = (
-                    ("client", part.get("thoughtSignature")),
-                    ("memory", known.signature),
-                    ("placeholder", PLACEHOLDER if first and call.model.signs else None),
-                )
-                origin, signature = next((pair for pair in found if pair[1]), ("", None))
-                if signature:
-                    part = {**part, "thoughtSignature": signature}
-                    count(origin)
-                parts += known.before if mixed else ()
-                first = False
-            parts.append(part)
-        trail.turn(content)
+                known = next(every_known)
+                restored, origin = signed_part(part, known, required)
+                origins.append(origin)
+                required = False
+                if mixed:
+                    parts += known.before
+            parts.append(restored)
         contents.append({**content, "parts": parts})
-    return call._replace(body={**call.body, "contents": contents})
+    signed = call._replace(body={**body, **given(contents=contents)})
+    return signed, [origin for origin in origins if origin]
+
+
+def signed_part(part: Part, known: KnownCall, required: bool) -> tuple[Part, str]:
+    """(a tool call with its signature, the origin of that); "" where it needs none."""
+    if part.get("thoughtSignature"):
+        return part, "client"
+    if known.signature:
+        return {**part, "thoughtSignature": known.signature}, "memory"
+    if required:
+        return {**part, "thoughtSignature": PLACEHOLDER}, "placeholder"
+    return part, ""
 
 
 def count_call(call: GeminiCall, model: Model) -> GeminiCall:
     """The call that counts the tokens that another one would send (ai.google.dev/api/tokens)."""
-    signed = restore_signatures(call, "", lambda *_: KnownCall())  # Gemini may look for them here
+    signed, _ = restore_signatures(call)  # Gemini may look for them here
     fields = {key: value for key, value in (signed.body or {}).items() if key != "generationConfig"}
     body = {"generateContentRequest": {"model": model.path, **fields}}
     return GeminiCall(f"{model.path}:countTokens", body, model)
@@ -1853,79 +1769,86 @@ def count_call(call: GeminiCall, model: Model) -> GeminiCall:
 
 
 def get_or_empty(value: Any, key: str, kind: type) -> Any:
-    """The value under a key if both are what they should be, else an empty one: for what may be anything."""
-    inner = value.get(key) if type(value) is dict else None
-    return inner if type(inner) is kind else kind()
+    """The value under a key if both are what they should be, else an empty one of this kind."""
+    if isinstance(value, dict) and type(value.get(key)) is kind:
+        return value[key]
+    return kind()
 
 
-def gemini_refusal(status: int, said: Any, raw: bytes = b"") -> ProxyError:
-    """What a refusal of Gemini's means to the client. `said` is its JSON, or None where it is none; `raw` its bytes.
+def gemini_refusal(status: int, answer: Any, raw: bytes = b"") -> ProxyError:
+    """What a refusal means to the client; `answer` is the JSON of its `raw` bytes, None if none.
 
-    The class of the status and Gemini's own words survive. (The forms of errors: google.rpc.Status.)
+    The class of the status and Gemini's own words survive. https://google.aip.dev/193; the error is
+    in a list where a stream was asked for without SSE.
     """
-    said = said[0] if type(said) is list and said else said
-    error = get_or_empty(said, "error", dict)
+    if isinstance(answer, list) and answer:
+        answer = answer[0]
+    error = get_or_empty(answer, "error", dict)
+    details = [detail for detail in get_or_empty(error, "details", list) if type(detail) is dict]
     message = (
         get_or_empty(error, "message", str)
-        or get_or_empty(said, "error", str)
-        or get_or_empty(said, "message", str)
+        or get_or_empty(answer, "error", str)
+        or get_or_empty(answer, "message", str)
+        or unknown_refusal(status, raw)
     )
-    details = [detail for detail in get_or_empty(error, "details", list) if type(detail) is dict]
-    if not message:
-        text = " ".join(raw[:200].decode("utf-8", "replace").split())
-        text = f": {text}" if text else "."
-        message = f"Gemini, or something on the way to it, answered with status {status}{text}"
-    retry_after = (
-        retry_delay(details, message)
-        if status == 429
-        else 0.0
-        if status in (500, 502, 503, 504)
-        else None
-    )
-    headers = (
-        {"Retry-After": str(max(1, math.ceil(retry_after)))}
-        if retry_after is not None and status == 429
-        else {}
-    )
-    code = None
-    if (
-        any(get_or_empty(detail, "reason", str) == "API_KEY_INVALID" for detail in details)
-        or status == 401
-        or (status == 400 and re.search(r"API key (not valid|not found|expired)", message, re.I))
-    ):
-        status, code = 401, "invalid_api_key"
-    elif status == 404:
-        code = "model_not_found"
-    elif status == 429 and final_quota(details, message):
-        code, retry_after, headers["x-should-retry"] = "insufficient_quota", None, "false"
+    code = refusal_code(status, details, message)
+    headers: dict[str, str] = {}
+    retry_after = None
+    if status in (500, 502, 503, 504):
+        retry_after = 0.0
     elif status == 429:
-        code = "rate_limit_exceeded"
-    elif "exceeds the maximum number of tokens" in message:
-        code = "context_length_exceeded"
-    if not 400 <= status <= 599:
-        status, code = 502, None
+        retry_after = retry_delay(details, message)
+    if status == 429 and retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
+    if code == "insufficient_quota":  # OpenAI's and Anthropic's SDKs obey the header
+        retry_after, headers["x-should-retry"] = None, "false"
+    elif code == "invalid_api_key":  # Gemini's status for it is 400
+        status = 401
+    elif not 400 <= status <= 599:
+        status = 502
     return ProxyError(
         status, message, code=code, headers=headers, upstream=True, retry_after=retry_after
     )
 
 
+def unknown_refusal(status: int, raw: bytes) -> str:
+    text = " ".join(raw[:200].decode("utf-8", "replace").split())
+    message = f"Gemini, or something on the way to it, answered with status {status}"
+    return f"{message}: {text}" if text else f"{message}."
+
+
+def refusal_code(status: int, details: list[JSON], message: str) -> str | None:
+    """OpenAI's word for a refusal: https://platform.openai.com/docs/guides/error-codes"""
+    reasons = [get_or_empty(detail, "reason", str) for detail in details]
+    if status == 401 or "API_KEY_INVALID" in reasons:
+        return "invalid_api_key"
+    if status == 400 and re.search(r"API key (not valid|not found|expired)", message, re.I):
+        return "invalid_api_key"
+    if status == 404:
+        return "model_not_found"
+    if status == 429:
+        violations = [
+            item for detail in details for item in get_or_empty(detail, "violations", list)
+        ]
+        daily = ["PerDay" in get_or_empty(violation, "quotaId", str) for violation in violations]
+        if any(daily) or re.search(r"limit: 0\b", message):  # waiting does not help
+            return "insufficient_quota"
+        return "rate_limit_exceeded"
+    if 400 <= status <= 599 and "exceeds the maximum number of tokens" in message:
+        return "context_length_exceeded"
+    return None
+
+
 def retry_delay(details: list[JSON], message: str) -> float | None:
-    """The seconds that Gemini wants to be left alone: from RetryInfo, else from its words; None if it does not say."""
+    """The seconds to wait by RetryInfo, else by Gemini's words; None if it does not say."""
     for detail in details:
-        told = re.fullmatch(r"(\d{1,6}(?:\.\d{1,12})?)s", get_or_empty(detail, "retryDelay", str))
-        if told:
-            return float(told.group(1))
-    told = re.search(r"retry in (\d{1,6}(?:\.\d{1,12})?)(m?)s", message)
-    return float(told.group(1)) / (1000 if told.group(2) else 1) if told else None
-
-
-def final_quota(details: list[JSON], message: str) -> bool:
-    """Whether waiting does not help: a quota per day, or one of zero."""
-    violations = [
-        violation for detail in details for violation in get_or_empty(detail, "violations", list)
-    ]
-    quotas = [get_or_empty(violation, "quotaId", str) for violation in violations]
-    return any("PerDay" in quota for quota in quotas) or bool(re.search(r"limit: 0\b", message))
+        match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,12})?)s", get_or_empty(detail, "retryDelay", str))
+        if match:
+            return float(match.group(1))
+    match = re.search(r"retry in (\d{1,6}(?:\.\d{1,12})?)(m?s)", message)
+    if not match:
+        return None
+    return float(match.group(1)) / {"s": 1, "ms": 1000}[match.group(2)]
 
 
 def invalid_answer(what: str) -> ProxyError:
@@ -1952,60 +1875,57 @@ def read_json(data: bytes) -> Any:
 
 
 def read_chunk(data: bytes) -> JSON:
-    """A GenerateContentResponse, or the answer of another method; Gemini may say an error in its place."""
+    """A GenerateContentResponse, or the answer of another method; raises an error in its place."""
     chunk = read_json(data)
-    if type(chunk) is not dict:
-        if type(chunk) is list and get_or_empty(chunk and chunk[0], "error", dict):
-            raise in_stream_refusal(chunk[0])
+    if isinstance(chunk, list) and get_or_empty(chunk and chunk[0], "error", dict):
+        raise in_stream_refusal(chunk[0])
+    if not isinstance(chunk, dict):
         raise invalid_answer(f"expected a JSON object, but got {len(data)} bytes of something else")
     if "error" in chunk:
         raise in_stream_refusal(chunk)
     return chunk
 
 
-def in_stream_refusal(said: JSON) -> ProxyError:
+def in_stream_refusal(answer: JSON) -> ProxyError:
     """A refusal inside of a 200: its status is in the error itself."""
-    code = get_or_empty(get_or_empty(said, "error", dict), "code", int)
-    return gemini_refusal(code if 400 <= code <= 599 else 502, said)
+    code = get_or_empty(get_or_empty(answer, "error", dict), "code", int)
+    return gemini_refusal(code if 400 <= code <= 599 else 502, answer)
 
 
 def read_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines in blocks of bytes, cut anywhere. CR, LF or both end a line, and nothing else (not U+2028)."""
+    """The lines in blocks of bytes, cut anywhere; CR, LF or both end a line, U+2028 does not."""
     pieces: list[bytes] = []  # of a line that has not ended yet; it may be megabytes long
     after_cr = False
-    for block in blocks:
-        if after_cr and block[:1] == b"\n":
-            block, after_cr = block[1:], False
-        after_cr = block[-1:] == b"\r" if block else after_cr
+    for block in filter(None, blocks):
         lines = block.splitlines()
-        if not lines:
-            continue
-        open_end = block[-1] not in b"\r\n"
-        pieces.append(lines[0])
-        if len(lines) == 1 and open_end:
-            continue
-        yield b"".join(pieces)
-        yield from lines[1:-1] if open_end else lines[1:]
-        pieces = [lines[-1]] if open_end and len(lines) > 1 else []
-    if pieces:
+        if after_cr and block[:1] == b"\n":  # it belongs to the CR at the end of the last block
+            del lines[0]
+        after_cr = block[-1:] == b"\r"
+        if block[-1:] in (b"\r", b"\n"):
+            lines.append(b"")  # the beginning of the next line
+        pieces += lines[:1]
+        if len(lines) > 1:
+            yield b"".join(pieces)
+            yield from lines[1:-1]
+            pieces = lines[-1:]
+    if any(pieces):
         yield b"".join(pieces)
 
 
 def read_events(blocks: Iterable[bytes]) -> Iterator[JSON]:
-    """The chunks in Gemini's event stream, decoded from blocks of bytes.
+    """The chunks in Gemini's event stream: https://html.spec.whatwg.org/#parsing-an-event-stream
 
     An error in mid-stream comes as an event, or as bare JSON lines outside of any; both are raised.
     """
     data: list[bytes] = []
     stray: list[bytes] = []
-    for line in read_lines(blocks):
-        line = line[3:] if line[:3] == codecs.BOM_UTF8 else line
+    for raw_line in read_lines(blocks):
+        line = raw_line.removeprefix(codecs.BOM_UTF8)
         if line[:5] == b"data:":
             data.append(line[5:])
-        elif not line:
-            if data:
-                yield read_chunk(b"\n".join(data))
-                data = []
+        elif not line and data:
+            yield read_chunk(b"\n".join(data))
+            data = []
         elif line.partition(b":")[0] not in (b"", b"event", b"id", b"retry"):
             stray.append(line)
     if data:
@@ -2029,9 +1949,7 @@ class ToolCall(NamedTuple):
     args: JSON
     signature: str | None = None
     id: str = ""
-    before: tuple[
-        JSON, ...
-    ] = ()  # parts of Gemini's own tools, which it wants back before the call
+    before: tuple[Part, ...] = ()  # of Gemini's own tools, which it wants back before the call
 
 
 class Media(NamedTuple):
@@ -2060,85 +1978,57 @@ class End(NamedTuple):
     queries: tuple[str, ...] = ()  # what Gemini searched the web for
 
 
-# Gemini's finish reasons in four words. What is not here is "stop": the list grows every few months.
+Event = Union[Text, ToolCall, Media, End]
+
+# Gemini's finish reasons in four words; what is not here is "stop", since the list grows every few
+# months: https://ai.google.dev/api/generate-content#FinishReason, and google-genai's types.
 FINISHES = {
-    "STOP": "stop",
-    "MAX_TOKENS": "length",
-    "CONTINUATION": "length",
-    **dict.fromkeys(
-        (
-            "SAFETY",
-            "RECITATION",
-            "LANGUAGE",
-            "BLOCKLIST",
-            "PROHIBITED_CONTENT",
-            "SPII",
-            "MODEL_ARMOR",
-            "IMAGE_SAFETY",
-            "IMAGE_PROHIBITED_CONTENT",
-            "IMAGE_RECITATION",
-            "IMAGE_OTHER",
-            "NO_IMAGE",
-        ),
-        "filter",
-    ),
-    **dict.fromkeys(
-        (
-            "MALFORMED_FUNCTION_CALL",
-            "UNEXPECTED_TOOL_CALL",
-            "TOO_MANY_TOOL_CALLS",
-            "MALFORMED_RESPONSE",
-            "MISSING_THOUGHT_SIGNATURE",
-        ),
-        "failed",
-    ),
-    "1": "stop",
-    "2": "length",
-    "3": "filter",
-    "4": "filter",  # the enum's numbers, which some recorders write
+    "": "filter",  # a blocked prompt has a block reason instead
+    **dict.fromkeys(("STOP", "1"), "stop"),  # numbers: as some recorders write the enum
+    **dict.fromkeys(("MAX_TOKENS", "2", "CONTINUATION"), "length"),
+    **dict.fromkeys(("SAFETY", "3", "RECITATION", "4", "LANGUAGE", "BLOCKLIST", "SPII"), "filter"),
+    **dict.fromkeys(("PROHIBITED_CONTENT", "MODEL_ARMOR", "IMAGE_OTHER", "NO_IMAGE"), "filter"),
+    **dict.fromkeys(("IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"), "filter"),
+    **dict.fromkeys(("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL"), "failed"),
+    **dict.fromkeys(("TOO_MANY_TOOL_CALLS", "MALFORMED_RESPONSE"), "failed"),
+    "MISSING_THOUGHT_SIGNATURE": "failed",
 }
 
 
 def expect(value: JSON, key: str, kind: type) -> Any:
-    """The value under a key of Gemini's, an empty one where it is absent; a 502 where it is something else."""
-    found = value.get(key)
-    if found is None:
+    """The value under a key of Gemini's, an empty one if there is none; a 502 for another kind."""
+    inner = value.get(key)
+    if inner is None:
         return kind()
-    if type(found) is not kind:
-        raise invalid_answer(f"{key} is {kind_of(found)}")
-    return found
-
-
-GROUNDING = {"groundingMetadata", "citationMetadata"}
+    if type(inner) is not kind:
+        raise invalid_answer(f"{key} is {kind_of(inner)}")
+    return inner
 
 
 def first_candidate(chunk: JSON) -> JSON:
     """The candidate of a chunk, or an empty one: every call asks for one only."""
     for candidate in expect(chunk, "candidates", list):
-        if type(candidate) is not dict:
+        if not isinstance(candidate, dict):
             raise invalid_answer("a candidate is no object")
         if not candidate.get("index"):
             return candidate
     return {}
 
 
-Event = Union[Text, ToolCall, Media, End]
-
-
 def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Event]:
     """What Gemini says, in order, and one End; a 502 where it never ends.
 
     Calls come last, when the answer is complete: a client must not act on one that Gemini takes
-    back, or has answered itself (its own servers do that). A STOP is not always the end, so the last
-    one counts; the token counts are running figures, so the last ones are true.
+    back, or that its own servers have answered. Of finish reasons and token counts the last ones
+    count, as seen in recordings: a STOP is not always the end, and counts are running figures.
     """
     reading = Reading()
     for chunk in chunks:
         candidate = reading.read_chunk(chunk)
         if exchange.prompt is None:
-            exchange.prompt = read_usage(reading.usage)
+            exchange.prompt = reading.usage
         for part in expect(expect(candidate, "content", dict), "parts", list):
-            event = read_part(part, reading)
+            event = reading.read_part(part)
             if event is not None:
                 yield event
     usage = read_usage(reading.usage)
@@ -2160,7 +2050,7 @@ class Reading:
         self.reason = self.message = self.blocked = ""
         self.pieces: list[tuple[str, bool]] = []  # (text, whether it is Gemini's own, not ours)
         self.calls: list[ToolCall] = []
-        self.hosted: list[JSON] = []  # parts of Gemini's own tools, for the call that comes next
+        self.hosted: list[Part] = []  # parts of Gemini's own tools, for the call that comes next
         self.answered: set[str] = set()  # functions that Gemini's servers have answered
 
     def read_chunk(self, chunk: JSON) -> JSON:
@@ -2171,93 +2061,81 @@ class Reading:
         candidate = first_candidate(chunk)
         self.reason = str(candidate.get("finishReason") or "") or self.reason
         self.message = expect(candidate, "finishMessage", str) or self.message
-        for key in GROUNDING & candidate.keys():
-            values = expect(candidate, key, dict).items()
-            self.grounding.update({name: value for name, value in values if value})
+        for key in ("groundingMetadata", "citationMetadata"):
+            self.grounding.update(given(**expect(candidate, key, dict)))
         return candidate
 
-    def end(self, calls: bool, usage: Usage) -> End:
-        finish = FINISHES.get(self.reason, "stop") if self.reason else "filter"
-        queries = get_or_empty(self.grounding, "webSearchQueries", list)
-        citations = read_citations(self.pieces, self.grounding)
-        return End(
-            finish,
-            calls,
-            self.reason or self.blocked,
-            self.message,
-            usage,
-            citations,
-            tuple(query for query in queries if type(query) is str),
-        )
-
-
-def read_part(part: Any, reading: Reading) -> Text | Media | None:
-    """The event of one part; None where it has nothing for the client yet."""
-    if type(part) is not dict:
-        raise invalid_answer("a part is no object")
-    if "text" in part:
-        text = expect(part, "text", str)
-        thought = part.get("thought") is True
-        return text_event(text, thought, True, reading)
-    if "functionCall" in part:
-        reading.calls.append(read_call(part)._replace(before=tuple(reading.hosted)))
-        reading.hosted = []
-    elif "functionResponse" in part:
-        response = expect(part, "functionResponse", dict)
-        reading.answered.add(expect(response, "name", str))
-    elif HOSTED_PARTS & part.keys():
-        reading.hosted.append(part)
-    elif part.get("thought"):
+    def read_part(self, part: Any) -> Text | Media | None:
+        """The event of one part; None where it has nothing for the client yet."""
+        if not isinstance(part, dict):
+            raise invalid_answer("a part is no object")
+        if "text" in part:
+            return self.text(expect(part, "text", str), part.get("thought") is True)
+        if "functionCall" in part:
+            self.calls.append(read_call(part, tuple(self.hosted)))
+            self.hosted = []
+        elif "functionResponse" in part:
+            response = expect(part, "functionResponse", dict)
+            self.answered.add(expect(response, "name", str))
+        elif HOSTED_PARTS & part.keys():
+            self.hosted.append(part)
+        elif not part.get("thought"):
+            return self.read_output(part)
         return None
-    elif "inlineData" in part:
-        data = expect(part, "inlineData", dict)
-        return Media(expect(data, "mimeType", str), expect(data, "data", str))
-    elif "executableCode" in part:
-        code = expect(part, "executableCode", dict)
-        language = expect(code, "language", str).lower()
-        return text_event(fenced(expect(code, "code", str), language), False, False, reading)
-    elif "codeExecutionResult" in part:
+
+    def read_output(self, part: Part) -> Text | Media | None:
+        """Media, and code that Gemini ran, as Markdown: the protocols have no part for it."""
+        if "inlineData" in part:
+            data = expect(part, "inlineData", dict)
+            return Media(expect(data, "mimeType", str), expect(data, "data", str))
+        if "executableCode" in part:
+            code = expect(part, "executableCode", dict)
+            language = expect(code, "language", str).lower()
+            return self.text(fenced(expect(code, "code", str), language), own=False)
         output = expect(expect(part, "codeExecutionResult", dict), "output", str)
-        return text_event(output and fenced(output), False, False, reading)
-    return None
+        return self.text(output and fenced(output), own=False)
+
+    def text(self, text: str, thought: bool = False, own: bool = True) -> Text | None:
+        """The event of a text, in which citations count; `own` is whether Gemini wrote it so."""
+        if not text:
+            return None
+        if not thought:
+            self.pieces.append((text, own))
+        return Text(text, thought)
+
+    def end(self, calls: bool, usage: Usage) -> End:
+        finish = FINISHES.get(self.reason, "stop")
+        searches = get_or_empty(self.grounding, "webSearchQueries", list)
+        queries = tuple(query for query in searches if isinstance(query, str))
+        citations = read_citations(self.pieces, self.grounding)
+        reason = self.reason or self.blocked
+        return End(finish, calls, reason, self.message, usage, citations, queries)
 
 
-def text_event(text: str, thought: bool, own: bool, reading: Reading) -> Text | None:
-    """The event of a text, which citations count in; `own` is whether Gemini wrote it so."""
-    if not text:
-        return None
-    if not thought:
-        reading.pieces.append((text, own))
-    return Text(text, thought)
-
-
-def read_call(part: JSON) -> ToolCall:
+def read_call(part: Part, before: tuple[Part, ...]) -> ToolCall:
     call = expect(part, "functionCall", dict)
-    signature = expect(part, "thoughtSignature", str)
+    signature = expect(part, "thoughtSignature", str) or None
     if signature and not is_base64(signature):
         raise invalid_answer("thoughtSignature is not base64")
-    return ToolCall(expect(call, "name", str), expect(call, "args", dict), signature or None)
+    name, args = expect(call, "name", str), expect(call, "args", dict)
+    return ToolCall(name, args, signature, before=before)
 
 
 def fenced(text: str, language: str = "") -> str:
-    """Code that Gemini ran, or what it printed, as Markdown: the protocols have no part for it."""
     return "\n```{}\n{}\n```\n".format(language, text.rstrip("\n"))
 
 
 def read_usage(usage: JSON) -> Usage:
-    """The token counts of a usageMetadata. Thoughts are output, and results of Gemini's own tools are prompt."""
+    """The token counts of a usageMetadata: thoughts are output, tools' results are prompt."""
 
-    def count(key: str) -> int:
-        value = usage.get(key)
-        return value if type(value) is int and value > 0 else 0
+    def count(key: str, fields: JSON = usage) -> int:
+        number: int = get_or_empty(fields, key, int)
+        return max(0, number)
 
     def audio_tokens(key: str) -> int:
-        details = [
-            detail
-            for detail in get_or_empty(usage, key, list)
-            if get_or_empty(detail, "modality", str) == "AUDIO"
-        ]
-        return sum(max(0, get_or_empty(detail, "tokenCount", int)) for detail in details)
+        details = get_or_empty(usage, key, list)
+        audio = [item for item in details if get_or_empty(item, "modality", str) == "AUDIO"]
+        return sum(count("tokenCount", item) for item in audio)
 
     thoughts = count("thoughtsTokenCount")
     return Usage(
@@ -2271,14 +2149,9 @@ def read_usage(usage: JSON) -> Usage:
 
 
 def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Citation]:
-    """The sources of an answer. Gemini counts in bytes of its own text, a Citation in characters of ours."""
-    said = "".join(text for text, own in pieces if own).encode("utf-8", "surrogatepass")
-    sources = [
-        next((source for source in chunk.values() if get_or_empty(source, "uri", str)), {})
-        if type(chunk) is dict
-        else {}
-        for chunk in get_or_empty(grounding, "groundingChunks", list)
-    ]
+    """The sources of an answer. Gemini counts bytes of its text, a Citation characters of ours."""
+    own_text = "".join(text for text, own in pieces if own).encode("utf-8", "surrogatepass")
+    sources = [grounding_source(item) for item in get_or_empty(grounding, "groundingChunks", list)]
     spans = [
         (get_or_empty(support, "segment", dict), sources[i])
         for support in get_or_empty(grounding, "groundingSupports", list)
@@ -2286,36 +2159,42 @@ def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Cita
         if type(i) is int and 0 <= i < len(sources)
     ]
     spans += [(source, source) for source in get_or_empty(grounding, "citationSources", list)]
-    found = []
+    citations: list[Citation] = []
     for span, source in spans:
-        url, (start, end) = get_or_empty(source, "uri", str), span_of(span, said)
+        url = get_or_empty(source, "uri", str)
         if url:
-            title = get_or_empty(source, "title", str) or url
-            found.append(
-                Citation(character(start, said, pieces), character(end, said, pieces), url, title)
-            )
-    return found
+            start, end = (character(i, own_text, pieces) for i in span_of(span, own_text))
+            citations.append(Citation(start, end, url, get_or_empty(source, "title", str) or url))
+    return citations
 
 
-def span_of(span: JSON, said: bytes) -> tuple[int, int]:
-    """Where a segment begins and ends in the text, in bytes; by its own words where the numbers do not fit them."""
+def grounding_source(item: Any) -> JSON:
+    """The source in one of the groundingChunks, which is under "web", "maps" or the like, or {}."""
+    if not isinstance(item, dict):
+        return {}
+    return next((source for source in item.values() if get_or_empty(source, "uri", str)), {})
+
+
+def span_of(span: JSON, own_text: bytes) -> tuple[int, int]:
+    """The bytes where a segment begins and ends; by its words where the numbers do not fit them."""
     start, end = get_or_empty(span, "startIndex", int), get_or_empty(span, "endIndex", int)
     words = get_or_empty(span, "text", str).encode("utf-8", "surrogatepass")
-    if words and said[start:end] != words and words in said:
-        start = said.index(words)
+    if words and own_text[start:end] != words and words in own_text:
+        start = own_text.index(words)
         end = start + len(words)
     return max(0, start), max(0, end)
 
 
-def character(offset: int, said: bytes, pieces: list[tuple[str, bool]]) -> int:
+def character(offset: int, own_text: bytes, pieces: list[tuple[str, bool]]) -> int:
     """The character of the answer that stands at a byte of Gemini's own text."""
-    left, at = len(said[:offset].decode("utf-8", "ignore")), 0
+    left, position = len(own_text[:offset].decode("utf-8", "ignore")), 0
     for text, own in pieces:
-        if own and left <= len(text):
-            return at + left
-        at += len(text)
-        left -= len(text) if own else 0
-    return at
+        if own:
+            if left <= len(text):
+                return position + left
+            left -= len(text)
+        position += len(text)
+    return position
 
 
 # ======================================================================================
@@ -2685,7 +2564,7 @@ def chat_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder, bod
             raise wrong_type(tool.path_of(wrapper), (dict,), None)
         function = tool.object(wrapper) or tool
         chat_function(function, builder, kind == "custom", namespace, note)
-        builder.strict = builder.strict or bool(function.get("strict", bool))
+        builder.strict |= bool(function.get("strict", bool))
 
 
 # OpenAI's own tools that Gemini has too, by the beginning of their types, which end in dates.
@@ -4129,209 +4008,192 @@ def openai_error(error: ProxyError) -> tuple[int, JSON]:
 # ---- input items ----
 
 
-class History(NamedTuple):
-    """What the input items come to, as it grows."""
+class History:
+    """A conversation as it grows: each input item adds what it says to these lists."""
 
-    model: Model
-    context: Context
-    system: list[Part]
-    contents: list[JSON]
-    signatures: dict[str, str]  # of calls, by their ids, from reasoning items of ours
-    tools: list[Fields]  # the items that bring more tools
-    stored: dict[
-        str, dict[str, JSON]
-    ]  # key of a stored text -> its items by id, as they are looked up
+    def __init__(self, model: Model, context: Context):
+        self.model, self.context = model, context
+        self.system: list[Part] = []
+        self.contents: list[JSON] = []
+        self.tools: list[Fields] = []  # the items that bring more tools
+        self.signatures: dict[str, str] = {}  # call id -> signature, from our own reasoning items
+        self.stored: dict[str, dict[str, JSON]] = {}  # key of a stored text -> its items by id
 
+    def add(self, item: Fields) -> None:
+        """Add one item. A type that is not known is named as ignored."""
+        kind = input_item_type(item)
+        if kind in INPUT_ITEMS:
+            item.mark_read("type", "id", "status")
+            INPUT_ITEMS[kind](self, item)
+        else:
+            item.ignore(f"input[].{kind}")
+            item.mark_read(*item.data)
 
-def openai_item(item: Fields, history: History) -> None:
-    """Add what one item says; what nobody knows is named as ignored."""
-    kind = openai_item_kind(item)
-    if kind in OPENAI_ITEMS:
-        item.mark_read("type", "id", "status")
-        OPENAI_ITEMS[kind](item, history)
-    else:
-        item.ignore(f"input[].{kind}")
+    def add_message(self, item: Fields) -> None:
+        item.mark_read("phase")
+        openai_turn(item, self.model, self.system, self.contents)
+
+    def add_call(self, item: Fields) -> None:
+        """A call of a function or of a custom tool."""
+        call_id, id_signature = split_signed_id(item.require("call_id", str))
+        name = qualified_name(item.get("namespace", str), item.require("name", str))
+        if item.data["type"] == "custom_tool_call":
+            args = {CUSTOM_INPUT: item.get("input", str) or ""}
+        else:
+            args = call_arguments(item.get("arguments", str, dict))
+        signature = client_signature(item, item) or self.signatures.get(call_id) or id_signature
+        self.contents.append(model_turn(call_part(name, args, call_id, signature)))
+
+    def add_output(self, item: Fields) -> None:
+        """The result of such a call."""
+        part = tool_message_part(item, "output", "call_id", self.model)
+        self.contents.append(user_turn(part))
+
+    def add_local_call(self, item: Fields) -> None:
+        """A call of one of OpenAI's tools on the client's machine; to Gemini it is a function."""
+        call_id = item.get("call_id", str) or item.get("id", str)
+        args = item.get("action", dict) or item.get("operation", dict) or {}
+        item.mark_read("environment", "max_output_length")
+        name = item.data["type"][: -len("_call")]
+        self.contents.append(model_turn(call_part(name, args, call_id)))
+
+    def add_local_output(self, item: Fields) -> None:
+        """What such a tool printed: a text, or a list of streams and outcomes."""
+        call_id = item.get("call_id", str) or item.get("id", str)
+        content = item.get("output", str, list)
+        item.mark_read("max_output_length")
+        if not isinstance(content, str):
+            content = {"output": content or item.data.get("status")}
+        self.contents.append(user_turn(result_part(None, content, call_id)))
+
+    def add_reasoning(self, item: Fields) -> None:
+        """The signatures in it. Its words do not go back to the model."""
+        item.mark_read("summary", "content")
+        text = item.get("encrypted_content", str)
+        signatures = text and signatures_in(text, self.model)
+        if signatures:
+            self.signatures.update(signatures)
+        elif text:
+            item.ignore("input[].encrypted_content")
+
+    def add_image(self, item: Fields) -> None:
+        """An image that the model made earlier."""
+        item.mark_read("revised_prompt", "background", "output_format", "quality", "size", "action")
+        data = item.get("result", str)
+        if data:
+            self.contents.append(model_turn(media_part(data, None, item.path_of("result"))))
+
+    def add_reference(self, item: Fields) -> None:
+        """The stored item with this id, which names its response; a 404 if it is not stored."""
+        item_id = item.require("id", str)
+        key = reference_key(item_id)
+        if key not in self.stored:
+            self.stored[key] = {entry["id"]: entry for entry in stored_items(key, self.context)}
+        entry = self.stored[key].get(item_id)
+        if entry is None or entry.get("type") == "item_reference":
+            why = "it was not stored, or is forgotten. Send the item itself, or leave it out."
+            raise ProxyError(404, f"Item with id '{item_id[:80]}' not found: {why}", path="input")
+        self.add(Fields(entry, item.path))
+
+    def add_tools(self, item: Fields) -> None:
+        item.mark_read("role")
+        self.tools.append(item)
+
+    def skip(self, item: Fields) -> None:
+        """A search of Gemini's: the text that followed has its results."""
         item.mark_read(*item.data)
 
 
-def openai_item_kind(item: Fields) -> str:
-    """The type of an item, which messages and references need not say."""
+INPUT_ITEMS: dict[str, Callable[[History, Fields], None]] = {
+    "message": History.add_message,
+    "reasoning": History.add_reasoning,
+    "item_reference": History.add_reference,
+    "function_call": History.add_call,
+    "function_call_output": History.add_output,
+    "custom_tool_call": History.add_call,
+    "custom_tool_call_output": History.add_output,
+    "local_shell_call": History.add_local_call,
+    "local_shell_call_output": History.add_local_output,
+    "shell_call": History.add_local_call,
+    "shell_call_output": History.add_local_output,
+    "apply_patch_call": History.add_local_call,
+    "apply_patch_call_output": History.add_local_output,
+    "image_generation_call": History.add_image,
+    "web_search_call": History.skip,
+    "additional_tools": History.add_tools,
+}
+
+
+def input_item_type(item: Fields) -> str:
+    """The type of an item. Messages and references may leave it out."""
     if item.data.get("type") is None and "role" in item.data:
         return "message"
     if item.data.get("type") is None and item.data.get("id") and item.data.keys() <= {"id", "type"}:
         return "item_reference"
-    return item.require("type", str)
+    return str(item.require("type", str))
 
 
-def openai_message_item(item: Fields, history: History) -> None:
-    item.mark_read("phase")
-    openai_turn(item, history.model, history.system, history.contents)
-
-
-def openai_call_item(item: Fields, history: History) -> None:
-    """A call of a function or of a custom tool."""
-    told = item.require("call_id", str)
-    name = qualified_name(item.get("namespace", str), item.require("name", str))
-    if item.data["type"] == "custom_tool_call":
-        args = {CUSTOM_INPUT: item.get("input", str) or ""}
-    else:
-        args = call_arguments(item.get("arguments", str, dict))
-    id, laden = split_signed_id(told)
-    signature = client_signature(item, item) or history.signatures.get(id) or laden
-    history.contents.append(model_turn(call_part(name, args, id, signature)))
-
-
-def openai_output_item(item: Fields, history: History) -> None:
-    """The result of such a call."""
-    history.contents.append(user_turn(tool_message_part(item, "output", "call_id", history.model)))
-
-
-def openai_local_call_item(item: Fields, history: History) -> None:
-    """A call of one of OpenAI's own tools that run on the client's machine, as one of a function."""
-    id, args = (
-        item.get("call_id", str) or item.get("id", str),
-        item.get("action", dict) or item.get("operation", dict),
-    )
-    item.mark_read("environment", "max_output_length")
-    history.contents.append(
-        model_turn(call_part(item.data["type"][: -len("_call")], args or {}, id))
-    )
-
-
-def openai_local_output_item(item: Fields, history: History) -> None:
-    """What such a tool printed: a text, or a list of streams and outcomes."""
-    id, output = item.get("call_id", str) or item.get("id", str), item.get("output", str, list)
-    item.mark_read("max_output_length")
-    content = output if type(output) is str else {"output": output or item.data.get("status")}
-    history.contents.append(user_turn(result_part(None, content, id)))
-
-
-def openai_reasoning_item(item: Fields, history: History) -> None:
-    """The signatures in it; its words do not go back. What another model has sealed is of no use here."""
-    item.mark_read("summary", "content")
-    seal = item.get("encrypted_content", str)
-    signatures = unsealed(seal, history.model) if seal else {}
-    if signatures is None:
-        item.ignore("input[].encrypted_content")
-    history.signatures.update(signatures or {})
-
-
-def openai_image_item(item: Fields, history: History) -> None:
-    """A picture that the model drew earlier."""
-    item.mark_read("revised_prompt", "background", "output_format", "quality", "size", "action")
-    data = item.get("result", str)
-    if data:
-        history.contents.append(model_turn(media_part(data, None, item.path_of("result"))))
-
-
-def openai_reference_item(item: Fields, history: History) -> None:
-    """An item of a stored response, by its id, which tells the response; a 404 where it is not there."""
-    id = item.require("id", str)
-    key = reference_key(id)
-    if key not in history.stored:
-        history.stored[key] = {entry["id"]: entry for entry in stored_items(key, history.context)}
-    stored = history.stored[key].get(id)
-    if stored is None or stored.get("type") == "item_reference":
-        raise ProxyError(
-            404,
-            f"Item with id '{id[:80]}' not found: it was not stored, or is forgotten. "
-            "Send the item itself, or leave it out.",
-            path="input",
-        )
-    openai_item(Fields(stored, item.path), history)
-
-
-def openai_more_tools_item(item: Fields, history: History) -> None:
-    item.mark_read("role")
-    history.tools.append(item)
-
-
-def openai_finished_item(item: Fields, history: History) -> None:
-    """A search of Gemini's: its results are in the text that followed."""
-    item.mark_read(*item.data)
-
-
-OPENAI_ITEMS: dict[str, Callable[[Fields, History], None]] = {
-    "message": openai_message_item,
-    "reasoning": openai_reasoning_item,
-    "item_reference": openai_reference_item,
-    "function_call": openai_call_item,
-    "function_call_output": openai_output_item,
-    "custom_tool_call": openai_call_item,
-    "custom_tool_call_output": openai_output_item,
-    **dict.fromkeys(("local_shell_call", "shell_call", "apply_patch_call"), openai_local_call_item),
-    **dict.fromkeys(
-        ("local_shell_call_output", "shell_call_output", "apply_patch_call_output"),
-        openai_local_output_item,
-    ),
-    "image_generation_call": openai_image_item,
-    "web_search_call": openai_finished_item,
-    "additional_tools": openai_more_tools_item,
-}
-
-
-def sealed(calls: list[ToolCall], model: Model) -> str | None:
-    """The signatures of these calls as the opaque text of a reasoning item; None where there are none."""
+def encrypted_content(calls: list[ToolCall], model: Model) -> str:
+    """The signatures of these calls as an opaque text, which clients send back; "" if none."""
     signatures = {call.id: call.signature for call in calls if call.signature}
-    seal = {"generation": generation_number(model), "signatures": signatures}
-    return base64.b64encode(encode_json(seal).encode()).decode() if signatures else None
+    if not signatures:
+        return ""
+    content = {"generation": generation_number(model), "signatures": signatures}
+    return base64.b64encode(encode_json(content).encode()).decode()
 
 
-def unsealed(text: str, model: Model) -> dict[str, str] | None:
-    """The signatures that `sealed` has put into a text; None where it is not ours, or another generation's."""
+def signatures_in(text: str, model: Model) -> dict[str, str]:
+    """The signatures in an encrypted_content; none if it is not ours, or of other models."""
     try:
-        seal = parsed_object(base64.b64decode(text, validate=True).decode())
+        content = parsed_object(base64.b64decode(text, validate=True).decode())
     except ValueError:
-        return None
-    if get_or_empty(seal, "generation", int) != generation_number(model):
-        return None
-    signatures = get_or_empty(seal, "signatures", dict).items()
-    return {
-        id: value for id, value in signatures if type(value) is str and is_base64(value)
-    } or None
+        return {}
+    if get_or_empty(content, "generation", int) != generation_number(model):
+        return {}
+    signatures: JSON = get_or_empty(content, "signatures", dict)
+    return {key: text for key, text in signatures.items() if type(text) is str and is_base64(text)}
 
 
 # ---- what is stored ----
 
 
-def reference_key(id: str) -> str:
+def reference_key(item_id: str) -> str:
     """The key of the stored text that holds the item with this id, such as "msg_TAIL_i0"."""
-    tail, _, position = id.partition("_")[2].rpartition("_")
+    tail, _, position = item_id.partition("_")[2].rpartition("_")
     return f"{'input' if position[:1] == 'i' else 'response'}:resp_{tail}"
 
 
-def stored_keys(id: str) -> list[str]:
-    """The keys under which a response and its input are stored: apart, for the input is larger."""
-    return [f"response:{id}", f"input:{id}"]
+def stored_keys(response_id: str) -> list[str]:
+    """The keys of a response and of its input, which is stored apart because it is larger."""
+    return [f"response:{response_id}", f"input:{response_id}"]
 
 
 def openai_keys(body: Fields, context: Context) -> list[str]:
-    """The keys of what a request for a response rests on; stored_links finds what that rests on."""
-    keys: list[str] = []
+    """The keys of the stored texts that a request builds on; stored_links names the next ones."""
+    keys = reference_keys(body.data.get("input"))
     previous = body.data.get("previous_response_id")
-    if type(previous) is str:
+    if isinstance(previous, str):
         keys += stored_keys(previous)
-    return keys + reference_keys(body.data.get("input"))
-
-
-def reference_keys(items: Any) -> list[str]:
-    """The keys of the items that input items refer to."""
-    keys: list[str] = []
-    for item in items if type(items) is list else ():
-        if type(item) is dict and item.get("type") in (None, "item_reference"):
-            id = item.get("id")
-            keys += [reference_key(id)] if type(id) is str else []
     return keys
 
 
+def reference_keys(items: Any) -> list[str]:
+    """The keys of the items that these input items refer to."""
+    if not isinstance(items, list):
+        return []
+    objects = [item for item in items if isinstance(item, dict)]
+    ids = [item.get("id") for item in objects if item.get("type") in (None, "item_reference")]
+    return [reference_key(item_id) for item_id in ids if isinstance(item_id, str)]
+
+
 def stored_links(key: str, text: str) -> list[str]:
-    """The keys to which a stored text leads: all recipes, an earlier response, items referred to."""
+    """The keys to which a stored text leads: recipes, an earlier response, items referred to."""
     if key == RECIPE + "*":
         return text.splitlines()
     if not text or key.startswith(RECIPE):
         return []
     value = json.loads(text)
-    if type(value) is list:
+    if isinstance(value, list):
         return reference_keys(value)
     previous = value["previous_response_id"]
     return stored_keys(previous) if previous else []
@@ -4339,55 +4201,51 @@ def stored_links(key: str, text: str) -> list[str]:
 
 def stored_value(key: str, context: Context) -> Any:
     """The response or the input stored under a key, or None."""
-    text = context.stored.get(key)
-    return json.loads(text) if text else None
+    return json.loads(context.stored.get(key) or "null")
 
 
 def stored_items(key: str, context: Context) -> list[JSON]:
     """The items of the response or of the input stored under a key."""
-    value = stored_value(key, context)
-    if type(value) is dict:
-        return list(value["output"])
-    return value or []
+    value = stored_value(key, context) or []
+    return list(value["output"] if isinstance(value, dict) else value)
 
 
-def openai_past(id: str | None, context: Context) -> list[JSON]:
-    """The items of all responses up to this one, the oldest first; OpenAI's 404 where one of them is forgotten."""
+def past_items(response_id: str | None, context: Context) -> list[JSON]:
+    """The items of all responses up to this one, oldest first; OpenAI's 404 if one is missing."""
     past: list[list[JSON]] = []
-    while id:
-        response, items = (stored_value(key, context) for key in stored_keys(id))
+    while response_id:
+        response, items = (stored_value(key, context) for key in stored_keys(response_id))
         if response is None or items is None:
-            raise ProxyError(
-                404,
-                f"Previous response with id '{id[:80]}' not found.",
-                code="previous_response_not_found",
-                path="previous_response_id",
-            )
+            message = f"Previous response with id '{response_id[:80]}' not found."
+            code, path = "previous_response_not_found", "previous_response_id"
+            raise ProxyError(404, message, code=code, path=path)
         past.append(items + response["output"])
-        id = response["previous_response_id"]
+        response_id = response["previous_response_id"]
     return [item for items in reversed(past) for item in items]
 
 
-def openai_kept_items(told: str | list[JSON], tail: str) -> list[JSON]:
-    """The input as a list of items that have types and ids."""
-    items = [{"role": "user", "content": told}] if type(told) is str else told
-    out = []
-    for i, item in enumerate(items):
-        item = {key: value for key, value in item.items() if value is not None}
-        kind = (
-            "message" if "role" in item else "item_reference"
-        )  # where an item does not say what it is
-        item = {"id": f"{'msg' if 'role' in item else 'item'}_{tail}_i{i}", "type": kind, **item}
-        if item["type"] == "message" and type(item.get("content")) is str:
-            kind = "output_text" if item.get("role") == "assistant" else "input_text"
-            more = {"annotations": []} if kind == "output_text" else {}
-            item["content"] = [{"type": kind, "text": item["content"], **more}]
-        out.append(
-            {**item, "status": item.get("status") or "completed"}
-            if item["type"] == "message"
-            else item
-        )
-    return out
+def input_items(content: str | list[JSON], tail: str) -> list[JSON]:
+    """A request's input as it is stored: items, each with an id that has this tail in it."""
+    if isinstance(content, str):
+        content = [{"role": "user", "content": content}]
+    return [input_item(item, f"{tail}_i{i}") for i, item in enumerate(content)]
+
+
+def input_item(item: JSON, tail: str) -> JSON:
+    """An item without nulls, with its type and id, and a message's content as parts."""
+    item = {key: value for key, value in item.items() if value is not None}
+    if "role" in item:
+        item = {"id": f"msg_{tail}", "type": "message", **item}
+    else:
+        item = {"id": f"item_{tail}", "type": "item_reference", **item}
+    if item["type"] != "message":
+        return item
+    text = item.get("content")
+    if isinstance(text, str) and item.get("role") == "assistant":
+        item["content"] = [{"type": "output_text", "text": text, "annotations": []}]
+    elif isinstance(text, str):
+        item["content"] = [{"type": "input_text", "text": text}]
+    return {**item, "status": item.get("status") or "completed"}
 
 
 # ---- the request ----
@@ -4397,13 +4255,14 @@ class ResponseOptions(NamedTuple):
     """What only the answer to a response's request can fulfil."""
 
     echo: JSON  # what a response repeats of its request
-    items: str | list[JSON]  # the client's own items, to be stored
-    summary: bool  # thoughts are wanted
-    included: list[str]  # signatures in reasoning items, sources in searches
+    items: str | list[JSON]  # the input, to be stored
+    thoughts: bool  # whether the client wants to see them
+    signatures: bool  # whether it wants those of calls, in reasoning items
+    sources: bool  # whether it wants those of searches
 
-    @property
-    def sealed(self) -> bool:
-        return "reasoning.encrypted_content" in self.included
+
+# What `include` may name; what else OpenAI has there, Gemini does not have.
+SIGNATURES, SOURCES = "reasoning.encrypted_content", "web_search_call.action.sources"
 
 
 def openai_responses_request(body: Fields, context: Context) -> Plan:
@@ -4418,19 +4277,12 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     show = summary is not None or (context.ollama and effort != "none")
     fields, google = openai_google(body)
     limit = openai_limit(body, "max_output_tokens", context)
-    chat = Chat(
-        model,
-        history.system,
-        history.contents,
-        tools,
-        choice,
-        Thinking(effort, show=show, field="reasoning.effort", google=google),
-        openai_sampling(body, model, limit, context),
-        openai_response_format(text, "format"),
-        fields=fields,
-        recipe=recipe_named(model_name, context),
-        stream=bool(body.get("stream", bool)),
-    )
+    thinking = Thinking(effort, show=show, field="reasoning.effort", google=google)
+    sampling = openai_sampling(body, model, limit, context)
+    schema = openai_response_format(text, "format")
+    chat = Chat(model, history.system, history.contents, tools, choice, thinking, sampling, schema)
+    recipe, stream = recipe_named(model_name, context), bool(body.get("stream", bool))
+    chat = chat._replace(fields=fields, recipe=recipe, stream=stream)
     echo = {
         **openai_echo(body, text),
         "model": model_name,
@@ -4438,87 +4290,74 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
         "reasoning": {"effort": effort, "summary": summary},
         "service_tier": fields.get("serviceTier", "default"),
     }
-    options = ResponseOptions(
-        echo,
-        body.data.get("input") or [],
-        show or bool(google.get("includeThoughts")),
-        openai_included(body),
-    )
-    return Plan((chat_call(chat, body),), chat.stream, options, model_name, chat=chat)
+    included = body.strings("include")
+    for name in included:
+        if name not in (SIGNATURES, SOURCES):
+            body.ignore(f"include.{name}")
+    items, thoughts = body.data.get("input") or [], show or bool(google.get("includeThoughts"))
+    options = ResponseOptions(echo, items, thoughts, SIGNATURES in included, SOURCES in included)
+    return Plan((chat_call(chat, body),), stream, options, model_name, chat=chat)
 
 
 def openai_history(body: Fields, model: Model, context: Context) -> History:
-    """The conversation: the earlier responses, whose instructions do not count any more, and then the input."""
+    """The conversation: the earlier responses without their instructions, and then the input."""
     for key, kinds in (("conversation", (str, dict)), ("prompt", (dict,))):
         if body.data.get(key) and type(body.data[key]) in kinds:
-            raise wrong_value(
-                key, f"Invalid value for '{key}': it is kept at OpenAI; send the items themselves."
-            )
-    instructions, previous = body.get("instructions", str), body.get("previous_response_id", str)
-    told = body.get("input", str, list)
-    if not (told or instructions or previous):
-        raise ProxyError(
-            400,
-            "Missing required parameter: 'input'.",
-            code="missing_required_parameter",
-            path="input",
-        )
-    history = History(
-        model, context, [text_part(instructions)] if instructions else [], [], {}, [], {}
-    )
-    for i, item in enumerate(openai_past(previous, context)):
-        openai_item(Fields(item, f"previous_response_id[{i}]"), history)
-    if type(told) is str:
-        history.contents.append(user_turn(text_part(told)))
+            why = "it is kept at OpenAI; send the items themselves"
+            raise wrong_value(key, f"Invalid value for '{key}': {why}.")
+    instructions = body.get("instructions", str)
+    previous = body.get("previous_response_id", str)
+    content = body.get("input", str, list)
+    if not (content or instructions or previous):
+        message = "Missing required parameter: 'input'."
+        raise ProxyError(400, message, code="missing_required_parameter", path="input")
+    history = History(model, context)
+    if instructions:
+        history.system.append(text_part(instructions))
+    for i, item in enumerate(past_items(previous, context)):
+        history.add(Fields(item, f"previous_response_id[{i}]"))
+    if isinstance(content, str):
+        history.contents.append(user_turn(text_part(content)))
     else:
-        for item in body.objects("input"):
-            openai_item(item, history)
+        for entry in body.objects("input"):
+            history.add(entry)
     return history
 
 
 def openai_reasoning(body: Fields) -> tuple[str | None, str | None]:
-    """(the effort to think with, how the thoughts are to be told), each None where it is not said."""
+    """(the effort to think with, the kind of summary); None where the request does not say."""
     reasoning = body.object("reasoning")
     if reasoning is None:
         return body.choice("reasoning_effort", *EFFORTS), None
-    summaries = [
-        reasoning.choice(key, "auto", "concise", "detailed", "none")
-        for key in ("summary", "generate_summary")
-    ]
-    summary = next((word for word in summaries if word), None)
-    return reasoning.choice("effort", *EFFORTS), None if summary == "none" else summary
-
-
-def openai_included(body: Fields) -> list[str]:
-    """What is to be told besides; most that OpenAI could tell is not there."""
-    names = body.strings("include")
-    for name in names:
-        if name not in ("reasoning.encrypted_content", "web_search_call.action.sources"):
-            body.ignore(f"include.{name}")
-    return names
+    kinds = ("auto", "concise", "detailed", "none")
+    summary, older = (reasoning.choice(key, *kinds) for key in ("summary", "generate_summary"))
+    summary = summary or older
+    if summary == "none":
+        summary = None
+    return reasoning.choice("effort", *EFFORTS), summary
 
 
 def openai_echo(body: Fields, text: Fields) -> JSON:
-    """What a response repeats of its request. What is not read here is not heeded either, and told as ignored."""
-    told, store = body.data, body.get("store", bool)
+    """What a response repeats of its request. What is only repeated stays unread, thus ignored."""
+    data, store = body.data, body.get("store", bool)
     return {
         "background": False,
-        "instructions": told.get("instructions"),
-        "max_output_tokens": told.get("max_output_tokens"),
-        "max_tool_calls": get_or_empty(told, "max_tool_calls", int) or None,
+        "instructions": data.get("instructions"),
+        "max_output_tokens": data.get("max_output_tokens"),
+        "max_tool_calls": get_or_empty(data, "max_tool_calls", int) or None,
         "metadata": body.get("metadata", dict) or {},
-        "previous_response_id": told.get("previous_response_id"),
-        "prompt_cache_key": get_or_empty(told, "prompt_cache_key", str) or None,
-        "safety_identifier": get_or_empty(told, "safety_identifier", str) or None,
+        "previous_response_id": data.get("previous_response_id"),
+        "prompt_cache_key": get_or_empty(data, "prompt_cache_key", str) or None,
+        "safety_identifier": get_or_empty(data, "safety_identifier", str) or None,
         "store": store is not False,
-        "temperature": told.get("temperature"),
+        "temperature": data.get("temperature"),
         "text": {**text.data, "format": text.data.get("format") or {"type": "text"}},
-        "tool_choice": told.get("tool_choice") or "auto",
-        "tools": [openai_echoed_tool(tool) for tool in told.get("tools") or ()],
-        "top_logprobs": get_or_empty(told, "top_logprobs", int),
-        "top_p": told.get("top_p"),
+        "tool_choice": data.get("tool_choice") or "auto",
+        "tools": [openai_echoed_tool(tool) for tool in data.get("tools") or ()],
+        "top_logprobs": get_or_empty(data, "top_logprobs", int),
+        "top_p": data.get("top_p"),
         "truncation": body.choice("truncation", "auto", "disabled") or "disabled",
-        "user": get_or_empty(told, "user", str) or None,
+        "user": get_or_empty(data, "user", str) or None,
     }
 
 
@@ -4532,285 +4371,251 @@ def openai_echoed_tool(tool: JSON) -> JSON:
 # ---- the answer ----
 
 
-class ItemShape(NamedTuple):
-    """An item that comes bit by bit: its id, its key and kind of parts, and the words of its events."""
+class MessageItem:
+    """A message while its text comes, in a single part; and what its events have in common."""
 
-    prefix: str
-    key: str
-    kind: str
-    index: str
-    part: str
-    text: str
-    lists: tuple[str, ...]  # what its parts have besides the text
+    prefix, part_event, text_event = "msg_", "content_part", "output_text"
+
+    def __init__(self, start: int):
+        self.start = start  # of its text in the text of the whole answer
+        self.pieces: list[str] = []
+        self.annotations: list[JSON] = []  # some are known only after the message has ended
+        self.place: JSON = {"content_index": 0}  # of the part, in events
+        self.more: JSON = {"logprobs": []}  # in events about text
+
+    def item(self) -> JSON:
+        return {"type": "message", "status": "in_progress", "role": "assistant", "content": []}
+
+    def part(self) -> JSON:
+        text = {"type": "output_text", "text": "".join(self.pieces)}
+        return {**text, "annotations": self.annotations, "logprobs": []}
+
+    def final(self, status: str) -> JSON:
+        return {"content": [self.part()], "status": status}
 
 
-ITEM_SHAPES = {
-    "message": ItemShape(
-        "msg_",
-        "content",
-        "output_text",
-        "content_index",
-        "content_part",
-        "output_text",
-        ("annotations", "logprobs"),
-    ),
-    "reasoning": ItemShape(
-        "rs_",
-        "summary",
-        "summary_text",
-        "summary_index",
-        "reasoning_summary_part",
-        "reasoning_summary_text",
-        (),
-    ),
-}
+class ReasoningItem:
+    """A summary of thoughts while its text comes, likewise."""
+
+    prefix, part_event, text_event = "rs_", "reasoning_summary_part", "reasoning_summary_text"
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.place: JSON = {"summary_index": 0}
+        self.more: JSON = {}
+
+    def item(self) -> JSON:
+        return {"type": "reasoning", "summary": []}
+
+    def part(self) -> JSON:
+        return {"type": "summary_text", "text": "".join(self.pieces)}
+
+    def final(self, status: str) -> JSON:
+        return {"summary": [self.part()]}
 
 
 class ResponseBuilder:
-    """A response as it grows, and the events that tell of it: one item after the other, each whole at its end.
+    """A response as it grows, and its events: one item after the other, each ended before the next.
 
-    (The order of events, and what client libraries make of any other: openai-python's lib/streaming/responses.)
+    Client libraries insist on this order: openai-python's lib/streaming/responses, and openai-node,
+    which takes output_index for the order in which the items came.
     """
 
     def __init__(self, exchange: Exchange):
-        self.exchange, self.options, self.count = exchange, exchange.options, 0
-        id = exchange.new_id("resp_")
-        self.tail = id.partition("_")[2]  # which every item's id has in it
+        assert exchange.chat is not None
+        self.exchange, self.chat = exchange, exchange.chat
+        self.options: ResponseOptions = exchange.options
+        self.count = 0  # events so far
+        self.length = 0  # characters of the answer's text so far
+        self.open: MessageItem | ReasoningItem | None = None  # the item that has not ended
+        self.messages: list[MessageItem] = []
         self.output: list[JSON] = []
-        self.response = {
-            "id": id,
-            "object": "response",
-            "created_at": int(exchange.created),
-            "completed_at": None,
-            "status": "in_progress",
-            "error": None,
-            "incomplete_details": None,
-            **self.options.echo,
-            "output": self.output,
-            "usage": None,
-        }
-        self.open: ItemShape | None = None  # of the item that has not ended yet
-        self.pieces: list[str] = []  # its text
-        self.messages: list[
-            tuple[int, int]
-        ] = []  # (where it begins in the answer's text, its index) of each message
-        self.said = 0  # characters of the answer so far
+        response_id = exchange.new_id("resp_")
+        self.tail = response_id.partition("_")[2]  # of the id of every item
+        self.response: JSON = {"id": response_id, "object": "response"}
+        self.response.update(created_at=int(exchange.created), completed_at=None)
+        self.response.update(status="in_progress", error=None, incomplete_details=None)
+        self.response.update(self.options.echo, output=self.output, usage=None)
 
-    def event(self, kind: str, **more: Any) -> JSON:
-        event = {"type": "response." + kind, "sequence_number": self.count, **more}
+    def event(self, kind: str, **fields: Any) -> JSON:
         self.count += 1
-        return event
+        return {"type": f"response.{kind}", "sequence_number": self.count - 1, **fields}
 
-    def here(self, kind: str, **more: Any) -> JSON:
+    def item_event(self, kind: str, **fields: Any) -> JSON:
         """An event about the last item."""
-        return self.event(
-            kind, item_id=self.output[-1]["id"], output_index=len(self.output) - 1, **more
-        )
+        index = len(self.output) - 1
+        return self.event(kind, item_id=self.output[index]["id"], output_index=index, **fields)
 
     def begin(self) -> Iterator[JSON]:
         for kind in ("created", "in_progress"):
             yield self.event(kind, response={**self.response, "output": []})
 
-    def add(self, prefix: str, item: JSON) -> JSON:
+    def add(self, prefix: str, fields: JSON) -> JSON:
         """The event of a new item."""
-        item = {"id": f"{prefix}{self.tail}_{len(self.output)}", **item}
-        self.output.append(item)
-        return self.event("output_item.added", output_index=len(self.output) - 1, item=item)
+        index = len(self.output)
+        self.output.append({"id": f"{prefix}{self.tail}_{index}", **fields})
+        return self.event("output_item.added", output_index=index, item=self.output[index])
 
-    def done(self, **more: Any) -> JSON:
-        """The event of the last item, when it is whole."""
-        self.output[-1] = {**self.output[-1], **more}
-        return self.event(
-            "output_item.done", output_index=len(self.output) - 1, item=self.output[-1]
-        )
+    def done(self, **fields: Any) -> JSON:
+        """The event of the last item's end, with its last fields."""
+        index = len(self.output) - 1
+        self.output[index] = {**self.output[index], **fields}
+        return self.event("output_item.done", output_index=index, item=self.output[index])
 
-    def say(self, kind: str, text: str) -> Iterator[JSON]:
-        """A bit of a message or of reasoning."""
-        if self.open is not ITEM_SHAPES[kind]:
+    def start(self, item: MessageItem | ReasoningItem) -> Iterator[JSON]:
+        self.open = item
+        yield self.add(item.prefix, item.item())
+        yield self.item_event(f"{item.part_event}.added", **item.place, part=item.part())
+
+    def start_message(self) -> Iterator[JSON]:
+        message = MessageItem(self.length)
+        self.messages.append(message)
+        yield from self.start(message)
+
+    def add_text(self, text: str) -> Iterator[JSON]:
+        if not isinstance(self.open, MessageItem):
             yield from self.close()
-            yield from self.start(kind)
-        self.pieces.append(text)
-        more = {"logprobs": []} if kind == "message" else {}
-        yield self.here(self.open.text + ".delta", **{self.open.index: 0}, delta=text, **more)
+            yield from self.start_message()
+        self.length += len(text)
+        yield self.delta(text)
 
-    def start(self, kind: str) -> Iterator[JSON]:
-        self.open, self.pieces = ITEM_SHAPES[kind], []
-        if kind == "message":
-            self.messages.append((self.said, len(self.output)))
-        more = {"status": "in_progress", "role": "assistant"} if kind == "message" else {}
-        yield self.add(self.open.prefix, {"type": kind, **more, self.open.key: []})
-        yield self.here(self.open.part + ".added", **{self.open.index: 0}, part=self.part())
+    def add_thought(self, text: str) -> Iterator[JSON]:
+        if not isinstance(self.open, ReasoningItem):
+            yield from self.close()
+            yield from self.start(ReasoningItem())
+        yield self.delta(text)
 
-    def close(
-        self, status: str = "completed", citations: Iterable[Citation] = (), **more: Any
-    ) -> Iterator[JSON]:
-        """The end of the message or the reasoning that has not ended yet, if there is one."""
-        form = self.open
-        if form is None:
+    def delta(self, text: str) -> JSON:
+        item = self.open
+        assert item is not None
+        item.pieces.append(text)
+        return self.item_event(f"{item.text_event}.delta", **item.place, delta=text, **item.more)
+
+    def close(self, status: str = "completed", **fields: Any) -> Iterator[JSON]:
+        """The end of the message or the thoughts, if either is open."""
+        item = self.open
+        if item is None:
             return
-        part = self.part()
-        text = part["text"]
-        at, logprobs = {form.index: 0}, {"logprobs": []} if form.key == "content" else {}
-        if form.key == "content":
-            part["annotations"] = [self.annotation(citation) for citation in citations]
-            for i, annotation in enumerate(part["annotations"]):
-                yield self.here(
-                    "output_text.annotation.added", **at, annotation_index=i, annotation=annotation
-                )
-            self.said += len(text)
-            more["status"] = status
-        yield self.here(form.text + ".done", **at, text=text, **logprobs)
-        yield self.here(form.part + ".done", **at, part=part)
-        yield self.done(**{form.key: [part]}, **more)
+        part = item.part()
+        done = f"{item.text_event}.done"
+        yield self.item_event(done, **item.place, text=part["text"], **item.more)
+        yield self.item_event(f"{item.part_event}.done", **item.place, part=part)
+        yield self.done(**item.final(status), **fields)
         self.open = None
 
-    def part(self) -> JSON:
-        """What the item that has not ended has in it so far."""
-        return {
-            "type": self.open.kind,
-            "text": "".join(self.pieces),
-            **{key: [] for key in self.open.lists},
-        }
+    def cite(self, citations: list[Citation]) -> Iterator[JSON]:
+        """Add each source to the message that rests on it. Only an open one has events for it."""
+        for citation in citations:
+            messages = (item for item in reversed(self.messages) if item.start <= citation.start)
+            message = next(messages, None)
+            if message is None:
+                continue
+            annotation = {
+                "type": "url_citation",
+                "start_index": max(0, citation.start - message.start),
+                "end_index": max(0, citation.end - message.start),
+                "url": citation.url,
+                "title": citation.title,
+            }
+            message.annotations.append(annotation)
+            if message is self.open:
+                place = {**message.place, "annotation_index": len(message.annotations) - 1}
+                kind = "output_text.annotation.added"
+                yield self.item_event(kind, **place, annotation=annotation)
 
-    def annotation(self, citation: Citation, start: int | None = None) -> JSON:
-        """A source, counted from the beginning of its own message."""
-        start = self.messages[-1][0] if start is None else start
-        return {
-            "type": "url_citation",
-            "start_index": max(0, citation.start - start),
-            "end_index": max(0, citation.end - start),
-            "url": citation.url,
-            "title": citation.title,
-        }
-
-    def call(self, call: ToolCall) -> Iterator[JSON]:
-        name, tools = call.name, self.exchange.chat.tools
-        namespace = tools.namespaces.get(name)
-        short = name[len(namespace) + 1 :] if namespace else name
-        if name in tools.custom:
-            kind, prefix, key, value, more = (
-                "custom_tool_call",
-                "ctc_",
-                "input",
-                custom_input(call),
-                {},
-            )
+    def add_call(self, call: ToolCall) -> Iterator[JSON]:
+        namespace = self.chat.tools.namespaces.get(call.name)
+        name = call.name.removeprefix(qualified_name(namespace, ""))
+        if call.name in self.chat.tools.custom:
+            kind, prefix, key, value = "custom_tool_call", "ctc_", "input", custom_input(call)
+            last = {key: value}
         else:
-            kind, prefix, key = "function_call", "fc_", "arguments"
-            value, more = encode_json(call.args), {"name": short}
-        yield self.add(
-            prefix,
-            {
-                "type": kind,
-                "status": "in_progress",
-                "call_id": call.id,
-                "name": short,
-                **({"namespace": namespace} if namespace else {}),
-                key: "",
-            },
-        )
-        yield self.here(f"{kind}_{key}.delta", delta=value)
-        yield self.here(f"{kind}_{key}.done", **{key: value}, **more)
+            kind, prefix, key, value = "function_call", "fc_", "arguments", encode_json(call.args)
+            last = {key: value, "name": name}  # which OpenAI specifies, but leaves out itself
+        fields = {"call_id": call.id, "name": name, **given(namespace=namespace), key: ""}
+        yield self.add(prefix, {"type": kind, "status": "in_progress", **fields})
+        yield self.item_event(f"{kind}_{key}.delta", delta=value)
+        yield self.item_event(f"{kind}_{key}.done", **last)
         yield self.done(status="completed", **{key: value})
 
-    def show(self, media: Media) -> Iterator[JSON]:
-        """A picture, as OpenAI's own tool tells it."""
+    def add_image(self, image: Media) -> Iterator[JSON]:
+        """An image, as OpenAI's own tool for them has it."""
         yield from self.close()
-        yield self.add(
-            "ig_", {"type": "image_generation_call", "status": "in_progress", "result": None}
-        )
-        yield self.done(status="completed", result=media.data)
+        fields = {"type": "image_generation_call", "status": "in_progress", "result": None}
+        yield self.add("ig_", fields)
+        yield self.done(status="completed", result=image.data)
 
-    def search(self, end: End) -> Iterator[JSON]:
-        """What Gemini looked for. It tells so at its end only, so this comes after the message that rests on it."""
-        action = {"type": "search", "query": end.queries[0], "queries": list(end.queries)}
-        if "web_search_call.action.sources" in self.options.included:
+    def add_search(self, end: End) -> Iterator[JSON]:
+        """What Gemini searched for. It says so only at its end, after the message about it."""
+        action: JSON = {"type": "search", "query": end.queries[0], "queries": list(end.queries)}
+        if self.options.sources:
             urls = dict.fromkeys(citation.url for citation in end.citations)
             action["sources"] = [{"type": "url", "url": url} for url in urls]
-        yield self.add(
-            "ws_", {"type": "web_search_call", "status": "in_progress", "action": action}
-        )
+        fields = {"type": "web_search_call", "status": "in_progress", "action": action}
+        yield self.add("ws_", fields)
         for step in ("in_progress", "searching", "completed"):
-            yield self.here("web_search_call." + step)
+            yield self.item_event(f"web_search_call.{step}")
         yield self.done(status="completed")
 
-    def finish(self, end: End, calls: list[ToolCall]) -> Iterator[JSON]:
-        """The rest: citations, the calls after the signatures that belong to them, and how it all ended."""
-        seal = sealed(calls, self.exchange.chat.model) if self.options.sealed else None
-        status, more = openai_end(end)
-        if seal and self.open is ITEM_SHAPES["reasoning"]:
-            yield from self.close(encrypted_content=seal)
-            seal = None
-        yield from self.close(
-            "completed" if status == "completed" else "incomplete", self.cited(end.citations)
-        )
+    def finish(self, end: End, calls: list[ToolCall]) -> Iterator[Any]:
+        """The rest: citations, the calls after the signatures that belong to them, and the end."""
+        content = encrypted_content(calls, self.chat.model) if self.options.signatures else ""
+        if content and isinstance(self.open, ReasoningItem):
+            yield from self.close(encrypted_content=content)
+            content = ""
+        status, fields = response_status(end)
+        yield from self.cite(end.citations)
+        yield from self.close("completed" if status == "completed" else "incomplete")
         if end.queries:
-            yield from self.search(end)
-        if seal:
-            yield self.add("rs_", {"type": "reasoning", "summary": [], "encrypted_content": seal})
+            yield from self.add_search(end)
+        if content:
+            reasoning = {"type": "reasoning", "summary": [], "encrypted_content": content}
+            yield self.add("rs_", reasoning)
             yield self.done()
         for call in calls:
-            yield from self.call(call)
+            yield from self.add_call(call)
         if not self.output and status == "completed":
-            yield from self.start("message")
+            yield from self.start_message()
             yield from self.close()
-        yield from self.end(status, more, end.usage)
+        yield from self.end(status, fields, end.usage)
 
     def fail(self, error: JSON) -> Iterator[Any]:
-        """The last event of a response that failed, with the item that did not end as far as it came."""
+        """The last event of a response that failed; the open item stays as far as it came."""
+        if not self.count:
+            yield from self.begin()
         if self.open:
-            status = {"status": "incomplete"} if self.open.key == "content" else {}
-            self.output[-1] = {**self.output[-1], self.open.key: [self.part()], **status}
-        return self.end("failed", {"error": error}, self.exchange.usage)
+            self.output[-1] = {**self.output[-1], **self.open.final("incomplete")}
+        yield from self.end("failed", {"error": error}, self.exchange.usage)
 
-    def cited(self, citations: list[Citation]) -> list[Citation]:
-        """Those of the message that has not ended; the others are added to theirs, which have been told already."""
-        last = []
-        for citation in citations:
-            start, index = next(
-                (found for found in reversed(self.messages) if found[0] <= citation.start), (0, -1)
-            )
-            if self.open is ITEM_SHAPES["message"] and index == len(self.output) - 1:
-                last.append(citation)
-            elif index >= 0:
-                self.output[index]["content"][0]["annotations"].append(
-                    self.annotation(citation, start)
-                )
-        return last
-
-    def end(self, status: str, more: JSON, usage: Usage) -> Iterator[Any]:
+    def end(self, status: str, fields: JSON, usage: Usage) -> Iterator[Any]:
         """The last event. Unless the client forbids it, the response is stored before."""
-        counts = {
+        counts = {  # cache_write_tokens is for openai-python, whose strict validation wants it
             "input_tokens": usage.prompt,
             "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
             "output_tokens": usage.output,
             "output_tokens_details": {"reasoning_tokens": usage.thoughts},
             "total_tokens": usage.prompt + usage.output,
         }
-        self.response.update(more, status=status, usage=counts)
+        self.response.update(fields, status=status, usage=counts)
         if status == "completed":
             self.response["completed_at"] = int(self.exchange.now)
         if self.response["store"]:
-            items = openai_kept_items(self.options.items, self.tail)
             response_key, input_key = stored_keys(self.response["id"])
-            yield Keep(input_key, encode_json(items))
+            yield Keep(input_key, encode_json(input_items(self.options.items, self.tail)))
             yield Keep(response_key, encode_json(self.response))
         yield self.event(status, response=self.response)
 
 
-def openai_end(end: End) -> tuple[str, JSON]:
-    """(the status of a response, what it says about that), with Gemini's own words."""
+def response_status(end: End) -> tuple[str, JSON]:
+    """(the status of a response, the fields about it), with Gemini's own words."""
+    native = native_finish(end)
     if end.finish == "failed":
         message = end.message or f"Gemini ended its answer with {end.reason}."
-        return "failed", {
-            "error": {"code": "server_error", "message": message},
-            **native_finish(end),
-        }
+        return "failed", {"error": {"code": "server_error", "message": message}, **native}
     reason = {"length": "max_output_tokens", "filter": "content_filter"}.get(end.finish)
-    return ("incomplete" if reason else "completed"), {
-        "incomplete_details": {"reason": reason} if reason else None,
-        **native_finish(end),
-    }
+    if reason:
+        return "incomplete", {"incomplete_details": {"reason": reason}, **native}
+    return "completed", native
 
 
 def openai_responses_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
@@ -4820,44 +4625,44 @@ def openai_responses_stream(exchange: Exchange, answers: Answers) -> Iterator[An
     for event in next(answers):
         if not builder.count:
             yield from builder.begin()
-        if isinstance(event, Text):
-            if not event.thought or exchange.options.summary:
-                yield from builder.say("reasoning" if event.thought else "message", event.text)
-        elif isinstance(event, ToolCall):
+        if isinstance(event, ToolCall):
             calls.append(event)
         elif isinstance(event, End):
             yield from builder.finish(event, calls)
-        elif event.mime.startswith("image/"):
-            yield from builder.show(event)
-        else:
-            yield from builder.say("message", media_note(event))
+        elif isinstance(event, Media) and event.mime.startswith("image/"):
+            yield from builder.add_image(event)
+        elif isinstance(event, Media):
+            yield from builder.add_text(media_note(event))
+        elif not event.thought:
+            yield from builder.add_text(event.text)
+        elif builder.options.thoughts:
+            yield from builder.add_thought(event.text)
 
 
 def openai_responses_response(exchange: Exchange, answers: Answers) -> Kept:
-    """The same, as its last event tells it."""
+    """The same, as its last event has it."""
     last = last_event(openai_responses_stream(exchange, answers))
     return last._replace(answer=last.answer["response"])
 
 
 def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[Any]:
-    """The last event of a stream that failed, after the first ones, which helpers of clients insist on.
+    """The last event of a stream that failed, after the first ones, which clients insist on.
 
-    Codex and others read from its words when to try again.
+    Codex reads from the message when to try again (its codex-api/src/sse/responses.rs).
     """
     body = openai_error(error)[1]["error"]
     message = body["message"]
     if error.retry_after and error.status == 429:
         message += f" Please try again in {error.retry_after:g}s."
     builder = exchange.builder or ResponseBuilder(exchange)
-    events = [] if builder.count else list(builder.begin())
-    return [*events, *builder.fail({"code": body["code"] or "invalid_prompt", "message": message})]
+    return list(builder.fail({"code": body["code"] or "invalid_prompt", "message": message}))
 
 
-# ---- what a request would cost, and what becomes of a response ----
+# ---- tokens of a request, and stored responses ----
 
 
 def openai_input_tokens_request(body: Fields, context: Context) -> Plan:
-    """The tokens of a request that is not made: /v1/responses/input_tokens takes the same body."""
+    """How many tokens a response's request would send: the body is the same."""
     plan = openai_responses_request(body, context)
     assert plan.chat is not None
     return count_plan(plan, plan.chat.model)
@@ -4867,33 +4672,30 @@ def openai_input_tokens_response(exchange: Exchange, answers: Answers) -> JSON:
     return {"object": "response.input_tokens", "input_tokens": read_count(answers)}
 
 
-def openai_stored_keys(body: Fields, context: Context) -> list[str]:
+def path_keys(body: Fields, context: Context) -> list[str]:
     return stored_keys(context.params["id"])
 
 
 def openai_stored_request(body: Fields, context: Context) -> Plan:
-    """A response that was stored; OpenAI's 404 where it is not there (any more)."""
-    id = context.params["id"]
-    response = stored_value(f"response:{id}", context)
+    """A stored response; a 404 as OpenAI's if it is not there, or not any more."""
+    response_id = context.params["id"]
+    response = stored_value(f"response:{response_id}", context)
     if response is None:
-        raise ProxyError(404, f"Response with id '{id[:80]}' not found.")
+        raise ProxyError(404, f"Response with id '{response_id[:80]}' not found.")
     if context.query.get("stream") == "true":
-        raise wrong_value(
-            "stream",
-            "Invalid value for 'stream': only a response that is under way could be streamed.",
-        )
+        why = "only a response that is under way could be streamed"
+        raise wrong_value("stream", f"Invalid value for 'stream': {why}.")
     return Plan(options=response)
 
 
 def openai_stored_response(exchange: Exchange, answers: Answers) -> JSON:
-    response: JSON = exchange.options
-    return response
+    return dict(exchange.options)
 
 
 def openai_delete_response(exchange: Exchange, answers: Answers) -> Kept:
-    id = exchange.options["id"]
-    keep = tuple(Keep(key, "") for key in stored_keys(id))
-    return Kept({"id": id, "object": "response", "deleted": True}, keep)
+    response_id = exchange.options["id"]
+    keep = tuple(Keep(key, "") for key in stored_keys(response_id))
+    return Kept({"id": response_id, "object": "response", "deleted": True}, keep)
 
 
 def openai_cancel_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -4910,124 +4712,62 @@ def openai_input_items_response(exchange: Exchange, answers: Answers) -> JSON:
     if not re.fullmatch(r"[1-9]\d?|100", limit, re.ASCII):
         raise wrong_value("limit", "Invalid value for 'limit': it must be between 1 and 100.")
     ids = [item["id"] for item in items]
-    after = ids.index(query["after"]) + 1 if query.get("after") in ids else 0
-    page = items[after : after + int(limit)]
-    page_ids = ids[after : after + int(limit)] or [None]
+    start = 0
+    if query.get("after") in ids:
+        start = ids.index(query["after"]) + 1
+    end = start + int(limit)
+    page_ids = ids[start:end] or [None]
     return {
         "object": "list",
-        "data": page,
+        "data": items[start:end],
         "first_id": page_ids[0],
         "last_id": page_ids[-1],
-        "has_more": len(items) > after + len(page),
+        "has_more": len(items) > end,
     }
 
 
 # ---- routes ----
 
-STORED = {"keys": openai_stored_keys, "parse": no_body}
 
-# To add an endpoint: a request, a response and perhaps a stream function above, and a row here; the README's
-# table wants a line too, and a test says so.
-OPENAI = Protocol(
-    "openai",
-    (
-        Route(
-            "POST",
-            "/v1/chat/completions",
-            openai_chat_request,
-            openai_chat_response,
-            openai_chat_stream,
-            keys=openai_keys,
-        ),
-        Route(
-            "POST",
-            "/v1/responses",
-            openai_responses_request,
-            openai_responses_response,
-            openai_responses_stream,
-            NAMED_SSE,
-            failure=openai_responses_failure,
-            keys=openai_keys,
-        ),
-        Route(
-            "POST",
-            "/v1/responses/input_tokens",
-            openai_input_tokens_request,
-            openai_input_tokens_response,
-            keys=openai_keys,
-        ),
-        Route(
-            "GET",
-            "/v1/responses/{id}/input_items",
-            openai_stored_request,
-            openai_input_items_response,
-            **STORED,
-        ),
-        Route(
-            "POST",
-            "/v1/responses/{id}/cancel",
-            openai_stored_request,
-            openai_cancel_response,
-            **STORED,
-        ),
-        Route("GET", "/v1/responses/{id}", openai_stored_request, openai_stored_response, **STORED),
-        Route(
-            "DELETE", "/v1/responses/{id}", openai_stored_request, openai_delete_response, **STORED
-        ),
-        Route("POST", "/v1/embeddings", openai_embeddings_request, openai_embeddings_response),
-        Route(
-            "POST",
-            "/v1/completions",
-            openai_completions_request,
-            openai_completions_response,
-            openai_completions_stream,
-        ),
-        Route(
-            "POST",
-            "/v1/images/generations",
-            openai_images_request,
-            openai_images_response,
-            openai_images_stream,
-            NAMED_SSE,
-            failure=openai_images_failure,
-        ),
-        Route(
-            "POST",
-            "/v1/audio/speech",
-            openai_speech_request,
-            openai_speech_response,
-            openai_speech_stream,
-        ),
-        Route(
-            "POST",
-            "/v1/audio/transcriptions",
-            openai_transcriptions_request,
-            openai_transcriptions_response,
-            openai_transcriptions_stream,
-            parse=parse_form,
-        ),
-        Route(
-            "POST",
-            "/v1/audio/translations",
-            openai_translations_request,
-            openai_transcriptions_response,
-            openai_transcriptions_stream,
-            parse=parse_form,
-        ),
-        Route(
-            "GET", "/v1/models", openai_models_request, openai_models_response, keys=all_recipe_keys
-        ),
-        Route(
-            "GET",
-            "/v1/models/{model}",
-            openai_models_request,
-            openai_model_response,
-            keys=all_recipe_keys,
-        ),
-    ),
-    openai_error,
-    lambda error: openai_error(error)[1],
+def stored_route(method: str, path: str, response: Callable[[Exchange, Answers], Any]) -> Route:
+    """A route about a stored response."""
+    return Route(method, path, openai_stored_request, response, parse=no_body, keys=path_keys)
+
+
+# (request, response, stream, framing) of each endpoint, as far as it has them.
+CHAT_COMPLETIONS = (openai_chat_request, openai_chat_response, openai_chat_stream)
+COMPLETIONS = (openai_completions_request, openai_completions_response, openai_completions_stream)
+RESPONSE = (openai_responses_request, openai_responses_response, openai_responses_stream, NAMED_SSE)
+INPUT_TOKENS = (openai_input_tokens_request, openai_input_tokens_response)
+EMBEDDINGS = (openai_embeddings_request, openai_embeddings_response)
+IMAGES = (openai_images_request, openai_images_response, openai_images_stream, NAMED_SSE)
+SPEECH = (openai_speech_request, openai_speech_response, openai_speech_stream)
+TRANSCRIPTS = (openai_transcriptions_response, openai_transcriptions_stream)
+TRANSCRIPTIONS = (openai_transcriptions_request, *TRANSCRIPTS)
+TRANSLATIONS = (openai_translations_request, *TRANSCRIPTS)
+MODELS = (openai_models_request, openai_models_response)
+MODEL = (openai_models_request, openai_model_response)
+
+# To add an endpoint: a request, a response and perhaps a stream function above, and a row here.
+# The README's table needs a line too, and a test says so.
+OPENAI_ROUTES = (
+    Route("POST", "/v1/chat/completions", *CHAT_COMPLETIONS, keys=openai_keys),
+    Route("POST", "/v1/responses", *RESPONSE, failure=openai_responses_failure, keys=openai_keys),
+    Route("POST", "/v1/responses/input_tokens", *INPUT_TOKENS, keys=openai_keys),
+    stored_route("GET", "/v1/responses/{id}/input_items", openai_input_items_response),
+    stored_route("POST", "/v1/responses/{id}/cancel", openai_cancel_response),
+    stored_route("GET", "/v1/responses/{id}", openai_stored_response),
+    stored_route("DELETE", "/v1/responses/{id}", openai_delete_response),
+    Route("POST", "/v1/embeddings", *EMBEDDINGS),
+    Route("POST", "/v1/completions", *COMPLETIONS),
+    Route("POST", "/v1/images/generations", *IMAGES, failure=openai_images_failure),
+    Route("POST", "/v1/audio/speech", *SPEECH),
+    Route("POST", "/v1/audio/transcriptions", *TRANSCRIPTIONS, parse=parse_form),
+    Route("POST", "/v1/audio/translations", *TRANSLATIONS, parse=parse_form),
+    Route("GET", "/v1/models", *MODELS, keys=all_recipe_keys),
+    Route("GET", "/v1/models/{model}", *MODEL, keys=all_recipe_keys),
 )
+OPENAI = Protocol("openai", OPENAI_ROUTES, openai_error, lambda error: openai_error(error)[1])
 
 
 # ======================================================================================
@@ -5686,34 +5426,29 @@ OLLAMA = Protocol("ollama", OLLAMA_ROUTES, ollama_error, lambda error: ollama_er
 
 # ---- content blocks ----
 
-CONTENT_HOMES = {
-    "tool_use": "assistant",
-    "tool_result": "user",
-}  # blocks that only one role may say
+BLOCK_ROLES = {"tool_use": "assistant", "tool_result": "user"}  # who may send them
 
 
 def anthropic_text_part(block: Fields, model: Model) -> list[Part]:
-    block.mark_read("citations")  # of an answer that comes back; Gemini has its text
+    block.mark_read("citations")  # of an earlier answer; Gemini gets its text
     return [text_part(block.require("text", str))]
 
 
 def anthropic_source_parts(block: Fields, model: Model, name: str | None = None) -> list[Part]:
-    """The parts of a picture or a document, wherever its source says that it is."""
+    """The parts of an image or a document, by the type of its source."""
     block.require("source", dict)
-    source = block.object("source")
+    source = block.object_or_empty("source")
     kind = source.require("type", str)
     if kind == "base64":
-        return [
-            media_part(
-                source.require("data", str), source.get("media_type", str), source.path_of("data")
-            )
-        ]
+        data, mime = source.require("data", str), source.get("media_type", str)
+        return [media_part(data, mime, source.path_of("data"))]
     if kind == "url":
         return [source_part(source.require("url", str), None, source.path_of("url"), name)]
     if kind == "text":
         source.mark_read("media_type")
         return [text_part(source.require("data", str))]
     if kind == "content":
+        source.require("content", str, list)
         return anthropic_parts(source, "content", model)
     if kind == "file":
         source.require("file_id", str)
@@ -5722,56 +5457,41 @@ def anthropic_source_parts(block: Fields, model: Model, name: str | None = None)
 
 
 def anthropic_document_parts(block: Fields, model: Model) -> list[Part]:
-    """A document after its title and context; one behind a URL is a PDF, unless its name says otherwise."""
-    told = [block.get(key, str) for key in ("title", "context")]
-    head = "\n".join(filter(None, told))
-    return ([text_part(head + ":\n")] if head else []) + anthropic_source_parts(
-        block, model, "document.pdf"
-    )
+    """A document after its title and context. A URL without an ending is taken for a PDF."""
+    head = "\n".join(filter(None, [block.get("title", str), block.get("context", str)]))
+    parts = anthropic_source_parts(block, model, "document.pdf")
+    if head:
+        parts.insert(0, text_part(head + ":\n"))
+    return parts
 
 
 def anthropic_search_parts(block: Fields, model: Model) -> list[Part]:
-    """A search result of the client's own."""
+    """A result of the client's own search."""
     head = f"{block.get('title', str) or ''} ({block.get('source', str) or ''}):\n"
+    block.require("content", str, list)
     return [text_part(head), *anthropic_parts(block, "content", model)]
 
 
 def anthropic_reference_part(block: Fields, model: Model) -> list[Part]:
-    """A tool that a search for tools found: all of them are declared from the start."""
+    """A tool that a search for tools returned. Gemini knows all tools from the start."""
     return [text_part(block.require("tool_name", str))]
 
 
 def anthropic_call_part(block: Fields, model: Model) -> list[Part]:
     block.mark_read("caller")
-    id = block.require("id", str)
-    signature = split_signed_id(id)[1]
-    return [
-        call_part(
-            block.require("name", str),
-            block.get("input", dict) or {},
-            strip_signature(id),
-            signature or None,
-        )
-    ]
+    call_id, signature = split_signed_id(block.require("id", str))
+    name = block.require("name", str)
+    return [call_part(name, block.get("input", dict) or {}, call_id, signature)]
 
 
 def anthropic_result_part(block: Fields, model: Model) -> list[Part]:
-    """A tool's result: a text, or blocks of it."""
-    parts = (
-        anthropic_parts(block, "content", model, "tool") if block.get("content", str, list) else []
-    )
-    return [
-        result_of_parts(
-            None,
-            parts,
-            strip_signature(block.require("tool_use_id", str)),
-            bool(block.get("is_error", bool)),
-        )
-    ]
+    parts = anthropic_parts(block, "content", model, "tool")
+    call_id = strip_signature(block.require("tool_use_id", str))
+    return [result_of_parts(None, parts, call_id, bool(block.get("is_error", bool)))]
 
 
 def anthropic_thought(block: Fields, model: Model) -> list[Part]:
-    """Thoughts do not go back; the signature that rides in their block is taken by anthropic_parts."""
+    """Thoughts are not sent to Gemini; anthropic_parts takes the signature of their block."""
     block.mark_read("thinking", "signature", "data")
     return []
 
@@ -5790,67 +5510,60 @@ ANTHROPIC_BLOCKS: dict[str, Callable[[Fields, Model], list[Part]]] = {
 
 
 def anthropic_parts(message: Fields, key: str, model: Model, role: str = "") -> list[Part]:
-    """The parts of a content: a string, or a list of blocks. What Anthropic's own servers did is told as ignored.
-
-    A signature in a thinking block belongs to the next call of the message.
-    """
-    content = message.require(key, str, list)
-    if type(content) is str:
-        return [text_part(content)] if content else []
+    """The parts of a content, which is a string, a list of blocks, or nothing."""
+    content = message.get(key, str, list)
+    if not content:
+        return []
+    if isinstance(content, str):
+        return [text_part(content)]
     parts: list[Part] = []
     signature = ""
     for block in message.objects(key):
         kind = block.require("type", str)
-        if kind not in ANTHROPIC_BLOCKS:
+        if kind not in ANTHROPIC_BLOCKS:  # such as those of tools on Anthropic's servers
             block.ignore(re.sub(r"\[\d+\]", "[]", block.path) + "." + kind)
             block.mark_read(*block.data)
             continue
-        if CONTENT_HOMES.get(kind, role) != role:
-            raise wrong_value(
-                block.path_of("type"),
-                f"Invalid value for '{block.path_of('type')}': {kind} blocks can only stand "
-                f"in messages of role '{CONTENT_HOMES[kind]}'.",
-            )
+        if BLOCK_ROLES.get(kind, role) != role:
+            path, home = block.path_of("type"), BLOCK_ROLES[kind]
+            problem = f"{kind} blocks can only stand in messages of role '{home}'."
+            raise wrong_value(path, f"Invalid value for '{path}': {problem}")
         if block.data.get("citations") == {"enabled": False}:
             block.mark_read("citations")
-        made = ANTHROPIC_BLOCKS[kind](block, model)
+        block_parts = ANTHROPIC_BLOCKS[kind](block, model)
         if kind == "thinking":
-            signature = anthropic_signature(block) or signature
-        elif kind == "tool_use" and signature:
-            made[0]["thoughtSignature"], signature = signature, ""
-        parts += made
+            signature = thinking_signature(block) or signature
+        elif kind == "tool_use" and signature:  # which came before the message's next call
+            block_parts[0]["thoughtSignature"] = signature
+            signature = ""
+        parts += block_parts
     return parts
 
 
-def anthropic_signature(block: Fields) -> str:
-    """The signature of Gemini's in a thinking block, or "" where there is none."""
-    found = get_or_empty(block.data, "signature", str)
-    return found if len(found) > 8 and is_base64(found) else ""
+def thinking_signature(block: Fields) -> str:
+    """Gemini's signature in a thinking block; "" where there is none."""
+    signature: str = get_or_empty(block.data, "signature", str)
+    return signature if len(signature) > 8 and is_base64(signature) else ""
 
 
+# Claude Code begins its instructions with this line for Anthropic's servers. It is no instruction,
+# and may change from one request to the next.
+BILLING_HEADER = "x-anthropic-billing-header:"
 ANTHROPIC_ROLES = ("user", "assistant", "system")
-BILLING = "x-anthropic-billing-header:"  # Claude Code puts this line for Anthropic's servers before its instructions
-
-
-def anthropic_system(body: Fields, model: Model) -> list[Part]:
-    """The system's parts, but for what is no instruction, and may change from one request to the next."""
-    parts = (
-        anthropic_parts(body, "system", model, "system") if body.get("system", str, list) else []
-    )
-    said = [part for part in parts if not part.get("text", "").startswith(BILLING)]
-    if len(said) < len(parts):
-        body.ignore("system[]." + BILLING[:-1])
-    return said
 
 
 def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
-    """(the system's parts, the turns). What the system says between the turns stays there, marked as its own."""
-    system = anthropic_system(body, model)
+    """(the system's parts, the turns). System messages between turns stay there, marked as such."""
+    parts = anthropic_parts(body, "system", model, "system")
+    system = [part for part in parts if not part.get("text", "").startswith(BILLING_HEADER)]
+    if len(system) < len(parts):
+        body.ignore("system[]." + BILLING_HEADER[:-1])
     contents: list[JSON] = []
     for message in body.objects("messages"):
         role = message.require("role", str)
         if role not in ANTHROPIC_ROLES:
             raise message.unknown_choice("role", role, ANTHROPIC_ROLES)
+        message.require("content", str, list)
         parts = anthropic_parts(message, "content", model, role)
         if role == "assistant":
             contents.append(model_turn(*parts))
@@ -5865,13 +5578,8 @@ def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]
 
 # ---- tools ----
 
-
-def object_schema(required: tuple[str, ...], **properties: JSON) -> JSON:
-    return {"type": "object", "properties": properties, "required": list(required)}
-
-
 TEXT_SCHEMA: JSON = {"type": "string"}
-EDIT_SCHEMAS = {
+EDIT_FIELDS: JSON = {
     "path": TEXT_SCHEMA,
     "file_text": {"type": "string", "description": "The whole text of a file to create"},
     "old_str": {"type": "string", "description": "The text to replace; it must occur exactly once"},
@@ -5889,72 +5597,62 @@ EDIT_SCHEMAS = {
 }
 
 
-def edit_schema(required: tuple[str, ...], *commands: str, lacks: str = "", **more: JSON) -> JSON:
-    """The schema of a tool that edits files by commands."""
-    fields = {key: value for key, value in EDIT_SCHEMAS.items() if key != lacks}
-    return object_schema(
-        required, command={"type": "string", "enum": list(commands)}, **fields, **more
-    )
+def edit_fields(*commands: str, **more: JSON) -> JSON:
+    """The fields of a tool that edits files, with these commands besides the usual four."""
+    words = ["view", "create", "str_replace", "insert", *commands]
+    return {"command": {"type": "string", "enum": words}, **EDIT_FIELDS, **more}
 
 
-EDITS = ("view", "create", "str_replace", "insert")
+OLD_EDIT_FIELDS = edit_fields("undo_edit")
+del OLD_EDIT_FIELDS["insert_text"]
 OLD_EDITOR = (
-    "View, create and edit text files. Insert takes the text to insert as new_str; undo_edit takes back the "
-    "last edit of a file.",
-    edit_schema(("command", "path"), *EDITS, "undo_edit", lacks="insert_text"),
+    "View, create and edit text files. Insert takes the text to insert as new_str; undo_edit takes "
+    "back the last edit of a file."
 )
+MEMORY_FIELDS = edit_fields("delete", "rename", old_path=TEXT_SCHEMA, new_path=TEXT_SCHEMA)
+MEMORY = (
+    "Keep and look up notes in files under /memories, which outlive this conversation. Look "
+    "there before you begin. Rename takes old_path and new_path, all else takes path."
+)
+BASH_FIELDS: JSON = {"command": TEXT_SCHEMA, "restart": {"type": "boolean"}}
+BASH = "Run a command in a persistent bash session, or restart that session."
 
-# Tools that Anthropic's models know and clients run: what they do, and what they take.
-# (platform.claude.com/docs/en/agents-and-tools/tool-use: bash-tool, text-editor-tool, memory-tool)
-ANTHROPIC_TOOLS: dict[str, tuple[str, JSON]] = {
-    "bash": (
-        "Run a command in a persistent bash session, or restart that session.",
-        object_schema((), command=TEXT_SCHEMA, restart={"type": "boolean"}),
-    ),
-    "text_editor_20241022": OLD_EDITOR,
-    "text_editor_20250124": OLD_EDITOR,
-    "text_editor": ("View, create and edit text files.", edit_schema(("command", "path"), *EDITS)),
-    "memory": (
-        "Keep and look up notes in files under /memories, which outlive this conversation. Look there before "
-        "you begin. Rename takes old_path and new_path, all else takes path.",
-        edit_schema(
-            ("command",), *EDITS, "delete", "rename", old_path=TEXT_SCHEMA, new_path=TEXT_SCHEMA
-        ),
-    ),
+# (description, fields, required fields) of tools that Claude knows and clients run:
+# https://platform.claude.com/docs/en/agents-and-tools/tool-use/overview
+ANTHROPIC_TOOLS: dict[str, tuple[str, JSON, list[str]]] = {
+    "bash": (BASH, BASH_FIELDS, []),
+    "text_editor_20241022": (OLD_EDITOR, OLD_EDIT_FIELDS, ["command", "path"]),
+    "text_editor_20250124": (OLD_EDITOR, OLD_EDIT_FIELDS, ["command", "path"]),
+    "text_editor": ("View, create and edit text files.", edit_fields(), ["command", "path"]),
+    "memory": (MEMORY, MEMORY_FIELDS, ["command"]),
 }
+HOSTED_BY_ANTHROPIC = {"web_search": "search", "code_execution": "code"}
 
 
 def anthropic_tools(body: Fields) -> Tools:
-    """The tools: the client's own, those whose schema is Anthropic's, and Gemini's in place of Anthropic's servers'."""
+    """The client's own tools, those with a schema of Anthropic's, and Gemini's for hosted ones."""
     builder = ToolBuilder()
     for tool in body.objects("tools"):
-        anthropic_tool(tool, builder)
+        kind = tool.get("type", str) or "custom"
+        family = re.sub(r"_\d{8}$", "", kind)  # types end in a date
+        known = ANTHROPIC_TOOLS.get(kind) or ANTHROPIC_TOOLS.get(family)
+        tool.mark_read("eager_input_streaming", "defer_loading")  # about when Claude sees it
+        if kind == "custom":
+            name, description = function_name(tool), tool.get("description", str)
+            schema = tool.get("input_schema", dict)
+            builder.declare(tool, name, function_declaration(name, description, schema))
+            builder.strict |= bool(tool.get("strict", bool))
+        elif known:
+            name, (description, fields, required) = tool.require("name", str), known
+            schema = {"type": "object", "properties": fields, "required": required}
+            builder.declare(tool, name, function_declaration(name, description, schema))
+        elif family in HOSTED_BY_ANTHROPIC:
+            tool.mark_read("name")
+            builder.hosted[HOSTED_BY_ANTHROPIC[family]] = f"tools[].{kind}"
+        else:
+            tool.ignore(f"tools[].{kind}")
+            tool.mark_read(*tool.data)
     return builder.tools()
-
-
-ANTHROPIC_HOSTED = {"web_search": "search", "code_execution": "code"}
-
-
-def anthropic_tool(tool: Fields, builder: ToolBuilder) -> None:
-    """Add one tool; what Gemini has nothing for is named as ignored."""
-    kind = tool.get("type", str) or "custom"
-    family = re.sub(r"_\d{8}$", "", kind)
-    known = ANTHROPIC_TOOLS.get(kind) or ANTHROPIC_TOOLS.get(family)
-    tool.mark_read("eager_input_streaming", "defer_loading")  # about when Claude sees it
-    if kind == "custom":
-        name, description = function_name(tool), tool.get("description", str)
-        schema = tool.get("input_schema", dict)
-        builder.declare(tool, name, function_declaration(name, description, schema))
-        builder.strict = builder.strict or bool(tool.get("strict", bool))
-    elif known:
-        name = tool.require("name", str)
-        builder.declare(tool, name, function_declaration(name, *known))
-    elif family in ANTHROPIC_HOSTED:
-        tool.mark_read("name")
-        builder.hosted[ANTHROPIC_HOSTED[family]] = f"tools[].{kind}"
-    else:
-        tool.ignore(f"tools[].{kind}")
-        tool.mark_read(*tool.data)
 
 
 def anthropic_tool_choice(body: Fields, tools: Tools) -> ToolChoice:
@@ -5966,18 +5664,17 @@ def anthropic_tool_choice(body: Fields, tools: Tools) -> ToolChoice:
     parallel = not choice.get("disable_parallel_tool_use", bool)
     if kind in ("auto", "none"):
         return ToolChoice(TOOL_CHOICES[kind], (), parallel)
-    name = choice.require("name", str) if kind == "tool" else ""
-    if name in tools.names.values():
-        return ToolChoice("ANY", (name,), parallel)
     if kind == "any" and tools.declarations:
         return ToolChoice("ANY", (), parallel)
-    listed = [get_or_empty(tool, "name", str) for tool in body.data.get("tools") or ()]
-    if name and name not in listed:
-        raise wrong_value(
-            choice.path_of("name"),
-            f"Invalid value for '{choice.path_of('name')}': no tool {name[:80]!r} is among "
-            "the tools.",
-        )
+    if kind == "tool":
+        name = choice.require("name", str)
+        if name in tools.names.values():
+            return ToolChoice("ANY", (name,), parallel)
+        listed = [get_or_empty(tool, "name", str) for tool in body.data.get("tools") or ()]
+        if name and name not in listed:
+            path = choice.path_of("name")
+            problem = f"no tool {name[:80]!r} is among the tools."
+            raise wrong_value(path, f"Invalid value for '{path}': {problem}")
     body.ignore("tool_choice")  # Gemini cannot be made to use its own tools
     return ToolChoice(parallel=parallel)
 
@@ -6003,7 +5700,7 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
     model = model_named(model_name, context)
     if not body.require("messages", list):
         raise wrong_value("messages", "messages: at least one message is required")
-    anthropic_thread(body)
+    refuse_continued_thread(body)
     system, contents = anthropic_turns(body, model)
     tools = anthropic_tools(body)
     choice = anthropic_tool_choice(body, tools)
@@ -6011,34 +5708,20 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
         tools = tools._replace(search="", code="")
     output = body.object_or_empty("output_config")
     sampling = anthropic_sampling(body, model)
-    thinking, blocks = anthropic_thinking(body, output)
-    chat = Chat(
-        model,
-        system,
-        contents,
-        tools,
-        choice,
-        thinking,
-        sampling,
-        anthropic_format(body, output),
-        recipe=recipe_named(model_name, context),
-        stream=stream,
-    )
-    calls = (chat_call(chat, body),)
-    return Plan(calls, stream, AnthropicOptions(blocks), model_name, chat=chat)
+    thinking, takes_blocks = anthropic_thinking(body, output)
+    schema = anthropic_schema(body, output)
+    chat = Chat(model, system, contents, tools, choice, thinking, sampling, schema)
+    chat = chat._replace(recipe=recipe_named(model_name, context), stream=stream)
+    options = AnthropicOptions(takes_blocks)
+    return Plan((chat_call(chat, body),), stream, options, model_name, chat=chat)
 
 
-def anthropic_thread(body: Fields) -> None:
-    """Nothing is kept here between two requests: a client that relies on it is told to send the whole conversation."""
-    thread = body.data.get("thread")
-    if get_or_empty(thread, "type", str) == "continue":
-        raise ProxyError(
-            404,
-            "No conversation is kept on this server: send all of its messages, with thread "
-            '{"type": "create"}.',
-            code="thread_not_found",
-            path="thread",
-        )
+def refuse_continued_thread(body: Fields) -> None:
+    """No thread is kept between two requests. (The tool_runner of anthropic 2.x sends `thread`.)"""
+    if get_or_empty(body.data.get("thread"), "type", str) == "continue":
+        hint = 'send all of its messages, with thread {"type": "create"}.'
+        message = f"No conversation is kept on this server: {hint}"
+        raise ProxyError(404, message, code="thread_not_found", path="thread")
 
 
 def anthropic_sampling(body: Fields, model: Model) -> JSON:
@@ -6046,21 +5729,13 @@ def anthropic_sampling(body: Fields, model: Model) -> JSON:
     if limit and limit > model.max_output:
         body.ignore(f"max_tokens>{model.max_output}")
         limit = model.max_output
-    return sampling_config(
-        body.number("temperature", 0, 2),
-        body.number("top_p", 0, 1),
-        body.get("top_k", int),
-        limit,
-        stops=stop_sequences(body, "stop_sequences"),
-    )
+    temperature, top_p = body.number("temperature", 0, 2), body.number("top_p", 0, 1)
+    top_k, stops = body.get("top_k", int), stop_sequences(body, "stop_sequences")
+    return sampling_config(temperature, top_p, top_k, limit, stops=stops)
 
 
 def anthropic_thinking(body: Fields, output: Fields) -> tuple[Thinking, bool]:
-    """(how to think, whether the client takes thinking blocks).
-
-    Without `thinking` the model thinks in its own way within the limit, and shows nothing of it. An
-    effort counts for more than a budget, which only the older models know.
-    """
+    """(how to think, whether the client takes thinking blocks); none without `thinking`."""
     effort = output.choice("effort", *EFFORTS)
     thinking = body.object("thinking")
     if thinking is None:
@@ -6072,15 +5747,16 @@ def anthropic_thinking(body: Fields, output: Fields) -> tuple[Thinking, bool]:
     return Thinking(effort, budget, show, field="thinking"), True
 
 
-def anthropic_format(body: Fields, output: Fields) -> JSON | None:
-    """The schema of the answer, None where it is text: `output_config.format`, or `output_format` in older clients."""
-    wanted = output.object("format") or body.object("output_format")
-    if wanted is None:
+def anthropic_schema(body: Fields, output: Fields) -> JSON | None:
+    """The schema of a JSON answer: `output_config.format`, or `output_format` in older clients."""
+    form = output.object("format") or body.object("output_format")
+    if form is None:
         return None
-    kind = wanted.require("type", str)
+    kind = form.require("type", str)
     if kind != "json_schema":
-        raise wanted.unknown_choice("type", kind, ("json_schema",))
-    return wanted.require("schema", dict)
+        raise form.unknown_choice("type", kind, ("json_schema",))
+    schema: JSON = form.require("schema", dict)
+    return schema
 
 
 # ---- the answer ----
@@ -6089,173 +5765,150 @@ ANTHROPIC_STOPS = {"length": "max_tokens", "filter": "refusal"}  # else "end_tur
 
 
 def anthropic_usage(usage: Usage, queries: tuple[str, ...] = ()) -> JSON:
-    """Anthropic counts what came from a cache beside the rest of the input, not within it."""
-    return {
+    """Anthropic counts cached tokens beside the rest of the input, not within it."""
+    counts: JSON = {
         "input_tokens": max(0, usage.prompt - usage.cached),
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": usage.cached,
         "output_tokens": usage.output,
         "output_tokens_details": {"thinking_tokens": usage.thoughts},
-        **(
-            {"server_tool_use": {"web_search_requests": len(queries), "web_fetch_requests": 0}}
-            if queries
-            else {}
-        ),
     }
+    if queries:
+        counts["server_tool_use"] = {"web_search_requests": len(queries), "web_fetch_requests": 0}
+    return counts
 
 
 def anthropic_ending(end: End) -> JSON:
-    """How a message ended. Gemini does not tell which stop sequence it came to, nor whether it was one."""
-    told = end.message or f"Gemini ended its answer: {end.reason}"
-    refusal = {"type": "refusal", "category": None, "explanation": told}
-    return {
-        "stop_reason": ANTHROPIC_STOPS.get(end.finish) or ("tool_use" if end.calls else "end_turn"),
-        "stop_sequence": None,
-        **({"stop_details": refusal} if end.finish == "filter" else {}),
-        **native_finish(end),
-    }
+    """How a message ended. Gemini does not say whether it met a stop sequence, nor which one."""
+    default = "tool_use" if end.calls else "end_turn"
+    reason = ANTHROPIC_STOPS.get(end.finish, default)
+    ending: JSON = {"stop_reason": reason, "stop_sequence": None}
+    if reason == "refusal":
+        explanation = end.message or f"Gemini ended its answer: {end.reason}"
+        ending["stop_details"] = {"type": reason, "category": None, "explanation": explanation}
+    return {**ending, **native_finish(end)}
 
 
-# The blocks of an answer as they begin, and the key of each that grows.
-TEXT_BLOCK: JSON = {"type": "text", "text": ""}
-THINKING_BLOCK: JSON = {"type": "thinking", "thinking": "", "signature": ""}
-GROWING = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature"}
+# Blocks that grow, as they begin. Neighbours of one such type are one block; calls never join.
+GROWING_BLOCKS: dict[str, JSON] = {
+    "text": {"text": ""},
+    "thinking": {"thinking": "", "signature": ""},
+}
 
 
-def anthropic_pieces(
-    events: Iterable[Event], exchange: Exchange
-) -> Iterator[tuple[JSON | None, Any]]:
-    """(a block as it begins, a delta or None), piece after piece; then (None, the End).
+def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tuple[str, JSON]]:
+    """(type, fields) of each block, or piece of a growing one; at last those of the message_delta.
 
-    A signature rides in the thinking block before its call, where the client takes one: it must send that back.
+    A signature travels in a thinking block before its call: clients must send such blocks back.
+    https://platform.claude.com/docs/en/build-with-claude/extended-thinking
     """
+    options: AnthropicOptions = exchange.options
     texts: list[str] = []
     for event in events:
         if isinstance(event, Text) and event.thought:
-            yield THINKING_BLOCK, {"type": "thinking_delta", "thinking": event.text}
+            yield "thinking", {"thinking": event.text}
         elif isinstance(event, Text):
             texts.append(event.text)
-            yield TEXT_BLOCK, {"type": "text_delta", "text": event.text}
+            yield "text", {"text": event.text}
         elif isinstance(event, Media):
-            yield TEXT_BLOCK, {"type": "text_delta", "text": media_note(event)}
+            yield "text", {"text": media_note(event)}
         elif isinstance(event, ToolCall):
-            if event.signature and exchange.options.thinking:
-                yield THINKING_BLOCK, {"type": "signature_delta", "signature": event.signature}
-            block = {"type": "tool_use", "id": event.id, "name": event.name, "input": {}}
-            yield block, {"type": "input_json_delta", "partial_json": encode_json(event.args)}
+            if event.signature and options.thinking:
+                yield "thinking", {"signature": event.signature}
+            yield "tool_use", {"id": event.id, "name": event.name, "input": event.args}
         else:
             yield from anthropic_searches(event, "".join(texts), exchange)
-            yield None, event
+            usage = anthropic_usage(event.usage, event.queries)
+            yield "message_delta", {"delta": anthropic_ending(event), "usage": usage}
 
 
-def anthropic_searches(end: End, text: str, exchange: Exchange) -> Iterator[tuple[JSON, Any]]:
-    """The citations of a text, and the search that they come from: Gemini tells of both when all is said."""
+def anthropic_searches(end: End, text: str, exchange: Exchange) -> Iterator[tuple[str, JSON]]:
+    """The citations of a text, then the searches behind them: Gemini reports both at the end."""
+    citations: list[JSON] = []
+    results: dict[str, JSON] = {}
     for citation in end.citations:
-        yield (
-            TEXT_BLOCK,
-            {
-                "type": "citations_delta",
-                "citation": {
-                    "type": "web_search_result_location",
-                    "cited_text": text[citation.start : citation.end],
-                    "url": citation.url,
-                    "title": citation.title,
-                    "encrypted_index": "",
-                },
-            },
-        )
-    sources = {citation.url: citation.title for citation in end.citations}
-    results = [
-        {
-            "type": "web_search_result",
-            "url": url,
-            "title": title,
-            "encrypted_content": "",
-            "page_age": None,
-        }
-        for url, title in sources.items()
-    ]
+        link = {"url": citation.url, "title": citation.title}
+        quote = {"cited_text": text[citation.start : citation.end], **link, "encrypted_index": ""}
+        citations.append({"type": "web_search_result_location", **quote})
+        page = {**link, "encrypted_content": "", "page_age": None}
+        results[citation.url] = {"type": "web_search_result", **page}
+    if citations:
+        yield "text", {"citations": citations}
     for query in end.queries:
-        id = exchange.new_id("srvtoolu_")
-        yield (
-            {"type": "server_tool_use", "id": id, "name": "web_search", "input": {}},
-            {"type": "input_json_delta", "partial_json": encode_json({"query": query})},
-        )
-        yield {"type": "web_search_tool_result", "tool_use_id": id, "content": results}, None
+        call_id = exchange.new_id("srvtoolu_")
+        yield "server_tool_use", {"id": call_id, "name": "web_search", "input": {"query": query}}
+        yield "web_search_tool_result", {"tool_use_id": call_id, "content": [*results.values()]}
+
+
+def anthropic_start(exchange: Exchange, answers: Answers) -> tuple[JSON, Iterator[Event]]:
+    """(the message as it begins, the answer's events). It waits for the first, or for a refusal."""
+    events = next(answers)
+    first = next(events)
+    message: JSON = {
+        "id": exchange.new_id("msg_"),
+        "type": "message",
+        "role": "assistant",
+        "model": exchange.model,
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": anthropic_usage(read_usage(exchange.prompt or {})),
+    }
+    return message, itertools.chain([first], events)
 
 
 def anthropic_messages_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
-    """The events of a message: its start, its blocks one after the other, how it ended."""
-    events = next(answers)
-    first = next(events)  # a refusal of Gemini's comes before it, and so before all of this
-    yield {
-        "type": "message_start",
-        "message": {
-            "id": exchange.new_id("msg_"),
-            "type": "message",
-            "role": "assistant",
-            "model": exchange.model,
-            "content": [],
-            "stop_reason": None,
-            "stop_sequence": None,
-            "usage": anthropic_usage(exchange.prompt or Usage()),
-        },
-    }
-    pieces = anthropic_pieces(itertools.chain([first], events), exchange)
-    for index, (block, group) in enumerate(itertools.groupby(pieces, key=itemgetter(0))):
-        deltas = map(itemgetter(1), group)
-        if block is None:
-            yield from map(anthropic_message_delta, deltas)
-        else:
-            yield from anthropic_block_events(index, block, deltas)
+    """The events of a message: https://platform.claude.com/docs/en/build-with-claude/streaming"""
+    message, events = anthropic_start(exchange, answers)
+    yield {"type": "message_start", "message": message}
+    index, open_kind = -1, ""
+    for kind, fields in anthropic_pieces(events, exchange):
+        grows = kind == open_kind and kind in GROWING_BLOCKS
+        if open_kind and not grows:
+            yield {"type": "content_block_stop", "index": index}
+        if kind == "message_delta":
+            yield {"type": kind, **fields}
+            break
+        if not grows:
+            index, open_kind = index + 1, kind
+            block = {"type": kind, **GROWING_BLOCKS.get(kind, fields)}
+            if "input" in fields:
+                block["input"] = {}
+            yield {"type": "content_block_start", "index": index, "content_block": block}
+        for delta in anthropic_deltas(fields):
+            yield {"type": "content_block_delta", "index": index, "delta": delta}
     yield {"type": "message_stop"}
 
 
-def anthropic_block_events(index: int, block: JSON, deltas: Iterable[Any]) -> Iterator[JSON]:
-    """The events of one block; blocks are numbered and never overlap."""
-    yield {"type": "content_block_start", "index": index, "content_block": block}
-    yield from (
-        {"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas if delta
-    )
-    yield {"type": "content_block_stop", "index": index}
-
-
-def anthropic_message_delta(end: End) -> JSON:
-    return {
-        "type": "message_delta",
-        "delta": anthropic_ending(end),
-        "usage": anthropic_usage(end.usage, end.queries),
-    }
+def anthropic_deltas(fields: JSON) -> Iterator[JSON]:
+    """The deltas that add these fields to a block."""
+    for key, value in fields.items():
+        if key in ("text", "thinking", "signature"):
+            yield {"type": f"{key}_delta", key: value}
+        elif key == "input":
+            yield {"type": "input_json_delta", "partial_json": encode_json(value)}
+        elif key == "citations":
+            yield from ({"type": "citations_delta", "citation": citation} for citation in value)
 
 
 def anthropic_messages_response(exchange: Exchange, answers: Answers) -> JSON:
-    """The message that the events of a stream add up to."""
-    message: JSON = {}
-    for event in anthropic_messages_stream(exchange, answers):
-        kind = event["type"]
-        if kind == "message_start":
-            message = event["message"]
-        elif kind == "content_block_start":
-            message["content"].append(dict(event["content_block"]))
-        elif kind == "content_block_delta":
-            anthropic_grow(message["content"][-1], event["delta"])
-        elif kind == "message_delta":
-            message.update(event["delta"], usage=event["usage"])
-    return message
+    """The message that the events of the stream would add up to."""
+    message, events = anthropic_start(exchange, answers)
+    answer = whole(events)
+    *pieces, (_, ending) = anthropic_pieces([*answer.events, answer.end], exchange)
+    content: list[JSON] = []
+    for kind, fields in pieces:
+        if kind not in GROWING_BLOCKS:
+            content.append({"type": kind, **fields})
+            continue
+        if not content or content[-1]["type"] != kind:
+            content.append({"type": kind, **GROWING_BLOCKS[kind]})
+        for key, value in fields.items():  # texts, or a list of citations
+            content[-1][key] = content[-1].get(key, []) + value
+    return {**message, "content": content, **ending["delta"], "usage": ending["usage"]}
 
 
-def anthropic_grow(block: JSON, delta: JSON) -> None:
-    """Add a delta to its block."""
-    key = GROWING.get(delta["type"])
-    if key:
-        block[key] += delta[key]
-    elif delta["type"] == "input_json_delta":
-        block["input"] = json.loads(delta["partial_json"])
-    else:
-        block.setdefault("citations", []).append(delta["citation"])
-
-
-# ---- counting ----
+# ---- counting, errors, routes ----
 
 
 def anthropic_count_request(body: Fields, context: Context) -> Plan:
@@ -6269,9 +5922,8 @@ def anthropic_count_response(exchange: Exchange, answers: Answers) -> JSON:
     return {"input_tokens": read_count(answers)}
 
 
-# ---- errors and routes ----
-
-ANTHROPIC_TYPES = {
+ANTHROPIC_ERROR_TYPES = {
+    **dict.fromkeys(range(500, 600), "api_error"),
     401: "authentication_error",
     402: "billing_error",
     403: "permission_error",
@@ -6281,44 +5933,42 @@ ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
     529: "overloaded_error",
-}
+}  # else "invalid_request_error"
 
 
 def anthropic_error(error: ProxyError) -> tuple[int, JSON]:
     """Anthropic's form of an error: https://platform.claude.com/docs/en/api/errors
 
-    A 401 of Gemini's is not one of this server's, which would have clients ask for another key of their own.
+    A 401 of Gemini's becomes a 403: it is about the server's key, not about the client's.
     """
-    status, message = 403 if error.status == 401 and error.upstream else error.status, error.message
+    status, message = error.status, error.message
+    if status == 401 and error.upstream:
+        status = 403
     if error.code == "model_not_found" and error.model.startswith("claude"):
-        message += " To have one of Gemini's models answer to this name, start the server with -alias='claude-*=MODEL'."
-    kind = ANTHROPIC_TYPES.get(status) or (
-        "api_error" if status >= 500 else "invalid_request_error"
-    )
-    details = {"details": {"error_code": error.code}} if error.code == "thread_not_found" else {}
-    return status, {
-        "type": "error",
-        "error": {"type": kind, "message": message, **details},
-        "request_id": error.request_id,
-    }
+        hint = "start the server with -alias='claude-*=MODEL'."
+        message += f" To have one of Gemini's models answer to this name, {hint}"
+    kind = ANTHROPIC_ERROR_TYPES.get(status, "invalid_request_error")
+    body: JSON = {"type": kind, "message": message}
+    if error.code == "thread_not_found":
+        body["details"] = {"error_code": error.code}
+    return status, {"type": "error", "error": body, "request_id": error.request_id}
 
 
+ANTHROPIC_ROUTES = (
+    Route(
+        "POST",
+        "/v1/messages",
+        anthropic_messages_request,
+        anthropic_messages_response,
+        anthropic_messages_stream,
+        NAMED_SSE,
+        lambda exchange: {"type": "ping"},
+    ),
+    Route("POST", "/v1/messages/count_tokens", anthropic_count_request, anthropic_count_response),
+)
 ANTHROPIC = Protocol(
     "anthropic",
-    (
-        Route(
-            "POST",
-            "/v1/messages",
-            anthropic_messages_request,
-            anthropic_messages_response,
-            anthropic_messages_stream,
-            NAMED_SSE,
-            lambda exchange: {"type": "ping"},
-        ),
-        Route(
-            "POST", "/v1/messages/count_tokens", anthropic_count_request, anthropic_count_response
-        ),
-    ),
+    ANTHROPIC_ROUTES,
     anthropic_error,
     lambda error: anthropic_error(error)[1],
     ("request-id",),
@@ -6331,38 +5981,31 @@ ANTHROPIC = Protocol(
 
 
 def without_401(protocol: Protocol) -> Protocol:
-    """The protocol on an Ollama server, whose clients take a 401 for a missing sign-in at ollama.com."""
+    """The protocol for Ollama's clients, to whom a 401 means a missing sign-in at ollama.com."""
 
-    def error(error: ProxyError) -> tuple[int, Any]:
+    def error_body(error: ProxyError) -> tuple[int, Any]:
         status, body = protocol.error(error)
-        return 403 if status == 401 and error.upstream else status, body
+        if status == 401 and error.upstream:
+            status = 403
+        return status, body
 
-    return protocol._replace(error=error)
-
-
-def without_routes(protocol: Protocol, paths: tuple[str, ...]) -> Protocol:
-    """The protocol without the routes of these paths."""
-    return protocol._replace(
-        routes=tuple(route for route in protocol.routes if route.path not in paths)
-    )
+    return protocol._replace(error=error_body)
 
 
-# What of OpenAI's a real Ollama server does not mount.
+# Paths of OpenAI's that a real Ollama server does not mount, and the protocol as it mounts it.
 OPENAI_ONLY_PATHS = ("/v1/images/generations", "/v1/audio/speech", "/v1/audio/translations")
+SHARED_ROUTES = tuple(route for route in OPENAI.routes if route.path not in OPENAI_ONLY_PATHS)
+SHARED_OPENAI = without_401(OPENAI._replace(routes=SHARED_ROUTES))
 
-# What each -api mounts; the first protocol whose beginning fits a path tells of errors there.
+# What each -api mounts. The first protocol whose prefix fits a path writes its errors.
 MOUNTS: dict[str, tuple[tuple[str, Protocol], ...]] = {
     "openai": (("/", OPENAI),),
-    "ollama": (
-        ("/v1/messages", ANTHROPIC),
-        ("/v1", without_401(without_routes(OPENAI, OPENAI_ONLY_PATHS))),
-        ("/", OLLAMA),
-    ),
+    "ollama": (("/v1/messages", ANTHROPIC), ("/v1", SHARED_OPENAI), ("/", OLLAMA)),
 }
 
 
-class Found(NamedTuple):
-    """A route for a path, and what the path holds."""
+class RouteMatch(NamedTuple):
+    """A route for a path, and the values of the segments that it captures."""
 
     protocol: Protocol
     route: Route
@@ -6371,31 +6014,26 @@ class Found(NamedTuple):
 
 @functools.cache
 def path_pattern(path: str) -> Pattern[str]:
-    """A route's path as a pattern; the last captured segment may hold slashes, as model names do."""
+    """A route's path as a pattern. Its last segment may hold slashes, as model names do."""
     pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(path))
     return re.compile(re.sub(r"\[\^/\]\+\)$", ".+)", pattern) + r"\Z")
 
 
 def plain_path(path: str, api: str) -> str:
-    """The path as the routes spell it: users put /v1 into base URLs twice, or leave it out, or add slashes."""
-    path = re.sub(r"/{2,}", "/", "/" + path)
-    path = path.rstrip("/") or "/"
+    """The path as routes spell it: users write /v1 twice or never in base URLs, or add slashes."""
+    path = re.sub(r"/{2,}", "/", "/" + path).rstrip("/") or "/"
     path = re.sub(r"^(/v1)+(?=/|$)", "/v1", path)
-    if (
-        api == "openai"
-        and not path.startswith("/v1/")
-        and path not in ("/", "/healthz", "/metrics")
-    ):
-        path = "/v1" + path
-    return path
+    if api == "ollama" or path.startswith("/v1/") or path in ("/", "/healthz", "/metrics"):
+        return path
+    return "/v1" + path
 
 
 def protocol_of(api: str, path: str) -> Protocol:
-    """The protocol in which an error at this path is told."""
-    return next(protocol for beginning, protocol in MOUNTS[api] if path.startswith(beginning))
+    """The protocol that writes the errors at this path."""
+    return next(protocol for prefix, protocol in MOUNTS[api] if path.startswith(prefix))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def exact_routes(api: str) -> dict[tuple[str, str], tuple[Protocol, Route]]:
     return {
         (route.method, route.path): (protocol, route)
@@ -6404,31 +6042,29 @@ def exact_routes(api: str) -> dict[tuple[str, str], tuple[Protocol, Route]]:
     }
 
 
-def find_route(api: str, method: str, path: str) -> Found:
-    """The route for a method and a plain_path; a 404, or a 405 with Allow, where there is none. HEAD is like GET."""
-    method = "GET" if method == "HEAD" else method
+def find_route(api: str, method: str, path: str) -> RouteMatch:
+    """The route for a method and a plain_path; else a 404 or a 405 with Allow. HEAD is like GET."""
+    if method == "HEAD":
+        method = "GET"
     exact = exact_routes(api).get((method, path))
     if exact:
-        return Found(*exact, {})
-    allowed = []
-    for _, protocol in MOUNTS[api]:
-        for route in protocol.routes:
-            match = path_pattern(route.path).match(path)
-            if match and route.method == method:
-                params = {
-                    key: urllib.parse.unquote(value) for key, value in match.groupdict().items()
-                }
-                return Found(protocol, route, params)
-            allowed += [route.method] if match else []
-    if allowed:
-        allowed += ["HEAD"] if "GET" in allowed else []
-        raise ProxyError(
-            405,
-            f"Not allowed to {method[:20]} on {path[:200]}.",
-            code="method_not_supported",
-            headers={"Allow": ", ".join(dict.fromkeys(allowed))},
-        )
-    raise NoRouteError(404, f"Invalid URL ({method[:20]} {path[:200]})")
+        return RouteMatch(*exact, {})
+    allowed: list[str] = []
+    routes = [(protocol, route) for _, protocol in MOUNTS[api] for route in protocol.routes]
+    for protocol, route in routes:
+        match = path_pattern(route.path).match(path)
+        if match and route.method == method:
+            params = {key: urllib.parse.unquote(text) for key, text in match.groupdict().items()}
+            return RouteMatch(protocol, route, params)
+        if match:
+            allowed.append(route.method)
+    if not allowed:
+        raise NoRouteError(404, f"Invalid URL ({method[:20]} {path[:200]})")
+    if "GET" in allowed:
+        allowed.append("HEAD")
+    message = f"Not allowed to {method[:20]} on {path[:200]}."
+    headers = {"Allow": ", ".join(dict.fromkeys(allowed))}
+    raise ProxyError(405, message, code="method_not_supported", headers=headers)
 
 
 # ======================================================================================
@@ -6450,7 +6086,6 @@ MAX_PARALLEL_CALLS = 4  # of one request of a client
 BLOCK_BYTES = 64 << 10  # of a body that are read at a time
 MODEL_LIST_SECONDS = 300.0  # how long a list of Gemini's models is used
 STATE_LOCK_SECONDS = 1.0  # how long to wait for a state file that another process has locked
-STATE_RETRY_SECONDS = 5.0  # how long a state file that failed is left alone
 KEY_MASK = "[the Gemini key]"
 
 # ---- the heads of HTTP messages ----
@@ -7125,7 +6760,7 @@ class Memory:
                 return []
             except (sqlite3.Error, OSError) as error:
                 log(f"the state file {self.path} failed: {error}")
-                self.resume[use] = time.monotonic() + STATE_RETRY_SECONDS
+                self.resume[use] = time.monotonic() + 5  # seconds
                 return None
 
     def put(self, key: str, alias: str | None, value: str) -> None:
@@ -7224,24 +6859,25 @@ class Gemini:
         raise invalid_answer("more than 50 pages of models")
 
     def signed(self, call: GeminiCall, key: str) -> GeminiCall:
-        """The call with what its history lost, but for what other generations of models gave."""
-        if call.model is None:
+        """The call with what its history lost."""
+        keys = signature_keys(call, scope_of(key))
+        if call.model is None or not keys:
             return call
-        scope, generation = scope_of(key), str(generation_number(call.model))
+        known = [self.known_call(call_key, key, call.model) for call_key in keys]
+        signed, origins = restore_signatures(call, known)
+        for origin in origins:
+            self.count("signatures_total", origin)
+        return signed
 
-        def recall(call_id: str | None, digest: str, name: str) -> KnownCall:
-            text = self.memory.get(f"{scope}:call:{call_id}", digest) or ""
-            words = text.split(
-                " ", 3
-            )  # as remember() joined them; version 1.0 left out a last "[]"
-            if words[:2] == [generation, name]:
-                return KnownCall(words[2], tuple(json.loads("".join(words[3:]) or "[]")))
-            if text:
-                self.count("signatures_total", "foreign")
-            return KnownCall()
-
-        count = functools.partial(self.count, "signatures_total")
-        return restore_signatures(call, scope, recall, count)
+    def known_call(self, call_key: CallKey, key: str, model: Model) -> KnownCall:
+        """What is kept of a tool call, unless another generation of models gave it."""
+        text = self.memory.get(f"{scope_of(key)}:call:{call_key.id}", call_key.digest) or ""
+        words = [*text.split(" ", 3), "[]"]  # as remember() joined them; version 1.0 without "[]"
+        if words[:2] == [str(generation_number(model)), call_key.name]:
+            return KnownCall(words[2], tuple(json.loads(words[3])))
+        if text:
+            self.count("signatures_total", "foreign")
+        return KnownCall()
 
     def remember(self, call: GeminiCall, key: str, calls: list[ToolCall]) -> list[str]:
         """New ids for the tool calls in an answer; what Gemini wants back is put under them."""
@@ -7900,7 +7536,7 @@ class RequestCycle:
             self.key = upstream_key(self.head, server.config)
             self.answer(match.route, self.plan(match, query))
 
-    def plan(self, match: Found, query: str) -> Exchange:
+    def plan(self, match: RouteMatch, query: str) -> Exchange:
         """Read the body, look up what is stored for it, and plan the calls to Gemini."""
         server, route, context = self.server, match.route, self.server.context
         if isinstance(route.answer, Refusal):
@@ -8377,9 +8013,6 @@ proxy-to-gemini: there is no Gemini key. Get one at https://aistudio.google.com/
 
     GEMINI_API_KEY=<your key> python3 proxy_to_gemini.py
 """
-UNUSABLE_KEY = (
-    "proxy-to-gemini: the key in GEMINI_API_KEY has characters that no key has; it cannot be sent."
-)
 
 
 class Config(NamedTuple):
@@ -8398,11 +8031,8 @@ class Config(NamedTuple):
     client_keys: bool = False  # whether each client brings its own Gemini key
 
 
-# Types of flags: each returns the value of a flag, or raises what argparse prints with the usage.
-
-
 def listen_address(text: str) -> tuple[str, int]:
-    """("127.0.0.1", 5555) from HOST:PORT, :PORT or [::1]:PORT."""
+    """("127.0.0.1", 5555) from HOST:PORT, :PORT or [::1]:PORT; argparse prints the error."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*):(\d{1,5})", text)
     if not match or int(match.group(2)) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
@@ -8411,14 +8041,11 @@ def listen_address(text: str) -> tuple[str, int]:
 
 def base_url(text: str) -> str:
     """The URL of a server, without a slash at its end."""
-    try:
+    with contextlib.suppress(ValueError):  # of a port that is not a number
         url = urllib.parse.urlsplit(text)
-        valid = url.scheme in ("http", "https") and url.hostname and url.port != 0 and not url.query
-    except ValueError:  # a port that is not a number
-        valid = False
-    if not valid:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the URL of a server")
-    return text.rstrip("/")
+        if url.scheme in ("http", "https") and url.hostname and url.port != 0 and not url.query:
+            return text.rstrip("/")
+    raise argparse.ArgumentTypeError(f"{text!r} is not the URL of a server")
 
 
 def alias(text: str) -> tuple[str, str]:
@@ -8429,18 +8056,11 @@ def alias(text: str) -> tuple[str, str]:
     return name, re.sub("^models/", "", model)
 
 
-def origin_list(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
-
-
 def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e7:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1e7:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
 
 
 def worker_count(text: str) -> int:
@@ -8451,60 +8071,42 @@ def worker_count(text: str) -> int:
 
 def flag_parser() -> argparse.ArgumentParser:
     """The flags, spelt as Go does (-api=ollama), or with two dashes."""
-    parser = argparse.ArgumentParser(
-        prog="proxy_to_gemini.py",
-        allow_abbrev=False,
-        description=(__doc__ or "").partition("\n")[0],
-    )
+    about = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser("proxy_to_gemini.py", description=about, allow_abbrev=False)
 
     def flag(name: str, text: str, **options: Any) -> None:
         parser.add_argument("-" + name, "--" + name, help=text, **options)
 
-    def switch(name: str, text: str) -> None:
-        flag(name, text, action="store_true")
-
     flag("api", "the protocol to serve", choices=sorted(MOUNTS), default="openai")
     address = {"type": listen_address, "default": ("127.0.0.1", 5555), "metavar": "HOST:PORT"}
     flag("listen", ":PORT is every interface", **address)
-    upstream = (
-        f"base URL of the Gemini API; {DEFAULT_UPSTREAM} unless $GOOGLE_GEMINI_BASE_URL is set"
-    )
-    flag("upstream", upstream, type=base_url, metavar="URL")
-    names = "another name for a model; NAME may be a glob; repeatable"
-    flag("alias", names, type=alias, action="append", default=[], metavar="NAME=MODEL")
-    origins = "browser origins that may call besides this machine's and apps'; * is any"
-    flag("origins", origins, type=origin_list, default=(), metavar="ORIGIN,...")
+    text = f"base URL of the Gemini API; {DEFAULT_UPSTREAM} unless $GOOGLE_GEMINI_BASE_URL is set"
+    flag("upstream", text, type=base_url, metavar="URL")
+    text = "another name for a model; NAME may be a glob; repeatable"
+    flag("alias", text, type=alias, action="append", default=[], metavar="NAME=MODEL")
+    text = "browser origins that may call besides this machine's and apps'; * is any"
+    flag("origins", text, default="", metavar="ORIGIN,...")
     flag("timeout", "how long Gemini may be silent", type=seconds, default=600.0, metavar="SECONDS")
     flag("workers", "processes that share the port", type=worker_count, default=1, metavar="N")
     flag("state", "keeps signatures and responses over a restart", metavar="FILE")
-    switch("client-keys", "every client brings its own Gemini key as its API key")
-    switch("check", "tell what works on the way to Gemini, and what to mend")
-    switch("print-unit", "print a systemd unit for this file and these flags")
-    switch("version", "version, and the SHA-256 of this file")
+    switch = {"action": "store_true"}
+    flag("client-keys", "every client brings its own Gemini key as its API key", **switch)
+    flag("check", "tell what works on the way to Gemini, and what to mend", **switch)
+    flag("print-unit", "print a systemd unit for this file and these flags", **switch)
+    flag("version", "version, and the SHA-256 of this file", **switch)
     return parser
 
 
 def gemini_key(env: Mapping[str, str]) -> str:
     """The key from the environment or from systemd's credentials; "" where there is none."""
-    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
-        key = env.get(name, "").strip()
-        if key:
-            return key
+    key = env.get("GEMINI_API_KEY", "").strip() or env.get("GOOGLE_API_KEY", "").strip()
+    if key:
+        return key
     with contextlib.suppress(OSError, KeyError, UnicodeDecodeError):
         path = os.path.join(env["CREDENTIALS_DIRECTORY"], "gemini_api_key")
         with open(path, encoding="utf-8") as file:
             return file.read().strip()
     return ""
-
-
-def state_file(flag: str | None, env: Mapping[str, str]) -> str:
-    """The file of -state, else one in systemd's StateDirectory, else SQLite's name for no file."""
-    if flag:
-        return flag
-    folder = env.get("STATE_DIRECTORY", "").partition(":")[0]
-    if folder:
-        return os.path.join(folder, "proxy-to-gemini.db")
-    return ":memory:"
 
 
 def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
@@ -8518,18 +8120,22 @@ def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
     if not key and not flags.client_keys:
         sys.exit(NO_KEY)
     if key and not re.fullmatch(KEY_PATTERN, key):
-        sys.exit(UNUSABLE_KEY)
+        problem = "has characters that no key has; it cannot be sent."
+        sys.exit(f"proxy-to-gemini: the key in GEMINI_API_KEY {problem}")
+    state, folder = flags.state, env.get("STATE_DIRECTORY", "").partition(":")[0]
+    if folder and not state:
+        state = os.path.join(folder, "proxy-to-gemini.db")
     return Config(
         api=flags.api,
         listen=flags.listen,
         upstream=upstream,
         key=key,
         aliases=tuple(flags.alias),
-        origins=flags.origins,
+        origins=tuple(filter(None, flags.origins.split(","))),
         timeout=flags.timeout,
         proxy_key=env.get("PROXY_API_KEY", "").strip(),
         workers=flags.workers,
-        state=state_file(flags.state, env),
+        state=state or ":memory:",
         client_keys=flags.client_keys,
     )
 
@@ -8542,7 +8148,6 @@ Description=proxy-to-gemini: OpenAI's or Ollama's API, answered by Gemini
 Documentation=file://{folder}/README.md
 Wants=network-online.target
 After=network-online.target
-
 [Service]
 Type=notify
 NotifyAccess=main
@@ -8552,13 +8157,10 @@ Restart=always
 RestartSec=1
 TimeoutStopSec=15
 WatchdogSec=30
-
-# Only root can read the file with the Gemini key; PROXY_API_KEY and HTTPS_PROXY go into the other.
 LoadCredential=gemini_api_key:/etc/proxy-to-gemini/gemini_api_key
 EnvironmentFile=-/etc/proxy-to-gemini/environment
 StateDirectory=proxy-to-gemini
 StateDirectoryMode=0700
-
 DynamicUser=yes
 MemoryMax=1G
 TasksMax=12000
@@ -8589,23 +8191,18 @@ SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
 SystemCallErrorNumber=EPERM
-
 [Install]
-WantedBy=multi-user.target
-"""
+WantedBy=multi-user.target"""
 
 
 def systemd_unit(arguments: list[str]) -> str:
     """A systemd unit for this very file and these flags, without the final newline."""
     here = os.path.abspath(__file__)
     flags = [word for word in arguments if word.lstrip("-") != "print-unit"]
-    words = [os.path.realpath(sys.executable), here, *flags]
-    command = " ".join(map(unit_word, words))
-    text = UNIT.format(folder=os.path.dirname(here), command=command).rstrip()
+    command = " ".join(map(unit_word, [os.path.realpath(sys.executable), here, *flags]))
+    text = UNIT.format(folder=os.path.dirname(here), command=command)
     if any(flag.lstrip("-") == "client-keys" for flag in flags):
-        # The service would not start without the file of the key.
-        key_lines = r"# Only root.*\n.*\n"
-        text = re.sub(key_lines, "# PROXY_API_KEY and HTTPS_PROXY go into this file.\n", text)
+        text = re.sub("\nLoadCredential=.*", "", text)  # without that file it would not start
     return text
 
 
@@ -8648,12 +8245,9 @@ class Signals:
         self.watchdog = watchdog_seconds(env)
         self.poll_seconds = min(1.0, self.watchdog / 4)
         self.last_ping = -math.inf
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, self.receive)
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(name, lambda number, frame: self.pending.add(number))
         self.open_pipe()
-
-    def receive(self, number: int, frame: object) -> None:
-        self.pending.add(number)
 
     def open_pipe(self) -> None:
         """Open the pipe with which a signal wakes this process, and no other."""
@@ -8710,19 +8304,18 @@ WORKER_DRAIN_SECONDS = DRAIN_NOTICE_SECONDS + DRAIN_SECONDS + 3 * FINAL_SECONDS
 class Workers:
     """The processes that share the port: forks of this one, which only looks after them."""
 
-    def __init__(self, server: Server, signals: Signals, count: int):
+    def __init__(self, server: Server, signals: Signals):
         self.server, self.signals = server, signals
         self.running: dict[int, int] = {}  # process id: number of the worker
-        self.start_after = [0.0] * count  # the earliest time of each worker's next start
+        self.start_after = [0.0] * server.config.workers  # the earliest time of each next start
 
     def run(self) -> None:
-        """Replace workers that die, until a signal ends them all."""
-        poll = select.poll()
-        poll.register(self.signals.pipe, select.POLLIN)
+        """Replace workers that die, until a signal ends them all; kill those that are too slow."""
+        poller = Poller(self.signals.pipe)
         while not self.signals.should_stop():
             self.signals.ping_watchdog()
             self.start_missing()
-            poll.poll(self.signals.poll_seconds * 1000)
+            poller.wait(self.signals.poll_seconds)
             self.signals.drain_pipe()
             if self.signals.take(signal.SIGHUP):
                 self.server.reload()  # for workers that are forked later
@@ -8730,40 +8323,33 @@ class Workers:
             self.reap()
         self.signals.notify("STOPPING=1")
         self.server.server_close()  # or the kernel accepts clients that no worker will serve
-        self.stop(poll)
-
-    def stop(self, poll: select.poll) -> None:
-        """End the workers, and kill those that are too slow."""
         self.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + WORKER_DRAIN_SECONDS
         while self.running and time.monotonic() < deadline:
-            poll.poll(100)
+            poller.wait(0.1)
             self.signals.drain_pipe()
             self.reap()
         self.send_signal(signal.SIGKILL)
 
     def start_missing(self) -> None:
         """Start every worker that does not run, unless it was started just before."""
-        running = set(self.running.values())
         for number, start_after in enumerate(self.start_after):
-            if number in running or time.monotonic() < start_after or self.signals.should_stop():
-                continue
-            self.start_after[number] = time.monotonic() + RESTART_SECONDS
-            self.start(number)
+            due = number not in self.running.values() and time.monotonic() >= start_after
+            if due and not self.signals.should_stop():
+                self.start_after[number] = time.monotonic() + RESTART_SECONDS
+                self.start(number)
 
     def start(self, number: int) -> None:
+        """Fork a worker, whose whole life is spent here."""
         parent = os.getpid()
         try:
             pid = os.fork()
         except OSError as error:  # too many processes, or no memory: the others go on
             log(f"worker {number} cannot be started: {error.strerror}")
             return
-        if pid == 0:
-            self.run_worker(number, parent)
-        self.running[pid] = number
-
-    def run_worker(self, number: int, parent: int) -> NoReturn:
-        """The whole life of a worker, which ends its process."""
+        if pid != 0:
+            self.running[pid] = number
+            return
         try:
             self.signals.become_worker(parent)
             self.server.metrics.use_row(number)
@@ -8793,100 +8379,104 @@ class Workers:
 # ---- checks ----
 
 CHECK_SECONDS = 30.0  # seconds that a call of a check may take
-
-# Each check returns what it learned in a few words, or raises one of CHECK_ERRORS.
 CHECK_ERRORS = (ProxyError, OSError, ValueError, sqlite3.Error, http.client.HTTPException)
+# What must work, where each needs what stands before it; and what to do if it does not.
+CHECKS = {
+    "port": "end what listens there, or choose another with -listen",
+    "memory": "name a writable file with -state, SQLite's or a new one",
+    "name": "see to DNS; where the network wants a proxy, set HTTPS_PROXY",
+    "connection": "see to the firewall and HTTPS_PROXY; a company's own CA goes into SSL_CERT_FILE",
+    "key": "get a key at https://aistudio.google.com/apikey, and see what it is restricted to",
+    "clock": "set the clock: certificates and quotas go by it",
+    "answer": "what Gemini says above is the cause: billing, quota, or a region without service",
+}
 
 
-def check_call(config: Config, gemini: Gemini, call: GeminiCall) -> UpstreamCall:
-    return UpstreamCall(gemini, call, Waiter(None, CHECK_SECONDS), config.key, [])
+class Checker:
+    """A method for each of CHECKS: it returns what it learned in a few words, or raises."""
 
+    def __init__(self, config: Config):
+        self.config, self.gemini = config, Gemini(config.upstream)
+        self.waiter = Waiter(None, CHECK_SECONDS)
 
-def check_port(config: Config, gemini: Gemini) -> str:
-    server = Server(config, handed_over_socket(os.environ))
-    server.server_close()
-    if server.shared:
-        return f"{server.url} is handed over"
-    return f"{server.url} is free"
+    def run(self) -> int:
+        """Print whether each thing works, up to the first that does not; the exit status."""
+        for name, fix in CHECKS.items():
+            check: Callable[[], str] = getattr(self, "check_" + name)
+            try:
+                print(f"ok    {name}: {check()}", flush=True)
+            except CHECK_ERRORS as error:
+                print(f"FAIL  {name}: {self.config.upstream}: {error}\n      mend: {fix}")
+                return 1
+        return 0
 
+    def check_port(self) -> str:
+        server = Server(self.config, handed_over_socket(os.environ))
+        server.server_close()
+        if server.shared:
+            return f"{server.url} is handed over"
+        return f"{server.url} is free"
 
-def check_memory(config: Config, gemini: Gemini) -> str:
-    if config.state == ":memory:":
-        return "nothing is kept over a restart"
-    Memory(config.state).try_out()
-    return config.state
+    def check_memory(self) -> str:
+        if self.config.state == ":memory:":
+            return "nothing is kept over a restart"
+        Memory(self.config.state).try_out()
+        return self.config.state
 
+    def check_name(self) -> str:
+        pool = self.gemini.pool
+        host, port, role = pool.host, pool.port, ""
+        if pool.proxy:
+            (host, port, _), role = pool.proxy, ", the proxy on the way,"
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        hosts = dict.fromkeys(str(address[0]) for *_, address in addresses)
+        return f"{host}:{port}{role} is at " + ", ".join(hosts)
 
-def check_name(config: Config, gemini: Gemini) -> str:
-    pool = gemini.pool
-    host, port, role = pool.host, pool.port, ""
-    if pool.proxy:
-        host, port, _ = pool.proxy
-        role = ", the proxy on the way,"
-    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    hosts = dict.fromkeys(str(address[0]) for *_, address in addresses)
-    return f"{host}:{port}{role} is at " + ", ".join(hosts)
+    def check_connection(self) -> str:
+        with contextlib.closing(self.gemini.pool.connect(self.waiter)) as connection:
+            sock = connection.sock
+            if not isinstance(sock, ssl.SSLSocket):
+                return f"{self.config.upstream}, without TLS"
+            certificate: JSON = sock.getpeercert() or {}
+            issuer = dict(pair for name in certificate["issuer"] for pair in name)
+            organization = issuer.get("organizationName") or issuer.get("commonName")
+            names = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")  # as in tls_context()
+            store = next((f"${name}" for name in names if os.environ.get(name)), "the system")
+            trust = f"certificate of {organization}, trusted by {store}"
+            return f"{self.config.upstream}, {sock.version()}, {trust}"
 
+    def check_key(self) -> str:
+        if not self.config.key:
+            return "every client brings its own"
+        models = self.gemini.list_models(self.waiter, self.config.key)
+        return f"it opens a list of {len(models)} models"
 
-def check_connection(config: Config, gemini: Gemini) -> str:
-    with contextlib.closing(gemini.pool.connect(Waiter(None, CHECK_SECONDS))) as connection:
-        sock = connection.sock
-        if not isinstance(sock, ssl.SSLSocket):
-            return f"{config.upstream}, without TLS"
-        certificate: JSON = sock.getpeercert() or {}
-        issuer = dict(pair for name in certificate["issuer"] for pair in name)
-        organization = issuer.get("organizationName") or issuer.get("commonName")
-        return (
-            f"{config.upstream}, {sock.version()}, certificate of {organization}, "
-            f"trusted by {trust_store()}"
-        )
+    def check_clock(self) -> str:
+        models = GeminiCall("models?pageSize=1")
+        call = UpstreamCall(self.gemini, models, self.waiter, self.config.key, [])
+        call.begin()
+        date = call.response and email.utils.parsedate_tz(call.response.headers.get("date", ""))
+        call.release()
+        if not date:
+            return "Gemini does not tell the time"
+        difference = abs(time.time() - email.utils.mktime_tz(date))
+        if difference > 300:
+            raise ValueError(f"it is {difference:.0f} seconds off")
+        if difference >= 5:
+            return f"it is {difference:.0f} seconds off, which does no harm"
+        return "it agrees with Gemini's"
 
-
-def trust_store() -> str:
-    """Where the certificates come from that tls_context() trusts."""
-    for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
-        if os.environ.get(name):
-            return f"${name}"
-    return "the system"
-
-
-def check_key(config: Config, gemini: Gemini) -> str:
-    if not config.key:
-        return "every client brings its own"
-    return f"it opens a list of {len(listed_models(config, gemini))} models"
-
-
-def listed_models(config: Config, gemini: Gemini) -> list[JSON]:
-    return gemini.list_models(Waiter(None, CHECK_SECONDS), config.key)
-
-
-def check_clock(config: Config, gemini: Gemini) -> str:
-    call = check_call(config, gemini, GeminiCall("models?pageSize=1"))
-    call.begin()
-    date = None
-    if call.response:
-        date = email.utils.parsedate_tz(call.response.headers.get("date", ""))
-    call.release()
-    if not date:
-        return "Gemini does not tell the time"
-    difference = abs(time.time() - email.utils.mktime_tz(date))
-    if difference > 300:
-        raise ValueError(f"it is {difference:.0f} seconds off")
-    if difference >= 5:
-        return f"it is {difference:.0f} seconds off, which does no harm"
-    return "it agrees with Gemini's"
-
-
-def check_answer(config: Config, gemini: Gemini) -> str:
-    if not config.key:
-        return "every client asks with a key of its own"
-    model, began = newest_flash(listed_models(config, gemini)), time.monotonic()
-    turns = [user_turn(text_part("Say hello in one word."))]
-    call = check_call(config, gemini, generate_call(model, False, [], turns, {}))
-    (answer,) = call.chunks()
-    content = get_or_empty(first_candidate(answer), "content", dict)
-    text = texts_of(get_or_empty(content, "parts", list))
-    return f"{model.name} said {text[:40]!a} after {time.monotonic() - began:.1f} seconds"
+    def check_answer(self) -> str:
+        if not self.config.key:
+            return "every client asks with a key of its own"
+        models = self.gemini.list_models(self.waiter, self.config.key)
+        model, began = newest_flash(models), time.monotonic()
+        turns = [user_turn(text_part("Say hello in one word."))]
+        call = generate_call(model, False, [], turns, {})
+        (answer,) = UpstreamCall(self.gemini, call, self.waiter, self.config.key, []).chunks()
+        content = get_or_empty(first_candidate(answer), "content", dict)
+        text = texts_of(get_or_empty(content, "parts", list))
+        return f"{model.name} said {text[:40]!a} after {time.monotonic() - began:.1f} seconds"
 
 
 def newest_flash(models: list[JSON]) -> Model:
@@ -8896,77 +8486,29 @@ def newest_flash(models: list[JSON]) -> Model:
         for entry in models
         if "generateContent" in get_or_empty(entry, "supportedGenerationMethods", list)
     ]
-    flash = re.compile(r"gemini-[\d.]+-flash")
-    candidates = [name for name in names if flash.match(name) and not UNLISTED.search(name)]
-    return newest_of(candidates or names)
-
-
-class Check(NamedTuple):
-    """One thing that must work."""
-
-    name: str
-    run: Callable[[Config, Gemini], str]
-    fix: str  # what to do if it fails
-
-    def passes(self, config: Config, gemini: Gemini) -> bool:
-        """Whether it works, which is printed as well."""
-        try:
-            print(f"ok    {self.name}: {self.run(config, gemini)}", flush=True)
-        except CHECK_ERRORS as error:
-            print(f"FAIL  {self.name}: {config.upstream}: {error}\n      mend: {self.fix}")
-            return False
-        return True
-
-
-# Each check needs what the ones before it have shown.
-CHECKS = (
-    Check("port", check_port, "end what listens there, or choose another with -listen"),
-    Check("memory", check_memory, "name a writable file with -state, SQLite's or a new one"),
-    Check("name", check_name, "see to DNS; where the network wants a proxy, set HTTPS_PROXY"),
-    Check(
-        "connection",
-        check_connection,
-        "see to the firewall and HTTPS_PROXY; a company's own CA goes into SSL_CERT_FILE",
-    ),
-    Check(
-        "key",
-        check_key,
-        "get a key at https://aistudio.google.com/apikey, and see what it is restricted to",
-    ),
-    Check("clock", check_clock, "set the clock: certificates and quotas go by it"),
-    Check(
-        "answer",
-        check_answer,
-        "what Gemini says above is the cause: billing, quota, or a region without service",
-    ),
-)
+    flash = [name for name in names if re.match(r"gemini-[\d.]+-flash", name)]
+    return newest_of([name for name in flash if not UNLISTED.search(name)] or names)
 
 
 def run_checks(config: Config) -> int:
-    """Print whether each thing works, up to the first that does not; the exit status."""
+    """Do what -check asks for; the exit status, 1 if something does not work."""
     try:
-        gemini = Gemini(config.upstream)
+        checker = Checker(config)
     except (OSError, ValueError) as error:
         print(f"FAIL  certificates: {error}")
         print("      mend: see to REQUESTS_CA_BUNDLE, SSL_CERT_FILE and HTTPS_PROXY")
         return 1
-    with contextlib.closing(gemini):
-        for check in CHECKS:
-            if not check.passes(config, gemini):
-                return 1
-    return 0
+    with contextlib.closing(checker.gemini):
+        return checker.run()
 
 
 # ---- start and end ----
 
-# New objects between two runs of the collector, and runs between two looks at older objects.
+# New objects between two runs of the collector, and runs between two looks at older objects:
+# a thousand streams leave little garbage, and by default a twentieth of the time went into it.
 GC_THRESHOLDS = (20_000, 20, 20)
 # Seconds before a thread must yield; at 0.005, a thousand threads do little else.
 SWITCH_INTERVAL_SECONDS = 0.05
-EXPOSED = (
-    "warning: whoever reaches this port can spend the Gemini key; "
-    "set PROXY_API_KEY, or listen on 127.0.0.1"
-)
 
 
 def raise_limits() -> None:
@@ -8981,33 +8523,18 @@ def raise_limits() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
 
 
-def tune_garbage_collector() -> None:
-    """Let CPython's collector skip what stays for good, and run less often. (PyPy has another.)
-
-    A thousand streams make many objects that live long, and little garbage: scanning them as often
-    as by default took a twentieth of the time.
-    """
-    if hasattr(gc, "freeze"):
-        gc.freeze()
-        gc.set_threshold(*GC_THRESHOLDS)
-
-
-def reason_of(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
 def open_server(config: Config) -> Server:
     """The server, listening; exits with one line if it cannot listen, or not remember."""
+    host, port = config.listen
+    purpose = f"listen on {host or '*'}:{port}"
     try:
         server = Server(config, handed_over_socket(os.environ))
-    except (OSError, ValueError) as error:
-        host, port = config.listen
-        sys.exit(f"proxy-to-gemini: cannot listen on {host or '*'}:{port}: {reason_of(error)}")
-    try:
+        purpose = f"remember in {config.state}"
         if config.state != ":memory:":
             server.gemini.memory.try_out()
-    except (OSError, sqlite3.Error) as error:
-        sys.exit(f"proxy-to-gemini: cannot remember in {config.state}: {reason_of(error)}")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        sys.exit(f"proxy-to-gemini: cannot {purpose}: {reason}")
     return server
 
 
@@ -9015,14 +8542,17 @@ def serve(config: Config) -> None:
     """Serve until a signal says stop."""
     signals = Signals(os.environ)
     server = open_server(config)
-    tune_garbage_collector()
+    if hasattr(gc, "freeze"):  # PyPy has another collector
+        gc.freeze()  # what is there by now stays for good
+        gc.set_threshold(*GC_THRESHOLDS)
     address = f"api {config.api} at {server.url}"
     log(f"proxy-to-gemini {VERSION}: {address}, answered by {config.upstream}")
     if not server.loopback and not config.proxy_key and not config.client_keys:
-        log(EXPOSED)
+        risk = "whoever reaches this port can spend the Gemini key"
+        log(f"warning: {risk}; set PROXY_API_KEY, or listen on 127.0.0.1")
     signals.notify("READY=1", f"STATUS={address}")
     if config.workers > 1:
-        Workers(server, signals, config.workers).run()
+        Workers(server, signals).run()
     else:
         server.run(signals)
 
@@ -9043,16 +8573,12 @@ def shared_state(config: Config) -> Iterator[Config]:
         yield config._replace(state=os.path.join(path, "state.db"))
 
 
-def version() -> str:
-    with open(__file__, "rb") as file:
-        digest = hashlib.sha256(file.read()).hexdigest()
-    return f"proxy-to-gemini {VERSION}, SHA-256 {digest}"
-
-
 def main() -> None:
     flags = flag_parser().parse_args()
     if flags.version:
-        print(version())
+        with open(__file__, "rb") as file:
+            digest = hashlib.sha256(file.read()).hexdigest()
+        print(f"proxy-to-gemini {VERSION}, SHA-256 {digest}")
         return
     if flags.print_unit:
         print(systemd_unit(sys.argv[1:]))
@@ -9064,8 +8590,6 @@ def main() -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     with shared_state(config) as complete:
         serve(complete)
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.flush()
     os._exit(0)  # without waiting for threads that serve slow clients
 
 

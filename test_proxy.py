@@ -704,8 +704,9 @@ def events_of(one, answers):
 def with_ids(events, one):
     for event in events:
         if isinstance(event, ToolCall):
-            event = event._replace(id=one.new_id("call_"))
-        yield event
+            yield event._replace(id=one.new_id("call_"))
+        else:
+            yield event
 
 
 def chat(*messages, model=FLASH, **more):
@@ -727,7 +728,7 @@ def gemini_body(body, **how):
     """The body of Gemini's request for a client's; the stand-in must accept it."""
     plan, _ = plan_and_ignored(body, **how)
     call = plan.calls[0]
-    signed = proxy.restore_signatures(call, "", lambda *_: proxy.KnownCall())
+    signed, _ = proxy.restore_signatures(call)
     assert refusal_of("/v1beta/" + call.path, signed.body) is None
     return call.body
 
@@ -862,12 +863,12 @@ def test_what_is_sent_is_ascii_and_never_nan():
 
 
 # ======================================================================================
-# 2. Writing Gemini
+# 2. Models
 # ======================================================================================
 
 
 @pytest.mark.parametrize(
-    "asked_for, path",
+    "name, path",
     [
         (FLASH, "models/gemini-2.5-flash"),
         ("models/" + FLASH, "models/gemini-2.5-flash"),
@@ -878,13 +879,9 @@ def test_what_is_sent_is_ascii_and_never_nan():
         ("o3", "models/o3"),
     ],
 )
-def test_model_names(asked_for, path):
-    assert (
-        proxy.model_named(
-            asked_for, Context(aliases=(("gpt-*", NEWEST), ("gpt-exact", "gemma-4")))
-        ).path
-        == path
-    )
+def test_a_name_loses_its_prefix_or_is_an_alias_and_an_exact_one_goes_before_a_glob(name, path):
+    context = Context(aliases=(("gpt-*", NEWEST), ("gpt-exact", "gemma-4")))
+    assert proxy.model_named(name, context).path == path
 
 
 @pytest.mark.parametrize(
@@ -911,14 +908,15 @@ def test_model_names(asked_for, path):
         "http://evil/x",
     ],
 )
-def test_a_name_never_changes_the_url(name):
-    for ollama in (False, True):
-        with pytest.raises(ProxyError) as caught:
-            proxy.model_named(name, Context(ollama=ollama))
-        assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+@pytest.mark.parametrize("ollama", [False, True])
+def test_a_name_never_changes_the_url(name, ollama):
+    with pytest.raises(ProxyError) as caught:
+        proxy.model_named(name, Context(ollama=ollama))
+    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
 
 
-THINKERS = {  # what each model may be told, by Google's documentation
+# What each model takes: https://ai.google.dev/gemini-api/docs/thinking
+THINKERS = {
     "gemini-2.5-pro": (128, 32768),
     "gemini-2.5-flash": (0, 24576),
     "gemini-2.5-flash-lite": (0, 24576),
@@ -938,20 +936,29 @@ THINKERS = {  # what each model may be told, by Google's documentation
 
 
 @pytest.mark.parametrize("name", THINKERS)
-def test_every_effort_is_legal_on_every_model(name):
+def test_every_effort_is_legal_on_every_model_and_more_is_never_less(name):
     allowed, amounts = THINKERS[name], []
     for effort in proxy.EFFORTS:
-        config = proxy.thinking_config(proxy.model_of(name), effort, True)
-        assert config.pop("includeThoughts", None) is (None if effort == "none" else True)
+        config = proxy.thinking_config(proxy.model_of(name), effort, False)
         ((key, value),) = config.items()
         if isinstance(allowed[0], int):
-            assert key == "thinkingBudget" and allowed[0] <= value <= allowed[1]
+            assert key == "thinkingBudget"
+            assert allowed[0] <= value <= allowed[1]
             amounts.append(value)
         else:
-            assert key == "thinkingLevel" and value in allowed
+            assert key == "thinkingLevel"
             amounts.append(allowed.index(value))
-    assert amounts == sorted(amounts) and amounts[2] < amounts[4]
-    assert proxy.thinking_config(proxy.model_of(name), None, True) == {"includeThoughts": True}
+    assert amounts == sorted(amounts)
+    assert amounts[2] < amounts[4]
+
+
+@pytest.mark.parametrize("name", THINKERS)
+def test_thoughts_are_included_unless_the_effort_is_none(name):
+    model = proxy.model_of(name)
+    configs = {effort: proxy.thinking_config(model, effort, True) for effort in proxy.EFFORTS}
+    silent = [effort for effort, config in configs.items() if "includeThoughts" not in config]
+    assert silent == ["none"]
+    assert proxy.thinking_config(model, None, True) == {"includeThoughts": True}
 
 
 @pytest.mark.parametrize(
@@ -964,8 +971,30 @@ def test_every_effort_is_legal_on_every_model(name):
         "gemma-4-31b-it",
     ],
 )
-def test_models_that_do_not_think_are_not_told_to(name):
+def test_models_that_do_not_think_get_no_thinking_config(name):
     assert proxy.thinking_config(proxy.model_of(name), "high", True) == {}
+
+
+@pytest.mark.parametrize(
+    "name, last_role",
+    [
+        (FLASH, "model"),
+        ("gemini-3-pro-preview", "model"),
+        ("gemini-3.5-flash", "model"),
+        ("gemini-3.5-flash-lite", "user"),
+        ("gemini-3.6-flash", "user"),
+        (NEWEST, "user"),
+        ("gemini-flash-latest", "user"),
+    ],
+)
+def test_only_the_newer_models_refuse_to_go_on_with_their_own_turn(name, last_role):
+    contents = [proxy.user_turn({"text": "q"}), proxy.model_turn({"text": "Once"})]
+    assert proxy.valid_turns(contents, proxy.model_of(name))[-1]["role"] == last_role
+
+
+# ======================================================================================
+# 3. Writing Gemini
+# ======================================================================================
 
 
 @pytest.mark.parametrize(
@@ -996,7 +1025,7 @@ def test_models_that_do_not_think_are_not_told_to(name):
         ("https://example.com/cat", {"fileData": {"fileUri": "https://example.com/cat"}}),
     ],
 )
-def test_media(source, part):
+def test_data_becomes_inline_data_or_text_and_an_address_becomes_file_data(source, part):
     assert proxy.source_part(source, None, "p") == part
 
 
@@ -1025,7 +1054,7 @@ def test_media(source, part):
         "http://[",
     ],
 )
-def test_media_that_nobody_can_fetch_is_refused(source):
+def test_a_source_that_gemini_cannot_read_or_reach_is_a_400(source):
     with pytest.raises(ProxyError) as caught:
         proxy.source_part(source, None, "messages[0].content[1].image_url")
     assert (caught.value.status, caught.value.path) == (400, "messages[0].content[1].image_url")
@@ -1039,16 +1068,16 @@ def m(*parts):
     return proxy.model_turn(*[{"text": part} if isinstance(part, str) else part for part in parts])
 
 
-def fc(name, id=None):
-    return proxy.call_part(name, {}, id)
+def fc(name, call_id=None):
+    return proxy.call_part(name, {}, call_id)
 
 
-def fr(name, result, id=None):
-    return proxy.result_part(name, result, id)
+def fr(name, result, call_id=None):
+    return proxy.result_part(name, result, call_id)
 
 
-def answer_to(name, output, id=None):
-    return {"functionResponse": {**({"id": id} if id else {}), "name": name, "response": output}}
+def answer_to(name, output, call_id=None):
+    return {"functionResponse": {**proxy.given(id=call_id), "name": name, "response": output}}
 
 
 HISTORIES = {
@@ -1126,24 +1155,17 @@ HISTORIES = {
 }
 
 
-@pytest.mark.parametrize("history, settled", HISTORIES.values(), ids=list(HISTORIES))
-def test_turns_are_settled(history, settled):
-    before = json.dumps(history)
-    assert proxy.valid_turns(history, proxy.model_of(FLASH)) == settled
-    assert json.dumps(history) == before
+@pytest.mark.parametrize("history, valid", HISTORIES.values(), ids=list(HISTORIES))
+def test_turns_come_in_the_order_that_gemini_accepts(history, valid):
+    assert proxy.valid_turns(history, proxy.model_of(FLASH)) == valid
 
 
-def test_only_the_newer_models_refuse_to_go_on_with_their_own_turn():
-    for name, ends in (
-        (FLASH, "model"),
-        ("gemini-3-pro-preview", "model"),
-        ("gemini-3.5-flash", "model"),
-        ("gemini-3.5-flash-lite", "user"),
-        ("gemini-3.6-flash", "user"),
-        (NEWEST, "user"),
-        ("gemini-flash-latest", "user"),
-    ):
-        assert proxy.valid_turns([u("q"), m("Once")], proxy.model_of(name))[-1]["role"] == ends
+def test_a_clients_turns_are_not_changed_in_place():
+    histories = [history for history, _ in HISTORIES.values()]
+    before = json.dumps(histories)
+    for history in histories:
+        proxy.valid_turns(history, proxy.model_of(FLASH))
+    assert json.dumps(histories) == before
 
 
 @pytest.mark.parametrize(
@@ -1178,12 +1200,12 @@ def test_results_become_objects_and_lose_no_digit(content, response):
         (None, {}),
     ],
 )
-def test_arguments_of_every_kind(text, args):
+def test_arguments_become_an_object_and_lose_nothing(text, args):
     assert proxy.call_arguments(text) == args
 
 
 @pytest.mark.parametrize(
-    "schema, wanted",
+    "schema, geminis",
     [
         (
             {
@@ -1221,85 +1243,209 @@ def test_arguments_of_every_kind(text, args):
         ),
     ],
 )
-def test_schemas_keep_their_meaning(schema, wanted):
+def test_a_schema_keeps_its_meaning_and_is_not_changed_in_place(schema, geminis):
     before = json.dumps(schema)
-    assert proxy.gemini_schema(schema) == wanted
+    assert proxy.gemini_schema(schema) == geminis
     assert json.dumps(schema) == before
 
 
-def test_names_that_gemini_would_refuse_are_mapped_and_stay_apart():
-    names = ["3d_map", "a b", "a.b", "a b!", "x" * 65, "x" * 66, "ключ", "ok_name"]
-    mapped = [proxy.gemini_name(name) for name in names]
-    assert len(set(mapped)) == len(names) and mapped[-1] == "ok_name" and mapped[2] == "a.b"
-    assert all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}", name) for name in mapped)
+NAMES = ["3d_map", "a b", "a b!", "x" * 65, "x" * 66, "ключ"]
 
 
-def test_a_refused_setting_is_left_out_for_a_second_try():
-    call = proxy.generate_call(
-        proxy.model_of("gemini-9"),
-        False,
-        [],
-        [u("q"), m(call_with("old"))],
-        {"thinkingConfig": {"thinkingLevel": "LOW"}, "topK": 3},
+@pytest.mark.parametrize("name", NAMES)
+def test_a_function_name_that_gemini_would_refuse_becomes_one_that_it_takes(name):
+    assert re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}", proxy.gemini_name(name))
+
+
+def test_function_names_stay_apart():
+    assert len({proxy.gemini_name(name) for name in NAMES}) == len(NAMES)
+
+
+@pytest.mark.parametrize("name", ["ok_name", "a.b"])
+def test_a_function_name_that_gemini_takes_stays(name):
+    assert proxy.gemini_name(name) == name
+
+
+def refused_call():
+    history = [u("q"), m(call_with("old"))]
+    config = {"thinkingConfig": {"thinkingLevel": "LOW"}, "topK": 3}
+    return proxy.generate_call(proxy.model_of("gemini-9"), False, [], history, config)
+
+
+def test_a_refused_setting_is_left_out_of_a_second_attempt():
+    call = refused_call()
+    message = "Thinking level LOW is not supported for this model."
+    second, names = proxy.repaired(call, message)
+    assert names == ["thinkingConfig"]
+    assert second.body["generationConfig"] == {"topK": 3}
+    assert "thinkingConfig" in call.body["generationConfig"]
+
+
+def test_a_refused_signature_becomes_the_placeholder():
+    second, names = proxy.repaired(refused_call(), "Invalid thought signature.")
+    assert names == ["thoughtSignature"]
+    (part,) = second.body["contents"][1]["parts"]
+    assert part["thoughtSignature"] == proxy.PLACEHOLDER
+
+
+def test_a_refused_prefill_gets_a_turn_of_the_users():
+    second, names = proxy.repaired(
+        refused_call(), "Requests ending with a model turn are not supported."
     )
-    mended, names = proxy.repaired(call, "Thinking level LOW is not supported for this model.")
-    assert (
-        names == ["thinkingConfig"]
-        and mended.body["generationConfig"] == {"topK": 3}
-        and "thinkingConfig" in call.body["generationConfig"]
-    )
-    mended, names = proxy.repaired(call, "Invalid thought signature.")
-    assert (
-        names == ["thoughtSignature"]
-        and mended.body["contents"][1]["parts"][0]["thoughtSignature"] == proxy.PLACEHOLDER
-    )
-    assert proxy.repaired(call, "Request contains an invalid argument.") == (None, [])
+    assert names == ["prefill"]
+    assert second.body["contents"][-1] == u("Continue.")
+
+
+def test_both_penalties_are_left_out_since_the_refusal_names_neither():
+    config = {"presencePenalty": 1, "frequencyPenalty": 1, "topK": 3}
+    call = proxy.generate_call(proxy.model_of(FLASH), False, [], [u("q")], config)
+    second, names = proxy.repaired(call, "Penalty is not enabled for this model")
+    assert names == ["presencePenalty", "frequencyPenalty"]
+    assert second.body["generationConfig"] == {"topK": 3}
+
+
+def test_a_refusal_that_names_nothing_has_no_second_attempt():
+    message = "Request contains an invalid argument."
+    assert proxy.repaired(refused_call(), message) == (None, [])
 
 
 def call_with(signature):
     return proxy.call_part("f", {}, None, sign(signature))
 
 
-def trail_of(*contents, system="", scope="key"):
-    trail = proxy.ConversationDigest({"systemInstruction": {"parts": [{"text": system}]}}, scope)
-    for content in contents:
-        trail.turn(content)
-    return trail
-
-
-def test_a_trail_ties_a_call_to_its_conversation():
-    digest = trail_of(u("q")).call("f", {"a": 1.0, "b": [2]})
-    assert digest == trail_of(u("q")).call("f", {"b": [2.0], "a": 1})
-    assert digest != trail_of(u("other")).call("f", {"a": 1, "b": [2]})
-    assert digest != trail_of(u("q"), system="s").call("f", {"a": 1, "b": [2]})
-    assert digest != trail_of(u("q"), scope="another key").call("f", {"a": 1, "b": [2]})
-    twice = trail_of(u("q"))
-    assert twice.call("f", {}) != twice.call("f", {})
-    with_ids = (
-        [u("q"), m(fc("f", "id-1")), u(answer_to("f", {}, "id-1"))],
-        [u("q"), m(call_with("s")), u(answer_to("f", {}))],
+def digest_of(*contents, call=("f", {"a": 1, "b": [2]}), system="", scope="key"):
+    conversation = proxy.ConversationDigest(
+        {"systemInstruction": {"parts": [{"text": system}]}}, scope
     )
-    assert trail_of(*with_ids[0]).call("f", {}) == trail_of(*with_ids[1]).call("f", {})
+    for content in contents:
+        conversation.turn(content)
+    return conversation.call(*call)
+
+
+def test_a_digest_is_the_same_however_a_client_writes_the_arguments():
+    assert digest_of(u("q"), call=("f", {"b": [2.0], "a": 1})) == digest_of(u("q"))
+
+
+@pytest.mark.parametrize(
+    "digest",
+    [
+        digest_of(u("other")),
+        digest_of(u("q"), system="s"),
+        digest_of(u("q"), scope="another key"),
+        digest_of(u("q"), call=("g", {"a": 1, "b": [2]})),
+        digest_of(u("q"), call=("f", {"a": 2, "b": [2]})),
+    ],
+)
+def test_a_digest_ties_a_call_to_its_conversation_and_key(digest):
+    assert digest != digest_of(u("q"))
+
+
+def test_equal_calls_of_one_turn_have_digests_of_their_own():
+    conversation = proxy.ConversationDigest({}, "key")
+    assert conversation.call("f", {}) != conversation.call("f", {})
+
+
+def test_a_digest_does_without_ids_and_signatures_which_clients_drop():
+    with_ids = [u("q"), m(fc("f", "id-1")), u(answer_to("f", {}, "id-1"))]
+    with_signatures = [u("q"), m(call_with("s")), u(answer_to("f", {}))]
+    assert digest_of(*with_ids) == digest_of(*with_signatures)
+
+
+def history_call(*contents, model=NEWEST, **fields):
+    return proxy.GeminiCall("x", {"contents": list(contents), **fields}, proxy.model_of(model))
+
+
+def test_a_history_has_a_signature_key_for_each_of_its_tool_calls_in_order():
+    keys = proxy.signature_keys(
+        history_call(
+            u("q"), m(fc("f", "1"), fc("g")), u(fr("f", ""), fr("g", "")), m(fc("f", "2"))
+        ),
+        "",
+    )
+    assert [(key.id, key.name) for key in keys] == [("1", "f"), (None, "g"), ("2", "f")]
+    assert len({key.digest for key in keys}) == 3
+
+
+@pytest.mark.parametrize(
+    "known, signature, origin",
+    [
+        (proxy.KnownCall(sign("known")), sign("known"), "memory"),
+        (proxy.KnownCall(), proxy.PLACEHOLDER, "placeholder"),
+    ],
+)
+def test_a_tool_call_without_signature_gets_the_known_one_or_the_placeholder(
+    known, signature, origin
+):
+    call, origins = proxy.restore_signatures(history_call(u("q"), m(fc("f"))), [known])
+    assert call.body["contents"][1]["parts"][0]["thoughtSignature"] == signature
+    assert origins == [origin]
+
+
+def test_a_signature_of_the_clients_goes_before_a_known_one():
+    call = history_call(u("q"), m(call_with("mine")))
+    restored, origins = proxy.restore_signatures(call, [proxy.KnownCall(sign("known"))])
+    assert restored.body == call.body
+    assert origins == ["client"]
+
+
+def test_only_the_first_call_of_a_turn_gets_the_placeholder():
+    call, origins = proxy.restore_signatures(history_call(u("q"), m(fc("f"), fc("g")), m(fc("h"))))
+    parts = [part for content in call.body["contents"][1:] for part in content["parts"]]
+    assert ["thoughtSignature" in part for part in parts] == [True, False, True]
+    assert origins == ["placeholder", "placeholder"]
+
+
+def test_a_model_that_signs_nothing_needs_no_placeholder():
+    call = history_call(u("q"), m(fc("f")), model=FLASH)
+    assert proxy.restore_signatures(call) == (call, [])
+
+
+@pytest.mark.parametrize("mixed, parts", [(True, 2), (False, 1)])
+def test_parts_of_geminis_own_tools_come_back_where_the_request_has_such_tools(mixed, parts):
+    known = proxy.KnownCall(sign("s"), ({"toolCall": {"id": "t"}},))
+    config = {"includeServerSideToolInvocations": mixed}
+    call, _ = proxy.restore_signatures(history_call(u("q"), m(fc("f")), toolConfig=config), [known])
+    assert len(call.body["contents"][1]["parts"]) == parts
 
 
 # ======================================================================================
-# 3. Reading Gemini
+# 4. Reading Gemini
 # ======================================================================================
 
 EVENTS = [chunk("Straße €"), chunk("a\u2028b\x85c"), whole("!")]
 
 
+def event_stream(end):
+    gap = end[: len(end) // 2]
+    events = [json.dumps(event, ensure_ascii=False) for event in EVENTS]
+    return "".join(f": hi{gap}event: x{gap}data:{event}{end}" for event in events).encode()
+
+
+ENDS = ["\n\n", "\r\n\r\n", "\r\r"]
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
-@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n", "\r\r"])
+@pytest.mark.parametrize("end", ENDS)
 def test_an_event_stream_may_be_cut_anywhere(size, end):
-    raw = "".join(
-        f": hi{end[: len(end) // 2]}event: x{end[: len(end) // 2]}data:{json.dumps(one, ensure_ascii=False)}{end}"
-        for one in EVENTS
-    ).encode()
+    raw = event_stream(end)
     blocks = [raw[i : i + size] for i in range(0, len(raw), size)]
     assert list(proxy.read_events(blocks)) == EVENTS
-    assert list(proxy.read_events([b"\xef\xbb\xbf" + raw.rstrip()])) == EVENTS
-    assert list(proxy.read_events([raw.replace(b", ", b",\ndata: ", 1)])) == EVENTS
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_event_stream_may_begin_with_a_bom_and_end_without_a_line_end(end):
+    raw = b"\xef\xbb\xbf" + event_stream(end).rstrip()
+    assert list(proxy.read_events([raw])) == EVENTS
+
+
+def test_an_event_may_have_several_data_lines():
+    raw = event_stream("\n\n").replace(b", ", b",\ndata: ", 1)
+    assert list(proxy.read_events([raw])) == EVENTS
+
+
+def test_an_empty_block_ends_no_line():
+    blocks = [b"a\r", b"", b"\nb", b"", b"c"]
+    assert list(proxy.read_lines(blocks)) == [b"a", b"bc"]
 
 
 SHED = {"error": {"code": 503, "message": "shed", "status": "UNAVAILABLE"}}
@@ -1334,7 +1480,7 @@ def error_body(code, message, *details):
 
 
 @pytest.mark.parametrize(
-    "status, said, wanted",
+    "status, answer, seen",
     [
         (
             400,
@@ -1388,12 +1534,27 @@ def error_body(code, message, *details):
         (418, {"error": {"message": 7}}, (418, None, {})),
     ],
 )
-def test_refusals(status, said, wanted):
-    error = proxy.gemini_refusal(status, said)
-    assert (error.status, error.code, error.headers) == wanted and error.message
+def test_a_refusal_keeps_its_class_and_gets_openais_word_and_a_time_to_wait(status, answer, seen):
+    error = proxy.gemini_refusal(status, answer)
+    assert (error.status, error.code, error.headers) == seen
+    assert error.message
 
 
-def test_text_thoughts_and_calls_come_in_order_and_calls_last():
+@pytest.mark.parametrize(
+    "status, answer, retry_after",
+    [
+        (503, error_body(503, "busy"), 0.0),
+        (429, error_body(429, "Quota", detail("RetryInfo", retryDelay="6.2s")), 6.2),
+        (429, error_body(429, "Please retry in 120.5ms."), 0.1205),
+        (429, error_body(429, "limit: 0, retry in 2s"), None),
+        (400, error_body(400, "Bad field"), None),
+    ],
+)
+def test_a_refusal_says_whether_another_attempt_makes_sense(status, answer, retry_after):
+    assert proxy.gemini_refusal(status, answer).retry_after == retry_after
+
+
+def test_text_and_thoughts_come_in_order_and_calls_last():
     events = read(
         chunk({"text": "Hm", "thought": True}, "A"),
         chunk(call("f", {"a": 1}, "s"), "B"),
@@ -1424,7 +1585,8 @@ def test_a_call_that_geminis_servers_answered_is_not_the_clients():
         chunk(call("theirs"), {"functionResponse": {"name": "theirs", "response": {}}}),
         whole("Done."),
     )
-    assert [type(event) for event in events] == [Text, End] and not events[-1].calls
+    assert [type(event) for event in events] == [Text, End]
+    assert not events[-1].calls
 
 
 @pytest.mark.parametrize(
@@ -1438,7 +1600,7 @@ def test_a_call_that_geminis_servers_answered_is_not_the_clients():
         (2, "length"),
     ],
 )
-def test_finish_reasons(reason, finish):
+def test_a_finish_reason_is_one_of_four_words_and_keeps_its_message(reason, finish):
     end = read(whole("Hm", finish=reason, finishMessage="why"))[-1]
     assert (end.finish, end.message) == (finish, "why")
 
@@ -1499,13 +1661,11 @@ def test_citations_count_characters_and_not_bytes():
         chunk(code, text[5:]),
         chunk("", finish="STOP", groundingMetadata=grounding),
     )
-    told = "".join(event.text for event in events[:-1])
+    answer = "".join(event.text for event in events[:-1])
     (citation,) = events[-1].citations
-    assert told[citation.start : citation.end] == cited and (citation.url, citation.title) == (
-        "https://a.example/",
-        "a",
-    )
-    assert told == text[:5] + "\n```python\n1\n```\n" + text[5:]
+    assert answer[citation.start : citation.end] == cited
+    assert (citation.url, citation.title) == ("https://a.example/", "a")
+    assert answer == text[:5] + "\n```python\n1\n```\n" + text[5:]
 
 
 # ======================================================================================
@@ -1790,9 +1950,12 @@ def test_a_history_with_tools():
         tools=[WEATHER],
     )
     (call,) = asked(body)[0].calls
-    signed = proxy.restore_signatures(
-        call, "", lambda id, digest, name: proxy.KnownCall(sign("known") if id == "b" else None)
+    known = {"b": proxy.KnownCall(sign("known"))}
+    keys = proxy.signature_keys(call, "")
+    signed, origins = proxy.restore_signatures(
+        call, [known.get(key.id, proxy.KnownCall()) for key in keys]
     )
+    assert origins == ["placeholder", "memory"]
     assert signed.body["contents"][1:] == [
         {
             "role": "model",
@@ -2981,7 +3144,7 @@ def test_openais_errors(error, kind, code):
 
 
 # ======================================================================================
-# 5. Responses
+# 8. Responses
 # ======================================================================================
 
 FLAT = {"type": "function", "strict": False, **WEATHER["function"]}
@@ -2990,432 +3153,425 @@ PATCH = {
     "name": "apply_patch",
     "format": {"type": "grammar", "syntax": "lark", "definition": "start: X"},
 }
-SEAL = base64.b64encode(
-    b'{"generation":3,"signatures":{"call_9":"%b"}}' % sign("s").encode()
-).decode()
+NAMESPACE = {"type": "namespace", "name": "code", "description": "Code", "tools": [PATCH]}
+THOUGHT = {"text": "Hm", "thought": True}
+IMAGE = {"inlineData": {"mimeType": "image/png", "data": PNG}}
+OSLO_CALL = {"type": "function_call", "call_id": "call_9", "name": "weather", "arguments": "{}"}
 
 
-def responding(body, *answers, context=Context(), notes=None):
-    """The events of a response, when Gemini says these chunks; their last one is the whole answer."""
-    body, notes = {"model": FLASH, **body}, Notes() if notes is None else notes
-    context = looked_up(RESPONSES_ROUTE, body, context, notes)
-    plan = asked(body, proxy.openai_responses_request, context)[0]
+def signatures(call_id):
+    """The `encrypted_content` of a reasoning item about this call."""
+    content = {"generation": 3, "signatures": {call_id: sign("s")}}
+    return base64.b64encode(proxy.encode_json(content).encode()).decode()
+
+
+def reasoning_item(encrypted_content):
+    return {"type": "reasoning", "summary": [], "encrypted_content": encrypted_content}
+
+
+def response_plan(body, context=None):
+    """(the Plan, what was ignored) for a response's body."""
+    body = {"model": FLASH, "input": "Hi", **body}
+    return asked(body, proxy.openai_responses_request, context or Context())
+
+
+def response_events(body, *answers, context=None, notes=None):
+    """The events of a response, when Gemini says these chunks; the last one has the whole answer."""
+    body, notes = {"model": FLASH, "input": "Hi", **body}, Notes() if notes is None else notes
+    context = looked_up(RESPONSES_ROUTE, body, context or Context(), notes)
+    plan = response_plan(body, context)[0]
     events = stream_of(RESPONSES_ROUTE, exchange(plan, context), answers, notes=notes)
-    assert (
-        whole_of(RESPONSES_ROUTE, exchange(plan, context), answers, notes=notes)
-        == events[-1]["response"]
-    )
+    answer = whole_of(RESPONSES_ROUTE, exchange(plan, context), answers, notes=notes)
+    assert answer == events[-1]["response"]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     return events
 
 
-def items_to_gemini(*items, notes=None, **more):
-    body = {"model": FLASH, "input": list(items), **more}
+def response_to(body, *answers, **more):
+    return response_events(body, *answers, **more)[-1]["response"]
+
+
+def response_to_gemini(body, notes=None):
+    """What Gemini is asked for the body of a response."""
+    body = {"model": FLASH, "input": "Hi", **body}
     context = looked_up(RESPONSES_ROUTE, body, Context(), Notes() if notes is None else notes)
     return gemini_body(body, request=proxy.openai_responses_request, context=context)
 
 
-def told(events):
-    """The events without what is the same in each."""
-    return [
-        {key: value for key, value in event.items() if key not in ("sequence_number", "response")}
-        for event in events
-    ]
+def contents_of(*items, **more):
+    """The turns of Gemini's that these input items become."""
+    return response_to_gemini({"input": list(items), **more})["contents"]
 
 
-def test_the_events_of_a_response_are_openais():
-    thought = {"text": "Hm", "thought": True}
+def without(events, *keys):
+    return [{key: event[key] for key in event if key not in keys} for event in events]
+
+
+def stored_exchange(route, notes, response_id="resp_1", **query):
+    """An exchange of a route about a stored response."""
+    context = Context(params={"id": response_id}, query=query)
+    context = looked_up(route, {}, context, notes)
+    return exchange(route.request(Fields({}), context), context)
+
+
+REASONING_ITEM = {
+    "id": "rs_1_0",
+    "type": "reasoning",
+    "summary": [{"type": "summary_text", "text": "Hm"}],
+}
+HELLO_PART = {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}
+MESSAGE_ITEM = {
+    "id": "msg_1_1",
+    "type": "message",
+    "status": "completed",
+    "role": "assistant",
+    "content": [HELLO_PART],
+}
+SIGNATURES_ITEM = {"id": "rs_1_2", **reasoning_item(signatures("call_2"))}
+CALL_ITEM = {
+    "id": "fc_1_3",
+    "type": "function_call",
+    "status": "completed",
+    "call_id": "call_2",
+    "name": "weather",
+    "arguments": '{"city":"Oslo"}',
+}
+IN_REASONING = {"item_id": "rs_1_0", "output_index": 0, "summary_index": 0}
+IN_MESSAGE = {"item_id": "msg_1_1", "output_index": 1, "content_index": 0}
+IN_CALL = {"item_id": "fc_1_3", "output_index": 3}
+RESPONSE_EVENTS = [
+    {"type": "response.created"},
+    {"type": "response.in_progress"},
+    {
+        "type": "response.output_item.added",
+        "output_index": 0,
+        "item": {**REASONING_ITEM, "summary": []},
+    },
+    {
+        "type": "response.reasoning_summary_part.added",
+        **IN_REASONING,
+        "part": {"type": "summary_text", "text": ""},
+    },
+    {"type": "response.reasoning_summary_text.delta", **IN_REASONING, "delta": "Hm"},
+    {"type": "response.reasoning_summary_text.done", **IN_REASONING, "text": "Hm"},
+    {
+        "type": "response.reasoning_summary_part.done",
+        **IN_REASONING,
+        "part": {"type": "summary_text", "text": "Hm"},
+    },
+    {"type": "response.output_item.done", "output_index": 0, "item": REASONING_ITEM},
+    {
+        "type": "response.output_item.added",
+        "output_index": 1,
+        "item": {**MESSAGE_ITEM, "status": "in_progress", "content": []},
+    },
+    {"type": "response.content_part.added", **IN_MESSAGE, "part": {**HELLO_PART, "text": ""}},
+    {"type": "response.output_text.delta", **IN_MESSAGE, "delta": "He", "logprobs": []},
+    {"type": "response.output_text.delta", **IN_MESSAGE, "delta": "llo", "logprobs": []},
+    {"type": "response.output_text.done", **IN_MESSAGE, "text": "Hello", "logprobs": []},
+    {"type": "response.content_part.done", **IN_MESSAGE, "part": HELLO_PART},
+    {"type": "response.output_item.done", "output_index": 1, "item": MESSAGE_ITEM},
+    {"type": "response.output_item.added", "output_index": 2, "item": SIGNATURES_ITEM},
+    {"type": "response.output_item.done", "output_index": 2, "item": SIGNATURES_ITEM},
+    {
+        "type": "response.output_item.added",
+        "output_index": 3,
+        "item": {**CALL_ITEM, "status": "in_progress", "arguments": ""},
+    },
+    {
+        "type": "response.function_call_arguments.delta",
+        **IN_CALL,
+        "delta": '{"city":"Oslo"}',
+    },
+    {
+        "type": "response.function_call_arguments.done",
+        **IN_CALL,
+        "arguments": '{"city":"Oslo"}',
+        "name": "weather",
+    },
+    {"type": "response.output_item.done", "output_index": 3, "item": CALL_ITEM},
+    {"type": "response.completed"},
+]
+
+
+def weather_events():
+    """The events of an answer with a thought, a text, and a call with its signature."""
     body = {
         "model": NEWEST,
-        "input": "Hi",
         "tools": [FLAT],
         "reasoning": {"effort": "low", "summary": "auto"},
         "include": ["reasoning.encrypted_content"],
     }
-    events = responding(
-        body,
-        chunk(thought),
-        chunk("He"),
-        chunk("llo"),
-        whole(call("weather", {"city": "Oslo"}, "s")),
-    )
-    at = {"item_id": "msg_1_1", "output_index": 1, "content_index": 0}
-    reasoning = {
-        "id": "rs_1_0",
-        "type": "reasoning",
-        "summary": [{"type": "summary_text", "text": "Hm"}],
-    }
-    part = {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}
-    message = {
-        "id": "msg_1_1",
-        "type": "message",
-        "status": "completed",
-        "role": "assistant",
-        "content": [part],
-    }
-    sealed = {
-        "id": "rs_1_2",
-        "type": "reasoning",
-        "summary": [],
-        "encrypted_content": base64.b64encode(
-            base64.b64decode(SEAL).replace(b"call_9", b"call_2")
-        ).decode(),
-    }
-    made = {
-        "id": "fc_1_3",
-        "type": "function_call",
-        "status": "completed",
-        "call_id": "call_2",
-        "name": "weather",
-        "arguments": '{"city":"Oslo"}',
-    }
-    assert told(events) == [
-        {"type": "response.created"},
-        {"type": "response.in_progress"},
-        {
-            "type": "response.output_item.added",
-            "output_index": 0,
-            "item": {**reasoning, "summary": []},
-        },
-        {
-            "type": "response.reasoning_summary_part.added",
-            "item_id": "rs_1_0",
-            "output_index": 0,
-            "summary_index": 0,
-            "part": {"type": "summary_text", "text": ""},
-        },
-        {
-            "type": "response.reasoning_summary_text.delta",
-            "item_id": "rs_1_0",
-            "output_index": 0,
-            "summary_index": 0,
-            "delta": "Hm",
-        },
-        {
-            "type": "response.reasoning_summary_text.done",
-            "item_id": "rs_1_0",
-            "output_index": 0,
-            "summary_index": 0,
-            "text": "Hm",
-        },
-        {
-            "type": "response.reasoning_summary_part.done",
-            "item_id": "rs_1_0",
-            "output_index": 0,
-            "summary_index": 0,
-            "part": {"type": "summary_text", "text": "Hm"},
-        },
-        {"type": "response.output_item.done", "output_index": 0, "item": reasoning},
-        {
-            "type": "response.output_item.added",
-            "output_index": 1,
-            "item": {**message, "status": "in_progress", "content": []},
-        },
-        {"type": "response.content_part.added", **at, "part": {**part, "text": ""}},
-        {"type": "response.output_text.delta", **at, "delta": "He", "logprobs": []},
-        {"type": "response.output_text.delta", **at, "delta": "llo", "logprobs": []},
-        {"type": "response.output_text.done", **at, "text": "Hello", "logprobs": []},
-        {"type": "response.content_part.done", **at, "part": part},
-        {"type": "response.output_item.done", "output_index": 1, "item": message},
-        {"type": "response.output_item.added", "output_index": 2, "item": sealed},
-        {"type": "response.output_item.done", "output_index": 2, "item": sealed},
-        {
-            "type": "response.output_item.added",
-            "output_index": 3,
-            "item": {**made, "status": "in_progress", "arguments": ""},
-        },
-        {
-            "type": "response.function_call_arguments.delta",
-            "item_id": "fc_1_3",
-            "output_index": 3,
-            "delta": made["arguments"],
-        },
-        {
-            "type": "response.function_call_arguments.done",
-            "item_id": "fc_1_3",
-            "output_index": 3,
-            "arguments": made["arguments"],
-            "name": "weather",
-        },
-        {"type": "response.output_item.done", "output_index": 3, "item": made},
-        {"type": "response.completed"},
+    last = whole(call("weather", {"city": "Oslo"}, "s"))
+    return response_events(body, chunk(THOUGHT), chunk("He"), chunk("llo"), last)
+
+
+def test_the_events_of_a_response_are_openais():
+    assert without(weather_events(), "sequence_number", "response") == RESPONSE_EVENTS
+
+
+def test_the_last_event_has_all_items_of_the_response():
+    assert weather_events()[-1]["response"]["output"] == [
+        REASONING_ITEM,
+        MESSAGE_ITEM,
+        SIGNATURES_ITEM,
+        CALL_ITEM,
     ]
-    assert events[-1]["response"]["output"] == [reasoning, message, sealed, made]
-    assert (
-        events[0]["response"]["status"],
-        events[0]["response"]["output"],
-        events[0]["response"]["usage"],
-    ) == ("in_progress", [], None)
 
 
-def test_a_whole_response():
-    assert responding(
-        {"input": "Hi", "temperature": 0.5, "metadata": {"a": "b"}, "user": "me"}, whole("Hello")
-    )[-1]["response"] == {
-        "id": "resp_1",
-        "object": "response",
-        "created_at": 1700000000,
-        "completed_at": 1700000000,
-        "status": "completed",
-        "error": None,
-        "incomplete_details": None,
-        "background": False,
-        "instructions": None,
-        "max_output_tokens": None,
-        "max_tool_calls": None,
-        "metadata": {"a": "b"},
-        "model": FLASH,
-        "parallel_tool_calls": True,
-        "previous_response_id": None,
-        "prompt_cache_key": None,
-        "reasoning": {"effort": None, "summary": None},
-        "safety_identifier": None,
-        "service_tier": "default",
-        "store": True,
-        "temperature": 0.5,
-        "text": {"format": {"type": "text"}},
-        "tool_choice": "auto",
-        "tools": [],
-        "top_logprobs": 0,
-        "top_p": None,
-        "truncation": "disabled",
-        "user": "me",
-        "output": [
-            {
-                "id": "msg_1_0",
-                "type": "message",
-                "status": "completed",
-                "role": "assistant",
-                "content": [
-                    {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}
-                ],
-            }
-        ],
-        "usage": {
-            "input_tokens": 4,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            "output_tokens": 7,
-            "output_tokens_details": {"reasoning_tokens": 2},
-            "total_tokens": 11,
-        },
-    }
+def test_the_first_event_has_the_response_as_it_begins():
+    response = weather_events()[0]["response"]
+    assert response["status"] == "in_progress"
+    assert response["output"] == []
+    assert response["usage"] is None
+
+
+WHOLE_RESPONSE = {
+    "id": "resp_1",
+    "object": "response",
+    "created_at": 1700000000,
+    "completed_at": 1700000000,
+    "status": "completed",
+    "error": None,
+    "incomplete_details": None,
+    "background": False,
+    "instructions": None,
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "metadata": {"a": "b"},
+    "model": FLASH,
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None,
+    "service_tier": "default",
+    "store": True,
+    "temperature": 0.5,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_logprobs": 0,
+    "top_p": None,
+    "truncation": "disabled",
+    "user": "me",
+    "output": [{**MESSAGE_ITEM, "id": "msg_1_0"}],
+    "usage": {
+        "input_tokens": 4,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": 7,
+        "output_tokens_details": {"reasoning_tokens": 2},
+        "total_tokens": 11,
+    },
+}
+
+
+def test_a_whole_response_is_openais():
+    body = {"temperature": 0.5, "metadata": {"a": "b"}, "user": "me"}
+    assert response_to(body, whole("Hello")) == WHOLE_RESPONSE
+
+
+NO_CALL = {
+    "code": "server_error",
+    "message": "Gemini ended its answer with MALFORMED_FUNCTION_CALL.",
+}
 
 
 @pytest.mark.parametrize(
-    "finish, kind, details, error",
+    "finish, status, details, error, native",
     [
-        ("STOP", "completed", None, None),
-        ("MAX_TOKENS", "incomplete", {"reason": "max_output_tokens"}, None),
-        ("SAFETY", "incomplete", {"reason": "content_filter"}, None),
-        (
-            "MALFORMED_FUNCTION_CALL",
-            "failed",
-            None,
-            {
-                "code": "server_error",
-                "message": "Gemini ended its answer with MALFORMED_FUNCTION_CALL.",
-            },
-        ),
+        ("STOP", "completed", None, None, None),
+        ("MAX_TOKENS", "incomplete", {"reason": "max_output_tokens"}, None, None),
+        ("SAFETY", "incomplete", {"reason": "content_filter"}, None, "SAFETY"),
+        ("MALFORMED_FUNCTION_CALL", "failed", None, NO_CALL, "MALFORMED_FUNCTION_CALL"),
     ],
 )
-def test_how_a_response_ends(finish, kind, details, error):
-    last = responding({"input": "Hi"}, whole("Once", finish=finish))[-1]
+def test_a_finish_reason_becomes_the_status_of_a_response(finish, status, details, error, native):
+    last = response_events({}, whole("Once", finish=finish))[-1]
     response = last["response"]
-    assert last["type"] == f"response.{kind}" and (
-        response["status"],
-        response["incomplete_details"],
-        response["error"],
-    ) == (kind, details, error)
-    assert response["output"][0]["status"] == ("completed" if kind == "completed" else "incomplete")
-    assert response.get("native_finish_reason", "STOP") == (
-        finish if finish != "MAX_TOKENS" else "STOP"
-    )
+    assert last["type"] == f"response.{status}"
+    assert response["status"] == status
+    assert response["incomplete_details"] == details
+    assert response["error"] == error
+    assert response.get("native_finish_reason") == native
 
 
-def test_a_response_without_a_word():
-    assert (
-        responding({"input": "Hi"}, whole())[-1]["response"]["output"][0]["content"][0]["text"]
-        == ""
-    )
-    blocked = responding({"input": "Hi"}, {"promptFeedback": {"blockReason": "SAFETY"}})[-1][
-        "response"
-    ]
-    assert (blocked["output"], blocked["incomplete_details"], blocked["native_finish_reason"]) == (
-        [],
-        {"reason": "content_filter"},
-        "SAFETY",
-    )
+@pytest.mark.parametrize(
+    "finish, status",
+    [("STOP", "completed"), ("MAX_TOKENS", "incomplete"), ("SAFETY", "incomplete")],
+)
+def test_a_message_that_was_cut_off_is_incomplete(finish, status):
+    response = response_to({}, whole("Once", finish=finish))
+    assert response["output"][0]["status"] == status
 
 
-def test_a_response_that_breaks_off():
-    made = exchange(asked({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0])
-    events = []
+def test_a_response_without_a_word_has_an_empty_message():
+    response = response_to({}, whole())
+    assert response["output"][0]["content"][0]["text"] == ""
+
+
+def test_a_blocked_prompt_is_an_incomplete_response_without_items():
+    response = response_to({}, {"promptFeedback": {"blockReason": "SAFETY"}})
+    assert response["output"] == []
+    assert response["incomplete_details"] == {"reason": "content_filter"}
+    assert response["native_finish_reason"] == "SAFETY"
+
+
+def test_a_response_that_breaks_off_ends_with_what_came():
+    one = exchange(response_plan({})[0])
+    stream = proxy.openai_responses_stream(one, events_of(one, [[chunk("Hel")]]))
+    events = [next(stream) for _ in range(5)]
     with pytest.raises(ProxyError) as caught:
-        for event in proxy.openai_responses_stream(made, events_of(made, [[chunk("Hel")]])):
-            events.append(event)
-    (last,) = kept_by(proxy.openai_responses_failure(made, caught.value), Notes())
-    assert (last["type"], last["sequence_number"]) == ("response.failed", len(events)) and last[
-        "response"
-    ]["id"] == events[0]["response"]["id"]
-    assert last["response"]["error"] == {"code": "server_error", "message": caught.value.message}
-    assert (
-        last["response"]["output"][0]["status"],
-        last["response"]["output"][0]["content"][0]["text"],
-    ) == ("incomplete", "Hel")
-    *_, slow = proxy.openai_responses_failure(
-        exchange(made.plan), ProxyError(429, "Slow.", code="rate_limit_exceeded", retry_after=1.5)
-    )
-    assert (
-        slow["response"]["error"]
-        == {"code": "rate_limit_exceeded", "message": "Slow. Please try again in 1.5s."}
-        and slow["sequence_number"] == 2
-    )
+        next(stream)
+    (last,) = kept_by(proxy.openai_responses_failure(one, caught.value), Notes())
+    assert last["type"] == "response.failed"
+    assert last["sequence_number"] == len(events)
+    response = last["response"]
+    assert response["id"] == events[0]["response"]["id"]
+    assert response["error"] == {"code": "server_error", "message": caught.value.message}
+    assert response["output"][0]["status"] == "incomplete"
+    assert response["output"][0]["content"][0]["text"] == "Hel"
 
 
-def test_input_items_become_turns():
-    body = items_to_gemini(
-        {"role": "developer", "content": "Be brief."},
-        user(
-            [
-                {"type": "input_text", "text": "Look"},
-                {"type": "input_image", "image_url": f"data:image/png;base64,{PNG}"},
-            ]
-        ),
-        {
-            "type": "reasoning",
-            "id": "rs_1",
-            "summary": [{"type": "summary_text", "text": "Hm"}],
-            "encrypted_content": SEAL,
-        },
-        {
-            "type": "message",
-            "role": "assistant",
-            "content": [{"type": "output_text", "text": "I call.", "annotations": []}],
-        },
-        {
-            "type": "function_call",
-            "call_id": "call_9",
-            "name": "weather",
-            "arguments": '{"city": "Oslo"}',
-            "status": "completed",
-        },
+def test_a_failure_before_the_first_event_has_the_first_events_too():
+    one, error = exchange(response_plan({})[0]), ProxyError(400, "No.")
+    events = kept_by(proxy.openai_responses_failure(one, error), Notes())
+    kinds = ["response.created", "response.in_progress", "response.failed"]
+    assert [event["type"] for event in events] == kinds
+    assert [event["sequence_number"] for event in events] == [0, 1, 2]
+
+
+def test_a_failure_says_in_codexs_words_when_to_try_again():
+    error = ProxyError(429, "Slow.", code="rate_limit_exceeded", retry_after=1.5)
+    *_, last = proxy.openai_responses_failure(exchange(response_plan({})[0]), error)
+    message = "Slow. Please try again in 1.5s."
+    assert last["response"]["error"] == {"code": "rate_limit_exceeded", "message": message}
+
+
+def test_instructions_and_developer_messages_are_the_system_instruction():
+    items = [{"role": "developer", "content": "Be brief."}, user("Hi")]
+    body = response_to_gemini({"input": items, "instructions": "Be kind."})
+    assert body["systemInstruction"]["parts"] == [{"text": "Be kind."}, {"text": "Be brief."}]
+
+
+def test_messages_become_turns():
+    link = f"data:image/png;base64,{PNG}"
+    parts = [{"type": "input_text", "text": "Look"}, {"type": "input_image", "image_url": link}]
+    answer = [{"type": "output_text", "text": "I see.", "annotations": []}]
+    items = [user(parts), {"type": "message", **assistant(answer)}, user("Well?")]
+    assert contents_of(*items) == [u("Look", IMAGE), m("I see."), u("Well?")]
+
+
+def test_calls_and_their_outputs_become_turns():
+    output = [{"type": "input_text", "text": "done"}]
+    contents = contents_of(
+        user("Hi"),
+        {**OSLO_CALL, "arguments": '{"city": "Oslo"}', "status": "completed"},
         {"type": "custom_tool_call", "call_id": "call_8", "name": "apply_patch", "input": "X"},
-        {
-            "type": "custom_tool_call_output",
-            "call_id": "call_8",
-            "output": [{"type": "input_text", "text": "done"}],
-        },
+        {"type": "custom_tool_call_output", "call_id": "call_8", "output": output},
         {"type": "function_call_output", "call_id": "call_9", "output": '{"temp": 3}'},
-        instructions="Be kind.",
+    )
+    calls = [
+        {"id": "call_9", "name": "weather", "args": {"city": "Oslo"}},
+        {"id": "call_8", "name": "apply_patch", "args": {"input": "X"}},
+    ]
+    results = [
+        {"id": "call_9", "name": "weather", "response": {"temp": 3}},
+        {"id": "call_8", "name": "apply_patch", "response": {"output": "done"}},
+    ]
+    assert contents == [
+        u("Hi"),
+        m(*({"functionCall": entry} for entry in calls)),
+        u(*({"functionResponse": entry} for entry in results)),
+    ]
+
+
+def test_a_reasoning_item_gives_a_call_its_signature():
+    contents = contents_of(
+        user("Hi"),
+        {**reasoning_item(signatures("call_9")), "id": "rs_1"},
+        assistant("I call."),
+        OSLO_CALL,
+        {"type": "function_call_output", "call_id": "call_9", "output": "3"},
         model=NEWEST,
     )
-    assert body["systemInstruction"]["parts"] == [{"text": "Be kind."}, {"text": "Be brief."}]
-    assert body["contents"] == [
-        u("Look", {"inlineData": {"mimeType": "image/png", "data": PNG}}),
-        m(
-            "I call.",
-            {
-                "functionCall": {"id": "call_9", "name": "weather", "args": {"city": "Oslo"}},
-                "thoughtSignature": sign("s"),
-            },
-            {"functionCall": {"id": "call_8", "name": "apply_patch", "args": {"input": "X"}}},
-        ),
-        u(
-            {"functionResponse": {"id": "call_9", "name": "weather", "response": {"temp": 3}}},
-            {
-                "functionResponse": {
-                    "id": "call_8",
-                    "name": "apply_patch",
-                    "response": {"output": "done"},
-                }
-            },
-        ),
+    function_call = {"id": "call_9", "name": "weather", "args": {}}
+    part = {"functionCall": function_call, "thoughtSignature": sign("s")}
+    assert contents[1] == m("I call.", part)
+
+
+def test_the_summary_of_a_reasoning_item_does_not_go_back():
+    item = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm"}]}
+    assert contents_of(user("Hi"), item, assistant("Yes?"), user("Go")) == [
+        u("Hi"),
+        m("Yes?"),
+        u("Go"),
     ]
 
 
-def test_calls_of_openais_own_local_tools_are_functions():
-    body = items_to_gemini(
+@pytest.mark.parametrize(
+    "action, output",
+    [
+        ({"commands": ["ls"]}, "a.txt"),
+        ({"commands": ["ls"]}, [{"stdout": "a.txt", "stderr": ""}]),
+    ],
+)
+@pytest.mark.parametrize("name", ["local_shell", "shell"])
+def test_calls_of_openais_local_tools_are_functions(name, action, output):
+    contents = contents_of(
         user("ls"),
-        {
-            "type": "local_shell_call",
-            "id": "lsh_1",
-            "call_id": "call_1",
-            "action": {"type": "exec", "command": ["ls"]},
-            "status": "completed",
-        },
-        {"type": "local_shell_call_output", "id": "call_1", "output": "a.txt"},
-        {"type": "shell_call", "call_id": "call_2", "action": {"commands": ["ls"]}},
-        {
-            "type": "shell_call_output",
-            "call_id": "call_2",
-            "output": [{"stdout": "a.txt", "stderr": ""}],
-        },
+        {"type": f"{name}_call", "id": "lsh_1", "call_id": "call_1", "action": action},
+        {"type": f"{name}_call_output", "id": "call_1", "output": output},
     )
-    assert [part for content in body["contents"][1:] for part in content["parts"]] == [
-        {
-            "functionCall": {
-                "id": "call_1",
-                "name": "local_shell",
-                "args": {"type": "exec", "command": ["ls"]},
-            }
-        },
-        {
-            "functionResponse": {
-                "id": "call_1",
-                "name": "local_shell",
-                "response": {"output": "a.txt"},
-            }
-        },
-        {"functionCall": {"id": "call_2", "name": "shell", "args": {"commands": ["ls"]}}},
-        {
-            "functionResponse": {
-                "id": "call_2",
-                "name": "shell",
-                "response": {"output": [{"stdout": "a.txt", "stderr": ""}]},
-            }
-        },
-    ]
+    function_call = {"id": "call_1", "name": name, "args": action}
+    result = {"id": "call_1", "name": name, "response": {"output": output}}
+    assert contents[1:] == [m({"functionCall": function_call}), u({"functionResponse": result})]
 
 
-def test_what_a_response_cannot_take_is_named():
-    items = [
-        user("Hi"),
-        {"type": "mcp_call", "id": "1", "name": "x"},
-        {"type": "reasoning", "summary": [], "encrypted_content": "gAAA"},
-        {"type": "web_search_call", "id": "ws_1"},
-    ]
+def test_unknown_items_of_a_response_are_named_as_ignored():
+    items = [user("Hi"), {"type": "mcp_call", "id": "1", "name": "x"}]
+    assert response_plan({"input": items})[1] == ["input[].mcp_call"]
+
+
+def test_a_search_in_the_input_of_a_response_is_left_out():
+    plan, ignored = response_plan({"input": [user("Hi"), {"type": "web_search_call", "id": "ws"}]})
+    assert plan.calls[0].body["contents"] == [u("Hi")]
+    assert ignored == []
+
+
+@pytest.mark.parametrize(
+    "model, content, ignored",
+    [
+        (NEWEST, signatures("call_9"), []),
+        (FLASH, signatures("call_9"), ["input[].encrypted_content"]),
+        (NEWEST, "gAAA", ["input[].encrypted_content"]),
+    ],
+)
+def test_encrypted_content_of_other_models_is_named_as_ignored(model, content, ignored):
+    assert response_plan({"model": model, "input": [reasoning_item(content)]})[1] == ignored
+
+
+def test_hosted_tools_of_a_response_are_googles_or_named_as_ignored():
     tools = [
         {"type": "file_search", "vector_store_ids": ["v"]},
         {"type": "web_search", "search_context_size": "low"},
         {"type": "code_interpreter", "container": {"type": "auto"}},
     ]
-    plan, ignored = asked(
-        {
-            "model": NEWEST,
-            "input": items,
-            "tools": tools,
-            "text": {"verbosity": "low"},
-            "include": ["file_search_call.results"],
-            "x": 1,
-        },
-        proxy.openai_responses_request,
-    )
-    assert ignored == [
-        "include.file_search_call.results",
-        "input[].encrypted_content",
-        "input[].mcp_call",
-        "text.verbosity",
-        "tools[].container",
-        "tools[].file_search",
-        "tools[].search_context_size",
-        "x",
-    ]
+    plan, ignored = response_plan({"model": NEWEST, "tools": tools})
     assert plan.calls[0].body["tools"] == [{"googleSearch": {}}, {"codeExecution": {}}]
-    sealed = {"type": "reasoning", "summary": [], "encrypted_content": SEAL}
-    for model, named in ((NEWEST, []), (FLASH, ["input[].encrypted_content"])):
-        assert (
-            asked({"model": model, "input": [sealed]}, proxy.openai_responses_request)[1] == named
-        )
+    assert ignored == ["tools[].container", "tools[].file_search", "tools[].search_context_size"]
+
+
+@pytest.mark.parametrize(
+    "more, ignored",
+    [
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"include": ["file_search_call.results"]}, "include.file_search_call.results"),
+        ({"x": 1}, "x"),
+    ],
+)
+def test_fields_without_effect_on_a_response_are_named_as_ignored(more, ignored):
+    assert response_plan(more)[1] == [ignored]
 
 
 @pytest.mark.parametrize(
@@ -3427,248 +3583,296 @@ def test_what_a_response_cannot_take_is_named():
         ("input[0].type", {"input": [{}]}),
         ("input[0].role", {"input": [{"role": "x"}]}),
         ("input[0].call_id", {"input": [{"type": "function_call", "name": "x"}]}),
-        ("input", {"input": [{"type": "item_reference", "id": "msg_1_0"}]}),
         ("text.format.type", {"text": {"format": {"type": "x"}}}),
         ("reasoning.effort", {"reasoning": {"effort": "x"}}),
         ("max_output_tokens", {"max_output_tokens": 0}),
         ("conversation", {"conversation": "conv_1"}),
         ("prompt", {"prompt": {"id": "pmpt_1"}}),
-        ("previous_response_id", {"previous_response_id": "resp_1"}),
         ("truncation", {"truncation": "x"}),
         ("include", {"include": 7}),
         ("metadata", {"metadata": 7}),
-        (
-            "tools[0].tools[0].name",
-            {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function"}]}]},
-        ),
+        ("tools[0].tools[0].name", {"tools": [{**NAMESPACE, "tools": [{"type": "function"}]}]}),
     ],
 )
-def test_what_no_response_can_be_made_of(path, more):
+def test_a_response_that_cannot_be_made_is_a_400_with_the_place(path, more):
     error = refused({"model": FLASH, "input": "Hi", **more}, proxy.openai_responses_request)
-    assert error.path == path and error.status == (
-        404 if "resp_1" in str(more) or "item_reference" in str(more) else 400
-    )
+    assert error.path == path
+    assert error.status == 400
 
 
-def test_tools_of_responses_are_flat_and_may_stand_in_namespaces():
-    more = {
-        "type": "additional_tools",
-        "role": "developer",
-        "tools": [{"type": "namespace", "name": "code", "description": "Code", "tools": [PATCH]}],
-    }
-    body = {
-        "input": [user("Hi"), more],
-        "tools": [FLAT],
-        "tool_choice": {
-            "type": "allowed_tools",
-            "mode": "required",
-            "tools": [
-                {"type": "function", "name": "weather"},
-                {"type": "custom", "namespace": "code", "name": "apply_patch"},
-                {"type": "web_search"},
-            ],
-        },
-    }
-    sent = gemini_body({"model": NEWEST, **body}, request=proxy.openai_responses_request)
-    assert [d["name"] for d in sent["tools"][0]["functionDeclarations"]] == [
-        "weather",
-        "code.apply_patch",
+@pytest.mark.parametrize(
+    "path, more",
+    [
+        ("input", {"input": [{"type": "item_reference", "id": "msg_1_0"}]}),
+        ("previous_response_id", {"previous_response_id": "resp_1"}),
+    ],
+)
+def test_what_is_not_stored_is_a_404_with_the_place(path, more):
+    error = refused({"model": FLASH, "input": "Hi", **more}, proxy.openai_responses_request)
+    assert error.path == path
+    assert error.status == 404
+
+
+def test_tools_of_responses_may_stand_in_namespaces_and_among_the_items():
+    more = {"type": "additional_tools", "role": "developer", "tools": [NAMESPACE]}
+    body = response_to_gemini({"input": [user("Hi"), more], "tools": [FLAT]})
+    weather, patch = body["tools"][0]["functionDeclarations"]
+    assert weather["name"] == "weather"
+    assert patch["name"] == "code.apply_patch"
+    grammar = "Code\nThe text must conform to this lark grammar:\nstart: X"
+    assert patch["description"].startswith(grammar)
+
+
+def test_a_response_may_choose_among_tools_in_namespaces():
+    allowed = [
+        {"type": "function", "name": "weather"},
+        {"type": "custom", "namespace": "code", "name": "apply_patch"},
+        {"type": "web_search"},
     ]
-    assert sent["tools"][0]["functionDeclarations"][1]["description"].startswith(
-        "Code\nThe text must conform to this lark grammar:\nstart: X"
-    )
-    assert sent["toolConfig"]["functionCallingConfig"] == {
-        "mode": "ANY",
-        "allowedFunctionNames": ["weather", "code.apply_patch"],
-    }
-    events = responding(body, whole(call("code.apply_patch", {"input": "X"})))
-    made = {
-        "id": "ctc_1_0",
-        "type": "custom_tool_call",
-        "status": "completed",
-        "call_id": "call_2",
-        "name": "apply_patch",
-        "namespace": "code",
-        "input": "X",
-    }
-    assert events[-1]["response"]["output"] == [made]
-    assert [event["type"] for event in events[3:5]] == [
-        "response.custom_tool_call_input.delta",
-        "response.custom_tool_call_input.done",
+    choice = {"type": "allowed_tools", "mode": "required", "tools": allowed}
+    body = response_to_gemini({"tools": [FLAT, NAMESPACE], "tool_choice": choice})
+    names = ["weather", "code.apply_patch"]
+    config = {"mode": "ANY", "allowedFunctionNames": names}
+    assert body["toolConfig"]["functionCallingConfig"] == config
+
+
+PATCH_CALL = {
+    "id": "ctc_1_0",
+    "type": "custom_tool_call",
+    "status": "completed",
+    "call_id": "call_2",
+    "name": "apply_patch",
+    "namespace": "code",
+    "input": "X",
+}
+
+
+def test_a_call_of_a_custom_tool_in_a_namespace_has_its_own_events():
+    answer = whole(call("code.apply_patch", {"input": "X"}))
+    events = response_events({"tools": [NAMESPACE]}, answer)
+    assert events[-1]["response"]["output"] == [PATCH_CALL]
+    place = {"item_id": "ctc_1_0", "output_index": 0}
+    assert without(events[3:5], "sequence_number") == [
+        {"type": "response.custom_tool_call_input.delta", **place, "delta": "X"},
+        {"type": "response.custom_tool_call_input.done", **place, "input": "X"},
     ]
-    back = items_to_gemini(
-        user("Hi"), made, {"type": "custom_tool_call_output", "call_id": "call_2", "output": "ok"}
-    )
-    assert back["contents"][1]["parts"][0]["functionCall"] == {
-        "id": "call_2",
-        "name": "code.apply_patch",
-        "args": {"input": "X"},
-    }
 
 
-def test_a_search_and_its_sources_in_a_response():
-    grounding = {
-        "webSearchQueries": ["oslo"],
-        "groundingChunks": [{"web": {"uri": "https://a.example", "title": "A"}}],
-        "groundingSupports": [
-            {"segment": {"startIndex": 0, "endIndex": 3}, "groundingChunkIndices": [0]},
-            {"segment": {"startIndex": 4, "endIndex": 7}, "groundingChunkIndices": [0]},
-        ],
-    }
+def test_a_call_of_a_custom_tool_in_a_namespace_goes_back_to_gemini():
+    output = {"type": "custom_tool_call_output", "call_id": "call_2", "output": "ok"}
+    function_call = {"id": "call_2", "name": "code.apply_patch", "args": {"input": "X"}}
+    contents = contents_of(user("Hi"), PATCH_CALL, output)
+    assert contents[1] == m({"functionCall": function_call})
+
+
+GROUNDING = {
+    "webSearchQueries": ["oslo"],
+    "groundingChunks": [{"web": {"uri": "https://a.example", "title": "A"}}],
+    "groundingSupports": [
+        {"segment": {"startIndex": 0, "endIndex": 3}, "groundingChunkIndices": [0]},
+        {"segment": {"startIndex": 4, "endIndex": 7}, "groundingChunkIndices": [0]},
+    ],
+}
+ANNOTATION = {
+    "type": "url_citation",
+    "start_index": 0,
+    "end_index": 3,
+    "url": "https://a.example",
+    "title": "A",
+}
+
+
+def search_events():
+    """The events of an answer in two messages that rest on a search."""
     body = {
-        "input": "Hi",
         "tools": [{"type": "web_search"}],
         "include": ["web_search_call.action.sources"],
         "reasoning": {"summary": "auto"},
     }
-    events = responding(
-        body,
-        chunk("One "),
-        chunk({"text": "Hm", "thought": True}),
-        whole("two.", groundingMetadata=grounding),
-    )
-    first, _, second, search = events[-1]["response"]["output"]
-    cited = {
-        "type": "url_citation",
-        "start_index": 0,
-        "end_index": 3,
-        "url": "https://a.example",
-        "title": "A",
-    }
-    assert first["content"][0]["annotations"] == second["content"][0]["annotations"] == [cited]
-    assert [
-        event["annotation"] for event in events if event["type"].endswith("annotation.added")
-    ] == [cited]
-    assert search["action"] == {
-        "type": "search",
-        "query": "oslo",
-        "queries": ["oslo"],
-        "sources": [{"type": "url", "url": "https://a.example"}],
+    last = whole("two.", groundingMetadata=GROUNDING)
+    return response_events(body, chunk("One "), chunk(THOUGHT), last)
+
+
+def test_each_message_has_the_sources_that_it_rests_on():
+    first, _, second, _ = search_events()[-1]["response"]["output"]
+    assert first["content"][0]["annotations"] == [ANNOTATION]
+    assert second["content"][0]["annotations"] == [ANNOTATION]
+
+
+def test_the_sources_of_the_last_message_have_events():
+    kind = "response.output_text.annotation.added"
+    events = [event for event in search_events() if event["type"] == kind]
+    place = {"item_id": "msg_1_2", "output_index": 2, "content_index": 0, "annotation_index": 0}
+    assert without(events, "sequence_number") == [{"type": kind, **place, "annotation": ANNOTATION}]
+
+
+def test_a_search_is_an_item_with_its_queries_and_sources():
+    assert search_events()[-1]["response"]["output"][3] == {
+        "id": "ws_1_3",
+        "type": "web_search_call",
+        "status": "completed",
+        "action": {
+            "type": "search",
+            "query": "oslo",
+            "queries": ["oslo"],
+            "sources": [{"type": "url", "url": "https://a.example"}],
+        },
     }
 
 
-def test_a_picture_in_a_response():
-    made = responding(
-        {"input": "Draw"}, whole("Here", {"inlineData": {"mimeType": "image/png", "data": PNG}})
-    )[-1]["response"]["output"]
-    assert made[1] == {
+def test_an_image_is_an_item_of_a_response():
+    assert response_to({}, whole("Here", IMAGE))["output"][1] == {
         "id": "ig_1_1",
         "type": "image_generation_call",
         "status": "completed",
         "result": PNG,
     }
-    assert items_to_gemini(user("Draw"), *made, user("Redder"))["contents"][1] == m(
-        "Here", {"inlineData": {"mimeType": "image/png", "data": PNG}}
-    )
 
 
-def stored_context(route, notes, id="resp_1", **query):
-    return looked_up(route, {}, Context(params={"id": id}, query=query), notes)
+def test_an_image_of_a_response_goes_back_to_gemini():
+    items = response_to({}, whole("Here", IMAGE))["output"]
+    assert contents_of(user("Draw"), *items, user("Redder"))[1] == m("Here", IMAGE)
 
 
-def test_a_response_continues_from_what_was_stored():
+def stored_response():
+    """(what is stored, the response) of a short exchange."""
     notes = Notes()
-    first = responding({"input": "Who?", "instructions": "Be brief."}, whole("Gem."), notes=notes)[
-        -1
-    ]["response"]
-    assert first["id"] == "resp_1"
-    again = items_to_gemini(user("And now?"), previous_response_id=first["id"], notes=notes)
-    assert again["contents"] == [u("Who?"), m("Gem."), u("And now?")]
-    assert "systemInstruction" not in again
-    for reference in (
-        {"type": "item_reference", "id": first["output"][0]["id"]},
-        {"id": first["output"][0]["id"]},
-    ):
-        by_reference = items_to_gemini(
-            {"type": "item_reference", "id": "msg_1_i0"}, reference, user("And now?"), notes=notes
-        )
-        assert by_reference["contents"] == again["contents"]
+    body = {"input": "Who?", "instructions": "Be brief."}
+    return notes, response_to(body, whole("Gem."), notes=notes)
 
 
-def test_a_stored_response_is_read_and_deleted():
-    notes = Notes()
-    first = responding({"input": "Who?"}, whole("Gem."), notes=notes)[-1]["response"]
-    read_route = openai_route("/v1/responses/{id}", "GET")
-    context = stored_context(read_route, notes)
-    plan = read_route.request(Fields({}), context)
-    assert whole_of(read_route, exchange(plan, context)) == first
-    delete_route = openai_route("/v1/responses/{id}", "DELETE")
-    assert whole_of(delete_route, exchange(plan, context), notes=notes) == {
-        "id": first["id"],
-        "object": "response",
-        "deleted": True,
-    }
-    assert not notes
+CONTINUED = [u("Who?"), m("Gem."), u("And now?")]
+
+
+def test_a_response_continues_an_earlier_one_without_its_instructions():
+    notes, first = stored_response()
+    body = {"input": [user("And now?")], "previous_response_id": first["id"]}
+    sent = response_to_gemini(body, notes)
+    assert sent["contents"] == CONTINUED
+    assert "systemInstruction" not in sent
+
+
+def test_references_stand_for_stored_items():
+    notes, first = stored_response()
+    question = {"type": "item_reference", "id": "msg_1_i0"}
+    answer = {"type": "item_reference", "id": first["output"][0]["id"]}
+    items = [question, answer, user("And now?")]
+    assert response_to_gemini({"input": items}, notes)["contents"] == CONTINUED
+
+
+def test_a_reference_may_leave_out_its_type():
+    notes, first = stored_response()
+    items = [user("Who?"), {"id": first["output"][0]["id"]}, user("And now?")]
+    assert response_to_gemini({"input": items}, notes)["contents"] == CONTINUED
+
+
+def test_a_stored_response_is_read():
+    notes, first = stored_response()
+    route = openai_route("/v1/responses/{id}", "GET")
+    assert whole_of(route, stored_exchange(route, notes)) == first
+
+
+def test_a_stored_response_is_not_streamed():
+    notes, _ = stored_response()
     with pytest.raises(ProxyError) as caught:
-        read_route.request(Fields({}), stored_context(read_route, notes))
+        stored_exchange(openai_route("/v1/responses/{id}", "GET"), notes, stream="true")
+    assert caught.value.path == "stream"
+
+
+def test_a_stored_response_is_deleted_with_its_input():
+    notes, first = stored_response()
+    route = openai_route("/v1/responses/{id}", "DELETE")
+    answer = whole_of(route, stored_exchange(route, notes), notes=notes)
+    assert answer == {"id": first["id"], "object": "response", "deleted": True}
+    assert not notes
+
+
+def test_a_response_that_is_not_stored_is_not_read():
+    with pytest.raises(ProxyError) as caught:
+        stored_exchange(openai_route("/v1/responses/{id}", "GET"), Notes())
     assert caught.value.status == 404
-    body = {"model": FLASH, "previous_response_id": first["id"]}
-    assert refused(body, proxy.openai_responses_request).code == "previous_response_not_found"
+
+
+def test_a_response_that_is_not_stored_is_not_continued():
+    body = {"model": FLASH, "previous_response_id": "resp_1"}
+    error = refused(body, proxy.openai_responses_request)
+    assert error.code == "previous_response_not_found"
 
 
 def test_a_response_is_not_stored_where_the_client_forbids_it():
     notes = Notes()
-    responding({"input": "Who?", "store": False}, whole("Gem."), notes=notes)
+    response_to({"store": False}, whole("Gem."), notes=notes)
     assert not notes
 
 
-def test_the_items_of_a_stored_response():
+def test_a_stored_response_cannot_be_cancelled():
+    notes, _ = stored_response()
+    route = openai_route("/v1/responses/{id}/cancel")
+    with pytest.raises(ProxyError) as caught:
+        whole_of(route, stored_exchange(route, notes))
+    assert caught.value.status == 400
+
+
+def item_page(**query):
+    """A page of the input of a stored response with three messages."""
     notes = Notes()
-    responding({"input": [user("a"), assistant("b", id=None), user("c")]}, whole("d"), notes=notes)
+    items = [user("a"), assistant("b", id=None), user("c")]
+    response_to({"input": items}, whole("d"), notes=notes)
     route = openai_route("/v1/responses/{id}/input_items", "GET")
+    return whole_of(route, stored_exchange(route, notes, **query))
 
-    def page(**query):
-        context = stored_context(route, notes, **query)
-        return whole_of(route, exchange(route.request(Fields({}), context), context))
 
-    assert [item["id"] for item in page()["data"]] == ["msg_1_i2", "msg_1_i1", "msg_1_i0"]
-    assert page(order="asc", limit="2", after="msg_1_i0") == {
+def test_the_input_of_a_stored_response_comes_newest_first():
+    page = item_page()
+    assert [item["id"] for item in page["data"]] == ["msg_1_i2", "msg_1_i1", "msg_1_i0"]
+
+
+def test_a_page_of_input_items_is_openais():
+    answer = [{"type": "output_text", "text": "b", "annotations": []}]
+    question = [{"type": "input_text", "text": "c"}]
+    more = {"type": "message", "status": "completed"}
+    assert item_page(order="asc", limit="2", after="msg_1_i0") == {
         "object": "list",
         "first_id": "msg_1_i1",
         "last_id": "msg_1_i2",
         "has_more": False,
         "data": [
-            {
-                "id": "msg_1_i1",
-                "type": "message",
-                "role": "assistant",
-                "content": [{"type": "output_text", "text": "b", "annotations": []}],
-                "status": "completed",
-            },
-            {
-                "id": "msg_1_i2",
-                "type": "message",
-                "role": "user",
-                "content": [{"type": "input_text", "text": "c"}],
-                "status": "completed",
-            },
+            {"id": "msg_1_i1", "role": "assistant", "content": answer, **more},
+            {"id": "msg_1_i2", "role": "user", "content": question, **more},
         ],
     }
-    assert page(limit="1")["has_more"]
+
+
+def test_a_page_of_input_items_says_whether_there_are_more():
+    assert item_page(limit="1")["has_more"]
+
+
+def test_a_page_of_input_items_has_a_limit():
     with pytest.raises(ProxyError, match="limit"):
-        page(limit="0")
+        item_page(limit="0")
 
 
-def test_a_response_in_json():
-    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
-    body = {
-        "model": FLASH,
-        "input": "Hi",
-        "text": {"format": {"type": "json_schema", "name": "x", "strict": True, "schema": schema}},
-    }
-    assert gemini_body(body, request=proxy.openai_responses_request)["generationConfig"] == {
+JSON_SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
+JSON_TEXT = {"format": {"type": "json_schema", "name": "x", "strict": True, "schema": JSON_SCHEMA}}
+
+
+def test_a_response_in_json_has_its_schema():
+    assert response_to_gemini({"text": JSON_TEXT})["generationConfig"] == {
         "responseMimeType": "application/json",
-        "responseJsonSchema": schema,
+        "responseJsonSchema": JSON_SCHEMA,
     }
-    fenced = responding({**body, "tools": [FLAT]}, whole('```json\n{"a":"b"}\n```'))[-1]["response"]
-    assert (
-        fenced["output"][0]["content"][0]["text"] == '{"a":"b"}' and fenced["text"] == body["text"]
-    )
 
 
-def test_thoughts_come_when_they_are_asked_for():
-    thought = {"text": "Hm", "thought": True}
-    for reasoning, config, kinds in (
+def test_json_beside_tools_loses_its_code_fence():
+    body = {"text": JSON_TEXT, "tools": [FLAT]}
+    response = response_to(body, whole('```json\n{"a":"b"}\n```'))
+    assert response["output"][0]["content"][0]["text"] == '{"a":"b"}'
+    assert response["text"] == JSON_TEXT
+
+
+@pytest.mark.parametrize(
+    "reasoning, config, kinds",
+    [
         ({"effort": "low"}, {"thinkingLevel": "LOW"}, ["message"]),
         ({"summary": "concise"}, {"includeThoughts": True}, ["reasoning", "message"]),
         (
@@ -3676,51 +3880,40 @@ def test_thoughts_come_when_they_are_asked_for():
             {"thinkingLevel": "HIGH", "includeThoughts": True},
             ["reasoning", "message"],
         ),
-    ):
-        body = {"model": NEWEST, "input": "Hi", "reasoning": reasoning}
-        assert gemini_body(body, request=proxy.openai_responses_request)["generationConfig"] == {
-            "thinkingConfig": config
-        }
-        assert [
-            item["type"]
-            for item in responding(body, whole(thought, "42"))[-1]["response"]["output"]
-        ] == kinds
-    assert [
-        item["type"]
-        for item in responding({"input": "Hi"}, whole(thought, "42"), context=OLLAMA)[-1][
-            "response"
-        ]["output"]
-    ] == ["reasoning", "message"]
+    ],
+)
+def test_thoughts_come_with_a_summary(reasoning, config, kinds):
+    body = {"model": NEWEST, "reasoning": reasoning}
+    assert response_to_gemini(body)["generationConfig"] == {"thinkingConfig": config}
+    response = response_to(body, whole(THOUGHT, "42"))
+    assert [item["type"] for item in response["output"]] == kinds
 
 
-def test_the_body_of_a_response_in_a_chat():
-    body = {
-        "model": FLASH,
-        "instructions": "Be brief.",
-        "input": [user("Hi")],
-        "tools": [FLAT, PATCH],
-    }
-    sent = gemini_body(body)
-    assert (sent["contents"], sent["systemInstruction"]) == (
-        [u("Hi")],
-        {"parts": [{"text": "Be brief."}]},
-    )
-    assert [d["name"] for d in sent["tools"][0]["functionDeclarations"]] == [
-        "weather",
-        "apply_patch",
-    ]
-    assert (
-        refused({"model": FLASH, "input": 7}).path == "input"
-        and refused({"model": FLASH}).path == "messages"
-    )
+def test_thoughts_come_by_themselves_from_an_ollama_server():
+    response = response_to({}, whole(THOUGHT, "42"), context=Context(ollama=True))
+    assert [item["type"] for item in response["output"]] == ["reasoning", "message"]
 
 
-def test_codex_gets_a_list_of_its_own():
-    listed = proxy.openai_models_response(
-        exchange(proxy.Plan(), Context(query={"client_version": "0.171.0"})),
-        iter([iter([{"models": MODELS}])]),
-    )
-    assert listed["models"] == [] and listed["data"]
+def test_the_body_of_a_response_is_answered_as_a_chat_too():
+    body = {"model": FLASH, "instructions": "Be brief.", "input": [user("Hi")]}
+    sent = gemini_body({**body, "tools": [FLAT, PATCH]})
+    assert sent["contents"] == [u("Hi")]
+    assert sent["systemInstruction"] == {"parts": [{"text": "Be brief."}]}
+    names = [entry["name"] for entry in sent["tools"][0]["functionDeclarations"]]
+    assert names == ["weather", "apply_patch"]
+
+
+@pytest.mark.parametrize("path, more", [("input", {"input": 7}), ("messages", {})])
+def test_a_chat_without_messages_is_a_400_with_the_place(path, more):
+    assert refused({"model": FLASH, **more}).path == path
+
+
+def test_codex_gets_a_list_of_models_of_its_own():
+    context = Context(query={"client_version": "0.171.0"})
+    answers = iter([iter([{"models": MODELS}])])
+    listed = proxy.openai_models_response(exchange(proxy.Plan(), context), answers)
+    assert listed["models"] == []
+    assert listed["data"]
 
 
 # ======================================================================================
@@ -4458,7 +4651,7 @@ def test_openais_list_on_an_ollama_server_has_ollamas_names():
 
 
 # ======================================================================================
-# 7. Anthropic
+# 10. Anthropic
 # ======================================================================================
 
 CLAUDE = Context(ollama=True, aliases=(("claude-*", NEWEST),))
@@ -4467,62 +4660,104 @@ ASK_CITY = {
     "description": "The weather",
     "input_schema": WEATHER["function"]["parameters"],
 }
+WEB_SEARCH = {"type": "web_search_20250305", "name": "web_search"}
+PNG_BLOCK = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}}
+PNG_PART = {"inlineData": {"mimeType": "image/png", "data": PNG}}
 
 
-def said_to_claude(*messages, model="claude-opus-5", **more):
+def claude_chat(*messages, model="claude-opus-5", **more):
     return {"model": model, "max_tokens": 100, "messages": list(messages) or [user("Hi")], **more}
+
+
+def claude_plan(body):
+    return plan_and_ignored(body, proxy.anthropic_messages_request, CLAUDE)[0]
+
+
+def claude_ignored(body):
+    return plan_and_ignored(body, proxy.anthropic_messages_request, CLAUDE)[1]
 
 
 def claude_body(body):
     return gemini_body(body, request=proxy.anthropic_messages_request, context=CLAUDE)
 
 
-def claude_says(body, *chunks):
-    """(the whole message, the streamed events) when Gemini says these chunks; an event adds up to the same message."""
-    plan = asked(body, proxy.anthropic_messages_request, CLAUDE)[0]
-    route = proxy.ANTHROPIC.routes[0]
+def claude_answer(body, *chunks):
+    """(the whole message, the streamed events) when Gemini says these chunks; both say the same."""
+    plan, route = claude_plan(body), proxy.ANTHROPIC.routes[0]
     message = whole_of(route, exchange(plan, CLAUDE), chunks)
-    return message, stream_of(route, exchange(plan, CLAUDE), chunks)
+    events = stream_of(route, exchange(plan, CLAUDE), chunks)
+    assert added_up(events) == message
+    return message, events
 
 
-def use(id, name="weather", **input):
-    return {"type": "tool_use", "id": id, "name": name, "input": input or {"city": "Oslo"}}
+def added_up(events):
+    """The message that a client makes of the events of a stream."""
+    message = {}
+    for event in events:
+        if event["type"] == "message_start":
+            message = json.loads(json.dumps(event["message"]))
+        elif event["type"] == "content_block_start":
+            assert event["index"] == len(message["content"])
+            message["content"].append(dict(event["content_block"]))
+        elif event["type"] == "content_block_delta":
+            assert event["index"] == len(message["content"]) - 1
+            add_delta(message["content"][-1], event["delta"])
+        elif event["type"] == "message_delta":
+            message.update(event["delta"], usage=event["usage"])
+    return message
 
 
-def used(id, content="3", **more):
-    return {"type": "tool_result", "tool_use_id": id, "content": content, **more}
+def add_delta(block, delta):
+    kind = delta["type"].partition("_")[0]
+    if kind == "input":
+        block["input"] = json.loads(delta["partial_json"])
+    elif kind == "citations":
+        block.setdefault("citations", []).append(delta["citation"])
+    else:
+        block[kind] += delta[kind]
+
+
+def text_block(text, **more):
+    return {"type": "text", "text": text, **more}
+
+
+def use_block(call_id, name="weather", **args):
+    return {"type": "tool_use", "id": call_id, "name": name, "input": args or {"city": "Oslo"}}
+
+
+def result_block(call_id, content="3", **more):
+    return {"type": "tool_result", "tool_use_id": call_id, "content": content, **more}
+
+
+def document(source, **more):
+    return {"type": "document", "source": source, **more}
+
+
+@pytest.fixture
+def claude_server(gemini):
+    """A proxy that serves Anthropic's clients, in front of the stand-in."""
+    with serving(gemini.url, api="ollama", aliases=CLAUDE.aliases) as server:
+        yield server
+
+
+MESSAGE = claude_chat(
+    user([text_block("Hi"), PNG_BLOCK]),
+    assistant("Hello"),
+    user("Bye"),
+    system=[text_block(proxy.BILLING_HEADER + " cc_version=2"), text_block("Be brief.")],
+    temperature=0.5,
+    top_p=0.9,
+    top_k=40,
+    stop_sequences=["END"],
+    max_tokens=100_000,
+    metadata={"user_id": "u"},
+)
 
 
 def test_a_message_becomes_a_request():
-    body = said_to_claude(
-        user(
-            [
-                {"type": "text", "text": "Hi"},
-                {
-                    "type": "image",
-                    "source": {"type": "base64", "media_type": "image/png", "data": PNG},
-                },
-            ]
-        ),
-        assistant("Hello"),
-        user("Bye"),
-        system=[
-            {"type": "text", "text": proxy.BILLING + " cc_version=2"},
-            {"type": "text", "text": "Be brief."},
-        ],
-        temperature=0.5,
-        top_p=0.9,
-        top_k=40,
-        stop_sequences=["END"],
-        max_tokens=100_000,
-        metadata={"user_id": "u"},
-    )
-    assert claude_body(body) == {
+    assert claude_body(MESSAGE) == {
         "contents": [
-            {
-                "role": "user",
-                "parts": [{"text": "Hi"}, {"inlineData": {"mimeType": "image/png", "data": PNG}}],
-            },
+            {"role": "user", "parts": [{"text": "Hi"}, PNG_PART]},
             {"role": "model", "parts": [{"text": "Hello"}]},
             {"role": "user", "parts": [{"text": "Bye"}]},
         ],
@@ -4535,34 +4770,28 @@ def test_a_message_becomes_a_request():
             "stopSequences": ["END"],
         },
     }
-    plan, ignored = asked(body, proxy.anthropic_messages_request, CLAUDE)
-    assert (
-        plan.calls[0].path == "models/gemini-3.8-flash:generateContent"
-        and plan.model == "claude-opus-5"
-    )
-    assert ignored == ["max_tokens>65536", "metadata", "system[].x-anthropic-billing-header"]
 
 
-def test_what_the_system_says_stays_in_its_place():
-    body = claude_body(
-        said_to_claude(
-            {"role": "system", "content": "Be brief."},
-            user("Hi"),
-            {"role": "system", "content": "It is late."},
-        )
-    )
-    assert body["systemInstruction"] == {"parts": [{"text": "Be brief."}]}
-    assert body["contents"] == [
-        {
-            "role": "user",
-            "parts": [
-                {"text": "Hi"},
-                {"text": "<system>\n"},
-                {"text": "It is late."},
-                {"text": "\n</system>"},
-            ],
-        }
+def test_a_message_goes_to_the_model_behind_the_alias():
+    plan = claude_plan(MESSAGE)
+    assert plan.calls[0].path == "models/gemini-3.8-flash:generateContent"
+    assert plan.model == "claude-opus-5"
+
+
+def test_what_a_message_loses_is_named_as_ignored():
+    assert claude_ignored(MESSAGE) == [
+        "max_tokens>65536",
+        "metadata",
+        "system[].x-anthropic-billing-header",
     ]
+
+
+def test_system_messages_stay_in_their_place():
+    first, later = ({"role": "system", "content": text} for text in ("Be brief.", "It is late."))
+    body = claude_body(claude_chat(first, user("Hi"), later))
+    assert body["systemInstruction"] == {"parts": [{"text": "Be brief."}]}
+    texts = ["Hi", "<system>\n", "It is late.", "\n</system>"]
+    assert body["contents"] == [{"role": "user", "parts": [{"text": text} for text in texts]}]
 
 
 @pytest.mark.parametrize(
@@ -4573,31 +4802,23 @@ def test_what_the_system_says_stays_in_its_place():
             [{"fileData": {"mimeType": "image/png", "fileUri": "https://example.com/a.png"}}],
         ),
         (
-            {"type": "document", "source": {"type": "url", "url": "https://example.com/a"}},
+            document({"type": "url", "url": "https://example.com/a"}),
             [{"fileData": {"mimeType": "application/pdf", "fileUri": "https://example.com/a"}}],
         ),
         (
-            {
-                "type": "document",
-                "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="},
-            },
+            document({"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}),
             [{"inlineData": {"mimeType": "application/pdf", "data": "JVBERi0="}}],
         ),
         (
-            {
-                "type": "document",
-                "title": "A",
-                "context": "B",
-                "source": {"type": "text", "media_type": "text/plain", "data": "C"},
-            },
+            document(
+                {"type": "text", "media_type": "text/plain", "data": "C"}, title="A", context="B"
+            ),
             [{"text": "A\nB:\n"}, {"text": "C"}],
         ),
         (
-            {
-                "type": "document",
-                "citations": {"enabled": False},
-                "source": {"type": "content", "content": [{"type": "text", "text": "C"}]},
-            },
+            document(
+                {"type": "content", "content": [text_block("C")]}, citations={"enabled": False}
+            ),
             [{"text": "C"}],
         ),
         (
@@ -4605,133 +4826,81 @@ def test_what_the_system_says_stays_in_its_place():
                 "type": "search_result",
                 "title": "T",
                 "source": "https://a",
-                "content": [{"type": "text", "text": "C"}],
+                "content": [text_block("C")],
             },
             [{"text": "T (https://a):\n"}, {"text": "C"}],
         ),
     ],
 )
-def test_blocks(block, parts):
-    body = said_to_claude(user([block]))
-    assert (
-        claude_body(body)["contents"][0]["parts"] == parts
-        and asked(body, proxy.anthropic_messages_request, CLAUDE)[1] == []
-    )
+def test_images_documents_and_search_results_become_parts(block, parts):
+    body = claude_chat(user([block]))
+    assert claude_body(body)["contents"][0]["parts"] == parts
+    assert claude_ignored(body) == []
 
 
-def test_blocks_of_anthropics_servers_are_told_as_ignored():
-    body = said_to_claude(
-        user("Hi"),
-        assistant(
-            [
-                {"type": "redacted_thinking", "data": "x"},
-                {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
-                {
-                    "type": "text",
-                    "text": "Hello",
-                    "citations": [{"type": "x"}],
-                    "cache_control": {"type": "ephemeral"},
-                },
-            ]
-        ),
-        user("Bye"),
-    )
+def test_blocks_of_anthropics_servers_are_ignored_by_name():
+    answer = text_block("Hello", citations=[{"type": "x"}], cache_control={"type": "ephemeral"})
+    search = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}}
+    thought = {"type": "redacted_thinking", "data": "x"}
+    body = claude_chat(user("Hi"), assistant([thought, search, answer]), user("Bye"))
     assert claude_body(body)["contents"][1] == {"role": "model", "parts": [{"text": "Hello"}]}
-    assert asked(body, proxy.anthropic_messages_request, CLAUDE)[1] == [
+    assert claude_ignored(body) == [
         "messages[].content[].cache_control",
         "messages[].content[].server_tool_use",
     ]
 
 
-def test_a_history_with_tools_and_a_signature_in_a_thinking_block():
-    body = claude_body(
-        said_to_claude(
-            user("Hi"),
-            assistant(
-                [
-                    {"type": "thinking", "thinking": "Hm", "signature": sign("a")},
-                    {"type": "text", "text": "Let me see."},
-                    use("t1"),
-                    use("t2", city="Bergen"),
-                ]
-            ),
-            user(
-                [
-                    {"type": "text", "text": "Well?"},
-                    used(
-                        "t2",
-                        [{"type": "text", "text": "no"}, {"type": "text", "text": "net"}],
-                        is_error=True,
-                    ),
-                    used(
-                        "t1",
-                        [
-                            {"type": "text", "text": "3"},
-                            {
-                                "type": "image",
-                                "source": {
-                                    "type": "base64",
-                                    "media_type": "image/png",
-                                    "data": PNG,
-                                },
-                            },
-                        ],
-                    ),
-                ]
-            ),
-            tools=[ASK_CITY],
-        )
-    )
-    first, second = (
-        {"id": id, "name": "weather", "args": {"city": city}}
-        for id, city in (("t1", "Oslo"), ("t2", "Bergen"))
-    )
-    assert body["contents"][1:] == [
+TOOL_HISTORY = claude_chat(
+    user("Hi"),
+    assistant(
+        [
+            {"type": "thinking", "thinking": "Hm", "signature": sign("a")},
+            text_block("Let me see."),
+            use_block("t1"),
+            use_block("t2", city="Bergen"),
+        ]
+    ),
+    user(
+        [
+            text_block("Well?"),
+            result_block("t2", [text_block("no"), text_block("net")], is_error=True),
+            result_block("t1", [text_block("3"), PNG_BLOCK]),
+        ]
+    ),
+    tools=[ASK_CITY],
+)
+
+
+def test_the_signature_in_a_thinking_block_goes_to_the_next_call():
+    assert claude_body(TOOL_HISTORY)["contents"][1]["parts"] == [
+        {"text": "Let me see."},
         {
-            "role": "model",
-            "parts": [
-                {"text": "Let me see."},
-                {"functionCall": first, "thoughtSignature": sign("a")},
-                {"functionCall": second},
-            ],
+            "functionCall": {"id": "t1", "name": "weather", "args": {"city": "Oslo"}},
+            "thoughtSignature": sign("a"),
         },
-        {
-            "role": "user",
-            "parts": [
-                {
-                    "functionResponse": {
-                        "id": "t1",
-                        "name": "weather",
-                        "response": {"output": "3"},
-                        "parts": [{"inlineData": {"mimeType": "image/png", "data": PNG}}],
-                    }
-                },
-                {
-                    "functionResponse": {
-                        "id": "t2",
-                        "name": "weather",
-                        "response": {"error": "no\nnet"},
-                    }
-                },
-            ],
-        },
-        {"role": "user", "parts": [{"text": "Well?"}]},
-    ]
-    assert body["tools"] == [
-        {
-            "functionDeclarations": [
-                {
-                    "name": "weather",
-                    "description": "The weather",
-                    "parametersJsonSchema": ASK_CITY["input_schema"],
-                }
-            ]
-        }
+        {"functionCall": {"id": "t2", "name": "weather", "args": {"city": "Bergen"}}},
     ]
 
 
-def test_tools_of_anthropics():
-    tools = [
+def test_tool_results_come_in_the_order_of_the_calls_and_before_other_text():
+    results, rest = claude_body(TOOL_HISTORY)["contents"][2:]
+    output = {"name": "weather", "response": {"output": "3"}, "parts": [PNG_PART]}
+    error = {"name": "weather", "response": {"error": "no\nnet"}}
+    assert results["parts"] == [
+        {"functionResponse": {"id": "t1", **output}},
+        {"functionResponse": {"id": "t2", **error}},
+    ]
+    assert rest == {"role": "user", "parts": [{"text": "Well?"}]}
+
+
+def test_a_clients_tool_is_declared_with_its_schema():
+    declaration = {"name": "weather", "description": "The weather"}
+    declaration["parametersJsonSchema"] = ASK_CITY["input_schema"]
+    assert claude_body(TOOL_HISTORY)["tools"] == [{"functionDeclarations": [declaration]}]
+
+
+ANTHROPICS_TOOLS = claude_chat(
+    tools=[
         {"type": "bash_20250124", "name": "bash"},
         {"type": "text_editor_20250124", "name": "str_replace_editor"},
         {
@@ -4745,35 +4914,33 @@ def test_tools_of_anthropics():
         {"type": "web_fetch_20250910", "name": "web_fetch"},
         {"type": "computer_toolset_20260801"},
     ]
-    body = said_to_claude(tools=tools)
-    functions, search, code = claude_body(body)["tools"]
-    declared = {
-        one["name"]: one["parametersJsonSchema"]["properties"]
-        for one in functions["functionDeclarations"]
-    }
-    assert list(declared) == [
-        "bash",
-        "str_replace_editor",
-        "str_replace_based_edit_tool",
-        "memory",
-    ] and (search, code) == ({"googleSearch": {}}, {"codeExecution": {}})
-    assert (
-        set(declared["bash"]) == {"command", "restart"}
-        and "undo_edit" in declared["str_replace_editor"]["command"]["enum"]
-    )
-    assert (
-        "insert_text" in declared["str_replace_based_edit_tool"]
-        and "rename" in declared["memory"]["command"]["enum"]
-    )
-    assert asked(body, proxy.anthropic_messages_request, CLAUDE)[1] == [
+)
+
+
+def test_tools_that_claude_knows_by_type_get_their_schemas():
+    declarations = claude_body(ANTHROPICS_TOOLS)["tools"][0]["functionDeclarations"]
+    fields = {one["name"]: one["parametersJsonSchema"]["properties"] for one in declarations}
+    names = ["bash", "str_replace_editor", "str_replace_based_edit_tool", "memory"]
+    assert list(fields) == names
+    assert set(fields["bash"]) == {"command", "restart"}
+    assert "undo_edit" in fields["str_replace_editor"]["command"]["enum"]
+    assert "insert_text" not in fields["str_replace_editor"]
+    assert "insert_text" in fields["str_replace_based_edit_tool"]
+    assert "rename" in fields["memory"]["command"]["enum"]
+
+
+def test_gemini_searches_and_runs_code_in_place_of_anthropics_servers():
+    tools = claude_body(ANTHROPICS_TOOLS)["tools"]
+    assert tools[1:] == [{"googleSearch": {}}, {"codeExecution": {}}]
+
+
+def test_tools_that_gemini_has_nothing_for_are_ignored_by_name():
+    assert claude_ignored(ANTHROPICS_TOOLS) == [
         "tools[].computer_toolset_20260801",
         "tools[].max_characters",
         "tools[].max_uses",
         "tools[].web_fetch_20250910",
     ]
-
-
-SEARCH = {"type": "web_search_20250305", "name": "web_search"}
 
 
 @pytest.mark.parametrize(
@@ -4785,21 +4952,25 @@ SEARCH = {"type": "web_search_20250305", "name": "web_search"}
         ({"type": "tool", "name": "weather"}, {"mode": "ANY", "allowedFunctionNames": ["weather"]}),
     ],
 )
-def test_choices_of_a_tool(choice, config):
-    body = claude_body(said_to_claude(tools=[ASK_CITY], tool_choice=choice))
+def test_a_tool_choice_becomes_geminis_mode(choice, config):
+    body = claude_body(claude_chat(tools=[ASK_CITY], tool_choice=choice))
     assert body.get("toolConfig", {}).get("functionCallingConfig") == config
 
 
-def test_a_search_can_be_chosen_but_not_forced_and_can_be_forbidden():
-    chosen = said_to_claude(tools=[SEARCH], tool_choice={"type": "tool", "name": "web_search"})
-    assert claude_body(chosen)["tools"] == [{"googleSearch": {}}] and asked(
-        chosen, proxy.anthropic_messages_request, CLAUDE
-    )[1] == ["tool_choice"]
-    assert "tools" not in claude_body(said_to_claude(tools=[SEARCH], tool_choice={"type": "none"}))
+def test_a_search_can_be_chosen_but_not_forced():
+    choice = {"type": "tool", "name": "web_search"}
+    body = claude_chat(tools=[WEB_SEARCH], tool_choice=choice)
+    assert claude_body(body)["tools"] == [{"googleSearch": {}}]
+    assert claude_ignored(body) == ["tool_choice"]
+
+
+def test_a_search_can_be_forbidden():
+    body = claude_chat(tools=[WEB_SEARCH], tool_choice={"type": "none"})
+    assert "tools" not in claude_body(body)
 
 
 @pytest.mark.parametrize(
-    "model, more, config, shown",
+    "model, more, config, takes_blocks",
     [
         (NEWEST, {"max_tokens": 1024}, None, False),
         (NEWEST, {"max_tokens": 1023}, {"thinkingLevel": "LOW"}, False),
@@ -4836,77 +5007,85 @@ def test_a_search_can_be_chosen_but_not_forced_and_can_be_forbidden():
         (FLASH, {"thinking": {"type": "disabled"}}, {"thinkingBudget": 0}, False),
     ],
 )
-def test_thinking(model, more, config, shown):
-    body = said_to_claude(model=model, **more)
+def test_thinking_by_type_budget_and_effort(model, more, config, takes_blocks):
+    body = claude_chat(model=model, **more)
     assert claude_body(body)["generationConfig"].get("thinkingConfig") == config
-    assert asked(body, proxy.anthropic_messages_request, CLAUDE)[0].options.thinking is shown
+    assert claude_plan(body).options.thinking is takes_blocks
 
 
 @pytest.mark.parametrize(
     "path, body",
     [
         ("model", {"max_tokens": 9}),
-        ("max_tokens", {**said_to_claude(), "max_tokens": None}),
-        ("max_tokens", said_to_claude(max_tokens=0)),
-        ("messages", {**said_to_claude(), "messages": []}),
-        ("messages[0].role", said_to_claude({"role": "wizard", "content": "Hi"})),
-        ("messages[0].content", said_to_claude(user(7))),
-        ("messages[0].content[0].type", said_to_claude(user([use("t1")]))),
-        ("messages[0].content[0].type", said_to_claude(assistant([used("t1")]))),
+        ("max_tokens", {**claude_chat(), "max_tokens": None}),
+        ("max_tokens", claude_chat(max_tokens=0)),
+        ("messages", {**claude_chat(), "messages": []}),
+        ("messages[0].role", claude_chat({"role": "wizard", "content": "Hi"})),
+        ("messages[0].content", claude_chat(user(7))),
+        ("messages[0].content", claude_chat(user(None))),
+        ("messages[0].content[0].type", claude_chat(user([use_block("t1")]))),
+        ("messages[0].content[0].type", claude_chat(assistant([result_block("t1")]))),
         (
             "messages[0].content[0].content[0].type",
-            said_to_claude(user([used("t1", [used("t2")])])),
+            claude_chat(user([result_block("t1", [result_block("t2")])])),
         ),
         (
             "messages[0].content[0].source.data",
-            said_to_claude(user([{"type": "image", "source": {"type": "base64", "data": "@"}}])),
+            claude_chat(user([{"type": "image", "source": {"type": "base64", "data": "@"}}])),
         ),
         (
             "messages[0].content[0].source.url",
-            said_to_claude(
+            claude_chat(
                 user([{"type": "image", "source": {"type": "url", "url": "http://localhost/a"}}])
             ),
         ),
         (
             "messages[0].content[0].source.file_id",
-            said_to_claude(
-                user([{"type": "document", "source": {"type": "file", "file_id": "f"}}])
-            ),
+            claude_chat(user([document({"type": "file", "file_id": "f"})])),
         ),
-        (
-            "messages[0].content[0].source.type",
-            said_to_claude(user([{"type": "document", "source": {"type": "smell"}}])),
-        ),
+        ("messages[0].content[0].source.type", claude_chat(user([document({"type": "smell"})]))),
         (
             "tool_choice.name",
-            said_to_claude(tools=[ASK_CITY], tool_choice={"type": "tool", "name": "clock"}),
+            claude_chat(tools=[ASK_CITY], tool_choice={"type": "tool", "name": "clock"}),
         ),
-        ("tools[0].name", said_to_claude(tools=[{"input_schema": {}}])),
-        ("thinking.type", said_to_claude(thinking={})),
-        ("thread", said_to_claude(thread={"type": "continue"})),
+        ("tools[0].name", claude_chat(tools=[{"input_schema": {}}])),
+        ("thinking.type", claude_chat(thinking={})),
     ],
 )
-def test_bad_messages_name_the_place(path, body):
+def test_a_bad_message_is_a_400_that_names_the_place(path, body):
     with pytest.raises(ProxyError) as caught:
-        asked(body, proxy.anthropic_messages_request, CLAUDE)
-    assert (caught.value.status, caught.value.path) == (404 if path == "thread" else 400, path)
+        claude_plan(body)
+    assert (caught.value.status, caught.value.path) == (400, path)
 
 
-def test_an_answer_in_json_for_claudes_clients():
-    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
-    for more in (
-        {"output_config": {"format": {"type": "json_schema", "schema": schema}}},
-        {"output_format": {"type": "json_schema", "schema": schema}},
-    ):
-        body = said_to_claude(**more)
-        assert (
-            claude_body(body)["generationConfig"]["responseJsonSchema"] == schema
-            and asked(body, proxy.anthropic_messages_request, CLAUDE)[1] == []
-        )
-    message, _ = claude_says(
-        said_to_claude(model=FLASH, tools=[ASK_CITY], **more), whole("```json\n{}\n```")
-    )
-    assert message["content"] == [{"type": "text", "text": "{}"}]
+def test_a_thread_cannot_be_continued():
+    with pytest.raises(ProxyError) as caught:
+        claude_plan(claude_chat(thread={"type": "continue"}))
+    assert (caught.value.status, caught.value.path) == (404, "thread")
+    error = proxy.anthropic_error(caught.value)[1]["error"]
+    assert error["details"] == {"error_code": "thread_not_found"}
+
+
+JSON_FORMAT = {
+    "type": "json_schema",
+    "schema": {"type": "object", "properties": {"a": {"type": "string"}}},
+}
+
+
+@pytest.mark.parametrize(
+    "more", [{"output_config": {"format": JSON_FORMAT}}, {"output_format": JSON_FORMAT}]
+)
+def test_a_format_becomes_a_response_schema(more):
+    body = claude_chat(**more)
+    config = claude_body(body)["generationConfig"]
+    assert config["responseJsonSchema"] == JSON_FORMAT["schema"]
+    assert claude_ignored(body) == []
+
+
+def test_an_answer_in_json_comes_without_a_code_fence():
+    body = claude_chat(model=FLASH, tools=[ASK_CITY], output_config={"format": JSON_FORMAT})
+    message, _ = claude_answer(body, whole("```json\n{}\n```"))
+    assert message["content"] == [text_block("{}")]
 
 
 STREAMED = b"".join(
@@ -4935,40 +5114,69 @@ STREAMED = b"".join(
 {"type":"message_stop"}
 """.strip().splitlines()
 )
+TOOL_CHUNKS = (
+    chunk(
+        {"text": "Hm.", "thought": True},
+        usage={"promptTokenCount": 4, "cachedContentTokenCount": 1},
+    ),
+    chunk("Let me "),
+    chunk("see."),
+    chunk(call("weather", {"city": "Oslo"}, "a"), call("weather", {"city": "Rome"})),
+    whole("", usage={**USAGE, "cachedContentTokenCount": 1}),
+)
 
 
-def test_a_streamed_message():
-    body = said_to_claude(tools=[ASK_CITY], thinking={"type": "adaptive"})
-    chunks = (
-        chunk(
-            {"text": "Hm.", "thought": True},
-            usage={"promptTokenCount": 4, "cachedContentTokenCount": 1},
-        ),
-        chunk("Let me "),
-        chunk("see."),
-        chunk(call("weather", {"city": "Oslo"}, "a"), call("weather", {"city": "Rome"})),
-        whole("", usage={**USAGE, "cachedContentTokenCount": 1}),
-    )
-    message, events = claude_says(body, *chunks)
+def test_a_streamed_message_byte_by_byte():
+    body = claude_chat(tools=[ASK_CITY], thinking={"type": "adaptive"})
+    _, events = claude_answer(body, *TOOL_CHUNKS)
     assert b"".join(map(proxy.NAMED_SSE.encode, events)) == STREAMED
+
+
+def test_a_whole_message():
+    body = claude_chat(tools=[ASK_CITY], thinking={"type": "adaptive"})
+    message, _ = claude_answer(body, *TOOL_CHUNKS)
     assert message["content"] == [
         {"type": "thinking", "thinking": "Hm.", "signature": ""},
-        {"type": "text", "text": "Let me see."},
+        text_block("Let me see."),
         {"type": "thinking", "thinking": "", "signature": sign("a")},
-        {"type": "tool_use", "id": "call_2", "name": "weather", "input": {"city": "Oslo"}},
-        {"type": "tool_use", "id": "call_3", "name": "weather", "input": {"city": "Rome"}},
+        use_block("call_2", city="Oslo"),
+        use_block("call_3", city="Rome"),
     ]
-    assert (message["stop_reason"], message["usage"]["output_tokens"]) == ("tool_use", 7)
+    assert message["stop_reason"] == "tool_use"
+    assert message["usage"]["output_tokens"] == 7
 
 
-def test_a_signature_is_shown_only_to_who_asked_for_thinking():
-    message, _ = claude_says(
-        said_to_claude(
-            tools=[ASK_CITY], tool_choice={"type": "auto", "disable_parallel_tool_use": True}
-        ),
-        whole(call("weather", {}, "a"), call("weather")),
+def test_a_signature_joins_the_thinking_block_before_it():
+    body = claude_chat(tools=[ASK_CITY], thinking={"type": "adaptive"})
+    thought = {"text": "Hm.", "thought": True}
+    message, _ = claude_answer(body, whole(thought, call("weather", {}, "a")))
+    block = {"type": "thinking", "thinking": "Hm.", "signature": sign("a")}
+    assert message["content"][0] == block
+    assert len(message["content"]) == 2
+
+
+def test_two_equal_calls_are_two_blocks():
+    plan = claude_plan(claude_chat(tools=[ASK_CITY]))
+    event = ToolCall("weather", {}, None, "call_1")
+    end = End("stop", True, "STOP", "", Usage(), [])
+    events = list(
+        proxy.anthropic_messages_stream(exchange(plan), iter([iter([event, event, end])]))
     )
+    assert [one["index"] for one in events if one["type"] == "content_block_start"] == [0, 1]
+    message = proxy.anthropic_messages_response(exchange(plan), iter([iter([event, event, end])]))
+    assert len(message["content"]) == 2
+
+
+def test_a_signature_goes_only_to_clients_that_take_thinking_blocks():
+    message, _ = claude_answer(claude_chat(tools=[ASK_CITY]), whole(call("weather", {}, "a")))
     assert [block["type"] for block in message["content"]] == ["tool_use"]
+
+
+def test_a_client_that_refuses_parallel_calls_gets_one():
+    choice = {"type": "auto", "disable_parallel_tool_use": True}
+    body = claude_chat(tools=[ASK_CITY], tool_choice=choice)
+    message, _ = claude_answer(body, whole(call("weather"), call("weather")))
+    assert len(message["content"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -4981,249 +5189,80 @@ def test_a_signature_is_shown_only_to_who_asked_for_thinking():
         ({"promptFeedback": {"blockReason": "SAFETY"}}, "refusal"),
     ],
 )
-def test_stop_reasons(answer, stop):
-    message, events = claude_says(said_to_claude(), answer)
-    assert message["stop_reason"] == events[-2]["delta"]["stop_reason"] == stop and (
-        "stop_details" in message
-    ) is (stop == "refusal")
+def test_a_finish_reason_becomes_a_stop_reason(answer, stop):
+    message, _ = claude_answer(claude_chat(), answer)
+    assert message["stop_reason"] == stop
+    assert ("stop_details" in message) is (stop == "refusal")
 
 
-def test_a_search_is_told_with_its_sources():
-    found = {
-        "webSearchQueries": ["wind"],
-        "groundingChunks": [{"web": {"uri": "https://a", "title": "A"}}],
-        "groundingSupports": [
-            {
-                "segment": {"startIndex": 0, "endIndex": 6, "text": "Æther"},
-                "groundingChunkIndices": [0],
-            }
-        ],
-    }
-    message, events = claude_says(
-        said_to_claude(tools=[SEARCH]), chunk("Æther"), whole(" wind", groundingMetadata=found)
-    )
+WIND_GROUNDING = {
+    "webSearchQueries": ["wind"],
+    "groundingChunks": [{"web": {"uri": "https://a", "title": "A"}}],
+    "groundingSupports": [
+        {"segment": {"startIndex": 0, "endIndex": 6, "text": "Æther"}, "groundingChunkIndices": [0]}
+    ],
+}
+WIND_CITATION = {
+    "type": "web_search_result_location",
+    "cited_text": "Æther",
+    "url": "https://a",
+    "title": "A",
+    "encrypted_index": "",
+}
+WIND_RESULT = {
+    "type": "web_search_result",
+    "url": "https://a",
+    "title": "A",
+    "encrypted_content": "",
+    "page_age": None,
+}
+
+
+def test_a_search_comes_after_the_text_that_cites_its_results():
+    chunks = chunk("Æther"), whole(" wind", groundingMetadata=WIND_GROUNDING)
+    message, _ = claude_answer(claude_chat(tools=[WEB_SEARCH]), *chunks)
+    search = {"type": "server_tool_use", "id": "srvtoolu_2", "name": "web_search"}
+    result = {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_2"}
     assert message["content"] == [
-        {
-            "type": "text",
-            "text": "Æther wind",
-            "citations": [
-                {
-                    "type": "web_search_result_location",
-                    "cited_text": "Æther",
-                    "url": "https://a",
-                    "title": "A",
-                    "encrypted_index": "",
-                }
-            ],
-        },
-        {
-            "type": "server_tool_use",
-            "id": "srvtoolu_2",
-            "name": "web_search",
-            "input": {"query": "wind"},
-        },
-        {
-            "type": "web_search_tool_result",
-            "tool_use_id": "srvtoolu_2",
-            "content": [
-                {
-                    "type": "web_search_result",
-                    "url": "https://a",
-                    "title": "A",
-                    "encrypted_content": "",
-                    "page_age": None,
-                }
-            ],
-        },
+        text_block("Æther wind", citations=[WIND_CITATION]),
+        {**search, "input": {"query": "wind"}},
+        {**result, "content": [WIND_RESULT]},
     ]
-    assert message["usage"]["server_tool_use"] == {
-        "web_search_requests": 1,
-        "web_fetch_requests": 0,
-    }
-    assert [event["index"] for event in events if event["type"] == "content_block_stop"] == [
-        0,
-        1,
-        2,
-    ]
+    searches = {"web_search_requests": 1, "web_fetch_requests": 0}
+    assert message["usage"]["server_tool_use"] == searches
 
 
-def test_sound_without_a_place_is_a_note():
-    audio = {"inlineData": {"mimeType": "audio/wav", "data": PNG}}
-    note = "\n[Gemini made something of type audio/wav, for which there is no place here.]\n"
-    made = exchange(asked({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0])
-    response = whole_of(RESPONSES_ROUTE, made, [whole("Hear:", audio)])
-    assert [part["text"] for item in response["output"] for part in item["content"]] == [
-        "Hear:" + note
-    ]
-    made = exchange(asked({"model": FLASH, "prompt": "Hi"}, proxy.openai_completions_request)[0])
-    assert (
-        whole_of(openai_route("/v1/completions"), made, [whole("Hear:", audio)])["choices"][0][
-            "text"
-        ]
-        == "Hear:" + note
-    )
+def test_citations_after_a_call_get_a_text_block_of_their_own():
+    answer = whole("Æther", call("weather"), groundingMetadata=WIND_GROUNDING)
+    message, _ = claude_answer(claude_chat(tools=[ASK_CITY]), answer)
+    assert [block["type"] for block in message["content"][:3]] == ["text", "tool_use", "text"]
+    assert message["content"][0] == text_block("Æther")
+    assert message["content"][2] == text_block("", citations=[WIND_CITATION])
 
 
-def test_a_response_that_fails_before_its_first_word_begins_all_the_same():
-    made = exchange(asked({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0])
-    failure = proxy.openai_responses_failure(made, ProxyError(429, "slow down", retry_after=7.0))
-    events = kept_by(failure, Notes())
-    assert [event["type"] for event in events] == [
-        "response.created",
-        "response.in_progress",
-        "response.failed",
-    ]
-    assert [event["sequence_number"] for event in events] == [0, 1, 2]
-
-
-def test_ollama_takes_numbers_that_openai_refuses():
-    body = {
-        "model": FLASH,
-        "messages": [user("Hi")],
-        "max_tokens": -1,
-        "temperature": 3,
-        "top_p": 1.5,
-    }
-    config = asked(body, context=Context(ollama=True))[0].calls[0].body["generationConfig"]
-    assert "maxOutputTokens" not in config and (config["temperature"], config["topP"]) == (2, 1)
-    with pytest.raises(ProxyError, match="max_tokens"):
-        asked(body)
-
-
-def test_recipes_hold_on_every_route(gemini):
-    with serving(gemini.url, api="ollama") as server:
-        post(
-            server,
-            "/api/create",
-            {
-                "model": "pirate",
-                "from": FLASH,
-                "system": "Say arr.",
-                "parameters": {"temperature": 0.1, "stop": ["END"]},
-            },
-        )
-        for path, body in (
-            ("/v1/chat/completions", chat(model="pirate")),
-            ("/v1/messages", {**chat(model="pirate"), "max_tokens": 9}),
-            ("/v1/responses", {"model": "pirate", "input": "Hi"}),
-            ("/api/chat", chat(model="pirate")),
-        ):
-            assert post(server, path, body)[0] == 200
-            asked_ = gemini.asked[-1]
-            assert (
-                asked_["systemInstruction"]["parts"][0]["text"] == "Say arr."
-                and asked_["generationConfig"]["temperature"] == 0.1
-            ), path
-        post(
-            server,
-            body=chat(model="pirate", tools=[WEATHER], response_format={"type": "json_object"}),
-        )
-        assert [part["text"][:8] for part in gemini.asked[-1]["systemInstruction"]["parts"]] == [
-            "Say arr.",
-            proxy.JSON_ALONE[:8],
-        ]
-        shown = json.loads(post(server, "/api/show", {"model": "pirate"})[2])
-        assert shown["parameters"] == 'temperature 0.1\nstop "END"'
-
-
-def test_recipes_count():
-    notes = Notes(
-        {
-            "model:pirate": json.dumps(
-                {"source": FLASH, "system": "Say arr.", "options": {"temperature": 0.1}}
-            )
-        }
-    )
-    route = proxy.find_route("ollama", "POST", "/v1/messages/count_tokens").route
-    plan = asked_with(chat(model="pirate"), OLLAMA, notes, route)
-    counted = plan.calls[0].body["generateContentRequest"]
-    assert (
-        counted["systemInstruction"]["parts"][0]["text"] == "Say arr."
-        and "generationConfig" not in counted
-    )
-
-
-def test_a_name_with_a_space_keeps_its_signature(server, gemini):
-    tool = {"type": "function", "function": {"name": "my tool"}}
-    gemini.say(whole(call("my_tool", {}, "s")))
-    message = kept(
-        json.loads(post(server, body=chat(model=NEWEST, tools=[tool]))[2])["choices"][0]["message"]
-    )
-    post(
-        server,
-        body=chat(
-            user("Hi"),
-            message,
-            {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "3"},
-            model=NEWEST,
-            tools=[tool],
-        ),
-    )
-    assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("s")
-
-
-def test_a_stream_of_pictures_that_breaks_off_says_so(server, gemini, monkeypatch):
-    monkeypatch.setattr(
-        proxy, "MAX_PARALLEL_CALLS", 1
-    )  # or the second picture's call may come first
-    gemini.say(
-        whole({"inlineData": {"mimeType": "image/png", "data": PNG}}), gemini_error(400, "boom")
-    )
-    body = post(server, "/v1/images/generations", {"prompt": "x", "n": 2, "stream": True})[
-        2
-    ].decode()
-    assert body.count("event: ") == 2 and "event: error\ndata: {" in body and "boom" in body
-
-
-def test_a_picture_is_a_note_in_a_message():
-    message, _ = claude_says(
-        said_to_claude(), whole("Look:", {"inlineData": {"mimeType": "image/png", "data": PNG}})
-    )
-    assert message["content"] == [
-        {
-            "type": "text",
-            "text": "Look:\n[Gemini made something of type image/png, for which there is no place here.]\n",
-        }
-    ]
+def test_an_image_is_a_note_in_the_text_of_a_message():
+    message, _ = claude_answer(claude_chat(), whole("Look:", PNG_PART))
+    note = "\n[Gemini made something of type image/png, for which there is no place here.]\n"
+    assert message["content"] == [text_block("Look:" + note)]
 
 
 def test_tokens_are_counted_by_gemini():
-    body = {
-        **said_to_claude(
-            user("Hi"),
-            assistant([use("t1")]),
-            user([used("t1")]),
-            system="Be brief.",
-            tools=[ASK_CITY],
-        ),
-        "max_tokens": None,
-    }
-    plan = asked(body, proxy.anthropic_count_request, CLAUDE)[0]
-    inner_body = plan.calls[0].body["generateContentRequest"]
-    assert (
-        plan.calls[0].path == "models/gemini-3.8-flash:countTokens"
-        and refusal_of(plan.calls[0].path, plan.calls[0].body) is None
-    )
-    assert inner_body["model"] == "models/gemini-3.8-flash" and set(inner_body) == {
-        "model",
-        "contents",
-        "systemInstruction",
-        "tools",
-    }
-    assert (
-        refusal_of(
-            "models/gemini-3.8-flash:generateContent",
-            {key: value for key, value in inner_body.items() if key != "model"},
-        )
-        is None
-    )
-    assert proxy.anthropic_count_response(exchange(plan), iter([iter([{"totalTokens": 61}])])) == {
-        "input_tokens": 61
-    }
+    messages = user("Hi"), assistant([use_block("t1")]), user([result_block("t1")])
+    body = claude_chat(*messages, system="Be brief.", tools=[ASK_CITY], max_tokens=None)
+    plan = plan_and_ignored(body, proxy.anthropic_count_request, CLAUDE)[0]
+    call_path, call_body = plan.calls[0].path, plan.calls[0].body
+    assert call_path == "models/gemini-3.8-flash:countTokens"
+    assert refusal_of(call_path, call_body) is None
+    counted = dict(call_body["generateContentRequest"])
+    assert counted.pop("model") == "models/gemini-3.8-flash"
+    assert set(counted) == {"contents", "systemInstruction", "tools"}
+    assert refusal_of("models/gemini-3.8-flash:generateContent", counted) is None
+    count = proxy.anthropic_count_response(exchange(plan), iter([iter([{"totalTokens": 61}])]))
+    assert count == {"input_tokens": 61}
 
 
 @pytest.mark.parametrize(
-    "status, upstream, told, kind",
+    "status, upstream, client_status, kind",
     [
         (400, True, 400, "invalid_request_error"),
         (401, False, 401, "authentication_error"),
@@ -5233,95 +5272,89 @@ def test_tokens_are_counted_by_gemini():
         (413, False, 413, "request_too_large"),
         (429, True, 429, "rate_limit_error"),
         (500, True, 500, "api_error"),
+        (502, True, 502, "api_error"),
         (503, True, 503, "overloaded_error"),
         (504, True, 504, "timeout_error"),
     ],
 )
-def test_anthropics_errors(status, upstream, told, kind):
+def test_an_error_in_anthropics_form(status, upstream, client_status, kind):
     error = ProxyError(status, "No.", upstream=upstream)
     error.request_id = "req_1"
-    assert proxy.anthropic_error(error) == (
-        told,
-        {"type": "error", "error": {"type": kind, "message": "No."}, "request_id": "req_1"},
-    )
+    body = {"type": "error", "error": {"type": kind, "message": "No."}, "request_id": "req_1"}
+    assert proxy.anthropic_error(error) == (client_status, body)
 
 
-def test_a_name_of_anthropics_without_an_alias_is_told_what_to_do():
-    told = proxy.anthropic_error(proxy.no_such_model("claude-opus-5"))[1]["error"]
-    assert (
-        told["type"] == "not_found_error"
-        and "claude-opus-5" in told["message"]
-        and "-alias='claude-*=MODEL'" in told["message"]
-    )
+def test_the_error_for_a_claude_model_without_an_alias_says_what_to_do():
+    error = proxy.anthropic_error(proxy.no_such_model("claude-opus-5"))[1]["error"]
+    assert error["type"] == "not_found_error"
+    assert "claude-opus-5" in error["message"]
+    assert "-alias='claude-*=MODEL'" in error["message"]
 
 
-def test_messages_on_the_wire(gemini, monkeypatch):
+def test_a_stream_of_messages_is_kept_alive_by_pings(claude_server, gemini, monkeypatch):
     monkeypatch.setattr(proxy, "KEEP_ALIVE_SECONDS", 0.05)
-    with serving(gemini.url, api="ollama", aliases=(("claude-*", NEWEST),)) as server:
-        gemini.say(Say(whole("Hi"), delay=0.12))
-        status, headers, wire = post(
-            server, "/v1/messages?beta=true", said_to_claude(stream=True, metadata={"user_id": "u"})
-        )
-        assert (
-            status == 200
-            and wire.startswith(b'event: ping\ndata: {"type":"ping"}\n\n')
-            and wire.endswith(b'event: message_stop\ndata: {"type":"message_stop"}\n\n')
-        )
-        assert headers["request-id"] == headers["x-request-id"] and b"metadata" not in wire
-        gemini.say([chunk("Hel"), {"error": {"code": 503, "message": "Busy."}}])
-        status, headers, wire = post(server, "/v1/messages", said_to_claude(stream=True))
-        last = json.loads(wire.strip().rpartition(b"event: error\ndata: ")[2])
-        assert (
-            last
-            == {
-                "type": "error",
-                "error": {"type": "overloaded_error", "message": "Busy."},
-                "request_id": headers["request-id"],
-            }
-            and b"message_stop" not in wire
-        )
-        status, headers, body = post(server, "/v1/messages/batches", said_to_claude())
-        assert (status, json.loads(body)["error"]["type"]) == (404, "not_found_error")
-        assert json.loads(
-            post(server, "/v1/messages/count_tokens?beta=true", said_to_claude())[2]
-        ) == {"input_tokens": 7}
+    gemini.say(Say(whole("Hi"), delay=0.12))
+    body = claude_chat(stream=True, metadata={"user_id": "u"})
+    status, headers, wire = post(claude_server, "/v1/messages?beta=true", body)
+    assert status == 200
+    assert wire.startswith(b'event: ping\ndata: {"type":"ping"}\n\n')
+    assert wire.endswith(b'event: message_stop\ndata: {"type":"message_stop"}\n\n')
+    assert b"metadata" not in wire
+    assert headers["request-id"] == headers["x-request-id"]
 
 
-def test_claudes_signatures_are_found_by_id_where_no_thinking_is_shown(gemini):
-    with serving(gemini.url, api="ollama", aliases=(("claude-*", NEWEST),)) as server:
-        message = json.loads(post(server, "/v1/messages", said_to_claude(tools=[ASK_CITY]))[2])
-        block = {
-            **message["content"][0],
-            "input": {"city": "Oslo", "unit": "C"},
-        }  # Claude Code rewrites what it edits with
-        post(
-            server,
-            "/v1/messages",
-            said_to_claude(
-                user("Other words"), assistant([block]), user([used(block["id"])]), tools=[ASK_CITY]
-            ),
-        )
-        assert (
-            gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
-            and not gemini.refused
-        )
+def test_a_stream_of_messages_that_fails_ends_in_an_error_event(claude_server, gemini):
+    gemini.say([chunk("Hel"), {"error": {"code": 503, "message": "Busy."}}])
+    _, headers, wire = post(claude_server, "/v1/messages", claude_chat(stream=True))
+    assert json.loads(wire.strip().rpartition(b"event: error\ndata: ")[2]) == {
+        "type": "error",
+        "error": {"type": "overloaded_error", "message": "Busy."},
+        "request_id": headers["request-id"],
+    }
+    assert b"message_stop" not in wire
+
+
+def test_an_unknown_path_below_messages_is_a_404_in_anthropics_form(claude_server):
+    status, _, body = post(claude_server, "/v1/messages/batches", claude_chat())
+    assert status == 404
+    assert json.loads(body)["error"]["type"] == "not_found_error"
+
+
+def test_tokens_are_counted_on_the_wire(claude_server):
+    path = "/v1/messages/count_tokens?beta=true"
+    assert json.loads(post(claude_server, path, claude_chat())[2]) == {"input_tokens": 7}
+
+
+def test_claudes_signatures_are_remembered_by_id_where_no_thinking_is_visible(
+    claude_server, gemini
+):
+    answer = json.loads(post(claude_server, "/v1/messages", claude_chat(tools=[ASK_CITY]))[2])
+    # Claude Code rewrites the arguments of its edits.
+    block = {**answer["content"][0], "input": {"city": "Oslo", "unit": "C"}}
+    history = user("Other words"), assistant([block]), user([result_block(block["id"])])
+    post(claude_server, "/v1/messages", claude_chat(*history, tools=[ASK_CITY]))
+    assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
+    assert not gemini.refused
 
 
 # ======================================================================================
-# 8. Routing
+# 11. Routing
 # ======================================================================================
 
 
-def test_the_paths_below_responses():
-    for method, path, function in (
+@pytest.mark.parametrize(
+    "method, path, response",
+    [
         ("POST", "/v1/responses", proxy.openai_responses_response),
         ("POST", "/v1/responses/input_tokens", proxy.openai_input_tokens_response),
         ("GET", "/v1/responses/resp_1", proxy.openai_stored_response),
         ("DELETE", "/v1/responses/resp_1", proxy.openai_delete_response),
         ("GET", "/v1/responses/resp_1/input_items", proxy.openai_input_items_response),
         ("POST", "/v1/responses/resp_1/cancel", proxy.openai_cancel_response),
-    ):
-        assert proxy.find_route("ollama", method, path).route.response is function
+    ],
+)
+def test_the_paths_below_responses_have_routes_of_their_own(method, path, response):
+    assert proxy.find_route("ollama", method, path).route.response is response
 
 
 @pytest.mark.parametrize(
@@ -5335,24 +5368,24 @@ def test_the_paths_below_responses():
         "chat/completions/",
     ],
 )
-def test_the_usual_misspellings_of_a_base_url(path):
-    assert (
-        proxy.find_route("openai", "POST", proxy.plain_path(path, "openai")).route.request
-        is proxy.openai_chat_request
-    )
+def test_the_usual_misspellings_of_a_base_url_work(path):
+    match = proxy.find_route("openai", "POST", proxy.plain_path(path, "openai"))
+    assert match.route.request is proxy.openai_chat_request
 
 
-def test_a_captured_segment_is_unquoted_after_it_was_found():
-    for path in ("/v1/models/models%2Fgemini-x", "/v1/models/models/gemini-x"):
-        assert proxy.find_route("openai", "HEAD", proxy.plain_path(path, "openai")).params == {
-            "model": "models/gemini-x"
-        }
+@pytest.mark.parametrize("path", ["/v1/models/models%2Fgemini-x", "/v1/models/models/gemini-x"])
+def test_a_captured_segment_is_unquoted_after_the_match(path):
+    match = proxy.find_route("openai", "HEAD", proxy.plain_path(path, "openai"))
+    assert match.params == {"model": "models/gemini-x"}
 
 
-def test_no_route():
+def test_a_wrong_method_is_a_405_that_names_the_right_ones():
     with pytest.raises(ProxyError) as caught:
         proxy.find_route("openai", "GET", "/v1/chat/completions")
     assert (caught.value.status, caught.value.headers) == (405, {"Allow": "POST"})
+
+
+def test_an_unknown_path_is_a_404():
     with pytest.raises(ProxyError) as caught:
         proxy.find_route("openai", "GET", "/v1/nonsense")
     assert caught.value.status == 404
@@ -5367,37 +5400,164 @@ def all_routes():
     }
 
 
+ANY_BODY = {
+    "model": FLASH,
+    "messages": [user("Hi")],
+    "input": "Hi",
+    "prompt": "Hi",
+    "max_tokens": 9,
+    "stream": True,
+    "from": FLASH,
+    "stream_format": "sse",
+    "file": proxy.Upload("a.wav", "audio/wav", b"x"),
+}  # every route with a stream takes it
+
+
 @pytest.mark.parametrize(
     "route",
     [route for route in all_routes().values() if route.stream],
     ids=lambda route: route.path,
 )
 def test_no_stream_says_a_word_before_gemini_does(route):
-    body = {
-        "model": FLASH,
-        "messages": [user("Hi")],
-        "input": "Hi",
-        "prompt": "Hi",
-        "max_tokens": 9,
-        "stream": True,
-        "from": FLASH,
-        "stream_format": "sse",
-        "file": proxy.Upload("a.wav", "audio/wav", b"x"),
-    }
-    plan = route.request(
-        Fields({**body, "model": "mine"} if "create" in route.path else body), Context(ollama=True)
-    )
-    read = []
+    body = {**ANY_BODY, "model": "mine"} if "create" in route.path else ANY_BODY
+    one = exchange(route.request(Fields(body), Context(ollama=True)))
+    chunks_read = []
 
     def chunks():
-        read.append(True)
-        yield {**whole("Hello", blob("image/png", PNG), SOUND), "models": MODELS}
+        chunks_read.append(True)
+        yield {**whole("Hello", PNG_PART, SOUND), "models": MODELS}
 
-    one = exchange(plan)
     events = route.stream(one, events_of(one, [chunks()]))
-    assert not read
+    assert not chunks_read
     next(events)
-    assert read
+    assert chunks_read
+
+
+# (to be sorted: section 6. OpenAI chat)
+
+
+def test_ollama_takes_numbers_that_openai_refuses():
+    body = chat(max_tokens=-1, temperature=3, top_p=1.5)
+    config = (
+        plan_and_ignored(body, context=Context(ollama=True))[0].calls[0].body["generationConfig"]
+    )
+    assert "maxOutputTokens" not in config
+    assert (config["temperature"], config["topP"]) == (2, 1)
+    with pytest.raises(ProxyError, match="max_tokens"):
+        plan_and_ignored(body)
+
+
+def test_a_function_name_with_a_space_keeps_its_signature(server, gemini):
+    tool = {"type": "function", "function": {"name": "my tool"}}
+    gemini.say(whole(call("my_tool", {}, "s")))
+    answer = json.loads(post(server, body=chat(model=NEWEST, tools=[tool]))[2])
+    message = kept(answer["choices"][0]["message"])
+    result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "3"}
+    post(server, body=chat(user("Hi"), message, result, model=NEWEST, tools=[tool]))
+    assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("s")
+
+
+# (to be sorted: section 7. OpenAI's other endpoints)
+
+
+def test_audio_is_a_note_in_the_text_of_a_completion():
+    body = {"model": FLASH, "prompt": "Hi"}
+    one = exchange(plan_and_ignored(body, proxy.openai_completions_request)[0])
+    audio = {"inlineData": {"mimeType": "audio/wav", "data": PNG}}
+    answer = whole_of(openai_route("/v1/completions"), one, [whole("Hear:", audio)])
+    note = "\n[Gemini made something of type audio/wav, for which there is no place here.]\n"
+    assert answer["choices"][0]["text"] == "Hear:" + note
+
+
+def test_a_stream_of_images_that_breaks_off_says_so(server, gemini, monkeypatch):
+    # Or the second image's call may come first.
+    monkeypatch.setattr(proxy, "MAX_PARALLEL_CALLS", 1)
+    image = {"inlineData": {"mimeType": "image/png", "data": PNG}}
+    gemini.say(whole(image), gemini_error(400, "boom"))
+    body = {"prompt": "x", "n": 2, "stream": True}
+    wire = post(server, "/v1/images/generations", body)[2].decode()
+    assert wire.count("event: ") == 2
+    assert "event: error\ndata: {" in wire
+    assert "boom" in wire
+
+
+# (to be sorted: section 8. Responses)
+
+
+def test_audio_is_a_note_in_the_text_of_a_response():
+    one = exchange(
+        plan_and_ignored({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0]
+    )
+    audio = {"inlineData": {"mimeType": "audio/wav", "data": PNG}}
+    response = whole_of(RESPONSES_ROUTE, one, [whole("Hear:", audio)])
+    note = "\n[Gemini made something of type audio/wav, for which there is no place here.]\n"
+    texts = [part["text"] for item in response["output"] for part in item["content"]]
+    assert texts == ["Hear:" + note]
+
+
+def test_a_response_that_fails_before_its_first_word_begins_all_the_same():
+    one = exchange(
+        plan_and_ignored({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0]
+    )
+    failure = proxy.openai_responses_failure(one, ProxyError(429, "slow down", retry_after=7.0))
+    events = kept_by(failure, Notes())
+    kinds = ["response.created", "response.in_progress", "response.failed"]
+    assert [event["type"] for event in events] == kinds
+    assert [event["sequence_number"] for event in events] == [0, 1, 2]
+
+
+# (to be sorted: section 9. Ollama)
+
+PIRATE_RECIPE = {
+    "model": "pirate",
+    "from": FLASH,
+    "system": "Say arr.",
+    "parameters": {"temperature": 0.1, "stop": ["END"]},
+}
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/chat/completions", chat(model="pirate")),
+        ("/v1/messages", chat(model="pirate", max_tokens=9)),
+        ("/v1/responses", {"model": "pirate", "input": "Hi"}),
+        ("/api/chat", chat(model="pirate")),
+    ],
+)
+def test_a_recipe_holds_on_every_route(path, body, gemini):
+    with serving(gemini.url, api="ollama") as server:
+        post(server, "/api/create", PIRATE_RECIPE)
+        assert post(server, path, body)[0] == 200
+    call_body = gemini.asked[-1]
+    assert call_body["systemInstruction"]["parts"][0]["text"] == "Say arr."
+    assert call_body["generationConfig"]["temperature"] == 0.1
+
+
+def test_a_recipes_words_come_before_those_that_ask_for_json(gemini):
+    body = chat(model="pirate", tools=[WEATHER], response_format={"type": "json_object"})
+    with serving(gemini.url, api="ollama") as server:
+        post(server, "/api/create", PIRATE_RECIPE)
+        post(server, body=body)
+    parts = gemini.asked[-1]["systemInstruction"]["parts"]
+    assert [part["text"][:8] for part in parts] == ["Say arr.", proxy.JSON_ALONE[:8]]
+
+
+def test_a_recipes_parameters_are_listed_as_ollama_lists_them(gemini):
+    with serving(gemini.url, api="ollama") as server:
+        post(server, "/api/create", PIRATE_RECIPE)
+        details = json.loads(post(server, "/api/show", {"model": "pirate"})[2])
+    assert details["parameters"] == 'temperature 0.1\nstop "END"'
+
+
+def test_a_recipes_words_are_counted_with_the_message():
+    recipe = {"source": FLASH, "system": "Say arr.", "options": {"temperature": 0.1}}
+    notes = Notes({"model:pirate": json.dumps(recipe)})
+    route = proxy.find_route("ollama", "POST", "/v1/messages/count_tokens").route
+    plan = asked_with(chat(model="pirate"), OLLAMA, notes, route)
+    counted = plan.calls[0].body["generateContentRequest"]
+    assert counted["systemInstruction"]["parts"][0]["text"] == "Say arr."
+    assert "generationConfig" not in counted
 
 
 # ======================================================================================
@@ -6268,7 +6428,7 @@ def test_a_request_puts_no_control_characters_into_the_log(server, log_lines, ta
 def test_a_log_that_nobody_reads_stops_no_answer(gemini):
     with start("-listen=127.0.0.1:0", "-upstream", gemini.url, **ENV) as process:
         port = int(re.search(r"127\.0\.0\.1:(\d+)", process.stdout.readline()).group(1))
-        with RawClient(At(port)) as client:  # the pipe holds a few hundred lines
+        with RawClient(RemoteServer(port)) as client:  # the pipe holds a few hundred lines
             path = "/healthz?" + "x" * 100
             assert {client.request("GET", path)[0] for _ in range(1500)} == {200}
             assert client.request("GET", "/" + "x" * 4000)[0] == 404
@@ -7293,7 +7453,7 @@ def test_a_server_that_ended_has_closed_its_memory_and_its_connections(gemini):
 
 
 # ======================================================================================
-# 11. Command line
+# 14. Command line
 # ======================================================================================
 
 ENV = {"GEMINI_API_KEY": "AIza-1"}
@@ -7481,7 +7641,7 @@ def start(*arguments, **env):
     return started(PROGRAM, *arguments, env={**inherited, **env})
 
 
-class At:
+class RemoteServer:
     """A server in another process, for the helpers that take a server."""
 
     def __init__(self, port):
@@ -7497,7 +7657,7 @@ def port_of(process):
 def running(gemini, *flags, **env):
     """(the process, the server) of the program on a free port, in front of this Gemini."""
     with start("-listen=127.0.0.1:0", "-upstream", gemini.url, *flags, **env) as process:
-        yield process, At(port_of(process))
+        yield process, RemoteServer(port_of(process))
 
 
 STREAM_END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
@@ -7515,7 +7675,7 @@ class Supervised:
 
     def __init__(self, folder, listener, notified, process):
         self.folder, self.notified, self.process = folder, notified, process
-        self.server = At(listener.getsockname()[1])
+        self.server = RemoteServer(listener.getsockname()[1])
 
     def write_key(self, key):
         (self.folder / "gemini_api_key").write_text(key)
@@ -7696,8 +7856,8 @@ def test_the_checks_print_a_models_answer_but_not_the_key(gemini, capsys):
 
 
 def test_the_checks_ask_no_question_where_clients_bring_their_keys(gemini, capsys):
-    check = proxy.check_answer(check_config(gemini, key=""), proxy.Gemini(gemini.url))
-    assert check == "every client asks with a key of its own"
+    checker = proxy.Checker(check_config(gemini, key=""))
+    assert checker.check_answer() == "every client asks with a key of its own"
     assert gemini.bodies == []
 
 
@@ -8002,10 +8162,8 @@ def test_generations_of_models_are_compared_in_their_section_only():
     models = section_named("Models")
     for comparison in NODES:
         if isinstance(comparison, ast.Compare) and comparison.lineno not in models:
-            parts = ast.walk(comparison)
-            assert "generation" not in {getattr(part, "attr", "") for part in parts}, (
-                comparison.lineno
-            )
+            attributes = {getattr(part, "attr", "") for part in ast.walk(comparison)}
+            assert "generation" not in attributes, comparison.lineno
 
 
 # ---- form ----
@@ -8485,7 +8643,7 @@ def test_the_readme_says_which_parameters_of_messages_are_ignored():
     kinds = kinds_of("Parameters of Anthropic's messages")
     assert set(kinds) == set(CLAUDE_SAMPLES)
     for name, kind in kinds.items():
-        body = with_sample(said_to_claude(), name, CLAUDE_SAMPLES)
+        body = with_sample(claude_chat(), name, CLAUDE_SAMPLES)
         if name == "tool_choice":
             body["tools"] = [ASK_CITY]
         ignored = ignored_names(body, proxy.anthropic_messages_request, CLAUDE)
@@ -8496,216 +8654,315 @@ def test_the_readme_says_which_parameters_of_messages_are_ignored():
 # The official libraries
 # ======================================================================================
 
-
-def test_ollamas_own_library(gemini):
-    ollama_library = pytest.importorskip("ollama")
-    with serving(gemini.url, api="ollama") as server:
-        client = ollama_library.Client(host=server.url)
-        assert (
-            FLASH + ":latest" in [model.model for model in client.list().models]
-            and "tools" in client.show(FLASH).capabilities
-        )
-        history = [user("Hi")]
-        first = client.chat(model=NEWEST, messages=history, tools=[WEATHER])
-        history += [first.message, {"role": "tool", "content": '{"temp": 3}'}]
-        text = "".join(
-            part.message.content
-            for part in client.chat(model=NEWEST, messages=history, tools=[WEATHER], stream=True)
-        )
-        assert text == 'The function said: {"temp": 3}' and gemini.asked[-1]["contents"][1][
-            "parts"
-        ][0]["thoughtSignature"] == sign("stand-in")
-        assert client.embed(model=EMBEDDER, input=["a"]).embeddings[0] == pytest.approx([0.6, 0.8])
-        with pytest.raises(ollama_library.ResponseError, match="not found"):
-            client.show("gemini-9")
-        client._client.close()
+RESULT = '{"temp": 3}'  # of a tool, and what the stand-in makes of it:
+ANSWER_TO_RESULT = 'The function said: {"temp": 3}'
+SLOW_DOWN = gemini_error(429, "Slow down.", "X", detail("RetryInfo", retryDelay="9s"))
 
 
-def test_anthropics_own_library(gemini):
-    anthropic = pytest.importorskip("anthropic")
+def signature_of_call(gemini):
+    """The signature of the tool call in the history of Gemini's last request."""
+    return gemini.bodies[-1]["contents"][1]["parts"][0]["thoughtSignature"]
+
+
+# ---- ollama ----
+
+
+@pytest.fixture
+def ollama_library(gemini):
+    module = pytest.importorskip("ollama")
+    with serving(gemini.url, api="ollama") as server, module.Client(host=server.url) as client:
+        yield client
+
+
+def test_ollamas_library_lists_models(ollama_library):
+    assert FLASH + ":latest" in [model.model for model in ollama_library.list().models]
+
+
+def test_ollamas_library_shows_what_a_model_can_do(ollama_library):
+    assert "tools" in ollama_library.show(FLASH).capabilities
+
+
+def test_ollamas_library_gets_an_error_for_an_unknown_model(ollama_library):
+    import ollama
+
+    with pytest.raises(ollama.ResponseError, match="not found"):
+        ollama_library.show("gemini-9")
+
+
+def test_ollamas_library_streams_the_answer_to_a_tools_result(ollama_library, gemini):
+    history = [user("Hi")]
+    first = ollama_library.chat(model=NEWEST, messages=history, tools=[WEATHER])
+    history += [first.message, {"role": "tool", "content": RESULT}]
+    stream = ollama_library.chat(model=NEWEST, messages=history, tools=[WEATHER], stream=True)
+    assert "".join(part.message.content for part in stream) == ANSWER_TO_RESULT
+    assert signature_of_call(gemini) == sign("stand-in")
+
+
+def test_ollamas_library_embeds(ollama_library):
+    embeddings = ollama_library.embed(model=EMBEDDER, input=["a"]).embeddings
+    assert embeddings[0] == pytest.approx([0.6, 0.8])
+
+
+# ---- anthropic ----
+
+
+@pytest.fixture
+def anthropic_library(gemini):
+    """Anthropic's client, which checks that answers are of its types."""
+    module = pytest.importorskip("anthropic")
+    options = {"api_key": "any", "max_retries": 0, "_strict_response_validation": True}
     with (
         serving(gemini.url, api="ollama", aliases=(("claude-*", NEWEST),)) as server,
-        anthropic.Anthropic(
-            base_url=server.url, api_key="any", max_retries=0, _strict_response_validation=True
-        ) as client,
+        module.Anthropic(base_url=server.url, **options) as client,
     ):
-        plan = {"model": "claude-opus-5", "max_tokens": 2000, "tools": [ASK_CITY]}
-        history = [user("Hi")]
-        with client.messages.stream(
-            messages=history, thinking={"type": "adaptive"}, **plan
-        ) as stream:
-            message = stream.get_final_message()
-        assert [block.type for block in message.content] == [
-            "thinking",
-            "tool_use",
-        ] and message.stop_reason == "tool_use"
-        history += [
-            {"role": "assistant", "content": message.content},
-            user([used(message.content[1].id, '{"temp": 3}')]),
-        ]
-        assert (
-            client.messages.create(messages=history, **plan).content[0].text
-            == 'The function said: {"temp": 3}'
-        )
-        assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("stand-in")
-        assert (
-            client.messages.count_tokens(
-                model=plan["model"], messages=history, tools=plan["tools"]
-            ).input_tokens
-            == 7
-        )
-        gemini.say(gemini_error(429, "Slow down.", "X", detail("RetryInfo", retryDelay="9s")))
-        with pytest.raises(anthropic.RateLimitError) as caught:
-            client.messages.create(messages=[user("Hi")], **plan)
-        assert caught.value.request_id == caught.value.body["request_id"]
+        yield client
 
 
-def test_openais_own_library_and_responses(server, gemini):
-    openai = pytest.importorskip("openai")
-    with openai.OpenAI(
-        base_url=server.url + "/v1", api_key="any", max_retries=0, _strict_response_validation=True
-    ) as client:
-        with client.responses.stream(
-            model=NEWEST, input="Hi", tools=[FLAT], include=["reasoning.encrypted_content"]
-        ) as stream:
-            first = stream.get_final_response()
-        made = next(item for item in first.output if item.type == "function_call")
-        result = {"type": "function_call_output", "call_id": made.call_id, "output": '{"temp": 3}'}
-        for more in (
-            {"previous_response_id": first.id, "input": [result]},
-            {"input": [user("Hi"), *(item.model_dump() for item in first.output), result]},
-        ):
-            assert (
-                client.responses.create(model=NEWEST, tools=[FLAT], **more).output_text
-                == 'The function said: {"temp": 3}'
-            )
-            assert gemini.asked[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign(
-                "stand-in"
-            )
-        assert [item.id for item in client.responses.retrieve(first.id).output] == [
-            item.id for item in first.output
-        ]
-        assert client.responses.input_items.list(first.id).data[0].content[0].text == "Hi"
-        assert client.responses.input_tokens.count(model=FLASH, input="Hi").input_tokens == 7
-        client.responses.delete(first.id)
-        with pytest.raises(openai.NotFoundError):
-            client.responses.retrieve(first.id)
-        gemini.say(Say(chunk("Hel"), cut=1))
-        assert [
-            event.type for event in client.responses.create(model=FLASH, input="Hi", stream=True)
-        ][-1] == "response.failed"
+CLAUDE_PLAN = {"model": "claude-opus-5", "max_tokens": 2000, "tools": [ASK_CITY]}
 
 
-def test_openais_own_library(server, gemini):
-    openai = pytest.importorskip("openai")
-    with openai.OpenAI(
-        base_url=server.url + "/v1", api_key="any", max_retries=0, _strict_response_validation=True
-    ) as client:
-        assert (
-            "You said: Hi"
-            in client.chat.completions.create(model=FLASH, messages=[user("Hi")])
-            .choices[0]
-            .message.content
-        )
-        with client.chat.completions.stream(
-            model=NEWEST, messages=[user("Hi")], tools=[WEATHER]
-        ) as stream:
-            message = stream.get_final_completion().choices[0].message
-        assert message.tool_calls[0].function.name == "weather"
-        history = [
-            user("Hi"),
-            kept(message.model_dump()),
-            {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": '{"temp": 3}'},
-        ]
-        text = "".join(
-            choice.delta.content or ""
-            for event in client.chat.completions.create(
-                model=NEWEST, messages=history, tools=[WEATHER], stream=True
-            )
-            for choice in event.choices
-        )
-        assert text == 'The function said: {"temp": 3}' and gemini.asked[-1]["contents"][1][
-            "parts"
-        ][0]["thoughtSignature"] == sign("stand-in")
-        gemini.say(gemini_error(429, "Slow down.", "X", detail("RetryInfo", retryDelay="9s")))
-        with pytest.raises(openai.RateLimitError):
-            client.chat.completions.create(model=FLASH, messages=[user("Hi")], stream=True)
-    with openai.OpenAI(
-        base_url=server.url + "/v1", api_key="any"
-    ) as client:  # its type of a vector knows no base64
-        assert client.embeddings.create(model=EMBEDDER, input=["a", "b"]).data[
-            1
-        ].embedding == pytest.approx([0.6, 0.8])
-        assert FLASH in [model.id for model in client.models.list()]
+def claude_with_call(client):
+    """A streamed message in which the model thinks and calls a tool."""
+    thinking = {"type": "adaptive"}
+    with client.messages.stream(messages=[user("Hi")], thinking=thinking, **CLAUDE_PLAN) as stream:
+        return stream.get_final_message()
 
 
-def test_openais_own_library_and_media(server, gemini):
-    openai = pytest.importorskip("openai")
-    recording = ("a.wav", RIFF)
-    with openai.OpenAI(
-        base_url=server.url + "/v1", api_key="any", max_retries=0, _strict_response_validation=True
-    ) as client:
-        gemini.say(*[whole(blob("image/png", PNG))] * 2)
-        assert (
-            client.images.generate(
-                model="gpt-image-1", prompt="A dot", size="1536x1024", output_format="png"
-            )
-            .data[0]
-            .b64_json
-            == PNG
-        )
-        assert [
-            event.b64_json
-            for event in client.images.generate(
-                model="gpt-image-1", prompt="A dot", stream=True, partial_images=1
-            )
-        ] == [PNG]
-        gemini.say(whole(SOUND), [chunk(SOUND), whole(SOUND)])
-        assert client.audio.speech.create(model="tts-1", voice="alloy", input="Hi").content == RIFF
-        with client.audio.speech.with_streaming_response.create(
-            model="tts-1", voice="alloy", input="Hi", response_format="pcm"
-        ) as audio:
-            assert b"".join(audio.iter_bytes()) == SAMPLES_OF_SOUND * 2
-        gemini.say(whole("Hei."), [chunk("He"), whole("i.")], whole(TIMED), whole(TIMED))
-        assert (
-            client.audio.transcriptions.create(
-                model="whisper-1", file=recording, language="no", temperature=0
-            ).text
-            == "Hei."
-        )
-        events = list(
-            client.audio.transcriptions.create(
-                model="gpt-4o-transcribe", file=recording, stream=True
-            )
-        )
-        assert [event.type for event in events] == ["transcript.text.delta"] * 2 + [
-            "transcript.text.done"
-        ] and events[-1].text == "Hei."
-        assert client.audio.transcriptions.create(
-            model="whisper-1", file=recording, response_format="srt"
-        ).startswith("1\n00:00:01,500 --> ")
-        assert (
-            client.audio.transcriptions.create(
-                model="gpt-4o-transcribe-diarize", file=recording, response_format="diarized_json"
-            )
-            .segments[1]
-            .speaker
-            == "B"
-        )
-    with openai.OpenAI(
-        base_url=server.url + "/v1", api_key="any"
-    ) as client:  # its types want what Gemini does not tell
-        gemini.say(whole(TIMED), [chunk(" up"), whole("on")])
-        verbose = client.audio.transcriptions.create(
-            model="whisper-1",
-            file=recording,
-            response_format="verbose_json",
-            timestamp_granularities=["segment"],
-        )
-        assert (verbose.duration, verbose.segments[0].text, verbose.language) == (
-            3661.25,
-            "Hello --> there.",
-            "english",
-        )
-        chunks = client.completions.create(model=FLASH, prompt="Once", stream=True)
-        assert "".join(choice.text for part in chunks for choice in part.choices) == " upon"
+def claude_history(client):
+    """The messages up to the result of the tool."""
+    content = claude_with_call(client).content
+    result = {"type": "tool_result", "tool_use_id": content[1].id, "content": RESULT}
+    return [user("Hi"), {"role": "assistant", "content": content}, user([result])]
+
+
+def test_anthropics_library_streams_a_thought_and_a_tool_call(anthropic_library):
+    message = claude_with_call(anthropic_library)
+    assert [block.type for block in message.content] == ["thinking", "tool_use"]
+    assert message.stop_reason == "tool_use"
+
+
+def test_anthropics_library_gets_the_answer_to_a_tools_result(anthropic_library, gemini):
+    history = claude_history(anthropic_library)
+    message = anthropic_library.messages.create(messages=history, **CLAUDE_PLAN)
+    assert message.content[0].text == ANSWER_TO_RESULT
+    assert signature_of_call(gemini) == sign("stand-in")
+
+
+def test_anthropics_library_counts_tokens(anthropic_library):
+    count = anthropic_library.messages.count_tokens(
+        model="claude-opus-5", messages=claude_history(anthropic_library), tools=[ASK_CITY]
+    )
+    assert count.input_tokens == 7
+
+
+def test_anthropics_library_gets_a_rate_limit_with_the_id_of_the_request(anthropic_library, gemini):
+    import anthropic
+
+    gemini.say(SLOW_DOWN)
+    with pytest.raises(anthropic.RateLimitError) as caught:
+        anthropic_library.messages.create(messages=[user("Hi")], **CLAUDE_PLAN)
+    assert caught.value.request_id
+    assert caught.value.request_id == caught.value.body["request_id"]
+
+
+# ---- openai ----
+
+
+@pytest.fixture
+def openai_library(server):
+    """OpenAI's client, which checks that answers are of its types."""
+    module = pytest.importorskip("openai")
+    options = {"api_key": "any", "max_retries": 0, "_strict_response_validation": True}
+    with module.OpenAI(base_url=server.url + "/v1", **options) as client:
+        yield client
+
+
+@pytest.fixture
+def lenient_library(server):
+    """OpenAI's client for what its own types do not fit, such as vectors in base64."""
+    module = pytest.importorskip("openai")
+    with module.OpenAI(base_url=server.url + "/v1", api_key="any") as client:
+        yield client
+
+
+def completion_with_call(client):
+    """A streamed message that calls a tool."""
+    plan = chat(model=NEWEST, tools=[WEATHER])
+    with client.chat.completions.stream(**plan) as stream:
+        return stream.get_final_completion().choices[0].message
+
+
+def test_openais_library_gets_a_completion(openai_library):
+    completion = openai_library.chat.completions.create(**chat())
+    assert "You said: Hi" in completion.choices[0].message.content
+
+
+def test_openais_library_streams_a_tool_call(openai_library):
+    assert completion_with_call(openai_library).tool_calls[0].function.name == "weather"
+
+
+def test_openais_library_streams_the_answer_to_a_tools_result(openai_library, gemini):
+    message = completion_with_call(openai_library)
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": RESULT}
+    body = chat(user("Hi"), kept(message.model_dump()), result, model=NEWEST, tools=[WEATHER])
+    events = openai_library.chat.completions.create(**body, stream=True)
+    choices = [choice for event in events for choice in event.choices]
+    assert "".join(choice.delta.content or "" for choice in choices) == ANSWER_TO_RESULT
+    assert signature_of_call(gemini) == sign("stand-in")
+
+
+def test_openais_library_gets_a_rate_limit_instead_of_a_stream(openai_library, gemini):
+    import openai
+
+    gemini.say(SLOW_DOWN)
+    with pytest.raises(openai.RateLimitError):
+        openai_library.chat.completions.create(**chat(), stream=True)
+
+
+def test_openais_library_streams_a_text_completion(lenient_library, gemini):
+    gemini.say([chunk(" up"), whole("on")])
+    stream = lenient_library.completions.create(model=FLASH, prompt="Once", stream=True)
+    assert "".join(choice.text for part in stream for choice in part.choices) == " upon"
+
+
+def test_openais_library_embeds(lenient_library):
+    vectors = lenient_library.embeddings.create(model=EMBEDDER, input=["a", "b"]).data
+    assert vectors[1].embedding == pytest.approx([0.6, 0.8])
+
+
+def test_openais_library_lists_models(lenient_library):
+    assert FLASH in [model.id for model in lenient_library.models.list()]
+
+
+# ---- openai: responses ----
+
+
+def response_with_call(client):
+    """A streamed response that calls a tool, and what returns the result of that tool."""
+    include = ["reasoning.encrypted_content"]
+    plan = {"model": NEWEST, "input": "Hi", "tools": [FLAT], "include": include}
+    with client.responses.stream(**plan) as stream:
+        response = stream.get_final_response()
+    tool_call = next(item for item in response.output if item.type == "function_call")
+    result = {"type": "function_call_output", "call_id": tool_call.call_id, "output": RESULT}
+    return response, result
+
+
+def test_openais_library_continues_a_stored_response(openai_library, gemini):
+    first, result = response_with_call(openai_library)
+    plan = {"model": NEWEST, "tools": [FLAT], "input": [result], "previous_response_id": first.id}
+    assert openai_library.responses.create(**plan).output_text == ANSWER_TO_RESULT
+    assert signature_of_call(gemini) == sign("stand-in")
+
+
+def test_openais_library_sends_the_items_of_a_response_again(openai_library, gemini):
+    first, result = response_with_call(openai_library)
+    items = [user("Hi"), *(item.model_dump() for item in first.output), result]
+    second = openai_library.responses.create(model=NEWEST, tools=[FLAT], input=items)
+    assert second.output_text == ANSWER_TO_RESULT
+    assert signature_of_call(gemini) == sign("stand-in")
+
+
+def test_openais_library_retrieves_a_response(openai_library):
+    first, _ = response_with_call(openai_library)
+    stored = openai_library.responses.retrieve(first.id)
+    assert [item.id for item in stored.output] == [item.id for item in first.output]
+
+
+def test_openais_library_lists_the_input_of_a_response(openai_library):
+    first, _ = response_with_call(openai_library)
+    assert openai_library.responses.input_items.list(first.id).data[0].content[0].text == "Hi"
+
+
+def test_openais_library_counts_the_tokens_of_an_input(openai_library):
+    assert openai_library.responses.input_tokens.count(model=FLASH, input="Hi").input_tokens == 7
+
+
+def test_openais_library_deletes_a_response(openai_library):
+    import openai
+
+    first, _ = response_with_call(openai_library)
+    openai_library.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        openai_library.responses.retrieve(first.id)
+
+
+def test_openais_library_gets_a_failed_response_when_gemini_hangs_up(openai_library, gemini):
+    gemini.say(Say(chunk("Hel"), cut=1))
+    events = list(openai_library.responses.create(model=FLASH, input="Hi", stream=True))
+    assert events[-1].type == "response.failed"
+
+
+# ---- openai: media ----
+
+RECORDING = ("a.wav", RIFF)
+
+
+def test_openais_library_draws_an_image(openai_library, gemini):
+    gemini.say(whole(blob("image/png", PNG)))
+    plan = {"prompt": "A dot", "size": "1536x1024", "output_format": "png"}
+    images = openai_library.images.generate(model="gpt-image-1", **plan)
+    assert images.data[0].b64_json == PNG
+
+
+def test_openais_library_streams_an_image(openai_library, gemini):
+    gemini.say(whole(blob("image/png", PNG)))
+    plan = {"prompt": "A dot", "stream": True, "partial_images": 1}
+    events = openai_library.images.generate(model="gpt-image-1", **plan)
+    assert [event.b64_json for event in events] == [PNG]
+
+
+def test_openais_library_gets_speech(openai_library, gemini):
+    gemini.say(whole(SOUND))
+    plan = {"model": "tts-1", "voice": "alloy", "input": "Hi"}
+    assert openai_library.audio.speech.create(**plan).content == RIFF
+
+
+def test_openais_library_streams_speech(openai_library, gemini):
+    gemini.say([chunk(SOUND), whole(SOUND)])
+    plan = {"model": "tts-1", "voice": "alloy", "input": "Hi", "response_format": "pcm"}
+    with openai_library.audio.speech.with_streaming_response.create(**plan) as audio:
+        assert b"".join(audio.iter_bytes()) == SAMPLES_OF_SOUND * 2
+
+
+def test_openais_library_gets_a_transcript(openai_library, gemini):
+    gemini.say(whole("Hei."))
+    plan = {"model": "whisper-1", "file": RECORDING, "language": "no", "temperature": 0}
+    assert openai_library.audio.transcriptions.create(**plan).text == "Hei."
+
+
+def test_openais_library_streams_a_transcript(openai_library, gemini):
+    gemini.say([chunk("He"), whole("i.")])
+    plan = {"model": "gpt-4o-transcribe", "file": RECORDING, "stream": True}
+    *deltas_of_text, done = openai_library.audio.transcriptions.create(**plan)
+    assert [event.type for event in deltas_of_text] == ["transcript.text.delta"] * 2
+    assert done.type == "transcript.text.done"
+    assert done.text == "Hei."
+
+
+def test_openais_library_gets_subtitles(openai_library, gemini):
+    gemini.say(whole(TIMED))
+    plan = {"model": "whisper-1", "file": RECORDING, "response_format": "srt"}
+    assert openai_library.audio.transcriptions.create(**plan).startswith("1\n00:00:01,500 --> ")
+
+
+def test_openais_library_gets_a_transcript_with_speakers(openai_library, gemini):
+    gemini.say(whole(TIMED))
+    model, form = "gpt-4o-transcribe-diarize", "diarized_json"
+    transcript = openai_library.audio.transcriptions.create(
+        model=model, file=RECORDING, response_format=form
+    )
+    assert transcript.segments[1].speaker == "B"
+
+
+def test_openais_library_gets_a_verbose_transcript(lenient_library, gemini):
+    gemini.say(whole(TIMED))
+    transcript = lenient_library.audio.transcriptions.create(
+        model="whisper-1",
+        file=RECORDING,
+        response_format="verbose_json",
+        timestamp_granularities=["segment"],
+    )
+    assert transcript.duration == 3661.25
+    assert transcript.segments[0].text == "Hello --> there."
+    assert transcript.language == "english"
