@@ -6764,6 +6764,7 @@ def scope_of(key: str) -> str:
 # ======================================================================================
 
 MAX_BODY_BYTES = 128 << 20  # of a request; Gemini takes 100 MB
+BODY_TOO_LARGE = f"The body of this request is larger than {MAX_BODY_BYTES >> 20} MiB."
 MAX_UNPACKED_BYTES = 32 << 20  # of a compressed body, once unpacked: media hardly shrink
 CLIENT_SECONDS = 60.0  # of a client's silence, or of its not reading; also for a whole head
 BODY_SECONDS = 900.0  # for a whole body
@@ -6788,11 +6789,11 @@ APP_ORIGINS = (
 LOCAL_HOSTS = (
     r"(localhost|[\w.-]+\.(localhost|local|internal)|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
 )
+BUG = "this is a bug in proxy-to-gemini; please report it"
 LOG_LOCK = threading.Lock()
 
 
 def log(line: str) -> None:
-    """Write a line to standard error."""
     text = line.encode("unicode_escape").decode()  # no line break within it starts another line
     if len(text) > MAX_LOG_CHARACTERS:
         text = f"{text[:1000]} ... {text[-2990:]}"  # the cause comes last
@@ -6807,10 +6808,7 @@ def write_log(line: str) -> None:
             os.write(file, line.encode())
 
 
-@functools.lru_cache(maxsize=2)
-def http_date(second: int) -> str:
-    """A time for the Date header (RFC 9110, section 5.6.7), from seconds since 1970."""
-    return email.utils.formatdate(second, usegmt=True)
+http_date = functools.lru_cache(maxsize=2)(email.utils.formatdate)  # RFC 9110, section 5.6.7
 
 
 # ---- metrics ----
@@ -6822,6 +6820,7 @@ LABELS = {
     "kind": ("prompt", "cached", "output", "thoughts"),
     "origin": ("client", "memory", "foreign", "placeholder"),
 }
+WIDTHS = {"counter": 1, "gauge": 1, "histogram": len(BUCKETS) + 2}  # numbers; 2 for +Inf and sum
 
 
 class Metric(NamedTuple):
@@ -6831,35 +6830,18 @@ class Metric(NamedTuple):
     help: str
     labels: tuple[str, ...] = ()
 
-    @property
-    def width(self) -> int:
-        """Numbers for each combination of labels: a histogram has its buckets, +Inf and the sum."""
-        return len(BUCKETS) + 2 if self.kind == "histogram" else 1
-
 
 # To measure something new: a row here, and a call of add, observe or set where it happens.
 METRICS = {
     "requests_total": Metric("counter", "Requests by route and status.", ("route", "status")),
-    "request_seconds": Metric(
-        "histogram", "From a request's first line to the end of its answer.", ("route",)
-    ),
-    "first_byte_seconds": Metric(
-        "histogram", "From a request's first line to its answer's first byte.", ("route",)
-    ),
-    "tokens_total": Metric(
-        "counter", "Tokens; cached ones are also prompt, and thoughts are also output.", ("kind",)
-    ),
-    "upstream_errors_total": Metric(
-        "counter", "Refusals and failures of Gemini, retried ones included.", ("status",)
-    ),
+    "request_seconds": Metric("histogram", "From first line to last byte.", ("route",)),
+    "first_byte_seconds": Metric("histogram", "From first line to first byte.", ("route",)),
+    "tokens_total": Metric("counter", "Cached ones are also prompt, thoughts output.", ("kind",)),
+    "upstream_errors_total": Metric("counter", "Gemini's, retried ones included.", ("status",)),
     "upstream_retries_total": Metric("counter", "Calls that were tried again."),
     "upstream_connections_total": Metric("counter", "Connections to Gemini that were opened."),
-    "upstream_idle_connections": Metric(
-        "gauge", "Connections to Gemini that wait to be used again."
-    ),
-    "signatures_total": Metric(
-        "counter", "Where the thought signatures of calls in histories came from.", ("origin",)
-    ),
+    "upstream_idle_connections": Metric("gauge", "Connections to Gemini that wait for a call."),
+    "signatures_total": Metric("counter", "Sources of the signatures in histories.", ("origin",)),
     "clients": Metric("gauge", "Connections of clients."),
     "in_flight": Metric("gauge", "Requests under way."),
 }
@@ -6880,7 +6862,8 @@ class Metrics:
         size = 0
         for name, metric in METRICS.items():
             self.start[name] = size
-            size += math.prod(len(self.values[label]) for label in metric.labels) * metric.width
+            combinations = math.prod(len(self.values[label]) for label in metric.labels)
+            size += combinations * WIDTHS[metric.kind]
         self.size, self.workers, self.lock = size, workers, threading.Lock()
         self.slot = functools.lru_cache(maxsize=4096)(self.find_slot)
         self.numbers = memoryview(mmap.mmap(-1, 8 * size * workers)).cast("d")
@@ -6898,7 +6881,7 @@ class Metrics:
         metric, index = METRICS[name], 0
         for label, value in zip(metric.labels, labels):
             index = index * len(self.values[label]) + self.values[label].get(value, 0)
-        return self.start[name] + index * metric.width
+        return self.start[name] + index * WIDTHS[metric.kind]
 
     def add(self, name: str, *labels: str, amount: float = 1) -> None:
         """Add to a counter."""
@@ -6931,7 +6914,7 @@ class Metrics:
             lines += [f"# HELP {full_name} {metric.help}", f"# TYPE {full_name} {metric.kind}"]
             for labels in itertools.product(*(self.values[label] for label in metric.labels)):
                 slot = self.slot(name, labels)
-                numbers = row[slot : slot + metric.width]
+                numbers = row[slot : slot + WIDTHS[metric.kind]]
                 if any(numbers) or not metric.labels:
                     pairs = [f'{label}="{value}"' for label, value in zip(metric.labels, labels)]
                     lines += metric_lines(full_name, pairs, numbers)
@@ -6940,21 +6923,15 @@ class Metrics:
 
 def metric_lines(name: str, labels: list[str], numbers: list[float]) -> list[str]:
     """The lines of one metric. Several numbers are a histogram's, whose buckets add up."""
-
-    def line(suffix: str, labels: list[str], number: float) -> str:
-        braces = ("{" + ",".join(labels) + "}").replace("{}", "")
-        return f"{name}{suffix}{braces} {number:.15g}"
-
-    if len(numbers) == 1:
-        return [line("", labels, numbers[0])]
-    *counts, total = numbers
-    sums = list(itertools.accumulate(counts))
-    bounds = zip((*BUCKETS, "+Inf"), sums)
-    return [
-        *(line("_bucket", [*labels, f'le="{bound}"'], number) for bound, number in bounds),
-        line("_sum", labels, total),
-        line("_count", labels, sums[-1]),
-    ]
+    rows = [("", labels, numbers[0])]
+    if len(numbers) > 1:
+        *counts, total = numbers
+        sums = list(itertools.accumulate(counts))
+        bounds = [f'le="{bound}"' for bound in (*BUCKETS, "+Inf")]
+        rows = [("_bucket", [*labels, bound], number) for bound, number in zip(bounds, sums)]
+        rows += [("_sum", labels, total), ("_count", labels, sums[-1])]
+    texts = [(suffix, "{" + ",".join(labels) + "}", number) for suffix, labels, number in rows]
+    return [f"{name}{suffix}{text.replace('{}', '')} {n:.15g}" for suffix, text, n in texts]
 
 
 # ---- one connection: heads, bodies, bytes ----
@@ -6988,23 +6965,19 @@ class ClientSocket(io.RawIOBase):
         return 0
 
     def wait(self) -> bool:
-        """Wait until there is something to read; False: the server ends, and no request is coming.
-
-        A silent client is a socket.timeout (which is not TimeoutError before Python 3.10).
-        """
+        """Wait for something to read; False: the server ends, and no request is coming."""
         poller = self.idle_poller if self.idle else self.busy_poller
         ready = poller.wait(min(CLIENT_SECONDS, self.deadline - time.monotonic()))
         if not ready:
-            raise socket.timeout("the client is silent")
+            raise socket.timeout("the client is silent")  # before Python 3.10 no TimeoutError
         if self.sock.fileno() in ready:
             return True
-        grace = 0.0
-        if self.unused:  # its first request may be on its way
-            grace = self.opened + FINAL_SECONDS - time.monotonic()
+        # The first request of a connection may be on its way.
+        grace = self.unused and self.opened + FINAL_SECONDS - time.monotonic()
         return bool(self.busy_poller.wait(grace))
 
     def is_sending(self) -> bool:
-        """Whether the head of a request is coming in that began less than FINAL_SECONDS ago."""
+        """Whether a head is coming in that began less than FINAL_SECONDS ago."""
         return self.deadline - CLIENT_SECONDS > time.monotonic() - FINAL_SECONDS
 
     def send(self, data: bytes) -> None:
@@ -7020,28 +6993,28 @@ class ClientSocket(io.RawIOBase):
         except BlockingIOError:
             poller = Poller()
             poller.watch(self.sock, WRITABLE)
-            if not poller.wait(CLIENT_SECONDS):
-                raise socket.timeout("the client takes nothing") from None
-            return 0
+            if poller.wait(CLIENT_SECONDS):
+                return 0
+        except OSError:
+            pass
+        raise ClientGoneError
 
 
-class RequestHead(NamedTuple):
+class RequestHead:
     """The first line and the headers of a client's request."""
 
-    method: str = ""
-    target: str = ""
-    http_1_0: bool = False  # its client knows no chunks, and keep-alive only if it says so
+    method = target = ""
+    http_1_0 = False  # its client knows no chunks, and keep-alive only if it says so
     headers: Mapping[str, str] = {}  # by name in lower case
 
-
-def parse_request_line(line: bytes) -> RequestHead:
-    """A head without headers yet. What another server might read differently is a 400."""
-    match = REQUEST_LINE.fullmatch(line)
-    if match:
-        method, target, minor = match.groups()
-        return RequestHead(method.decode(), target.decode("latin-1"), minor == b"0")
-    status = 400 if len(line) < MAX_HEAD_BYTES else 414
-    raise ProxyError(status, "This is not an HTTP/1.1 request line.")
+    def read_line(self, line: bytes) -> None:
+        """Read the first line. What another server might read differently is a 400."""
+        match = REQUEST_LINE.fullmatch(line)
+        if not match:
+            status = 400 if len(line) < MAX_HEAD_BYTES else 414
+            raise ProxyError(status, "This is not an HTTP/1.1 request line.")
+        self.method, self.target = match.group(1).decode(), match.group(2).decode("latin-1")
+        self.http_1_0 = match.group(3) == b"0"
 
 
 def body_length(head: RequestHead) -> int | None:
@@ -7059,12 +7032,8 @@ def body_length(head: RequestHead) -> int | None:
     if not re.fullmatch(r"[0-9]{1,15}", length):
         raise ProxyError(400, "Content-Length is not a number.")
     if int(length) > MAX_BODY_BYTES:
-        raise body_too_large()
+        raise ProxyError(413, BODY_TOO_LARGE)
     return int(length)
-
-
-def body_too_large() -> ProxyError:
-    return ProxyError(413, f"The body of this request is larger than {MAX_BODY_BYTES >> 20} MiB.")
 
 
 def decoded_body(body: bytes, coding: str) -> bytes:
@@ -7072,19 +7041,16 @@ def decoded_body(body: bytes, coding: str) -> bytes:
     if coding in ("identity", ""):
         return body
     if coding not in ("gzip", "x-gzip", "deflate"):
-        name = ascii(coding[:40])
-        raise ProxyError(
-            415, f"Content-Encoding {name} is not known here; send the body as it is, or in gzip."
-        )
+        advice = "is not known here; send the body as it is, or in gzip."
+        raise ProxyError(415, f"Content-Encoding {coding[:40]!a} {advice}")
     unpacker = zlib.decompressobj(wbits=47)  # gzip or zlib, whichever its head says
     try:
         data = unpacker.decompress(body, MAX_UNPACKED_BYTES)
     except zlib.error as error:
         raise ProxyError(400, f"The body is not {coding}: {error}") from None
     if unpacker.unconsumed_tail:
-        raise ProxyError(
-            413, f"The body of this request unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB."
-        )
+        limit = f"{MAX_UNPACKED_BYTES >> 20} MiB"
+        raise ProxyError(413, f"The body of this request unpacks to more than {limit}.")
     if not unpacker.eof:
         raise ProxyError(400, f"The {coding} body breaks off.")
     return data
@@ -7121,24 +7087,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (ClientGoneError, OSError):
             self.close_connection = True
 
-    def read_headers(self, first: RequestHead, limit: int) -> RequestHead:
-        """The head of a request, once its headers are read, of so many bytes at most."""
-        headers = read_headers(self.rfile, limit)
+    def read_headers(self, head: RequestHead, limit: int) -> None:
+        """Read the headers of a request, of so many bytes at most."""
+        head.headers = headers = read_headers(self.rfile, limit)
         self.answering, self.client.deadline = True, math.inf
         length = headers.get("content-length", "0")
         self.body_left = length != "0" or "transfer-encoding" in headers
-        if "host" not in headers and not first.http_1_0:  # RFC 9112, section 3.2
+        if "host" not in headers and not head.http_1_0:  # RFC 9112, section 3.2
             raise ProxyError(400, "This HTTP/1.1 request has no Host header.")
         options = headers.get("connection", "").lower()  # RFC 9112, section 9.3
-        keeps_alive = "keep-alive" in options or not first.http_1_0
+        keeps_alive = "keep-alive" in options or not head.http_1_0
         self.close_connection = "close" in options or not keeps_alive
-        return first._replace(headers=headers)
 
     def read_body(self, head: RequestHead) -> bytes:
         """The whole body, without its framing and its Content-Encoding."""
         length = body_length(head)
         if self.body_left and head.headers.get("expect", "").lower() == "100-continue":
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.client.deadline = time.monotonic() + BODY_SECONDS
         body = self.read_chunked() if length is None else self.read_exactly(length)
         self.body_left = False
@@ -7155,15 +7120,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         chunks: list[bytes] = []
         left = MAX_BODY_BYTES
         while True:
-            match = re.fullmatch(
-                rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n", self.rfile.readline(1024)
-            )
+            match = CHUNK_LINE.fullmatch(self.rfile.readline(1024))
             if not match:
                 raise ProxyError(400, "This is not a chunk of a body.")
             size = int(match.group(1), 16)
             left -= size
             if left < 0:
-                raise body_too_large()
+                raise ProxyError(413, BODY_TOO_LARGE)
             if not size:
                 self.skip_trailers()
                 return b"".join(chunks)
@@ -7180,31 +7143,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not line or left < 0:
                 raise ProxyError(400, "The body does not end.")
 
-    def answer_head(self, status: int, headers: list[tuple[str, str]], http_1_0: bool) -> bytes:
-        """Status line and headers of an answer. No request follows an unread body, or the end."""
-        self.close_connection = self.close_connection or self.body_left or self.server.draining
-        lines = [
-            f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
-            f"Date: {http_date(int(time.time()))}",
-            f"Server: proxy-to-gemini/{VERSION}",
-            *(f"{name}: {value}" for name, value in headers),
-        ]
-        if self.close_connection:
-            lines.append("Connection: close")
-        elif http_1_0:
-            lines.append("Connection: keep-alive")
-        return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
-
-    def write(self, data: bytes) -> None:
-        try:
-            self.client.send(data)
-        except OSError:
-            raise ClientGoneError from None
-
     def finish(self) -> None:
         """End. A client that still sends can read its refusal before (RFC 9112, section 9.6)."""
-        if self.body_left:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if self.body_left:
                 self.connection.shutdown(socket.SHUT_WR)
                 self.connection.settimeout(LINGER_SECONDS)
                 deadline = time.monotonic() + LINGER_SECONDS
@@ -7215,6 +7157,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 # ---- who may call ----
+
+WRONG_PROXY_KEY = "Incorrect API key provided: this server wants its own key (PROXY_API_KEY)."
+NO_GEMINI_KEY = (
+    "You didn't provide an API key: this server wants your own Gemini key as the API key "
+    "(aistudio.google.com/apikey)."
+)
 
 
 def origin_allowed(origin: str, added: tuple[str, ...]) -> bool:
@@ -7228,19 +7176,12 @@ def check_caller(head: RequestHead, path: str, config: Config, loopback: bool) -
     if loopback and host and not re.fullmatch(LOCAL_HOSTS, host, re.I | re.A):  # DNS rebinding
         raise ProxyError(403, "This server is called by another name: " + ascii(host[:80]))
     if origin is not None and not origin_allowed(origin, config.origins):
-        raise ProxyError(
-            403, f"Pages from {origin[:80]!a} may not call this server; -origins can allow it."
-        )
+        message = f"Pages from {origin[:80]!a} may not call this server; -origins can allow it."
+        raise ProxyError(403, message)
     if not config.proxy_key or head.method == "OPTIONS" or path in ("/", "/healthz"):
         return
     if not any(is_proxy_key(key, config) for key in client_keys(head)):
-        raise invalid_key(
-            "Incorrect API key provided: this server wants its own key (PROXY_API_KEY)."
-        )
-
-
-def invalid_key(message: str) -> ProxyError:
-    return ProxyError(401, message, code="invalid_api_key")
+        raise ProxyError(401, WRONG_PROXY_KEY, code="invalid_api_key")
 
 
 def client_keys(head: RequestHead) -> Iterator[str]:
@@ -7259,16 +7200,10 @@ def upstream_key(head: RequestHead, config: Config) -> str:
     """The key for Gemini: the server's own, or with -client-keys the client's."""
     if not config.client_keys:
         return config.key
-    for key in client_keys(head):
-        if config.proxy_key and is_proxy_key(key, config):
-            continue
-        if not re.fullmatch(KEY_PATTERN, key):
-            break
-        return key
-    raise invalid_key(
-        "You didn't provide an API key: this server wants your own Gemini key as the API key "
-        "(aistudio.google.com/apikey)."
-    )
+    keys = [key for key in client_keys(head) if not is_proxy_key(key, config)]
+    if keys and re.fullmatch(KEY_PATTERN, keys[0]):
+        return keys[0]
+    raise ProxyError(401, NO_GEMINI_KEY, code="invalid_api_key")
 
 
 def cors_headers(head: RequestHead, config: Config, protocol: Protocol) -> list[tuple[str, str]]:
@@ -7297,6 +7232,9 @@ def preflight_headers(head: RequestHead) -> list[tuple[str, str]]:
 
 # ---- one request ----
 
+# nginx.org/en/docs/http/ngx_http_proxy_module.html: a stream is not to be gathered on its way.
+STREAM_HEADERS = (("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
+
 
 class RequestCycle:
     """One request of a client, and its answer."""
@@ -7304,9 +7242,9 @@ class RequestCycle:
     def __init__(self, connection: Handler):
         self.connection, self.server = connection, connection.server
         self.began = self.first_byte = time.monotonic()  # first_byte: of the answer
-        self.request_id = "req_" + secrets.token_hex(12)
-        self.head = RequestHead()
-        self.key = ""  # for Gemini
+        self.seed = secrets.token_hex(12)  # of all ids in the answer
+        self.request_id = "req_" + self.seed
+        self.head, self.key = RequestHead(), ""  # the key for Gemini
         self.protocol = protocol_of(self.server.config.api, "/")  # until the path is known
         self.route: Route | None = None
         self.route_name = "other"  # for the metrics
@@ -7314,14 +7252,13 @@ class RequestCycle:
         self.ignored: list[str] = []  # what nobody read of the request, by name
         self.left_out: list[str] = []  # what Gemini would not take; grows while it is called
         self.status = 0  # of the answer; 0 until its head is written
-        self.framing = SSE  # of a stream
-        self.streaming = False  # whether the answer is a stream that has begun
+        self.framing, self.streaming = SSE, False  # whether the answer is a stream that has begun
 
     def run(self, line: bytes) -> None:
         """Answer the request that begins with this line, whatever it is."""
         try:
-            self.head = parse_request_line(line)  # the log has it, whatever the headers are
-            self.head = self.connection.read_headers(self.head, MAX_HEAD_BYTES - len(line))
+            self.head.read_line(line)  # the log has it, whatever the headers are
+            self.connection.read_headers(self.head, MAX_HEAD_BYTES - len(line))
             self.serve()
         except ProxyError as error:
             self.fail(error)
@@ -7331,10 +7268,9 @@ class RequestCycle:
             self.status = self.status or 499  # nginx's number for a client that left
             raise
         except Exception:
-            bug = f"this is a bug in proxy-to-gemini; please report it: {traceback.format_exc()}"
-            log(f"{self.request_id}: {bug}")
-            words = "proxy-to-gemini has a bug here; its log tells more."
-            self.fail(ProxyError(500, words, code="internal_error"))
+            log(f"{self.request_id}: {BUG}: {traceback.format_exc()}")
+            message = "proxy-to-gemini has a bug here; its log tells more."
+            self.fail(ProxyError(500, message, code="internal_error"))
         finally:
             self.connection.answering = False
             self.account()
@@ -7348,10 +7284,10 @@ class RequestCycle:
         self.protocol = protocol_of(api, path)
         check_caller(self.head, path, server.config, server.loopback)
         if method == "OPTIONS":
-            self.connection.write(self.answer_head(204, preflight_headers(self.head)))
-        elif path in server.own_pages and method in ("GET", "HEAD"):
+            self.connection.client.send(self.answer_head(204, preflight_headers(self.head)))
+        elif path in OWN_PAGES and method in ("GET", "HEAD"):
             self.route_name = "GET " + path
-            self.send_answer(*server.own_pages[path]())
+            self.send_answer(*server.own_page(path))
         else:
             match = find_route(api, method, path)
             self.protocol, self.route_name = match.protocol, match.route.name
@@ -7363,13 +7299,15 @@ class RequestCycle:
         server, route, context = self.server, match.route, self.server.context
         if isinstance(route.answer, Refusal):
             raise ProxyError(*route.answer)
-        if match.params or query:
-            fields = dict(urllib.parse.parse_qsl(query))
-            context = context._replace(params=match.params, query=fields)
-        if context.ollama:
-            context = context._replace(loaded=dict(server.loaded))
+        if match.params or query or context.ollama:
+            fields, loaded = dict(urllib.parse.parse_qsl(query)), dict(server.loaded)
+            context = context._replace(params=match.params, query=fields, loaded=loaded)
         try:
-            body = self.read_fields(route)
+            body = no_body(b"", "")
+            if self.connection.body_left or self.head.method not in ("GET", "HEAD"):
+                raw = self.connection.read_body(self.head)
+                body = route.parse(raw, self.head.headers.get("content-type", ""))
+                del raw  # it may be large
             keys = recipe_keys(body, context) + route.keys(body, context)
             if keys:
                 context = context._replace(stored=server.shelf(self.key).look_up(keys))
@@ -7377,34 +7315,25 @@ class RequestCycle:
         except RecursionError:
             raise nested_too_deeply() from None
         self.ignored = body.ignored()
-        return Exchange(plan, context, secrets.token_hex(12), time.time())
-
-    def read_fields(self, route: Route) -> Fields:
-        """The body as the route wants it. GET and HEAD may come without one."""
-        if self.head.method in ("GET", "HEAD") and not self.connection.body_left:
-            return no_body(b"", "")
-        body = self.connection.read_body(self.head)
-        return route.parse(body, self.head.headers.get("content-type", ""))
+        return Exchange(plan, context, self.seed, time.time())
 
     def answer(self, route: Route, exchange: Exchange) -> None:
-        """Ask Gemini what the plan says, and answer with what the route makes of it.
-
-        Neither the waiter nor the batch is kept in this object: both lead back to it.
-        """
+        """Ask Gemini what the plan says, and answer with what the route makes of it."""
         server, plan = self.server, exchange.plan
         self.route, self.exchange = route, exchange
         self.framing = plan.framing or route.framing
-        keep_alive = None
-        if plan.stream and (route.keep_alive or self.framing.keep_alive):
-            keep_alive = functools.partial(self.keep_alive, route, exchange)
         client = self.connection.connection
-        waiter = Waiter(client, server.config.timeout, server.stopping, keep_alive)
+        waiter = Waiter(client, server.config.timeout, server.stopping)
+        if plan.stream and (route.keep_alive or self.framing.keep_alive):
+            waiter.keep_alive = functools.partial(self.keep_alive, route, exchange)
         try:
             batch = server.gemini.answers(plan.calls, waiter, self.key, self.left_out)
             with contextlib.closing(batch):
                 answers = self.read_answers(batch, exchange)
                 if plan.stream and route.stream:
-                    self.send_stream(self.kept(route.stream(exchange, answers)))
+                    for event in self.kept(route.stream(exchange, answers)):
+                        self.emit(self.framing.encode(event))
+                    self.emit(self.framing.end, last=True)
                 else:
                     self.send_answer(200, self.whole_answer(route, exchange, answers))
         except ProxyError as error:
@@ -7454,17 +7383,13 @@ class RequestCycle:
         elif route.stream:
             answer = last_event(route.stream(exchange, answers))
         if isinstance(answer, Kept):
-            for item in answer.keep:
+            answer, items = answer
+            for item in items:
                 self.server.shelf(self.key).keep(item)
-            return answer.answer
         return answer
 
     def add_model_to(self, error: ProxyError, exchange: Exchange, waiter: Waiter) -> None:
-        """Add to "no such model" how the client spelt it, and whether Gemini lists it.
-
-        This calls Gemini while an error waits to be sent: the error of a model that is listed, but
-        not for this use, has other words. Without the list, it is sent as it is.
-        """
+        """Add to "no such model" how the client spelt it, and whether Gemini lists it after all."""
         if error.code != "model_not_found" or not error.upstream:
             return
         error.model = exchange.model
@@ -7474,13 +7399,6 @@ class RequestCycle:
             error.listed = model_named(exchange.model, exchange.context).path in names
 
     # ---- its answer ----
-
-    def send_stream(self, events: Iterator[JSON]) -> None:
-        """Answer with a stream. Its head waits for the first event: a refusal has a status."""
-        encode = self.framing.encode
-        for event in events:
-            self.emit(encode(event))
-        self.emit(self.framing.end, last=True)
 
     def keep_alive(self, route: Route, exchange: Exchange) -> None:
         """Show in the stream that it is alive."""
@@ -7494,26 +7412,21 @@ class RequestCycle:
         """Write an event of a stream, with the head before the first one, in one write."""
         head = b""
         if not self.streaming:
-            head = self.stream_head()
-            self.streaming = True
+            head, self.streaming = self.stream_head(), True
         if not self.head.http_1_0:  # in chunks: RFC 9112, section 7.1
             if data:
                 data = b"%x\r\n%b\r\n" % (len(data), data)
             if last:
                 data += b"0\r\n\r\n"
-        self.connection.write(head + data)
+        self.connection.client.send(head + data)
 
     def stream_head(self) -> bytes:
-        headers = [
-            ("Content-Type", self.framing.content_type),
-            ("Cache-Control", "no-cache"),
-            ("X-Accel-Buffering", "no"),  # nginx.org/en/docs/http/ngx_http_proxy_module.html
-        ]
+        headers = [("Content-Type", self.framing.content_type), *STREAM_HEADERS]
         if self.head.http_1_0:
             self.connection.close_connection = True  # which is how this stream ends
         else:
             headers.append(("Transfer-Encoding", "chunked"))
-        return self.answer_head(200, [*headers, *self.ignored_header()])
+        return self.answer_head(200, headers + self.ignored_header())
 
     def send_answer(self, status: int, answer: Any, headers: Mapping[str, str] = {}) -> None:
         """Send a whole answer, JSON or a Payload, in one write."""
@@ -7524,14 +7437,26 @@ class RequestCycle:
         data = self.answer_head(status, [own[0], *headers.items(), *self.ignored_header(), own[1]])
         if self.head.method != "HEAD":
             data += payload.data
-        self.connection.write(data)
+        self.connection.client.send(data)
 
     def answer_head(self, status: int, headers: list[tuple[str, str]]) -> bytes:
-        """Status line and headers; with this the answer has begun."""
+        """Status line and headers; with these the answer has begun."""
         self.status, self.first_byte = status, time.monotonic()
+        lines = [
+            f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
+            f"Date: {http_date(int(time.time()), usegmt=True)}",
+            f"Server: proxy-to-gemini/{VERSION}",
+        ]
         ids = [(name, self.request_id) for name in ("x-request-id", *self.protocol.id_headers)]
         cors = cors_headers(self.head, self.server.config, self.protocol)
-        return self.connection.answer_head(status, [*ids, *headers, *cors], self.head.http_1_0)
+        lines += [f"{name}: {value}" for name, value in (*ids, *headers, *cors)]
+        connection = self.connection
+        if connection.close_connection or connection.body_left or self.server.draining:
+            connection.close_connection = True
+            lines.append("Connection: close")
+        elif self.head.http_1_0:
+            lines.append("Connection: keep-alive")
+        return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
     def ignored_header(self) -> list[tuple[str, str]]:
         """The header that names what was ignored of the request, if anything was."""
@@ -7550,38 +7475,26 @@ class RequestCycle:
             status, answer = self.protocol.error(error)
             self.send_answer(status, answer, error.headers)
         elif self.streaming and self.framing.carries_errors:
-            self.emit(b"".join(map(self.framing.encode, self.last_events(error))), last=True)
+            events = [self.protocol.stream_error(error)]
+            if self.route and self.route.failure and self.exchange:
+                events = list(self.kept(self.route.failure(self.exchange, error)))
+            self.emit(b"".join(map(self.framing.encode, events)), last=True)
         else:
             self.connection.close_connection = True  # no error would be understood here
 
-    def last_events(self, error: ProxyError) -> list[JSON]:
-        """The end of a stream that failed."""
-        if self.route and self.route.failure and self.exchange:
-            return list(self.kept(self.route.failure(self.exchange, error)))
-        return [self.protocol.stream_error(error)]
-
-    # ---- its account ----
-
     def account(self) -> None:
         """Count the request, and log it without its content and its query, which may hold keys."""
-        now, metrics, tokens = time.monotonic(), self.server.metrics, self.count_tokens()
+        now, metrics, tokens = time.monotonic(), self.server.metrics, ""
         metrics.add("requests_total", self.route_name, str(self.status))
         metrics.observe("request_seconds", self.route_name, seconds=now - self.began)
         metrics.observe("first_byte_seconds", self.route_name, seconds=self.first_byte - self.began)
-        method, path = self.head.method, self.head.target.partition("?")[0][:200]
-        milliseconds = (now - self.began) * 1000
-        log(f"{method or '-'} {path or '-'} {self.status} {milliseconds:.0f} ms{tokens}")
-
-    def count_tokens(self) -> str:
-        """Count the tokens that the answer took; the end of the log line."""
-        if self.exchange is None or not self.exchange.model:
-            return ""
-        usage = self.exchange.usage
-        for kind in LABELS["kind"]:
-            tokens = getattr(usage, kind)
-            if tokens:
-                self.server.metrics.add("tokens_total", kind, amount=tokens)
-        return f" {self.exchange.model[:100]!r} {usage.prompt}+{usage.output} tokens"
+        if self.exchange and self.exchange.model:
+            usage = self.exchange.usage
+            tokens = f" {self.exchange.model[:100]!r} {usage.prompt}+{usage.output} tokens"
+            for kind in LABELS["kind"]:
+                metrics.add("tokens_total", kind, amount=getattr(usage, kind))
+        method, path = self.head.method or "-", self.head.target.partition("?")[0][:200] or "-"
+        log(f"{method} {path} {self.status} {(now - self.began) * 1000:.0f} ms{tokens}")
 
 
 def timed(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[JSON]:
@@ -7593,6 +7506,8 @@ def timed(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[JSON]:
 
 # ---- the server ----
 
+OWN_PAGES = ("/", "/healthz", "/metrics")  # of the server itself, whatever its -api
+
 
 class Server(http.server.ThreadingHTTPServer):
     """Accepts clients, and gives each connection a thread."""
@@ -7602,17 +7517,19 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, config: Config, handed_over: socket.socket | None = None):
         """`handed_over` is a socket that listens already, and may go on with other processes."""
+        import resource
+
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # a client and its call need two
+        self.max_connections = min(MAX_CONNECTIONS, max(8, files // 2 - 16))
         self.config, self.shared = config, handed_over is not None
-        self.own_pages = {
-            "/": self.front_page,
-            "/healthz": self.health_page,
-            "/metrics": self.metrics_page,
-        }
         routes = [route.name for _, protocol in MOUNTS[config.api] for route in protocol.routes]
-        pages = ["GET " + path for path in self.own_pages]
+        pages = ["GET " + path for path in OWN_PAGES]
         self.metrics = Metrics([*dict.fromkeys(routes), *pages], config.workers)
         self.gemini = Gemini(config.upstream, config.state, self.metrics.add)
-        self.context = self.make_context()
+        self.context = Context(config.aliases)  # of all requests
+        if config.api == "ollama":
+            aliases = tuple((plain_name(name, True), model) for name, model in config.aliases)
+            self.context = Context(aliases, ollama=True)
         self.loaded: dict[str, float] = {}
         self.handlers: set[Handler] = set()  # one for each connection
         self.unstarted: set[socket.socket] = set()  # connections whose handler has not begun yet
@@ -7626,22 +7543,20 @@ class Server(http.server.ThreadingHTTPServer):
     def listen(self, handed_over: socket.socket | None) -> None:
         """Listen where the configuration says, or on a socket that does so already."""
         host, port = self.config.listen
-        self.address_family = socket.AF_INET
-        if ":" in host or not host:
-            self.address_family = socket.AF_INET6
         if handed_over is not None:
             self.address_family = handed_over.family
-            super().__init__(handed_over.getsockname(), Handler, bind_and_activate=False)
+        elif ":" in host or not host:
+            self.address_family = socket.AF_INET6
+        try:
+            super().__init__((host or "::", port), Handler, bind_and_activate=not self.shared)
+        except OSError as error:
+            if host or self.shared or error.errno == errno.EADDRINUSE:
+                raise
+            self.address_family = socket.AF_INET  # a machine without IPv6
+            super().__init__(("0.0.0.0", port), Handler)
+        if handed_over is not None:
             self.socket.close()
             self.socket, self.server_address = handed_over, handed_over.getsockname()
-        else:
-            try:
-                super().__init__((host or "::", port), Handler)
-            except OSError as error:
-                if host or error.errno == errno.EADDRINUSE:
-                    raise
-                self.address_family = socket.AF_INET  # a machine without IPv6
-                super().__init__(("0.0.0.0", port), Handler)
         self.server_port = self.server_address[1]
         self.socket.setblocking(False)  # another worker may be faster to accept
 
@@ -7650,13 +7565,6 @@ class Server(http.server.ThreadingHTTPServer):
         if self.address_family == socket.AF_INET6 and not self.config.listen[0]:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
-
-    def make_context(self) -> Context:
-        """What all requests may depend on."""
-        if self.config.api != "ollama":
-            return Context(self.config.aliases)
-        aliases = tuple((plain_name(name, True), model) for name, model in self.config.aliases)
-        return Context(aliases, ollama=True)
 
     def shelf(self, key: str) -> Shelf:
         """What is stored for the users of this Gemini key. With -client-keys, each has its own."""
@@ -7676,24 +7584,19 @@ class Server(http.server.ThreadingHTTPServer):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.server_port}"
 
-    # ---- its own pages: (status, page) ----
-
-    def front_page(self) -> tuple[int, Payload]:
+    def own_page(self, path: str) -> tuple[int, Payload]:
+        """(status, page) of one of OWN_PAGES."""
+        if path == "/metrics":
+            self.update_gauges()
+            return 200, self.metrics.page(self.config)
+        if path == "/healthz" and self.draining:
+            return 503, Payload(b"ending")
+        if path == "/healthz":
+            return 200, Payload(b"ok")
         if self.config.api == "ollama":
             return 200, Payload(b"Ollama is running")
         text = f"You are running proxy-to-gemini at {self.url}; api = {self.config.api}\n"
         return 200, Payload(text.encode())
-
-    def health_page(self) -> tuple[int, Payload]:
-        if self.draining:
-            return 503, Payload(b"ending")
-        return 200, Payload(b"ok")
-
-    def metrics_page(self) -> tuple[int, Payload]:
-        self.update_gauges()
-        return 200, self.metrics.page(self.config)
-
-    # ---- from start to end ----
 
     def run(self, signals: Signals) -> None:
         """Accept clients until a signal says stop; then let what is under way end."""
@@ -7703,7 +7606,7 @@ class Server(http.server.ThreadingHTTPServer):
         while not signals.should_stop():
             signals.ping_watchdog()
             event, seconds = READABLE, signals.poll_seconds
-            if len(self.handlers) >= max_connections():
+            if len(self.handlers) >= self.max_connections:
                 event, seconds = 0, FULL_PAUSE_SECONDS
             poller.watch(self.socket, event)
             for fd in poller.wait(seconds):
@@ -7723,9 +7626,8 @@ class Server(http.server.ThreadingHTTPServer):
     def drain(self, end: int, stop: int) -> None:
         """Go on while connections are used again; then give answers DRAIN_SECONDS to end.
 
-        A connection that is closed just when its next request comes in loses that request, and a
-        load balancer may not repeat it. So each gets an answer that says it is the last one, and
-        health checks have the time to see the end before idle connections are closed.
+        A connection that is closed as its next request comes in loses that request. So each gets an
+        answer that says it is the last one, before idle connections are closed.
         """
         self.draining, deadline = True, time.monotonic() + DRAIN_NOTICE_SECONDS
         poller = Poller(self.socket)
@@ -7745,19 +7647,19 @@ class Server(http.server.ThreadingHTTPServer):
     def wait_for_handlers(self, seconds: float, busy: Callable[[Handler], bool]) -> None:
         """Wait until no handler is busy, for so many seconds at most."""
         deadline = time.monotonic() + seconds
-        while self.unstarted or any(map(busy, list(self.handlers))):
-            if time.monotonic() > deadline:
+        while time.monotonic() < deadline:
+            if not self.unstarted and not any(map(busy, list(self.handlers))):
                 return
             time.sleep(0.01)
 
     def reload(self) -> None:
         """Read the Gemini key again."""
         key = gemini_key(os.environ)
-        if re.fullmatch(KEY_PATTERN, key):
-            self.config = self.config._replace(key=key)
-            log("the Gemini key was read again")
-        else:
+        if not re.fullmatch(KEY_PATTERN, key):
             log("there is no usable Gemini key; the old one stays")
+            return
+        self.config = self.config._replace(key=key)
+        log("the Gemini key was read again")
 
     def accept_pending(self) -> None:
         """Accept clients that wait, several at a time: a thousand may come at once."""
@@ -7784,7 +7686,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log(f"this is a bug in proxy-to-gemini; please report it: {traceback.format_exc()}")
+        log(f"{BUG}: {traceback.format_exc()}")
 
     def service_actions(self) -> None:
         """Every few seconds, give back what is not needed any more."""
@@ -7792,7 +7694,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.tidied = time.monotonic()
             self.gemini.pool.tidy()
             self.update_gauges()
-            give_memory_back()
+            malloc_trim()(0)
 
     def update_gauges(self) -> None:
         """Measure what there is just now."""
@@ -7805,24 +7707,12 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 @functools.lru_cache(maxsize=1)
-def max_connections() -> int:
-    """How many clients there may be: each may need another file for its connection to Gemini."""
-    import resource
-
-    return min(MAX_CONNECTIONS, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 16))
-
-
-@functools.lru_cache(maxsize=1)
 def malloc_trim() -> Callable[[int], int]:
-    """glibc's function that gives free memory back to the system; elsewhere it does nothing."""
+    """glibc's function that gives free memory back to the system, which it would keep for ever
+    after the start and each large image. Elsewhere it does nothing."""
     import ctypes
 
-    return getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)
-
-
-def give_memory_back() -> None:
-    """The start, and each large image, leave free memory behind that glibc would keep for ever."""
-    malloc_trim()(0)
+    return getattr(ctypes.CDLL(None), "malloc_trim", int)
 
 
 # ======================================================================================
