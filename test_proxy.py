@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -7596,6 +7597,51 @@ def test_a_key_that_fits_into_no_header_is_refused_but_not_printed():
 )
 def test_the_state_is_in_the_flags_file_or_in_systemds_folder_or_in_memory(flags, env, path):
     assert configure(*flags, env={**ENV, **env}).state == path
+
+
+@pytest.mark.parametrize("key", ["", " ", "\n", "two words", "naïve"])
+def test_a_proxy_key_that_locks_nobody_out_ends_the_start(key):
+    with pytest.raises(SystemExit, match="PROXY_API_KEY"):
+        configure(env={**ENV, "PROXY_API_KEY": key})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:secret@127.0.0.1:9/",
+        "http://127.0.0.1:9/#x",
+        "http://127.0.0.1:9/ x",
+        "http://127.0.0.1:9/?x=1",
+        "ftp://127.0.0.1",
+    ],
+)
+def test_an_upstream_that_is_no_plain_url_is_a_usage_error(url, capsys):
+    with pytest.raises(SystemExit) as caught:
+        configure("-upstream=" + url)
+    assert caught.value.code == 2
+    assert "secret" not in capsys.readouterr().err
+
+
+def test_origins_may_have_blanks_and_slashes():
+    config = configure("-origins=https://a.example, https://b.example/")
+    assert config.origins == ("https://a.example", "https://b.example")
+
+
+def test_a_zipapp_is_its_own_file(tmp_path, monkeypatch):
+    archive = tmp_path / "proxy.pyz"
+    archive.write_bytes(b"PK")
+    monkeypatch.setattr(proxy, "__file__", str(archive / "__main__.py"))
+    assert proxy.own_path() == str(archive)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closing a standard stream is a shell's business")
+def test_it_starts_with_its_standard_error_closed():
+    words = [sys.executable, str(HERE / "proxy_to_gemini.py"), "-version"]
+    command = " ".join(map(shlex.quote, words)) + " 2>&-"
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert "SHA-256" in done.stdout
 
 
 # ---- systemd ----
