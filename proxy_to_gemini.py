@@ -5990,11 +5990,12 @@ class Waiter:
         client: socket.socket | None,
         silence: float,  # seconds that Gemini may be silent
         stopping: int = -1,
-        keep_alive: Callable[[], None] | None = None,  # called every KEEP_ALIVE_SECONDS of silence
+        keep_alive: Callable[[], None] | None = None,  # called when the client hears nothing
     ):
         self.client, self.silence = client, silence
         self.stopping, self.keep_alive = stopping, keep_alive
         self.pollers: dict[tuple[socket.socket | None, int], Poller] = {}
+        self.quiet_since = time.monotonic()  # when the client was sent something
 
     def poller(self, gemini: socket.socket | None, event: int) -> Poller:
         """The poller of this event, the client and the end. A stream uses it for each chunk."""
@@ -6017,22 +6018,23 @@ class Waiter:
         gemini_fd = -1 if gemini is None else gemini.fileno()
         began = now = time.monotonic()
         deadline = began + (self.silence if seconds is None else seconds)
-        keep_alive_due = began + KEEP_ALIVE_SECONDS if self.keep_alive else math.inf
         while True:
+            keep_alive_due = math.inf
+            if self.keep_alive:
+                keep_alive_due = self.quiet_since + KEEP_ALIVE_SECONDS
             ready = poller.wait(min(deadline, keep_alive_due) - now)
             now = time.monotonic()
             if self.stopping in ready:
                 raise ProxyError(503, "The server is shutting down.")
             if ready not in ([], [gemini_fd]) and self.client_left(poller):
                 raise ClientGoneError
+            if self.keep_alive and now >= keep_alive_due:  # also where Gemini speaks, but not to it
+                self.keep_alive()
+                self.quiet_since = time.monotonic()
             if gemini_fd in ready or (seconds is not None and now >= deadline):
                 return now - began
             if now >= deadline:
                 raise self.silence_error()
-            if self.keep_alive and now >= keep_alive_due:
-                self.keep_alive()
-                now = time.monotonic()
-                keep_alive_due = now + KEEP_ALIVE_SECONDS
 
     def silence_error(self) -> ProxyError:
         message = f"Gemini has been silent for {self.silence:g} seconds."
@@ -7344,6 +7346,7 @@ class RequestCycle:
                 if plan.stream and route.stream:
                     for event in self.kept(route.stream(exchange, answers)):
                         self.emit(self.framing.encode(event))
+                        waiter.quiet_since = time.monotonic()
                     self.emit(self.framing.end, last=True)
                 else:
                     self.send_answer(200, self.whole_answer(route, exchange, answers))
