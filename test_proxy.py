@@ -6459,6 +6459,28 @@ def test_a_client_that_expects_100_continue_gets_it(server):
         assert client.send(data).reply()[0] == 200
 
 
+def test_an_http_1_0_client_gets_no_100_continue(server):
+    with RawClient(server) as client:
+        client.send(CHAT_HEAD.replace(b"/1.1", b"/1.0"))
+        client.send(b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}")
+        assert client.file.readline() == b"HTTP/1.1 400 Bad Request\r\n"
+
+
+@pytest.mark.parametrize(
+    "options, ends",
+    [
+        ("close", True),
+        ("Upgrade ,\tClose", True),
+        ("keep-alive, not-close, closed", False),
+        ("x-close", False),
+    ],
+)
+def test_connection_is_a_list_of_tokens(server, options, ends):
+    with RawClient(server) as client:
+        headers = client.request("GET", "/healthz", Connection=options)[1]
+        assert ("connection" in headers) is ends
+
+
 BAD_FRAMING = [
     b"Content-Length: -1",
     b"Content-Length: +5",
@@ -6494,6 +6516,66 @@ def test_a_head_that_could_be_read_in_two_ways_is_refused_and_ends_the_connectio
         assert reply[1]["connection"] == "close"
         assert client.ended()
     assert not gemini.bodies
+
+
+@pytest.mark.parametrize("path", [b"/", b"/healthz", b"/v1/nonsense"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked",
+        b"Content-Length: +5",
+        b"Transfer-Encoding: gzip",
+    ],
+)
+def test_ambiguous_framing_is_a_400_whatever_the_path(server, path, field):
+    with RawClient(server) as client:
+        head = b"POST %b HTTP/1.1\r\nHost: localhost\r\n%b\r\n\r\nhello" % (path, field)
+        status, headers, _ = client.send(head).reply()
+        assert status == 400
+        assert headers["connection"] == "close"
+        assert client.ended()
+
+
+def chunked_chat(extension=b"", end=b"0\r\n\r\n"):
+    """The bytes of a chat completion in one chunk."""
+    data = json.dumps(chat()).encode()
+    head = CHAT_HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    return head + b"%x%b\r\n%b\r\n%b" % (len(data), extension, data, end)
+
+
+@pytest.mark.parametrize(
+    "extension", [b";a", b";a=b;c=d", b' ; a = "b; \\" \xe9"', b";a=b ;c"], ids=repr
+)
+def test_a_chunk_may_have_extensions(server, extension):
+    with RawClient(server) as client:
+        assert client.send(chunked_chat(extension)).reply()[0] == 200
+
+
+@pytest.mark.parametrize(
+    "extension", [b" ", b";", b";;a", b";[=x", b";a=\0", b";a=", b';a="b', b";a=b c"], ids=repr
+)
+def test_a_malformed_chunk_extension_is_a_400(server, extension):
+    with RawClient(server) as client:
+        assert client.send(chunked_chat(extension)).reply()[0] == 400
+        assert client.ended()
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        b"0\r\n\n",
+        b"0\r\nno colon\r\n\r\n",
+        b"0\r\nX: y\n\r\n",
+        b"0\r\nX: \0\r\n\r\n",
+        b"0\r\nX : y\r\n\r\n",
+        b"0\r\n folded\r\n\r\n",
+    ],
+    ids=repr,
+)
+def test_trailers_are_read_as_strictly_as_headers(server, end):
+    with RawClient(server) as client:
+        assert client.send(chunked_chat(end=end)).reply()[0] == 400
+        assert client.ended()
 
 
 BAD_CHUNKS = [
@@ -6549,7 +6631,25 @@ def test_a_body_that_unpacks_to_too_much_is_a_413(server, monkeypatch):
     assert post(server, body=gzip.compress(b" " * 2000), Content_Encoding="gzip")[0] == 413
 
 
-@pytest.mark.parametrize("body", [b"{}", gzip.compress(b"{}")[:-9]], ids=["no gzip", "cut off"])
+def test_a_body_may_unpack_to_a_hundred_times_what_came(server):
+    data = json.dumps(chat(user("x" * 60_000))).encode()
+    assert post(server, body=gzip.compress(data), Content_Encoding="gzip")[0] == 200
+    data = json.dumps(chat(user("x" * 200_000))).encode()
+    reply = post(server, body=gzip.compress(data), Content_Encoding="gzip")
+    assert reply[0] == 413
+    assert error_of(reply)["message"].startswith("The body of this request unpacks to more than")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}",
+        gzip.compress(b"{}")[:-9],
+        gzip.compress(b"{}") + gzip.compress(b"{}"),
+        gzip.compress(b"{}") + b"\0",
+    ],
+    ids=["no gzip", "cut off", "two members", "something behind it"],
+)
 def test_broken_gzip_is_a_400(server, body):
     assert post(server, body=body, Content_Encoding="gzip")[0] == 400
 
@@ -6663,6 +6763,46 @@ def test_origins_can_be_added(gemini, origins, origin, status):
 )
 def test_a_foreign_name_for_this_machine_is_refused(server, host, status):
     assert post(server, Host=host)[0] == status
+
+
+BROWSER = {"Sec_Fetch_Site": "same-origin", "Sec_Fetch_Mode": "cors"}
+
+
+@pytest.mark.parametrize(
+    "host, origins, status",
+    [
+        ("localhost:5555", (), 200),
+        ("app.localhost", (), 200),
+        ("box.local", (), 403),
+        ("host.docker.internal:5555", (), 403),
+        ("box.local:5555", ("http://box.local:3000",), 200),
+        ("Box.local", ("https://box.local/",), 200),
+        ("other.local", ("http://box.local",), 403),
+        ("box.local", ("*",), 200),
+    ],
+)
+def test_browsers_use_the_names_of_a_lan_only_if_origins_has_them(gemini, host, origins, status):
+    with serving(gemini.url, origins=origins) as server:
+        assert post(server, Host=host, **BROWSER)[0] == status
+
+
+@pytest.mark.parametrize(
+    "site, origin, origins, status",
+    [
+        ("cross-site", None, (), 403),
+        ("cross-site", "https://evil.example", (), 403),
+        ("cross-site", "http://localhost:3000", (), 200),
+        ("cross-site", None, ("*",), 200),
+        ("same-origin", None, (), 200),
+        ("none", None, (), 200),
+    ],
+)
+def test_a_cross_site_request_of_a_browser_needs_an_allowed_origin(
+    gemini, site, origin, origins, status
+):
+    with serving(gemini.url, origins=origins) as server, RawClient(server) as client:
+        reply = client.request("GET", "/v1/models", Sec_Fetch_Site=site, Origin=origin)
+        assert reply[0] == status
 
 
 @pytest.fixture
@@ -6875,9 +7015,35 @@ def test_the_servers_own_pages(server, path, text):
         assert client.request("HEAD", path)[0] == 200
 
 
-def test_the_target_may_be_a_whole_url(server):
+@pytest.mark.parametrize(
+    "target, host, version, status",
+    [
+        ("http://localhost/healthz", "localhost", "1.1", 200),
+        ("HTTP://LOCALHOST:80/healthz?x", "localhost:80", "1.1", 200),
+        ("http://localhost", "localhost", "1.1", 200),
+        ("http://localhost/healthz", None, "1.0", 200),
+        ("http://evil.example/healthz", "localhost", "1.1", 400),
+        ("http://evil.example/healthz", "evil.example", "1.1", 403),
+        ("http://evil.example/healthz", None, "1.0", 403),
+        ("http://localhost@evil.example/healthz", "localhost", "1.1", 400),
+        ("healthz", "localhost", "1.1", 400),
+        ("ftp://localhost/healthz", "localhost", "1.1", 400),
+    ],
+)
+def test_the_target_may_be_a_whole_url_of_this_server(server, target, host, version, status):
     with RawClient(server) as client:
-        assert client.request("GET", "http://localhost/healthz")[0] == 200
+        assert client.request("GET", target, version=version, Host=host)[0] == status
+
+
+@pytest.mark.parametrize(
+    "method, target",
+    [("TRACE", "/healthz"), ("CONNECT", "localhost:443"), ("PROPFIND", "/"), ("get", "/healthz")],
+)
+def test_a_method_that_nothing_here_has_is_a_501(server, method, target):
+    with RawClient(server) as client:
+        reply = client.request(method, target)
+        assert reply[0] == 501
+        assert error_of(reply)["message"] == f"The method {method} is not implemented."
 
 
 def test_a_wrong_method_is_a_405_that_names_the_right_one(server):
