@@ -6465,6 +6465,7 @@ STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?\r\n
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 SINGLE_HEADERS = ("host", "content-length", "transfer-encoding")  # two of them are ambiguous
 MAX_HEAD_BYTES = 64 << 10  # of the first line and the headers of a request or an answer
+MAX_HEADER_LINES = 200
 
 
 class BadHeadError(ProxyError):
@@ -6479,7 +6480,7 @@ def read_headers(file: io.BufferedIOBase, limit: int) -> dict[str, str]:
     much as the translation of a short chat.
     """
     headers: dict[str, str] = {}
-    while True:
+    for _ in range(MAX_HEADER_LINES + 1):  # each costs ten times its bytes
         line = file.readline(limit + 1)
         limit -= len(line)
         if line == b"\r\n":
@@ -6497,6 +6498,7 @@ def read_headers(file: io.BufferedIOBase, limit: int) -> dict[str, str]:
             raise BadHeadError(400, f"The header {name} comes twice.")
         else:
             headers[name] += f", {value}"
+    raise BadHeadError(431, f"There are more than {MAX_HEADER_LINES} header lines.")
 
 
 # ---- waiting ----
@@ -6703,7 +6705,10 @@ def dial(host: str, port: int, waiter: Waiter) -> socket.socket:
             return reach(address, waiter, seconds)
         except OSError as error:
             failure = error
-    raise failure
+    try:
+        raise failure
+    finally:
+        del failure  # its traceback holds this frame: a cycle, and the request in it
 
 
 def alternated(addresses: Iterable[Address]) -> list[Address]:
@@ -7020,7 +7025,7 @@ TRANSPORT_ERRORS = (OSError, http.client.HTTPException)
 def transport_error(failure: Exception) -> ProxyError:
     """What it means to the client that Gemini could not be reached, or broke off."""
     if isinstance(failure, ProxyError):
-        return failure
+        return failure.with_traceback(None)  # a call that keeps it would hold itself
     if isinstance(failure, (TimeoutError, socket.timeout)):
         return ProxyError(504, "Gemini could not be reached in time.", upstream=True)
     if isinstance(failure, http.client.IncompleteRead):
@@ -7101,7 +7106,10 @@ class UpstreamCall:
                 self.gemini.count("upstream_errors_total", str(error.status))
             backoff = self.backoff(error)
             if backoff is None:
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error  # its traceback holds this frame: a cycle, and the body in it
             if backoff and not stale:
                 self.waiter.wait(None, seconds=backoff)
             self.gemini.count("upstream_retries_total")
@@ -7112,7 +7120,9 @@ class UpstreamCall:
         if not self.attempts:
             self.send()
         if self.response is None:
-            return self.send_error
+            error = self.send_error
+            del self.send_error  # once it is raised, its traceback leads here
+            return error
         try:
             self.response.begin()
             if self.response.status != 200:
@@ -7516,6 +7526,10 @@ def scope_of(key: str) -> str:
 # ======================================================================================
 
 MAX_BODY_BYTES = 128 << 20  # of a request; Gemini takes 100 MB
+MAX_ALL_BODIES_BYTES = (
+    192 << 20
+)  # under way, in all workers; media take three times that, of MemoryMax=1G
+BODY_BLOCK_BYTES = 1 << 20  # of a body that are read before they count
 BODY_TOO_LARGE = f"The body of this request is larger than {MAX_BODY_BYTES >> 20} MiB."
 MAX_UNPACKED_BYTES = 32 << 20  # of a compressed body, once unpacked: media hardly shrink
 MAX_UNPACKED_RATIO = 100  # to one byte that came: JSON shrinks to a tenth, bombs to a thousandth
@@ -7604,6 +7618,7 @@ METRICS = {
     "signatures_total": Metric("counter", "Sources of the signatures in histories.", ("origin",)),
     "clients": Metric("gauge", "Connections of clients."),
     "in_flight": Metric("gauge", "Requests under way."),
+    "body_bytes": Metric("gauge", "Bytes of the bodies of requests under way."),
 }
 
 
@@ -7648,6 +7663,14 @@ class Metrics:
         slot = self.row + self.slot(name, labels)
         with self.lock:
             self.numbers[slot] += amount
+
+    def reserve(self, name: str, amount: float, limit: float) -> bool:
+        """Add to a gauge, unless that of all workers together would exceed the limit."""
+        slot = self.slot(name, ())
+        with self.lock:
+            fits = sum(self.numbers[slot :: self.size]) + amount <= limit
+            self.numbers[self.row + slot] += amount * fits
+        return fits
 
     def set(self, name: str, value: float) -> None:
         """Set a gauge."""
@@ -7835,6 +7858,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.client = ClientSocket(self.connection, self.server.ending)
         self.rfile = io.BufferedReader(self.client)
         self.body_left = False  # whether the client may still be sending a body
+        self.body_bytes = 0  # of the body that is read or answered just now
         self.answering = False  # whether a request was read whose answer is not at its end
         self.server.handlers.add(self)
         self.server.unstarted.discard(self.request)
@@ -7851,6 +7875,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 RequestCycle(self).run(line)
         except (ClientGoneError, OSError):
             self.close_connection = True
+        finally:
+            self.release_body()
 
     def read_headers(self, head: RequestHead, limit: int) -> None:
         """Read the headers of a request, of so many bytes at most."""
@@ -7871,19 +7897,43 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.body_left and expects:  # RFC 9110, section 10.1.1
             self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.client.deadline = time.monotonic() + BODY_SECONDS
-        body = self.read_chunked() if length is None else self.read_exactly(length)
+        file = io.BytesIO()  # a list of small chunks would take many times their bytes
+        if length is None:
+            self.read_chunks(file)
+        else:
+            self.read_exactly(length, file)
         self.body_left = False
-        return decoded_body(body, head.headers.get("content-encoding", "identity").lower())
-
-    def read_exactly(self, size: int) -> bytes:
-        data = self.rfile.read(size)
-        if len(data) < size:
-            raise ClientGoneError
+        body = file.getvalue()
+        data = decoded_body(body, head.headers.get("content-encoding", "identity").lower())
+        if data is not body:
+            self.reserve(len(data))
         return data
 
-    def read_chunked(self) -> bytes:
-        """A body in chunks (RFC 9112, section 7.1)."""
-        chunks: list[bytes] = []
+    def read_exactly(self, size: int, file: io.BytesIO) -> None:
+        """Read so many bytes of a body. They count as they come: a mere length takes no room."""
+        while size:
+            block = self.rfile.read(min(size, BODY_BLOCK_BYTES))
+            if not block:
+                raise ClientGoneError
+            self.reserve(len(block))
+            file.write(block)
+            size -= len(block)
+
+    def reserve(self, size: int) -> None:
+        """Count bytes of this body until its answer ends; a 503 if all bodies have too many."""
+        if self.server.metrics.reserve("body_bytes", size, MAX_ALL_BODIES_BYTES):
+            self.body_bytes += size
+            return
+        self.release_body()  # now, so that the others can go on
+        message = "This server has too many large requests under way; try again soon."
+        raise ProxyError(503, message, headers={"Retry-After": "5"})
+
+    def release_body(self) -> None:
+        self.server.metrics.reserve("body_bytes", -self.body_bytes, math.inf)
+        self.body_bytes = 0
+
+    def read_chunks(self, file: io.BytesIO) -> None:
+        """Read a body in chunks (RFC 9112, section 7.1)."""
         left = MAX_BODY_BYTES
         while True:
             match = REQUEST_CHUNK.fullmatch(self.rfile.readline(1024))
@@ -7895,9 +7945,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise ProxyError(413, BODY_TOO_LARGE)
             if not size:
                 read_headers(self.rfile, MAX_HEAD_BYTES)  # trailers, which nobody needs
-                return b"".join(chunks)
-            chunks.append(self.read_exactly(size))
-            if self.read_exactly(2) != b"\r\n":
+                return
+            self.read_exactly(size, file)
+            if self.rfile.read(2) != b"\r\n":
                 raise ProxyError(400, "A chunk of the body is longer than it says.")
 
     def finish(self) -> None:
@@ -8035,6 +8085,7 @@ class RequestCycle:
             self.serve()
         except ProxyError as error:
             self.fail(error)
+            error.__traceback__ = None  # its frames hold the body, and one may hold the error
         except RecursionError:
             self.fail(invalid_answer("it is nested too deeply"))
         except (ClientGoneError, OSError):
@@ -8047,6 +8098,8 @@ class RequestCycle:
         finally:
             self.connection.answering = False
             self.account()
+            if self.exchange:
+                self.exchange.builder = None  # they hold each other, and the body
 
     def serve(self) -> None:
         """Find what answers this path, and let it answer."""
@@ -8119,6 +8172,8 @@ class RequestCycle:
         except ProxyError as error:
             self.add_model_to(error, exchange, waiter)
             raise
+        finally:
+            waiter.keep_alive = None  # it leads here, and an idle connection keeps its waiter
         if plan.loads:
             server.load(*plan.loads)
 

@@ -6578,6 +6578,14 @@ def test_trailers_are_read_as_strictly_as_headers(server, end):
         assert client.ended()
 
 
+@pytest.mark.parametrize("count, status", [(199, 200), (200, 431)])
+def test_a_head_has_at_most_200_header_lines(server, count, status):
+    with RawClient(server) as client:
+        lines = b"".join(b"X-%d: y\r\n" % i for i in range(count))
+        client.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n" + lines + b"\r\n")
+        assert client.reply()[0] == status
+
+
 BAD_CHUNKS = [
     b"zz\r\n",
     b"-5\r\n",
@@ -6619,6 +6627,51 @@ def test_a_bad_request_line_is_refused_and_ends_the_connection(server, request_l
 def test_a_body_that_is_too_large_is_a_413(server, monkeypatch):
     monkeypatch.setattr(proxy, "MAX_BODY_BYTES", 1000)
     assert post(server, body=b"x" * 2000)[0] == 413
+
+
+@pytest.fixture
+def half_body(gemini, monkeypatch):
+    """(a server that takes 1,000 bytes of bodies at a time, a client that has sent 600 of 800)"""
+    monkeypatch.setattr(proxy, "MAX_ALL_BODIES_BYTES", 1000)
+    with serving(gemini.url) as server, RawClient(server) as client:
+        data = json.dumps(chat()).encode().ljust(800)
+        client.send(CHAT_HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        client.send(b"258\r\n" + data[:600] + b"\r\n")
+        until(lambda: metrics_of(server)["body_bytes"] == 600)
+        client.rest = b"c8\r\n" + data[600:] + b"\r\n0\r\n\r\n"
+        yield server, client
+
+
+@pytest.mark.parametrize(
+    "body, headers",
+    [
+        (b"x" * 500, {}),
+        (b"1f4\r\n%b\r\n0\r\n\r\n" % (b"x" * 500), {"Transfer_Encoding": "chunked"}),
+        (gzip.compress(b" " * 500), {"Content_Encoding": "gzip"}),
+    ],
+    ids=["a length", "chunks", "gzip"],
+)
+def test_bodies_that_are_too_large_together_are_a_503(half_body, body, headers):
+    server, first = half_body
+    fields = {"Content_Length": None, **headers} if "Transfer_Encoding" in headers else headers
+    reply = post(server, body=body, **{k.replace("_", "-"): v for k, v in fields.items()})
+    assert reply[0] == 503
+    assert reply[1]["retry-after"] == "5"
+    assert "too many large requests" in error_of(reply)["message"]
+    assert first.send(first.rest).reply()[0] == 200, "the first one goes on"
+
+
+def test_a_body_counts_until_its_answer_ends(half_body):
+    server, first = half_body
+    assert first.send(first.rest).reply()[0] == 200
+    until(lambda: metrics_of(server)["body_bytes"] == 0)
+    assert post(server, body=json.dumps(chat()).encode().ljust(900))[0] == 200
+
+
+def test_a_body_of_a_client_that_left_counts_no_longer(half_body):
+    server, first = half_body
+    first.socket.shutdown(socket.SHUT_RDWR)
+    until(lambda: metrics_of(server)["body_bytes"] == 0)
 
 
 def test_a_body_may_come_in_gzip(server):
@@ -6924,16 +6977,97 @@ def test_many_clients_are_served_at_the_same_time(server):
     assert all(answers[i].endswith(f"You said: user {i}") for i in range(20))
 
 
-def test_no_body_stays_in_memory(server):
-    parts = [{"type": "text", "text": "Hi"}]
+TEXT_CONTENT = [{"type": "text", "text": "Hi"}]
+RESPONSE_STREAM = {"model": FLASH, "input": "Hi", "stream": True}
+THREE_PROMPTS = {"model": FLASH, "prompt": ["a", "b", "c"], "stream": True}
+OWN_TYPES = (Fields, Exchange, proxy.RequestCycle, proxy.UpstreamCall, proxy.CallBatch)
+# What is asked and what Gemini answers, and every way in which that can end.
+CHAT_ENDS = {
+    "an answer": (chat(user(TEXT_CONTENT), tools=[WEATHER]), whole("Hello")),
+    "a stream": (chat(stream=True), [chunk("Hel"), whole("lo")]),
+    "bad JSON": (b'{"model": ', whole("Hello")),
+    "JSON that is nested too deeply": (b'{"a":' * 20_000, whole("Hello")),
+    "a 400 of the proxy": (chat(temperature=9), whole("Hello")),
+    "a 400": (chat(), gemini_error(400, "No.")),
+    "a 404 of a model": (chat(), gemini_error(404, "models/x is not found")),
+    "a 429 of a stream": (chat(stream=True), gemini_error(429, "Slow down.")),
+    "a repaired 400": (chat(), gemini_error(400, "Penalty is not enabled for this model")),
+    "a connection that breaks": (chat(), Say(chunk("Once "), cut=0)),
+    "a stream that breaks": (chat(stream=True), Say(chunk("Once "), chunk("upon"), cut=1)),
+    "a stream without an end": (chat(stream=True), Say(chunk("Once "))),
+    "an error event": (chat(stream=True), Say(chunk("Once "), SHED)),
+    "rubbish": (chat(), Say(raw=b"nonsense")),
+    "silence": (chat(), Say(whole("Hello"), delay=0.4)),
+    "silence in a stream": (chat(stream=True), Say(chunk("Once "), whole("upon"), gap=0.4)),
+}
+OTHER_ENDS = {
+    "a 429 of several": ("/v1/completions", THREE_PROMPTS, gemini_error(429, "Slow down.")),
+    "a response": ("/v1/responses", {"model": FLASH, "input": "Hi"}, whole("Hello")),
+    "a response that breaks": ("/v1/responses", RESPONSE_STREAM, Say(chunk("Once "), cut=1)),
+    "no image": ("/v1/images/generations", {"model": FLASH, "prompt": "x"}, whole("No.")),
+}
+
+
+@contextlib.contextmanager
+def without_collector():
     gc.collect()
     gc.disable()
     try:
-        assert post(server, body=chat(user(parts), tools=[WEATHER], stream=True))[0] == 200
-        until(lambda: not server.handlers)
-        until(lambda: not any(type(thing) is Fields for thing in gc.get_objects()))
+        yield
     finally:
         gc.enable()
+
+
+def nothing_stays(server):
+    """Whether no request is in memory any more, be it in use, in a cycle or in an error."""
+    return not server.handlers and not any(type(thing) in OWN_TYPES for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("body, answer", CHAT_ENDS.values(), ids=CHAT_ENDS)
+def test_no_body_of_a_chat_stays_in_memory(gemini, body, answer):
+    gemini.say(answer)
+    with serving(gemini.url, timeout=0.2) as server, without_collector():
+        post(server, body=body)
+        until(lambda: nothing_stays(server))
+
+
+@pytest.mark.parametrize("path, body, answer", OTHER_ENDS.values(), ids=OTHER_ENDS)
+def test_no_body_stays_in_memory(server, gemini, path, body, answer):
+    gemini.say(answer)
+    with without_collector():
+        post(server, path, body)
+        until(lambda: nothing_stays(server))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_body_stays_in_memory_of_a_client_that_left(server, gemini, stream):
+    gemini.say(Say(chunk("Once "), whole("upon"), delay=30))
+    with without_collector():
+        with RawClient(server) as client:
+            client.send(raw_chat(stream=stream))
+            until(lambda: gemini.bodies)
+        until(lambda: nothing_stays(server))
+
+
+def test_no_body_stays_in_memory_where_gemini_cannot_be_reached():
+    with serving("http://127.0.0.1:9") as server, without_collector():
+        assert post(server)[0] == 502
+        until(lambda: nothing_stays(server))
+
+
+def test_no_body_stays_in_memory_after_a_keep_alive(server, gemini, monkeypatch):
+    monkeypatch.setattr(proxy, "KEEP_ALIVE_SECONDS", 0.05)
+    gemini.say(Say({"error": {"code": 429, "message": "Slow"}}, delay=0.3, status=429))
+    with without_collector():
+        post(server, body=chat(stream=True))
+        until(lambda: nothing_stays(server))
+
+
+def test_no_body_stays_in_memory_after_a_bug(server, monkeypatch):
+    monkeypatch.setattr(proxy, "openai_usage", lambda usage: 1 // 0)
+    with without_collector():
+        assert post(server)[0] == 500
+        until(lambda: nothing_stays(server))
 
 
 def test_nothing_ignored_needs_no_header(server):
@@ -7058,9 +7192,6 @@ def test_an_unknown_path_is_a_404_that_names_it(server):
         reply = client.request("GET", "/v1/nonsense")
         assert reply[0] == 404
         assert error_of(reply)["message"] == "Invalid URL (GET /v1/nonsense)"
-
-
-RESPONSE_STREAM = {"model": FLASH, "input": "Hi", "stream": True}
 
 
 def test_the_events_of_a_streamed_response_are_named(server):
