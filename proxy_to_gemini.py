@@ -5918,6 +5918,8 @@ HEADER_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n".encode()
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?\r\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 MAX_HEAD_BYTES = 64 << 10  # of the first line and the headers of a request or an answer
+MAX_HEADER_LINES = 200
+SINGLE_HEADERS = ("host", "content-length", "transfer-encoding")  # two would be ambiguous
 
 
 class BadHeadError(ProxyError):
@@ -5931,7 +5933,7 @@ def read_headers(file: io.BufferedIOBase, limit: int) -> dict[str, str]:
     library's parser is slow, and is one for mail: it stops at a malformed line without an error.
     """
     headers: dict[str, str] = {}
-    while True:
+    for _ in range(MAX_HEADER_LINES + 1):  # each costs ten times its bytes
         line = file.readline(limit + 1)
         limit -= len(line)
         if line == b"\r\n":
@@ -5943,11 +5945,13 @@ def read_headers(file: io.BufferedIOBase, limit: int) -> dict[str, str]:
             raise BadHeadError(400, "This is not an HTTP header line: " + ascii(line[:60]))
         name = match.group(1).decode().lower()
         value = match.group(2).strip(b" \t").decode("latin-1")
-        if name in headers:
-            value = f"{headers[name]}, {value}"
-            if name in ("host", "content-length", "transfer-encoding"):  # two would be ambiguous
-                raise BadHeadError(400, f"The header {name} comes twice.")
-        headers[name] = value
+        if name not in headers:
+            headers[name] = value
+        elif name in SINGLE_HEADERS:
+            raise BadHeadError(400, f"The header {name} comes twice.")
+        else:
+            headers[name] += f", {value}"
+    raise BadHeadError(431, f"There are more than {MAX_HEADER_LINES} header lines.")
 
 
 # ---- waiting ----
@@ -6048,6 +6052,9 @@ class Waiter:
                     poller.watch(self.client, 0)
                     return False
         return True
+
+
+IDLE_WAITER = Waiter(None, 0)  # of connections that wait for their next call
 
 
 # ---- connections ----
@@ -6326,6 +6333,7 @@ class Pool(urllib.request.BaseHandler):
             connection.close()  # this is what stops the bill
             return
         connection.reused = True
+        connection.waiter = IDLE_WAITER  # or it would hold the last request and its body
         self.idle.append((time.monotonic(), connection))
         if len(self.idle) > MAX_IDLE_CONNECTIONS:
             self.drop_oldest()
@@ -6382,7 +6390,7 @@ BROKEN_ERRORS = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
 def transport_error(failure: Exception) -> ProxyError:
     """What it means to the client that Gemini could not be reached, or broke off."""
     if isinstance(failure, ProxyError):
-        return failure
+        return failure.with_traceback(None)  # a call that keeps it would hold itself
     if isinstance(failure, TimeoutError):
         return ProxyError(504, "Gemini could not be reached in time.", upstream=True)
     if isinstance(failure, http.client.IncompleteRead):
@@ -6439,13 +6447,17 @@ class UpstreamCall:
                     raise invalid_answer(f"it has more than {MAX_ANSWER_BYTES >> 20} MiB")
                 yield read_chunk(body)
         except (ProxyError, *TRANSPORT_ERRORS) as failure:
-            error = transport_error(failure)
-            error.message = error.message.replace(self.key, KEY_MASK)[:8000]
             if not self.call.optional:
-                raise error from None
+                raise self.reported(failure) from None  # no local may hold it: it holds this frame
             yield {}
         finally:
             self.release()
+
+    def reported(self, failure: Exception) -> ProxyError:
+        """The error for the client, which does not quote the key."""
+        error = transport_error(failure)
+        error.message = error.message.replace(self.key, KEY_MASK)[:8000]
+        return error
 
     def good_response(self) -> Response:
         """The response with status 200, after further attempts if need be; else the refusal."""
@@ -6464,7 +6476,10 @@ class UpstreamCall:
                 self.gemini.count("upstream_errors_total", str(error.status))
             backoff = self.backoff(error)
             if backoff is None:
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error  # its traceback holds this frame: a cycle, and the body in it
             if backoff and not stale:
                 self.waiter.wait(None, seconds=backoff)
             self.gemini.count("upstream_retries_total")
@@ -6475,7 +6490,9 @@ class UpstreamCall:
         if not self.attempts:
             self.send()
         if self.response is None:
-            return self.send_error
+            error = self.send_error
+            del self.send_error  # once it is raised, its traceback leads here
+            return error
         response = self.response
         try:
             response.begin()
@@ -6777,8 +6794,14 @@ def scope_of(key: str) -> str:
 # ======================================================================================
 
 MAX_BODY_BYTES = 128 << 20  # of a request; Gemini takes 100 MB
+MAX_ALL_BODIES_BYTES = (
+    192 << 20
+)  # under way, in all workers; media take three times that, of MemoryMax=1G
+BODY_BLOCK_BYTES = 1 << 20  # of a body that are read before they count
 BODY_TOO_LARGE = f"The body of this request is larger than {MAX_BODY_BYTES >> 20} MiB."
 MAX_UNPACKED_BYTES = 32 << 20  # of a compressed body, once unpacked: media hardly shrink
+MAX_UNPACKED_RATIO = 100  # to one byte that came: JSON shrinks to a tenth, bombs to a thousandth
+MIN_UNPACKED_BYTES = 64 << 10  # which may be unpacked whatever the ratio
 CLIENT_SECONDS = 60.0  # of a client's silence, or of its not reading; also for a whole head
 BODY_SECONDS = 900.0  # for a whole body
 MAX_CONNECTIONS = 10_000  # of clients; the next one waits until another leaves
@@ -6795,13 +6818,19 @@ MAX_IGNORED_CHARACTERS = 4000  # of x-proxy-ignored: nginx takes 8 KB of headers
 MAX_LOG_CHARACTERS = 4000  # of a log line: a pipe takes 4,096 bytes (PIPE_BUF) in one piece
 
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f]+) HTTP/1\.([0-9])\r\n".encode())
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # others are a 501
+# (authority, path, query), of the origin-form, the absolute-form or "*" (RFC 9112, section 3.2).
+TARGET = re.compile(r"(?:https?://([^/?]+)(?![^/?])|(?=/|\*$))([^?]*)\??(.*)", re.I)
+QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+CHUNK_EXTENSION = rf"[ \t]*;[ \t]*{TOKEN}(?:[ \t]*=[ \t]*(?:{TOKEN}|{QUOTED}))?"
+REQUEST_CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:{CHUNK_EXTENSION})*\r\n".encode("latin-1"))
 APP_ORIGINS = (
     r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?|"
     r"(app|file|tauri|vscode-webview|vscode-file)://[\w.-]*"
 )
-LOCAL_HOSTS = (
-    r"(localhost|[\w.-]+\.(localhost|local|internal)|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
-)
+LOOPBACK_HOSTS = r"(localhost|[\w.-]+\.localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
+NEARBY_HOSTS = r"([\w.-]+\.(?:local|internal))(:\d{1,5})?"  # containers call their host so
+BROWSER_HEADERS = ("sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")  # w3.org/TR/fetch-metadata
 BUG = "this is a bug in proxy-to-gemini; please report it"
 LOG_LOCK = threading.Lock()
 
@@ -6827,7 +6856,7 @@ http_date = functools.lru_cache(maxsize=2)(email.utils.formatdate)  # RFC 9110, 
 # ---- metrics ----
 
 BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # seconds
-STATUSES = (200, 204, 400, 401, 403, 404, 405, 413, 415, 429, 431, 499, 500, 502, 503, 504)
+STATUSES = (200, 204, 400, 401, 403, 404, 405, 413, 415, 429, 431, 499, 500, 501, 502, 503, 504)
 LABELS = {
     "status": tuple(map(str, STATUSES)),
     "kind": ("prompt", "cached", "output", "thoughts"),
@@ -6857,6 +6886,7 @@ METRICS = {
     "signatures_total": Metric("counter", "Sources of the signatures in histories.", ("origin",)),
     "clients": Metric("gauge", "Connections of clients."),
     "in_flight": Metric("gauge", "Requests under way."),
+    "body_bytes": Metric("gauge", "Bytes of the bodies of requests under way."),
 }
 
 
@@ -6901,6 +6931,14 @@ class Metrics:
         slot = self.row + self.slot(name, labels)
         with self.lock:
             self.numbers[slot] += amount
+
+    def reserve(self, name: str, amount: float, limit: float) -> bool:
+        """Add to a gauge, unless that of all workers together would exceed the limit."""
+        slot = self.slot(name, ())
+        with self.lock:
+            fits = sum(self.numbers[slot :: self.size]) + amount <= limit
+            self.numbers[self.row + slot] += amount * fits
+        return fits
 
     def set(self, name: str, value: float) -> None:
         """Set a gauge."""
@@ -7018,7 +7056,9 @@ class RequestHead:
 
     method = target = ""
     http_1_0 = False  # its client knows no chunks, and keep-alive only if it says so
-    headers: Mapping[str, str] = {}  # by name in lower case
+
+    def __init__(self) -> None:
+        self.headers: dict[str, str] = {}  # by name in lower case
 
     def read_line(self, line: bytes) -> None:
         """Read the first line. What another server might read differently is a 400."""
@@ -7057,15 +7097,18 @@ def decoded_body(body: bytes, coding: str) -> bytes:
         advice = "is not known here; send the body as it is, or in gzip."
         raise ProxyError(415, f"Content-Encoding {coding[:40]!a} {advice}")
     unpacker = zlib.decompressobj(wbits=47)  # gzip or zlib, whichever its head says
+    limit = min(MAX_UNPACKED_BYTES, max(MIN_UNPACKED_BYTES, MAX_UNPACKED_RATIO * len(body)))
     try:
-        data = unpacker.decompress(body, MAX_UNPACKED_BYTES)
+        data = unpacker.decompress(body, limit)
     except zlib.error as error:
         raise ProxyError(400, f"The body is not {coding}: {error}") from None
-    if unpacker.unconsumed_tail:
-        limit = f"{MAX_UNPACKED_BYTES >> 20} MiB"
-        raise ProxyError(413, f"The body of this request unpacks to more than {limit}.")
+    if not unpacker.eof and len(data) >= limit:
+        size = f"{limit / (1 << 20):.3g} MiB"
+        raise ProxyError(413, f"The body of this request unpacks to more than {size}.")
     if not unpacker.eof:
         raise ProxyError(400, f"The {coding} body breaks off.")
+    if unpacker.unused_data:
+        raise ProxyError(400, f"Something follows the {coding} body.")
     return data
 
 
@@ -7083,6 +7126,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.client = ClientSocket(self.connection, self.server.ending)
         self.rfile = io.BufferedReader(self.client)
         self.body_left = False  # whether the client may still be sending a body
+        self.body_bytes = 0  # of the body that is read or answered just now
         self.answering = False  # whether a request was read whose answer is not at its end
         self.server.handlers.add(self)
         self.server.unstarted.discard(self.request)
@@ -7099,6 +7143,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 RequestCycle(self).run(line)
         except (ClientGoneError, OSError):
             self.close_connection = True
+        finally:
+            self.release_body()
 
     def read_headers(self, head: RequestHead, limit: int) -> None:
         """Read the headers of a request, of so many bytes at most."""
@@ -7108,32 +7154,57 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.body_left = length != "0" or "transfer-encoding" in headers
         if "host" not in headers and not head.http_1_0:  # RFC 9112, section 3.2
             raise ProxyError(400, "This HTTP/1.1 request has no Host header.")
-        options = headers.get("connection", "").lower()  # RFC 9112, section 9.3
+        options = re.split(r"[ \t]*,[ \t]*", headers.get("connection", "").lower())
         keeps_alive = "keep-alive" in options or not head.http_1_0
-        self.close_connection = "close" in options or not keeps_alive
+        self.close_connection = "close" in options or not keeps_alive  # RFC 9112, section 9.3
 
     def read_body(self, head: RequestHead) -> bytes:
         """The whole body, without its framing and its Content-Encoding."""
         length = body_length(head)
-        if self.body_left and head.headers.get("expect", "").lower() == "100-continue":
+        expects = head.headers.get("expect", "").lower() == "100-continue" and not head.http_1_0
+        if self.body_left and expects:  # RFC 9110, section 10.1.1
             self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.client.deadline = time.monotonic() + BODY_SECONDS
-        body = self.read_chunked() if length is None else self.read_exactly(length)
+        file = io.BytesIO()  # a list of small chunks would take many times their bytes
+        if length is None:
+            self.read_chunks(file)
+        else:
+            self.read_exactly(length, file)
         self.body_left = False
-        return decoded_body(body, head.headers.get("content-encoding", "identity").lower())
-
-    def read_exactly(self, size: int) -> bytes:
-        data = self.rfile.read(size)
-        if len(data) < size:
-            raise ClientGoneError
+        body = file.getvalue()
+        data = decoded_body(body, head.headers.get("content-encoding", "identity").lower())
+        if data is not body:
+            self.reserve(len(data))
         return data
 
-    def read_chunked(self) -> bytes:
-        """A body in chunks (RFC 9112, section 7.1)."""
-        chunks: list[bytes] = []
+    def read_exactly(self, size: int, file: io.BytesIO) -> None:
+        """Read so many bytes of a body. They count as they come: a mere length takes no room."""
+        while size:
+            block = self.rfile.read(min(size, BODY_BLOCK_BYTES))
+            if not block:
+                raise ClientGoneError
+            self.reserve(len(block))
+            file.write(block)
+            size -= len(block)
+
+    def reserve(self, size: int) -> None:
+        """Count bytes of this body until its answer ends; a 503 if all bodies have too many."""
+        if self.server.metrics.reserve("body_bytes", size, MAX_ALL_BODIES_BYTES):
+            self.body_bytes += size
+            return
+        self.release_body()  # now, so that the others can go on
+        message = "This server has too many large requests under way; try again soon."
+        raise ProxyError(503, message, headers={"Retry-After": "5"})
+
+    def release_body(self) -> None:
+        self.server.metrics.reserve("body_bytes", -self.body_bytes, math.inf)
+        self.body_bytes = 0
+
+    def read_chunks(self, file: io.BytesIO) -> None:
+        """Read a body in chunks (RFC 9112, section 7.1)."""
         left = MAX_BODY_BYTES
         while True:
-            match = CHUNK_LINE.fullmatch(self.rfile.readline(1024))
+            match = REQUEST_CHUNK.fullmatch(self.rfile.readline(1024))
             if not match:
                 raise ProxyError(400, "This is not a chunk of a body.")
             size = int(match.group(1), 16)
@@ -7141,20 +7212,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if left < 0:
                 raise ProxyError(413, BODY_TOO_LARGE)
             if not size:
-                self.skip_trailers()
-                return b"".join(chunks)
-            chunks.append(self.read_exactly(size))
-            if self.read_exactly(2) != b"\r\n":
+                read_headers(self.rfile, MAX_HEAD_BYTES)  # trailers, which nobody needs
+                return
+            self.read_exactly(size, file)
+            if self.rfile.read(2) != b"\r\n":
                 raise ProxyError(400, "A chunk of the body is longer than it says.")
-
-    def skip_trailers(self) -> None:
-        """Read past what follows the last chunk (RFC 9112, section 7.1.2). Nobody needs it."""
-        left, line = MAX_HEAD_BYTES, b""
-        while line != b"\r\n":
-            line = self.rfile.readline(left + 1)
-            left -= len(line)
-            if not line or left < 0:
-                raise ProxyError(400, "The body does not end.")
 
     def finish(self) -> None:
         """End. A client that still sends can read its refusal before (RFC 9112, section 9.6)."""
@@ -7183,14 +7245,30 @@ def origin_allowed(origin: str, added: tuple[str, ...]) -> bool:
     return "*" in added or origin in added or re.fullmatch(APP_ORIGINS, origin) is not None
 
 
+def host_allowed(host: str, browser: bool, origins: tuple[str, ...]) -> bool:
+    """Whether this is a name for this machine. Browsers may use those of LAN and containers only if
+    -origins has them: whoever answers for these names there could rebind them to this machine."""
+    if not host or re.fullmatch(LOOPBACK_HOSTS, host, re.I | re.A):
+        return True
+    match = re.fullmatch(NEARBY_HOSTS, host, re.I | re.A)
+    if not match or not browser or "*" in origins:
+        return match is not None
+    named = [re.sub(r"^\w+://|(:\d+)?/*$", "", origin).lower() for origin in origins]
+    return match.group(1).lower() in named
+
+
 def check_caller(head: RequestHead, path: str, config: Config, loopback: bool) -> None:
     """Refuse foreign web pages, foreign names for this machine, and clients without the key."""
     host, origin = head.headers.get("host", ""), head.headers.get("origin")
-    if loopback and host and not re.fullmatch(LOCAL_HOSTS, host, re.I | re.A):  # DNS rebinding
+    browser = not head.headers.keys().isdisjoint(BROWSER_HEADERS)
+    if loopback and not host_allowed(host, browser, config.origins):  # DNS rebinding
         raise ProxyError(403, "This server is called by another name: " + ascii(host[:80]))
     if origin is not None and not origin_allowed(origin, config.origins):
         message = f"Pages from {origin[:80]!a} may not call this server; -origins can allow it."
         raise ProxyError(403, message)
+    cross_site = head.headers.get("sec-fetch-site") == "cross-site"  # such as an image's source
+    if cross_site and origin is None and "*" not in config.origins:
+        raise ProxyError(403, "Other sites may not call this server; -origins can allow it.")
     if not config.proxy_key or head.method == "OPTIONS" or path in ("/", "/healthz"):
         return
     if not any(is_proxy_key(key, config) for key in client_keys(head)):
@@ -7275,6 +7353,7 @@ class RequestCycle:
             self.serve()
         except ProxyError as error:
             self.fail(error)
+            error.__traceback__ = None  # its frames hold the body, and one may hold the error
         except RecursionError:
             self.fail(invalid_answer("it is nested too deeply"))
         except (ClientGoneError, OSError):
@@ -7287,25 +7366,34 @@ class RequestCycle:
         finally:
             self.connection.answering = False
             self.account()
+            if self.exchange:
+                self.exchange.builder = None  # they hold each other, and the body
 
     def serve(self) -> None:
         """Find what answers this path, and let it answer."""
-        server, method, api = self.server, self.head.method, self.server.config.api
-        target = re.sub(r"^https?://[^/?]*", "", self.head.target, flags=re.I)  # RFC 9112, 3.2.2
-        target, _, query = target.partition("?")
+        server, head, method, api = self.server, self.head, self.head.method, self.server.config.api
+        if method not in METHODS:
+            raise ProxyError(501, f"The method {method[:20]} is not implemented.")
+        match = TARGET.fullmatch(head.target)
+        if not match:
+            raise ProxyError(400, "The target of this request is no path.")
+        authority, target, query = match.groups()
         path = plain_path(target, api)
         self.protocol = protocol_of(api, path)
-        check_caller(self.head, path, server.config, server.loopback)
+        if authority and head.headers.setdefault("host", authority).lower() != authority.lower():
+            raise ProxyError(400, "The target of this request names another server than its Host.")
+        body_length(head)  # ambiguous framing is a 400 whatever the path
+        check_caller(head, path, server.config, server.loopback)
         if method == "OPTIONS":
-            self.connection.client.send(self.answer_head(204, preflight_headers(self.head)))
+            self.connection.client.send(self.answer_head(204, preflight_headers(head)))
         elif path in OWN_PAGES and method in ("GET", "HEAD"):
             self.route_name = "GET " + path
             self.send_answer(*server.own_page(path))
         else:
-            match = find_route(api, method, path)
-            self.protocol, self.route_name = match.protocol, match.route.name
-            self.key = upstream_key(self.head, server.config)
-            self.answer(match.route, self.plan(match, query))
+            found = find_route(api, method, path)
+            self.protocol, self.route_name = found.protocol, found.route.name
+            self.key = upstream_key(head, server.config)
+            self.answer(found.route, self.plan(found, query))
 
     def plan(self, match: RouteMatch, query: str) -> Exchange:
         """Read the body, look up what is stored for it, and plan the calls to Gemini."""
@@ -7353,6 +7441,8 @@ class RequestCycle:
         except ProxyError as error:
             self.add_model_to(error, exchange, waiter)
             raise
+        finally:
+            waiter.keep_alive = None  # it leads here, and an idle connection keeps its waiter
         if plan.loads:
             server.load(*plan.loads)
 

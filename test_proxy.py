@@ -6691,6 +6691,28 @@ def test_a_client_that_expects_100_continue_gets_it(server):
         assert client.send(data).reply()[0] == 200
 
 
+def test_an_http_1_0_client_gets_no_100_continue(server):
+    with RawClient(server) as client:
+        client.send(CHAT_HEAD.replace(b"/1.1", b"/1.0"))
+        client.send(b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}")
+        assert client.file.readline() == b"HTTP/1.1 400 Bad Request\r\n"
+
+
+@pytest.mark.parametrize(
+    "options, ends",
+    [
+        ("close", True),
+        ("Upgrade ,\tClose", True),
+        ("keep-alive, not-close, closed", False),
+        ("x-close", False),
+    ],
+)
+def test_connection_is_a_list_of_tokens(server, options, ends):
+    with RawClient(server) as client:
+        headers = client.request("GET", "/healthz", Connection=options)[1]
+        assert ("connection" in headers) is ends
+
+
 BAD_FRAMING = [
     b"Content-Length: -1",
     b"Content-Length: +5",
@@ -6726,6 +6748,74 @@ def test_a_head_that_could_be_read_in_two_ways_is_refused_and_ends_the_connectio
         assert reply[1]["connection"] == "close"
         assert client.ended()
     assert not gemini.bodies
+
+
+@pytest.mark.parametrize("path", [b"/", b"/healthz", b"/v1/nonsense"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked",
+        b"Content-Length: +5",
+        b"Transfer-Encoding: gzip",
+    ],
+)
+def test_ambiguous_framing_is_a_400_whatever_the_path(server, path, field):
+    with RawClient(server) as client:
+        head = b"POST %b HTTP/1.1\r\nHost: localhost\r\n%b\r\n\r\nhello" % (path, field)
+        status, headers, _ = client.send(head).reply()
+        assert status == 400
+        assert headers["connection"] == "close"
+        assert client.ended()
+
+
+def chunked_chat(extension=b"", end=b"0\r\n\r\n"):
+    """The bytes of a chat completion in one chunk."""
+    data = json.dumps(chat()).encode()
+    head = CHAT_HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    return head + b"%x%b\r\n%b\r\n%b" % (len(data), extension, data, end)
+
+
+@pytest.mark.parametrize(
+    "extension", [b";a", b";a=b;c=d", b' ; a = "b; \\" \xe9"', b";a=b ;c"], ids=repr
+)
+def test_a_chunk_may_have_extensions(server, extension):
+    with RawClient(server) as client:
+        assert client.send(chunked_chat(extension)).reply()[0] == 200
+
+
+@pytest.mark.parametrize(
+    "extension", [b" ", b";", b";;a", b";[=x", b";a=\0", b";a=", b';a="b', b";a=b c"], ids=repr
+)
+def test_a_malformed_chunk_extension_is_a_400(server, extension):
+    with RawClient(server) as client:
+        assert client.send(chunked_chat(extension)).reply()[0] == 400
+        assert client.ended()
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        b"0\r\n\n",
+        b"0\r\nno colon\r\n\r\n",
+        b"0\r\nX: y\n\r\n",
+        b"0\r\nX: \0\r\n\r\n",
+        b"0\r\nX : y\r\n\r\n",
+        b"0\r\n folded\r\n\r\n",
+    ],
+    ids=repr,
+)
+def test_trailers_are_read_as_strictly_as_headers(server, end):
+    with RawClient(server) as client:
+        assert client.send(chunked_chat(end=end)).reply()[0] == 400
+        assert client.ended()
+
+
+@pytest.mark.parametrize("count, status", [(199, 200), (200, 431)])
+def test_a_head_has_at_most_200_header_lines(server, count, status):
+    with RawClient(server) as client:
+        lines = b"".join(b"X-%d: y\r\n" % i for i in range(count))
+        client.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n" + lines + b"\r\n")
+        assert client.reply()[0] == status
 
 
 BAD_CHUNKS = [
@@ -6771,6 +6861,51 @@ def test_a_body_that_is_too_large_is_a_413(server, monkeypatch):
     assert post(server, body=b"x" * 2000)[0] == 413
 
 
+@pytest.fixture
+def half_body(gemini, monkeypatch):
+    """(a server that takes 1,000 bytes of bodies at a time, a client that has sent 600 of 800)"""
+    monkeypatch.setattr(proxy, "MAX_ALL_BODIES_BYTES", 1000)
+    with serving(gemini.url) as server, RawClient(server) as client:
+        data = json.dumps(chat()).encode().ljust(800)
+        client.send(CHAT_HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        client.send(b"258\r\n" + data[:600] + b"\r\n")
+        until(lambda: metrics_of(server)["body_bytes"] == 600)
+        client.rest = b"c8\r\n" + data[600:] + b"\r\n0\r\n\r\n"
+        yield server, client
+
+
+@pytest.mark.parametrize(
+    "body, headers",
+    [
+        (b"x" * 500, {}),
+        (b"1f4\r\n%b\r\n0\r\n\r\n" % (b"x" * 500), {"Transfer_Encoding": "chunked"}),
+        (gzip.compress(b" " * 500), {"Content_Encoding": "gzip"}),
+    ],
+    ids=["a length", "chunks", "gzip"],
+)
+def test_bodies_that_are_too_large_together_are_a_503(half_body, body, headers):
+    server, first = half_body
+    fields = {"Content_Length": None, **headers} if "Transfer_Encoding" in headers else headers
+    reply = post(server, body=body, **{k.replace("_", "-"): v for k, v in fields.items()})
+    assert reply[0] == 503
+    assert reply[1]["retry-after"] == "5"
+    assert "too many large requests" in error_of(reply)["message"]
+    assert first.send(first.rest).reply()[0] == 200, "the first one goes on"
+
+
+def test_a_body_counts_until_its_answer_ends(half_body):
+    server, first = half_body
+    assert first.send(first.rest).reply()[0] == 200
+    until(lambda: metrics_of(server)["body_bytes"] == 0)
+    assert post(server, body=json.dumps(chat()).encode().ljust(900))[0] == 200
+
+
+def test_a_body_of_a_client_that_left_counts_no_longer(half_body):
+    server, first = half_body
+    first.socket.shutdown(socket.SHUT_RDWR)
+    until(lambda: metrics_of(server)["body_bytes"] == 0)
+
+
 def test_a_body_may_come_in_gzip(server):
     body = gzip.compress(json.dumps(chat()).encode())
     assert post(server, body=body, Content_Encoding="gzip")[0] == 200
@@ -6781,7 +6916,25 @@ def test_a_body_that_unpacks_to_too_much_is_a_413(server, monkeypatch):
     assert post(server, body=gzip.compress(b" " * 2000), Content_Encoding="gzip")[0] == 413
 
 
-@pytest.mark.parametrize("body", [b"{}", gzip.compress(b"{}")[:-9]], ids=["no gzip", "cut off"])
+def test_a_body_may_unpack_to_a_hundred_times_what_came(server):
+    data = json.dumps(chat(user("x" * 60_000))).encode()
+    assert post(server, body=gzip.compress(data), Content_Encoding="gzip")[0] == 200
+    data = json.dumps(chat(user("x" * 200_000))).encode()
+    reply = post(server, body=gzip.compress(data), Content_Encoding="gzip")
+    assert reply[0] == 413
+    assert error_of(reply)["message"].startswith("The body of this request unpacks to more than")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}",
+        gzip.compress(b"{}")[:-9],
+        gzip.compress(b"{}") + gzip.compress(b"{}"),
+        gzip.compress(b"{}") + b"\0",
+    ],
+    ids=["no gzip", "cut off", "two members", "something behind it"],
+)
 def test_broken_gzip_is_a_400(server, body):
     assert post(server, body=body, Content_Encoding="gzip")[0] == 400
 
@@ -6895,6 +7048,46 @@ def test_origins_can_be_added(gemini, origins, origin, status):
 )
 def test_a_foreign_name_for_this_machine_is_refused(server, host, status):
     assert post(server, Host=host)[0] == status
+
+
+BROWSER = {"Sec_Fetch_Site": "same-origin", "Sec_Fetch_Mode": "cors"}
+
+
+@pytest.mark.parametrize(
+    "host, origins, status",
+    [
+        ("localhost:5555", (), 200),
+        ("app.localhost", (), 200),
+        ("box.local", (), 403),
+        ("host.docker.internal:5555", (), 403),
+        ("box.local:5555", ("http://box.local:3000",), 200),
+        ("Box.local", ("https://box.local/",), 200),
+        ("other.local", ("http://box.local",), 403),
+        ("box.local", ("*",), 200),
+    ],
+)
+def test_browsers_use_the_names_of_a_lan_only_if_origins_has_them(gemini, host, origins, status):
+    with serving(gemini.url, origins=origins) as server:
+        assert post(server, Host=host, **BROWSER)[0] == status
+
+
+@pytest.mark.parametrize(
+    "site, origin, origins, status",
+    [
+        ("cross-site", None, (), 403),
+        ("cross-site", "https://evil.example", (), 403),
+        ("cross-site", "http://localhost:3000", (), 200),
+        ("cross-site", None, ("*",), 200),
+        ("same-origin", None, (), 200),
+        ("none", None, (), 200),
+    ],
+)
+def test_a_cross_site_request_of_a_browser_needs_an_allowed_origin(
+    gemini, site, origin, origins, status
+):
+    with serving(gemini.url, origins=origins) as server, RawClient(server) as client:
+        reply = client.request("GET", "/v1/models", Sec_Fetch_Site=site, Origin=origin)
+        assert reply[0] == status
 
 
 @pytest.fixture
@@ -7016,16 +7209,97 @@ def test_many_clients_are_served_at_the_same_time(server):
     assert all(answers[i].endswith(f"You said: user {i}") for i in range(20))
 
 
-def test_no_body_stays_in_memory(server):
-    parts = [{"type": "text", "text": "Hi"}]
+TEXT_CONTENT = [{"type": "text", "text": "Hi"}]
+RESPONSE_STREAM = {"model": FLASH, "input": "Hi", "stream": True}
+THREE_PROMPTS = {"model": FLASH, "prompt": ["a", "b", "c"], "stream": True}
+OWN_TYPES = (Fields, Exchange, proxy.RequestCycle, proxy.UpstreamCall, proxy.Plan)
+# What is asked and what Gemini answers, and every way in which that can end.
+CHAT_ENDS = {
+    "an answer": (chat(user(TEXT_CONTENT), tools=[WEATHER]), whole("Hello")),
+    "a stream": (chat(stream=True), [chunk("Hel"), whole("lo")]),
+    "bad JSON": (b'{"model": ', whole("Hello")),
+    "JSON that is nested too deeply": (b'{"a":' * 20_000, whole("Hello")),
+    "a 400 of the proxy": (chat(temperature=9), whole("Hello")),
+    "a 400": (chat(), gemini_error(400, "No.")),
+    "a 404 of a model": (chat(), gemini_error(404, "models/x is not found")),
+    "a 429 of a stream": (chat(stream=True), gemini_error(429, "Slow down.")),
+    "a repaired 400": (chat(), gemini_error(400, "Penalty is not enabled for this model")),
+    "a connection that breaks": (chat(), Say(chunk("Once "), cut=0)),
+    "a stream that breaks": (chat(stream=True), Say(chunk("Once "), chunk("upon"), cut=1)),
+    "a stream without an end": (chat(stream=True), Say(chunk("Once "))),
+    "an error event": (chat(stream=True), Say(chunk("Once "), SHED)),
+    "rubbish": (chat(), Say(raw=b"nonsense")),
+    "silence": (chat(), Say(whole("Hello"), delay=0.4)),
+    "silence in a stream": (chat(stream=True), Say(chunk("Once "), whole("upon"), gap=0.4)),
+}
+OTHER_ENDS = {
+    "a 429 of several": ("/v1/completions", THREE_PROMPTS, gemini_error(429, "Slow down.")),
+    "a response": ("/v1/responses", {"model": FLASH, "input": "Hi"}, whole("Hello")),
+    "a response that breaks": ("/v1/responses", RESPONSE_STREAM, Say(chunk("Once "), cut=1)),
+    "no image": ("/v1/images/generations", {"model": FLASH, "prompt": "x"}, whole("No.")),
+}
+
+
+@contextlib.contextmanager
+def without_collector():
     gc.collect()
     gc.disable()
     try:
-        assert post(server, body=chat(user(parts), tools=[WEATHER], stream=True))[0] == 200
-        until(lambda: not server.handlers)
-        until(lambda: not any(type(thing) is Fields for thing in gc.get_objects()))
+        yield
     finally:
         gc.enable()
+
+
+def nothing_stays(server):
+    """Whether no request is in memory any more, be it in use, in a cycle or in an error."""
+    return not server.handlers and not any(type(thing) in OWN_TYPES for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("body, answer", CHAT_ENDS.values(), ids=CHAT_ENDS)
+def test_no_body_of_a_chat_stays_in_memory(gemini, body, answer):
+    gemini.say(answer)
+    with serving(gemini.url, timeout=0.2) as server, without_collector():
+        post(server, body=body)
+        until(lambda: nothing_stays(server))
+
+
+@pytest.mark.parametrize("path, body, answer", OTHER_ENDS.values(), ids=OTHER_ENDS)
+def test_no_body_stays_in_memory(server, gemini, path, body, answer):
+    gemini.say(answer)
+    with without_collector():
+        post(server, path, body)
+        until(lambda: nothing_stays(server))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_body_stays_in_memory_of_a_client_that_left(server, gemini, stream):
+    gemini.say(Say(chunk("Once "), whole("upon"), delay=30))
+    with without_collector():
+        with RawClient(server) as client:
+            client.send(raw_chat(stream=stream))
+            until(lambda: gemini.bodies)
+        until(lambda: nothing_stays(server))
+
+
+def test_no_body_stays_in_memory_where_gemini_cannot_be_reached():
+    with serving("http://127.0.0.1:9") as server, without_collector():
+        assert post(server)[0] == 502
+        until(lambda: nothing_stays(server))
+
+
+def test_no_body_stays_in_memory_after_a_keep_alive(server, gemini, monkeypatch):
+    monkeypatch.setattr(proxy, "KEEP_ALIVE_SECONDS", 0.05)
+    gemini.say(Say({"error": {"code": 429, "message": "Slow"}}, delay=0.3, status=429))
+    with without_collector():
+        post(server, body=chat(stream=True))
+        until(lambda: nothing_stays(server))
+
+
+def test_no_body_stays_in_memory_after_a_bug(server, monkeypatch):
+    monkeypatch.setattr(proxy, "openai_usage", lambda usage: 1 // 0)
+    with without_collector():
+        assert post(server)[0] == 500
+        until(lambda: nothing_stays(server))
 
 
 def test_nothing_ignored_needs_no_header(server):
@@ -7107,9 +7381,35 @@ def test_the_servers_own_pages(server, path, text):
         assert client.request("HEAD", path)[0] == 200
 
 
-def test_the_target_may_be_a_whole_url(server):
+@pytest.mark.parametrize(
+    "target, host, version, status",
+    [
+        ("http://localhost/healthz", "localhost", "1.1", 200),
+        ("HTTP://LOCALHOST:80/healthz?x", "localhost:80", "1.1", 200),
+        ("http://localhost", "localhost", "1.1", 200),
+        ("http://localhost/healthz", None, "1.0", 200),
+        ("http://evil.example/healthz", "localhost", "1.1", 400),
+        ("http://evil.example/healthz", "evil.example", "1.1", 403),
+        ("http://evil.example/healthz", None, "1.0", 403),
+        ("http://localhost@evil.example/healthz", "localhost", "1.1", 400),
+        ("healthz", "localhost", "1.1", 400),
+        ("ftp://localhost/healthz", "localhost", "1.1", 400),
+    ],
+)
+def test_the_target_may_be_a_whole_url_of_this_server(server, target, host, version, status):
     with RawClient(server) as client:
-        assert client.request("GET", "http://localhost/healthz")[0] == 200
+        assert client.request("GET", target, version=version, Host=host)[0] == status
+
+
+@pytest.mark.parametrize(
+    "method, target",
+    [("TRACE", "/healthz"), ("CONNECT", "localhost:443"), ("PROPFIND", "/"), ("get", "/healthz")],
+)
+def test_a_method_that_nothing_here_has_is_a_501(server, method, target):
+    with RawClient(server) as client:
+        reply = client.request(method, target)
+        assert reply[0] == 501
+        assert error_of(reply)["message"] == f"The method {method} is not implemented."
 
 
 def test_a_wrong_method_is_a_405_that_names_the_right_one(server):
@@ -7124,9 +7424,6 @@ def test_an_unknown_path_is_a_404_that_names_it(server):
         reply = client.request("GET", "/v1/nonsense")
         assert reply[0] == 404
         assert error_of(reply)["message"] == "Invalid URL (GET /v1/nonsense)"
-
-
-RESPONSE_STREAM = {"model": FLASH, "input": "Hi", "stream": True}
 
 
 def test_the_events_of_a_streamed_response_are_named(server):
