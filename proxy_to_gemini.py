@@ -1976,6 +1976,7 @@ class End(NamedTuple):
     usage: Usage
     citations: list[Citation]
     queries: tuple[str, ...] = ()  # what Gemini searched the web for
+    signature: str = ""  # of the text, the last one
 
 
 Event = Union[Text, ToolCall, Media, End]
@@ -2047,7 +2048,7 @@ class Reading:
     def __init__(self) -> None:
         self.usage: JSON = {}
         self.grounding: JSON = {}
-        self.reason = self.message = self.blocked = ""
+        self.reason = self.message = self.blocked = self.signature = ""
         self.pieces: list[tuple[str, bool]] = []  # (text, whether it is Gemini's own, not ours)
         self.calls: list[ToolCall] = []
         self.hosted: list[Part] = []  # parts of Gemini's own tools, for the call that comes next
@@ -2070,6 +2071,9 @@ class Reading:
         if not isinstance(part, dict):
             raise invalid_answer("a part is no object")
         if "text" in part:
+            signature: str = get_or_empty(part, "thoughtSignature", str)
+            if is_base64(signature):
+                self.signature = signature
             return self.text(expect(part, "text", str), part.get("thought") is True)
         if "functionCall" in part:
             self.calls.append(read_call(part, tuple(self.hosted)))
@@ -2109,7 +2113,8 @@ class Reading:
         queries = tuple(query for query in searches if isinstance(query, str))
         citations = read_citations(self.pieces, self.grounding)
         reason = self.reason or self.blocked
-        return End(finish, calls, reason, self.message, usage, citations, queries)
+        message, signature = self.message, self.signature
+        return End(finish, calls, reason, message, usage, citations, queries, signature)
 
 
 def read_call(part: Part, before: tuple[Part, ...]) -> ToolCall:
