@@ -2164,13 +2164,14 @@ def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Cita
         if type(i) is int and 0 <= i < len(sources)
     ]
     spans += [(source, source) for source in get_or_empty(grounding, "citationSources", list)]
-    citations: list[Citation] = []
-    for span, source in spans:
-        url = get_or_empty(source, "uri", str)
-        if url:
-            start, end = (character(i, own_text, pieces) for i in span_of(span, own_text))
-            citations.append(Citation(start, end, url, get_or_empty(source, "title", str) or url))
-    return citations
+    cited = [
+        (*span_of(span, own_text), url, get_or_empty(source, "title", str) or url)
+        for span, source in spans
+        if (url := get_or_empty(source, "uri", str))
+    ]
+    offsets = {offset for start, end, _, _ in cited for offset in (start, end)}
+    place = characters(offsets, own_text, pieces)
+    return [Citation(place[start], place[end], url, title) for start, end, url, title in cited]
 
 
 def grounding_source(item: Any) -> JSON:
@@ -2190,16 +2191,35 @@ def span_of(span: JSON, own_text: bytes) -> tuple[int, int]:
     return max(0, start), max(0, end)
 
 
-def character(offset: int, own_text: bytes, pieces: list[tuple[str, bool]]) -> int:
-    """The character of the answer that stands at a byte of Gemini's own text."""
-    left, position = len(own_text[:offset].decode("utf-8", "ignore")), 0
+CONTINUATION = bytes(range(0x80, 0xC0))  # UTF-8's bytes after the first one of a character
+
+
+def characters(
+    offsets: Iterable[int], own_text: bytes, pieces: list[tuple[str, bool]]
+) -> dict[int, int]:
+    """For bytes of Gemini's own text, the characters of the answer that stand there."""
+    own_ends: list[int] = []  # for each piece of Gemini's own, its end in the own text
+    shifts: list[int] = []  # and how much of ours stands before it
+    own_length = shift = 0
     for text, own in pieces:
         if own:
-            if left <= len(text):
-                return position + left
-            left -= len(text)
-        position += len(text)
-    return position
+            own_length += len(text)
+            own_ends.append(own_length)
+            shifts.append(shift)
+        else:
+            shift += len(text)
+    own_ends.append(own_length)  # where no piece is its own
+    shifts.append(shift)
+    places: dict[int, int] = {}
+    before = count = 0
+    for offset in sorted(offsets):
+        count += len(own_text[before:offset].translate(None, CONTINUATION))
+        before = offset
+        own_place = count
+        if offset < len(own_text) and own_text[offset] in CONTINUATION:
+            own_place -= 1  # within a character
+        places[offset] = own_place + shifts[bisect.bisect_left(own_ends, own_place)]
+    return places
 
 
 # ======================================================================================

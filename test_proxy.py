@@ -1751,6 +1751,13 @@ def test_citations_count_characters_and_not_bytes():
     (citation,) = events[-1].citations
     assert answer[citation.start : citation.end] == cited
     assert (citation.url, citation.title) == ("https://a.example/", "a")
+
+
+def test_the_places_of_all_citations_are_counted_in_one_pass():
+    pieces = [("[code]", False), ("Ærø", True), ("[more]", False), ("日本", True)]
+    own_text = "Ærø日本".encode()
+    places = proxy.characters(range(15), own_text, pieces)
+    assert [places[i] for i in range(15)] == [6, 6, 7, 8, 8, 9, 9, 9, 16, 16, 16, 17, 17, 17, 17]
     assert answer == text[:5] + "\n```python\n1\n```\n" + text[5:]
 
 
