@@ -5552,7 +5552,8 @@ def test_a_long_text_of_a_message_is_cut_into_deltas(thought):
 def test_a_long_call_in_a_message_is_cut_into_deltas():
     body = claude_chat(tools=[ASK_CITY], stream=True)
     message, events = claude_answer(body, whole(call("weather", {"city": NOVEL})))
-    texts = [event["delta"]["partial_json"] for event in events if "delta" in event][:-1]
+    kind = "content_block_delta"
+    texts = [event["delta"]["partial_json"] for event in events if event["type"] == kind]
     assert len(texts) > 5
     assert max(map(len, texts)) <= 16_000
     assert "".join(texts) == proxy.encode_json({"city": NOVEL})
