@@ -1976,6 +1976,7 @@ class End(NamedTuple):
     usage: Usage
     citations: list[Citation]
     queries: tuple[str, ...] = ()  # what Gemini searched the web for
+    signature: str = ""  # of the text, the last one
 
 
 Event = Union[Text, ToolCall, Media, End]
@@ -2047,7 +2048,7 @@ class Reading:
     def __init__(self) -> None:
         self.usage: JSON = {}
         self.grounding: JSON = {}
-        self.reason = self.message = self.blocked = ""
+        self.reason = self.message = self.blocked = self.signature = ""
         self.pieces: list[tuple[str, bool]] = []  # (text, whether it is Gemini's own, not ours)
         self.calls: list[ToolCall] = []
         self.hosted: list[Part] = []  # parts of Gemini's own tools, for the call that comes next
@@ -2070,6 +2071,9 @@ class Reading:
         if not isinstance(part, dict):
             raise invalid_answer("a part is no object")
         if "text" in part:
+            signature: str = get_or_empty(part, "thoughtSignature", str)
+            if is_base64(signature):
+                self.signature = signature
             return self.text(expect(part, "text", str), part.get("thought") is True)
         if "functionCall" in part:
             self.calls.append(read_call(part, tuple(self.hosted)))
@@ -2109,7 +2113,8 @@ class Reading:
         queries = tuple(query for query in searches if isinstance(query, str))
         citations = read_citations(self.pieces, self.grounding)
         reason = self.reason or self.blocked
-        return End(finish, calls, reason, self.message, usage, citations, queries)
+        message, signature = self.message, self.signature
+        return End(finish, calls, reason, message, usage, citations, queries, signature)
 
 
 def read_call(part: Part, before: tuple[Part, ...]) -> ToolCall:
@@ -2159,13 +2164,14 @@ def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Cita
         if type(i) is int and 0 <= i < len(sources)
     ]
     spans += [(source, source) for source in get_or_empty(grounding, "citationSources", list)]
-    citations: list[Citation] = []
-    for span, source in spans:
-        url = get_or_empty(source, "uri", str)
-        if url:
-            start, end = (character(i, own_text, pieces) for i in span_of(span, own_text))
-            citations.append(Citation(start, end, url, get_or_empty(source, "title", str) or url))
-    return citations
+    cited = [
+        (*span_of(span, own_text), url, get_or_empty(source, "title", str) or url)
+        for span, source in spans
+        if (url := get_or_empty(source, "uri", str))
+    ]
+    offsets = {offset for start, end, _, _ in cited for offset in (start, end)}
+    place = characters(offsets, own_text, pieces)
+    return [Citation(place[start], place[end], url, title) for start, end, url, title in cited]
 
 
 def grounding_source(item: Any) -> JSON:
@@ -2185,16 +2191,35 @@ def span_of(span: JSON, own_text: bytes) -> tuple[int, int]:
     return max(0, start), max(0, end)
 
 
-def character(offset: int, own_text: bytes, pieces: list[tuple[str, bool]]) -> int:
-    """The character of the answer that stands at a byte of Gemini's own text."""
-    left, position = len(own_text[:offset].decode("utf-8", "ignore")), 0
+CONTINUATION = bytes(range(0x80, 0xC0))  # UTF-8's bytes after the first one of a character
+
+
+def characters(
+    offsets: Iterable[int], own_text: bytes, pieces: list[tuple[str, bool]]
+) -> dict[int, int]:
+    """For bytes of Gemini's own text, the characters of the answer that stand there."""
+    own_ends: list[int] = []  # for each piece of Gemini's own, its end in the own text
+    shifts: list[int] = []  # and how much of ours stands before it
+    own_length = shift = 0
     for text, own in pieces:
         if own:
-            if left <= len(text):
-                return position + left
-            left -= len(text)
-        position += len(text)
-    return position
+            own_length += len(text)
+            own_ends.append(own_length)
+            shifts.append(shift)
+        else:
+            shift += len(text)
+    own_ends.append(own_length)  # where no piece is its own
+    shifts.append(shift)
+    places: dict[int, int] = {}
+    before = count = 0
+    for offset in sorted(offsets):
+        count += len(own_text[before:offset].translate(None, CONTINUATION))
+        before = offset
+        own_place = count
+        if offset < len(own_text) and own_text[offset] in CONTINUATION:
+            own_place -= 1  # within a character
+        places[offset] = own_place + shifts[bisect.bisect_left(own_ends, own_place)]
+    return places
 
 
 # ======================================================================================
@@ -2346,6 +2371,20 @@ def unfenced(text: str) -> str:
     first, newline, rest = text.strip().partition("\n")
     inside_fence = newline and re.fullmatch(r"```\w*", first.rstrip()) and rest.endswith("```")
     return rest[:-3].strip() if inside_fence else text
+
+
+# Of a delta, as JSON: Go clients read lines of 64 KB at most (bufio.MaxScanTokenSize).
+MAX_DELTA = 16_000
+
+
+def delta_pieces(text: str) -> Iterator[str]:
+    """A text in pieces that are small enough for a delta; one piece if it is empty."""
+    if len(text) * 12 <= MAX_DELTA or len(encode_json(text)) <= MAX_DELTA:  # 12: "\\ud83d\\ude00"
+        yield text
+    else:
+        middle = len(text) // 2
+        yield from delta_pieces(text[:middle])
+        yield from delta_pieces(text[middle:])
 
 
 def media_note(media: Media) -> str:
@@ -2722,13 +2761,23 @@ def openai_chat_input(body: Fields, model: Model, context: Context) -> ChatInput
     return chat
 
 
+def system_turn(parts: list[Part]) -> JSON:
+    """What the system says between turns, as marked text of the user's."""
+    if not any(map(has_content, parts)):
+        return user_turn()
+    return user_turn(text_part("<system>\n"), *parts, text_part("\n</system>"))
+
+
 def openai_turn(message: Fields, model: Model, system: list[Part], contents: list[JSON]) -> None:
-    """Add what one message says."""
+    """Add what one message says. What the system says after the first turn stays in its place: a
+    model obeys it there, and the beginning of the conversation does not change."""
     role = message.require("role", str).lower()
     if role == "user":
         contents.append(user_turn(*content_parts(message, "content", model)))
     elif role in ("assistant", "model"):
         contents.append(model_turn(*openai_assistant_parts(message, model)))
+    elif role in ("system", "developer") and contents:
+        contents.append(system_turn(content_parts(message, "content", model)))
     elif role in ("system", "developer"):
         system += content_parts(message, "content", model)
     elif role in ("tool", "function"):
@@ -3158,13 +3207,17 @@ def openai_deltas(events: Iterable[Event], exchange: Exchange) -> Iterator[tuple
             content = None if isinstance(event, ToolCall) else ""
             yield {"role": "assistant", "content": content}, None
         if isinstance(event, Text):
-            yield {thoughts if event.thought else "content": event.text}, None
+            key = "content"
+            if event.thought:
+                key = thoughts
+            for piece in delta_pieces(event.text):
+                yield {key: piece}, None
         elif isinstance(event, ToolCall):
-            entry = openai_call(event, exchange.chat)
-            if not legacy:
-                yield {"tool_calls": [{"index": calls, **entry}]}, None
-            elif not calls:
-                yield {"function_call": entry["function"]}, None
+            for entry in openai_call_deltas(openai_call(event, exchange.chat)):
+                if not legacy:
+                    yield {"tool_calls": [{"index": calls, **entry}]}, None
+                elif not calls:
+                    yield {"function_call": entry["function"]}, None
             calls += 1
         elif isinstance(event, End):
             if audio:
@@ -3183,18 +3236,36 @@ def openai_deltas(events: Iterable[Event], exchange: Exchange) -> Iterator[tuple
             images += 1
 
 
+def openai_call_deltas(entry: JSON) -> Iterator[JSON]:
+    """A tool call in deltas, each with a piece of its arguments, or of its input."""
+    key, text_key = "function", "arguments"
+    if "custom" in entry:
+        key, text_key = "custom", "input"
+    first, *rest = delta_pieces(entry[key][text_key])
+    yield {**entry, key: {**entry[key], text_key: first}}
+    for piece in rest:
+        yield {key: {text_key: piece}}
+
+
 # ======================================================================================
 # 7. OpenAI's other endpoints: embeddings, completions, images, speech, transcripts, models
 # ======================================================================================
 
 # ---- embeddings ----
 
+# https://platform.openai.com/docs/api-reference/embeddings/create#embeddings-create-input
+MAX_EMBED_INPUTS = 2048
+
 
 def openai_embeddings_request(body: Fields, context: Context) -> Plan:
     """Embeddings: https://platform.openai.com/docs/api-reference/embeddings/create"""
     model_name = body.require("model", str)
     model = model_named(model_name, context)
-    body.require("input", str, list)
+    inputs = body.require("input", str, list)
+    if isinstance(inputs, list) and len(inputs) > MAX_EMBED_INPUTS:
+        problem = f"array too long. Expected an array with maximum length {MAX_EMBED_INPUTS}"
+        message = f"Invalid 'input': {problem}, but got an array with length {len(inputs)} instead."
+        raise ProxyError(400, message, code="array_above_max_length", path="input")
     hint = " (LangChain: check_embedding_ctx_length=False)"
     texts = openai_texts(body, "input", "embedded", hint)
     if "" in texts:
@@ -3251,6 +3322,9 @@ COMPLETION_INSTRUCTION = (
 )
 
 
+MAX_ECHO = 2**22  # characters of prompts that several choices repeat
+
+
 class CompletionOptions(NamedTuple):
     """What the answer to a completion depends on."""
 
@@ -3281,6 +3355,9 @@ def openai_completions_request(body: Fields, context: Context) -> Plan:
     echoes = [""] * len(calls)
     if body.get("echo", bool):
         echoes = [prompt for prompt in prompts for _ in range(n)]
+        if n > 1 and sum(map(len, echoes)) > MAX_ECHO:
+            why = f"{n} choices would repeat more than {MAX_ECHO} characters of the prompt"
+            raise wrong_value("echo", f"Invalid value for 'echo': {why}.")
     options = CompletionOptions(tuple(echoes), openai_counts_tokens(body))
     return Plan(tuple(calls), chat.stream, options, model_name, chat=chat)
 
@@ -3840,6 +3917,7 @@ class History:
         self.tools: list[Fields] = []  # the items that bring more tools
         self.signatures: dict[str, str] = {}  # call id -> signature, from our own reasoning items
         self.stored: dict[str, dict[str, JSON]] = {}  # key of a stored text -> its items by id
+        self.references: set[str] = set()  # the ids of items referred to
 
     def add(self, item: Fields) -> None:
         """Add one item. A type that is not known is named as ignored."""
@@ -3894,9 +3972,17 @@ class History:
         text = item.get("encrypted_content", str)
         signatures = text and signatures_in(text, self.model)
         if signatures:
+            self.sign_text(signatures.pop(TEXT_SIGNATURE, ""))
             self.signatures.update(signatures)
         elif text:
             item.ignore("input[].encrypted_content")
+
+    def sign_text(self, signature: str) -> None:
+        """Give the model's last text its signature, which comes after it (ResponseBuilder)."""
+        turns = [turn for turn in self.contents[-1:] if turn["role"] == "model"]
+        parts = [turn["parts"][-1] for turn in turns if turn["parts"]]
+        if signature and parts and "text" in parts[0]:
+            parts[0]["thoughtSignature"] = signature
 
     def add_image(self, item: Fields) -> None:
         """An image that the model made earlier."""
@@ -3906,8 +3992,17 @@ class History:
             self.contents.append(model_turn(media_part(data, None, item.path_of("result"))))
 
     def add_reference(self, item: Fields) -> None:
-        """The stored item with this id, which names its response; a 404 if it is not stored."""
+        """The stored item with this id, which names its response; a 404 if it is not stored.
+
+        A second one is a 400, as OpenAI's (continuedev/continue#10723): a short request could
+        otherwise repeat a large item without end.
+        """
         item_id = item.require("id", str)
+        if item_id in self.references:
+            why = f"Duplicate item found with id {item_id[:80]}."
+            message = f"{why} Remove duplicate items from your input and try again."
+            raise ProxyError(400, message, path="input")
+        self.references.add(item_id)
         key = reference_key(item_id)
         if key not in self.stored:
             self.stored[key] = {entry["id"]: entry for entry in stored_items(key, self.context)}
@@ -3955,9 +4050,14 @@ def input_item_type(item: Fields) -> str:
     return str(item.require("type", str))
 
 
-def encrypted_content(calls: list[ToolCall], model: Model) -> str:
-    """The signatures of these calls as an opaque text, which clients send back; "" if none."""
+TEXT_SIGNATURE = ""  # the id of a text among those of the calls
+
+
+def encrypted_content(calls: list[ToolCall], text_signature: str, model: Model) -> str:
+    """The signatures of an answer as an opaque text, which clients send back; "" if none."""
     signatures = {call.id: call.signature for call in calls if call.signature}
+    if text_signature:
+        signatures[TEXT_SIGNATURE] = text_signature
     if not signatures:
         return ""
     content = {"generation": generation_number(model), "signatures": signatures}
@@ -4173,7 +4273,7 @@ def openai_echo(body: Fields, text: Fields) -> JSON:
         "safety_identifier": get_or_empty(data, "safety_identifier", str) or None,
         "store": store is not False,
         "temperature": data.get("temperature"),
-        "text": {**text.data, "format": text.data.get("format") or {"type": "text"}},
+        "text": {**text.data, "format": openai_echoed_format(text.data.get("format"))},
         "tool_choice": data.get("tool_choice") or "auto",
         "tools": [openai_echoed_tool(tool) for tool in data.get("tools") or ()],
         "top_logprobs": get_or_empty(data, "top_logprobs", int),
@@ -4181,6 +4281,14 @@ def openai_echo(body: Fields, text: Fields) -> JSON:
         "truncation": body.choice("truncation", "auto", "disabled") or "disabled",
         "user": get_or_empty(data, "user", str) or None,
     }
+
+
+def openai_echoed_format(form: JSON | None) -> JSON:
+    """The format of the answer, likewise."""
+    if form and form.get("type") == "json_schema":
+        strict = bool(form.get("strict"))
+        return {**form, "description": form.get("description"), "strict": strict}
+    return form or {"type": "text"}
 
 
 def openai_echoed_tool(tool: JSON) -> JSON:
@@ -4299,13 +4407,15 @@ class ResponseBuilder:
             yield from self.close()
             yield from self.start_message()
         self.length += len(text)
-        yield self.delta(text)
+        for piece in delta_pieces(text):
+            yield self.delta(piece)
 
     def add_thought(self, text: str) -> Iterator[JSON]:
         if not isinstance(self.open, ReasoningItem):
             yield from self.close()
             yield from self.start(ReasoningItem())
-        yield self.delta(text)
+        for piece in delta_pieces(text):
+            yield self.delta(piece)
 
     def delta(self, text: str) -> JSON:
         item = self.open
@@ -4327,11 +4437,11 @@ class ResponseBuilder:
 
     def cite(self, citations: list[Citation]) -> Iterator[JSON]:
         """Add each source to the message that rests on it. Only an open one has events for it."""
+        starts = [message.start for message in self.messages]
+        if not starts:
+            return
         for citation in citations:
-            messages = (item for item in reversed(self.messages) if item.start <= citation.start)
-            message = next(messages, None)
-            if message is None:
-                continue
+            message = self.messages[bisect.bisect_right(starts, citation.start) - 1]
             annotation = {
                 "type": "url_citation",
                 "start_index": max(0, citation.start - message.start),
@@ -4356,7 +4466,8 @@ class ResponseBuilder:
             last = {key: value, "name": name}  # which OpenAI specifies, but leaves out itself
         fields = {"call_id": call.id, "name": name, **given(namespace=namespace), key: ""}
         yield self.add(prefix, {"type": kind, "status": "in_progress", **fields})
-        yield self.item_event(f"{kind}_{key}.delta", delta=value)
+        for piece in delta_pieces(value):
+            yield self.item_event(f"{kind}_{key}.delta", delta=piece)
         yield self.item_event(f"{kind}_{key}.done", **last)
         yield self.done(status="completed", **{key: value})
 
@@ -4381,7 +4492,9 @@ class ResponseBuilder:
 
     def finish(self, end: End, calls: list[ToolCall]) -> Iterator[Any]:
         """The rest: citations, the calls after the signatures that belong to them, and the end."""
-        content = encrypted_content(calls, self.chat.model) if self.options.signatures else ""
+        content = ""
+        if self.options.signatures:
+            content = encrypted_content(calls, end.signature, self.chat.model)
         if content and isinstance(self.open, ReasoningItem):
             yield from self.close(encrypted_content=content)
             content = ""
@@ -5392,7 +5505,7 @@ def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]
         elif role == "user":
             contents.append(user_turn(*parts))
         elif contents:
-            contents.append(user_turn(text_part("<system>\n"), *parts, text_part("\n</system>")))
+            contents.append(system_turn(parts))
         else:
             system += parts
     return system, contents
@@ -5611,6 +5724,12 @@ def anthropic_ending(end: End) -> JSON:
     return {**ending, **native_finish(end)}
 
 
+# Who made a call: the model itself, not a program that it wrote. Anthropic's libraries have it as a
+# required field of calls and of search results (rbi/anthropic/models/ in anthropic-sdk-ruby).
+DIRECT_CALL: JSON = {"caller": {"type": "direct"}}
+# Characters of a quote: https://platform.claude.com/docs/en/agents-and-tools/tool-use/web-search-tool
+MAX_CITED_TEXT = 150
+
 # Blocks that grow, as they begin. Neighbours of one such type are one block; calls never join.
 GROWING_BLOCKS: dict[str, JSON] = {
     "text": {"text": ""},
@@ -5637,7 +5756,8 @@ def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tu
         elif isinstance(event, ToolCall):
             if event.signature and options.thinking:
                 yield "thinking", {"signature": event.signature}
-            yield "tool_use", {"id": event.id, "name": event.name, "input": event.args}
+            fields = {"id": event.id, "name": event.name, "input": event.args}
+            yield "tool_use", {**fields, **DIRECT_CALL}
         else:
             yield from anthropic_searches(event, "".join(texts), exchange)
             usage = anthropic_usage(event.usage, event.queries)
@@ -5650,16 +5770,19 @@ def anthropic_searches(end: End, text: str, exchange: Exchange) -> Iterator[tupl
     results: dict[str, JSON] = {}
     for citation in end.citations:
         link = {"url": citation.url, "title": citation.title}
-        quote = {"cited_text": text[citation.start : citation.end], **link, "encrypted_index": ""}
+        cited_text = text[citation.start : min(citation.end, citation.start + MAX_CITED_TEXT)]
+        quote = {"cited_text": cited_text, **link, "encrypted_index": ""}
         citations.append({"type": "web_search_result_location", **quote})
         page = {**link, "encrypted_content": "", "page_age": None}
         results[citation.url] = {"type": "web_search_result", **page}
     if citations:
         yield "text", {"citations": citations}
+    content = [*results.values()]
     for query in end.queries:
         call_id = exchange.new_id("srvtoolu_")
-        yield "server_tool_use", {"id": call_id, "name": "web_search", "input": {"query": query}}
-        yield "web_search_tool_result", {"tool_use_id": call_id, "content": [*results.values()]}
+        search = {"id": call_id, "name": "web_search", "input": {"query": query}}
+        yield "server_tool_use", {**search, **DIRECT_CALL}
+        yield "web_search_tool_result", {"tool_use_id": call_id, "content": content, **DIRECT_CALL}
 
 
 def anthropic_start(exchange: Exchange, answers: Answers) -> tuple[JSON, Iterator[Event]]:
@@ -5705,10 +5828,13 @@ def anthropic_messages_stream(exchange: Exchange, answers: Answers) -> Iterator[
 def anthropic_deltas(fields: JSON) -> Iterator[JSON]:
     """The deltas that add these fields to a block."""
     for key, value in fields.items():
-        if key in ("text", "thinking", "signature"):
-            yield {"type": f"{key}_delta", key: value}
+        if key == "signature":
+            yield {"type": "signature_delta", key: value}
+        elif key in ("text", "thinking"):
+            yield from ({"type": f"{key}_delta", key: piece} for piece in delta_pieces(value))
         elif key == "input":
-            yield {"type": "input_json_delta", "partial_json": encode_json(value)}
+            for piece in delta_pieces(encode_json(value)):
+                yield {"type": "input_json_delta", "partial_json": piece}
         elif key == "citations":
             yield from ({"type": "citations_delta", "citation": citation} for citation in value)
 

@@ -1755,6 +1755,23 @@ def test_citations_count_characters_and_not_bytes():
     assert answer == text[:5] + "\n```python\n1\n```\n" + text[5:]
 
 
+def test_the_places_of_all_citations_are_counted_in_one_pass():
+    pieces = [("[code]", False), ("Ærø", True), ("[more]", False), ("日本", True)]
+    own_text = "Ærø日本".encode()
+    places = proxy.characters(range(15), own_text, pieces)
+    assert [places[i] for i in range(15)] == [6, 6, 7, 8, 8, 9, 9, 9, 16, 16, 16, 17, 17, 17, 17]
+
+
+def test_the_last_signature_of_a_text_is_read():
+    signed = {"text": "", "thoughtSignature": sign("b")}
+    events = read(chunk({"text": "Hi", "thoughtSignature": sign("a")}), chunk("!"), whole(signed))
+    assert events[-1].signature == sign("b")
+
+
+def test_a_text_without_a_signature_has_none():
+    assert read(whole("Hi", {"text": "!", "thoughtSignature": "@"}))[-1].signature == ""
+
+
 @pytest.mark.parametrize(
     "blocks",
     [
@@ -1956,6 +1973,37 @@ def test_a_chat_becomes_a_request():
     assert not plan.stream
     assert ignored == []
     assert gemini_body(FULL_CHAT) == FULL_REQUEST
+
+
+REMINDER = {"role": "system", "content": "The user is silent. Ask again."}
+REMINDER_PARTS = ["<system>\n", "The user is silent. Ask again.", "\n</system>"]
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_system_messages_after_the_first_turn_stay_in_their_place(role):
+    body = gemini_body(
+        chat(
+            {"role": "system", "content": "Be brief."},
+            user("I want a shirt."),
+            assistant("Which size?"),
+            {**REMINDER, "role": role},
+        )
+    )
+    assert body["systemInstruction"] == {"parts": [{"text": "Be brief."}]}
+    assert body["contents"] == [u("I want a shirt."), m("Which size?"), u(*REMINDER_PARTS)]
+
+
+def test_a_system_message_before_the_results_of_calls_comes_after_them():
+    calls = [tool_call("a", "weather", "{}")]
+    result = {"role": "tool", "tool_call_id": "a", "content": "rain"}
+    body = gemini_body(chat(user("q"), assistant(None, tool_calls=calls), REMINDER, result))
+    answer = answer_to("weather", {"output": "rain"}, "a")
+    assert body["contents"][2:] == [u(answer), u(*REMINDER_PARTS)]
+
+
+def test_an_empty_system_message_after_the_first_turn_is_left_out():
+    body = gemini_body(chat(user("Hi"), {"role": "system", "content": ""}))
+    assert body["contents"] == [u("Hi")]
 
 
 def test_a_history_with_tools():
@@ -2287,6 +2335,59 @@ def test_a_streamed_completion():
     assert events[-1]["usage"]["total_tokens"] == 11
 
 
+NOVEL = 'Så \\ "😀" ' * 5000  # more than 16 KB in any form
+
+
+@pytest.mark.parametrize("text", ["", "a", "a" * 16_000, "a" * 40_000, NOVEL, "\0" * 9000])
+def test_texts_are_cut_into_deltas_of_16_kb_at_most(text):
+    pieces = list(proxy.delta_pieces(text))
+    assert "".join(pieces) == text
+    assert all(len(proxy.encode_json(piece)) <= 16_000 for piece in pieces)
+    assert len(pieces) <= 1 + len(proxy.encode_json(text)) // 7000
+
+
+def test_a_text_that_fits_is_one_delta():
+    assert list(proxy.delta_pieces("a" * 15_998)) == ["a" * 15_998]
+
+
+def test_long_arguments_of_a_call_are_cut_into_deltas():
+    answer = [whole(call("weather", {"city": NOVEL}, "s"), call("clock"))]
+    _, events = respond(chat(stream=True, tools=[WEATHER, CLOCK]), answer)
+    assert max(len(proxy.SSE.encode(event)) for event in events) < 40_000
+    calls = [delta["tool_calls"][0] for delta in deltas(events) if "tool_calls" in delta]
+    first, *more = [entry for entry in calls if entry["index"] == 0]
+    assert first["id"] == "call_2"
+    assert first["extra_content"] == {"google": {"thought_signature": sign("s")}}
+    assert all(entry.keys() == {"index", "function"} for entry in more)
+    assert all(entry["function"].keys() == {"arguments"} for entry in more)
+    arguments = "".join(entry["function"]["arguments"] for entry in [first, *more])
+    assert arguments == proxy.encode_json({"city": NOVEL})
+    assert calls[-1]["function"] == {"name": "clock", "arguments": "{}"}
+
+
+def test_the_long_input_of_a_custom_tool_is_cut_into_deltas():
+    body = chat(stream=True, tools=[{"type": "custom", "custom": {"name": "sql"}}])
+    _, events = respond(body, [whole(call("sql", {"input": NOVEL}))])
+    calls = [delta["tool_calls"][0] for delta in deltas(events) if "tool_calls" in delta]
+    assert len(calls) > 5
+    assert "".join(entry["custom"]["input"] for entry in calls) == NOVEL
+
+
+def test_long_arguments_of_a_legacy_function_are_cut_into_deltas():
+    body = chat(functions=[WEATHER["function"]], stream=True)
+    _, events = respond(body, [whole(call("weather", {"city": NOVEL}))])
+    pieces = [delta["function_call"] for delta in deltas(events) if "function_call" in delta]
+    assert [piece.get("name") for piece in pieces] == ["weather"] + [None] * (len(pieces) - 1)
+    arguments = "".join(piece["arguments"] for piece in pieces)
+    assert arguments == proxy.encode_json({"city": NOVEL})
+
+
+def test_a_long_text_is_cut_into_deltas():
+    _, events = respond(chat(stream=True), [whole(NOVEL)])
+    assert max(len(proxy.SSE.encode(event)) for event in events) < 20_000
+    assert "".join(delta.get("content") or "" for delta in deltas(events)) == NOVEL
+
+
 @pytest.mark.parametrize(
     "last_chunk, content, finish",
     [
@@ -2450,6 +2551,14 @@ def endpoint(name, body, *answers):
     return answer, stream_of(route, exchange(plan), *answers)
 
 
+def test_vectors_are_made_of_2048_inputs_at_most():
+    body = {"model": EMBEDDER, "input": ["a"] * 2048}
+    assert plan_and_ignored(body, proxy.openai_embeddings_request)[0].options.vectors == 2048
+    error = refused({**body, "input": ["a"] * 2049}, proxy.openai_embeddings_request)
+    assert (error.status, error.path) == (400, "input")
+    assert error.code == "array_above_max_length"
+
+
 def embed(body, *answers):
     plan = plan_and_ignored(body, proxy.openai_embeddings_request)[0]
     return proxy.openai_embeddings_response(exchange(plan), map(iter, answers))
@@ -2569,6 +2678,21 @@ def test_several_prompts_with_several_choices_and_their_echoes():
     ]
     assert answer["usage"]["total_tokens"] == 44
     assert [event["choices"][0]["text"] for event in events][:4] == ["Aa", "", "Ab", ""]
+
+
+@pytest.mark.parametrize("prompt", ["x" * 2**20, ["x" * 2**18] * 4])
+def test_several_choices_repeat_a_short_prompt_only(prompt):
+    body = {"model": FLASH, "prompt": prompt, "echo": True}
+    plan = plan_and_ignored({**body, "n": 4}, proxy.openai_completions_request)[0]
+    assert sum(map(len, plan.options.echoes)) == 2**22
+    error = refused({**body, "n": 5}, proxy.openai_completions_request)
+    assert (error.status, error.path) == (400, "echo")
+
+
+def test_one_choice_may_repeat_a_long_prompt():
+    body = {"model": FLASH, "prompt": "x" * 5_000_000, "echo": True}
+    plan = plan_and_ignored(body, proxy.openai_completions_request)[0]
+    assert plan.options.echoes == (body["prompt"],)
 
 
 def completion(**body):
@@ -3527,6 +3651,13 @@ def test_instructions_and_developer_messages_are_the_system_instruction():
     assert body["systemInstruction"]["parts"] == [{"text": "Be kind."}, {"text": "Be brief."}]
 
 
+def test_system_messages_among_the_items_stay_in_their_place():
+    items = [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Yes?"), REMINDER]
+    body = response_to_gemini({"input": items, "instructions": "Be kind."})
+    assert body["systemInstruction"]["parts"] == [{"text": "Be kind."}, {"text": "Be brief."}]
+    assert body["contents"] == [u("Hi"), m("Yes?"), u(*REMINDER_PARTS)]
+
+
 def test_messages_become_turns():
     link = f"data:image/png;base64,{PNG}"
     parts = [{"type": "input_text", "text": "Look"}, {"type": "input_image", "image_url": link}]
@@ -3571,6 +3702,39 @@ def test_a_reasoning_item_gives_a_call_its_signature():
     function_call = {"id": "call_9", "name": "weather", "args": {}}
     part = {"functionCall": function_call, "thoughtSignature": sign("s")}
     assert contents[1] == m("I call.", part)
+
+
+SIGNED_TEXT = [chunk(THOUGHT), chunk("He"), whole({"text": "y", "thoughtSignature": sign("s")})]
+SEALED = {"model": NEWEST, "include": ["reasoning.encrypted_content"]}
+
+
+@pytest.mark.parametrize("summary", [None, "auto"])
+def test_the_signature_of_a_text_is_sealed_after_it_and_goes_back_to_it(summary):
+    output = response_to({**SEALED, "reasoning": {"summary": summary}}, *SIGNED_TEXT)["output"]
+    assert [item["type"] for item in output[-2:]] == ["message", "reasoning"]
+    assert output[-1] == {**reasoning_item(signatures("")), "id": output[-1]["id"]}
+    contents = contents_of(user("Hi"), *output, user("And?"), model=NEWEST)
+    signed = {"text": "Hey", "thoughtSignature": sign("s")}
+    assert contents == [u("Hi"), m(signed), u("And?")]
+
+
+def test_the_signature_of_a_text_is_sealed_only_for_clients_that_want_it():
+    output = response_to({"model": NEWEST}, *SIGNED_TEXT)["output"]
+    assert [item["type"] for item in output] == ["message"]
+
+
+def test_the_signature_of_a_text_joins_the_thoughts_that_follow_it():
+    body = {**SEALED, "reasoning": {"summary": "auto"}}
+    signed = {"text": "Hey", "thoughtSignature": sign("s")}
+    output = response_to(body, whole(signed, THOUGHT))["output"]
+    assert [item["type"] for item in output] == ["message", "reasoning"]
+    assert output[1]["encrypted_content"] == signatures("")
+
+
+@pytest.mark.parametrize("before", [[], [user("Hi")], [assistant("")], [user("Hi"), OSLO_CALL]])
+def test_the_signature_of_a_text_that_is_gone_is_left_out(before):
+    contents = contents_of(*before, reasoning_item(signatures("")), user("And?"), model=NEWEST)
+    assert sign("s") not in json.dumps(contents)
 
 
 def test_the_summary_of_a_reasoning_item_does_not_go_back():
@@ -3731,6 +3895,33 @@ def test_a_call_of_a_custom_tool_in_a_namespace_has_its_own_events():
     ]
 
 
+@pytest.mark.parametrize(
+    "tool, name, args, kind, value",
+    [
+        (FLAT, "weather", {"city": NOVEL}, "function_call_arguments", {"city": NOVEL}),
+        (NAMESPACE, "code.apply_patch", {"input": NOVEL}, "custom_tool_call_input", NOVEL),
+    ],
+)
+def test_long_calls_of_a_response_are_cut_into_deltas(tool, name, args, kind, value):
+    events = response_events({"tools": [tool]}, whole(call(name, args)))
+    pieces = [event["delta"] for event in events if event["type"] == f"response.{kind}.delta"]
+    assert len(pieces) > 5
+    assert max(map(len, pieces)) <= 16_000
+    text = value
+    if isinstance(value, dict):
+        text = proxy.encode_json(value)
+    assert "".join(pieces) == text
+
+
+def test_long_texts_of_a_response_are_cut_into_deltas():
+    body = {"reasoning": {"summary": "auto"}}
+    events = response_events(body, whole({"text": NOVEL, "thought": True}, NOVEL))
+    for kind in ("output_text", "reasoning_summary_text"):
+        pieces = [event["delta"] for event in events if event["type"] == f"response.{kind}.delta"]
+        assert len(pieces) > 5
+        assert "".join(pieces) == NOVEL
+
+
 def test_a_call_of_a_custom_tool_in_a_namespace_goes_back_to_gemini():
     output = {"type": "custom_tool_call_output", "call_id": "call_2", "output": "ok"}
     function_call = {"id": "call_2", "name": "code.apply_patch", "args": {"input": "X"}}
@@ -3831,6 +4022,16 @@ def test_references_stand_for_stored_items():
     answer = {"type": "item_reference", "id": first["output"][0]["id"]}
     items = [question, answer, user("And now?")]
     assert response_to_gemini({"input": items}, notes)["contents"] == CONTINUED
+
+
+def test_a_second_reference_to_an_item_is_a_400_as_openais():
+    notes, _ = stored_response()
+    items = [{"type": "item_reference", "id": "msg_1_i0"}] * 2
+    body = {"model": FLASH, "input": items}
+    context = looked_up(RESPONSES_ROUTE, body, Context(), notes)
+    with pytest.raises(ProxyError, match="Duplicate item found with id msg_1_i0") as caught:
+        plan_and_ignored(body, proxy.openai_responses_request, context)
+    assert (caught.value.status, caught.value.path) == (400, "input")
 
 
 def test_a_reference_may_leave_out_its_type():
@@ -3940,7 +4141,28 @@ def test_json_beside_tools_loses_its_code_fence():
     body = {"text": JSON_TEXT, "tools": [FLAT]}
     response = response_to(body, whole('```json\n{"a":"b"}\n```'))
     assert response["output"][0]["content"][0]["text"] == '{"a":"b"}'
-    assert response["text"] == JSON_TEXT
+
+
+@pytest.mark.parametrize(
+    "form, echo",
+    [
+        (None, {"type": "text"}),
+        ({"type": "text"}, {"type": "text"}),
+        ({"type": "json_object"}, {"type": "json_object"}),
+        (JSON_TEXT["format"], {**JSON_TEXT["format"], "description": None}),
+        (
+            {"type": "json_schema", "name": "x", "schema": JSON_SCHEMA, "strict": None},
+            {**JSON_TEXT["format"], "description": None, "strict": False},
+        ),
+        (
+            {**JSON_TEXT["format"], "description": "A letter"},
+            {**JSON_TEXT["format"], "description": "A letter"},
+        ),
+    ],
+)
+def test_a_response_repeats_its_format_with_all_keys(form, echo):
+    response = response_to({"text": {"format": form}}, whole('{"a":"b"}'))
+    assert response["text"]["format"] == echo
 
 
 @pytest.mark.parametrize(
@@ -4775,6 +4997,9 @@ def added_up(events):
         elif event["type"] == "content_block_delta":
             assert event["index"] == len(message["content"]) - 1
             add_delta(message["content"][-1], event["delta"])
+        elif event["type"] == "content_block_stop" and "json" in message["content"][-1]:
+            block = message["content"][-1]
+            block["input"] = json.loads(block.pop("json"))
         elif event["type"] == "message_delta":
             message.update(event["delta"], usage=event["usage"])
     return message
@@ -4783,7 +5008,7 @@ def added_up(events):
 def add_delta(block, delta):
     kind = delta["type"].partition("_")[0]
     if kind == "input":
-        block["input"] = json.loads(delta["partial_json"])
+        block["json"] = block.get("json", "") + delta["partial_json"]
     elif kind == "citations":
         block.setdefault("citations", []).append(delta["citation"])
     else:
@@ -4795,7 +5020,8 @@ def text_block(text, **more):
 
 
 def use_block(call_id, name="weather", **args):
-    return {"type": "tool_use", "id": call_id, "name": name, "input": args or {"city": "Oslo"}}
+    fields = {"id": call_id, "name": name, "input": args or {"city": "Oslo"}}
+    return {"type": "tool_use", **fields, "caller": {"type": "direct"}}
 
 
 def result_block(call_id, content="3", **more):
@@ -5176,10 +5402,12 @@ STREAMED = b"".join(
 {"type":"content_block_start","index":2,"content_block":{"type":"thinking","thinking":"","signature":""}}
 {"type":"content_block_delta","index":2,"delta":{"type":"signature_delta","signature":"EmFhYWFhYWFh"}}
 {"type":"content_block_stop","index":2}
-{"type":"content_block_start","index":3,"content_block":{"type":"tool_use","id":"call_2","name":"weather","input":{}}}
+{"type":"content_block_start","index":3,"content_block":{"type":"tool_use","id":"call_2","name":"weather","input":{},\
+"caller":{"type":"direct"}}}
 {"type":"content_block_delta","index":3,"delta":{"type":"input_json_delta","partial_json":"{\\"city\\":\\"Oslo\\"}"}}
 {"type":"content_block_stop","index":3}
-{"type":"content_block_start","index":4,"content_block":{"type":"tool_use","id":"call_3","name":"weather","input":{}}}
+{"type":"content_block_start","index":4,"content_block":{"type":"tool_use","id":"call_3","name":"weather","input":{},\
+"caller":{"type":"direct"}}}
 {"type":"content_block_delta","index":4,"delta":{"type":"input_json_delta","partial_json":"{\\"city\\":\\"Rome\\"}"}}
 {"type":"content_block_stop","index":4}
 {"type":"message_delta","delta":{"stop_reason":"tool_use","stop_sequence":null},\
@@ -5296,13 +5524,41 @@ def test_a_search_comes_after_the_text_that_cites_its_results():
     message, _ = claude_answer(claude_chat(tools=[WEB_SEARCH]), *chunks)
     search = {"type": "server_tool_use", "id": "srvtoolu_2", "name": "web_search"}
     result = {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_2"}
+    direct = {"caller": {"type": "direct"}}
     assert message["content"] == [
         text_block("Æther wind", citations=[WIND_CITATION]),
-        {**search, "input": {"query": "wind"}},
-        {**result, "content": [WIND_RESULT]},
+        {**search, "input": {"query": "wind"}, **direct},
+        {**result, "content": [WIND_RESULT], **direct},
     ]
     searches = {"web_search_requests": 1, "web_fetch_requests": 0}
     assert message["usage"]["server_tool_use"] == searches
+
+
+def test_a_citation_quotes_150_characters_at_most():
+    segment = {"startIndex": 0, "endIndex": 400}
+    supports = [{"segment": segment, "groundingChunkIndices": [0]}]
+    grounding = {**WIND_GROUNDING, "groundingSupports": supports}
+    message, _ = claude_answer(claude_chat(), whole("wind " * 80, groundingMetadata=grounding))
+    assert message["content"][0]["citations"][0]["cited_text"] == "wind " * 30
+
+
+@pytest.mark.parametrize("thought", [False, True])
+def test_a_long_text_of_a_message_is_cut_into_deltas(thought):
+    body = claude_chat(thinking={"type": "adaptive"}, stream=True)
+    message, events = claude_answer(body, whole({"text": NOVEL, "thought": thought}))
+    assert max(len(proxy.NAMED_SSE.encode(event)) for event in events) < 20_000
+    assert NOVEL in message["content"][0].values()
+
+
+def test_a_long_call_in_a_message_is_cut_into_deltas():
+    body = claude_chat(tools=[ASK_CITY], stream=True)
+    message, events = claude_answer(body, whole(call("weather", {"city": NOVEL})))
+    kind = "content_block_delta"
+    texts = [event["delta"]["partial_json"] for event in events if event["type"] == kind]
+    assert len(texts) > 5
+    assert max(map(len, texts)) <= 16_000
+    assert "".join(texts) == proxy.encode_json({"city": NOVEL})
+    assert message["content"] == [use_block("call_1", city=NOVEL)]
 
 
 def test_citations_after_a_call_get_a_text_block_of_their_own():
@@ -8491,7 +8747,16 @@ def test_the_docstrings_map_is_true():
 
 # Modules of which nothing reads a clock, a file, a socket, the environment or chance.
 PURE_MODULES = {
-    *("array", "base64", "codecs", "collections", "collections.abc", "datetime", "fnmatch"),
+    *(
+        "array",
+        "base64",
+        "bisect",
+        "codecs",
+        "collections",
+        "collections.abc",
+        "datetime",
+        "fnmatch",
+    ),
     *("functools", "hashlib", "io", "ipaddress", "itertools", "json", "math", "operator", "re"),
     *("sys", "typing", "urllib.parse", "wave"),
 }
