@@ -91,7 +91,7 @@ import urllib.request
 import wave
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from operator import itemgetter
+from operator import itemgetter, mul
 from re import Pattern
 from typing import Any, Callable, NamedTuple, Union
 
@@ -387,34 +387,37 @@ def gemini_json(body: JSON) -> bytes:
 
 
 BAD_JSON = "We could not parse the JSON body of your request: "
-# What an object or array and a text take in memory: where they are Fields and parts of turns, and
-# where they only are JSON in a text. Many tiny ones would take far more than their text.
-STRUCTURE_BYTES = (1200, 100)
-CONTENT_BYTES = (200, 100)
+# The bytes in memory of (an object or array, a text): in a body, with its Fields and its part of a
+# turn, and in JSON inside a text. Measured; many tiny ones would take far more than their JSON.
+BODY_BYTES = (900, 80)
+INNER_BYTES = (200, 80)
 SPARE_BYTES = 20 << 20  # so much is always fine
-MEMORY_FACTOR = 12  # at most so many times the size of the body beyond that
+MEMORY_FACTOR = 12  # beyond that, at most so many times the size of the body
 STRUCTURE = re.compile(r'("[^"]*"?)|[\[{]')  # a text, or the beginning of an object or array
 
 
 def check_density(text: str) -> None:
     """A 400 for JSON that would take much more memory than its text; nothing is parsed for it."""
     allowed = SPARE_BYTES + MEMORY_FACTOR * len(text)
-    containers, quotes = text.count("{") + text.count("["), text.count('"')
-    container_bytes, text_bytes = STRUCTURE_BYTES
-    if containers * container_bytes + quotes // 2 * text_bytes <= allowed:
+    counts = (text.count("{") + text.count("["), text.count('"') // 2)
+    if sum(map(mul, counts, BODY_BYTES)) <= allowed:
         return
-    nested_bytes = containers * CONTENT_BYTES[0] + quotes // 2 * CONTENT_BYTES[1]
-    if nested_bytes <= allowed + SPARE_BYTES:
-        plain = text.replace("\\\\", "").replace(
-            '\\"', ""
-        )  # so that each quote begins or ends a text
-        for match in STRUCTURE.finditer(plain):
-            allowed -= text_bytes if match.lastindex else container_bytes
-            if allowed < 0:
-                break
-        else:
-            return
-    raise ProxyError(400, BAD_JSON + "it is made of too many small objects and texts for its size.")
+    inner_bytes = sum(map(mul, counts, INNER_BYTES))
+    if inner_bytes > allowed + SPARE_BYTES or body_exceeds(allowed, text):
+        words = "it is made of too many small objects and texts for its size."
+        raise ProxyError(400, BAD_JSON + words)
+
+
+def body_exceeds(allowed: int, text: str) -> bool:
+    """Whether a body takes more memory than allowed; what is inside of its texts does not count."""
+    container_bytes, text_bytes = BODY_BYTES
+    left = allowed
+    unescaped = text.replace("\\\\", "").replace('\\"', "")  # each quote begins or ends a text
+    for match in STRUCTURE.finditer(unescaped):
+        left -= text_bytes if match.lastindex else container_bytes
+        if left < 0:
+            return True
+    return False
 
 
 def nested_too_deeply() -> ProxyError:
@@ -1251,14 +1254,13 @@ def inner_values(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def nested_deeper(value: Any, depth: int) -> bool:
+def nested_deeper(value: JSON, depth: int) -> bool:
     """Whether objects and arrays are in one another at more than this depth."""
-    layer = [value]
+    layer: list[Any] = [value]
     for _ in range(depth):
-        layer = [inner for outer in layer for inner in inner_values(outer)]
-        if not layer:
-            return False
-    return any(isinstance(inner, (dict, list)) for inner in layer)
+        values = (inner for outer in layer for inner in inner_values(outer))
+        layer = [inner for inner in values if isinstance(inner, (dict, list))]
+    return bool(layer)
 
 
 def result_of_parts(
