@@ -2199,6 +2199,105 @@ def blob(mime, data):
     return {"inlineData": {"mimeType": mime, "data": data}}
 
 
+def anthropic_image(label, data):
+    source = {"type": "base64", "media_type": label, "data": data}
+    return {"type": "image", "source": source}
+
+
+def image_bodies(label, data):
+    """A question with this image, in each dialect: (its request, the place, the body)."""
+    url = f"data:{label};base64,{data}"
+    link = {"type": "image_url", "image_url": {"url": url}}
+    openai, anthropic = proxy.openai_chat_request, proxy.anthropic_messages_request
+    responses, ollama = proxy.openai_responses_request, proxy.ollama_chat_request
+    place = "messages[].content[]"
+    return {
+        "chat": (openai, f"{place}.image_url.url", chat(user([link]))),
+        "Responses": (
+            responses,
+            "input[].content[].image_url",
+            {"model": FLASH, "input": [user([{"type": "input_image", "image_url": url}])]},
+        ),
+        "Ollama": (ollama, "messages[].images[]", chat({**user(""), "images": [data]})),
+        "Anthropic": (
+            anthropic,
+            f"{place}.source.data",
+            chat(user([anthropic_image(label, data)]), max_tokens=9),
+        ),
+    }
+
+
+GIF, JPEG = (base64.b64encode(data).decode() for data in (b"GIF89a", b"\xff\xd8\xff\xe0"))
+DIALECTS = list(image_bodies("", ""))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_an_image_with_a_wrong_label_gets_the_right_one_in_every_dialect(dialect):
+    request, _, body = image_bodies("image/png", JPEG)[dialect]
+    plan, ignored = plan_and_ignored(body, request)
+    assert plan.calls[0].body["contents"] == [u(blob("image/jpeg", JPEG))]
+    assert ignored == []
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_words_stand_in_the_place_of_a_gif_in_every_dialect(dialect):
+    request, place, body = image_bodies("image/png", GIF)[dialect]
+    plan, ignored = plan_and_ignored(body, request)
+    words = "[A file of type image/gif was left out: Gemini cannot read it.]"
+    assert plan.calls[0].body["contents"] == [u(words)]
+    assert ignored == [f"{place} (image/gif)"]
+
+
+def test_words_stand_in_the_place_of_a_gif_in_a_tools_result():
+    link = {"type": "image_url", "image_url": {"url": f"data:image/gif;base64,{GIF}"}}
+    body = chat(
+        user("q"),
+        assistant(None, tool_calls=[tool_call("a", "look", "{}")]),
+        {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "Here:"}, link]},
+    )
+    words = "Here:\n[A file of type image/gif was left out: Gemini cannot read it.]"
+    assert gemini_body(body)["contents"][2] == u(answer_to("look", {"output": words}, "a"))
+
+
+def deep_call_bodies(arguments):
+    """A history with a call of these arguments, in each dialect: (its request, the place, body)."""
+    entry = tool_call("a", "f", json.dumps(arguments))
+    item = {
+        "type": "function_call",
+        "call_id": "a",
+        "name": "f",
+        "arguments": json.dumps(arguments),
+    }
+    ollama_entry = {"function": {"name": "f", "arguments": arguments}}
+    block = {"type": "tool_use", "id": "a", "name": "f", "input": arguments}
+    place = "messages[0].tool_calls[0].function.arguments"
+    return {
+        "chat": (proxy.openai_chat_request, place, chat(assistant(None, tool_calls=[entry]))),
+        "Responses": (
+            proxy.openai_responses_request,
+            "input[0].arguments",
+            {"model": FLASH, "input": [item]},
+        ),
+        "Ollama": (
+            proxy.ollama_chat_request,
+            place,
+            chat(assistant("", tool_calls=[ollama_entry])),
+        ),
+        "Anthropic": (
+            proxy.anthropic_messages_request,
+            "messages[0].content[0].input",
+            chat(assistant([block]), max_tokens=9),
+        ),
+    }
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_deeply_nested_arguments_are_a_400_at_their_place_in_every_dialect(dialect):
+    request, place, body = deep_call_bodies(json.loads(NESTED))[dialect]
+    error = refused(body, request)
+    assert (error.status, error.path) == (400, place)
+
+
 @pytest.mark.parametrize("model", [NEWEST, FLASH])
 def test_an_image_from_a_tool_stands_in_its_result_or_beside_it(model):
     content = [
