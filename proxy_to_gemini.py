@@ -91,7 +91,7 @@ import urllib.request
 import wave
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from operator import itemgetter
+from operator import itemgetter, mul
 from re import Pattern
 from typing import Any, Callable, NamedTuple, Union
 
@@ -315,13 +315,12 @@ class Fields:
         self.read.add(key)
         return self.data.get(key)
 
-    def objects(self, key: str) -> list[Fields]:
-        """The objects of the list under this key."""
-        items = self.get(key, list)
-        if not items:
-            return []
-        path, tracked = self.path_of(key), self.tracked
-        return [Fields(item, f"{path}[{i}]", tracked) for i, item in enumerate(items)]
+    def objects(self, key: str) -> Iterator[Fields]:
+        """The objects of the list under this key, each made when it is read: a bad one may be the
+        first of millions."""
+        path = self.path_of(key)
+        for i, item in enumerate(self.get(key, list) or ()):
+            yield Fields(item, f"{path}[{i}]", self.tracked)
 
     def strings(self, key: str) -> list[str]:
         """The strings under this key, which may be a list of them or a single one."""
@@ -388,6 +387,37 @@ def gemini_json(body: JSON) -> bytes:
 
 
 BAD_JSON = "We could not parse the JSON body of your request: "
+# The bytes in memory of (an object or array, a text): in a body, with its Fields and its part of a
+# turn, and in JSON inside a text. Measured; many tiny ones would take far more than their JSON.
+BODY_BYTES = (900, 80)
+INNER_BYTES = (200, 80)
+SPARE_BYTES = 20 << 20  # so much is always fine
+MEMORY_FACTOR = 12  # beyond that, at most so many times the size of the body
+STRUCTURE = re.compile(r'("[^"]*"?)|[\[{]')  # a text, or the beginning of an object or array
+
+
+def check_density(text: str) -> None:
+    """A 400 for JSON that would take much more memory than its text; nothing is parsed for it."""
+    allowed = SPARE_BYTES + MEMORY_FACTOR * len(text)
+    counts = (text.count("{") + text.count("["), text.count('"') // 2)
+    if sum(map(mul, counts, BODY_BYTES)) <= allowed:
+        return
+    inner_bytes = sum(map(mul, counts, INNER_BYTES))
+    if inner_bytes > allowed + SPARE_BYTES or body_exceeds(allowed, text):
+        words = "it is made of too many small objects and texts for its size."
+        raise ProxyError(400, BAD_JSON + words)
+
+
+def body_exceeds(allowed: int, text: str) -> bool:
+    """Whether a body takes more memory than allowed; what is inside of its texts does not count."""
+    container_bytes, text_bytes = BODY_BYTES
+    left = allowed
+    unescaped = text.replace("\\\\", "").replace('\\"', "")  # each quote begins or ends a text
+    for match in STRUCTURE.finditer(unescaped):
+        left -= text_bytes if match.lastindex else container_bytes
+        if left < 0:
+            return True
+    return False
 
 
 def nested_too_deeply() -> ProxyError:
@@ -399,7 +429,9 @@ def parse_body(raw: bytes, content_type: str = "") -> Fields:
     if not raw.strip():
         raise ProxyError(400, "missing request body")
     try:
-        data = decode_json(raw.decode("utf-8-sig"))
+        text = raw.decode("utf-8-sig")
+        check_density(text)
+        data = decode_json(text)
     except RecursionError:
         raise nested_too_deeply() from None
     except ValueError as error:
@@ -415,8 +447,10 @@ FORM_TYPE = re.compile(
     r"([0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-])\1\s*(?:;.*)?",
     re.I | re.A,
 )
-PARAMETER = r"""\s*;\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)=(?:"((?:[^"\\\r\n]|\\.)*)"|([^\s;"]+))"""
-DISPOSITION = re.compile(f"form-data(?:{PARAMETER})*\\s*;?", re.I)
+FORM_DATA = re.compile("form-data", re.I)
+PARAMETER = re.compile(
+    r"""\s*;\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)=(?:"((?:[^"\\\r\n]|\\.)*)"|([^\s;"]+))"""
+)
 
 
 def bad_form(why: str) -> ProxyError:
@@ -455,15 +489,11 @@ def form_part(piece: bytes) -> tuple[str, str | Upload]:
     """(name, value) of one part, which is a file if it has a file name."""
     head, gap, data = piece.partition(b"\r\n\r\n")
     headers = form_headers(head if gap and len(head) < 8192 else b"")
-    disposition = headers.get("content-disposition", "")
-    if not DISPOSITION.fullmatch(disposition):
+    parameters = form_parameters(headers.get("content-disposition", ""))
+    if parameters is None:
         raise bad_form("a part's head makes no sense")
     if headers.get("content-transfer-encoding", "binary").lower() not in ("binary", "8bit", "7bit"):
         raise bad_form("a part has a transfer encoding")
-    parameters = {
-        key.lower(): re.sub(r"\\(.)", r"\1", quoted or bare)
-        for key, quoted, bare in re.findall(PARAMETER, disposition)
-    }
     name = parameters.get("name")
     if not name:
         raise bad_form("a part has no name")
@@ -476,6 +506,23 @@ def form_part(piece: bytes) -> tuple[str, str | Upload]:
         return name, data.decode()
     except UnicodeDecodeError:
         raise wrong_value(name, f"Invalid value for '{name[:80]}': it is not UTF-8.") from None
+
+
+def form_parameters(disposition: str) -> dict[str, str] | None:
+    """The parameters of a part's Content-Disposition; None where it makes no sense.
+
+    One after the other: a search for them would begin anew at each of a thousand blanks.
+    """
+    match = FORM_DATA.match(disposition)
+    parameters: dict[str, str] = {}
+    end = 0
+    while match:
+        end = match.end()
+        match = PARAMETER.match(disposition, end)
+        if match:
+            key, quoted, bare = match.groups()
+            parameters[key.lower()] = re.sub(r"\\(.)", r"\1", quoted or bare or "")
+    return parameters if end and disposition[end:].strip() in ("", ";") else None
 
 
 def form_headers(head: bytes) -> dict[str, str]:
@@ -506,11 +553,19 @@ def form_scalars(body: Fields, *keys: str) -> None:
 
 def parsed_object(text: str) -> JSON | None:
     """The JSON object in a text, or None: arguments and results are JSON inside JSON."""
+    try:
+        return decode_object(text)
+    except RecursionError:
+        return None
+
+
+def decode_object(text: str) -> JSON | None:
+    """The same; a RecursionError where it is nested too deeply."""
     if text.lstrip()[:1] != "{":
         return None
     try:
         value = decode_json(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     return value if type(value) is dict else None
 
@@ -525,6 +580,7 @@ class GeminiCall(NamedTuple):
     optional: bool = False  # the answer can do without it: a failure is an empty chunk
     generates: bool = False  # whether its answer is read as events, not as chunks
     unfence: bool = False  # whether JSON was asked for in words, and may come in a code fence
+    left_out: tuple[str, ...] = ()  # names of what repairs have left out
 
 
 class Plan(NamedTuple):
@@ -955,46 +1011,65 @@ def texts_of(parts: Iterable[Part]) -> str:
     return "".join(part.get("text", "") for part in parts)
 
 
-# The first bytes of files. Ollama's clients send bare base64, and some name a wrong type.
+# The first bytes of files, which tell their types before any label does: clients label wrongly.
 MAGIC = (
     (rb"\xff\xd8\xff", "image/jpeg"),
     (rb"\x89PNG", "image/png"),
-    (rb"GIF8", "image/gif"),
+    (rb"GIF8[79]a", "image/gif"),
     (rb"RIFF....WEBP", "image/webp"),
     (rb"....ftyp(hei[cfmsx]|mif1|hevc)", "image/heic"),
-    (rb"BM", "image/bmp"),
+    (rb"BM....\0\0\0\0", "image/bmp"),
+    (rb"II\*\0|MM\0\*", "image/tiff"),
     (rb"%PDF", "application/pdf"),
     (rb"RIFF....WAVE", "audio/wav"),
-    (rb"ID3|\xff[\xf2\xf3\xfb]", "audio/mp3"),
+    (rb"ID3[\x02-\x04]|\xff[\xf2\xf3\xfa\xfb]", "audio/mp3"),
+    (rb"\xff[\xf1\xf9]", "audio/aac"),
     (rb"fLaC", "audio/flac"),
     (rb"OggS", "audio/ogg"),
     (rb"....ftypavi[fs]", "image/avif"),
     (rb"....ftypM4A", "audio/mp4"),
+    (rb"....ftypqt", "video/quicktime"),
     (rb"....ftyp", "video/mp4"),
     (rb"\x1a\x45\xdf\xa3", "video/webm"),
+    (rb"PK\x03\x04", "application/zip"),
+    (rb"\xd0\xcf\x11\xe0", "application/x-ole-storage"),
 )
+ARCHIVES = ("application/zip", "application/x-ole-storage")  # labels say what is in them
+UNKNOWN_TYPE = "application/octet-stream"
 MIME_SPELLINGS = {
     **dict.fromkeys(("audio/x-wav", "audio/wave"), "audio/wav"),
     "audio/m4a": "audio/mp4",
-    "image/jpg": "image/jpeg",
+    **dict.fromkeys(("image/jpg", "image/pjpeg"), "image/jpeg"),
+    "image/x-png": "image/png",
     "application/x-pdf": "application/pdf",
 }
-TEXT_TYPES = re.compile(
-    r"text/|application/(json|xml|yaml|x-yaml|javascript|typescript|toml|sql|x-sh|csv)\b|"
-    r".*\+(json|xml)$"
+TEXT_TYPES = re.compile(r"text/|application/(?!pdf$)|.*\+(json|xml)$")  # where they are UTF-8
+# What Gemini reads: https://ai.google.dev/gemini-api/docs/image-understanding#supported-formats
+# and its neighbours. It refuses GIF, BMP, TIFF, SVG and office files, as reported:
+# https://github.com/microsoft/vscode/issues/286628, https://github.com/google/adk-python/issues/5693
+READABLE_TYPES = re.compile(
+    r"image/(png|jpeg|webp|heic|heif)$|(audio|video|text)/[^*]|application/pdf$"
 )
+OFFICE = "application/vnd.openxmlformats-officedocument"
 EXTENSIONS = {
-    **{name: f"image/{name}" for name in ("png", "jpeg", "webp", "heic", "gif")},
+    **{name: f"image/{name}" for name in ("png", "jpeg", "webp", "heic", "gif", "bmp", "tiff")},
     **{name: f"audio/{name}" for name in ("mp3", "wav", "flac", "ogg", "aac")},
     **{name: f"video/{name}" for name in ("mp4", "webm", "mov")},
     **{name: f"text/{name}" for name in ("csv", "html", "xml")},
-    **{name: f"application/{name}" for name in ("pdf", "json")},
+    **{name: f"application/{name}" for name in ("pdf", "json", "zip", "rtf")},
     **dict.fromkeys(("txt", "ts", "yaml", "yml"), "text/plain"),
     "jpg": "image/jpeg",
+    "svg": "image/svg+xml",
     "m4a": "audio/mp4",
     "md": "text/markdown",
     "py": "text/x-python",
     "js": "text/javascript",
+    "doc": "application/msword",
+    "xls": "application/vnd.ms-excel",
+    "ppt": "application/vnd.ms-powerpoint",
+    "docx": f"{OFFICE}.wordprocessingml.document",
+    "xlsx": f"{OFFICE}.spreadsheetml.sheet",
+    "pptx": f"{OFFICE}.presentationml.presentation",
 }
 
 
@@ -1006,6 +1081,23 @@ def sniffed(data: str) -> str | None:
 
 def extension_type(name: str | None) -> str | None:
     return EXTENSIONS.get((name or "").rpartition(".")[2].lower())
+
+
+def media_type(data: str, label: str | None, name: str | None) -> str:
+    """The MIME type of base64 data: by its bytes where they are known, else by its label, which may
+    be a bare "png", else by the name of its file."""
+    label = (label or "").partition(";")[0].strip().lower()
+    label = MIME_SPELLINGS.get(label, EXTENSIONS.get(label, label))
+    if not label or label == UNKNOWN_TYPE:
+        label = extension_type(name) or UNKNOWN_TYPE
+    known = sniffed(data)
+    if not known or (
+        known in ARCHIVES and label != UNKNOWN_TYPE and not READABLE_TYPES.match(label)
+    ):
+        return label
+    if known.startswith("video/") and label.startswith("audio/"):
+        return known.replace("video", "audio")  # the containers are the same
+    return known
 
 
 def is_base64(text: str) -> bool:
@@ -1029,29 +1121,49 @@ def base64_data(text: str, path: str) -> str:
     return data + "=" * (-len(data) % 4)
 
 
-def media_part(data: str, mime: str | None, path: str, name: str | None = None) -> Part:
-    """A part of base64 data or a data: URL; a text file becomes text, which every model reads."""
+def media_part(
+    fields: Fields, key: str, data: str, label: str | None = None, name: str | None = None
+) -> Part:
+    """A part of base64 data or a data: URL, which is under this key of the fields.
+
+    A text file becomes text, which every model reads; so do words about a file that none reads.
+    """
+    path = fields.path_of(key)
     if data[:5].lower() == "data:":  # RFC 2397
         head, comma, data = data[5:].partition(",")
         if not comma:
             message = f"Invalid value for '{path}': expected a base64-encoded data URL."
             raise wrong_value(path, message)
-        mime_type, *parameters = [word.strip().lower() for word in head.split(";")]
-        mime = mime_type or mime
+        mime, *parameters = [word.strip().lower() for word in head.split(";")]
+        label = mime or label
         if "base64" not in parameters:
             raw = urllib.parse.unquote_to_bytes(data.encode("utf-8", "replace"))
             data = base64.b64encode(raw).decode()
     data = base64_data(data, path)
-    mime = MIME_SPELLINGS.get(mime or "", mime)
-    if not mime or mime == "application/octet-stream":
-        mime = sniffed(data) or extension_type(name) or mime or "application/octet-stream"
+    mime = media_type(data, label, name)
     if TEXT_TYPES.match(mime):
-        heading = f"{name}:\n" if name else ""
-        try:
-            return text_part(heading + decode_base64(data).decode())
-        except UnicodeDecodeError:
-            pass  # Gemini may still know what it is
+        text = decoded_text(data)
+        if text is not None:
+            return text_part(f"{name}:\n{text}" if name else text)
+    if not READABLE_TYPES.match(mime):
+        return left_out_part(fields, path, mime, name and f"named {name}")
     return {"inlineData": {"mimeType": mime, "data": data}}
+
+
+def decoded_text(data: str) -> str | None:
+    """The text in base64, or None where it is none."""
+    try:
+        text = decode_base64(data).decode()
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text
+
+
+def left_out_part(fields: Fields, path: str, mime: str, which: str | None) -> Part:
+    """What stands in the place of a file that Gemini refuses, now and at each later turn."""
+    fields.ignore(f"{without_indexes(path)} ({mime})")
+    words = " ".join(filter(None, ("A file of type", mime, which)))
+    return text_part(f"[{words} was left out: Gemini cannot read it.]")
 
 
 def local_host(host: str) -> bool:
@@ -1068,10 +1180,12 @@ def local_host(host: str) -> bool:
     return not (getattr(address, "ipv4_mapped", None) or address).is_global
 
 
-def source_part(source: str, mime: str | None, path: str, name: str | None = None) -> Part:
-    """The part for a data: URL, or for an address, which Gemini fetches: this proxy must not."""
+def source_part(fields: Fields, key: str, name: str | None = None) -> Part:
+    """The part for the data: URL under this key, or for an address, which Gemini fetches: this
+    proxy must not."""
+    source, path = fields.require(key, str), fields.path_of(key)
     if source[:5].lower() == "data:":
-        return media_part(source, mime, path, name)
+        return media_part(fields, key, source, None, name)
     message = f"Invalid value for '{path}': expected a data URL or a public https URL."
     try:
         url = urllib.parse.urlsplit(source)
@@ -1084,6 +1198,8 @@ def source_part(source: str, mime: str | None, path: str, name: str | None = Non
         why = f"Gemini fetches this URL, and cannot reach {host[:80]!r}."
         raise wrong_value(path, f"Invalid value for '{path}': {why}")
     mime_type = extension_type(url.path) or extension_type(name)
+    if mime_type and not READABLE_TYPES.match(mime_type) and mime_type != "application/json":
+        return left_out_part(fields, path, mime_type, f"at {source}")
     return {"fileData": {**given(mimeType=mime_type), "fileUri": source}}
 
 
@@ -1096,28 +1212,55 @@ def call_part(
 
 def result_part(
     name: str | None,
-    content: str | JSON,
+    content: str,
     call_id: str | None = None,
     media: Sequence[Part] = (),
     failed: bool = False,
 ) -> Part:
-    """A functionResponse of an object, or of a text and media: the object that is in it, or itself.
+    """A functionResponse of a text and media: the object that is in the text, or itself.
 
     valid_turns finds its call, and moves the media beside it where need be.
     """
-    response = content
-    if isinstance(content, str):
-        parsed = parsed_object(content)
-        if failed:
-            response = {"error": content}
-        elif parsed is None or loses_digits(parsed):
-            response = {"output": content}
-        else:
-            response = parsed
+    response = {"error": content}
+    if not failed:
+        response = result_response(content)
     result = {**given(id=call_id), "name": "", "response": response, **given(parts=list(media))}
     if name:
         result["name"] = gemini_name(name)
     return {"functionResponse": result}
+
+
+def result_response(content: str) -> JSON:
+    """The `response` for a tool's result: its JSON, but as text where Gemini would read something
+    else in it, and wrapped where it would read only some of it."""
+    parsed = parsed_object(content)
+    if parsed is None or nested_deeper(parsed, MAX_DEPTH) or is_misread(parsed):
+        return {"output": content}
+    if len(parsed) > 1 and RESULT_KEYS & parsed.keys():
+        return {"output": parsed}
+    return parsed
+
+
+# Google gives these two keys of a result a meaning, and the others beside them may not reach the
+# model: https://ai.google.dev/api/caching#FunctionResponse
+RESULT_KEYS = {"output", "error"}
+MAX_DEPTH = 100  # at which protobuf's JSON parsers stop
+
+
+def inner_values(value: Any) -> Iterable[Any]:
+    """The values in an object or array."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def nested_deeper(value: JSON, depth: int) -> bool:
+    """Whether objects and arrays are in one another at more than this depth."""
+    layer: list[Any] = [value]
+    for _ in range(depth):
+        values = (inner for outer in layer for inner in inner_values(outer))
+        layer = [inner for inner in values if isinstance(inner, (dict, list))]
+    return bool(layer)
 
 
 def result_of_parts(
@@ -1129,23 +1272,39 @@ def result_of_parts(
     return result_part(name, text, call_id, media, failed)
 
 
-def loses_digits(value: Any) -> bool:
-    """Whether it holds an integer that Gemini would round: its numbers are doubles, as seen."""
+def is_misread(value: Any) -> bool:
+    """Whether it holds an integer that Gemini would round, since its numbers are doubles, or a
+    `$ref`, which it takes for a reference to media (both as reported)."""
     if type(value) is int:
         return abs(value) > 2**53
-    if isinstance(value, dict):
-        value = list(value.values())
-    return isinstance(value, list) and any(map(loses_digits, value))
+    if isinstance(value, dict) and "$ref" in value:
+        return True
+    return any(map(is_misread, inner_values(value)))
 
 
-def call_arguments(text: str | JSON | None) -> JSON:
-    """The arguments of a tool call in a history: JSON in a string, or nearly so."""
-    if isinstance(text, dict):
-        return text
-    if not text or text.strip() in ("", "null"):
+def call_arguments(fields: Fields, key: str = "arguments") -> JSON:
+    """The arguments of a tool call in a history: an object, or JSON in a string, or nearly so."""
+    value = fields.get(key, str, dict)
+    if not value or (isinstance(value, str) and value.strip() in ("", "null")):
         return {}
-    arguments = parsed_object(text)
-    return {"_raw": text} if arguments is None else arguments
+    try:
+        arguments: JSON | None = decode_object(value) if isinstance(value, str) else value
+    except RecursionError:
+        raise too_deep(fields.path_of(key)) from None
+    if arguments is None:
+        return {"_raw": value}
+    return within_depth(arguments, fields.path_of(key))
+
+
+def too_deep(path: str) -> ProxyError:
+    return wrong_value(path, f"Invalid value for '{path}': it is nested too deeply.")
+
+
+def within_depth(arguments: JSON, path: str) -> JSON:
+    """The arguments under this path; a 400 where they are nested too deeply for Gemini."""
+    if nested_deeper(arguments, MAX_DEPTH):
+        raise too_deep(path)
+    return arguments
 
 
 def gemini_name(name: str) -> str:
@@ -1158,6 +1317,7 @@ def gemini_name(name: str) -> str:
 
 # ---- turns ----
 
+CALLS_AND_RESULTS = {"functionCall", "functionResponse"}
 MISSING_RESULT = {"error": "There is no result: the call was interrupted."}
 
 
@@ -1167,6 +1327,16 @@ def user_turn(*parts: Part) -> JSON:
 
 def model_turn(*parts: Part) -> JSON:
     return {"role": "model", "parts": list(parts)}
+
+
+def system_turn(parts: Sequence[Part]) -> JSON:
+    """System text in mid-conversation: in its place, marked, as text of the user's.
+
+    In front it would be obeyed less, and change the beginning that Gemini's cache goes by.
+    """
+    if not any(map(has_content, parts)):
+        return user_turn()
+    return user_turn(text_part("<system>\n"), *parts, text_part("\n</system>"))
 
 
 def has_content(part: Part) -> bool:
@@ -1198,7 +1368,23 @@ def valid_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
         turns.insert(0, user_turn(text_part(" ")))
     if turns and turns[-1]["role"] == "model" and not model.prefills:
         turns.append(user_turn(text_part("Continue.")))
-    return turns
+    return [{**turn, "parts": with_unique_ids(turn["parts"])} for turn in turns]
+
+
+def with_unique_ids(parts: list[Part]) -> list[Part]:
+    """The parts of a turn without the ids that came before: two equal ones in a turn are a bare 400
+    (reported). Results are in the order of their calls by now, and so lose the same ones."""
+    used = {""}
+    out: list[Part] = []
+    for part in parts:
+        unique = part
+        for key in CALLS_AND_RESULTS & part.keys():
+            item = part[key]
+            if item.get("id") in used:
+                unique = {**part, key: {name: item[name] for name in item if name != "id"}}
+            used.add(item.get("id") or "")
+        out.append(unique)
+    return out
 
 
 def tool_result_turns(before: list[JSON], parts: list[Part], model: Model) -> list[JSON]:
@@ -1399,28 +1585,170 @@ OPEN_ENDED = ("$ref", *COMBINATIONS, "patternProperties")  # need no `properties
 def gemini_schema(schema: Any) -> Any:
     """A JSON Schema as parametersJsonSchema and responseJsonSchema want it.
 
-    Gemini has no `const`, no null in `enum`, and allows nothing beside a `$ref`; what it does not
-    know it passes over: https://ai.google.dev/api/generate-content#generationconfig, recordings.
+    Gemini has no `const`, no null in `enum`, allows nothing beside a `$ref`, and follows it only
+    below `#/$defs/`; what it does not know it passes over:
+    https://ai.google.dev/gemini-api/docs/structured-output#json-schema-support, recordings.
     """
+    references: list[str] = []
+    out = adapted_schema(schema, references)
+    known = {f"#/$defs/{name}" for name in get_or_empty(out, "$defs", dict)}
+    if known.issuperset(references):
+        return out
+    return adapted_schema(SchemaReferences(schema).localized(), [])
+
+
+def adapted_schema(schema: Any, references: list[str]) -> Any:
+    """The same for each subschema; adds its references to the list."""
     if isinstance(schema, list):
-        return [gemini_schema(item) for item in schema]
+        return [adapted_schema(item, references) for item in schema]
     if not isinstance(schema, dict):
         return schema
     out: JSON = {}
     for keyword, value in schema.items():
         key = str({"definitions": "$defs"}.get(keyword, keyword))
         if key in NAMED_SUBSCHEMAS and isinstance(value, dict):
-            inner = {name: gemini_schema(subschema) for name, subschema in value.items()}
+            inner = {name: adapted_schema(entry, references) for name, entry in value.items()}
             out[key] = {**out.get(key, {}), **inner}
         elif key in SUBSCHEMAS:
-            out[key] = gemini_schema(value)
+            out[key] = adapted_schema(value, references)
         elif key not in ("$schema", "strict", *NAMED_SUBSCHEMAS):
             out[key] = value
+    if reference_in(out):
+        references.append(reference_in(out).replace("#/definitions/", "#/$defs/", 1))
     if "const" in out:
         out["enum"] = [out.pop("const")]
     if isinstance(out.get("enum"), list) and None in out["enum"]:
         out = nullable_enum(out)
     return lone_reference(out) if isinstance(out.get("$ref"), str) else out
+
+
+REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
+SCHEMA_LABELS = (("$id", ""), ("id", ""), ("$anchor", "#"), ("$dynamicAnchor", "#"))
+DEFINITIONS = {"$defs": "definitions", "definitions": "$defs"}
+
+
+def reference_in(schema: JSON) -> str:
+    """The reference of a schema, "" where it has none."""
+    references = (get_or_empty(schema, key, str) for key in REFERENCES)
+    return next(filter(None, references), "")
+
+
+class SchemaReferences:
+    """The references of a schema, wherever in it they lead."""
+
+    def __init__(self, root: JSON):
+        self.root = root
+        self.known: set[int] = set()  # ids of the subschemas that were looked at
+        self.unresolved: list[tuple[JSON, tuple[JSON, ...]]] = []  # (with a reference, around it)
+        self.labels: JSON = {}  # "$id" or "#anchor" -> subschema
+        self.names: dict[int, str] = {}  # id of a subschema that one leads to -> its name
+        self.definitions: JSON = {}  # name -> that subschema
+        self.targets: dict[int, str] = {}  # id of a subschema with a reference -> where it leads
+
+    def localized(self) -> JSON:
+        """The schema with all that its references lead to below `$defs`, each of them once. A
+        reference that leads nowhere allows anything."""
+        self.collect(self.root)
+        while self.unresolved:
+            schema, around = self.unresolved.pop()
+            reference = reference_in(schema)
+            target = self.target(reference, around)
+            if isinstance(target, dict):
+                self.collect(target)
+                if id(target) not in self.names:
+                    self.define(target, reference)
+                self.targets[id(schema)] = self.names[id(target)]
+        definitions = self.definitions.items()
+        names = {name: self.rewritten(schema, whole=True) for name, schema in definitions}
+        return {**self.rewritten(self.root, whole=True), **given(**{"$defs": names})}
+
+    def collect(self, start: JSON) -> None:
+        """Note what is in this schema: references and labels."""
+        stack: list[tuple[Any, tuple[JSON, ...]]] = [(start, ())]
+        while stack:
+            schema, around = stack.pop()
+            if isinstance(schema, list):
+                stack += [(item, around) for item in schema]
+            if not isinstance(schema, dict) or id(schema) in self.known:
+                continue
+            self.known.add(id(schema))
+            if DEFINITIONS.keys() & schema.keys():
+                around = (schema, *around)
+            for key, mark in SCHEMA_LABELS:
+                label = get_or_empty(schema, key, str)
+                self.labels.setdefault(mark + label, schema)
+            if reference_in(schema):
+                self.unresolved.append((schema, around))
+            stack += [(inner, around) for inner in subschemas(schema)]
+
+    def target(self, reference: str, around: tuple[JSON, ...]) -> Any:
+        """What a reference leads to, None if nothing; it may begin at a schema around it."""
+        base, _, fragment = reference.partition("#")
+        document = self.labels.get(base) if base else self.root
+        fragment = urllib.parse.unquote(fragment)
+        if not fragment:
+            return document
+        if not fragment.startswith("/"):
+            return self.labels.get("#" + fragment)
+        targets = (at_pointer(place, fragment) for place in (document, *around))
+        return next((target for target in targets if target is not None), None)
+
+    def define(self, target: JSON, reference: str) -> None:
+        """Give a subschema a name, which is like the end of the reference."""
+        tail = urllib.parse.unquote(reference).rpartition("/")[2]
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "_", tail.strip("#")) or "root"
+        while name in self.definitions:
+            name = f"{name}_{len(self.definitions)}"
+        self.names[id(target)] = name
+        self.definitions[name] = target
+
+    def rewritten(self, schema: Any, whole: bool = False) -> Any:
+        """A subschema in the form of localized(): by its name if it has one, unless whole."""
+        if isinstance(schema, list):
+            return [self.rewritten(item) for item in schema]
+        if not isinstance(schema, dict):
+            return schema
+        if id(schema) in self.names and not whole:
+            return {"$ref": f"#/$defs/{self.names[id(schema)]}"}
+        out: JSON = {}
+        for key, value in schema.items():
+            if key in DEFINITIONS:
+                continue
+            if key in NAMED_SUBSCHEMAS and isinstance(value, dict):
+                out[key] = {name: self.rewritten(inner) for name, inner in value.items()}
+            elif key in SUBSCHEMAS:
+                out[key] = self.rewritten(value)
+            elif key not in REFERENCES:
+                if not isinstance(value, dict) or key in ("const", "default", "example"):
+                    out[key] = value  # other objects held definitions, such as `components`
+            elif id(schema) in self.targets:
+                out["$ref"] = f"#/$defs/{self.targets[id(schema)]}"
+            elif str(value).startswith("#/$defs/"):
+                out["$ref"] = value  # Gemini complains, and the schema is put in words
+            else:
+                out.setdefault("description", f"See {value}")
+        return out
+
+
+def subschemas(schema: JSON) -> Iterator[Any]:
+    """What is directly below a schema: schemas, and lists of them."""
+    yield from (schema[key] for key in SUBSCHEMAS if key in schema)
+    for key in (*NAMED_SUBSCHEMAS, "definitions"):
+        yield from get_or_empty(schema, key, dict).values()
+
+
+def at_pointer(document: Any, pointer: str) -> Any:
+    """The value at a JSON pointer (RFC 6901), or None; both names of definitions will do."""
+    value = document
+    for token in pointer.split("/")[1:]:
+        key = token.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, dict):
+            value = value.get(key, value.get(DEFINITIONS.get(key, key)))
+        elif isinstance(value, list) and re.fullmatch(r"\d{1,6}", key):
+            value = next(iter(value[int(key) :]), None)
+        else:
+            return None
+    return value
 
 
 def nullable_enum(schema: JSON) -> JSON:
@@ -1554,11 +1882,18 @@ def generate_call(
     return GeminiCall(f"{model.path}:{verb}", body, model, stream, generates=True)
 
 
+MAX_EMBED_INPUTS = 2048  # as https://platform.openai.com/docs/api-reference/embeddings has it
 MAX_EMBED_BATCH = 100  # inputs in one call, as https://github.com/vercel/ai has it
 
 
 def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple[GeminiCall, ...]:
     """The calls for the vectors of these texts, and one to count tokens if vectors lack a count."""
+    if len(texts) > MAX_EMBED_INPUTS:
+        message = (
+            f"Invalid 'input': array too long. Expected an array with maximum length "
+            f"{MAX_EMBED_INPUTS}, but got an array with length {len(texts)} instead."
+        )
+        raise ProxyError(400, message, code="array_above_max_length", path="input")
     size = given(outputDimensionality=dimensions or None)
     calls: list[GeminiCall] = []
     for i in range(0, len(texts), MAX_EMBED_BATCH):
@@ -1573,63 +1908,204 @@ def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple
 
 MODELS_CALL = GeminiCall("models")  # Gemini's whole list, which the client keeps for a few minutes
 
-# ---- repairs: each changes a request, and returns whether there was something to change ----
+# ---- repairs: each changes a request, and returns the names of what it left out ----
 
 
-def without_field(body: JSON, name: str) -> bool:
-    config = body.get("generationConfig") or {}
-    return body.pop(name, None) is not None or config.pop(name, None) is not None
+class RefusedCall(NamedTuple):
+    """A call that Gemini refused, while it is repaired."""
+
+    body: JSON
+    message: str
+    left_out: tuple[str, ...]  # by earlier repairs
+
+    def parts(self) -> list[Part]:
+        return [part for content in self.body["contents"] for part in content["parts"]]
 
 
-def without_signatures(body: JSON, name: str) -> bool:
+def without(key: str, name: str = "") -> Callable[[RefusedCall], list[str]]:
+    """The repair that leaves out this field, which clients know by that name."""
+
+    def repair(refused: RefusedCall) -> list[str]:
+        config = refused.body.get("generationConfig") or {}
+        values = (refused.body.pop(key, None), config.pop(key, None))
+        return [name or key for value in values if value is not None]
+
+    return repair
+
+
+def without_signatures(refused: RefusedCall) -> list[str]:
     """Tool calls get the placeholder in place of their signatures, other parts get nothing."""
-    parts = [part for content in body["contents"] for part in content["parts"]]
-    signed = [part for part in parts if part.get(name, PLACEHOLDER) != PLACEHOLDER]
+    name = "thoughtSignature"
+    signed = [part for part in refused.parts() if part.get(name, PLACEHOLDER) != PLACEHOLDER]
     for part in signed:
         part[name] = PLACEHOLDER
         if "functionCall" not in part:
             del part[name]
-    return bool(signed)
+    return [name for _ in signed[:1]]
 
 
-def without_resolutions(body: JSON, name: str) -> bool:
-    parts = [part for content in body["contents"] for part in content["parts"]]
-    sized = [part for part in parts if "mediaResolution" in part]
+def without_resolutions(refused: RefusedCall) -> list[str]:
+    sized = [part for part in refused.parts() if "mediaResolution" in part]
     for part in sized:
         del part["mediaResolution"]
-    return bool(sized)
+    return ["detail" for _ in sized[:1]]
 
 
-def without_prefill(body: JSON, name: str) -> bool:
-    body["contents"].append(user_turn(text_part("Continue.")))
-    return True
+def without_prefill(refused: RefusedCall) -> list[str]:
+    refused.body["contents"].append(user_turn(text_part("Continue.")))
+    return ["prefill"]
 
 
-# What Gemini's 400 says, what to name as ignored, and the repair for a second attempt. Models
-# change faster than this file. Words without a source are guesses by the names of the fields.
+BOUNDS = (
+    *(f"{end}{what}" for end in ("max", "min") for what in ("Items", "Length", "Properties")),
+    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    *("minContains", "maxContains", "uniqueItems", "pattern", "format"),
+)
+BARE_REFUSAL = "request contains an invalid argument"  # all that Gemini says of many things
+SCHEMA = "schema."  # the names of what a schema lost begin with it
+
+
+def looser_schemas(refused: RefusedCall) -> list[str]:
+    """The request with schemas that hold Gemini to less: without bounds, else in words.
+
+    A bare refusal may be about anything, and so must have bounds to be taken for one of a schema.
+    """
+    body = refused.body
+    functions = [
+        entry for tool in body.get("tools", ()) for entry in tool.get("functionDeclarations", ())
+    ]
+    owners = [(function, "parametersJsonSchema") for function in functions]
+    owners.append((body.get("generationConfig") or {}, "responseJsonSchema"))
+    schemas = [owner[key] for owner, key in owners if isinstance(owner.get(key), dict)]
+    names = {name for schema in schemas for name in loosened(schema, refused.message)}
+    before = any(name.startswith(SCHEMA) for name in refused.left_out)
+    if names or not schemas or (BARE_REFUSAL in refused.message.lower() and not before):
+        return sorted(names)
+    for function in functions:
+        describe_parameters(function)
+    config = body.get("generationConfig") or {}
+    if "responseJsonSchema" in config:
+        system = body.setdefault("systemInstruction", {"parts": []})
+        system["parts"].append(json_words(config.pop("responseJsonSchema")))
+    return ["schema"]
+
+
+def loosened(schema: JSON, message: str) -> set[str]:
+    """Take from a schema what Gemini complains of: its bounds, or what requires a loop. The names
+    of that."""
+    if "ref loop" in message:
+        return without_required_loops(schema)
+    names: set[str] = set()
+    for inner in every_schema(schema):
+        for key in inner.keys() & BOUNDS:
+            del inner[key]
+            names.add(SCHEMA + key)
+    return names
+
+
+def every_schema(schema: Any) -> Iterator[JSON]:
+    """A schema and all that are in it."""
+    stack = [schema]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, list):
+            stack += value
+        elif isinstance(value, dict):
+            yield value
+            stack += subschemas(value)
+
+
+def without_required_loops(schema: JSON) -> set[str]:
+    """Let properties be left out through which a definition leads back to itself."""
+    definitions = get_or_empty(schema, "$defs", dict)
+    targets = {name: referred_names(definition) for name, definition in definitions.items()}
+    names: set[str] = set()
+    for name, definition in definitions.items():
+        back = {other for other in targets if name in reachable(other, targets)}
+        for inner in every_schema(definition):
+            properties = get_or_empty(inner, "properties", dict)
+            required = get_or_empty(inner, "required", list)
+            loops = [key for key in required if back & referred_names(properties.get(str(key)))]
+            if loops:
+                inner["required"] = [key for key in required if key not in loops]
+                names.add(SCHEMA + "required")
+    return names
+
+
+def referred_names(schema: Any) -> set[str]:
+    """The names of the definitions that a schema refers to."""
+    references = {get_or_empty(inner, "$ref", str) for inner in every_schema(schema)}
+    return {reference[len("#/$defs/") :] for reference in references}
+
+
+def reachable(name: str, targets: Mapping[str, set[str]]) -> set[str]:
+    """A definition and all that it leads to."""
+    names: set[str] = set()
+    stack = [name]
+    while stack:
+        name = stack.pop()
+        if name not in names:
+            names.add(name)
+            stack += targets.get(name, ())
+    return names
+
+
+def describe_parameters(function: JSON) -> None:
+    """Put the schema of a function in words; of itself the outline stays."""
+    schema = function.get("parametersJsonSchema")
+    outlines = {
+        name: {key: value[key] for key in ("type", "description") if key in value}
+        for name, value in get_or_empty(schema, "properties", dict).items()
+        if isinstance(value, dict)
+    }
+    outline = {"type": "object", "properties": outlines}
+    if not schema or schema == outline:
+        return
+    words = f"The arguments must conform to this JSON Schema:\n{encode_json(schema)}"
+    function["description"] = "\n".join(filter(None, (function.get("description"), words)))
+    function["parametersJsonSchema"] = outline
+
+
+# What Gemini's 400 says, and the repair for another attempt. Models change faster than this file.
+# Words without a source are guesses by the names of the fields.
 REPAIRS = (
     # https://github.com/RooCodeInc/Roo-Code/issues/10700
-    (r"thinking.?(level|budget)|thinking is not|thinking_config", "thinkingConfig", without_field),
+    (r"thinking.?(level|budget)|thinking is not|thinking_config", without("thinkingConfig")),
     # https://github.com/PublicAffairs/openai-gemini/issues/63: it does not say which penalty
-    (r"penalty is not enabled|presence_?penalty", "presencePenalty", without_field),
-    (r"penalty is not enabled|frequency_?penalty", "frequencyPenalty", without_field),
-    (r"service.?tier", "serviceTier", without_field),
-    (r"media.?resolution", "detail", without_resolutions),
+    (r"penalty is not enabled|presence_?penalty", without("presencePenalty")),
+    (r"penalty is not enabled|frequency_?penalty", without("frequencyPenalty")),
+    # announced for coming models: https://ai.google.dev/gemini-api/docs/changelog
+    (r"\btemperature\b", without("temperature")),
+    (r"\btop_?p\b", without("topP", "top_p")),
+    (r"\btop_?k\b", without("topK", "top_k")),
+    (r"\bseed\b", without("seed")),
+    (r"\bstop(_?sequences?| sequences?)?\b", without("stopSequences", "stop")),
+    (r"service.?tier", without("serviceTier")),
+    (r"media.?resolution", without_resolutions),
     # reported after a change of the model or the key: "Corrupted thought signature."
-    (r"(invalid|corrupted) thought.?signature", "thoughtSignature", without_signatures),
+    (r"(invalid|corrupted) thought.?signature", without_signatures),
     # https://github.com/pipecat-ai/pipecat/issues/5821
-    (r"must not end with|ending with a model turn", "prefill", without_prefill),
+    (r"must not end with|ending with a model turn", without_prefill),
+    # reported, with many bounds, with recursion, and for schemas that are large or deep
+    (
+        rf"^{BARE_REFUSAL}|too many states|ref loop|schema|function_declarations\[\d+\]\.param",
+        looser_schemas,
+    ),
 )
 
 
 def repaired(call: GeminiCall, message: str) -> tuple[GeminiCall | None, list[str]]:
     """(the call without what Gemini's message complains of, the names of that), or (None, [])."""
-    names: list[str] = []
     body = json.loads(encode_json(call.body or {}))
-    for pattern, name, repair in REPAIRS:
-        if "contents" in body and re.search(pattern, message, re.I) and repair(body, name):
-            names.append(name)
-    return (call._replace(body=body), names) if names else (None, names)
+    refused = RefusedCall(body, message, call.left_out)
+    names: list[str] = []
+    if "contents" in body:
+        for pattern, repair in REPAIRS:
+            if re.search(pattern, message, re.I):
+                names += repair(refused)
+    if not names:
+        return None, []
+    return call._replace(body=body, left_out=(*call.left_out, *names)), names
 
 
 # ---- signatures ----
@@ -2155,7 +2631,6 @@ def read_usage(usage: JSON) -> Usage:
 
 def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Citation]:
     """The sources of an answer. Gemini counts bytes of its text, a Citation characters of ours."""
-    own_text = "".join(text for text, own in pieces if own).encode("utf-8", "surrogatepass")
     sources = [grounding_source(item) for item in get_or_empty(grounding, "groundingChunks", list)]
     spans = [
         (get_or_empty(support, "segment", dict), sources[i])
@@ -2164,14 +2639,16 @@ def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Cita
         if type(i) is int and 0 <= i < len(sources)
     ]
     spans += [(source, source) for source in get_or_empty(grounding, "citationSources", list)]
-    cited = [
-        (*span_of(span, own_text), url, get_or_empty(source, "title", str) or url)
-        for span, source in spans
-        if (url := get_or_empty(source, "uri", str))
-    ]
-    offsets = {offset for start, end, _, _ in cited for offset in (start, end)}
-    place = characters(offsets, own_text, pieces)
-    return [Citation(place[start], place[end], url, title) for start, end, url, title in cited]
+    cited = [(span, source) for span, source in spans if get_or_empty(source, "uri", str)]
+    if not cited:
+        return []
+    text = CitedText(pieces)
+    citations: list[Citation] = []
+    for span, source in cited:
+        start, end = map(text.character, text.span_of(span))
+        url = source["uri"]
+        citations.append(Citation(start, end, url, get_or_empty(source, "title", str) or url))
+    return citations
 
 
 def grounding_source(item: Any) -> JSON:
@@ -2181,45 +2658,58 @@ def grounding_source(item: Any) -> JSON:
     return next((source for source in item.values() if get_or_empty(source, "uri", str)), {})
 
 
-def span_of(span: JSON, own_text: bytes) -> tuple[int, int]:
-    """The bytes where a segment begins and ends; by its words where the numbers do not fit them."""
-    start, end = get_or_empty(span, "startIndex", int), get_or_empty(span, "endIndex", int)
-    words = get_or_empty(span, "text", str).encode("utf-8", "surrogatepass")
-    if words and own_text[start:end] != words and words in own_text:
-        start = own_text.index(words)
-        end = start + len(words)
-    return max(0, start), max(0, end)
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: all of a character but its first byte
+MARK_BYTES = 1024  # so far apart are the bytes of a CitedText whose characters are known
 
 
-CONTINUATION = bytes(range(0x80, 0xC0))  # UTF-8's bytes after the first one of a character
+class CitedText:
+    """Gemini's own text of an answer, in which bytes are counted, and where it stands in ours."""
+
+    def __init__(self, pieces: list[tuple[str, bool]]):
+        self.data = "".join(text for text, own in pieces if own).encode("utf-8", "surrogatepass")
+        self.marks = [0]  # the characters before each of the bytes 0, MARK_BYTES, ...
+        for i in range(0, len(self.data), MARK_BYTES):
+            self.marks.append(self.marks[-1] + characters_in(self.data[i : i + MARK_BYTES]))
+        self.ends: list[int] = []  # of our pieces, in characters of Gemini's text
+        self.shifts: list[int] = []  # of each of these: what is ours before it
+        own_length = shift = 0
+        for text, own in pieces:
+            if own:
+                own_length += len(text)
+                self.ends.append(own_length)
+                self.shifts.append(shift)
+            else:
+                shift += len(text)
+        self.length = own_length + shift
+        self.patience = 64 * len(self.data)  # bytes to search for words
+
+    def span_of(self, span: JSON) -> tuple[int, int]:
+        """The bytes where a segment begins and ends; by its words where numbers do not fit them."""
+        start, end = get_or_empty(span, "startIndex", int), get_or_empty(span, "endIndex", int)
+        words = get_or_empty(span, "text", str).encode("utf-8", "surrogatepass")
+        if words and self.data[start:end] != words and self.patience > 0:
+            self.patience -= len(self.data)
+            place = self.data.find(words)
+            if place >= 0:
+                start, end = place, place + len(words)
+        return max(0, start), max(0, end)
+
+    def character(self, offset: int) -> int:
+        """The character of the answer that stands at a byte of Gemini's own text."""
+        offset = min(offset, len(self.data))
+        while 0 < offset < len(self.data) and self.data[offset] in CONTINUATION_BYTES:
+            offset -= 1
+        mark = offset // MARK_BYTES
+        own = self.marks[mark] + characters_in(self.data[mark * MARK_BYTES : offset])
+        piece = bisect.bisect_left(self.ends, own)
+        if piece == len(self.ends):
+            return self.length
+        return own + self.shifts[piece]
 
 
-def characters(
-    offsets: Iterable[int], own_text: bytes, pieces: list[tuple[str, bool]]
-) -> dict[int, int]:
-    """For bytes of Gemini's own text, the characters of the answer that stand there."""
-    own_ends: list[int] = []  # for each piece of Gemini's own, its end in the own text
-    shifts: list[int] = []  # and how much of ours stands before it
-    own_length = shift = 0
-    for text, own in pieces:
-        if own:
-            own_length += len(text)
-            own_ends.append(own_length)
-            shifts.append(shift)
-        else:
-            shift += len(text)
-    own_ends.append(own_length)  # where no piece is its own
-    shifts.append(shift)
-    places: dict[int, int] = {}
-    before = count = 0
-    for offset in sorted(offsets):
-        count += len(own_text[before:offset].translate(None, CONTINUATION))
-        before = offset
-        own_place = count
-        if offset < len(own_text) and own_text[offset] in CONTINUATION:
-            own_place -= 1  # within a character
-        places[offset] = own_place + shifts[bisect.bisect_left(own_ends, own_place)]
-    return places
+def characters_in(data: bytes) -> int:
+    """The characters of UTF-8 that begin in these bytes."""
+    return len(data.translate(None, CONTINUATION_BYTES))
 
 
 # ======================================================================================
@@ -2426,7 +2916,7 @@ def link_content(part: Fields, model: Model) -> Part:
     link, url_key = part, key
     if type(part.data.get(key)) is dict:
         link, url_key = part.require_object(key), "url"
-    media = source_part(link.require(url_key, str), None, link.path_of(url_key))
+    media = source_part(link, url_key)
     level = DETAILS.get(get_or_empty(link.data, "detail", str))
     if level and model.resolutions and "text" not in media:
         link.mark_read("detail")
@@ -2438,17 +2928,17 @@ def audio_content(part: Fields, model: Model) -> Part:
     audio = part.object_or_self("input_audio")
     extension = (audio.get("format", str) or "wav").lower()
     mime = extension_type("." + extension) or "audio/" + extension
-    return media_part(audio.require("data", str), mime, audio.path_of("data"))
+    return media_part(audio, "data", audio.require("data", str), mime)
 
 
 def file_content(part: Fields, model: Model) -> Part:
     file = part.object_or_self("file")
     no_file_store(file)
-    name, url = file.get("filename", str), file.get("file_url", str)
-    if url:
-        return source_part(url, None, file.path_of("file_url"), name)
-    path = file.path_of("file_data")
-    return media_part(file.require("file_data", str), extension_type(name), path, name)
+    name = file.get("filename", str)
+    if file.get("file_url", str):
+        return source_part(file, "file_url", name)
+    data = file.require("file_data", str)
+    return media_part(file, "file_data", data, extension_type(name), name)
 
 
 def no_file_store(part: Fields) -> None:
@@ -2761,13 +3251,6 @@ def openai_chat_input(body: Fields, model: Model, context: Context) -> ChatInput
     return chat
 
 
-def system_turn(parts: list[Part]) -> JSON:
-    """What the system says between turns, as marked text of the user's."""
-    if not any(map(has_content, parts)):
-        return user_turn()
-    return user_turn(text_part("<system>\n"), *parts, text_part("\n</system>"))
-
-
 def openai_turn(message: Fields, model: Model, system: list[Part], contents: list[JSON]) -> None:
     """Add what one message says. What the system says after the first turn stays in its place: a
     model obeys it there, and the beginning of the conversation does not change."""
@@ -2798,8 +3281,7 @@ def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
     parts += [openai_call_part(call) for call in message.objects("tool_calls")]
     legacy = message.object("function_call")
     if legacy is not None:
-        name, arguments = legacy.require("name", str), legacy.get("arguments", str, dict)
-        parts.append(call_part(name, call_arguments(arguments)))
+        parts.append(call_part(legacy.require("name", str), call_arguments(legacy)))
     return parts
 
 
@@ -2811,7 +3293,7 @@ def openai_call_part(call: Fields) -> Part:
         args = {CUSTOM_INPUT: function.get("input", str) or ""}
     else:
         function = call.require_object("function")
-        args = call_arguments(function.get("arguments", str, dict))
+        args = call_arguments(function)
     name = function.require("name", str)
     return call_part(name, args, call_id, client_signature(call, function))
 
@@ -3940,7 +4422,7 @@ class History:
         if item.data["type"] == "custom_tool_call":
             args = {CUSTOM_INPUT: item.get("input", str) or ""}
         else:
-            args = call_arguments(item.get("arguments", str, dict))
+            args = call_arguments(item)
         signature = client_signature(item, item) or self.signatures.get(call_id) or id_signature
         self.contents.append(model_turn(call_part(name, args, call_id, signature)))
 
@@ -3953,6 +4435,7 @@ class History:
         """A call of one of OpenAI's tools on the client's machine; to Gemini it is a function."""
         call_id = item.get("call_id", str) or item.get("id", str)
         args = item.get("action", dict) or item.get("operation", dict) or {}
+        within_depth(args, item.path)
         item.mark_read("environment", "max_output_length")
         name = item.data["type"][: -len("_call")]
         self.contents.append(model_turn(call_part(name, args, call_id)))
@@ -3963,7 +4446,7 @@ class History:
         content = item.get("output", str, list)
         item.mark_read("max_output_length")
         if not isinstance(content, str):
-            content = {"output": content or item.data.get("status")}
+            content = encode_json({"output": content or item.data.get("status")})
         self.contents.append(user_turn(result_part(None, content, call_id)))
 
     def add_reasoning(self, item: Fields) -> None:
@@ -3989,7 +4472,7 @@ class History:
         item.mark_read("revised_prompt", "background", "output_format", "quality", "size", "action")
         data = item.get("result", str)
         if data:
-            self.contents.append(model_turn(media_part(data, None, item.path_of("result"))))
+            self.contents.append(model_turn(media_part(item, "result", data)))
 
     def add_reference(self, item: Fields) -> None:
         """The stored item with this id, which names its response; a 404 if it is not stored.
@@ -4832,8 +5315,10 @@ def ollama_format(body: Fields) -> JSON | None:
 def ollama_images(fields: Fields) -> list[Part]:
     """Images, or audio in their place: base64 that does not say what it is."""
     fields.get("images", list)  # a single text is an error
-    path, images = fields.path_of("images"), fields.strings("images")
-    return [media_part(image, None, f"{path}[{i}]", "x.jpeg") for i, image in enumerate(images)]
+    images = fields.strings("images")
+    return [
+        media_part(fields, f"images[{i}]", image, "image/jpeg") for i, image in enumerate(images)
+    ]
 
 
 def ollama_load_plan(body: Fields, model_name: str, generate: bool) -> Plan:
@@ -4869,12 +5354,11 @@ def ollama_chat_request(body: Fields, context: Context) -> Plan:
     """Chat: https://docs.ollama.com/api/chat"""
     model_name = ollama_name(body, "model")
     model = model_named(model_name, context)
-    messages = body.objects("messages")
-    if not messages:
+    if not body.get("messages", list):
         return ollama_load_plan(body, model_name, False)
     system: list[Part] = []
     contents: list[JSON] = []
-    for message in messages:
+    for message in body.objects("messages"):
         role = (message.get("role", str) or "user").lower()
         if role in ("system", "developer"):
             system += content_parts(message, "content", model)
@@ -4899,7 +5383,7 @@ def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
         call.mark_read("type", "index")
         function = call.require_object("function")
         function.mark_read("index")
-        args = call_arguments(function.get("arguments", dict, str))
+        args = call_arguments(function)
         name, call_id = function.require("name", str), strip_signature(call.get("id", str))
         parts.append(call_part(name, args, call_id, client_signature(call, function)))
     return parts
@@ -5376,9 +5860,9 @@ def anthropic_source_parts(block: Fields, model: Model, name: str | None = None)
     kind = source.require("type", str)
     if kind == "base64":
         data, mime = source.require("data", str), source.get("media_type", str)
-        return [media_part(data, mime, source.path_of("data"))]
+        return [media_part(source, "data", data, mime)]
     if kind == "url":
-        return [source_part(source.require("url", str), None, source.path_of("url"), name)]
+        return [source_part(source, "url", name)]
     if kind == "text":
         source.mark_read("media_type")
         return [text_part(source.require("data", str))]
@@ -5416,7 +5900,8 @@ def anthropic_call_part(block: Fields, model: Model) -> list[Part]:
     block.mark_read("caller")
     call_id, signature = split_signed_id(block.require("id", str))
     name = block.require("name", str)
-    return [call_part(name, block.get("input", dict) or {}, call_id, signature)]
+    args = within_depth(block.get("input", dict) or {}, block.path_of("input"))
+    return [call_part(name, args, call_id, signature)]
 
 
 def anthropic_result_part(block: Fields, model: Model) -> list[Part]:

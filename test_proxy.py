@@ -760,19 +760,19 @@ def deltas(events, index=0):
 
 def test_fields_know_the_place_of_every_value():
     body = Fields({"a": [{"b": 7}], "n": 3.0, "s": "Yes", "none": None, "t": ["x", 1]})
-    assert body.objects("a")[0].require("b", int) == 7
+    assert next(body.objects("a")).require("b", int) == 7
     assert (
         body.get("n", int) == 3
         and body.get("none", str) is None
         and body.choice("s", "yes", "no") == "yes"
     )
     for act, path in (
-        (lambda: body.objects("a")[0].get("b", str), "a[0].b"),
+        (lambda: next(body.objects("a")).get("b", str), "a[0].b"),
         (lambda: body.require("none", str), "none"),
-        (lambda: body.objects("a")[0].require("c", str), "a[0].c"),
+        (lambda: next(body.objects("a")).require("c", str), "a[0].c"),
         (lambda: body.choice("s", "no"), "s"),
         (lambda: body.number("n", 0, 2), "n"),
-        (lambda: body.objects("t"), "t[0]"),
+        (lambda: list(body.objects("t")), "t[0]"),
         (lambda: body.strings("t"), "t[1]"),
     ):
         with pytest.raises(ProxyError) as caught:
@@ -847,6 +847,83 @@ def test_a_body_that_is_no_json_object_is_a_400(raw):
     with pytest.raises(ProxyError) as caught:
         proxy.parse_body(raw)
     assert caught.value.status == 400
+
+
+QUESTION = b'{"model":"m","messages":[{"role":"user","content":"x"}]'
+DENSE = {
+    "objects": b'{"messages":[' + b"{}," * 100_000 + b"{}]}",
+    "arrays": QUESTION + b',"unknown":[' + b"[]," * 100_000 + b"[]]}",
+    "texts": QUESTION + b',"unknown":[' + b'"a",' * 700_000 + b'""]}',
+    "objects in a text": b'{"t":"' + b"{}," * 300_000 + b'"}',
+}
+
+
+@pytest.mark.parametrize("raw", DENSE.values(), ids=list(DENSE))
+def test_a_body_that_would_be_far_larger_in_memory_is_refused_unparsed(raw, monkeypatch):
+    monkeypatch.setattr(proxy, "decode_json", pytest.fail)
+    with pytest.raises(ProxyError, match="too many small objects") as caught:
+        proxy.parse_body(raw)
+    assert caught.value.status == 400
+
+
+SPARSE = {
+    "one long text": b'{"t":"' + b"x" * 3_000_000 + b'"}',
+    "quotes and brackets in texts": b'{"t":["' + rb"{\"a\":[1]},\\ " * 100_000 + b'"]}',
+    "messages": b'{"t":[' + b'{"role":"user","content":"Hello there."},' * 10_000 + b"{}]}",
+}
+
+
+@pytest.mark.parametrize("raw", SPARSE.values(), ids=list(SPARSE))
+def test_a_large_body_is_parsed_where_it_is_as_large_in_memory(raw):
+    assert proxy.parse_body(raw).data == json.loads(raw)
+
+
+def test_objects_of_a_list_are_made_as_they_are_read():
+    body = Fields({"a": [{"b": 1}, 7]})
+    objects = body.objects("a")
+    assert next(objects).require("b", int) == 1
+    with pytest.raises(ProxyError, match=r"a\[1\]"):
+        next(objects)
+
+
+def form_with(head):
+    raw = b"--B\r\nContent-Disposition: %b\r\n\r\nx\r\n--B--\r\n" % head
+    return proxy.parse_form(raw, "multipart/form-data; boundary=B").data
+
+
+@pytest.mark.parametrize(
+    "head, data",
+    [
+        (b'form-data; name="a"', {"a": "x"}),
+        (b"Form-Data ;name=a ; ", {"a": "x"}),
+        (rb'form-data; name="a\"b; c=d"', {'a"b; c=d': "x"}),
+        (b'form-data; x=1; NAME="a"', {"a": "x"}),
+        (b'form-data; name="a"' + b" " * 8000 + b";", {"a": "x"}),
+    ],
+)
+def test_a_part_of_a_form_has_the_name_in_its_head(head, data):
+    assert form_with(head) == data
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"", b"form-data", b'attachment; name="a"', b'form-data; name="a" b', b"form-data; name="],
+)
+def test_a_part_of_a_form_whose_head_makes_no_sense_is_refused(head):
+    with pytest.raises(ProxyError, match="multipart/form-data body") as caught:
+        form_with(head)
+    assert caught.value.status == 400
+
+
+def cpu_seconds(act):
+    began = time.process_time()
+    act()
+    return time.process_time() - began
+
+
+def test_blanks_in_a_forms_head_take_time_in_proportion():
+    head = b'form-data; name="a[]"' + b" " * 8000 + b"; "
+    assert cpu_seconds(lambda: [form_with(head) for _ in range(50)]) < 1
 
 
 def test_what_is_sent_is_ascii_and_never_nan():
@@ -1083,8 +1160,8 @@ def test_only_the_newer_models_refuse_to_go_on_with_their_own_turn(name, last_ro
         (f"data:image/png;base64,{PNG}", {"inlineData": {"mimeType": "image/png", "data": PNG}}),
         (f"data:;base64,{PNG}", {"inlineData": {"mimeType": "image/png", "data": PNG}}),
         (
-            f"data:image/jpg;charset=x;base64,{PNG}",
-            {"inlineData": {"mimeType": "image/jpeg", "data": PNG}},
+            "data:image/jpg;charset=x;base64,AAAA",
+            {"inlineData": {"mimeType": "image/jpeg", "data": "AAAA"}},
         ),
         ("data:image/png;base64,_-8", {"inlineData": {"mimeType": "image/png", "data": "_-8="}}),
         (
@@ -1106,7 +1183,7 @@ def test_only_the_newer_models_refuse_to_go_on_with_their_own_turn(name, last_ro
     ],
 )
 def test_data_becomes_inline_data_or_text_and_an_address_becomes_file_data(source, part):
-    assert proxy.source_part(source, None, "p") == part
+    assert proxy.source_part(Fields({"p": source}), "p") == part
 
 
 @pytest.mark.parametrize(
@@ -1136,8 +1213,85 @@ def test_data_becomes_inline_data_or_text_and_an_address_becomes_file_data(sourc
 )
 def test_a_source_that_gemini_cannot_read_or_reach_is_a_400(source):
     with pytest.raises(ProxyError) as caught:
-        proxy.source_part(source, None, "messages[0].content[1].image_url")
-    assert (caught.value.status, caught.value.path) == (400, "messages[0].content[1].image_url")
+        proxy.source_part(Fields({"url": source}, "messages[0].content[1]"), "url")
+    assert (caught.value.status, caught.value.path) == (400, "messages[0].content[1].url")
+
+
+def base64_of(data):
+    return base64.b64encode(data).decode()
+
+
+def media_part(data, label=None, name=None):
+    """(the part of these bytes, the names of what is ignored)."""
+    body = Fields({})
+    fields = Fields({"data": base64_of(data)}, "messages[3].file", body.tracked)
+    part = proxy.media_part(fields, "data", fields.require("data", str), label, name)
+    return part, body.ignored()
+
+
+@pytest.mark.parametrize(
+    "data, label, mime",
+    [
+        (b"\xff\xd8\xff\xe0", "image/png", "image/jpeg"),
+        (b"\x89PNG\r\n", "image/*", "image/png"),
+        (b"\x89PNG\r\n", "text/plain", "image/png"),
+        (b"\x89PNG\r\n", "image/gif", "image/png"),
+        (b"\x89PNG\r\n", "application/msword", "image/png"),
+        (b"RIFF0000WEBP", "png", "image/webp"),
+        (b"%PDF-1.7", None, "application/pdf"),
+        (b"\0\0\0 ftypisom", "audio/mp4", "audio/mp4"),
+        (b"\0\0\0 ftypM4A ", "video/mp4", "audio/mp4"),
+        (b"\x1a\x45\xdf\xa3", "audio/webm", "audio/webm"),
+        (b"\xff\xff\xff\xff", "image/png", "image/png"),
+        (b"\xff\xff\xff\xff", "PNG", "image/png"),
+        (b"\xff\xff\xff\xff", "image/jpg; x=y", "image/jpeg"),
+    ],
+)
+def test_the_bytes_of_a_file_tell_its_type_before_its_label_does(data, label, mime):
+    part = {"inlineData": {"mimeType": mime, "data": base64_of(data)}}
+    assert media_part(data, label) == (part, [])
+
+
+@pytest.mark.parametrize(
+    "data, label",
+    [
+        (b"BMW is a car", "text/plain"),
+        (b"a = 1", "application/x-python"),
+        (b"<svg/>", "image/svg+xml"),
+    ],
+)
+def test_a_text_file_is_text_whatever_it_begins_with(data, label):
+    assert media_part(data, label) == ({"text": data.decode()}, [])
+
+
+DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
+
+
+@pytest.mark.parametrize(
+    "data, label, name, words",
+    [
+        (b"GIF89a", "image/gif", None, "type image/gif was"),
+        (b"GIF89a", "image/png", "cat.png", "type image/gif named cat.png was"),
+        (b"BM0000\0\0\0\0", None, None, "type image/bmp was"),
+        (b"PK\x03\x04\0\0", DOCX, "a.docx", f"type {DOCX} named a.docx was"),
+        (b"PK\x03\x04\0\0", None, "a.docx", f"type {DOCX} named a.docx was"),
+        (b"PK\x03\x04\0\0", "image/png", None, "type application/zip was"),
+        (b"\xff\0", "image/*", None, "type image/* was"),
+        (b"\xff\0", None, None, "type application/octet-stream was"),
+    ],
+)
+def test_words_stand_in_the_place_of_a_file_that_gemini_refuses(data, label, name, words):
+    part, ignored = media_part(data, label, name)
+    assert part == {"text": f"[A file of {words} left out: Gemini cannot read it.]"}
+    assert ignored == [f"messages[].file.data ({words.split()[1]})"]
+
+
+def test_words_stand_in_the_place_of_an_address_of_such_a_file():
+    body = Fields({"url": "https://example.com/cat.gif?x=1"})
+    part = proxy.source_part(body, "url")
+    words = "[A file of type image/gif at https://example.com/cat.gif?x=1 was left out: "
+    assert part == {"text": words + "Gemini cannot read it.]"}
+    assert body.ignored() == ["url (image/gif)"]
 
 
 def u(*parts):
@@ -1224,6 +1378,32 @@ HISTORIES = {
         [u("q"), m("a"), u(fr("f", "F", "9"))],
         [u("q"), m("a"), u('Result of f: {"output":"F"}')],
     ),
+    "two calls with one id": (
+        [u("q"), m(fc("f", "1"), fc("g", "1")), u(fr(None, "F", "1")), u(fr(None, "G", "1"))],
+        [
+            u("q"),
+            m(fc("f", "1"), fc("g")),
+            u(answer_to("f", {"output": "F"}, "1"), answer_to("g", {"output": "G"})),
+        ],
+    ),
+    "one id in two turns that become one": (
+        [u("q"), m(fc("f", "1")), m(fc("f", "1")), u(fr(None, "1", "1"), fr(None, "2", "1"))],
+        [
+            u("q"),
+            m(fc("f", "1"), fc("f")),
+            u(answer_to("f", {"output": "1"}, "1"), answer_to("f", {"output": "2"})),
+        ],
+    ),
+    "one id in turns of their own": (
+        [u("q"), m(fc("f", "1")), u(fr(None, "1", "1")), m(fc("f", "1")), u(fr(None, "2", "1"))],
+        [
+            u("q"),
+            m(fc("f", "1")),
+            u(answer_to("f", {"output": "1"}, "1")),
+            m(fc("f", "1")),
+            u(answer_to("f", {"output": "2"}, "1")),
+        ],
+    ),
     "calls in messages of their own": (
         [u("q"), m(fc("f", "1")), m(fc("g", "2")), u(fr(None, "F", "1")), u(fr(None, "G", "2"))],
         [
@@ -1248,6 +1428,9 @@ def test_a_clients_turns_are_not_changed_in_place():
     assert json.dumps(histories) == before
 
 
+NESTED = '{"a":' * 101 + "1" + "}" * 101
+
+
 @pytest.mark.parametrize(
     "content, response",
     [
@@ -1261,9 +1444,18 @@ def test_a_clients_turns_are_not_changed_in_place():
         ('{"a": NaN}', {"output": '{"a": NaN}'}),
         ('{"id": 12345678901234567890}', {"output": '{"id": 12345678901234567890}'}),
         ('{"id": "12345678901234567890"}', {"id": "12345678901234567890"}),
+        ('{"s": {"$ref": "#/a"}}', {"output": '{"s": {"$ref": "#/a"}}'}),
+        ('{"a": [{"b": [{"$ref": 1}]}]}', {"output": '{"a": [{"b": [{"$ref": 1}]}]}'}),
+        ('{"ref": "$ref"}', {"ref": "$ref"}),
+        ('{"output": "", "exit": 1}', {"output": {"output": "", "exit": 1}}),
+        ('{"code": 7, "error": "no"}', {"output": {"code": 7, "error": "no"}}),
+        ('{"output": "x"}', {"output": "x"}),
+        ('{"error": "no"}', {"error": "no"}),
+        ('{"a": {"output": 1, "b": 2}}', {"a": {"output": 1, "b": 2}}),
+        (NESTED, {"output": NESTED}),
     ],
 )
-def test_results_become_objects_and_lose_no_digit(content, response):
+def test_results_become_objects_of_which_nothing_is_lost_or_misread(content, response):
     assert proxy.result_part("f", content)["functionResponse"]["response"] == response
 
 
@@ -1281,7 +1473,32 @@ def test_results_become_objects_and_lose_no_digit(content, response):
     ],
 )
 def test_arguments_become_an_object_and_lose_nothing(text, args):
-    assert proxy.call_arguments(text) == args
+    assert proxy.call_arguments(Fields({"arguments": text})) == args
+
+
+@pytest.mark.parametrize(
+    "arguments", [NESTED, json.loads(NESTED), '{"a":' * 9999 + "1" + "}" * 9999]
+)
+def test_arguments_that_are_nested_too_deeply_are_a_400_at_their_place(arguments):
+    fields = Fields({"arguments": arguments}, "messages[1].tool_calls[0].function")
+    with pytest.raises(ProxyError, match="nested too deeply") as caught:
+        proxy.call_arguments(fields)
+    place = "messages[1].tool_calls[0].function.arguments"
+    assert (caught.value.status, caught.value.path) == (400, place)
+
+
+def test_arguments_may_be_nested_a_hundred_times():
+    arguments = '{"a":' * 100 + "1" + "}" * 100
+    assert proxy.call_arguments(Fields({"arguments": arguments})) == json.loads(arguments)
+
+
+def test_system_text_in_mid_conversation_is_marked_text_of_the_users():
+    turn = proxy.system_turn([{"text": "Be brief."}])
+    assert turn == u("<system>\n", "Be brief.", "\n</system>")
+
+
+def test_empty_system_text_in_mid_conversation_says_nothing():
+    assert proxy.system_turn([{"text": ""}]) == u()
 
 
 @pytest.mark.parametrize(
@@ -1327,6 +1544,93 @@ def test_a_schema_keeps_its_meaning_and_is_not_changed_in_place(schema, geminis)
     before = json.dumps(schema)
     assert proxy.gemini_schema(schema) == geminis
     assert json.dumps(schema) == before
+
+
+STRING, NUMBER = {"type": "string"}, {"type": "number"}
+TREE = {"properties": {"kids": {"items": {"$ref": "#/$defs/root"}}}, "required": ["kids"]}
+REFERENCES = {
+    "the root": (
+        {"properties": {"kids": {"items": {"$ref": "#"}}}, "required": ["kids"]},
+        {**TREE, "$defs": {"root": TREE}},
+    ),
+    "another property": (
+        {"properties": {"a": STRING, "b": {"$ref": "#/properties/a"}}},
+        {
+            "properties": {"a": {"$ref": "#/$defs/a"}, "b": {"$ref": "#/$defs/a"}},
+            "$defs": {"a": STRING},
+        },
+    ),
+    "the middle of a definition": (
+        {
+            "items": {"$ref": "#/$defs/A/properties/b/anyOf/1"},
+            "$defs": {"A": {"properties": {"b": {"anyOf": [NUMBER, STRING]}}}},
+        },
+        {"items": {"$ref": "#/$defs/1"}, "$defs": {"1": STRING}},
+    ),
+    "definitions further inside, two of one name": (
+        {
+            "properties": {
+                "a": {"$defs": {"T": STRING}, "items": {"$ref": "#/$defs/T"}},
+                "b": {"definitions": {"T": NUMBER}, "items": {"$ref": "#/definitions/T"}},
+            }
+        },
+        {
+            "properties": {
+                "a": {"items": {"$ref": "#/$defs/T"}},
+                "b": {"items": {"$ref": "#/$defs/T_1"}},
+            },
+            "$defs": {"T": STRING, "T_1": NUMBER},
+        },
+    ),
+    "OpenAPI's components": (
+        {
+            "$ref": "#/components/schemas/E",
+            "components": {"schemas": {"E": {"items": {"$ref": "#/components/schemas/E"}}}},
+        },
+        {"$ref": "#/$defs/E", "$defs": {"E": {"items": {"$ref": "#/$defs/E"}}}},
+    ),
+    "an anchor and an id": (
+        {
+            "prefixItems": [{"$ref": "#Foo"}, {"$ref": "https://example.com/n"}],
+            "$defs": {"a": {"$anchor": "Foo", "enum": [1]}, "b": {"$id": "https://example.com/n"}},
+        },
+        {
+            "prefixItems": [{"$ref": "#/$defs/Foo"}, {"$ref": "#/$defs/n"}],
+            "$defs": {
+                "Foo": {"$anchor": "Foo", "enum": [1]},
+                "n": {"$id": "https://example.com/n"},
+            },
+        },
+    ),
+    "a name that is written in another way": (
+        {"items": {"$ref": "#/%24defs/A~1B"}, "$defs": {"A/B": STRING}},
+        {"items": {"$ref": "#/$defs/A_1B"}, "$defs": {"A_1B": STRING}},
+    ),
+    "nothing": (
+        {"items": {"$ref": "https://example.com/x.json"}},
+        {"items": {"description": "See https://example.com/x.json"}},
+    ),
+    "nothing, and a description": (
+        {"items": {"$ref": "#/properties/x", "description": "d"}},
+        {"items": {"description": "d"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("schema, geminis", REFERENCES.values(), ids=list(REFERENCES))
+def test_references_lead_to_definitions_at_the_top_wherever_they_led(schema, geminis):
+    before = json.dumps(schema)
+    assert proxy.gemini_schema(schema) == geminis
+    assert json.dumps(schema) == before
+
+
+def test_references_into_one_another_do_not_multiply_a_schema():
+    schema = NUMBER
+    for _ in range(60):
+        schema = {"properties": {"a": schema}}
+    places = ["#" + "/properties/a" * i for i in range(1, 60)]
+    schema["anyOf"] = [{"$ref": place} for place in places]
+    assert len(json.dumps(proxy.gemini_schema(schema))) < 3 * len(json.dumps(schema))
 
 
 NAMES = ["3d_map", "a b", "a b!", "x" * 65, "x" * 66, "ключ"]
@@ -1387,6 +1691,98 @@ def test_both_penalties_are_left_out_since_the_refusal_names_neither():
 def test_a_refusal_that_names_nothing_has_no_second_attempt():
     message = "Request contains an invalid argument."
     assert proxy.repaired(refused_call(), message) == (None, [])
+
+
+@pytest.mark.parametrize(
+    "key, value, name, message",
+    [
+        ("temperature", 1, "temperature", "temperature is not supported for this model"),
+        ("topP", 0.5, "top_p", "The field generation_config.top_p is deprecated."),
+        ("topP", 0.5, "top_p", "topP is not supported"),
+        ("topK", 3, "top_k", "Unsupported parameter: top_k"),
+        ("seed", 7, "seed", "seed is not supported for this model"),
+        ("stopSequences", ["x"], "stop", "stop_sequences is not supported"),
+        ("stopSequences", ["x"], "stop", "Stop sequences are not enabled for this model"),
+    ],
+)
+def test_a_sampling_setting_that_a_model_refuses_is_left_out_and_named(key, value, name, message):
+    config = {"maxOutputTokens": 9, key: value}
+    call = proxy.generate_call(proxy.model_of(NEWEST), False, [], [u("q")], config)
+    second, names = proxy.repaired(call, message)
+    assert names == [name]
+    assert second.body["generationConfig"] == {"maxOutputTokens": 9}
+    assert proxy.repaired(second, message) == (None, [])
+
+
+BARE = "Request contains an invalid argument."
+STATES = "The specified schema produces a constraint that has too many states for serving."
+LOOPS = "ref loops are only supported if the ref is in a non-required property"
+LIST = {"type": "array", "items": {"type": "string", "pattern": "a+"}, "maxItems": 999}
+LOOSE_LIST = {"type": "array", "items": {"type": "string"}}
+
+
+def call_with_schemas(parameters=None, answer=None, system=()):
+    fields, config = {}, {}
+    if parameters:
+        entry = proxy.function_declaration("f", "Does it.", parameters)
+        fields["tools"] = [{"functionDeclarations": [entry]}]
+    if answer:
+        config = proxy.json_config(answer)
+    parts = [{"text": text} for text in system]
+    return proxy.generate_call(proxy.model_of(NEWEST), False, parts, [u("q")], config, **fields)
+
+
+def parameters_of(call):
+    return call.body["tools"][0]["functionDeclarations"][0]["parametersJsonSchema"]
+
+
+@pytest.mark.parametrize("message", [BARE, STATES, "Invalid schema for response"])
+def test_a_refused_schema_loses_its_bounds(message):
+    schema = {"type": "object", "properties": {"maxItems": LIST}}
+    call = call_with_schemas(schema, {"properties": {"b": {"type": "number", "minimum": 1}}})
+    second, names = proxy.repaired(call, message)
+    assert names == ["schema.maxItems", "schema.minimum", "schema.pattern"]
+    assert parameters_of(second) == {"type": "object", "properties": {"maxItems": LOOSE_LIST}}
+    answer = second.body["generationConfig"]["responseJsonSchema"]
+    assert answer == {"properties": {"b": {"type": "number"}}}
+    assert parameters_of(call) == schema
+
+
+@pytest.mark.parametrize("message", [BARE, STATES])
+def test_a_schema_that_is_refused_without_bounds_too_is_put_in_words(message):
+    call = call_with_schemas({"properties": {"a": LIST}}, {"properties": {"b": LIST}}, ["Hi."])
+    second, _ = proxy.repaired(call, message)
+    third, names = proxy.repaired(second, message)
+    assert names == ["schema"]
+    assert third.left_out == ("schema.maxItems", "schema.pattern", "schema")
+    (entry,) = third.body["tools"][0]["functionDeclarations"]
+    loose = json.dumps({"properties": {"a": LOOSE_LIST}}, separators=(",", ":"))
+    words = f"Does it.\nThe arguments must conform to this JSON Schema:\n{loose}"
+    assert entry["description"] == words
+    outline = {"type": "object", "properties": {"a": {"type": "array"}}}
+    assert entry["parametersJsonSchema"] == outline
+    assert third.body["generationConfig"] == {"responseMimeType": "application/json"}
+    words_for_it = proxy.json_words({"properties": {"b": LOOSE_LIST}})
+    assert third.body["systemInstruction"]["parts"] == [{"text": "Hi."}, words_for_it]
+
+
+def test_a_bare_refusal_of_schemas_without_bounds_is_about_something_else():
+    call = call_with_schemas({"properties": {"a": LOOSE_LIST}})
+    assert proxy.repaired(call, BARE) == (None, [])
+
+
+def test_a_schema_that_requires_a_loop_no_longer_requires_it():
+    node = {
+        "properties": {"value": STRING, "next": {"anyOf": [{"$ref": "#/$defs/node"}, STRING]}},
+        "required": ["value", "next"],
+    }
+    schema = {"properties": {"list": {"$ref": "#/$defs/node"}}, "required": ["list"]}
+    second, names = proxy.repaired(
+        call_with_schemas(answer={**schema, "$defs": {"node": node}}), LOOPS
+    )
+    assert names == ["schema.required"]
+    answer = second.body["generationConfig"]["responseJsonSchema"]
+    assert answer == {**schema, "$defs": {"node": {**node, "required": ["value"]}}}
 
 
 def call_with(signature):
@@ -1493,6 +1889,18 @@ def test_an_enum_beside_an_any_of_becomes_an_all_of():
     assert schema == {
         "allOf": [{"anyOf": [{"enum": ["a"]}, {"type": "null"}]}, {"anyOf": [{"type": "string"}]}]
     }
+
+
+@pytest.mark.parametrize("count, calls", [(2048, 21), (1, 1)])
+def test_inputs_of_embeddings_are_sent_a_hundred_at_a_time(count, calls):
+    model = proxy.model_of("gemini-embedding-2")
+    assert len(proxy.embed_calls(model, ["a"] * count, None)) == calls
+
+
+def test_more_inputs_of_embeddings_than_openai_takes_are_a_400():
+    with pytest.raises(ProxyError, match="maximum length 2048") as caught:
+        proxy.embed_calls(proxy.model_of("gemini-embedding-001"), ["a"] * 2049, None)
+    assert (caught.value.status, caught.value.path) == (400, "input")
 
 
 # ======================================================================================
@@ -1755,11 +2163,11 @@ def test_citations_count_characters_and_not_bytes():
     assert answer == text[:5] + "\n```python\n1\n```\n" + text[5:]
 
 
-def test_the_places_of_all_citations_are_counted_in_one_pass():
+def test_a_byte_of_geminis_text_has_its_character_in_the_answer():
     pieces = [("[code]", False), ("Ærø", True), ("[more]", False), ("日本", True)]
-    own_text = "Ærø日本".encode()
-    places = proxy.characters(range(15), own_text, pieces)
-    assert [places[i] for i in range(15)] == [6, 6, 7, 8, 8, 9, 9, 9, 16, 16, 16, 17, 17, 17, 17]
+    text = proxy.CitedText(pieces)
+    places = [text.character(i) for i in range(15)]
+    assert places == [6, 6, 7, 8, 8, 9, 9, 9, 16, 16, 16, 17, 17, 17, 17]
 
 
 def test_the_last_signature_of_a_text_is_read():
@@ -1785,6 +2193,20 @@ def test_blocks_cut_between_cr_and_lf_are_the_same_lines(blocks):
     assert list(proxy.read_lines(blocks)) == [b"a", b"", b"b"]
 
 
+def test_citations_begin_and_end_at_characters_and_within_the_text():
+    cited = proxy.CitedText([("aé", True), ("[code]", False), ("ü", True)])
+    assert [cited.character(i) for i in range(7)] == [0, 1, 1, 2, 2, 9, 9]
+
+
+def test_thousands_of_citations_take_time_in_proportion():
+    sources = [{"web": {"uri": "https://a.example/"}}]
+    spans = [{"startIndex": 700_000 + i * 8, "endIndex": 700_008 + i * 8} for i in range(20_000)]
+    supports = [{"segment": span, "groundingChunkIndices": [0]} for span in spans]
+    grounding = {"groundingChunks": sources, "groundingSupports": supports}
+    pieces = [("wörter " * 130_000, True)]
+    assert cpu_seconds(lambda: proxy.read_citations(pieces, grounding)) < 2
+
+
 # ======================================================================================
 # 5. Conversation
 # ======================================================================================
@@ -1792,6 +2214,105 @@ def test_blocks_cut_between_cr_and_lf_are_the_same_lines(blocks):
 
 def blob(mime, data):
     return {"inlineData": {"mimeType": mime, "data": data}}
+
+
+def anthropic_image(label, data):
+    source = {"type": "base64", "media_type": label, "data": data}
+    return {"type": "image", "source": source}
+
+
+def image_bodies(label, data):
+    """A question with this image, in each dialect: (its request, the place, the body)."""
+    url = f"data:{label};base64,{data}"
+    link = {"type": "image_url", "image_url": {"url": url}}
+    openai, anthropic = proxy.openai_chat_request, proxy.anthropic_messages_request
+    responses, ollama = proxy.openai_responses_request, proxy.ollama_chat_request
+    place = "messages[].content[]"
+    return {
+        "chat": (openai, f"{place}.image_url.url", chat(user([link]))),
+        "Responses": (
+            responses,
+            "input[].content[].image_url",
+            {"model": FLASH, "input": [user([{"type": "input_image", "image_url": url}])]},
+        ),
+        "Ollama": (ollama, "messages[].images[]", chat({**user(""), "images": [data]})),
+        "Anthropic": (
+            anthropic,
+            f"{place}.source.data",
+            chat(user([anthropic_image(label, data)]), max_tokens=9),
+        ),
+    }
+
+
+GIF, JPEG = (base64.b64encode(data).decode() for data in (b"GIF89a", b"\xff\xd8\xff\xe0"))
+DIALECTS = list(image_bodies("", ""))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_an_image_with_a_wrong_label_gets_the_right_one_in_every_dialect(dialect):
+    request, _, body = image_bodies("image/png", JPEG)[dialect]
+    plan, ignored = plan_and_ignored(body, request)
+    assert plan.calls[0].body["contents"] == [u(blob("image/jpeg", JPEG))]
+    assert ignored == []
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_words_stand_in_the_place_of_a_gif_in_every_dialect(dialect):
+    request, place, body = image_bodies("image/png", GIF)[dialect]
+    plan, ignored = plan_and_ignored(body, request)
+    words = "[A file of type image/gif was left out: Gemini cannot read it.]"
+    assert plan.calls[0].body["contents"] == [u(words)]
+    assert ignored == [f"{place} (image/gif)"]
+
+
+def test_words_stand_in_the_place_of_a_gif_in_a_tools_result():
+    link = {"type": "image_url", "image_url": {"url": f"data:image/gif;base64,{GIF}"}}
+    body = chat(
+        user("q"),
+        assistant(None, tool_calls=[tool_call("a", "look", "{}")]),
+        {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "Here:"}, link]},
+    )
+    words = "Here:\n[A file of type image/gif was left out: Gemini cannot read it.]"
+    assert gemini_body(body)["contents"][2] == u(answer_to("look", {"output": words}, "a"))
+
+
+def deep_call_bodies(arguments):
+    """A history with a call of these arguments, in each dialect: (its request, the place, body)."""
+    entry = tool_call("a", "f", json.dumps(arguments))
+    item = {
+        "type": "function_call",
+        "call_id": "a",
+        "name": "f",
+        "arguments": json.dumps(arguments),
+    }
+    ollama_entry = {"function": {"name": "f", "arguments": arguments}}
+    block = {"type": "tool_use", "id": "a", "name": "f", "input": arguments}
+    place = "messages[0].tool_calls[0].function.arguments"
+    return {
+        "chat": (proxy.openai_chat_request, place, chat(assistant(None, tool_calls=[entry]))),
+        "Responses": (
+            proxy.openai_responses_request,
+            "input[0].arguments",
+            {"model": FLASH, "input": [item]},
+        ),
+        "Ollama": (
+            proxy.ollama_chat_request,
+            place,
+            chat(assistant("", tool_calls=[ollama_entry])),
+        ),
+        "Anthropic": (
+            proxy.anthropic_messages_request,
+            "messages[0].content[0].input",
+            chat(assistant([block]), max_tokens=9),
+        ),
+    }
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_deeply_nested_arguments_are_a_400_at_their_place_in_every_dialect(dialect):
+    request, place, body = deep_call_bodies(json.loads(NESTED))[dialect]
+    error = refused(body, request)
+    assert (error.status, error.path) == (400, place)
 
 
 @pytest.mark.parametrize("model", [NEWEST, FLASH])
