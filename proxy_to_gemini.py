@@ -4846,8 +4846,8 @@ def ollama_generate_request(body: Fields, context: Context) -> Plan:
 # ---- the context of generate: a few numbers that stand for a conversation in the memory ----
 
 CONTEXT = "context:"  # the keys of conversations begin with it
-CONTEXT_NUMBERS = 8
-MAX_CONTEXT_CHARACTERS = 1 << 19
+CONTEXT_NUMBERS = 8  # of 16 bits each
+MAX_CONTEXT_CHARACTERS = 1 << 19  # of one conversation
 
 
 def context_key(numbers: Any) -> str:
@@ -4877,19 +4877,20 @@ def context_to_keep(exchange: Exchange, answer: str) -> tuple[list[int], tuple[K
     """(the numbers, what to keep under them) for a prompt and its answer.
 
     Of what is too long, only the texts are kept; Ollama's tokens have no images either. Completions
-    in an editor keep nothing: there is one for each key.
+    in an editor keep nothing: there is one for each keystroke.
     """
     options: OllamaOptions = exchange.options
+    if not options.goes_on:
+        return [], ()  # ollama-ai-provider insists on a list
     contents = [*exchange.chat.contents, model_turn(text_part(answer))]
-    texts = [text_turn(content) for content in contents]
-    for turns in (contents, texts):
-        text = encode_json(turns)
-        if options.goes_on and len(text) <= MAX_CONTEXT_CHARACTERS:
+    for turns in (contents, map(text_turn, contents)):
+        text = encode_json(list(turns))
+        if len(text) <= MAX_CONTEXT_CHARACTERS:
             digest = hashlib.sha256(text.encode()).digest()
             pairs = [digest[i : i + 2] for i in range(0, 2 * CONTEXT_NUMBERS, 2)]
             numbers = [int.from_bytes(pair, "big") for pair in pairs]
             return numbers, (Keep(context_key(numbers), text),)
-    return [], ()  # ollama-ai-provider insists on a list
+    return [], ()
 
 
 def text_turn(content: JSON) -> JSON:
@@ -4959,11 +4960,11 @@ def ollama_response(exchange: Exchange, answers: Answers) -> Any:
         for key, value in addition.items():
             message[key] = message[key] + value if key in message else value
     ending = ollama_metrics(exchange, exchange.created, answer.end)
-    message = {**ollama_base(exchange), **ollama_message(exchange, message)}
+    start = {**ollama_base(exchange), **ollama_message(exchange, message)}
     if not options.generate:
-        return {**message, **ending}
-    numbers, keep = context_to_keep(exchange, answer.text)
-    return Kept({**message, "context": numbers, **ending}, keep)
+        return {**start, **ending}
+    numbers, keep = context_to_keep(exchange, message.get("content", ""))
+    return Kept({**start, "context": numbers, **ending}, keep)
 
 
 def ollama_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
