@@ -80,6 +80,7 @@ import select
 import signal
 import socket
 import socketserver
+import sqlite3
 import ssl
 import sys
 import threading
@@ -89,13 +90,10 @@ import urllib.parse
 import urllib.request
 import wave
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from re import Pattern
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TypeVar, Union
-
-if TYPE_CHECKING:
-    import sqlite3
+from typing import Any, Callable, NamedTuple, Union
 
 # ======================================================================================
 # 1. Vocabulary: the nouns everything else is written in
@@ -380,11 +378,13 @@ encode_utf8 = json.JSONEncoder(separators=COMPACT, allow_nan=False, ensure_ascii
 def gemini_json(body: JSON) -> bytes:
     """The bytes for Gemini. A lone surrogate, which clients leave where they cut an emoji, becomes
     U+FFFD: no UTF-8 has it, and protobuf takes nothing else."""
-    text = encode_utf8(body)
     try:
+        text = encode_utf8(body)
         return text.encode()
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+    except RecursionError:
+        raise nested_too_deeply() from None
 
 
 BAD_JSON = "We could not parse the JSON body of your request: "
@@ -5014,7 +5014,7 @@ def untruncated(plan: Plan, model: Model, texts: list[str]) -> Plan:
     long_texts = [text for text in texts if len(text.encode(errors="replace")) > MIN_EMBED_TOKENS]
     counts = [
         GeminiCall(f"{model.path}:countTokens", {"contents": [user_turn(text_part(text))]}, model)
-        for text in long_texts or [max(texts, key=len)]
+        for text in long_texts or [max(texts, key=len) or " "]
     ]
     first, *rest = plan.calls
     calls = (MODELS_CALL, *counts, first._replace(waits=True), *rest)
@@ -6083,15 +6083,10 @@ MAX_BACKOFF_SECONDS = 2.0  # a longer wait is left to the client
 RETRY_WINDOW_SECONDS = 30.0  # there is no further attempt later than this
 BROKEN_RETRY_SECONDS = 1.0  # if a connection breaks so early, Gemini has not begun to work
 MAX_PARALLEL_CALLS = 4  # of one request of a client
-MAX_ERROR_BYTES = 1 << 20  # of a refusal's body
 BLOCK_BYTES = 64 << 10  # of a body that are read at a time
 MODEL_LIST_SECONDS = 300.0  # how long a list of Gemini's models is used
-MAX_MODEL_LISTS = 32  # lists in memory: one for each Gemini key (-client-keys)
-MAX_MODEL_PAGES = 50  # pages of one list
 STATE_LOCK_SECONDS = 1.0  # how long to wait for a state file that another process has locked
-STATE_RETRY_SECONDS = 5.0  # how long a state file that failed is left alone
 KEY_MASK = "[the Gemini key]"
-HEADERS = {"Content-Type": "application/json", "User-Agent": f"proxy-to-gemini/{VERSION}"}
 
 # ---- the heads of HTTP messages ----
 
@@ -6099,7 +6094,6 @@ TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HEADER_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n".encode())
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?\r\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
-SINGLE_HEADERS = ("host", "content-length", "transfer-encoding")  # two of them are ambiguous
 MAX_HEAD_BYTES = 64 << 10  # of the first line and the headers of a request or an answer
 
 
@@ -6111,8 +6105,7 @@ def read_headers(file: io.BufferedIOBase, limit: int) -> dict[str, str]:
     """The headers up to the empty line, by name in lower case; they may have `limit` bytes.
 
     A BadHeadError for what another reader might take for something else (RFC 9112, section 5). The
-    library's parser is one for mail: it stops at a malformed line without an error, and costs as
-    much as the translation of a short chat.
+    library's parser is slow, and is one for mail: it stops at a malformed line without an error.
     """
     headers: dict[str, str] = {}
     while True:
@@ -6127,23 +6120,18 @@ def read_headers(file: io.BufferedIOBase, limit: int) -> dict[str, str]:
             raise BadHeadError(400, "This is not an HTTP header line: " + ascii(line[:60]))
         name = match.group(1).decode().lower()
         value = match.group(2).strip(b" \t").decode("latin-1")
-        if name not in headers:
-            headers[name] = value
-        elif name in SINGLE_HEADERS:
-            raise BadHeadError(400, f"The header {name} comes twice.")
-        else:
-            headers[name] += f", {value}"
+        if name in headers:
+            value = f"{headers[name]}, {value}"
+            if name in ("host", "content-length", "transfer-encoding"):  # two would be ambiguous
+                raise BadHeadError(400, f"The header {name} comes twice.")
+        headers[name] = value
 
 
 # ---- waiting ----
 
 READABLE, WRITABLE = select.POLLIN, select.POLLOUT
-# Linux reports at once that the far end hung up, even behind unread bytes (poll(2)). PyPy 3.9
-# lacks the name, but the system call is the same.
-POLLRDHUP = getattr(select, "POLLRDHUP", 0)
-if not POLLRDHUP and sys.platform.startswith("linux"):
-    POLLRDHUP = 0x2000
-HANGUP = POLLRDHUP or READABLE
+# Linux reports a hang-up at once, even behind unread bytes (poll(2)). PyPy 3.9 lacks the name only.
+POLLRDHUP = getattr(select, "POLLRDHUP", {"linux": 0x2000}.get(sys.platform, 0))
 
 
 class ClientGoneError(Exception):
@@ -6170,44 +6158,38 @@ class Poller:
 class Waiter:
     """The one place that waits for Gemini, on behalf of one request of a client.
 
-    While Gemini is silent, the client's thread sleeps here. It wakes up when Gemini's socket is
-    ready, when the client leaves, when time is up, when a keep-alive is due, and when the server
-    ends (then `stopping` becomes readable).
+    It wakes up when Gemini's socket is ready, when the client leaves, when time is up, when a
+    keep-alive is due, and when the server ends (then `stopping` becomes readable).
     """
 
     def __init__(
         self,
         client: socket.socket | None,
-        silence: float,
+        silence: float,  # seconds that Gemini may be silent
         stopping: int = -1,
-        keep_alive: Callable[[], None] | None = None,
+        keep_alive: Callable[[], None] | None = None,  # called every KEEP_ALIVE_SECONDS of silence
     ):
-        self.client, self.stopping = client, stopping
-        self.silence = silence  # seconds that Gemini may be silent
-        self.keep_alive = keep_alive  # called every KEEP_ALIVE_SECONDS of silence
+        self.client, self.silence = client, silence
+        self.stopping, self.keep_alive = stopping, keep_alive
         self.pollers: dict[tuple[socket.socket | None, int], Poller] = {}
 
     def poller(self, gemini: socket.socket | None, event: int) -> Poller:
         """The poller of this event, the client and the end. A stream uses it for each chunk."""
         poller = self.pollers.get((gemini, event))
-        if poller is not None:
-            return poller
-        poller = self.pollers[gemini, event] = Poller()
-        if gemini is not None:
-            poller.watch(gemini, event)
-        if self.client is not None:
-            poller.watch(self.client, HANGUP)
-        if self.stopping >= 0:
-            poller.watch(self.stopping, READABLE)
+        if poller is None:
+            poller = self.pollers[gemini, event] = Poller()
+            if gemini is not None:
+                poller.watch(gemini, event)
+            if self.client is not None:
+                poller.watch(self.client, POLLRDHUP or READABLE)
+            if self.stopping >= 0:
+                poller.watch(self.stopping, READABLE)
         return poller
 
     def wait(
         self, gemini: socket.socket | None, event: int = READABLE, seconds: float | None = None
     ) -> float:
-        """Return when Gemini's socket is ready, or after these seconds: how long that took.
-
-        Without `seconds`, a silence that is too long is a 504.
-        """
+        """Wait for Gemini's socket, or so many seconds; how long it took. Silence is a 504 else."""
         poller = self.poller(gemini, event)
         gemini_fd = -1 if gemini is None else gemini.fileno()
         began = now = time.monotonic()
@@ -6215,11 +6197,12 @@ class Waiter:
         keep_alive_due = began + KEEP_ALIVE_SECONDS if self.keep_alive else math.inf
         while True:
             ready = poller.wait(min(deadline, keep_alive_due) - now)
-            self.check(ready, gemini_fd, poller)
             now = time.monotonic()
-            if gemini_fd in ready:
-                return now - began
-            if now >= deadline and seconds is not None:
+            if self.stopping in ready:
+                raise ProxyError(503, "The server is shutting down.")
+            if ready not in ([], [gemini_fd]) and self.client_left(poller):
+                raise ClientGoneError
+            if gemini_fd in ready or (seconds is not None and now >= deadline):
                 return now - began
             if now >= deadline:
                 message = f"Gemini has been silent for {self.silence:g} seconds."
@@ -6229,49 +6212,30 @@ class Waiter:
                 now = time.monotonic()
                 keep_alive_due = now + KEEP_ALIVE_SECONDS
 
-    def check(self, ready: list[int], gemini_fd: int, poller: Poller) -> None:
-        """Raise what makes it pointless to wait any longer."""
-        for fd in ready:
-            if fd == self.stopping:
-                raise ProxyError(503, "The server is shutting down.")
-            if fd != gemini_fd and self.client_left(poller):
-                raise ClientGoneError
-
     def client_left(self, poller: Poller) -> bool:
         """Whether the client hung up; a system without POLLRDHUP only says that it can be read."""
-        if POLLRDHUP or self.client is None:
-            return True
-        try:
-            data = self.client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-        if data:
-            poller.watch(self.client, 0)  # its next request came early: it is still there
-        return not data
+        if self.client and not POLLRDHUP:
+            with contextlib.suppress(OSError):
+                if self.client.recv(1, socket.MSG_PEEK):  # its next request came early
+                    poller.watch(self.client, 0)
+                    return False
+        return True
 
 
 # ---- connections ----
 
-DEFAULT_PORTS = {"https": 443, "http": 80}
-Result = TypeVar("Result")
 Address = tuple[int, int, int, str, Any]  # as socket.getaddrinfo gives it
+HttpProxy = tuple[str, int, dict[str, str]]  # host, port and headers of one on the way to Gemini
 
 
 class UpstreamSocket(io.RawIOBase):
     """A connection to Gemini as a raw file. Its socket never blocks: its waiter waits."""
 
     def __init__(self, sock: socket.socket, waiter: Waiter):
-        self.sock = sock
+        self.sock, self.waiter = sock, waiter
         self.tls: ssl.SSLSocket | None = None  # the same socket, once it speaks TLS
         self.reused = False  # whether it was idle before this call: Gemini may have closed it
-        self.assign(waiter)
-
-    def assign(self, waiter: Waiter) -> None:
-        """Carry another call from now on, whose waiter this is."""
-        self.waiter = waiter
-        self.received = False  # whether a byte has come since
+        self.received = False  # whether a byte of the answer to this call has come
         self.slow = False  # whether the last bytes had to be waited for: so will the next ones
 
     def readable(self) -> bool:
@@ -6281,30 +6245,24 @@ class UpstreamSocket(io.RawIOBase):
         """Wait for bytes; 0 at the end. (TLS may hold bytes that the system knows nothing of.)"""
         if self.slow and not (self.tls and self.tls.pending()):
             self.slow = self.waiter.wait(self.sock) > READY_SECONDS
-        count = self.when_ready(READABLE, self.sock.recv_into, buffer)
+        count: int = self.when_ready(READABLE, self.sock.recv_into, buffer)
         self.received = self.received or count > 0
         return count
 
     def send(self, data: bytes) -> None:
-        """Send all of it, as fast as the socket takes it."""
         view = memoryview(data)
         while view:
-            count = self.when_ready(WRITABLE, self.sock.send, view)
-            view = view[count:]
+            view = view[self.when_ready(WRITABLE, self.sock.send, view) :]
 
     def start_tls(self, context: ssl.SSLContext, host: str, session: ssl.SSLSession | None) -> None:
         """Speak TLS; the session of an earlier connection saves half of the handshake."""
-        self.tls = context.wrap_socket(
+        self.sock = self.tls = context.wrap_socket(
             self.sock, server_hostname=host, session=session, do_handshake_on_connect=False
         )
-        self.sock = self.tls
         self.when_ready(READABLE, self.tls.do_handshake)
 
-    def when_ready(self, event: int, operation: Callable[..., Result], *arguments: Any) -> Result:
-        """What an operation of the socket's returns, as soon as it does not block.
-
-        `event` is what a plain socket waits for; TLS says itself what it needs.
-        """
+    def when_ready(self, event: int, operation: Callable[..., Any], *arguments: Any) -> Any:
+        """What it returns once it does not block: after this event, or the one that TLS needs."""
         while True:
             try:
                 return operation(*arguments)
@@ -6322,42 +6280,30 @@ class UpstreamSocket(io.RawIOBase):
 
 
 def dial(host: str, port: int, waiter: Waiter) -> socket.socket:
-    """A non-blocking connection to the first address of the host's that answers.
+    """A non-blocking connection to the first address of the host's that answers: v6, v4, v6, ...
 
     They have CONNECT_SECONDS together. The library gives each the whole time, but where a network
-    drops IPv6 in silence, several of Google's addresses never answer. (Nothing watches the client
-    during the look-up of the name, which the C library does.)
+    drops IPv6 in silence, several of Google's never answer. (The look-up watches no client.)
     """
     deadline = time.monotonic() + CONNECT_SECONDS
-    failure = OSError("the name has no address")
-    addresses = alternated(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-    for address in addresses:
-        seconds = max(0.1, deadline - time.monotonic())
-        if address is not addresses[-1]:
-            seconds = min(seconds, ADDRESS_SECONDS)
-        try:
-            return reach(address, waiter, seconds)
-        except OSError as error:
-            failure = error
-    raise failure
-
-
-def alternated(addresses: Iterable[Address]) -> list[Address]:
-    """The addresses with families taking turns: v6, v4, v6, ..."""
     families: dict[int, list[Address]] = {}
+    for resolved in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        families.setdefault(resolved[0], []).append(resolved)
+    turns = itertools.chain(*itertools.zip_longest(*families.values()))
+    *addresses, last = [address for address in turns if address]
     for address in addresses:
-        families.setdefault(address[0], []).append(address)
-    turns = itertools.zip_longest(*families.values())
-    return [address for turn in turns for address in turn if address]
+        with contextlib.suppress(OSError):
+            seconds = max(0.1, deadline - time.monotonic())
+            return reach(address, waiter, min(seconds, ADDRESS_SECONDS))
+    return reach(last, waiter, max(0.1, deadline - time.monotonic()))
 
 
 def reach(address: Address, waiter: Waiter, seconds: float) -> socket.socket:
     """A non-blocking connection to the address; an OSError if that fails or takes longer."""
-    family, kind, protocol, _, where = address
-    sock = socket.socket(family, kind, protocol)
+    sock = socket.socket(*address[:3])
     try:
         sock.setblocking(False)
-        error = sock.connect_ex(where)
+        error = sock.connect_ex(address[4])
         if error == errno.EINPROGRESS:
             if waiter.wait(sock, WRITABLE, seconds) >= seconds:
                 raise TimeoutError
@@ -6372,54 +6318,45 @@ def reach(address: Address, waiter: Waiter, seconds: float) -> socket.socket:
 
 
 class Response:
-    """Gemini's answer to a request (RFC 9112), as a file over its connection.
+    """Gemini's answer (RFC 9112): begin() reads its head, read() and read1() the body.
 
-    Nothing is read at first: begin() reads the head, read() and read1() the body. What breaks the
-    rules is an HTTPException; a body that ends too early is an IncompleteRead.
+    What breaks the rules is an HTTPException; a body that ends too early is an IncompleteRead. A
+    response that is lost closes its connection, unless its file was detached.
     """
 
     def __init__(self, connection: UpstreamSocket):
         self.connection, self.file = connection, io.BufferedReader(connection)
-        self.status, self.reason = 0, ""
+        self.status, self.reason, self.chunked = 0, "", False
         self.headers: dict[str, str] = {}  # by name in lower case
-        self.chunked = False
         self.left: int | None = None  # bytes of the body or chunk; None if that is not known yet
         self.complete = False  # whether the body was read to its end
         self.persistent = False  # whether the connection stays open then
 
     def begin(self) -> None:
         """Read the head, past those of interim answers (1xx)."""
-        version = b"1"
         while self.status < 200:
-            version = self.read_head()
+            line = self.file.readline(MAX_HEAD_BYTES)
+            if not line:
+                raise http.client.RemoteDisconnected("the connection ended before an answer")
+            match = STATUS_LINE.fullmatch(line)
+            if not match:
+                raise http.client.BadStatusLine(ascii(line[:60]))
+            version, status, reason = match.groups(b"")
+            self.status, self.reason = int(status), reason.decode("latin-1")
+            try:
+                self.headers = read_headers(self.file, MAX_HEAD_BYTES)
+            except BadHeadError as error:
+                raise http.client.HTTPException(error.message) from None
         self.chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
         length = self.headers.get("content-length")
         if length is not None and not self.chunked:
             if not length.isdecimal():  # int() takes more than HTTP does; the error is its own
-                raise http.client.HTTPException(
-                    f"invalid literal for int() with base 10: {length!r}"
-                )
+                message = f"invalid literal for int() with base 10: {length!r}"
+                raise http.client.HTTPException(message)
             self.left = int(length)
             self.complete = not self.left
-        known_end = self.chunked or self.left is not None
-        closes = "close" in self.headers.get("connection", "").lower()
-        self.persistent = known_end and not closes and version == b"1"
-
-    def read_head(self) -> bytes:
-        """Read a status line and headers; the minor version of HTTP/1."""
-        line = self.file.readline(MAX_HEAD_BYTES)
-        if not line:
-            raise http.client.RemoteDisconnected("the connection ended before an answer")
-        match = STATUS_LINE.fullmatch(line)
-        if not match:
-            raise http.client.BadStatusLine(ascii(line[:60]))
-        version, status, reason = match.groups(b"")
-        self.status, self.reason = int(status), reason.decode("latin-1")
-        try:
-            self.headers = read_headers(self.file, MAX_HEAD_BYTES)
-        except BadHeadError as error:
-            raise http.client.HTTPException(error.message) from None
-        return version
+        if "close" not in self.headers.get("connection", "").lower() and version == b"1":
+            self.persistent = self.chunked or self.left is not None
 
     def read1(self, limit: int) -> bytes:
         """The next bytes of the body, as soon as there are some; none at its end."""
@@ -6433,62 +6370,44 @@ class Response:
             return data
         data = self.file.read1(min(limit, self.left))
         if not data:
-            raise http.client.IncompleteRead(b"", self.left)
+            raise http.client.IncompleteRead(b"")
         self.left -= len(data)
         self.complete = not self.left and not self.chunked
         return data
 
     def next_chunk(self) -> None:
         """Go on to the next chunk, or past the last one and its trailers (RFC 9112, 7.1)."""
-        if self.left == 0 and self.file.read(2) != b"\r\n":
-            raise http.client.IncompleteRead(b"")
-        match = CHUNK_LINE.fullmatch(self.file.readline(MAX_HEAD_BYTES))
+        in_step = self.left is None or self.file.read(2) == b"\r\n"
+        match = in_step and CHUNK_LINE.fullmatch(self.file.readline(MAX_HEAD_BYTES))
         if not match:
             raise http.client.IncompleteRead(b"")
         self.left = int(match.group(1), 16)
-        if self.left:
-            return
-        self.complete = True
-        try:
-            read_headers(self.file, MAX_HEAD_BYTES)
-        except BadHeadError:
-            self.persistent = False  # the body is whole, but what comes after it is unclear
+        if not self.left:
+            self.complete = True
+            try:
+                read_headers(self.file, MAX_HEAD_BYTES)
+            except BadHeadError:
+                self.persistent = False  # the body is whole, but what comes after it is unclear
 
     def read(self, limit: int = sys.maxsize) -> bytes:
         """The rest of the body, or so many bytes of it."""
-        blocks: list[bytes] = []
-        while limit > 0:
-            try:
-                block = self.read1(min(limit, BLOCK_BYTES))
-            except http.client.IncompleteRead as error:
-                raise http.client.IncompleteRead(b"".join(blocks), error.expected) from None
-            if not block:
-                break
-            blocks.append(block)
-            limit -= len(block)
-        return b"".join(blocks)
-
-    def detach(self) -> UpstreamSocket:
-        """The connection, which this no longer reads from. (A lost response closes it.)"""
-        self.file.detach()
-        return self.connection
+        body = bytearray()
+        try:
+            while len(body) < limit and not self.complete:
+                body += self.read1(min(limit - len(body), BLOCK_BYTES))
+        except http.client.IncompleteRead:
+            raise http.client.IncompleteRead(bytes(body)) from None
+        return bytes(body)
 
 
 class UpstreamRequest(urllib.request.Request):
-    """A request to Gemini, with what the pool must know besides."""
+    """A request to Gemini, with what the pool must know; an idle connection is not `fresh`."""
 
     def __init__(self, url: str, key: str, body: bytes | None, waiter: Waiter, fresh: bool):
-        super().__init__(url, body, {"x-goog-api-key": key, **HEADERS})
-        self.body, self.waiter = body, waiter
-        self.fresh = fresh  # whether an idle connection will not do
-
-
-class HttpProxy(NamedTuple):
-    """An HTTP proxy on the way to Gemini."""
-
-    host: str
-    port: int
-    headers: dict[str, str]
+        agent = f"proxy-to-gemini/{VERSION}"
+        headers = {"x-goog-api-key": key, "Content-Type": "application/json", "User-Agent": agent}
+        super().__init__(url, body, headers)
+        self.body, self.waiter, self.fresh = body, waiter, fresh
 
 
 class Pool(urllib.request.BaseHandler):
@@ -6496,29 +6415,32 @@ class Pool(urllib.request.BaseHandler):
 
     def __init__(self, upstream: str):
         parts = urllib.parse.urlsplit(upstream)
-        self.secure, self.host = parts.scheme == "https", parts.hostname or ""
-        self.port = parts.port or DEFAULT_PORTS[parts.scheme]
+        self.host = parts.hostname or ""
+        self.port = parts.port or {"https": 443, "http": 80}[parts.scheme]
         self.authority = f"{self.host}:{self.port}"
         if ":" in self.host:
             self.authority = f"[{self.host}]:{self.port}"
         self.idle: collections.deque[tuple[float, UpstreamSocket]] = collections.deque()
         self.proxy = proxy_for(parts.scheme, parts.netloc.rpartition("@")[2])
         self.context: ssl.SSLContext | None = None
-        if self.secure:
+        if parts.scheme == "https":
             self.context = tls_context()
-        self.session: ssl.SSLSession | None = None
+        self.session: ssl.SSLSession | None = None  # of a TLS connection, for new ones to resume
         self.opened = self.counted = 0  # connections so far; of these, those in the metrics
 
     def https_open(self, request: UpstreamRequest) -> Response:
         """Send the request: its Response, of which nothing is read yet."""
-        connection = None
-        if not request.fresh:
-            connection = self.acquire()
-        if connection is None:
-            connection = self.connect(request.waiter)
-        connection.assign(request.waiter)
+        connection = self.acquire(request)
+        connection.waiter, connection.received = request.waiter, False
+        target, headers = request.selector, dict(request.header_items())
+        if request.body is not None:
+            headers["Content-Length"] = str(len(request.body))
+        if self.proxy and not self.context:  # a proxy for plain HTTP wants the whole URL
+            target = f"http://{self.authority}{target}"
+            headers.update(self.proxy[2])
+        head = request_head(request.get_method(), target, request.host, headers)
         try:
-            connection.send(self.head(request) + (request.body or b""))
+            connection.send(head + (request.body or b""))
         except BaseException:
             connection.close()
             raise
@@ -6526,23 +6448,22 @@ class Pool(urllib.request.BaseHandler):
 
     http_open = https_open
 
-    def head(self, request: UpstreamRequest) -> bytes:
-        """The request line and headers. A proxy for plain HTTP wants the whole URL."""
-        target, headers = request.selector, [("Host", request.host), *request.header_items()]
-        if request.body is not None:
-            headers.append(("Content-Length", str(len(request.body))))
-        if self.proxy and not self.secure:
-            target = f"http://{self.authority}{target}"
-            headers += self.proxy.headers.items()
-        return request_head(request.get_method(), target, headers)
+    def acquire(self, request: UpstreamRequest) -> UpstreamSocket:
+        """The connection that was used last of those that are idle and still open, or a new one."""
+        while self.idle and not request.fresh:
+            with contextlib.suppress(IndexError):  # another thread may be faster
+                since, connection = self.idle.pop()
+                readable = Poller(connection.sock).wait(0)  # it is closed, or out of step
+                if not readable and time.monotonic() - since < IDLE_CONNECTION_SECONDS:
+                    return connection
+                connection.close()
+        return self.connect(request.waiter)
 
     def connect(self, waiter: Waiter) -> UpstreamSocket:
         """A new connection, through the proxy if there is one, and with TLS for https."""
         self.opened += 1
         waiter = Waiter(waiter.client, CONNECT_SECONDS, waiter.stopping, waiter.keep_alive)
-        host, port = self.host, self.port
-        if self.proxy:
-            host, port = self.proxy.host, self.proxy.port
+        host, port, _ = self.proxy or (self.host, self.port, {})
         connection = UpstreamSocket(dial(host, port, waiter), waiter)
         try:
             if self.context:
@@ -6557,53 +6478,30 @@ class Pool(urllib.request.BaseHandler):
 
     def open_tunnel(self, connection: UpstreamSocket, proxy: HttpProxy) -> None:
         """Have the proxy connect us to Gemini (RFC 9110, section 9.3.6)."""
-        headers = [("Host", self.authority), *proxy.headers.items()]
-        connection.send(request_head("CONNECT", self.authority, headers))
+        host, port, headers = proxy
+        connection.send(request_head("CONNECT", self.authority, self.authority, headers))
         response = Response(connection)
         response.begin()
         if not 200 <= response.status < 300:
             answer = f"{response.status} {response.reason}".rstrip()
-            raise OSError(f"the proxy {proxy.host}:{proxy.port} says {answer}")
-        response.detach()
-
-    def acquire(self) -> UpstreamSocket | None:
-        """The connection that was used last of those that are idle and still open, or None."""
-        while True:
-            try:
-                since, connection = self.idle.pop()
-            except IndexError:
-                return None
-            readable = Poller(connection.sock).wait(0)  # it is closed, or out of step
-            if not readable and time.monotonic() - since < IDLE_CONNECTION_SECONDS:
-                return connection
-            connection.close()
+            raise OSError(f"the proxy {host}:{port} says {answer}")
+        response.file.detach()
 
     def release(self, response: Response) -> None:
         """Keep the connection of a response for other calls; close it if it cannot carry any."""
-        connection = response.detach()
+        response.file.detach()
+        connection = response.connection
         if not (response.complete and response.persistent):
             connection.close()  # this is what stops the bill
             return
         connection.reused = True
         self.idle.append((time.monotonic(), connection))
-        while len(self.idle) > MAX_IDLE_CONNECTIONS:
+        if len(self.idle) > MAX_IDLE_CONNECTIONS:
             self.drop_oldest()
-
-    def save_session(self, connection: UpstreamSocket) -> None:
-        """Let new connections resume the TLS session of this one, once it carries an answer.
-
-        Its ticket comes after the handshake (RFC 8446, section 4.6.1), but before the answer.
-        """
-        if connection.tls and not connection.reused:
-            self.session = connection.tls.session
 
     def drop_oldest(self) -> None:
         with contextlib.suppress(IndexError):
             self.idle.popleft()[1].close()
-
-    def close(self) -> None:
-        while self.idle:
-            self.drop_oldest()
 
     def tidy(self) -> None:
         """Close what has been idle for too long."""
@@ -6612,9 +6510,9 @@ class Pool(urllib.request.BaseHandler):
                 self.drop_oldest()
 
 
-def request_head(method: str, target: str, headers: Iterable[tuple[str, str]]) -> bytes:
-    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers)]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+def request_head(method: str, target: str, host: str, headers: dict[str, str]) -> bytes:
+    lines = [f"{name}: {value}\r\n" for name, value in {"Host": host, **headers}.items()]
+    return "".join([f"{method} {target} HTTP/1.1\r\n", *lines, "\r\n"]).encode("latin-1")
 
 
 def proxy_for(scheme: str, host: str) -> HttpProxy | None:
@@ -6622,22 +6520,18 @@ def proxy_for(scheme: str, host: str) -> HttpProxy | None:
     url = urllib.request.getproxies().get(scheme)
     if not url or urllib.request.proxy_bypass(host):
         return None
-    if "://" not in url:
-        url = "http://" + url
-    parts = urllib.parse.urlsplit(url)
+    parts = urllib.parse.urlsplit("//" + url.rpartition("://")[2])
     if not parts.hostname:
         raise ValueError(f"{scheme.upper()}_PROXY is not the address of a proxy")
     headers = {}
     if parts.username:
-        user, password = map(urllib.parse.unquote, (parts.username, parts.password or ""))
-        login = base64.b64encode(f"{user}:{password}".encode()).decode()
-        headers["Proxy-Authorization"] = "Basic " + login
-    return HttpProxy(parts.hostname, parts.port or 80, headers)
+        login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
+        headers["Proxy-Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+    return parts.hostname, parts.port or 80, headers
 
 
 def tls_context() -> ssl.SSLContext:
-    """The one TLS context. OpenSSL itself reads SSL_CERT_FILE and SSL_CERT_DIR, but not the
-    variable of `requests`."""
+    """The one TLS context. It reads SSL_CERT_FILE and SSL_CERT_DIR by itself, but not this one."""
     context = ssl.create_default_context()
     bundle = os.environ.get("REQUESTS_CA_BUNDLE")
     if bundle and os.path.isdir(bundle):
@@ -6651,13 +6545,14 @@ def tls_context() -> ssl.SSLContext:
 # ---- calls ----
 
 TRANSPORT_ERRORS = (OSError, http.client.HTTPException)
+BROKEN_ERRORS = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
 
 
 def transport_error(failure: Exception) -> ProxyError:
     """What it means to the client that Gemini could not be reached, or broke off."""
     if isinstance(failure, ProxyError):
         return failure
-    if isinstance(failure, (TimeoutError, socket.timeout)):
+    if isinstance(failure, TimeoutError):
         return ProxyError(504, "Gemini could not be reached in time.", upstream=True)
     if isinstance(failure, http.client.IncompleteRead):
         return ProxyError(502, "Gemini's answer broke off.", upstream=True)
@@ -6680,46 +6575,40 @@ class UpstreamCall:
         self.gemini, self.call, self.waiter, self.key = gemini, call, waiter, key
         self.ignored = ignored  # gets the names of what was left out so that Gemini takes the call
         self.response: Response | None = None
-        self.send_error: ProxyError  # of an attempt that has no response
+        self.send_error: Exception  # begin() returns it in its turn: calls are sent ahead
         self.attempts = 0
         self.began = self.sent = time.monotonic()
 
     def send(self, fresh: bool = False) -> None:
-        """Make an attempt; on a fresh connection where an idle one has just failed.
-
-        An error on the way to Gemini is kept for begin(): calls are sent ahead, several at a time,
-        and it must not overtake the answers that come before it.
-        """
+        """Make an attempt; on a fresh connection where an idle one has just failed."""
         self.attempts += 1
         body = None
-        try:
-            if self.call.body is not None:
-                body = gemini_json(self.call.body)
-        except RecursionError:
-            raise nested_too_deeply() from None
+        if self.call.body is not None:
+            body = gemini_json(self.call.body)
         url = self.gemini.base + self.call.path
         request = UpstreamRequest(url, self.key, body, self.waiter, fresh)
         try:
             self.response = self.gemini.opener.open(request)
         except (ProxyError, *TRANSPORT_ERRORS) as failure:
-            self.send_error = self.failed_attempt(failure)
+            self.send_error = failure.with_traceback(None)  # which leads back to this object
         self.sent = time.monotonic()
 
     def chunks(self) -> Iterator[JSON]:
-        """Gemini's answer: one chunk, or those of a stream; a ProxyError or ClientGoneError if it fails.
-
-        A call that nobody has sent is sent now.
-        """
+        """Gemini's answer: one chunk, or those of a stream. A call not sent yet is sent now."""
         try:
+            if self.call is MODELS_CALL:
+                yield {"models": self.gemini.list_models(self.waiter, self.key)}
+                return
             response = self.good_response()
             if self.call.streaming:
-                blocks = iter(functools.partial(response.read1, BLOCK_BYTES), b"")
-                yield from read_events(blocks)
+                yield from read_events(iter(functools.partial(response.read1, BLOCK_BYTES), b""))
             else:
                 yield read_chunk(response.read())
         except (ProxyError, *TRANSPORT_ERRORS) as failure:
+            error = transport_error(failure)
+            error.message = error.message.replace(self.key, KEY_MASK)[:8000]
             if not self.call.optional:
-                raise masked(transport_error(failure), self.key) from None
+                raise error from None
             yield {}
         finally:
             self.release()
@@ -6727,11 +6616,15 @@ class UpstreamCall:
     def good_response(self) -> Response:
         """The response with status 200, after further attempts if need be; else the refusal."""
         while True:
-            error = self.begin()
-            if isinstance(error, Response):
-                return error
-            unanswered = self.unanswered()
+            outcome = self.begin()
+            if isinstance(outcome, Response):
+                return outcome
+            error = transport_error(outcome)
+            unanswered = self.response is None or not self.response.connection.received
             stale = unanswered and self.response is not None and self.response.connection.reused
+            late = self.response is not None and time.monotonic() - self.sent > BROKEN_RETRY_SECONDS
+            if isinstance(outcome, BROKEN_ERRORS) and unanswered and not late:
+                error.retry_after = 0.0  # later, Gemini may be at work, and would be paid for twice
             self.release()
             if error.upstream:  # not because this server ends
                 self.gemini.count("upstream_errors_total", str(error.status))
@@ -6743,64 +6636,42 @@ class UpstreamCall:
             self.gemini.count("upstream_retries_total")
             self.send(fresh=unanswered)
 
-    def begin(self) -> Response | ProxyError:
+    def begin(self) -> Response | Exception:
         """Read the head of the answer to an attempt: the response if it is a 200, else an error."""
         if not self.attempts:
             self.send()
         if self.response is None:
             return self.send_error
+        response = self.response
         try:
-            self.response.begin()
-            if self.response.status != 200:
-                return self.refusal(self.response)
+            response.begin()
+            if response.status == 200:
+                tls = response.connection.tls
+                if tls and not response.connection.reused:
+                    self.gemini.pool.session = tls.session  # its ticket has come (RFC 8446, 4.6.1)
+                return response
+            body = response.read(1 << 20)
+        except http.client.IncompleteRead as failure:
+            body = failure.partial
         except TRANSPORT_ERRORS as failure:
-            return self.failed_attempt(failure)
-        self.gemini.pool.save_session(self.response.connection)
-        return self.response
-
-    def refusal(self, response: Response) -> ProxyError:
-        """What a status other than 200 means; its body may be cut off."""
-        try:
-            raw = response.read(MAX_ERROR_BYTES)
-        except http.client.IncompleteRead as error:
-            raw = error.partial
-        raw = raw.replace(self.key.encode(), KEY_MASK.encode())
-        return gemini_refusal(response.status, read_json(raw), raw)
-
-    def failed_attempt(self, failure: Exception) -> ProxyError:
-        """The error of an attempt whose connection failed."""
-        error = transport_error(failure)
-        broken = isinstance(failure, ConnectionError)
-        if isinstance(failure, ConnectionRefusedError) or not broken or not self.unanswered():
-            return error
-        if self.response is None or time.monotonic() - self.sent < BROKEN_RETRY_SECONDS:
-            error.retry_after = 0.0  # later, Gemini may be at work, and would be paid for twice
-        return error
-
-    def unanswered(self) -> bool:
-        """Whether not a byte has come in this attempt."""
-        return self.response is None or not self.response.connection.received
+            return failure
+        body = body.replace(self.key.encode(), KEY_MASK.encode())
+        return gemini_refusal(response.status, read_json(body), body)
 
     def backoff(self, error: ProxyError) -> float | None:
         """Seconds before the next attempt, for which the call may be repaired; None to give up."""
         if self.attempts >= MAX_ATTEMPTS:
             return None
-        if error.status == 400 and self.repair(error.message):
-            return 0.0
+        if error.status == 400:
+            call, names = repaired(self.call, error.message)
+            if call is not None:
+                self.call = call
+                self.ignored += names
+                return 0.0
         late = time.monotonic() - self.began > RETRY_WINDOW_SECONDS
         if late or error.retry_after is None or error.retry_after > MAX_BACKOFF_SECONDS:
             return None
-        backoff: float = BACKOFF_SECONDS * 2**self.attempts
-        return max(error.retry_after, backoff * random.uniform(0.5, 1))
-
-    def repair(self, message: str) -> bool:
-        """Leave out of the call what the message of a 400 complains of; whether that was there."""
-        call, names = repaired(self.call, message)
-        if call is None:
-            return False
-        self.call = call
-        self.ignored += names
-        return True
+        return max(error.retry_after, BACKOFF_SECONDS * 2.0**self.attempts * random.uniform(0.5, 1))
 
     def release(self) -> None:
         """Give the connection back. If its answer was not read to the end, that hangs up."""
@@ -6809,101 +6680,14 @@ class UpstreamCall:
             self.gemini.pool.release(response)
 
 
-def masked(error: ProxyError, key: str) -> ProxyError:
-    """The error without the key, should Gemini have quoted it, and of a readable length."""
-    error.message = error.message.replace(key, KEY_MASK)[:8000]
-    return error
-
-
-class CallBatch:
-    """The answers to the calls of one request, in order. Leaving it hangs up on what is unread."""
-
-    def __init__(self, gemini: Gemini, calls: Iterable[GeminiCall], waiter: Waiter, key: str):
-        self.gemini, self.waiter, self.key = gemini, waiter, key
-        self.calls = collections.deque(calls)
-        self.ignored: list[str] = []  # names of what was left out of the calls
-        self.pending: collections.deque[UpstreamCall | ModelList] = collections.deque()
-
-    def __iter__(self) -> Iterator[Iterator[JSON]]:
-        self.send_some()
-        while self.pending:
-            yield self.pending[0].chunks()
-            self.pending.popleft().release()
-            self.send_some()
-
-    def send_some(self) -> None:
-        """Send the next calls, as many as may be under way and need not wait."""
-        while self.calls and len(self.pending) < MAX_PARALLEL_CALLS:
-            if self.pending and self.calls[0].waits:
-                return
-            self.send(self.calls.popleft())
-
-    def send(self, call: GeminiCall) -> None:
-        if call is MODELS_CALL:
-            self.pending.append(ModelList(self.gemini, self.waiter, self.key))
-        else:
-            call = self.gemini.signed(call, self.key)
-            upstream_call = UpstreamCall(self.gemini, call, self.waiter, self.key, self.ignored)
-            self.pending.append(upstream_call)
-            upstream_call.send()
-
-    def __enter__(self) -> CallBatch:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for upstream_call in self.pending:
-            upstream_call.release()
-
-
-class ModelList:
-    """Gemini's whole list of models as one chunk.
-
-    It is kept for MODEL_LIST_SECONDS; an old list is used while Gemini does not give a new one.
-    """
-
-    def __init__(self, gemini: Gemini, waiter: Waiter, key: str):
-        self.gemini, self.waiter, self.key = gemini, waiter, key
-
-    def chunks(self) -> Iterator[JSON]:
-        since, models = self.gemini.models.get(self.key, (-math.inf, None))
-        if time.monotonic() - since > MODEL_LIST_SECONDS:
-            try:
-                models = self.pages()
-                self.gemini.models[self.key] = time.monotonic(), models
-                while len(self.gemini.models) > MAX_MODEL_LISTS:
-                    self.gemini.models.pop(next(iter(self.gemini.models)), None)
-            except ProxyError:
-                if models is None:
-                    raise
-        yield {"models": models}
-
-    def pages(self) -> list[JSON]:
-        """The models of all pages (ai.google.dev/api/models#method:-models.list)."""
-        models: list[JSON] = []
-        path = "models?pageSize=1000"
-        for _ in range(MAX_MODEL_PAGES):
-            call = GeminiCall(path)
-            (page,) = UpstreamCall(self.gemini, call, self.waiter, self.key, []).chunks()
-            models += expect(page, "models", list)
-            token = expect(page, "nextPageToken", str).encode("ascii", "ignore").decode()
-            if not token:
-                return models
-            path = f"models?pageSize=1000&pageToken={urllib.parse.quote(token)}"
-        raise invalid_answer(f"more than {MAX_MODEL_PAGES} pages of models")
-
-    def release(self) -> None:
-        """There is nothing to give back."""
-
-
 # ---- memory ----
 
 
 class Memory:
     """The one place that remembers: texts by a key, and by an alias that several may share.
 
-    What is put into it may be evicted: it is bounded by rows and bytes, and the oldest go first.
-    What is pinned stays. SQLite gives it the index, the order and, in a file, the sharing. A file
-    that fails is logged; what was in it is then not there, but clients see no error.
+    What is put into it may be evicted, the oldest first; what is pinned stays. A file that fails is
+    logged; what was in it is then not there, but clients see no error.
     """
 
     MAX_ROWS, MAX_BYTES = 20_000, 32 << 20  # exceeded at most by what came since the last pruning
@@ -6916,7 +6700,6 @@ class Memory:
         "CREATE INDEX IF NOT EXISTS aliases ON memory (alias)",
     )
     INSERT = "INSERT OR REPLACE INTO memory VALUES (:key, :alias, :value)"
-    DELETE = "DELETE FROM memory WHERE key = :key"
     SELECT = (
         "SELECT value FROM memory WHERE key = :key OR alias = :alias "
         "ORDER BY key = :key DESC, rowid DESC LIMIT 1"
@@ -6933,16 +6716,12 @@ class Memory:
         self.path, self.lock = path, threading.Lock()
         self.database: sqlite3.Connection | None = None
         self.new_rows = self.new_bytes = 0  # since the last pruning
-        # After a failure the file is left alone until then. Another process that writes for long
-        # keeps this one from writing, but not from reading.
-        self.writes_resume = self.reads_resume = 0.0
+        self.resume = {"read": 0.0, "write": 0.0}  # when, after a failure; a lock stops writes only
 
     def open(self) -> sqlite3.Connection:
         """The database, opened when it is first needed: most exchanges remember nothing."""
         if self.database is not None:
             return self.database
-        import sqlite3
-
         if self.path != ":memory:":  # only the user of this process may read the file
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
         database = sqlite3.connect(
@@ -6957,85 +6736,56 @@ class Memory:
         self.database = database
         return database
 
-    def try_out(self) -> None:
-        """Raise a ValueError or OSError if the file cannot be used.
-
-        It is closed again, since the workers that are forked later cannot share a connection.
-        """
-        import sqlite3
-
-        try:
-            self.open()
-        except sqlite3.Error as error:
-            raise ValueError(str(error)) from None
-        self.close()
-
-    def execute(self, statement: str, values: JSON) -> list[Any] | None:
-        """The rows that a statement gives; None if the database fails."""
-        import sqlite3
-
-        try:
-            with contextlib.closing(self.open().execute(statement, values)) as cursor:
-                return cursor.fetchall()
-        except UnicodeEncodeError:  # a lone surrogate, which no text in it has
-            return []
-        except (sqlite3.Error, OSError) as error:
-            log(f"the state file {self.path} failed: {error}")
-            return None
-
-    def read(self, statement: str, **values: str | None) -> list[Any]:
-        """The rows that a SELECT gives; none if the database fails."""
-        if self.database is None and self.path == ":memory:":
-            return []  # nothing is in it, so that SQLite need not be loaded
-        with self.lock:
-            if time.monotonic() < self.reads_resume:
-                return []
-            rows = self.execute(statement, values)
-            if rows is None:
-                self.reads_resume = time.monotonic() + STATE_RETRY_SECONDS
-            return rows or []
-
-    def write(self, statement: str, **values: str | int | None) -> bool:
-        """Run a statement that changes something; whether that went well."""
-        with self.lock:
-            if time.monotonic() < self.writes_resume:
-                return False
-            rows = self.execute(statement, values)
-            if rows is None:
-                self.writes_resume = time.monotonic() + STATE_RETRY_SECONDS
-            return rows is not None
-
     def close(self) -> None:
-        """Close the database, and with it forget what is not in a file; a later use opens it again."""
+        """Close the database: what is not in a file is forgotten. A later use opens it again."""
         with self.lock:
             if self.database is not None:
                 self.database.close()
                 self.database = None
 
+    def try_out(self) -> None:
+        """An OSError or sqlite3.Error if the file cannot be used."""
+        self.open()
+        self.close()  # the workers that are forked later cannot share a connection
+
+    def execute(self, use: str, statement: str, **values: str | int | None) -> list[Any] | None:
+        """The rows that a statement gives; None if the database fails, or has just failed."""
+        with self.lock:
+            if time.monotonic() < self.resume[use]:
+                return None
+            try:
+                with contextlib.closing(self.open().execute(statement, values)) as cursor:
+                    return cursor.fetchall()
+            except UnicodeEncodeError:  # a lone surrogate, which no text in it has
+                return []
+            except (sqlite3.Error, OSError) as error:
+                log(f"the state file {self.path} failed: {error}")
+                self.resume[use] = time.monotonic() + 5  # seconds
+                return None
+
     def put(self, key: str, alias: str | None, value: str) -> None:
         """Keep a text until newer ones need its place."""
-        self.write(self.INSERT, key=key, alias=alias, value=value)
+        self.execute("write", self.INSERT, key=key, alias=alias, value=value)
         self.new_rows, self.new_bytes = self.new_rows + 1, self.new_bytes + len(value)
         if self.new_rows >= self.PRUNE_ROWS or self.new_bytes >= self.PRUNE_BYTES:
             self.new_rows = self.new_bytes = 0
-            self.write(self.PRUNE, rows=self.MAX_ROWS, bytes=self.MAX_BYTES)
+            self.execute("write", self.PRUNE, rows=self.MAX_ROWS, bytes=self.MAX_BYTES)
 
     def pin(self, group: str, key: str, value: str) -> None:
         """Keep a text that is never evicted, or forget it (""); a 503 if that fails."""
-        if value:
-            done = self.write(self.INSERT, key=key, alias=self.PINNED + group, value=value)
-        else:
-            done = self.write(self.DELETE, key=key)
-        if not done:
+        statement, alias = self.INSERT, self.PINNED + group
+        if not value:
+            statement = "DELETE FROM memory WHERE key = :key"
+        if self.execute("write", statement, key=key, alias=alias, value=value) is None:
             raise ProxyError(503, "This server cannot remember anything now; its log tells why.")
 
     def pinned(self, group: str) -> list[tuple[str, str]]:
         """(key, text) of all that is pinned in this group."""
-        return self.read(self.SELECT_GROUP, alias=self.PINNED + group)
+        return self.execute("read", self.SELECT_GROUP, alias=self.PINNED + group) or []
 
     def get(self, key: str | None, alias: str | None = None) -> str | None:
         """The text under this key, else the last one under this alias, or None."""
-        for (text,) in self.read(self.SELECT, key=key, alias=alias):
+        for (text,) in self.execute("read", self.SELECT, key=key, alias=alias) or ():
             return str(text)
         return None
 
@@ -7043,38 +6793,78 @@ class Memory:
 # ---- the service ----
 
 
-def no_count(metric: str, *labels: str) -> None:
-    """For those who keep no metrics."""
-
-
 class Gemini:
     """The service: its connections, its models, and what it must be reminded of."""
 
     def __init__(
-        self, upstream: str, state: str = ":memory:", count: Callable[..., None] = no_count
+        self, url: str, state: str = ":memory:", count: Callable[..., None] = lambda *_: None
     ):
-        self.base = upstream.rstrip("/") + "/v1beta/"
-        self.pool, self.memory = Pool(upstream), Memory(state)
+        self.base = url.rstrip("/") + "/v1beta/"
+        self.pool, self.memory = Pool(url), Memory(state)
         self.count = count  # called with the name and labels of a metric
-        # It has no other handler: no redirect is followed, and a refusal is an answer.
-        self.opener = urllib.request.OpenerDirector()
+        self.opener = urllib.request.OpenerDirector()  # bare: it follows no redirect
         self.opener.add_handler(self.pool)
         self.models: dict[str, tuple[float, list[JSON]]] = {}  # (when, the list) by key
 
     def close(self) -> None:
         """Close the idle connections and the memory."""
-        self.pool.close()
+        while self.pool.idle:
+            self.pool.drop_oldest()
         self.memory.close()
 
-    def call(self, calls: Iterable[GeminiCall], waiter: Waiter, key: str) -> CallBatch:
-        return CallBatch(self, calls, waiter, key)
+    def answers(
+        self, calls: Iterable[GeminiCall], waiter: Waiter, key: str, ignored: list[str]
+    ) -> Generator[Iterator[JSON], None, None]:
+        """For each call its chunks, in order; its close() hangs up on what is unread."""
+        unsent, pending = collections.deque(calls), collections.deque[UpstreamCall]()
+        try:
+            while True:
+                while unsent and len(pending) < MAX_PARALLEL_CALLS:
+                    if pending and unsent[0].waits:
+                        break
+                    call = unsent.popleft()
+                    pending.append(UpstreamCall(self, self.signed(call, key), waiter, key, ignored))
+                    if call is not MODELS_CALL:
+                        pending[-1].send()
+                if not pending:
+                    return
+                yield pending[0].chunks()
+                pending.popleft().release()
+        finally:
+            for upstream_call in pending:
+                upstream_call.release()
+
+    def list_models(self, waiter: Waiter, key: str) -> list[JSON]:
+        """All of Gemini's models. An old list is used while Gemini does not give a new one."""
+        since, models = self.models.get(key, (-math.inf, None))
+        if models is None or time.monotonic() - since > MODEL_LIST_SECONDS:
+            try:
+                models = self.read_models(waiter, key)
+                self.models[key] = time.monotonic(), models
+                while len(self.models) > 32:  # one for each Gemini key (-client-keys)
+                    self.models.pop(next(iter(self.models)), None)
+            except ProxyError:
+                if models is None:
+                    raise
+        return models
+
+    def read_models(self, waiter: Waiter, key: str) -> list[JSON]:
+        """The models of all pages (ai.google.dev/api/models#method:-models.list)."""
+        models: list[JSON] = []
+        path = "models?pageSize=1000"
+        for _ in range(50):
+            (page,) = UpstreamCall(self, GeminiCall(path), waiter, key, []).chunks()
+            models += expect(page, "models", list)
+            token = expect(page, "nextPageToken", str).encode("ascii", "ignore").decode()
+            if not token:
+                return models
+            path = f"models?pageSize=1000&pageToken={urllib.parse.quote(token)}"
+        raise invalid_answer("more than 50 pages of models")
 
     def signed(self, call: GeminiCall, key: str) -> GeminiCall:
         """The call with what its history lost."""
-        if call.model is None:
-            return call
         keys = signature_keys(call, scope_of(key))
-        if not keys:
+        if call.model is None or not keys:
             return call
         known = [self.known_call(call_key, key, call.model) for call_key in keys]
         signed, origins = restore_signatures(call, known)
@@ -7084,22 +6874,18 @@ class Gemini:
 
     def known_call(self, call_key: CallKey, key: str, model: Model) -> KnownCall:
         """What is kept of a tool call, unless another generation of models gave it."""
-        text = self.memory.get(f"{scope_of(key)}:call:{call_key.id}", call_key.digest)
-        if not text:
-            return KnownCall()
-        words = text.split(" ", 3)  # as remember() joined them
-        if words[:2] != [str(generation_number(model)), call_key.name]:
+        text = self.memory.get(f"{scope_of(key)}:call:{call_key.id}", call_key.digest) or ""
+        words = [*text.split(" ", 3), "[]"]  # as remember() joined them; version 1.0 without "[]"
+        if words[:2] == [str(generation_number(model)), call_key.name]:
+            return KnownCall(words[2], tuple(json.loads(words[3])))
+        if text:
             self.count("signatures_total", "foreign")
-            return KnownCall()
-        if len(words) == 3:
-            return KnownCall(words[2])
-        return KnownCall(words[2], tuple(json.loads(words[3])))
+        return KnownCall()
 
     def remember(self, call: GeminiCall, key: str, calls: list[ToolCall]) -> list[str]:
         """New ids for the tool calls in an answer; what Gemini wants back is put under them."""
         ids = ["call_" + secrets.token_hex(12) for _ in calls]
-        signed = any(tool_call.signature or tool_call.before for tool_call in calls)
-        if not signed or call.model is None or call.body is None:
+        if not (call.model and call.body and any(item.signature or item.before for item in calls)):
             return ids
         scope, generation = scope_of(key), str(generation_number(call.model))
         conversation = ConversationDigest(call.body, scope)
@@ -7108,10 +6894,8 @@ class Gemini:
         for call_id, tool_call in zip(ids, calls):
             name = gemini_name(tool_call.name)  # as it comes back, whatever the model called it
             digest = conversation.call(name, tool_call.args)
-            words = [generation, name, tool_call.signature or ""]
-            if tool_call.before:
-                words.append(json.dumps(tool_call.before))
-            if any(words[2:]):
+            if tool_call.signature or tool_call.before:
+                words = (generation, name, tool_call.signature or "", json.dumps(tool_call.before))
                 self.memory.put(f"{scope}:call:{call_id}", digest, " ".join(words))
         return ids
 
@@ -7161,6 +6945,7 @@ def scope_of(key: str) -> str:
 # ======================================================================================
 
 MAX_BODY_BYTES = 128 << 20  # of a request; Gemini takes 100 MB
+BODY_TOO_LARGE = f"The body of this request is larger than {MAX_BODY_BYTES >> 20} MiB."
 MAX_UNPACKED_BYTES = 32 << 20  # of a compressed body, once unpacked: media hardly shrink
 CLIENT_SECONDS = 60.0  # of a client's silence, or of its not reading; also for a whole head
 BODY_SECONDS = 900.0  # for a whole body
@@ -7185,11 +6970,11 @@ APP_ORIGINS = (
 LOCAL_HOSTS = (
     r"(localhost|[\w.-]+\.(localhost|local|internal)|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
 )
+BUG = "this is a bug in proxy-to-gemini; please report it"
 LOG_LOCK = threading.Lock()
 
 
 def log(line: str) -> None:
-    """Write a line to standard error."""
     text = line.encode("unicode_escape").decode()  # no line break within it starts another line
     if len(text) > MAX_LOG_CHARACTERS:
         text = f"{text[:1000]} ... {text[-2990:]}"  # the cause comes last
@@ -7204,10 +6989,7 @@ def write_log(line: str) -> None:
             os.write(file, line.encode())
 
 
-@functools.lru_cache(maxsize=2)
-def http_date(second: int) -> str:
-    """A time for the Date header (RFC 9110, section 5.6.7), from seconds since 1970."""
-    return email.utils.formatdate(second, usegmt=True)
+http_date = functools.lru_cache(maxsize=2)(email.utils.formatdate)  # RFC 9110, section 5.6.7
 
 
 # ---- metrics ----
@@ -7219,6 +7001,7 @@ LABELS = {
     "kind": ("prompt", "cached", "output", "thoughts"),
     "origin": ("client", "memory", "foreign", "placeholder"),
 }
+WIDTHS = {"counter": 1, "gauge": 1, "histogram": len(BUCKETS) + 2}  # numbers; 2 for +Inf and sum
 
 
 class Metric(NamedTuple):
@@ -7228,35 +7011,18 @@ class Metric(NamedTuple):
     help: str
     labels: tuple[str, ...] = ()
 
-    @property
-    def width(self) -> int:
-        """Numbers for each combination of labels: a histogram has its buckets, +Inf and the sum."""
-        return len(BUCKETS) + 2 if self.kind == "histogram" else 1
-
 
 # To measure something new: a row here, and a call of add, observe or set where it happens.
 METRICS = {
     "requests_total": Metric("counter", "Requests by route and status.", ("route", "status")),
-    "request_seconds": Metric(
-        "histogram", "From a request's first line to the end of its answer.", ("route",)
-    ),
-    "first_byte_seconds": Metric(
-        "histogram", "From a request's first line to its answer's first byte.", ("route",)
-    ),
-    "tokens_total": Metric(
-        "counter", "Tokens; cached ones are also prompt, and thoughts are also output.", ("kind",)
-    ),
-    "upstream_errors_total": Metric(
-        "counter", "Refusals and failures of Gemini, retried ones included.", ("status",)
-    ),
+    "request_seconds": Metric("histogram", "From first line to last byte.", ("route",)),
+    "first_byte_seconds": Metric("histogram", "From first line to first byte.", ("route",)),
+    "tokens_total": Metric("counter", "Cached ones are also prompt, thoughts output.", ("kind",)),
+    "upstream_errors_total": Metric("counter", "Gemini's, retried ones included.", ("status",)),
     "upstream_retries_total": Metric("counter", "Calls that were tried again."),
     "upstream_connections_total": Metric("counter", "Connections to Gemini that were opened."),
-    "upstream_idle_connections": Metric(
-        "gauge", "Connections to Gemini that wait to be used again."
-    ),
-    "signatures_total": Metric(
-        "counter", "Where the thought signatures of calls in histories came from.", ("origin",)
-    ),
+    "upstream_idle_connections": Metric("gauge", "Connections to Gemini that wait for a call."),
+    "signatures_total": Metric("counter", "Sources of the signatures in histories.", ("origin",)),
     "clients": Metric("gauge", "Connections of clients."),
     "in_flight": Metric("gauge", "Requests under way."),
 }
@@ -7277,7 +7043,8 @@ class Metrics:
         size = 0
         for name, metric in METRICS.items():
             self.start[name] = size
-            size += math.prod(len(self.values[label]) for label in metric.labels) * metric.width
+            combinations = math.prod(len(self.values[label]) for label in metric.labels)
+            size += combinations * WIDTHS[metric.kind]
         self.size, self.workers, self.lock = size, workers, threading.Lock()
         self.slot = functools.lru_cache(maxsize=4096)(self.find_slot)
         self.numbers = memoryview(mmap.mmap(-1, 8 * size * workers)).cast("d")
@@ -7295,7 +7062,7 @@ class Metrics:
         metric, index = METRICS[name], 0
         for label, value in zip(metric.labels, labels):
             index = index * len(self.values[label]) + self.values[label].get(value, 0)
-        return self.start[name] + index * metric.width
+        return self.start[name] + index * WIDTHS[metric.kind]
 
     def add(self, name: str, *labels: str, amount: float = 1) -> None:
         """Add to a counter."""
@@ -7328,7 +7095,7 @@ class Metrics:
             lines += [f"# HELP {full_name} {metric.help}", f"# TYPE {full_name} {metric.kind}"]
             for labels in itertools.product(*(self.values[label] for label in metric.labels)):
                 slot = self.slot(name, labels)
-                numbers = row[slot : slot + metric.width]
+                numbers = row[slot : slot + WIDTHS[metric.kind]]
                 if any(numbers) or not metric.labels:
                     pairs = [f'{label}="{value}"' for label, value in zip(metric.labels, labels)]
                     lines += metric_lines(full_name, pairs, numbers)
@@ -7337,21 +7104,15 @@ class Metrics:
 
 def metric_lines(name: str, labels: list[str], numbers: list[float]) -> list[str]:
     """The lines of one metric. Several numbers are a histogram's, whose buckets add up."""
-
-    def line(suffix: str, labels: list[str], number: float) -> str:
-        braces = ("{" + ",".join(labels) + "}").replace("{}", "")
-        return f"{name}{suffix}{braces} {number:.15g}"
-
-    if len(numbers) == 1:
-        return [line("", labels, numbers[0])]
-    *counts, total = numbers
-    sums = list(itertools.accumulate(counts))
-    bounds = zip((*BUCKETS, "+Inf"), sums)
-    return [
-        *(line("_bucket", [*labels, f'le="{bound}"'], number) for bound, number in bounds),
-        line("_sum", labels, total),
-        line("_count", labels, sums[-1]),
-    ]
+    rows = [("", labels, numbers[0])]
+    if len(numbers) > 1:
+        *counts, total = numbers
+        sums = list(itertools.accumulate(counts))
+        bounds = [f'le="{bound}"' for bound in (*BUCKETS, "+Inf")]
+        rows = [("_bucket", [*labels, bound], number) for bound, number in zip(bounds, sums)]
+        rows += [("_sum", labels, total), ("_count", labels, sums[-1])]
+    texts = [(suffix, "{" + ",".join(labels) + "}", number) for suffix, labels, number in rows]
+    return [f"{name}{suffix}{text.replace('{}', '')} {n:.15g}" for suffix, text, n in texts]
 
 
 # ---- one connection: heads, bodies, bytes ----
@@ -7385,23 +7146,19 @@ class ClientSocket(io.RawIOBase):
         return 0
 
     def wait(self) -> bool:
-        """Wait until there is something to read; False: the server ends, and no request is coming.
-
-        A silent client is a socket.timeout (which is not TimeoutError before Python 3.10).
-        """
+        """Wait for something to read; False: the server ends, and no request is coming."""
         poller = self.idle_poller if self.idle else self.busy_poller
         ready = poller.wait(min(CLIENT_SECONDS, self.deadline - time.monotonic()))
         if not ready:
-            raise socket.timeout("the client is silent")
+            raise socket.timeout("the client is silent")  # before Python 3.10 no TimeoutError
         if self.sock.fileno() in ready:
             return True
-        grace = 0.0
-        if self.unused:  # its first request may be on its way
-            grace = self.opened + FINAL_SECONDS - time.monotonic()
+        # The first request of a connection may be on its way.
+        grace = self.unused and self.opened + FINAL_SECONDS - time.monotonic()
         return bool(self.busy_poller.wait(grace))
 
     def is_sending(self) -> bool:
-        """Whether the head of a request is coming in that began less than FINAL_SECONDS ago."""
+        """Whether a head is coming in that began less than FINAL_SECONDS ago."""
         return self.deadline - CLIENT_SECONDS > time.monotonic() - FINAL_SECONDS
 
     def send(self, data: bytes) -> None:
@@ -7417,28 +7174,28 @@ class ClientSocket(io.RawIOBase):
         except BlockingIOError:
             poller = Poller()
             poller.watch(self.sock, WRITABLE)
-            if not poller.wait(CLIENT_SECONDS):
-                raise socket.timeout("the client takes nothing") from None
-            return 0
+            if poller.wait(CLIENT_SECONDS):
+                return 0
+        except OSError:
+            pass
+        raise ClientGoneError
 
 
-class RequestHead(NamedTuple):
+class RequestHead:
     """The first line and the headers of a client's request."""
 
-    method: str = ""
-    target: str = ""
-    http_1_0: bool = False  # its client knows no chunks, and keep-alive only if it says so
+    method = target = ""
+    http_1_0 = False  # its client knows no chunks, and keep-alive only if it says so
     headers: Mapping[str, str] = {}  # by name in lower case
 
-
-def parse_request_line(line: bytes) -> RequestHead:
-    """A head without headers yet. What another server might read differently is a 400."""
-    match = REQUEST_LINE.fullmatch(line)
-    if match:
-        method, target, minor = match.groups()
-        return RequestHead(method.decode(), target.decode("latin-1"), minor == b"0")
-    status = 400 if len(line) < MAX_HEAD_BYTES else 414
-    raise ProxyError(status, "This is not an HTTP/1.1 request line.")
+    def read_line(self, line: bytes) -> None:
+        """Read the first line. What another server might read differently is a 400."""
+        match = REQUEST_LINE.fullmatch(line)
+        if not match:
+            status = 400 if len(line) < MAX_HEAD_BYTES else 414
+            raise ProxyError(status, "This is not an HTTP/1.1 request line.")
+        self.method, self.target = match.group(1).decode(), match.group(2).decode("latin-1")
+        self.http_1_0 = match.group(3) == b"0"
 
 
 def body_length(head: RequestHead) -> int | None:
@@ -7456,12 +7213,8 @@ def body_length(head: RequestHead) -> int | None:
     if not re.fullmatch(r"[0-9]{1,15}", length):
         raise ProxyError(400, "Content-Length is not a number.")
     if int(length) > MAX_BODY_BYTES:
-        raise body_too_large()
+        raise ProxyError(413, BODY_TOO_LARGE)
     return int(length)
-
-
-def body_too_large() -> ProxyError:
-    return ProxyError(413, f"The body of this request is larger than {MAX_BODY_BYTES >> 20} MiB.")
 
 
 def decoded_body(body: bytes, coding: str) -> bytes:
@@ -7469,19 +7222,16 @@ def decoded_body(body: bytes, coding: str) -> bytes:
     if coding in ("identity", ""):
         return body
     if coding not in ("gzip", "x-gzip", "deflate"):
-        name = ascii(coding[:40])
-        raise ProxyError(
-            415, f"Content-Encoding {name} is not known here; send the body as it is, or in gzip."
-        )
+        advice = "is not known here; send the body as it is, or in gzip."
+        raise ProxyError(415, f"Content-Encoding {coding[:40]!a} {advice}")
     unpacker = zlib.decompressobj(wbits=47)  # gzip or zlib, whichever its head says
     try:
         data = unpacker.decompress(body, MAX_UNPACKED_BYTES)
     except zlib.error as error:
         raise ProxyError(400, f"The body is not {coding}: {error}") from None
     if unpacker.unconsumed_tail:
-        raise ProxyError(
-            413, f"The body of this request unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB."
-        )
+        limit = f"{MAX_UNPACKED_BYTES >> 20} MiB"
+        raise ProxyError(413, f"The body of this request unpacks to more than {limit}.")
     if not unpacker.eof:
         raise ProxyError(400, f"The {coding} body breaks off.")
     return data
@@ -7518,24 +7268,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (ClientGoneError, OSError):
             self.close_connection = True
 
-    def read_headers(self, first: RequestHead, limit: int) -> RequestHead:
-        """The head of a request, once its headers are read, of so many bytes at most."""
-        headers = read_headers(self.rfile, limit)
+    def read_headers(self, head: RequestHead, limit: int) -> None:
+        """Read the headers of a request, of so many bytes at most."""
+        head.headers = headers = read_headers(self.rfile, limit)
         self.answering, self.client.deadline = True, math.inf
         length = headers.get("content-length", "0")
         self.body_left = length != "0" or "transfer-encoding" in headers
-        if "host" not in headers and not first.http_1_0:  # RFC 9112, section 3.2
+        if "host" not in headers and not head.http_1_0:  # RFC 9112, section 3.2
             raise ProxyError(400, "This HTTP/1.1 request has no Host header.")
         options = headers.get("connection", "").lower()  # RFC 9112, section 9.3
-        keeps_alive = "keep-alive" in options or not first.http_1_0
+        keeps_alive = "keep-alive" in options or not head.http_1_0
         self.close_connection = "close" in options or not keeps_alive
-        return first._replace(headers=headers)
 
     def read_body(self, head: RequestHead) -> bytes:
         """The whole body, without its framing and its Content-Encoding."""
         length = body_length(head)
         if self.body_left and head.headers.get("expect", "").lower() == "100-continue":
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.client.deadline = time.monotonic() + BODY_SECONDS
         body = self.read_chunked() if length is None else self.read_exactly(length)
         self.body_left = False
@@ -7552,15 +7301,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         chunks: list[bytes] = []
         left = MAX_BODY_BYTES
         while True:
-            match = re.fullmatch(
-                rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n", self.rfile.readline(1024)
-            )
+            match = CHUNK_LINE.fullmatch(self.rfile.readline(1024))
             if not match:
                 raise ProxyError(400, "This is not a chunk of a body.")
             size = int(match.group(1), 16)
             left -= size
             if left < 0:
-                raise body_too_large()
+                raise ProxyError(413, BODY_TOO_LARGE)
             if not size:
                 self.skip_trailers()
                 return b"".join(chunks)
@@ -7577,31 +7324,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not line or left < 0:
                 raise ProxyError(400, "The body does not end.")
 
-    def answer_head(self, status: int, headers: list[tuple[str, str]], http_1_0: bool) -> bytes:
-        """Status line and headers of an answer. No request follows an unread body, or the end."""
-        self.close_connection = self.close_connection or self.body_left or self.server.draining
-        lines = [
-            f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
-            f"Date: {http_date(int(time.time()))}",
-            f"Server: proxy-to-gemini/{VERSION}",
-            *(f"{name}: {value}" for name, value in headers),
-        ]
-        if self.close_connection:
-            lines.append("Connection: close")
-        elif http_1_0:
-            lines.append("Connection: keep-alive")
-        return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
-
-    def write(self, data: bytes) -> None:
-        try:
-            self.client.send(data)
-        except OSError:
-            raise ClientGoneError from None
-
     def finish(self) -> None:
         """End. A client that still sends can read its refusal before (RFC 9112, section 9.6)."""
-        if self.body_left:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if self.body_left:
                 self.connection.shutdown(socket.SHUT_WR)
                 self.connection.settimeout(LINGER_SECONDS)
                 deadline = time.monotonic() + LINGER_SECONDS
@@ -7612,6 +7338,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 # ---- who may call ----
+
+WRONG_PROXY_KEY = "Incorrect API key provided: this server wants its own key (PROXY_API_KEY)."
+NO_GEMINI_KEY = (
+    "You didn't provide an API key: this server wants your own Gemini key as the API key "
+    "(aistudio.google.com/apikey)."
+)
 
 
 def origin_allowed(origin: str, added: tuple[str, ...]) -> bool:
@@ -7625,19 +7357,12 @@ def check_caller(head: RequestHead, path: str, config: Config, loopback: bool) -
     if loopback and host and not re.fullmatch(LOCAL_HOSTS, host, re.I | re.A):  # DNS rebinding
         raise ProxyError(403, "This server is called by another name: " + ascii(host[:80]))
     if origin is not None and not origin_allowed(origin, config.origins):
-        raise ProxyError(
-            403, f"Pages from {origin[:80]!a} may not call this server; -origins can allow it."
-        )
+        message = f"Pages from {origin[:80]!a} may not call this server; -origins can allow it."
+        raise ProxyError(403, message)
     if not config.proxy_key or head.method == "OPTIONS" or path in ("/", "/healthz"):
         return
     if not any(is_proxy_key(key, config) for key in client_keys(head)):
-        raise invalid_key(
-            "Incorrect API key provided: this server wants its own key (PROXY_API_KEY)."
-        )
-
-
-def invalid_key(message: str) -> ProxyError:
-    return ProxyError(401, message, code="invalid_api_key")
+        raise ProxyError(401, WRONG_PROXY_KEY, code="invalid_api_key")
 
 
 def client_keys(head: RequestHead) -> Iterator[str]:
@@ -7656,16 +7381,10 @@ def upstream_key(head: RequestHead, config: Config) -> str:
     """The key for Gemini: the server's own, or with -client-keys the client's."""
     if not config.client_keys:
         return config.key
-    for key in client_keys(head):
-        if config.proxy_key and is_proxy_key(key, config):
-            continue
-        if not re.fullmatch(KEY_PATTERN, key):
-            break
-        return key
-    raise invalid_key(
-        "You didn't provide an API key: this server wants your own Gemini key as the API key "
-        "(aistudio.google.com/apikey)."
-    )
+    keys = [key for key in client_keys(head) if not is_proxy_key(key, config)]
+    if keys and re.fullmatch(KEY_PATTERN, keys[0]):
+        return keys[0]
+    raise ProxyError(401, NO_GEMINI_KEY, code="invalid_api_key")
 
 
 def cors_headers(head: RequestHead, config: Config, protocol: Protocol) -> list[tuple[str, str]]:
@@ -7694,6 +7413,9 @@ def preflight_headers(head: RequestHead) -> list[tuple[str, str]]:
 
 # ---- one request ----
 
+# nginx.org/en/docs/http/ngx_http_proxy_module.html: a stream is not to be gathered on its way.
+STREAM_HEADERS = (("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
+
 
 class RequestCycle:
     """One request of a client, and its answer."""
@@ -7701,9 +7423,9 @@ class RequestCycle:
     def __init__(self, connection: Handler):
         self.connection, self.server = connection, connection.server
         self.began = self.first_byte = time.monotonic()  # first_byte: of the answer
-        self.request_id = "req_" + secrets.token_hex(12)
-        self.head = RequestHead()
-        self.key = ""  # for Gemini
+        self.seed = secrets.token_hex(12)  # of all ids in the answer
+        self.request_id = "req_" + self.seed
+        self.head, self.key = RequestHead(), ""  # the key for Gemini
         self.protocol = protocol_of(self.server.config.api, "/")  # until the path is known
         self.route: Route | None = None
         self.route_name = "other"  # for the metrics
@@ -7711,14 +7433,13 @@ class RequestCycle:
         self.ignored: list[str] = []  # what nobody read of the request, by name
         self.left_out: list[str] = []  # what Gemini would not take; grows while it is called
         self.status = 0  # of the answer; 0 until its head is written
-        self.framing = SSE  # of a stream
-        self.streaming = False  # whether the answer is a stream that has begun
+        self.framing, self.streaming = SSE, False  # whether the answer is a stream that has begun
 
     def run(self, line: bytes) -> None:
         """Answer the request that begins with this line, whatever it is."""
         try:
-            self.head = parse_request_line(line)  # the log has it, whatever the headers are
-            self.head = self.connection.read_headers(self.head, MAX_HEAD_BYTES - len(line))
+            self.head.read_line(line)  # the log has it, whatever the headers are
+            self.connection.read_headers(self.head, MAX_HEAD_BYTES - len(line))
             self.serve()
         except ProxyError as error:
             self.fail(error)
@@ -7728,10 +7449,9 @@ class RequestCycle:
             self.status = self.status or 499  # nginx's number for a client that left
             raise
         except Exception:
-            bug = f"this is a bug in proxy-to-gemini; please report it: {traceback.format_exc()}"
-            log(f"{self.request_id}: {bug}")
-            words = "proxy-to-gemini has a bug here; its log tells more."
-            self.fail(ProxyError(500, words, code="internal_error"))
+            log(f"{self.request_id}: {BUG}: {traceback.format_exc()}")
+            message = "proxy-to-gemini has a bug here; its log tells more."
+            self.fail(ProxyError(500, message, code="internal_error"))
         finally:
             self.connection.answering = False
             self.account()
@@ -7745,10 +7465,10 @@ class RequestCycle:
         self.protocol = protocol_of(api, path)
         check_caller(self.head, path, server.config, server.loopback)
         if method == "OPTIONS":
-            self.connection.write(self.answer_head(204, preflight_headers(self.head)))
-        elif path in server.own_pages and method in ("GET", "HEAD"):
+            self.connection.client.send(self.answer_head(204, preflight_headers(self.head)))
+        elif path in OWN_PAGES and method in ("GET", "HEAD"):
             self.route_name = "GET " + path
-            self.send_answer(*server.own_pages[path]())
+            self.send_answer(*server.own_page(path))
         else:
             match = find_route(api, method, path)
             self.protocol, self.route_name = match.protocol, match.route.name
@@ -7760,13 +7480,15 @@ class RequestCycle:
         server, route, context = self.server, match.route, self.server.context
         if isinstance(route.answer, Refusal):
             raise ProxyError(*route.answer)
-        if match.params or query:
-            fields = dict(urllib.parse.parse_qsl(query))
-            context = context._replace(params=match.params, query=fields)
-        if context.ollama:
-            context = context._replace(loaded=dict(server.loaded))
+        if match.params or query or context.ollama:
+            fields, loaded = dict(urllib.parse.parse_qsl(query)), dict(server.loaded)
+            context = context._replace(params=match.params, query=fields, loaded=loaded)
         try:
-            body = self.read_fields(route)
+            body = no_body(b"", "")
+            if self.connection.body_left or self.head.method not in ("GET", "HEAD"):
+                raw = self.connection.read_body(self.head)
+                body = route.parse(raw, self.head.headers.get("content-type", ""))
+                del raw  # it may be large
             keys = recipe_keys(body, context) + route.keys(body, context)
             if keys:
                 context = context._replace(stored=server.shelf(self.key).look_up(keys))
@@ -7774,34 +7496,25 @@ class RequestCycle:
         except RecursionError:
             raise nested_too_deeply() from None
         self.ignored = body.ignored()
-        return Exchange(plan, context, secrets.token_hex(12), time.time())
-
-    def read_fields(self, route: Route) -> Fields:
-        """The body as the route wants it. GET and HEAD may come without one."""
-        if self.head.method in ("GET", "HEAD") and not self.connection.body_left:
-            return no_body(b"", "")
-        body = self.connection.read_body(self.head)
-        return route.parse(body, self.head.headers.get("content-type", ""))
+        return Exchange(plan, context, self.seed, time.time())
 
     def answer(self, route: Route, exchange: Exchange) -> None:
-        """Ask Gemini what the plan says, and answer with what the route makes of it.
-
-        Neither the waiter nor the batch is kept in this object: both lead back to it.
-        """
+        """Ask Gemini what the plan says, and answer with what the route makes of it."""
         server, plan = self.server, exchange.plan
         self.route, self.exchange = route, exchange
         self.framing = plan.framing or route.framing
-        keep_alive = None
-        if plan.stream and (route.keep_alive or self.framing.keep_alive):
-            keep_alive = functools.partial(self.keep_alive, route, exchange)
         client = self.connection.connection
-        waiter = Waiter(client, server.config.timeout, server.stopping, keep_alive)
+        waiter = Waiter(client, server.config.timeout, server.stopping)
+        if plan.stream and (route.keep_alive or self.framing.keep_alive):
+            waiter.keep_alive = functools.partial(self.keep_alive, route, exchange)
         try:
-            with server.gemini.call(plan.calls, waiter, self.key) as batch:
-                self.left_out = batch.ignored
+            batch = server.gemini.answers(plan.calls, waiter, self.key, self.left_out)
+            with contextlib.closing(batch):
                 answers = self.read_answers(batch, exchange)
                 if plan.stream and route.stream:
-                    self.send_stream(self.kept(route.stream(exchange, answers)))
+                    for event in self.kept(route.stream(exchange, answers)):
+                        self.emit(self.framing.encode(event))
+                    self.emit(self.framing.end, last=True)
                 else:
                     self.send_answer(200, self.whole_answer(route, exchange, answers))
         except ProxyError as error:
@@ -7812,7 +7525,7 @@ class RequestCycle:
         elif plan.chat and exchange.context.ollama:
             server.load(plan.model, LOADED_SECONDS)
 
-    def read_answers(self, batch: CallBatch, exchange: Exchange) -> Answers:
+    def read_answers(self, batch: Iterable[Iterator[JSON]], exchange: Exchange) -> Answers:
         """For each call its events, or its chunks of JSON where it does not generate."""
         for call, untimed in zip(exchange.plan.calls, batch):
             chunks = timed(untimed, exchange)
@@ -7853,33 +7566,22 @@ class RequestCycle:
         elif route.stream:
             answer = last_event(route.stream(exchange, answers))
         if isinstance(answer, Kept):
-            for item in answer.keep:
+            answer, items = answer
+            for item in items:
                 self.server.shelf(self.key).keep(item)
-            return answer.answer
         return answer
 
     def add_model_to(self, error: ProxyError, exchange: Exchange, waiter: Waiter) -> None:
-        """Add to "no such model" how the client spelt it, and whether Gemini lists it.
-
-        This calls Gemini while an error waits to be sent: the error of a model that is listed, but
-        not for this use, has other words. Without the list, it is sent as it is.
-        """
+        """Add to "no such model" how the client spelt it, and whether Gemini lists it after all."""
         if error.code != "model_not_found" or not error.upstream:
             return
         error.model = exchange.model
         with contextlib.suppress(ProxyError):
-            (chunk,) = ModelList(self.server.gemini, waiter, self.key).chunks()
-            names = [get_or_empty(entry, "name", str) for entry in chunk["models"]]
+            models = self.server.gemini.list_models(waiter, self.key)
+            names = [get_or_empty(entry, "name", str) for entry in models]
             error.listed = model_named(exchange.model, exchange.context).path in names
 
     # ---- its answer ----
-
-    def send_stream(self, events: Iterator[JSON]) -> None:
-        """Answer with a stream. Its head waits for the first event: a refusal has a status."""
-        encode = self.framing.encode
-        for event in events:
-            self.emit(encode(event))
-        self.emit(self.framing.end, last=True)
 
     def keep_alive(self, route: Route, exchange: Exchange) -> None:
         """Show in the stream that it is alive."""
@@ -7893,26 +7595,21 @@ class RequestCycle:
         """Write an event of a stream, with the head before the first one, in one write."""
         head = b""
         if not self.streaming:
-            head = self.stream_head()
-            self.streaming = True
+            head, self.streaming = self.stream_head(), True
         if not self.head.http_1_0:  # in chunks: RFC 9112, section 7.1
             if data:
                 data = b"%x\r\n%b\r\n" % (len(data), data)
             if last:
                 data += b"0\r\n\r\n"
-        self.connection.write(head + data)
+        self.connection.client.send(head + data)
 
     def stream_head(self) -> bytes:
-        headers = [
-            ("Content-Type", self.framing.content_type),
-            ("Cache-Control", "no-cache"),
-            ("X-Accel-Buffering", "no"),  # nginx.org/en/docs/http/ngx_http_proxy_module.html
-        ]
+        headers = [("Content-Type", self.framing.content_type), *STREAM_HEADERS]
         if self.head.http_1_0:
             self.connection.close_connection = True  # which is how this stream ends
         else:
             headers.append(("Transfer-Encoding", "chunked"))
-        return self.answer_head(200, [*headers, *self.ignored_header()])
+        return self.answer_head(200, headers + self.ignored_header())
 
     def send_answer(self, status: int, answer: Any, headers: Mapping[str, str] = {}) -> None:
         """Send a whole answer, JSON or a Payload, in one write."""
@@ -7923,14 +7620,26 @@ class RequestCycle:
         data = self.answer_head(status, [own[0], *headers.items(), *self.ignored_header(), own[1]])
         if self.head.method != "HEAD":
             data += payload.data
-        self.connection.write(data)
+        self.connection.client.send(data)
 
     def answer_head(self, status: int, headers: list[tuple[str, str]]) -> bytes:
-        """Status line and headers; with this the answer has begun."""
+        """Status line and headers; with these the answer has begun."""
         self.status, self.first_byte = status, time.monotonic()
+        lines = [
+            f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
+            f"Date: {http_date(int(time.time()), usegmt=True)}",
+            f"Server: proxy-to-gemini/{VERSION}",
+        ]
         ids = [(name, self.request_id) for name in ("x-request-id", *self.protocol.id_headers)]
         cors = cors_headers(self.head, self.server.config, self.protocol)
-        return self.connection.answer_head(status, [*ids, *headers, *cors], self.head.http_1_0)
+        lines += [f"{name}: {value}" for name, value in (*ids, *headers, *cors)]
+        connection = self.connection
+        if connection.close_connection or connection.body_left or self.server.draining:
+            connection.close_connection = True
+            lines.append("Connection: close")
+        elif self.head.http_1_0:
+            lines.append("Connection: keep-alive")
+        return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
     def ignored_header(self) -> list[tuple[str, str]]:
         """The header that names what was ignored of the request, if anything was."""
@@ -7949,38 +7658,26 @@ class RequestCycle:
             status, answer = self.protocol.error(error)
             self.send_answer(status, answer, error.headers)
         elif self.streaming and self.framing.carries_errors:
-            self.emit(b"".join(map(self.framing.encode, self.last_events(error))), last=True)
+            events = [self.protocol.stream_error(error)]
+            if self.route and self.route.failure and self.exchange:
+                events = list(self.kept(self.route.failure(self.exchange, error)))
+            self.emit(b"".join(map(self.framing.encode, events)), last=True)
         else:
             self.connection.close_connection = True  # no error would be understood here
 
-    def last_events(self, error: ProxyError) -> list[JSON]:
-        """The end of a stream that failed."""
-        if self.route and self.route.failure and self.exchange:
-            return list(self.kept(self.route.failure(self.exchange, error)))
-        return [self.protocol.stream_error(error)]
-
-    # ---- its account ----
-
     def account(self) -> None:
         """Count the request, and log it without its content and its query, which may hold keys."""
-        now, metrics, tokens = time.monotonic(), self.server.metrics, self.count_tokens()
+        now, metrics, tokens = time.monotonic(), self.server.metrics, ""
         metrics.add("requests_total", self.route_name, str(self.status))
         metrics.observe("request_seconds", self.route_name, seconds=now - self.began)
         metrics.observe("first_byte_seconds", self.route_name, seconds=self.first_byte - self.began)
-        method, path = self.head.method, self.head.target.partition("?")[0][:200]
-        milliseconds = (now - self.began) * 1000
-        log(f"{method or '-'} {path or '-'} {self.status} {milliseconds:.0f} ms{tokens}")
-
-    def count_tokens(self) -> str:
-        """Count the tokens that the answer took; the end of the log line."""
-        if self.exchange is None or not self.exchange.model:
-            return ""
-        usage = self.exchange.usage
-        for kind in LABELS["kind"]:
-            tokens = getattr(usage, kind)
-            if tokens:
-                self.server.metrics.add("tokens_total", kind, amount=tokens)
-        return f" {self.exchange.model[:100]!r} {usage.prompt}+{usage.output} tokens"
+        if self.exchange and self.exchange.model:
+            usage = self.exchange.usage
+            tokens = f" {self.exchange.model[:100]!r} {usage.prompt}+{usage.output} tokens"
+            for kind in LABELS["kind"]:
+                metrics.add("tokens_total", kind, amount=getattr(usage, kind))
+        method, path = self.head.method or "-", self.head.target.partition("?")[0][:200] or "-"
+        log(f"{method} {path} {self.status} {(now - self.began) * 1000:.0f} ms{tokens}")
 
 
 def timed(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[JSON]:
@@ -7992,6 +7689,8 @@ def timed(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[JSON]:
 
 # ---- the server ----
 
+OWN_PAGES = ("/", "/healthz", "/metrics")  # of the server itself, whatever its -api
+
 
 class Server(http.server.ThreadingHTTPServer):
     """Accepts clients, and gives each connection a thread."""
@@ -8001,17 +7700,19 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, config: Config, handed_over: socket.socket | None = None):
         """`handed_over` is a socket that listens already, and may go on with other processes."""
+        import resource
+
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # a client and its call need two
+        self.max_connections = min(MAX_CONNECTIONS, max(8, files // 2 - 16))
         self.config, self.shared = config, handed_over is not None
-        self.own_pages = {
-            "/": self.front_page,
-            "/healthz": self.health_page,
-            "/metrics": self.metrics_page,
-        }
         routes = [route.name for _, protocol in MOUNTS[config.api] for route in protocol.routes]
-        pages = ["GET " + path for path in self.own_pages]
+        pages = ["GET " + path for path in OWN_PAGES]
         self.metrics = Metrics([*dict.fromkeys(routes), *pages], config.workers)
         self.gemini = Gemini(config.upstream, config.state, self.metrics.add)
-        self.context = self.make_context()
+        self.context = Context(config.aliases)  # of all requests
+        if config.api == "ollama":
+            aliases = tuple((plain_name(name, True), model) for name, model in config.aliases)
+            self.context = Context(aliases, ollama=True)
         self.loaded: dict[str, float] = {}
         self.handlers: set[Handler] = set()  # one for each connection
         self.unstarted: set[socket.socket] = set()  # connections whose handler has not begun yet
@@ -8025,22 +7726,20 @@ class Server(http.server.ThreadingHTTPServer):
     def listen(self, handed_over: socket.socket | None) -> None:
         """Listen where the configuration says, or on a socket that does so already."""
         host, port = self.config.listen
-        self.address_family = socket.AF_INET
-        if ":" in host or not host:
-            self.address_family = socket.AF_INET6
         if handed_over is not None:
             self.address_family = handed_over.family
-            super().__init__(handed_over.getsockname(), Handler, bind_and_activate=False)
+        elif ":" in host or not host:
+            self.address_family = socket.AF_INET6
+        try:
+            super().__init__((host or "::", port), Handler, bind_and_activate=not self.shared)
+        except OSError as error:
+            if host or self.shared or error.errno == errno.EADDRINUSE:
+                raise
+            self.address_family = socket.AF_INET  # a machine without IPv6
+            super().__init__(("0.0.0.0", port), Handler)
+        if handed_over is not None:
             self.socket.close()
             self.socket, self.server_address = handed_over, handed_over.getsockname()
-        else:
-            try:
-                super().__init__((host or "::", port), Handler)
-            except OSError as error:
-                if host or error.errno == errno.EADDRINUSE:
-                    raise
-                self.address_family = socket.AF_INET  # a machine without IPv6
-                super().__init__(("0.0.0.0", port), Handler)
         self.server_port = self.server_address[1]
         self.socket.setblocking(False)  # another worker may be faster to accept
 
@@ -8049,13 +7748,6 @@ class Server(http.server.ThreadingHTTPServer):
         if self.address_family == socket.AF_INET6 and not self.config.listen[0]:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
-
-    def make_context(self) -> Context:
-        """What all requests may depend on."""
-        if self.config.api != "ollama":
-            return Context(self.config.aliases)
-        aliases = tuple((plain_name(name, True), model) for name, model in self.config.aliases)
-        return Context(aliases, ollama=True)
 
     def shelf(self, key: str) -> Shelf:
         """What is stored for the users of this Gemini key. With -client-keys, each has its own."""
@@ -8077,24 +7769,19 @@ class Server(http.server.ThreadingHTTPServer):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.server_port}"
 
-    # ---- its own pages: (status, page) ----
-
-    def front_page(self) -> tuple[int, Payload]:
+    def own_page(self, path: str) -> tuple[int, Payload]:
+        """(status, page) of one of OWN_PAGES."""
+        if path == "/metrics":
+            self.update_gauges()
+            return 200, self.metrics.page(self.config)
+        if path == "/healthz" and self.draining:
+            return 503, Payload(b"ending")
+        if path == "/healthz":
+            return 200, Payload(b"ok")
         if self.config.api == "ollama":
             return 200, Payload(b"Ollama is running")
         text = f"You are running proxy-to-gemini at {self.url}; api = {self.config.api}\n"
         return 200, Payload(text.encode())
-
-    def health_page(self) -> tuple[int, Payload]:
-        if self.draining:
-            return 503, Payload(b"ending")
-        return 200, Payload(b"ok")
-
-    def metrics_page(self) -> tuple[int, Payload]:
-        self.update_gauges()
-        return 200, self.metrics.page(self.config)
-
-    # ---- from start to end ----
 
     def run(self, signals: Signals) -> None:
         """Accept clients until a signal says stop; then let what is under way end."""
@@ -8104,7 +7791,7 @@ class Server(http.server.ThreadingHTTPServer):
         while not signals.should_stop():
             signals.ping_watchdog()
             event, seconds = READABLE, signals.poll_seconds
-            if len(self.handlers) >= max_connections():
+            if len(self.handlers) >= self.max_connections:
                 event, seconds = 0, FULL_PAUSE_SECONDS
             poller.watch(self.socket, event)
             for fd in poller.wait(seconds):
@@ -8124,9 +7811,8 @@ class Server(http.server.ThreadingHTTPServer):
     def drain(self, end: int, stop: int) -> None:
         """Go on while connections are used again; then give answers DRAIN_SECONDS to end.
 
-        A connection that is closed just when its next request comes in loses that request, and a
-        load balancer may not repeat it. So each gets an answer that says it is the last one, and
-        health checks have the time to see the end before idle connections are closed.
+        A connection that is closed as its next request comes in loses that request. So each gets an
+        answer that says it is the last one, before idle connections are closed.
         """
         self.draining, deadline = True, time.monotonic() + DRAIN_NOTICE_SECONDS
         poller = Poller(self.socket)
@@ -8146,19 +7832,19 @@ class Server(http.server.ThreadingHTTPServer):
     def wait_for_handlers(self, seconds: float, busy: Callable[[Handler], bool]) -> None:
         """Wait until no handler is busy, for so many seconds at most."""
         deadline = time.monotonic() + seconds
-        while self.unstarted or any(map(busy, list(self.handlers))):
-            if time.monotonic() > deadline:
+        while time.monotonic() < deadline:
+            if not self.unstarted and not any(map(busy, list(self.handlers))):
                 return
             time.sleep(0.01)
 
     def reload(self) -> None:
         """Read the Gemini key again."""
         key = gemini_key(os.environ)
-        if re.fullmatch(KEY_PATTERN, key):
-            self.config = self.config._replace(key=key)
-            log("the Gemini key was read again")
-        else:
+        if not re.fullmatch(KEY_PATTERN, key):
             log("there is no usable Gemini key; the old one stays")
+            return
+        self.config = self.config._replace(key=key)
+        log("the Gemini key was read again")
 
     def accept_pending(self) -> None:
         """Accept clients that wait, several at a time: a thousand may come at once."""
@@ -8185,7 +7871,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log(f"this is a bug in proxy-to-gemini; please report it: {traceback.format_exc()}")
+        log(f"{BUG}: {traceback.format_exc()}")
 
     def service_actions(self) -> None:
         """Every few seconds, give back what is not needed any more."""
@@ -8193,7 +7879,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.tidied = time.monotonic()
             self.gemini.pool.tidy()
             self.update_gauges()
-            give_memory_back()
+            malloc_trim()(0)
 
     def update_gauges(self) -> None:
         """Measure what there is just now."""
@@ -8206,24 +7892,12 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 @functools.lru_cache(maxsize=1)
-def max_connections() -> int:
-    """How many clients there may be: each may need another file for its connection to Gemini."""
-    import resource
-
-    return min(MAX_CONNECTIONS, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 16))
-
-
-@functools.lru_cache(maxsize=1)
 def malloc_trim() -> Callable[[int], int]:
-    """glibc's function that gives free memory back to the system; elsewhere it does nothing."""
+    """glibc's function that gives free memory back to the system, which it would keep for ever
+    after the start and each large image. Elsewhere it does nothing."""
     import ctypes
 
-    return getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)
-
-
-def give_memory_back() -> None:
-    """The start, and each large image, leave free memory behind that glibc would keep for ever."""
-    malloc_trim()(0)
+    return getattr(ctypes.CDLL(None), "malloc_trim", int)
 
 
 # ======================================================================================
@@ -8602,6 +8276,7 @@ class Workers:
 # ---- checks ----
 
 CHECK_SECONDS = 30.0  # seconds that a call of a check may take
+CHECK_ERRORS = (ProxyError, OSError, ValueError, sqlite3.Error, http.client.HTTPException)
 # What must work, where each needs what stands before it; and what to do if it does not.
 CHECKS = {
     "port": "end what listens there, or choose another with -listen",
@@ -8620,7 +8295,6 @@ class Checker:
     def __init__(self, config: Config):
         self.config, self.gemini = config, Gemini(config.upstream)
         self.waiter = Waiter(None, CHECK_SECONDS)
-        self.model_list = ModelList(self.gemini, self.waiter, config.key)
 
     def run(self) -> int:
         """Print whether each thing works, up to the first that does not; the exit status."""
@@ -8628,7 +8302,7 @@ class Checker:
             check: Callable[[], str] = getattr(self, "check_" + name)
             try:
                 print(f"ok    {name}: {check()}", flush=True)
-            except (ProxyError, OSError, ValueError, http.client.HTTPException) as error:
+            except CHECK_ERRORS as error:
                 print(f"FAIL  {name}: {self.config.upstream}: {error}\n      mend: {fix}")
                 return 1
         return 0
@@ -8650,7 +8324,7 @@ class Checker:
         pool = self.gemini.pool
         host, port, role = pool.host, pool.port, ""
         if pool.proxy:
-            host, port, role = pool.proxy.host, pool.proxy.port, ", the proxy on the way,"
+            (host, port, _), role = pool.proxy, ", the proxy on the way,"
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         hosts = dict.fromkeys(str(address[0]) for *_, address in addresses)
         return f"{host}:{port}{role} is at " + ", ".join(hosts)
@@ -8671,8 +8345,8 @@ class Checker:
     def check_key(self) -> str:
         if not self.config.key:
             return "every client brings its own"
-        (answer,) = self.model_list.chunks()
-        return f"it opens a list of {len(answer['models'])} models"
+        models = self.gemini.list_models(self.waiter, self.config.key)
+        return f"it opens a list of {len(models)} models"
 
     def check_clock(self) -> str:
         models = GeminiCall("models?pageSize=1")
@@ -8692,8 +8366,8 @@ class Checker:
     def check_answer(self) -> str:
         if not self.config.key:
             return "every client asks with a key of its own"
-        (models,) = self.model_list.chunks()
-        model, began = newest_flash(models["models"]), time.monotonic()
+        models = self.gemini.list_models(self.waiter, self.config.key)
+        model, began = newest_flash(models), time.monotonic()
         turns = [user_turn(text_part("Say hello in one word."))]
         call = generate_call(model, False, [], turns, {})
         (answer,) = UpstreamCall(self.gemini, call, self.waiter, self.config.key, []).chunks()
