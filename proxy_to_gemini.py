@@ -6084,6 +6084,7 @@ RETRY_WINDOW_SECONDS = 30.0  # there is no further attempt later than this
 BROKEN_RETRY_SECONDS = 1.0  # if a connection breaks so early, Gemini has not begun to work
 MAX_PARALLEL_CALLS = 4  # of one request of a client
 BLOCK_BYTES = 64 << 10  # of a body that are read at a time
+MAX_ANSWER_BYTES = 64 << 20  # of a whole answer; its images come to a third of that
 MODEL_LIST_SECONDS = 300.0  # how long a list of Gemini's models is used
 STATE_LOCK_SECONDS = 1.0  # how long to wait for a state file that another process has locked
 KEY_MASK = "[the Gemini key]"
@@ -6167,11 +6168,12 @@ class Waiter:
         client: socket.socket | None,
         silence: float,  # seconds that Gemini may be silent
         stopping: int = -1,
-        keep_alive: Callable[[], None] | None = None,  # called every KEEP_ALIVE_SECONDS of silence
+        keep_alive: Callable[[], None] | None = None,  # called when the client hears nothing
     ):
         self.client, self.silence = client, silence
         self.stopping, self.keep_alive = stopping, keep_alive
         self.pollers: dict[tuple[socket.socket | None, int], Poller] = {}
+        self.quiet_since = time.monotonic()  # when the client was sent something
 
     def poller(self, gemini: socket.socket | None, event: int) -> Poller:
         """The poller of this event, the client and the end. A stream uses it for each chunk."""
@@ -6194,23 +6196,27 @@ class Waiter:
         gemini_fd = -1 if gemini is None else gemini.fileno()
         began = now = time.monotonic()
         deadline = began + (self.silence if seconds is None else seconds)
-        keep_alive_due = began + KEEP_ALIVE_SECONDS if self.keep_alive else math.inf
         while True:
+            keep_alive_due = math.inf
+            if self.keep_alive:
+                keep_alive_due = self.quiet_since + KEEP_ALIVE_SECONDS
             ready = poller.wait(min(deadline, keep_alive_due) - now)
             now = time.monotonic()
             if self.stopping in ready:
                 raise ProxyError(503, "The server is shutting down.")
             if ready not in ([], [gemini_fd]) and self.client_left(poller):
                 raise ClientGoneError
+            if self.keep_alive and now >= keep_alive_due:  # also where Gemini speaks, but not to it
+                self.keep_alive()
+                self.quiet_since = time.monotonic()
             if gemini_fd in ready or (seconds is not None and now >= deadline):
                 return now - began
             if now >= deadline:
-                message = f"Gemini has been silent for {self.silence:g} seconds."
-                raise ProxyError(504, message, upstream=True)
-            if self.keep_alive and now >= keep_alive_due:
-                self.keep_alive()
-                now = time.monotonic()
-                keep_alive_due = now + KEEP_ALIVE_SECONDS
+                raise self.silence_error()
+
+    def silence_error(self) -> ProxyError:
+        message = f"Gemini has been silent for {self.silence:g} seconds."
+        return ProxyError(504, message, upstream=True)
 
     def client_left(self, poller: Poller) -> bool:
         """Whether the client hung up; a system without POLLRDHUP only says that it can be read."""
@@ -6333,8 +6339,11 @@ class Response:
         self.persistent = False  # whether the connection stays open then
 
     def begin(self) -> None:
-        """Read the head, past those of interim answers (1xx)."""
+        """Read the head, past those of interim answers (1xx), which count as silence."""
+        deadline = time.monotonic() + self.connection.waiter.silence
         while self.status < 200:
+            if time.monotonic() > deadline:
+                raise self.connection.waiter.silence_error()
             line = self.file.readline(MAX_HEAD_BYTES)
             if not line:
                 raise http.client.RemoteDisconnected("the connection ended before an answer")
@@ -6389,7 +6398,7 @@ class Response:
             except BadHeadError:
                 self.persistent = False  # the body is whole, but what comes after it is unclear
 
-    def read(self, limit: int = sys.maxsize) -> bytes:
+    def read(self, limit: int = MAX_ANSWER_BYTES + 1) -> bytes:
         """The rest of the body, or so many bytes of it."""
         body = bytearray()
         try:
@@ -6603,7 +6612,10 @@ class UpstreamCall:
             if self.call.streaming:
                 yield from read_events(iter(functools.partial(response.read1, BLOCK_BYTES), b""))
             else:
-                yield read_chunk(response.read())
+                body = response.read()
+                if len(body) > MAX_ANSWER_BYTES:
+                    raise invalid_answer(f"it has more than {MAX_ANSWER_BYTES >> 20} MiB")
+                yield read_chunk(body)
         except (ProxyError, *TRANSPORT_ERRORS) as failure:
             error = transport_error(failure)
             error.message = error.message.replace(self.key, KEY_MASK)[:8000]
@@ -6724,6 +6736,7 @@ class Memory:
             return self.database
         if self.path != ":memory:":  # only the user of this process may read the file
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            os.chmod(self.path, 0o600)  # also one that was there; SQLite's other files get the same
         database = sqlite3.connect(
             self.path, timeout=STATE_LOCK_SECONDS, isolation_level=None, check_same_thread=False
         )
@@ -7514,6 +7527,7 @@ class RequestCycle:
                 if plan.stream and route.stream:
                     for event in self.kept(route.stream(exchange, answers)):
                         self.emit(self.framing.encode(event))
+                        waiter.quiet_since = time.monotonic()
                     self.emit(self.framing.end, last=True)
                 else:
                     self.send_answer(200, self.whole_answer(route, exchange, answers))
@@ -7937,12 +7951,24 @@ def listen_address(text: str) -> tuple[str, int]:
 
 
 def base_url(text: str) -> str:
-    """The URL of a server, without a slash at its end."""
+    """The URL of a server, without a slash at its end. A password in it would end in logs."""
     with contextlib.suppress(ValueError):  # of a port that is not a number
         url = urllib.parse.urlsplit(text)
-        if url.scheme in ("http", "https") and url.hostname and url.port != 0 and not url.query:
+        if "@" in url.netloc:
+            raise argparse.ArgumentTypeError("a URL with a user name or a password is not taken")
+        plain = re.fullmatch(r"https?://[!-~]+", text, re.I) and not re.search(r"[?#]", text)
+        if plain and url.hostname and url.port != 0:
             return text.rstrip("/")
     raise argparse.ArgumentTypeError(f"{text!r} is not the URL of a server")
+
+
+def proxy_key(env: Mapping[str, str]) -> str:
+    """The key that clients must send, "" for none; exits with 1 if it would lock nobody out."""
+    key = env.get("PROXY_API_KEY")
+    if key is not None and not re.fullmatch(KEY_PATTERN, key.strip()):
+        problem = "is empty, or has characters that cannot be sent; unset it, or give it a value."
+        sys.exit(f"proxy-to-gemini: PROXY_API_KEY {problem}")
+    return (key or "").strip()
 
 
 def alias(text: str) -> tuple[str, str]:
@@ -8028,9 +8054,9 @@ def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
         upstream=upstream,
         key=key,
         aliases=tuple(flags.alias),
-        origins=tuple(filter(None, flags.origins.split(","))),
+        origins=tuple(filter(None, (item.strip(" /") for item in flags.origins.split(",")))),
         timeout=flags.timeout,
-        proxy_key=env.get("PROXY_API_KEY", "").strip(),
+        proxy_key=proxy_key(env),
         workers=flags.workers,
         state=state or ":memory:",
         client_keys=flags.client_keys,
@@ -8094,12 +8120,15 @@ WantedBy=multi-user.target"""
 
 def systemd_unit(arguments: list[str]) -> str:
     """A systemd unit for this very file and these flags, without the final newline."""
-    here = os.path.abspath(__file__)
+    here = own_path()
     flags = [word for word in arguments if word.lstrip("-") != "print-unit"]
     command = " ".join(map(unit_word, [os.path.realpath(sys.executable), here, *flags]))
     text = UNIT.format(folder=os.path.dirname(here), command=command)
-    if any(flag.lstrip("-") == "client-keys" for flag in flags):
+    parsed = flag_parser().parse_args(arguments)
+    if parsed.client_keys:
         text = re.sub("\nLoadCredential=.*", "", text)  # without that file it would not start
+    if parsed.listen[1] < 1024:
+        text = re.sub("((Bounding|Ambient).*=)$", r"\1CAP_NET_BIND_SERVICE", text, flags=re.M)
     return text
 
 
@@ -8214,6 +8243,9 @@ class Workers:
             self.start_missing()
             poller.wait(self.signals.poll_seconds)
             self.signals.drain_pipe()
+            with contextlib.suppress(OSError):  # what removes old temporary files must see its use
+                os.utime(self.server.config.state)
+                os.utime(os.path.dirname(self.server.config.state))
             if self.signals.take(signal.SIGHUP):
                 self.server.reload()  # for workers that are forked later
                 self.send_signal(signal.SIGHUP)
@@ -8401,9 +8433,6 @@ def run_checks(config: Config) -> int:
 
 # ---- start and end ----
 
-# New objects between two runs of the collector, and runs between two looks at older objects:
-# a thousand streams leave little garbage, and by default a twentieth of the time went into it.
-GC_THRESHOLDS = (20_000, 20, 20)
 # Seconds before a thread must yield; at 0.005, a thousand threads do little else.
 SWITCH_INTERVAL_SECONDS = 0.05
 
@@ -8429,7 +8458,7 @@ def open_server(config: Config) -> Server:
         purpose = f"remember in {config.state}"
         if config.state != ":memory:":
             server.gemini.memory.try_out()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, sqlite3.Error) as error:
         reason = getattr(error, "strerror", None) or error
         sys.exit(f"proxy-to-gemini: cannot {purpose}: {reason}")
     return server
@@ -8440,8 +8469,7 @@ def serve(config: Config) -> None:
     signals = Signals(os.environ)
     server = open_server(config)
     if hasattr(gc, "freeze"):  # PyPy has another collector
-        gc.freeze()  # what is there by now stays for good
-        gc.set_threshold(*GC_THRESHOLDS)
+        gc.freeze()  # what is there by now stays for good, and need not be looked through
     address = f"api {config.api} at {server.url}"
     log(f"proxy-to-gemini {VERSION}: {address}, answered by {config.upstream}")
     if not server.loopback and not config.proxy_key and not config.client_keys:
@@ -8470,10 +8498,26 @@ def shared_state(config: Config) -> Iterator[Config]:
         yield config._replace(state=os.path.join(path, "state.db"))
 
 
+def own_path() -> str:
+    """This file, or the zipapp that it is in."""
+    path = os.path.abspath(__file__)
+    folder = os.path.dirname(path)
+    return folder if os.path.isfile(folder) else path
+
+
+def open_standard_streams() -> None:
+    """Open those that were closed (2>&-): else a client's socket gets their number, and the log."""
+    number = 0
+    while number < 3:
+        number = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    os.close(number)
+
+
 def main() -> None:
+    open_standard_streams()
     flags = flag_parser().parse_args()
     if flags.version:
-        with open(__file__, "rb") as file:
+        with open(own_path(), "rb") as file:
             digest = hashlib.sha256(file.read()).hexdigest()
         print(f"proxy-to-gemini {VERSION}, SHA-256 {digest}")
         return

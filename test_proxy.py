@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -6089,6 +6090,44 @@ def test_a_silent_stream_gets_keep_alives(gemini, service, monkeypatch):
     assert len(ticks) >= 4
 
 
+def test_a_stream_whose_gemini_only_comments_gets_keep_alives(gemini, service, monkeypatch):
+    monkeypatch.setattr(proxy, "KEEP_ALIVE_SECONDS", 0.05)
+    ticks = []
+    gemini.say(Say(*[b": still here\r\n\r\n"] * 12, whole("b"), gap=0.02))
+    assert service.chunks(STREAM, keep_alive=lambda: ticks.append(1)) == [whole("b")]
+    assert len(ticks) >= 2
+
+
+def test_interim_answers_count_as_silence():
+    with raw_upstream(b"HTTP/1.1 102 Processing\r\n\r\n") as url, Service(url) as service:
+        assert service.error(timeout=0.2).status == 504
+
+
+@contextlib.contextmanager
+def raw_upstream(data):
+    """The URL of a server that sends the same bytes again and again."""
+
+    def serve(listener):
+        with contextlib.suppress(OSError):
+            sock, _ = listener.accept()
+            with sock:
+                while True:
+                    sock.sendall(data)
+                    time.sleep(0.01)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    thread.join(5)
+
+
+def test_a_whole_answer_is_bounded(gemini, service, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_ANSWER_BYTES", 1000)
+    gemini.say(whole("x" * 1000))
+    assert service.error().status == 502
+
+
 @pytest.mark.parametrize("how", [{"delay": 30}, {"gap": 30}])
 def test_a_client_that_leaves_stops_gemini(gemini, service, how):
     gemini.say(Say(chunk("Once "), whole("upon"), **how))
@@ -6621,6 +6660,15 @@ def test_a_state_file_of_version_1_0_can_be_read(tmp_path):
     with contextlib.closing(proxy.Memory(path)) as memory:
         assert memory.get("a") == "1"
         assert memory.pinned("") == [("b", "2")]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="this system has no file modes")
+def test_a_state_file_that_others_can_read_is_narrowed(tmp_path):
+    path = tmp_path / "state.db"
+    path.touch(0o644)
+    with contextlib.closing(proxy.Memory(str(path))) as memory:
+        memory.put("key", None, "text")
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_file_that_is_no_database_is_refused_at_the_start(tmp_path):
@@ -8009,6 +8057,51 @@ def test_a_key_that_fits_into_no_header_is_refused_but_not_printed():
 )
 def test_the_state_is_in_the_flags_file_or_in_systemds_folder_or_in_memory(flags, env, path):
     assert configure(*flags, env={**ENV, **env}).state == path
+
+
+@pytest.mark.parametrize("key", ["", " ", "\n", "two words", "naïve"])
+def test_a_proxy_key_that_locks_nobody_out_ends_the_start(key):
+    with pytest.raises(SystemExit, match="PROXY_API_KEY"):
+        configure(env={**ENV, "PROXY_API_KEY": key})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:secret@127.0.0.1:9/",
+        "http://127.0.0.1:9/#x",
+        "http://127.0.0.1:9/ x",
+        "http://127.0.0.1:9/?x=1",
+        "ftp://127.0.0.1",
+    ],
+)
+def test_an_upstream_that_is_no_plain_url_is_a_usage_error(url, capsys):
+    with pytest.raises(SystemExit) as caught:
+        configure("-upstream=" + url)
+    assert caught.value.code == 2
+    assert "secret" not in capsys.readouterr().err
+
+
+def test_origins_may_have_blanks_and_slashes():
+    config = configure("-origins=https://a.example, https://b.example/")
+    assert config.origins == ("https://a.example", "https://b.example")
+
+
+def test_a_zipapp_is_its_own_file(tmp_path, monkeypatch):
+    archive = tmp_path / "proxy.pyz"
+    archive.write_bytes(b"PK")
+    monkeypatch.setattr(proxy, "__file__", str(archive / "__main__.py"))
+    assert proxy.own_path() == str(archive)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closing a standard stream is a shell's business")
+def test_it_starts_with_its_standard_error_closed():
+    words = [sys.executable, str(HERE / "proxy_to_gemini.py"), "-version"]
+    command = " ".join(map(shlex.quote, words)) + " 2>&-"
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert "SHA-256" in done.stdout
 
 
 # ---- systemd ----
