@@ -581,6 +581,7 @@ class GeminiCall(NamedTuple):
     generates: bool = False  # whether its answer is read as events, not as chunks
     unfence: bool = False  # whether JSON was asked for in words, and may come in a code fence
     left_out: tuple[str, ...] = ()  # names of what repairs have left out
+    waits: bool = False  # is sent once the answers before it are read, which may refuse it
 
 
 class Plan(NamedTuple):
@@ -796,6 +797,7 @@ class Model(NamedTuple):
     image_format: str = "jpeg"  # of the images that it makes
     streams_speech: bool = True  # sends speech piece by piece
     system: bool = True  # takes a systemInstruction
+    audio: bool = True  # takes audio
     max_output: int = 65536  # tokens
 
     @property
@@ -824,6 +826,7 @@ TRAITS: tuple[tuple[float, str, dict[str, Any]], ...] = (
     (3.1, r"", {"streams_speech": False}),
     (3.0, r"", BEFORE_GEMINI_3),
     (2.5, r"", {"penalties": True, "max_output": 8192}),
+    (1.5, r"", {"audio": False}),
     (math.inf, r"gemini-3(\.[1-6])?-flash", {"thinking": ALL_LEVELS}),
     (math.inf, r"gemini-3-pro", {"thinking": Levels(("LOW", "HIGH"))}),
     (math.inf, r"gemini-[12]\b", {"thinking": None}),
@@ -832,7 +835,7 @@ TRAITS: tuple[tuple[float, str, dict[str, Any]], ...] = (
     (math.inf, r"gemini-2\.5-pro", {"thinking": Budget(128, 32768, stops=False)}),
     (math.inf, r".*(image|banana|tts|embedding|audio)|gemma|learnlm|aqa", {"thinking": None}),
     (math.inf, r".*(image|banana)", {"signs": False}),
-    (math.inf, r"gemma", {"system": False}),
+    (math.inf, r"gemma", {"system": False, "audio": False}),
 )
 
 
@@ -877,6 +880,9 @@ class Recipe(NamedTuple):
     source: str = ""
     system: str = ""
     options: Mapping[str, Any] = {}
+    messages: Sequence[JSON] = ()  # before those of each chat, in Ollama's form
+    licenses: Sequence[str] = ()
+    modified: float = 0.0  # seconds since 1970; 0 where it was not kept yet
 
 
 OLLAMA_PREFIX = r"^(registry\.ollama\.ai/)?(library|ollama|models|google|gemini)/"
@@ -2745,6 +2751,8 @@ def chat_call(chat: Chat, body: Fields) -> GeminiCall:
     system = [part for part in chat.system if has_content(part)]
     if recipe.system and not system:
         system = [text_part(recipe.system)]
+    recipe_system, recipe_turns = recipe_history(recipe, model)
+    system = [*recipe_system, *system]
     sampling = {**recipe_sampling(recipe, model), **chat.sampling}
     config = {key: value for key, value in sampling.items() if value is not None}
     limit = config.get("maxOutputTokens")
@@ -2757,13 +2765,19 @@ def chat_call(chat: Chat, body: Fields) -> GeminiCall:
         config.update(json_config(chat.schema))
     config.update(chat.settings)
     fields = {**tool_fields(tools, chat.choice, model, body), **chat.fields}
-    call = generate_call(model, chat.stream, system, chat.contents, config, **fields)
+    contents = [*recipe_turns, *chat.contents]
+    call = generate_call(model, chat.stream, system, contents, config, **fields)
     return call._replace(unfence=in_words)
 
 
 def recipe_sampling(recipe: Recipe, model: Model) -> JSON:
     """What a recipe sets where the client sets nothing."""
     return ollama_sampling(Fields(dict(recipe.options)), model) if recipe.options else {}
+
+
+def recipe_history(recipe: Recipe, model: Model) -> tuple[list[Part], list[JSON]]:
+    """(the system's parts, the turns) of a recipe's messages."""
+    return ollama_history(Fields({"messages": list(recipe.messages)}), model)
 
 
 def count_plan(plan: Plan, model: Model) -> Plan:
@@ -3178,13 +3192,14 @@ class EmbedOptions(NamedTuple):
 
     vectors: int  # how many
     base64: bool = False
+    checks: int = 0  # how many answers come before those with vectors
 
 
 def read_vectors(answers: Answers, exchange: Exchange) -> list[list[float]]:
     """The vectors of all batches in order, each of unit length; a 502 where one is missing."""
     options: EmbedOptions = exchange.options
     vectors: list[list[float]] = []
-    for call, chunks in zip(exchange.plan.calls, answers):
+    for call, chunks in zip(exchange.plan.calls[options.checks :], answers):
         for chunk in chunks:
             if not call.optional:
                 embeddings = expect(chunk, "embeddings", list)
@@ -4343,7 +4358,8 @@ def openai_models_request(body: Fields, context: Context) -> Plan:
 
 def openai_model_entry(name: str, context: Context) -> JSON:
     owner = "library" if context.ollama else "google"
-    return {"id": name, "object": "model", "created": GEMINI_OPENED, "owned_by": owner}
+    created = int(recipe_named(name, context).modified or GEMINI_OPENED)
+    return {"id": name, "object": "model", "created": created, "owned_by": owner}
 
 
 def openai_models_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -4595,7 +4611,7 @@ def stored_links(key: str, text: str) -> list[str]:
     """The keys to which a stored text leads: recipes, an earlier response, items referred to."""
     if key == RECIPE + "*":
         return text.splitlines()
-    if not text or key.startswith(RECIPE):
+    if not text or key.startswith((RECIPE, CONTEXT)):
         return []
     value = json.loads(text)
     if isinstance(value, list):
@@ -5218,6 +5234,7 @@ class OllamaOptions(NamedTuple):
 
     generate: bool  # whether the answer is in generate's form, not in chat's
     done_reason: str = ""  # "load" or "unload" where there is no question
+    goes_on: bool = False  # whether a later prompt may go on from its `context`
 
 
 def tagged(name: str) -> str:
@@ -5326,11 +5343,10 @@ def ollama_load_plan(body: Fields, model_name: str, generate: bool) -> Plan:
     seconds = ollama_keep_alive(body)
     body.mark_read(*body.data)
     options = OllamaOptions(generate, "load" if seconds else "unload")
-    loads = (plain_name(model_name, True), seconds)
-    return Plan((MODELS_CALL,), False, options, model_name, loads=loads)
+    return Plan((MODELS_CALL,), False, options, model_name, loads=(model_name, seconds))
 
 
-def ollama_plan(body: Fields, model_name: str, chat: Chat, generate: bool) -> Plan:
+def ollama_plan(body: Fields, model_name: str, chat: Chat, answer: OllamaOptions) -> Plan:
     """The plan for a chat or a prompt, with all that both may set."""
     top = body.number("top_logprobs", -math.inf, math.inf, int)
     if top is not None and not 0 <= top <= 20:
@@ -5345,9 +5361,9 @@ def ollama_plan(body: Fields, model_name: str, chat: Chat, generate: bool) -> Pl
         schema=ollama_format(body),
         stream=body.get("stream", bool) is not False,
     )
-    loads = (plain_name(model_name, True), ollama_keep_alive(body))
+    loads = (model_name, ollama_keep_alive(body))
     calls = (chat_call(chat, body),)
-    return Plan(calls, chat.stream, OllamaOptions(generate), model_name, chat=chat, loads=loads)
+    return Plan(calls, chat.stream, answer, model_name, chat=chat, loads=loads)
 
 
 def ollama_chat_request(body: Fields, context: Context) -> Plan:
@@ -5356,23 +5372,31 @@ def ollama_chat_request(body: Fields, context: Context) -> Plan:
     model = model_named(model_name, context)
     if not body.get("messages", list):
         return ollama_load_plan(body, model_name, False)
+    system, contents = ollama_history(body, model)
+    chat = Chat(model, system, contents, recipe=recipe_named(model_name, context))
+    return ollama_plan(body, model_name, chat, OllamaOptions(generate=False))
+
+
+def ollama_history(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
+    """(the system's parts, the turns). System messages between turns stay there, marked as such."""
     system: list[Part] = []
     contents: list[JSON] = []
     for message in body.objects("messages"):
         role = (message.get("role", str) or "user").lower()
-        if role in ("system", "developer"):
-            system += content_parts(message, "content", model)
-        elif role == "tool":
+        if role == "tool":
             images = ollama_images(message)
             result = tool_message_part(message, "content", "tool_call_id", model, images)
             contents.append(user_turn(result))
         elif role in ("assistant", "model"):
             contents.append(model_turn(*ollama_assistant_parts(message, model)))
-        else:
+        elif role not in ("system", "developer"):
             parts = content_parts(message, "content", model) + ollama_images(message)
             contents.append(user_turn(*parts))
-    chat = Chat(model, system, contents, recipe=recipe_named(model_name, context))
-    return ollama_plan(body, model_name, chat, False)
+        elif contents:
+            contents.append(system_turn(content_parts(message, "content", model)))
+        else:
+            system += content_parts(message, "content", model)
+    return system, contents
 
 
 def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
@@ -5400,13 +5424,69 @@ def ollama_generate_request(body: Fields, context: Context) -> Plan:
     if not prompt:
         return ollama_load_plan(body, model_name, True)
     if raw:
-        recipe = recipe._replace(system="")
+        recipe = recipe._replace(system="", messages=())
     system = system or recipe.system
     if suffix:
         system, prompt = gap_instruction(system), gap_prompt(prompt, suffix)
-    contents = [user_turn(text_part(prompt), *images)]
+    contents = [*past_turns(body, context), user_turn(text_part(prompt), *images)]
     chat = Chat(model, [text_part(system)], contents, recipe=recipe)
-    return ollama_plan(body, model_name, chat, True)
+    answer = OllamaOptions(generate=True, goes_on=not raw and not suffix)
+    return ollama_plan(body, model_name, chat, answer)
+
+
+# ---- the context of generate: a few numbers that stand for a conversation in the memory ----
+
+CONTEXT = "context:"  # the keys of conversations begin with it
+CONTEXT_NUMBERS = 8  # of 16 bits each
+MAX_CONTEXT_CHARACTERS = 1 << 19  # of one conversation
+
+
+def context_key(numbers: Any) -> str:
+    """The key of the conversation that these numbers stand for; "" if they are none of ours."""
+    if type(numbers) is not list or [type(number) for number in numbers] != [int] * CONTEXT_NUMBERS:
+        return ""
+    return CONTEXT + "-".join(map(str, numbers))
+
+
+def generate_keys(body: Fields, context: Context) -> list[str]:
+    key = context_key(body.data.get("context"))
+    return [*all_recipe_keys(body, context), *filter(None, [key])]
+
+
+def past_turns(body: Fields, context: Context) -> list[JSON]:
+    """The turns that `context` stands for. Numbers that nobody knows any more are ignored."""
+    numbers = body.get("context", list)
+    text = context.stored.get(context_key(numbers))
+    if text:
+        return list(json.loads(text))
+    if numbers:
+        body.ignore("context")
+    return []
+
+
+def context_to_keep(exchange: Exchange, answer: str) -> tuple[list[int], tuple[Keep, ...]]:
+    """(the numbers, what to keep under them) for a prompt and its answer.
+
+    Of what is too long, only the texts are kept; Ollama's tokens have no images either. Completions
+    in an editor keep nothing: there is one for each keystroke.
+    """
+    options: OllamaOptions = exchange.options
+    if not options.goes_on:
+        return [], ()  # ollama-ai-provider insists on a list
+    contents = [*exchange.chat.contents, model_turn(text_part(answer))]
+    for turns in (contents, map(text_turn, contents)):
+        text = encode_json(list(turns))
+        if len(text) <= MAX_CONTEXT_CHARACTERS:
+            digest = hashlib.sha256(text.encode()).digest()
+            pairs = [digest[i : i + 2] for i in range(0, 2 * CONTEXT_NUMBERS, 2)]
+            numbers = [int.from_bytes(pair, "big") for pair in pairs]
+            return numbers, (Keep(context_key(numbers), text),)
+    return [], ()
+
+
+def text_turn(content: JSON) -> JSON:
+    """A turn without images and other media."""
+    return {**content, "parts": [part for part in content["parts"] if "text" in part]}
 
 
 # ---- answers to chat and generate ----
@@ -5423,9 +5503,8 @@ def ollama_additions(events: Iterable[Event]) -> Iterator[tuple[JSON, End | None
         if isinstance(event, Text):
             yield {"thinking" if event.thought else "content": event.text}, None
         elif isinstance(event, ToolCall):
-            # LiteLLM reads the index beside the function, Open WebUI the one inside.
             function = {"index": calls, "name": event.name, "arguments": event.args}
-            yield {"tool_calls": [{"id": event.id, "index": calls, "function": function}]}, None
+            yield {"tool_calls": [{"id": event.id, "function": function}]}, None
             calls += 1
         elif isinstance(event, End):
             yield {}, event
@@ -5446,7 +5525,7 @@ def ollama_message(exchange: Exchange, message: JSON) -> JSON:
 
 def ollama_metrics(exchange: Exchange, first: float, end: End) -> JSON:
     """The end of an answer whose first event came at `first`. Durations are measured here."""
-    metrics = {
+    return {
         "done": True,
         "done_reason": "length" if end.finish == "length" else "stop",
         **native_finish(end),
@@ -5457,12 +5536,9 @@ def ollama_metrics(exchange: Exchange, first: float, end: End) -> JSON:
         "eval_count": end.usage.output,
         "eval_duration": nanoseconds(exchange.now - first),
     }
-    if exchange.options.generate:
-        return {"context": [], **metrics}  # ollama-ai-provider insists on a list
-    return metrics
 
 
-def ollama_response(exchange: Exchange, answers: Answers) -> JSON:
+def ollama_response(exchange: Exchange, answers: Answers) -> Any:
     """The whole answer to a chat or a prompt, or the end of a load or an unload."""
     options: OllamaOptions = exchange.options
     if options.done_reason:
@@ -5475,17 +5551,26 @@ def ollama_response(exchange: Exchange, answers: Answers) -> JSON:
         for key, value in addition.items():
             message[key] = message[key] + value if key in message else value
     ending = ollama_metrics(exchange, exchange.created, answer.end)
-    return {**ollama_base(exchange), **ollama_message(exchange, message), **ending}
+    start = {**ollama_base(exchange), **ollama_message(exchange, message)}
+    if not options.generate:
+        return {**start, **ending}
+    numbers, keep = context_to_keep(exchange, message.get("content", ""))
+    return Kept({**start, "context": numbers, **ending}, keep)
 
 
-def ollama_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
+def ollama_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
     """The chunks of an answer; the last one has the metrics and no text."""
-    first = None
+    first, texts = None, []
     for addition, end in ollama_additions(next(answers)):
         first = first or exchange.now
+        texts.append(addition.get("content", ""))
         ending: JSON = {"done": False}
         if end:
             ending = ollama_metrics(exchange, first, end)
+            if exchange.options.generate:
+                numbers, keep = context_to_keep(exchange, "".join(texts))
+                ending = {"context": numbers, **ending}
+                yield from keep
         yield {**ollama_base(exchange), **ollama_message(exchange, addition), **ending}
 
 
@@ -5497,12 +5582,34 @@ def ollama_keep_alive_chunk(exchange: Exchange) -> JSON:
 # ---- embeddings ----
 
 
-def ollama_embed_plan(name: str, model: Model, texts: list[str], size: int | None) -> Plan:
+def ollama_embed_plan(
+    body: Fields, model_name: str, model: Model, texts: list[str], size: int | None
+) -> Plan:
     """The plan for a vector of this size for each text. Without a text there is no call."""
     calls: tuple[GeminiCall, ...] = ()
     if texts:  # Gemini takes no empty text
         calls = embed_calls(model, [text or " " for text in texts], size)
-    return Plan(calls, False, EmbedOptions(len(texts)), name)
+    loads = (model_name, ollama_keep_alive(body))
+    return Plan(calls, False, EmbedOptions(len(texts)), model_name, loads=loads)
+
+
+MIN_EMBED_TOKENS = 2048  # the smallest limit of Gemini's models for vectors; theirs is in its list
+
+
+def untruncated(plan: Plan, model: Model, texts: list[str]) -> Plan:
+    """The same plan, but it embeds nothing before it is known that no text is too long.
+
+    Gemini itself cuts texts off in silence. A token has one byte at least, so that short texts need
+    not be counted; the longest one is, whatever its length.
+    """
+    long_texts = [text for text in texts if len(text.encode(errors="replace")) > MIN_EMBED_TOKENS]
+    counts = [
+        GeminiCall(f"{model.path}:countTokens", {"contents": [user_turn(text_part(text))]}, model)
+        for text in long_texts or [max(texts, key=len) or " "]
+    ]
+    first, *rest = plan.calls
+    calls = (MODELS_CALL, *counts, first._replace(waits=True), *rest)
+    return plan._replace(calls=calls, options=plan.options._replace(checks=1 + len(counts)))
 
 
 def ollama_embed_request(body: Fields, context: Context) -> Plan:
@@ -5519,14 +5626,29 @@ def ollama_embed_request(body: Fields, context: Context) -> Plan:
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise wrong_value(f"input[{i}]", f"invalid input type: input[{i}] must be a string")
-    ollama_keep_alive(body)
     dimensions = body.number("dimensions", 0, 2**31 - 1, int)
-    return ollama_embed_plan(model_name, model, texts, dimensions)
+    plan = ollama_embed_plan(body, model_name, model, texts, dimensions)
+    if texts and body.get("truncate", bool) is False:
+        return untruncated(plan, model, texts)
+    return plan
+
+
+def check_lengths(exchange: Exchange, answers: Answers) -> None:
+    """Refuse a text that the model would cut off. Gemini's list says how many tokens it takes."""
+    options: EmbedOptions = exchange.options
+    models = usable_models(itertools.islice(answers, 1), exchange.context)
+    entry = models.get(model_named(exchange.model, exchange.context).name)
+    limit = get_or_empty(entry, "inputTokenLimit", int) or math.inf
+    for chunks in itertools.islice(answers, options.checks - 1):
+        if any(get_or_empty(chunk, "totalTokens", int) > limit for chunk in chunks):
+            raise wrong_value("input", "the input length exceeds the context length")
 
 
 def ollama_embed_response(exchange: Exchange, answers: Answers) -> JSON:
     if not exchange.options.vectors:
         return {"model": exchange.model, "embeddings": []}
+    if exchange.options.checks:
+        check_lengths(exchange, answers)
     vectors = read_vectors(answers, exchange)
     return {
         "model": exchange.model,
@@ -5542,8 +5664,7 @@ def ollama_embeddings_request(body: Fields, context: Context) -> Plan:
     model_name = ollama_name(body, "model")
     model = model_named(model_name, context)
     texts = list(filter(None, [body.get("prompt", str)]))
-    ollama_keep_alive(body)
-    return ollama_embed_plan(model_name, model, texts, None)
+    return ollama_embed_plan(body, model_name, model, texts, None)
 
 
 def ollama_embeddings_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -5568,30 +5689,37 @@ def listed_entry(model_name: str, answers: Answers, context: Context) -> JSON:
 
 
 def ollama_capabilities(name: str, entry: JSON) -> list[str]:
-    """What a model can do, in the words of Ollama's server; JetBrains' Koog fails on any other."""
+    """What a model can do, in the words of types/model/capability.go, and no other."""
     if "embedContent" in get_or_empty(entry, "supportedGenerationMethods", list):
         return ["embedding"]
     if name.startswith("gemma") or UNLISTED.search(name):
         return ["completion", "vision"]
+    model = model_of(name)
     capabilities = ["completion", "tools", "insert", "vision"]
-    if model_of(name).thinking is not None:
+    if model.audio:
+        capabilities.append("audio")
+    if model.thinking is not None:
         capabilities.append("thinking")
     return capabilities
 
 
-def ollama_entry(name: str, entry: JSON) -> JSON:
+MODEL_BYTES = 1  # there are no files; some clients take 0 for a size that is missing
+
+
+def ollama_entry(name: str, entry: JSON, context: Context) -> JSON:
     """A model in a list, from Gemini's entry for it."""
     full_name, limit = get_or_empty(entry, "name", str), entry.get("inputTokenLimit")
     capabilities = ollama_capabilities(full_name.rpartition("/")[2] or name, entry)
-    identity = json.dumps([name, capabilities, limit])  # llm-ollama caches them by the digest
+    # llm-ollama caches the capabilities by the digest.
+    identity = json.dumps([plain_name(name, True), capabilities, limit])
     details = {"parent_model": "", "format": "gguf", "family": "gemini", "families": ["gemini"]}
     details.update(parameter_size="unknown", quantization_level="unknown")
     details["context_length"] = get_or_empty(entry, "inputTokenLimit", int)
     return {
         "name": tagged(name),
         "model": tagged(name),
-        "modified_at": ollama_time(GEMINI_OPENED),
-        "size": 0,
+        "modified_at": ollama_time(recipe_named(name, context).modified or GEMINI_OPENED),
+        "size": MODEL_BYTES,
         "digest": hashlib.sha256(identity.encode()).hexdigest(),
         "details": details,
         "capabilities": capabilities,
@@ -5603,9 +5731,10 @@ def ollama_tags_request(body: Fields, context: Context) -> Plan:
 
 
 def ollama_tags_response(exchange: Exchange, answers: Answers) -> JSON:
-    models = usable_models(answers, exchange.context)
+    context = exchange.context
+    models = usable_models(answers, context)
     names = [name for name in models if not UNLISTED.search(name)]
-    return {"models": [ollama_entry(name, models[name]) for name in names]}
+    return {"models": [ollama_entry(name, models[name], context) for name in names]}
 
 
 def ollama_ps_request(body: Fields, context: Context) -> Plan:
@@ -5616,20 +5745,22 @@ def ollama_ps_request(body: Fields, context: Context) -> Plan:
 
 def ollama_ps_response(exchange: Exchange, answers: Answers) -> JSON:
     """The models that were used lately, the one that stays longest first."""
-    now = exchange.now
-    loaded = {name: until for name, until in exchange.context.loaded.items() if until > now}
+    now, context = exchange.now, exchange.context
+    loaded = {name: until for name, until in context.loaded.items() if until > now}
     if not loaded:
         return {"models": []}
-    models = usable_models(answers, exchange.context)
+    models = usable_models(answers, context)
     entries = []
     for name, until in sorted(loaded.items(), key=itemgetter(1), reverse=True):
-        if name in models:
-            entry = ollama_entry(name, models[name])
-            running = {key: entry[key] for key in ("name", "model", "size", "digest", "details")}
-            running["size_vram"] = entry["size"]
-            running["expires_at"] = ollama_time(min(until, now + FOREVER_SECONDS))
-            running["context_length"] = entry["details"]["context_length"]
-            entries.append(running)
+        gemini_entry = models.get(model_named(name, context).name)
+        if gemini_entry is None:
+            continue
+        entry = ollama_entry(name, gemini_entry, context)
+        running = {key: entry[key] for key in ("name", "model", "size", "digest", "details")}
+        running["size_vram"] = entry["size"]
+        running["expires_at"] = ollama_time(min(until, now + FOREVER_SECONDS))
+        running["context_length"] = entry["details"].pop("context_length")
+        entries.append(running)
     return {"models": entries}
 
 
@@ -5656,13 +5787,13 @@ def ollama_show_response(exchange: Exchange, answers: Answers) -> JSON:
     except ProxyError as error:
         error.model = tagged(model_name)  # as in Ollama's answer
         raise
-    entry = ollama_entry(plain_name(model_name, True), gemini_entry)
+    entry = ollama_entry(plain_name(model_name, True), gemini_entry, exchange.context)
     template, embedding_length = OLLAMA_TEMPLATE, 0
     if entry["capabilities"] == ["embedding"]:
         template, embedding_length = "{{ .Prompt }}", 3072
     return {
-        "license": "",
-        "modelfile": f"# Gemini, by proxy-to-gemini\nFROM {recipe.source or entry['name']}\n",
+        "license": "\n".join(recipe.licenses),
+        "modelfile": modelfile(recipe, entry["name"]),
         "parameters": parameter_lines(recipe.options),
         "template": template,
         "system": recipe.system,
@@ -5676,16 +5807,43 @@ def ollama_show_response(exchange: Exchange, answers: Answers) -> JSON:
         },
         "capabilities": entry["capabilities"],
         "modified_at": entry["modified_at"],
+        **given(messages=list(recipe.messages)),
     }
 
 
-def parameter_lines(options: Mapping[str, Any]) -> str:
-    """A recipe's options as lines of a key and a value, one for each value of a list."""
-    lines = []
+def option_values(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The keys and values of a recipe's options, one for each value of a list."""
     for key, value in options.items():
         values = value if isinstance(value, list) else [value]
-        lines += [f"{key} {encode_json(item)}" for item in values]
-    return "\n".join(lines)
+        for item in values:
+            yield key, item
+
+
+def parameter_lines(options: Mapping[str, Any]) -> str:
+    return "\n".join(f"{key} {encode_json(value)}" for key, value in option_values(options))
+
+
+def modelfile(recipe: Recipe, model_name: str) -> str:
+    """A file from which `ollama create` makes the same model: Model.String in server/images.go."""
+    lines = ["# Gemini, by proxy-to-gemini", f"FROM {recipe.source or model_name}"]
+    lines += [f"SYSTEM {modelfile_text(text)}" for text in filter(None, [recipe.system])]
+    for key, value in option_values(recipe.options):
+        text = value if isinstance(value, str) else encode_json(value)
+        lines.append(f"PARAMETER {key} {modelfile_text(text)}")
+    lines += [f"LICENSE {modelfile_text(text)}" for text in recipe.licenses]
+    for message in recipe.messages:
+        role, content = message.get("role"), get_or_empty(message, "content", str)
+        if content and role in ("system", "user", "assistant"):  # it has no others
+            lines.append(f"MESSAGE {role} {modelfile_text(content)}")
+    return "\n".join([*lines, ""])
+
+
+def modelfile_text(text: str) -> str:
+    """A text as parser/parser.go reads it: in quotes where it would lose something without."""
+    if text and "\n" not in text and text == text.strip() and not text.startswith('"'):
+        return text
+    marks = '"' * (3 if '"' in text else 1)
+    return f"{marks}{text}{marks}"
 
 
 def ollama_pull_request(body: Fields, context: Context) -> Plan:
@@ -5707,8 +5865,9 @@ MAX_RECIPES = 200  # they stay until they are deleted
 MAX_RECIPE_CHARACTERS = 1 << 20
 
 
-def recipe_to_keep(name: str, recipe: Recipe, context: Context, models: dict[str, JSON]) -> Keep:
+def recipe_to_keep(name: str, recipe: Recipe, exchange: Exchange, models: dict[str, JSON]) -> Keep:
     """A recipe to keep under this name. A name of Gemini's own stays Gemini's."""
+    context, recipe = exchange.context, recipe._replace(modified=exchange.now)
     name, text = plain_name(name, True), json.dumps(recipe._asdict())
     key = recipe_key(name)
     known = context.stored.get(key)
@@ -5736,12 +5895,15 @@ def ollama_copy_response(exchange: Exchange, answers: Answers) -> Kept:
     if source not in models:
         raise ProxyError(404, f"model {json.dumps(name[:200])} not found")
     recipe = recipe_named(name, context)._replace(source=source)
-    keep = recipe_to_keep(exchange.options, recipe, context, models)
+    keep = recipe_to_keep(exchange.options, recipe, exchange, models)
     return Kept(Payload(b""), (keep,))
 
 
 def ollama_create_request(body: Fields, context: Context) -> Plan:
-    """A recipe `from` a model, with `system` and `parameters`; it is the plan's `options`."""
+    """A recipe `from` a model, with what it adds to it; it is the plan's `options`.
+
+    As with Ollama, messages replace those of the model that it is from, and licenses add to them.
+    """
     plan, source = ollama_manage_request(body, context), body.get("from", str)
     if not source or body.get("files", dict) or body.get("adapters", dict):
         message = 'only models "from" one of Gemini\'s can be created here: there are no files'
@@ -5752,7 +5914,14 @@ def ollama_create_request(body: Fields, context: Context) -> Plan:
         system = old.system
     parameters = body.object_or_empty("parameters")
     ollama_sampling(parameters, model)  # an error in them is one of this request
-    recipe = Recipe(model.name, system, {**old.options, **parameters.data})
+    ollama_history(body, model)  # likewise
+    recipe = Recipe(
+        model.name,
+        system,
+        {**old.options, **parameters.data},
+        body.get("messages", list) or old.messages,
+        [*old.licenses, *filter(None, body.strings("license"))],
+    )
     return plan._replace(stream=body.get("stream", bool) is not False, options=recipe)
 
 
@@ -5761,7 +5930,7 @@ def ollama_create_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
     models = usable_models(answers, exchange.context)
     if recipe.source not in models:
         raise no_such_model(recipe.source)
-    yield recipe_to_keep(exchange.model, recipe, exchange.context, models)
+    yield recipe_to_keep(exchange.model, recipe, exchange, models)
     for status in ("creating new layer", "writing manifest", "success"):
         yield {"status": status}
 
@@ -5803,6 +5972,7 @@ NDJSON = Framing(
 )
 RECIPES: JSON = {"keys": all_recipe_keys}
 CHAT: JSON = {**RECIPES, "framing": NDJSON, "keep_alive": ollama_keep_alive_chunk}
+GENERATE: JSON = {**CHAT, "keys": generate_keys}
 PULLING, CREATING = progress("pulling manifest"), progress("creating new layer")
 NO_CLOUD = Refusal(403, "ollama cloud is disabled: remote inference is unavailable")
 NO_BLOBS = Refusal(
@@ -5813,7 +5983,9 @@ NOT_SIGNED_IN = Refusal(401, "you are not currently signed in")
 
 OLLAMA_ROUTES = (
     Route("POST", "/api/chat", ollama_chat_request, ollama_response, ollama_stream, **CHAT),
-    Route("POST", "/api/generate", ollama_generate_request, ollama_response, ollama_stream, **CHAT),
+    Route(
+        "POST", "/api/generate", ollama_generate_request, ollama_response, ollama_stream, **GENERATE
+    ),
     Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response),
     Route("POST", "/api/embeddings", ollama_embeddings_request, ollama_embeddings_response),
     Route("GET", "/api/tags", ollama_tags_request, ollama_tags_response, **RECIPES),
@@ -7279,10 +7451,13 @@ class Gemini:
         self, calls: Iterable[GeminiCall], waiter: Waiter, key: str, ignored: list[str]
     ) -> Generator[Iterator[JSON], None, None]:
         """For each call its chunks, in order; its close() hangs up on what is unread."""
-        unsent, pending = iter(calls), collections.deque[UpstreamCall]()
+        unsent, pending = collections.deque(calls), collections.deque[UpstreamCall]()
         try:
             while True:
-                for call in itertools.islice(unsent, MAX_PARALLEL_CALLS - len(pending)):
+                while unsent and len(pending) < MAX_PARALLEL_CALLS:
+                    if pending and unsent[0].waits:
+                        break
+                    call = unsent.popleft()
                     pending.append(UpstreamCall(self, self.signed(call, key), waiter, key, ignored))
                     if call is not MODELS_CALL:
                         pending[-1].send()
@@ -8056,6 +8231,8 @@ class RequestCycle:
             waiter.keep_alive = None  # it leads here, and an idle connection keeps its waiter
         if plan.loads:
             server.load(*plan.loads)
+        elif plan.chat and exchange.context.ollama:
+            server.load(plan.model, LOADED_SECONDS)
 
     def read_answers(self, batch: Iterable[Iterator[JSON]], exchange: Exchange) -> Answers:
         """For each call its events, or its chunks of JSON where it does not generate."""
@@ -8287,11 +8464,13 @@ class Server(http.server.ThreadingHTTPServer):
         return Shelf(self.gemini.memory, prefix)
 
     def load(self, name: str, seconds: float) -> None:
-        """List a model as loaded for so long; none at all takes it out."""
-        self.loaded.pop(name, None)
+        """List a model as loaded for so long; none at all takes it out, whatever its spelling."""
+        for other in list(self.loaded):  # a copy: other threads change it too
+            if plain_name(other, True) == plain_name(name, True):
+                self.loaded.pop(other, None)
         if seconds > 0:
             self.loaded[name] = time.time() + seconds
-        for oldest in list(self.loaded)[:-MAX_LOADED_MODELS]:  # a copy: other threads change it too
+        for oldest in list(self.loaded)[:-MAX_LOADED_MODELS]:
             self.loaded.pop(oldest, None)
 
     @property

@@ -4820,6 +4820,29 @@ def test_an_ollama_chat_becomes_a_request():
     }
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "System"])
+def test_a_system_message_between_turns_of_ollamas_stays_there(role):
+    silence = {"role": role, "content": "The user is silent. Ask again."}
+    body = chat(
+        {"role": "system", "content": "Be brief."},
+        user("A shirt."),
+        assistant("Which size?"),
+        silence,
+    )
+    gemini = ollama_body(body)
+    assert gemini["systemInstruction"] == {"parts": [{"text": "Be brief."}]}
+    assert gemini["contents"] == [
+        u("A shirt."),
+        m("Which size?"),
+        u("<system>\n", "The user is silent. Ask again.", "\n</system>"),
+    ]
+
+
+def test_an_empty_system_message_between_turns_of_ollamas_says_nothing():
+    body = chat(user("A"), assistant("B"), {"role": "system", "content": ""}, user("C"))
+    assert ollama_body(body)["contents"] == [u("A"), m("B"), u("C")]
+
+
 def test_an_ollama_chat_streams_unless_the_client_says_otherwise():
     plan = plan_and_ignored(chat(), proxy.ollama_chat_request, OLLAMA)[0]
     assert plan.stream
@@ -5022,9 +5045,8 @@ def test_a_model_that_gemini_does_not_list_cannot_be_loaded():
 
 # ---- answers to chat and generate ----
 
-CALLED = {
+CALLED = {  # strict clients accept no index beside the id
     "id": "call_1",
-    "index": 0,
     "function": {"index": 0, "name": "weather", "arguments": {"city": "Oslo"}},
 }
 
@@ -5037,7 +5059,7 @@ def test_an_ollama_answer_whole_and_streamed():
         whole(""),
     ]
     answer, events = ollama(chat(tools=[WEATHER, CLOCK]), chunks)
-    clock = {"id": "call_2", "index": 1, "function": {"index": 1, "name": "clock", "arguments": {}}}
+    clock = {"id": "call_2", "function": {"index": 1, "name": "clock", "arguments": {}}}
     assert answer == {
         **STAMP,
         "message": {
@@ -5062,15 +5084,106 @@ def test_an_ollama_answer_whole_and_streamed():
     assert events[-1] == {**STAMP, "message": {"role": "assistant", "content": ""}, **METRICS}
 
 
+HI_HELLO = [
+    61130,
+    22333,
+    23218,
+    46073,
+    29580,
+    51566,
+    34742,
+    36122,
+]  # the context of "Hi" and its answer "Hello"
+
+
 def test_a_generated_answer_whole_and_streamed():
     answer, events = ollama(
         {"model": FLASH, "prompt": "Hi"},
         [chunk({"text": "Hm", "thought": True}), chunk("Hel"), whole("lo")],
         path="/api/generate",
     )
-    assert answer == {**STAMP, "response": "Hello", "thinking": "Hm", "context": [], **METRICS}
+    context = {"context": HI_HELLO}
+    assert answer == {**STAMP, "response": "Hello", "thinking": "Hm", **context, **METRICS}
     assert events[0] == {**STAMP, "response": "", "thinking": "Hm", "done": False}
-    assert events[-1] == {**STAMP, "response": "", "context": [], **METRICS}
+    assert events[-1] == {**STAMP, "response": "", **context, **METRICS}
+
+
+def generate(notes, prompt, answer="Hello", **more):
+    """(Gemini's contents, the answer's context, what is ignored) of a prompt."""
+    route, body = ollama_route("/api/generate"), {"model": FLASH, "prompt": prompt, **more}
+    context = looked_up(route, body, OLLAMA, notes)
+    plan, ignored = plan_and_ignored(body, route.request, context)
+    whole_answer = whole_of(route, exchange(plan, context), [whole(answer)], notes=notes)
+    return plan.calls[0].body["contents"], whole_answer["context"], ignored
+
+
+def test_a_prompt_goes_on_from_a_context():
+    notes = Notes()
+    _, first, _ = generate(notes, "Hi")
+    contents, second, ignored = generate(notes, "And?", "No.", context=first)
+    assert contents == [u("Hi"), m("Hello"), u("And?")]
+    assert ignored == []
+    assert generate(notes, "Bye", context=second)[0] == [
+        u("Hi"),
+        m("Hello"),
+        u("And?"),
+        m("No."),
+        u("Bye"),
+    ]
+
+
+def test_a_streamed_context_stands_for_the_same_conversation():
+    route, notes = ollama_route("/api/generate"), Notes()
+    plan = plan_and_ignored({"model": FLASH, "prompt": "Hi"}, route.request, OLLAMA)[0]
+    events = stream_of(route, exchange(plan, OLLAMA), [chunk("Hel"), whole("lo")], notes=notes)
+    contents, _, _ = generate(notes, "And?", context=events[-1]["context"])
+    assert contents == [u("Hi"), m("Hello"), u("And?")]
+
+
+def test_a_context_has_the_images_of_its_prompts():
+    notes = Notes()
+    _, context, _ = generate(notes, "Look.", images=[PNG])
+    contents, _, _ = generate(notes, "And?", context=context)
+    assert {"inlineData": {"mimeType": "image/png", "data": PNG}} in contents[0]["parts"]
+
+
+def test_a_long_context_leaves_images_out(monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_CONTEXT_CHARACTERS", 120)
+    notes = Notes()
+    _, context, _ = generate(notes, "Look.", images=[PNG])
+    assert generate(notes, "And?", context=context)[0] == [u("Look."), m("Hello"), u("And?")]
+
+
+def test_too_long_a_conversation_has_no_context(monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_CONTEXT_CHARACTERS", 20)
+    notes = Notes()
+    assert generate(notes, "Hi")[1] == []
+    assert notes == {}
+
+
+@pytest.mark.parametrize("more", [{"raw": True}, {"suffix": "):"}])
+def test_an_editors_completion_has_no_context(more):
+    notes = Notes()
+    assert generate(notes, "def add(", **more)[1] == []
+    assert notes == {}
+
+
+@pytest.mark.parametrize("context", [[1, 2, 3], list(range(8)), ["a"] * 8])
+def test_an_unknown_context_is_named_as_ignored(context):
+    contents, _, ignored = generate(Notes(), "Hi", context=context)
+    assert contents == [u("Hi")]
+    assert ignored == ["context"]
+
+
+def test_an_empty_context_is_not_named_as_ignored():
+    assert generate(Notes(), "Hi", context=[])[2] == []
+
+
+def test_a_context_does_not_repeat_a_recipes_messages():
+    notes = saved({**SAVED, "messages": [user("1"), assistant("2")]})
+    _, context, _ = generate(notes, "Hi", model="saved")
+    contents, _, _ = generate(notes, "And?", model="saved", context=context)
+    assert contents == [u("1"), m("2"), u("Hi"), m("Hello"), u("And?")]
 
 
 @pytest.mark.parametrize(
@@ -5229,6 +5342,51 @@ def test_an_empty_text_to_embed_becomes_a_space():
     assert parts == [[{"text": "a"}], [{"text": " "}]]
 
 
+TOO_LONG = {"model": EMBEDDER, "input": ["short", "word " * 500], "truncate": False}
+SHORT_LIST = [{"models": [{**entry, "inputTokenLimit": 2048} for entry in MODELS]}]
+
+
+def test_texts_that_must_not_be_cut_are_counted_before_they_are_embedded():
+    calls = plan_and_ignored(TOO_LONG, proxy.ollama_embed_request, OLLAMA)[0].calls
+    assert [call.path.rpartition(":")[2] for call in calls] == [
+        "models",
+        "countTokens",
+        "batchEmbedContents",
+        "countTokens",
+    ]
+    assert calls[1].body == {"contents": [u("word " * 500)]}
+    assert [call.waits for call in calls] == [False, False, True, False]
+
+
+def test_the_longest_of_short_texts_is_counted():
+    body = {"model": EMBEDDER, "input": ["a", "abc", "ab"], "truncate": False}
+    calls = plan_and_ignored(body, proxy.ollama_embed_request, OLLAMA)[0].calls
+    assert calls[1].body == {"contents": [u("abc")]}
+
+
+@pytest.mark.parametrize("truncate", [True, None])
+def test_texts_that_may_be_cut_are_not_counted_first(truncate):
+    body = {**TOO_LONG, "truncate": truncate}
+    calls = plan_and_ignored(body, proxy.ollama_embed_request, OLLAMA)[0].calls
+    assert "batchEmbedContents" in calls[0].path
+    assert not any(call.waits for call in calls)
+
+
+def test_a_text_that_is_too_long_and_must_not_be_cut_is_refused():
+    with pytest.raises(ProxyError) as caught:
+        ollama(TOO_LONG, SHORT_LIST, [{"totalTokens": 2049}], path="/api/embed")
+    error = {"error": "the input length exceeds the context length"}
+    assert proxy.ollama_error(caught.value) == (400, error)
+
+
+def test_a_text_that_just_fits_is_embedded():
+    vectors = [{"embeddings": [{"values": [3, 4]}, {"values": [4, 3]}]}]
+    answers = SHORT_LIST, [{"totalTokens": 2048}], vectors, [{"totalTokens": 2050}]
+    answer, _ = ollama(TOO_LONG, *answers, path="/api/embed")
+    assert answer["embeddings"] == [[0.6, 0.8], [0.8, 0.6]]
+    assert answer["prompt_eval_count"] == 2050
+
+
 def test_the_older_embeddings_answer_with_one_vector():
     body = {"model": EMBEDDER, "prompt": "one"}
     assert ollama(body, VECTORS, [{}], path="/api/embeddings")[0] == {"embedding": [0.6, 0.8]}
@@ -5267,8 +5425,23 @@ def test_each_model_in_ollamas_list_has_a_digest_of_its_own():
 
 def test_ollamas_list_says_what_each_model_can_do():
     models = manage("GET", "/api/tags", {})["models"]
-    assert models[0]["capabilities"] == ["completion", "tools", "insert", "vision", "thinking"]
+    words = ["completion", "tools", "insert", "vision", "audio", "thinking"]
+    assert models[0]["capabilities"] == words
     assert models[2]["capabilities"] == ["embedding"]
+
+
+@pytest.mark.parametrize(
+    "name, hears",
+    [("gemini-1.5-pro", True), ("gemini-2.0-flash", True), ("gemma-4-31b-it", False)],
+)
+def test_geminis_chat_models_hear_since_1_5(name, hears):
+    entry = {"name": f"models/{name}", "supportedGenerationMethods": ["generateContent"]}
+    assert ("audio" in proxy.ollama_capabilities(name, entry)) == hears
+
+
+def test_the_size_in_ollamas_list_is_plainly_no_files():
+    sizes = {entry["size"] for entry in manage("GET", "/api/tags", {})["models"]}
+    assert sizes == {1}
 
 
 def test_show_says_the_context_length_once():
@@ -5297,6 +5470,36 @@ def test_running_models_are_listed_the_longest_first():
     assert [entry["name"] for entry in running] == [NEWEST + ":latest", FLASH + ":latest"]
     assert running[0]["context_length"] == 1048576
     assert running[1]["expires_at"] == "2023-11-14T22:15:00.000000Z"
+
+
+def test_the_details_of_a_running_model_are_those_of_ollama():
+    (running,) = manage("GET", "/api/ps", {}, OLLAMA._replace(loaded={FLASH: 1700000100.0}))[
+        "models"
+    ]
+    assert running["details"] == {
+        "parent_model": "",
+        "format": "gguf",
+        "family": "gemini",
+        "families": ["gemini"],
+        "parameter_size": "unknown",
+        "quantization_level": "unknown",
+    }
+
+
+@pytest.mark.parametrize("name", ["GPT-4o", "gpt-4o:8b", "Gemini-2.5-Flash"])
+def test_a_running_model_has_the_name_that_the_client_used(name):
+    body = chat(model=name)
+    context = OLLAMA._replace(aliases=(("gpt-*", FLASH),))
+    loaded, _ = plan_and_ignored(body, proxy.ollama_chat_request, context)[0].loads
+    context = context._replace(loaded={loaded: 1700000100.0})
+    (running,) = manage("GET", "/api/ps", {}, context)["models"]
+    assert running["name"] == running["model"] == proxy.tagged(name)
+
+
+def test_a_running_model_has_the_digest_of_the_list():
+    context = OLLAMA._replace(loaded={"Gemini-2.5-Flash": 1700000100.0})
+    (running,) = manage("GET", "/api/ps", {}, context)["models"]
+    assert running["digest"] == manage("GET", "/api/tags", {})["models"][0]["digest"]
 
 
 def test_without_running_models_the_list_is_empty():
@@ -5377,6 +5580,153 @@ def test_show_says_what_a_recipe_holds():
     assert entry["details"]["parent_model"] == FLASH
     assert entry["system"] == "Arr."
     assert entry["parameters"] == 'temperature 0.1\nstop "a"\nstop "b"\nnum_ctx 4096'
+
+
+SAVED = {
+    "model": "saved",
+    "from": FLASH,
+    "system": 'Say "arr".\nAlways.',
+    "parameters": {"temperature": 0.1, "stop": ["a", " b"]},
+    "license": ["MIT", "Apache"],
+    "messages": [user("Hi"), assistant("Arr!"), {"role": "tool", "content": "x"}],
+    "stream": False,
+}
+MODELFILE = f"""\
+# Gemini, by proxy-to-gemini
+FROM {FLASH}
+SYSTEM \"\"\"Say "arr".
+Always.\"\"\"
+PARAMETER temperature 0.1
+PARAMETER stop a
+PARAMETER stop " b"
+LICENSE MIT
+LICENSE Apache
+MESSAGE user Hi
+MESSAGE assistant Arr!
+"""
+
+
+def saved(body=SAVED):
+    """What is stored after this creation."""
+    notes = Notes()
+    assert manage("POST", "/api/create", body, notes=notes) == {"status": "success"}
+    return notes
+
+
+def test_show_gives_back_what_was_created():
+    entry = manage("POST", "/api/show", {"model": "saved"}, notes=saved())
+    assert entry["license"] == "MIT\nApache"
+    assert entry["messages"] == SAVED["messages"]
+    assert entry["modelfile"] == MODELFILE
+
+
+def test_show_of_geminis_own_model_has_no_messages():
+    entry = manage("POST", "/api/show", {"model": FLASH})
+    assert "messages" not in entry
+    assert entry["modelfile"] == f"# Gemini, by proxy-to-gemini\nFROM {FLASH}:latest\n"
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("plain # text", "plain # text"),
+        ("two\nlines", '"two\nlines"'),
+        ('say "hi"', 'say "hi"'),
+        ('"quoted"', '"""' + '"quoted"' + '"""'),
+        (" ", '" "'),
+        ("", '""'),
+    ],
+)
+def test_a_text_in_a_modelfile_is_in_quotes_where_it_must(text, line):
+    assert proxy.modelfile_text(text) == line
+
+
+def test_a_license_may_be_a_single_text():
+    notes = saved({**SAVED, "license": "MIT"})
+    assert manage("POST", "/api/show", {"model": "saved"}, notes=notes)["license"] == "MIT"
+
+
+def test_a_copy_keeps_messages_and_licenses():
+    notes = saved()
+    manage("POST", "/api/copy", {"source": "saved", "destination": "copy"}, notes=notes)
+    entry = manage("POST", "/api/show", {"model": "copy"}, notes=notes)
+    assert entry["messages"] == SAVED["messages"]
+    assert entry["license"] == "MIT\nApache"
+
+
+@pytest.mark.parametrize(
+    "more, messages", [({}, SAVED["messages"]), ({"messages": [user("Yo")]}, [user("Yo")])]
+)
+def test_a_recipe_from_a_recipe_has_its_messages_unless_it_brings_others(more, messages):
+    notes = saved()
+    body = {"model": "second", "from": "saved", "license": "BSD", "stream": False, **more}
+    manage("POST", "/api/create", body, notes=notes)
+    entry = manage("POST", "/api/show", {"model": "second"}, notes=notes)
+    assert entry["messages"] == messages
+    assert entry["license"] == "MIT\nApache\nBSD"
+
+
+def test_a_wrong_message_of_a_recipe_is_refused_when_it_is_created():
+    body = {**SAVED, "messages": [user("Hi"), {"role": "user", "images": ["@@"]}]}
+    with pytest.raises(ProxyError) as caught:
+        manage("POST", "/api/create", body)
+    assert caught.value.status == 400
+    assert caught.value.path == "messages[1].images[0]"
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/api/chat", chat(user("And?"), model="saved")),
+        ("/api/generate", {"model": "saved", "prompt": "And?"}),
+        ("/v1/chat/completions", chat(user("And?"), model="saved")),
+        ("/v1/completions", {"model": "saved", "prompt": "And?"}),
+        ("/v1/responses", {"model": "saved", "input": "And?"}),
+        ("/v1/messages", chat(user("And?"), model="saved", max_tokens=9)),
+        ("/v1/messages/count_tokens", chat(user("And?"), model="saved")),
+    ],
+)
+def test_a_recipes_messages_come_before_those_of_the_client(path, body):
+    notes = saved({**SAVED, "messages": [user("Hi"), assistant("Arr!")]})
+    route = proxy.find_route("ollama", "POST", path).route
+    request = asked_with(body, OLLAMA, notes, route).calls[0].body
+    contents = request.get("generateContentRequest", request)["contents"]
+    assert contents[:2] == [u("Hi"), m("Arr!")]
+    assert "And?" in contents[2]["parts"][-1]["text"]
+
+
+def test_a_recipes_leading_system_messages_go_before_the_clients():
+    notes = saved({**SAVED, "messages": [{"role": "system", "content": "One."}, user("Hi")]})
+    body = chat({"role": "system", "content": "Two."}, user("And?"), model="saved")
+    (call,) = asked_with(body, OLLAMA, notes).calls
+    assert call.body["systemInstruction"] == {"parts": [{"text": "One."}, {"text": "Two."}]}
+
+
+def test_a_raw_prompt_goes_without_a_recipes_messages():
+    body = {"model": "saved", "prompt": "x", "raw": True}
+    (call,) = asked_with(body, OLLAMA, saved(), ollama_route("/api/generate")).calls
+    assert call.body["contents"] == [u("x")]
+
+
+def test_a_recipe_was_modified_when_it_was_created():
+    notes = saved()
+    listed = manage("GET", "/api/tags", {}, notes=notes)["models"][-1]
+    shown = manage("POST", "/api/show", {"model": "saved"}, notes=notes)
+    assert listed["name"] == "saved:latest"
+    assert listed["modified_at"] == shown["modified_at"] == "2023-11-14T22:13:20.500000Z"
+
+
+def test_openais_list_has_the_time_of_a_recipe_too():
+    context = looked_up(ollama_route("/api/tags", "GET"), {}, OLLAMA, saved())
+    assert proxy.openai_model_entry("saved:latest", context)["created"] == 1700000000
+
+
+def test_a_recipe_of_an_older_version_can_be_read():
+    old = {"source": FLASH, "system": "Say arr.", "options": {}}
+    notes = Notes({"model:pirate": json.dumps(old)})
+    entry = manage("POST", "/api/show", {"model": "pirate"}, notes=notes)
+    assert entry["system"] == "Say arr."
+    assert entry["modified_at"] == "2023-12-13T00:00:00.000000Z"
 
 
 @pytest.mark.parametrize(
@@ -6352,6 +6702,58 @@ def test_a_recipes_parameters_are_listed_as_ollama_lists_them(gemini):
     assert details["parameters"] == 'temperature 0.1\nstop "END"'
 
 
+def running_models(client):
+    """Their names, on the connection on which they were used."""
+    return [entry["name"] for entry in json.loads(client.request("GET", "/api/ps")[2])["models"]]
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/api/chat", chat(model="GPT-4o")),
+        ("/api/generate", {"model": "GPT-4o", "prompt": "Hi"}),
+        ("/api/generate", {"model": "GPT-4o"}),
+        ("/api/embed", {"model": "GPT-4o", "input": "Hi"}),
+        ("/v1/chat/completions", chat(model="GPT-4o")),
+        ("/v1/responses", {"model": "GPT-4o", "input": "Hi"}),
+        ("/v1/messages", chat(model="GPT-4o", max_tokens=9)),
+    ],
+)
+def test_a_model_used_through_a_glob_runs_under_the_clients_name(path, body, gemini):
+    aliases = (("gpt-*", EMBEDDER if "embed" in path else FLASH),)
+    serving_it = serving(gemini.url, api="ollama", aliases=aliases)
+    with serving_it as server, RawClient(server) as client:
+        assert client.request("POST", path, body)[0] == 200
+        assert running_models(client) == ["GPT-4o:latest"]
+
+
+def test_a_running_model_is_unloaded_by_any_spelling(gemini):
+    with serving(gemini.url, api="ollama") as server, RawClient(server) as client:
+        client.request("POST", "/api/chat", chat(model="Gemini-2.5-Flash"))
+        assert running_models(client) == ["Gemini-2.5-Flash:latest"]
+        client.request("POST", "/api/generate", {"model": FLASH, "keep_alive": 0})
+        assert running_models(client) == []
+
+
+def test_a_conversation_goes_on_from_its_context(gemini):
+    with serving(gemini.url, api="ollama") as server:
+        *_, line = post(server, "/api/generate", {"model": FLASH, "prompt": "Hi"})[2].splitlines()
+        context = json.loads(line)["context"]
+        post(server, "/api/generate", {"model": FLASH, "prompt": "And?", "context": context})
+    answer = "Hello from the stand-in for Gemini. You said: Hi"
+    assert gemini.bodies[-1]["contents"] == [u("Hi"), m(answer), u("And?")]
+
+
+def test_a_text_that_is_too_long_is_never_embedded(gemini, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "MODELS", [{**MODELS[2], "inputTokenLimit": 6}])
+    body = {"model": EMBEDDER, "input": "seven", "truncate": False}  # the stand-in counts 7
+    with serving(gemini.url, api="ollama") as server:
+        status, _, data = post(server, "/api/embed", body)
+    assert status == 400
+    assert json.loads(data) == {"error": "the input length exceeds the context length"}
+    assert gemini.bodies == []
+
+
 def test_a_recipes_words_are_counted_with_the_message():
     recipe = {"source": FLASH, "system": "Say arr.", "options": {"temperature": 0.1}}
     notes = Notes({"model:pirate": json.dumps(recipe)})
@@ -6903,6 +7305,17 @@ def test_calls_of_one_request_are_answered_in_order(gemini, service):
     texts = [json.dumps(chunks) for chunks in service.answers(calls)]
     assert len(texts) == len(calls)
     assert all(f"number {i}" in text for i, text in enumerate(texts))
+
+
+def test_a_call_that_waits_is_sent_when_the_answers_before_it_are_read(gemini, service):
+    model = proxy.model_of(FLASH)
+    generating = proxy.generate_call(model, False, [], [u("Hi")], {})
+    calls = [proxy.count_call(generating, model), generating._replace(waits=True), generating]
+    answers = service.answers(calls)
+    assert next(answers) == [{"totalTokens": 7}]
+    assert gemini.bodies == []
+    assert len(list(answers)) == 2
+    assert len(gemini.bodies) == 2
 
 
 def test_a_call_that_cannot_be_sent_fails_in_its_turn(gemini, service, monkeypatch):
@@ -9789,7 +10202,7 @@ OLLAMA_SAMPLES = {
     "raw": True,
     "images": [PNG],
     "template": "t",
-    "context": [1],
+    "context": [],  # numbers that nobody knows are ignored
 }
 
 
