@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""proxy_to_gemini.py: an OpenAI or Ollama server in one file, answered by Google's Gemini.
+"""proxy_to_gemini.py: OpenAI's, Ollama's and Anthropic's APIs in one file, answered by Gemini.
 
     GEMINI_API_KEY=... python3 proxy_to_gemini.py               # OpenAI's API at 127.0.0.1:5555
     GEMINI_API_KEY=... python3 proxy_to_gemini.py -api=ollama   # Ollama's API
@@ -30,7 +30,7 @@ Where to look
     14. Command line             flags, environment, systemd, workers, checks, start and end
 
 Sections 1 to 11 are pure: they get values and give values. Time and ids are given to them; what is
-stored is looked up before (Route.keys), and what they want to be kept they return (Keep). Gemini's
+stored is looked up before (Route.keys); what must be stored, they return as a Keep. Gemini's
 JSON is the form of parts and turns; a Chat is a question to a model in nobody's dialect, and an
 Answer is what a whole answer adds up to. A fifth dialect fills a Chat and reads an Answer.
 
@@ -38,10 +38,10 @@ Words
     body       the client's JSON, as Fields: it knows the path of each value, and which were read
     call       one HTTP request to Gemini, not yet sent; a tool call is one that Gemini makes
     chunk      one GenerateContentResponse of Gemini's; a plain answer is a single chunk
-    content    one turn of Gemini's history: a role and its parts
     event      what read_gemini makes of chunks, and what a stream sends to the client
     exchange   one request of a client's and its answer
     recipe     a model that an Ollama client created: one of Gemini's, with words and options
+    turn       one content of Gemini's history: a role and its parts
     signature  Gemini 3's opaque `thoughtSignature`, without which it refuses its own tool calls
 
 Declined, and why: fetching what a client names (a proxy with a key must not), inventing vectors for
@@ -539,7 +539,7 @@ def form_headers(head: bytes) -> dict[str, str]:
     return headers
 
 
-FORM_SCALAR = re.compile(r"true|false|null|-?\d{1,9}(\.\d{1,17})?", re.I | re.A)
+FORM_SCALAR = re.compile(r"true|false|null|-?(0|[1-9]\d{0,8})(\.\d{1,17})?", re.I | re.A)
 
 
 def form_scalars(body: Fields, *keys: str) -> None:
@@ -905,10 +905,14 @@ def recipe_key(name: str) -> str:
     return RECIPE + plain_name(name, True)
 
 
+RECIPE_NAME = re.compile(r"[\w.:/-]{1,200}", re.A)
+
+
 def recipe_keys(body: Fields, context: Context) -> list[str]:
     """The keys of the recipes that a body's model may stand for."""
     names = [body.data.get(key) for key in ("model", "name", "source", "from", "destination")]
-    return [recipe_key(name) for name in names if type(name) is str and context.ollama]
+    words = [name for name in names if isinstance(name, str) and RECIPE_NAME.fullmatch(name)]
+    return [recipe_key(name) for name in words if context.ollama]
 
 
 def all_recipe_keys(body: Fields, context: Context) -> list[str]:
@@ -1476,11 +1480,13 @@ class Thinking(NamedTuple):
     """How a model is to think, as the client asked for it."""
 
     effort: str | None = None  # one of EFFORTS; None: the model's own way
-    budget: int | None = None  # tokens; counts for more on models that think by budget
+    budget: int | None = (
+        None  # tokens; on models that think by budget it takes precedence over `effort`
+    )
     show: bool = False  # whether the client wants to see its thoughts
     answer_only: bool = False  # whether the client's limit of tokens is meant for the answer alone
     field: str = ""  # what to name as ignored where the effort has no effect
-    google: Mapping[str, Any] = {}  # Google's own thinkingConfig, which counts for more
+    google: Mapping[str, Any] = {}  # Google's own thinkingConfig, which takes precedence
 
 
 def thinking_config(
@@ -1488,7 +1494,7 @@ def thinking_config(
 ) -> JSON:
     """The thinkingConfig for any effort (None: the model's own) on any model.
 
-    It is the nearest level that is not less, or a budget within bounds.
+    It is the lowest level that is at least the effort, or a budget within the model's range.
     """
     config: JSON = {}
     if model.thinking is None:
@@ -1509,7 +1515,7 @@ def thinking_config(
     return config
 
 
-SMALL_OUTPUT_TOKENS = 1024  # a model that thinks as it likes can use up so many before its answer
+SMALL_OUTPUT_TOKENS = 1024  # left to itself, a model can think for so long before it answers
 
 
 def chat_thinking(thinking: Thinking, model: Model, limit: int | None, body: Fields) -> JSON:
@@ -2374,10 +2380,17 @@ def in_stream_refusal(answer: JSON) -> ProxyError:
     return gemini_refusal(code if 400 <= code <= 599 else 502, answer)
 
 
+MAX_ANSWER_BYTES = 64 << 20  # of a whole answer, or of one event of a stream
+
+
+def too_long_answer() -> ProxyError:
+    return invalid_answer(f"it has more than {MAX_ANSWER_BYTES >> 20} MiB")
+
+
 def read_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """The lines in blocks of bytes, cut anywhere; CR, LF or both end a line, U+2028 does not."""
     pieces: list[bytes] = []  # of a line that has not ended yet; it may be megabytes long
-    after_cr = False
+    after_cr, length = False, 0
     for block in filter(None, blocks):
         lines = block.splitlines()
         if after_cr and block[:1] == b"\n":  # it belongs to the CR at the end of the last block
@@ -2386,28 +2399,36 @@ def read_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         if block[-1:] in (b"\r", b"\n"):
             lines.append(b"")  # the beginning of the next line
         pieces += lines[:1]
+        length += len(lines[0])
+        if length > MAX_ANSWER_BYTES:
+            raise too_long_answer()
         if len(lines) > 1:
             yield b"".join(pieces)
             yield from lines[1:-1]
             pieces = lines[-1:]
+            length = len(lines[-1])
     if any(pieces):
         yield b"".join(pieces)
 
 
-def read_events(blocks: Iterable[bytes]) -> Iterator[JSON]:
+def read_sse(blocks: Iterable[bytes]) -> Iterator[JSON]:
     """The chunks in Gemini's event stream: https://html.spec.whatwg.org/#parsing-an-event-stream
 
     An error in mid-stream comes as an event, or as bare JSON lines outside of any; both are raised.
     """
     data: list[bytes] = []
     stray: list[bytes] = []
+    size = 0  # of the event that has not ended yet
     for raw_line in read_lines(blocks):
         line = raw_line.removeprefix(codecs.BOM_UTF8)
+        size += len(line)
+        if size > MAX_ANSWER_BYTES:
+            raise too_long_answer()
         if line[:5] == b"data:":
             data.append(line[5:])
         elif not line and data:
             yield read_chunk(b"\n".join(data))
-            data = []
+            data, size = [], 0
         elif line.partition(b":")[0] not in (b"", b"event", b"id", b"retry"):
             stray.append(line)
     if data:
@@ -2507,7 +2528,7 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Event]:
     """
     reading = Reading()
     for chunk in chunks:
-        candidate = reading.read_chunk(chunk)
+        candidate = reading.absorb(chunk)
         if exchange.prompt is None:
             exchange.prompt = reading.usage
         for part in expect(expect(candidate, "content", dict), "parts", list):
@@ -2536,7 +2557,7 @@ class Reading:
         self.hosted: list[Part] = []  # parts of Gemini's own tools, for the call that comes next
         self.answered: set[str] = set()  # functions that Gemini's servers have answered
 
-    def read_chunk(self, chunk: JSON) -> JSON:
+    def absorb(self, chunk: JSON) -> JSON:
         """Take in what a chunk says besides its parts; returns its candidate."""
         self.usage = expect(chunk, "usageMetadata", dict) or self.usage
         feedback = expect(chunk, "promptFeedback", dict)
@@ -2743,7 +2764,7 @@ class Chat(NamedTuple):
 
 
 def chat_call(chat: Chat, body: Fields) -> GeminiCall:
-    """The call for a chat. Only here is decided how its parts go together on each model.
+    """The call for a chat: the only place that decides how its settings combine on each model.
 
     What has no effect is named as ignored in `body`.
     """
@@ -2871,7 +2892,7 @@ def text_kind(event: Event) -> bool | None:
 
 
 def unfenced(text: str) -> str:
-    """The JSON in a code fence, where a model could not leave it away."""
+    """The text without the code fence that a model added although told not to."""
     first, newline, rest = text.strip().partition("\n")
     inside_fence = newline and re.fullmatch(r"```\w*", first.rstrip()) and rest.endswith("```")
     return rest[:-3].strip() if inside_fence else text
@@ -3644,7 +3665,6 @@ def thoughts_key(context: Context) -> str:
 
 def openai_choice(index: int, answer: Answer, exchange: Exchange) -> JSON:
     """One answer as a choice of a whole completion."""
-    assert exchange.chat is not None
     end, legacy = answer.end, exchange.options.legacy
     calls = [openai_call(call, exchange.chat) for call in answer.calls]
     audio = answer.media("audio/")
@@ -3694,9 +3714,8 @@ def openai_chat_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
 def openai_deltas(events: Iterable[Event], exchange: Exchange) -> Iterator[tuple[JSON, End | None]]:
     """(delta, the End beside the last one) for the events of one answer.
 
-    OpenAI's libraries add deltas up, so the role, an id and all annotations stand in one delta.
+    OpenAI's libraries concatenate deltas: the role, each id and the annotations come only once.
     """
-    assert exchange.chat is not None
     thoughts, legacy = thoughts_key(exchange.context), exchange.options.legacy
     calls = images = audio = 0
     for i, event in enumerate(events):
@@ -4851,7 +4870,6 @@ class ResponseBuilder:
     """
 
     def __init__(self, exchange: Exchange):
-        assert exchange.chat is not None
         self.exchange, self.chat = exchange, exchange.chat
         self.options: ResponseOptions = exchange.options
         self.count = 0  # events so far
@@ -5277,7 +5295,7 @@ THINK_VALUES = '"high", "medium", "low", "max", true, or false'
 
 
 def ollama_thinking(body: Fields, model: Model) -> Thinking:
-    """`think`: without it a model thinks in its way, within the limit, and shows its thoughts."""
+    """`think`: without it the model decides, and shows its thoughts; a small limit means few."""
     think = body.peek("think")
     if think is not None and not isinstance(think, (str, bool)):
         raise wrong_value("think", f"think must be a boolean or string ({THINK_VALUES})")
@@ -5871,7 +5889,7 @@ def recipe_to_keep(name: str, recipe: Recipe, exchange: Exchange, models: dict[s
     name, text = plain_name(name, True), json.dumps(recipe._asdict())
     key = recipe_key(name)
     known = context.stored.get(key)
-    if (name in models and not known) or not re.fullmatch(r"[\w.:/-]{1,200}", name, re.A):
+    if (name in models and not known) or not RECIPE_NAME.fullmatch(name):
         message = f"the name {json.dumps(name[:200])} is taken, or is not a valid model name"
         raise ProxyError(400, message)
     full = len(recipe_names(context)) >= MAX_RECIPES and not known
@@ -6689,7 +6707,6 @@ RETRY_WINDOW_SECONDS = 30.0  # there is no further attempt later than this
 BROKEN_RETRY_SECONDS = 1.0  # if a connection breaks so early, Gemini has not begun to work
 MAX_PARALLEL_CALLS = 4  # of one request of a client
 BLOCK_BYTES = 64 << 10  # of a body that are read at a time
-MAX_ANSWER_BYTES = 64 << 20  # of a whole answer; its images come to a third of that
 MODEL_LIST_SECONDS = 300.0  # how long a list of Gemini's models is used
 STATE_LOCK_SECONDS = 1.0  # how long to wait for a state file that another process has locked
 KEY_MASK = "[the Gemini key]"
@@ -7223,11 +7240,11 @@ class UpstreamCall:
                 return
             response = self.good_response()
             if self.call.streaming:
-                yield from read_events(iter(functools.partial(response.read1, BLOCK_BYTES), b""))
+                yield from read_sse(iter(functools.partial(response.read1, BLOCK_BYTES), b""))
             else:
                 body = response.read()
                 if len(body) > MAX_ANSWER_BYTES:
-                    raise invalid_answer(f"it has more than {MAX_ANSWER_BYTES >> 20} MiB")
+                    raise too_long_answer()
                 yield read_chunk(body)
         except (ProxyError, *TRANSPORT_ERRORS) as failure:
             if not self.call.optional:
@@ -7321,7 +7338,7 @@ class Memory:
     """The one place that remembers: texts by a key, and by an alias that several may share.
 
     What is put into it may be evicted, the oldest first; what is pinned stays. A file that fails is
-    logged; what was in it is then not there, but clients see no error.
+    logged and taken for empty: reads see no error, and a pin is refused with a 503.
     """
 
     MAX_ROWS, MAX_BYTES = 20_000, 32 << 20  # exceeded at most by what came since the last pruning
@@ -8176,10 +8193,10 @@ class RequestCycle:
             self.route_name = "GET " + path
             self.send_answer(*server.own_page(path))
         else:
-            found = find_route(api, method, path)
-            self.protocol, self.route_name = found.protocol, found.route.name
+            endpoint = find_route(api, method, path)
+            self.protocol, self.route_name = endpoint.protocol, endpoint.route.name
             self.key = upstream_key(head, server.config)
-            self.answer(found.route, self.plan(found, query))
+            self.answer(endpoint.route, self.plan(endpoint, query))
 
     def plan(self, match: RouteMatch, query: str) -> Exchange:
         """Read the body, look up what is stored for it, and plan the calls to Gemini."""
@@ -8578,6 +8595,10 @@ class Server(http.server.ThreadingHTTPServer):
                 self.gemini.pool.drop_oldest()
                 time.sleep(FULL_PAUSE_SECONDS)  # the client stays in the queue
             raise
+
+    def shutdown_request(self, request: Any) -> None:
+        self.unstarted.discard(request)  # also where its handler could not begin
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log(f"{BUG}: {traceback.format_exc()}")
@@ -8978,10 +8999,11 @@ class Workers:
             self.signals.become_worker(parent)
             self.server.metrics.use_row(number)
             self.server.run(self.signals)
+            os._exit(0)
         except BaseException:
             log(f"a worker has a bug; please report it: {traceback.format_exc()}")
         finally:
-            os._exit(0)
+            os._exit(1)
 
     def send_signal(self, number: int) -> None:
         for pid in self.running:
@@ -9078,7 +9100,9 @@ class Checker:
     def check_clock(self) -> str:
         models = GeminiCall("models?pageSize=1")
         call = UpstreamCall(self.gemini, models, self.waiter, self.config.key, [])
-        call.begin()
+        outcome = call.begin()
+        if call.response is None and isinstance(outcome, Exception):
+            raise outcome
         date = call.response and email.utils.parsedate_tz(call.response.headers.get("date", ""))
         call.release()
         if not date:

@@ -1924,18 +1924,18 @@ ENDS = ["\n\n", "\r\n\r\n", "\r\r"]
 def test_an_event_stream_may_be_cut_anywhere(size, end):
     raw = event_stream(end)
     blocks = [raw[i : i + size] for i in range(0, len(raw), size)]
-    assert list(proxy.read_events(blocks)) == EVENTS
+    assert list(proxy.read_sse(blocks)) == EVENTS
 
 
 @pytest.mark.parametrize("end", ENDS)
 def test_an_event_stream_may_begin_with_a_bom_and_end_without_a_line_end(end):
     raw = b"\xef\xbb\xbf" + event_stream(end).rstrip()
-    assert list(proxy.read_events([raw])) == EVENTS
+    assert list(proxy.read_sse([raw])) == EVENTS
 
 
 def test_an_event_may_have_several_data_lines():
     raw = event_stream("\n\n").replace(b", ", b",\ndata: ", 1)
-    assert list(proxy.read_events([raw])) == EVENTS
+    assert list(proxy.read_sse([raw])) == EVENTS
 
 
 def test_an_empty_block_ends_no_line():
@@ -1959,7 +1959,7 @@ SHED = {"error": {"code": 503, "message": "shed", "status": "UNAVAILABLE"}}
     ],
 )
 def test_an_error_in_a_stream_is_raised_after_what_came_before(tail, status, words):
-    events = proxy.read_events([b"data: " + json.dumps(EVENTS[0]).encode() + b"\n\n", tail])
+    events = proxy.read_sse([b"data: " + json.dumps(EVENTS[0]).encode() + b"\n\n", tail])
     assert next(events) == EVENTS[0]
     with pytest.raises(ProxyError, match=words) as caught:
         list(events)
@@ -2168,6 +2168,13 @@ def test_a_byte_of_geminis_text_has_its_character_in_the_answer():
     text = proxy.CitedText(pieces)
     places = [text.character(i) for i in range(15)]
     assert places == [6, 6, 7, 8, 8, 9, 9, 9, 16, 16, 16, 17, 17, 17, 17]
+
+
+@pytest.mark.parametrize("data", [b"data: " + b"x" * 2000, b"data: x\n" * 400, b"odd\n" * 600])
+def test_an_event_of_a_stream_is_bounded(data, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_ANSWER_BYTES", 1000)
+    with pytest.raises(ProxyError, match="more than"):
+        list(proxy.read_sse([data[i : i + 100] for i in range(0, len(data), 100)]))
 
 
 def test_the_last_signature_of_a_text_is_read():
@@ -3764,6 +3771,12 @@ def test_a_form_on_the_wire_that_wants_a_stream(server, gemini):
     raw, kind = form(*UPLOAD_PARTS, ("stream", "true"))
     body = post(server, "/audio/transcriptions", raw, Content_Type=kind)[2]
     assert body.decode().count("transcript.text.delta") == 2
+
+
+def test_a_number_with_a_zero_before_it_is_no_number_of_json():
+    body = Fields({"temperature": "00", "stream": "true"})
+    proxy.form_scalars(body, "temperature", "stream")
+    assert body.data == {"temperature": "00", "stream": True}
 
 
 def test_a_form_on_the_wire_without_its_file(server):
@@ -5814,6 +5827,12 @@ def test_openais_list_on_an_ollama_server_has_ollamas_names():
         "created": proxy.GEMINI_OPENED,
         "owned_by": "library",
     }
+
+
+@pytest.mark.parametrize("name", ["*", "pir*", "model:*"])
+def test_a_name_with_a_star_stands_for_no_list_of_recipes(name):
+    notes = Notes({"model:pirate": json.dumps({"source": FLASH})})
+    assert looked_up(CHAT_COMPLETIONS, chat(model=name), OLLAMA, notes).stored == {}
 
 
 # ======================================================================================
