@@ -4745,6 +4745,28 @@ def test_codex_gets_a_list_of_models_of_its_own():
     assert listed["data"]
 
 
+def test_audio_is_a_note_in_the_text_of_a_response():
+    one = exchange(
+        plan_and_ignored({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0]
+    )
+    audio = {"inlineData": {"mimeType": "audio/wav", "data": PNG}}
+    response = whole_of(RESPONSES_ROUTE, one, [whole("Hear:", audio)])
+    note = "\n[Gemini made something of type audio/wav, for which there is no place here.]\n"
+    texts = [part["text"] for item in response["output"] for part in item["content"]]
+    assert texts == ["Hear:" + note]
+
+
+def test_a_response_that_fails_before_its_first_word_begins_all_the_same():
+    one = exchange(
+        plan_and_ignored({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0]
+    )
+    failure = proxy.openai_responses_failure(one, ProxyError(429, "slow down", retry_after=7.0))
+    events = kept_by(failure, Notes())
+    kinds = ["response.created", "response.in_progress", "response.failed"]
+    assert [event["type"] for event in events] == kinds
+    assert [event["sequence_number"] for event in events] == [0, 1, 2]
+
+
 # ======================================================================================
 # 9. Ollama
 # ======================================================================================
@@ -5835,6 +5857,110 @@ def test_a_name_with_a_star_stands_for_no_list_of_recipes(name):
     assert looked_up(CHAT_COMPLETIONS, chat(model=name), OLLAMA, notes).stored == {}
 
 
+PIRATE_RECIPE = {
+    "model": "pirate",
+    "from": FLASH,
+    "system": "Say arr.",
+    "parameters": {"temperature": 0.1, "stop": ["END"]},
+}
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/chat/completions", chat(model="pirate")),
+        ("/v1/messages", chat(model="pirate", max_tokens=9)),
+        ("/v1/responses", {"model": "pirate", "input": "Hi"}),
+        ("/api/chat", chat(model="pirate")),
+    ],
+)
+def test_a_recipe_holds_on_every_route(path, body, gemini):
+    with serving(gemini.url, api="ollama") as server:
+        post(server, "/api/create", PIRATE_RECIPE)
+        assert post(server, path, body)[0] == 200
+    call_body = gemini.bodies[-1]
+    assert call_body["systemInstruction"]["parts"][0]["text"] == "Say arr."
+    assert call_body["generationConfig"]["temperature"] == 0.1
+
+
+def test_a_recipes_words_come_before_those_that_ask_for_json(gemini):
+    body = chat(model="pirate", tools=[WEATHER], response_format={"type": "json_object"})
+    with serving(gemini.url, api="ollama") as server:
+        post(server, "/api/create", PIRATE_RECIPE)
+        post(server, body=body)
+    parts = gemini.bodies[-1]["systemInstruction"]["parts"]
+    assert [part["text"][:8] for part in parts] == ["Say arr.", proxy.JSON_ALONE[:8]]
+
+
+def test_a_recipes_parameters_are_listed_as_ollama_lists_them(gemini):
+    with serving(gemini.url, api="ollama") as server:
+        post(server, "/api/create", PIRATE_RECIPE)
+        details = json.loads(post(server, "/api/show", {"model": "pirate"})[2])
+    assert details["parameters"] == 'temperature 0.1\nstop "END"'
+
+
+def running_models(client):
+    """Their names, on the connection on which they were used."""
+    return [entry["name"] for entry in json.loads(client.request("GET", "/api/ps")[2])["models"]]
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/api/chat", chat(model="GPT-4o")),
+        ("/api/generate", {"model": "GPT-4o", "prompt": "Hi"}),
+        ("/api/generate", {"model": "GPT-4o"}),
+        ("/api/embed", {"model": "GPT-4o", "input": "Hi"}),
+        ("/v1/chat/completions", chat(model="GPT-4o")),
+        ("/v1/responses", {"model": "GPT-4o", "input": "Hi"}),
+        ("/v1/messages", chat(model="GPT-4o", max_tokens=9)),
+    ],
+)
+def test_a_model_used_through_a_glob_runs_under_the_clients_name(path, body, gemini):
+    aliases = (("gpt-*", EMBEDDER if "embed" in path else FLASH),)
+    serving_it = serving(gemini.url, api="ollama", aliases=aliases)
+    with serving_it as server, RawClient(server) as client:
+        assert client.request("POST", path, body)[0] == 200
+        assert running_models(client) == ["GPT-4o:latest"]
+
+
+def test_a_running_model_is_unloaded_by_any_spelling(gemini):
+    with serving(gemini.url, api="ollama") as server, RawClient(server) as client:
+        client.request("POST", "/api/chat", chat(model="Gemini-2.5-Flash"))
+        assert running_models(client) == ["Gemini-2.5-Flash:latest"]
+        client.request("POST", "/api/generate", {"model": FLASH, "keep_alive": 0})
+        assert running_models(client) == []
+
+
+def test_a_conversation_goes_on_from_its_context(gemini):
+    with serving(gemini.url, api="ollama") as server:
+        *_, line = post(server, "/api/generate", {"model": FLASH, "prompt": "Hi"})[2].splitlines()
+        context = json.loads(line)["context"]
+        post(server, "/api/generate", {"model": FLASH, "prompt": "And?", "context": context})
+    answer = "Hello from the stand-in for Gemini. You said: Hi"
+    assert gemini.bodies[-1]["contents"] == [u("Hi"), m(answer), u("And?")]
+
+
+def test_a_text_that_is_too_long_is_never_embedded(gemini, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "MODELS", [{**MODELS[2], "inputTokenLimit": 6}])
+    body = {"model": EMBEDDER, "input": "seven", "truncate": False}  # the stand-in counts 7
+    with serving(gemini.url, api="ollama") as server:
+        status, _, data = post(server, "/api/embed", body)
+    assert status == 400
+    assert json.loads(data) == {"error": "the input length exceeds the context length"}
+    assert gemini.bodies == []
+
+
+def test_a_recipes_words_are_counted_with_the_message():
+    recipe = {"source": FLASH, "system": "Say arr.", "options": {"temperature": 0.1}}
+    notes = Notes({"model:pirate": json.dumps(recipe)})
+    route = proxy.find_route("ollama", "POST", "/v1/messages/count_tokens").route
+    plan = asked_with(chat(model="pirate"), OLLAMA, notes, route)
+    counted = plan.calls[0].body["generateContentRequest"]
+    assert counted["systemInstruction"]["parts"][0]["text"] == "Say arr."
+    assert "generationConfig" not in counted
+
+
 # ======================================================================================
 # 10. Anthropic
 # ======================================================================================
@@ -6650,137 +6776,6 @@ def test_no_stream_says_a_word_before_gemini_does(route):
     assert not chunks_read
     next(events)
     assert chunks_read
-
-
-# (to be sorted: section 8. Responses)
-
-
-def test_audio_is_a_note_in_the_text_of_a_response():
-    one = exchange(
-        plan_and_ignored({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0]
-    )
-    audio = {"inlineData": {"mimeType": "audio/wav", "data": PNG}}
-    response = whole_of(RESPONSES_ROUTE, one, [whole("Hear:", audio)])
-    note = "\n[Gemini made something of type audio/wav, for which there is no place here.]\n"
-    texts = [part["text"] for item in response["output"] for part in item["content"]]
-    assert texts == ["Hear:" + note]
-
-
-def test_a_response_that_fails_before_its_first_word_begins_all_the_same():
-    one = exchange(
-        plan_and_ignored({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0]
-    )
-    failure = proxy.openai_responses_failure(one, ProxyError(429, "slow down", retry_after=7.0))
-    events = kept_by(failure, Notes())
-    kinds = ["response.created", "response.in_progress", "response.failed"]
-    assert [event["type"] for event in events] == kinds
-    assert [event["sequence_number"] for event in events] == [0, 1, 2]
-
-
-# (to be sorted: section 9. Ollama)
-
-PIRATE_RECIPE = {
-    "model": "pirate",
-    "from": FLASH,
-    "system": "Say arr.",
-    "parameters": {"temperature": 0.1, "stop": ["END"]},
-}
-
-
-@pytest.mark.parametrize(
-    "path, body",
-    [
-        ("/v1/chat/completions", chat(model="pirate")),
-        ("/v1/messages", chat(model="pirate", max_tokens=9)),
-        ("/v1/responses", {"model": "pirate", "input": "Hi"}),
-        ("/api/chat", chat(model="pirate")),
-    ],
-)
-def test_a_recipe_holds_on_every_route(path, body, gemini):
-    with serving(gemini.url, api="ollama") as server:
-        post(server, "/api/create", PIRATE_RECIPE)
-        assert post(server, path, body)[0] == 200
-    call_body = gemini.bodies[-1]
-    assert call_body["systemInstruction"]["parts"][0]["text"] == "Say arr."
-    assert call_body["generationConfig"]["temperature"] == 0.1
-
-
-def test_a_recipes_words_come_before_those_that_ask_for_json(gemini):
-    body = chat(model="pirate", tools=[WEATHER], response_format={"type": "json_object"})
-    with serving(gemini.url, api="ollama") as server:
-        post(server, "/api/create", PIRATE_RECIPE)
-        post(server, body=body)
-    parts = gemini.bodies[-1]["systemInstruction"]["parts"]
-    assert [part["text"][:8] for part in parts] == ["Say arr.", proxy.JSON_ALONE[:8]]
-
-
-def test_a_recipes_parameters_are_listed_as_ollama_lists_them(gemini):
-    with serving(gemini.url, api="ollama") as server:
-        post(server, "/api/create", PIRATE_RECIPE)
-        details = json.loads(post(server, "/api/show", {"model": "pirate"})[2])
-    assert details["parameters"] == 'temperature 0.1\nstop "END"'
-
-
-def running_models(client):
-    """Their names, on the connection on which they were used."""
-    return [entry["name"] for entry in json.loads(client.request("GET", "/api/ps")[2])["models"]]
-
-
-@pytest.mark.parametrize(
-    "path, body",
-    [
-        ("/api/chat", chat(model="GPT-4o")),
-        ("/api/generate", {"model": "GPT-4o", "prompt": "Hi"}),
-        ("/api/generate", {"model": "GPT-4o"}),
-        ("/api/embed", {"model": "GPT-4o", "input": "Hi"}),
-        ("/v1/chat/completions", chat(model="GPT-4o")),
-        ("/v1/responses", {"model": "GPT-4o", "input": "Hi"}),
-        ("/v1/messages", chat(model="GPT-4o", max_tokens=9)),
-    ],
-)
-def test_a_model_used_through_a_glob_runs_under_the_clients_name(path, body, gemini):
-    aliases = (("gpt-*", EMBEDDER if "embed" in path else FLASH),)
-    serving_it = serving(gemini.url, api="ollama", aliases=aliases)
-    with serving_it as server, RawClient(server) as client:
-        assert client.request("POST", path, body)[0] == 200
-        assert running_models(client) == ["GPT-4o:latest"]
-
-
-def test_a_running_model_is_unloaded_by_any_spelling(gemini):
-    with serving(gemini.url, api="ollama") as server, RawClient(server) as client:
-        client.request("POST", "/api/chat", chat(model="Gemini-2.5-Flash"))
-        assert running_models(client) == ["Gemini-2.5-Flash:latest"]
-        client.request("POST", "/api/generate", {"model": FLASH, "keep_alive": 0})
-        assert running_models(client) == []
-
-
-def test_a_conversation_goes_on_from_its_context(gemini):
-    with serving(gemini.url, api="ollama") as server:
-        *_, line = post(server, "/api/generate", {"model": FLASH, "prompt": "Hi"})[2].splitlines()
-        context = json.loads(line)["context"]
-        post(server, "/api/generate", {"model": FLASH, "prompt": "And?", "context": context})
-    answer = "Hello from the stand-in for Gemini. You said: Hi"
-    assert gemini.bodies[-1]["contents"] == [u("Hi"), m(answer), u("And?")]
-
-
-def test_a_text_that_is_too_long_is_never_embedded(gemini, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "MODELS", [{**MODELS[2], "inputTokenLimit": 6}])
-    body = {"model": EMBEDDER, "input": "seven", "truncate": False}  # the stand-in counts 7
-    with serving(gemini.url, api="ollama") as server:
-        status, _, data = post(server, "/api/embed", body)
-    assert status == 400
-    assert json.loads(data) == {"error": "the input length exceeds the context length"}
-    assert gemini.bodies == []
-
-
-def test_a_recipes_words_are_counted_with_the_message():
-    recipe = {"source": FLASH, "system": "Say arr.", "options": {"temperature": 0.1}}
-    notes = Notes({"model:pirate": json.dumps(recipe)})
-    route = proxy.find_route("ollama", "POST", "/v1/messages/count_tokens").route
-    plan = asked_with(chat(model="pirate"), OLLAMA, notes, route)
-    counted = plan.calls[0].body["generateContentRequest"]
-    assert counted["systemInstruction"]["parts"][0]["text"] == "Say arr."
-    assert "generationConfig" not in counted
 
 
 # ======================================================================================
