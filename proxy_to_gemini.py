@@ -920,10 +920,23 @@ def all_recipe_keys(body: Fields, context: Context) -> list[str]:
     return [RECIPE + "*"] if context.ollama else []
 
 
-def recipe_named(name: str, context: Context) -> Recipe:
-    """What a client created under this name; an empty Recipe where the name is Gemini's own."""
-    text = context.ollama and context.stored.get(recipe_key(name))
-    return Recipe(**json.loads(text)) if text else Recipe()
+def recipe_named(name: str, context: Context, head_only: bool = False) -> Recipe:
+    """What a client created under this name; an empty Recipe where the name is Gemini's own.
+
+    A list of models reads only the head of each: `source` and `modified`.
+    """
+    head, _, rest = context.stored.get(recipe_key(name), "").partition("\n")
+    if not head or not context.ollama:
+        return Recipe()
+    recipe = Recipe(**json.loads(head))
+    return recipe if head_only or not rest else recipe._replace(**json.loads(rest))
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as it is stored: a line of JSON for its head, and one for the rest."""
+    fields = recipe._asdict()
+    head = {key: fields.pop(key) for key in ("source", "modified")}
+    return f"{json.dumps(head)}\n{json.dumps(fields)}"
 
 
 def recipe_names(context: Context) -> list[str]:
@@ -941,7 +954,7 @@ def model_named(model_name: str, context: Context) -> Model:
     A name can never change the URL: whatever is not plain is a model that does not exist.
     """
     plain = plain_name(model_name, context.ollama)
-    candidates = [recipe_named(model_name, context).source]
+    candidates = [recipe_named(model_name, context, head_only=True).source]
     candidates += [model for name, model in context.aliases if name in (model_name, plain)]
     candidates += [model for glob, model in context.aliases if fnmatch.fnmatchcase(plain, glob)]
     name = next(filter(None, candidates), plain)
@@ -4377,7 +4390,7 @@ def openai_models_request(body: Fields, context: Context) -> Plan:
 
 def openai_model_entry(name: str, context: Context) -> JSON:
     owner = "library" if context.ollama else "google"
-    created = int(recipe_named(name, context).modified or GEMINI_OPENED)
+    created = int(recipe_named(name, context, head_only=True).modified or GEMINI_OPENED)
     return {"id": name, "object": "model", "created": created, "owned_by": owner}
 
 
@@ -4862,6 +4875,9 @@ class ReasoningItem:
         return {"summary": [self.part()]}
 
 
+MAX_STORED_CHARACTERS = 8 << 20  # of a response and its input: a quarter of the memory
+
+
 class ResponseBuilder:
     """A response as it grows, and its events: one item after the other, each ended before the next.
 
@@ -5052,9 +5068,14 @@ class ResponseBuilder:
         if status == "completed":
             self.response["completed_at"] = int(self.exchange.now)
         if self.response["store"]:
+            items = encode_json(input_items(self.options.items, self.tail))
+            response = encode_json(self.response)
             response_key, input_key = stored_keys(self.response["id"])
-            yield Keep(input_key, encode_json(input_items(self.options.items, self.tail)))
-            yield Keep(response_key, encode_json(self.response))
+            if len(items) + len(response) <= MAX_STORED_CHARACTERS:
+                yield Keep(input_key, items)
+                yield Keep(response_key, response)
+            else:
+                self.response["store"] = False  # it would evict what others have stored
         yield self.event(status, response=self.response)
 
 
@@ -5733,10 +5754,11 @@ def ollama_entry(name: str, entry: JSON, context: Context) -> JSON:
     details = {"parent_model": "", "format": "gguf", "family": "gemini", "families": ["gemini"]}
     details.update(parameter_size="unknown", quantization_level="unknown")
     details["context_length"] = get_or_empty(entry, "inputTokenLimit", int)
+    modified = recipe_named(name, context, head_only=True).modified
     return {
         "name": tagged(name),
         "model": tagged(name),
-        "modified_at": ollama_time(recipe_named(name, context).modified or GEMINI_OPENED),
+        "modified_at": ollama_time(modified or GEMINI_OPENED),
         "size": MODEL_BYTES,
         "digest": hashlib.sha256(identity.encode()).hexdigest(),
         "details": details,
@@ -5886,7 +5908,7 @@ MAX_RECIPE_CHARACTERS = 1 << 20
 def recipe_to_keep(name: str, recipe: Recipe, exchange: Exchange, models: dict[str, JSON]) -> Keep:
     """A recipe to keep under this name. A name of Gemini's own stays Gemini's."""
     context, recipe = exchange.context, recipe._replace(modified=exchange.now)
-    name, text = plain_name(name, True), json.dumps(recipe._asdict())
+    name, text = plain_name(name, True), recipe_text(recipe)
     key = recipe_key(name)
     known = context.stored.get(key)
     if (name in models and not known) or not RECIPE_NAME.fullmatch(name):

@@ -4607,6 +4607,14 @@ def test_a_response_that_is_not_stored_is_not_continued():
     assert error.code == "previous_response_not_found"
 
 
+def test_a_response_too_large_to_store_says_that_it_is_not_stored(monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_STORED_CHARACTERS", 1000)
+    notes = Notes()
+    events = response_events({"input": "x" * 1000}, whole("Gem."), notes=notes)
+    assert events[-1]["response"]["store"] is False
+    assert not notes
+
+
 def test_a_response_is_not_stored_where_the_client_forbids_it():
     notes = Notes()
     response_to({"store": False}, whole("Gem."), notes=notes)
