@@ -213,12 +213,9 @@ def without_indexes(path: str) -> str:
     return re.sub(r"\[\d+\]", "[]", path)
 
 
-class Tracked(NamedTuple):
-    """An object of the client's JSON, and the keys of it that were read."""
-
-    path: str
-    data: JSON
-    read: set[str]
+# An object of the client's JSON: its path, itself, and the keys of it that were read. Or a name to
+# report as ignored.
+Tracked = Union[str, tuple[str, JSON, set[str]]]
 
 
 class Fields:
@@ -231,15 +228,15 @@ class Fields:
 
     __slots__ = ("data", "path", "read", "tracked")
 
-    def __init__(self, data: Any, path: str = "", tracked: list[Tracked | str] | None = None):
+    def __init__(self, data: Any, path: str = "", tracked: list[Tracked] | None = None):
         if type(data) is not dict:
             raise wrong_type(path, (dict,), data)
         self.data, self.path = data, path
         self.read: set[str] = set()
-        # All objects of this body, and names to report as ignored. It does not hold the Fields,
-        # which hold it: a cycle would keep a large body until the garbage collector runs.
-        self.tracked: list[Tracked | str] = [] if tracked is None else tracked
-        self.tracked.append(Tracked(path, data, self.read))
+        # It does not hold the Fields of this body, which hold it: a cycle would keep a large body
+        # until the garbage collector runs.
+        self.tracked: list[Tracked] = [] if tracked is None else tracked
+        self.tracked.append((path, data, self.read))
 
     def path_of(self, key: str) -> str:
         """The path of a key in the body, such as "tools[0].function"."""
@@ -347,11 +344,12 @@ class Fields:
             if isinstance(item, str):
                 names.add(item)
                 continue
-            for key in item.data.keys() - item.read:
-                if item.data[key] not in EMPTY_VALUES:
-                    path = without_indexes(f"{item.path}.{key}".lstrip("."))
-                    if not is_default(path, item.data[key]):
-                        names.add(path)
+            path, data, read = item
+            for key in data.keys() - read:
+                if data[key] not in EMPTY_VALUES:
+                    place = without_indexes(f"{path}.{key}".lstrip("."))
+                    if not is_default(place, data[key]):
+                        names.add(place)
         return sorted(names)
 
 
@@ -925,8 +923,10 @@ def recipe_named(name: str, context: Context, head_only: bool = False) -> Recipe
 
     A list of models reads only the head of each: `source` and `modified`.
     """
+    if not context.ollama:
+        return Recipe()
     head, _, rest = context.stored.get(recipe_key(name), "").partition("\n")
-    if not head or not context.ollama:
+    if not head:
         return Recipe()
     recipe = Recipe(**json.loads(head))
     return recipe if head_only or not rest else recipe._replace(**json.loads(rest))
@@ -1391,7 +1391,10 @@ def valid_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
         turns.insert(0, user_turn(text_part(" ")))
     if turns and turns[-1]["role"] == "model" and not model.prefills:
         turns.append(user_turn(text_part("Continue.")))
-    return [{**turn, "parts": with_unique_ids(turn["parts"])} for turn in turns]
+    for turn in turns:
+        if len(turn["parts"]) > 1:
+            turn["parts"] = with_unique_ids(turn["parts"])
+    return turns
 
 
 def with_unique_ids(parts: list[Part]) -> list[Part]:
@@ -3578,12 +3581,17 @@ def speech_config(fields: Fields, key: str) -> JSON:
 def openai_google(body: Fields) -> tuple[JSON, JSON]:
     """(fields of the request, a thinkingConfig): Google's own settings in `extra_body.google` or
     `google` (https://ai.google.dev/gemini-api/docs/openai), and the service tier."""
-    google = body.object_or_empty("extra_body").object("google") or body.object_or_empty("google")
-    fields = google_settings(google, cachedContent=str, safetySettings=list)
-    thinking = google.object("thinking_config") or google.object_or_empty("thinkingConfig")
-    config = google_settings(thinking, thinkingBudget=int, thinkingLevel=str, includeThoughts=bool)
-    if "thinkingLevel" in config:
-        config["thinkingLevel"] = config["thinkingLevel"].upper()
+    fields: JSON = {}
+    config: JSON = {}
+    extra = body.object("extra_body")
+    google = (extra and extra.object("google")) or body.object("google")
+    if google:
+        fields = google_settings(google, cachedContent=str, safetySettings=list)
+        thinking = google.object("thinking_config") or google.object_or_empty("thinkingConfig")
+        kinds = {"thinkingBudget": int, "thinkingLevel": str, "includeThoughts": bool}
+        config = google_settings(thinking, **kinds)
+        if "thinkingLevel" in config:
+            config["thinkingLevel"] = config["thinkingLevel"].upper()
     tier = body.get("service_tier", str)
     if tier in ("flex", "priority"):
         fields["serviceTier"] = tier
