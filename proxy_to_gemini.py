@@ -883,6 +883,7 @@ class Recipe(NamedTuple):
     modified: float = 0.0  # seconds since 1970; 0 where it was not kept yet
 
 
+NO_RECIPE = Recipe()
 OLLAMA_PREFIX = r"^(registry\.ollama\.ai/)?(library|ollama|models|google|gemini)/"
 
 
@@ -924,10 +925,10 @@ def recipe_named(name: str, context: Context, head_only: bool = False) -> Recipe
     A list of models reads only the head of each: `source` and `modified`.
     """
     if not context.ollama:
-        return Recipe()
+        return NO_RECIPE
     head, _, rest = context.stored.get(recipe_key(name), "").partition("\n")
     if not head:
-        return Recipe()
+        return NO_RECIPE
     recipe = Recipe(**json.loads(head))
     return recipe if head_only or not rest else recipe._replace(**json.loads(rest))
 
@@ -2561,6 +2562,9 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Event]:
     yield reading.end(bool(calls), usage)
 
 
+GROUNDING = {"groundingMetadata", "citationMetadata"}
+
+
 class Reading:
     """What the chunks of one answer have said so far."""
 
@@ -2581,7 +2585,7 @@ class Reading:
         candidate = first_candidate(chunk)
         self.reason = str(candidate.get("finishReason") or "") or self.reason
         self.message = expect(candidate, "finishMessage", str) or self.message
-        for key in ("groundingMetadata", "citationMetadata"):
+        for key in GROUNDING & candidate.keys():
             self.grounding.update(given(**expect(candidate, key, dict)))
         return candidate
 
@@ -2590,9 +2594,10 @@ class Reading:
         if not isinstance(part, dict):
             raise invalid_answer("a part is no object")
         if "text" in part:
-            signature: str = get_or_empty(part, "thoughtSignature", str)
-            if is_base64(signature):
-                self.signature = signature
+            if "thoughtSignature" in part:
+                signature: str = get_or_empty(part, "thoughtSignature", str)
+                if is_base64(signature):
+                    self.signature = signature
             return self.text(expect(part, "text", str), part.get("thought") is True)
         if "functionCall" in part:
             self.calls.append(read_call(part, tuple(self.hosted)))
@@ -2628,9 +2633,12 @@ class Reading:
 
     def end(self, calls: bool, usage: Usage) -> End:
         finish = FINISHES.get(self.reason, "stop")
-        searches = get_or_empty(self.grounding, "webSearchQueries", list)
-        queries = tuple(query for query in searches if isinstance(query, str))
-        citations = read_citations(self.pieces, self.grounding)
+        queries: tuple[str, ...] = ()
+        citations: list[Citation] = []
+        if self.grounding:
+            searches = get_or_empty(self.grounding, "webSearchQueries", list)
+            queries = tuple(query for query in searches if isinstance(query, str))
+            citations = read_citations(self.pieces, self.grounding)
         reason = self.reason or self.blocked
         message, signature = self.message, self.signature
         return End(finish, calls, reason, message, usage, citations, queries, signature)
