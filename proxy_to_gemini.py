@@ -3798,19 +3798,12 @@ def openai_call_deltas(entry: JSON) -> Iterator[JSON]:
 
 # ---- embeddings ----
 
-# https://platform.openai.com/docs/api-reference/embeddings/create#embeddings-create-input
-MAX_EMBED_INPUTS = 2048
-
 
 def openai_embeddings_request(body: Fields, context: Context) -> Plan:
     """Embeddings: https://platform.openai.com/docs/api-reference/embeddings/create"""
     model_name = body.require("model", str)
     model = model_named(model_name, context)
-    inputs = body.require("input", str, list)
-    if isinstance(inputs, list) and len(inputs) > MAX_EMBED_INPUTS:
-        problem = f"array too long. Expected an array with maximum length {MAX_EMBED_INPUTS}"
-        message = f"Invalid 'input': {problem}, but got an array with length {len(inputs)} instead."
-        raise ProxyError(400, message, code="array_above_max_length", path="input")
+    body.require("input", str, list)
     hint = " (LangChain: check_embedding_ctx_length=False)"
     texts = openai_texts(body, "input", "embedded", hint)
     if "" in texts:

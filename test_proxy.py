@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import collections
 import contextlib
 import functools
 import gc
@@ -9883,6 +9884,19 @@ def test_lines_of_code_have_at_most_100_columns(name):
     assert sorted(long - string_lines(source)) == []
 
 
+def test_no_name_of_the_module_is_bound_twice():
+    names = [name for node in TREE.body for name in names_bound_by(node)]
+    assert [name for name, count in collections.Counter(names).items() if count > 1] == []
+
+
+def names_bound_by(node):
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+    names = [item for target in targets for item in getattr(target, "elts", [target])]
+    return [item.id for item in names if isinstance(item, ast.Name)]
+
+
 # ---- the README ----
 
 
@@ -9957,7 +9971,13 @@ def limits():
     return (
         ("body of a request", mib(proxy.MAX_BODY_BYTES)),
         ("body in gzip", mib(proxy.MAX_UNPACKED_BYTES)),
+        ("body in gzip", f"{proxy.MAX_UNPACKED_RATIO} times"),
+        ("all bodies", mib(proxy.MAX_ALL_BODIES_BYTES)),
         ("request line", kib(proxy.MAX_HEAD_BYTES)),
+        ("request line", f"{proxy.MAX_HEADER_LINES} header lines"),
+        ("inputs", f"{proxy.MAX_EMBED_INPUTS:,}"),
+        ("prompts repeated", f"{proxy.MAX_ECHO:,} characters"),
+        ("an answer of Gemini's", mib(proxy.MAX_ANSWER_BYTES)),
         ("headers of an answer", f"{proxy.MAX_IGNORED_CHARACTERS} characters"),
         ("a client's silence", f"{proxy.CLIENT_SECONDS:g} s"),
         ("a whole request", f"{proxy.CLIENT_SECONDS:g} s"),
