@@ -8969,6 +8969,7 @@ class Signals:
 
 # ---- workers ----
 
+STATE_FOLDER = "proxy-to-gemini-"  # begins the name of the temporary one that workers share
 RESTART_SECONDS = 1.0  # seconds between two starts of the same worker
 # Seconds for workers to end by themselves: those of Server.drain, and a little more.
 WORKER_DRAIN_SECONDS = DRAIN_NOTICE_SECONDS + DRAIN_SECONDS + 3 * FINAL_SECONDS
@@ -8990,9 +8991,7 @@ class Workers:
             self.start_missing()
             poller.wait(self.signals.poll_seconds)
             self.signals.drain_pipe()
-            with contextlib.suppress(OSError):  # what removes old temporary files must see its use
-                os.utime(self.server.config.state)
-                os.utime(os.path.dirname(self.server.config.state))
+            self.touch_state()
             if self.signals.take(signal.SIGHUP):
                 self.server.reload()  # for workers that are forked later
                 self.send_signal(signal.SIGHUP)
@@ -9006,6 +9005,15 @@ class Workers:
             self.signals.drain_pipe()
             self.reap()
         self.send_signal(signal.SIGKILL)
+
+    def touch_state(self) -> None:
+        """Show what removes old temporary files that the workers' own folder is in use."""
+        state = self.server.config.state
+        folder = os.path.dirname(state)
+        if os.path.basename(folder).startswith(STATE_FOLDER):
+            with contextlib.suppress(OSError):
+                os.utime(state)
+                os.utime(folder)
 
     def start_missing(self) -> None:
         """Start every worker that does not run, unless it was started just before."""
@@ -9241,7 +9249,7 @@ def shared_state(config: Config) -> Iterator[Config]:
     import tempfile
 
     try:
-        folder = tempfile.TemporaryDirectory(prefix="proxy-to-gemini-")
+        folder = tempfile.TemporaryDirectory(prefix=STATE_FOLDER)
     except OSError as error:
         sys.exit(f"proxy-to-gemini: workers share a file; name one with -state: {error.strerror}")
     with folder as path:

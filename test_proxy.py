@@ -33,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -9451,6 +9452,19 @@ def test_workers_that_drain_leave_no_client_in_the_queue_and_end_their_answers(g
             assert line.file.read().endswith(STREAM_END)
         assert process.wait(10) == 0
         assert "Traceback" not in process.stdout.read()
+
+
+@pytest.mark.parametrize("name, touched", [("proxy-to-gemini-x1", True), ("mine", False)])
+def test_only_the_workers_own_folder_is_kept_young(tmp_path, name, touched):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "state.db").touch()
+    os.utime(folder, (1, 1))
+    server = types.SimpleNamespace(
+        config=proxy.Config("openai", ("", 0), "", "", state=str(folder / "state.db"))
+    )
+    proxy.Workers(server, None).touch_state()
+    assert (folder.stat().st_mtime > 1) is touched
 
 
 def test_workers_without_a_file_to_share_end_with_advice(monkeypatch):
