@@ -124,13 +124,10 @@ class ProxyError(Exception):
         self.path = path  # the field it is about, such as "messages[2].role"
         self.headers = headers or {}  # such as Retry-After
         self.upstream = upstream  # whether Gemini said so
-        self.retry_after = (
-            retry_after  # seconds after which the same call may go well; None: it will not
-        )
+        # Seconds after which the same call may go well; None: it will not.
+        self.retry_after = retry_after
         self.model = ""  # the model it is about, as the client spelt it
-        self.listed: bool | None = (
-            None  # whether Gemini lists that model; None if that is not known
-        )
+        self.listed: bool | None = None  # whether Gemini lists that model; None: not known
         self.request_id = ""  # of the request that failed
 
 
@@ -1497,9 +1494,7 @@ class Thinking(NamedTuple):
     """How a model is to think, as the client asked for it."""
 
     effort: str | None = None  # one of EFFORTS; None: the model's own way
-    budget: int | None = (
-        None  # tokens; on models that think by budget it takes precedence over `effort`
-    )
+    budget: int | None = None  # tokens; precedes `effort` on models that think by budget
     show: bool = False  # whether the client wants to see its thoughts
     answer_only: bool = False  # whether the client's limit of tokens is meant for the answer alone
     field: str = ""  # what to name as ignored where the effort has no effect
@@ -7628,9 +7623,8 @@ def scope_of(key: str) -> str:
 # ======================================================================================
 
 MAX_BODY_BYTES = 128 << 20  # of a request; Gemini takes 100 MB
-MAX_ALL_BODIES_BYTES = (
-    192 << 20
-)  # under way, in all workers; media take three times that, of MemoryMax=1G
+# Under way, in all workers; media take three times that, of MemoryMax=1G.
+MAX_ALL_BODIES_BYTES = 192 << 20
 BODY_BLOCK_BYTES = 1 << 20  # of a body that are read before they count
 BODY_TOO_LARGE = f"The body of this request is larger than {MAX_BODY_BYTES >> 20} MiB."
 MAX_UNPACKED_BYTES = 32 << 20  # of a compressed body, once unpacked: media hardly shrink
