@@ -4740,8 +4740,10 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     chat = Chat(model, history.system, history.contents, tools, choice, thinking, sampling, schema)
     recipe, stream = recipe_named(model_name, context), bool(body.get("stream", bool))
     chat = chat._replace(fields=fields, recipe=recipe, stream=stream)
+    call = chat_call(chat, body)
     echo = {
         **openai_echo(body, text),
+        **openai_echoed_sampling(call),
         "model": model_name,
         "parallel_tool_calls": choice.parallel,
         "reasoning": {"effort": effort, "summary": summary},
@@ -4753,7 +4755,7 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
             body.ignore(f"include.{name}")
     items, thoughts = body.data.get("input") or [], show or bool(google.get("includeThoughts"))
     options = ResponseOptions(echo, items, thoughts, SIGNATURES in included, SOURCES in included)
-    return Plan((chat_call(chat, body),), stream, options, model_name, chat=chat)
+    return Plan((call,), stream, options, model_name, chat=chat)
 
 
 def openai_history(body: Fields, model: Model, context: Context) -> History:
@@ -4807,15 +4809,29 @@ def openai_echo(body: Fields, text: Fields) -> JSON:
         "prompt_cache_key": get_or_empty(data, "prompt_cache_key", str) or None,
         "safety_identifier": get_or_empty(data, "safety_identifier", str) or None,
         "store": store is not False,
-        "temperature": data.get("temperature"),
         "text": {**text.data, "format": openai_echoed_format(text.data.get("format"))},
         "tool_choice": data.get("tool_choice") or "auto",
         "tools": [openai_echoed_tool(tool) for tool in data.get("tools") or ()],
         "top_logprobs": get_or_empty(data, "top_logprobs", int),
-        "top_p": data.get("top_p"),
         "truncation": body.choice("truncation", "auto", "disabled") or "disabled",
         "user": get_or_empty(data, "user", str) or None,
     }
+
+
+# Where no setting is sent, those of Gemini's list of models. A response must tell each of them as a
+# number: ResponseResource in https://github.com/openresponses/openresponses
+SAMPLING_DEFAULTS = {
+    "temperature": ("temperature", 1.0),
+    "top_p": ("topP", 0.95),
+    "presence_penalty": ("presencePenalty", 0.0),
+    "frequency_penalty": ("frequencyPenalty", 0.0),
+}
+
+
+def openai_echoed_sampling(call: GeminiCall) -> JSON:
+    """The sampling that is used: what the call has of it, else Gemini's defaults."""
+    config = get_or_empty(call.body, "generationConfig", dict)
+    return {name: config.get(key, default) for name, (key, default) in SAMPLING_DEFAULTS.items()}
 
 
 def openai_echoed_format(form: JSON | None) -> JSON:

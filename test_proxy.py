@@ -4085,7 +4085,9 @@ WHOLE_RESPONSE = {
     "tool_choice": "auto",
     "tools": [],
     "top_logprobs": 0,
-    "top_p": None,
+    "top_p": 0.95,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
     "truncation": "disabled",
     "user": "me",
     "output": [{**MESSAGE_ITEM, "id": "msg_1_0"}],
@@ -4102,6 +4104,40 @@ WHOLE_RESPONSE = {
 def test_a_whole_response_is_openais():
     body = {"temperature": 0.5, "metadata": {"a": "b"}, "user": "me"}
     assert response_to(body, whole("Hello")) == WHOLE_RESPONSE
+
+
+OPEN_RESPONSE = {  # the required fields of ResponseResource in openresponses/openresponses, and their types
+    **dict.fromkeys(("id", "object", "status", "model", "truncation", "service_tier"), str),
+    **dict.fromkeys(("created_at", "top_logprobs"), int),
+    **dict.fromkeys(("temperature", "top_p", "presence_penalty", "frequency_penalty"), float),
+    **dict.fromkeys(("parallel_tool_calls", "store", "background"), bool),
+    **dict.fromkeys(("output", "tools"), list),
+    **dict.fromkeys(("text", "metadata"), dict),
+    **dict.fromkeys(("completed_at", "max_output_tokens", "max_tool_calls"), (int, type(None))),
+    **dict.fromkeys(("previous_response_id", "instructions"), (str, type(None))),
+    **dict.fromkeys(("user", "safety_identifier", "prompt_cache_key"), (str, type(None))),
+    **dict.fromkeys(("incomplete_details", "error", "reasoning", "usage"), (dict, type(None))),
+    "tool_choice": (str, dict),
+}
+
+
+@pytest.mark.parametrize("finish", ["STOP", "MAX_TOKENS", "SAFETY", "MALFORMED_FUNCTION_CALL"])
+def test_a_response_has_all_fields_of_open_responses_from_the_first_event_on(finish):
+    nothing = dict.fromkeys(("temperature", "top_p", "tools", "tool_choice", "truncation"))
+    events = response_events(nothing, whole("Once", finish=finish))
+    for response in (events[0]["response"], events[-1]["response"]):
+        for key, kind in OPEN_RESPONSE.items():
+            assert isinstance(response[key], kind), key
+
+
+@pytest.mark.parametrize(
+    "model, penalty", [(FLASH, 0.0), ("gemini-2.0-flash", 1)], ids=["refuses", "takes"]
+)
+def test_a_response_tells_the_sampling_that_was_used(model, penalty):
+    body = {"model": model, "presence_penalty": 1, "top_p": 0.5, "temperature": 0}
+    response = response_to(body, whole("Hi"))
+    assert response["presence_penalty"] == penalty
+    assert (response["temperature"], response["top_p"]) == (0, 0.5)
 
 
 NO_CALL = {
