@@ -241,9 +241,11 @@ class Fields:
 
     def get(self, key: str, *kinds: type) -> Any:
         """The value, which must be of one of these kinds; None where it is absent or null."""
-        self.read.add(key)
         value = self.data.get(key)
-        if value is None or type(value) in kinds:
+        if value is None:
+            return None
+        self.read.add(key)
+        if type(value) in kinds:
             return value
         if type(value) is int and float in kinds:
             return value
@@ -312,9 +314,11 @@ class Fields:
     def objects(self, key: str) -> Iterator[Fields]:
         """The objects of the list under this key, each made when it is read: a bad one may be the
         first of millions."""
-        path = self.path_of(key)
-        for i, item in enumerate(self.get(key, list) or ()):
-            yield Fields(item, f"{path}[{i}]", self.tracked)
+        items = self.get(key, list)
+        if items:
+            path = self.path_of(key)
+            for i, item in enumerate(items):
+                yield Fields(item, f"{path}[{i}]", self.tracked)
 
     def strings(self, key: str) -> list[str]:
         """The strings under this key, which may be a list of them or a single one."""
@@ -906,9 +910,11 @@ RECIPE_NAME = re.compile(r"[\w.:/-]{1,200}", re.A)
 
 def recipe_keys(body: Fields, context: Context) -> list[str]:
     """The keys of the recipes that a body's model may stand for."""
+    if not context.ollama:
+        return []
     names = [body.data.get(key) for key in ("model", "name", "source", "from", "destination")]
     words = [name for name in names if isinstance(name, str) and RECIPE_NAME.fullmatch(name)]
-    return [recipe_key(name) for name in words if context.ollama]
+    return [recipe_key(name) for name in words]
 
 
 def all_recipe_keys(body: Fields, context: Context) -> list[str]:
@@ -1373,18 +1379,13 @@ def valid_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     of Gemini's; most are in https://ai.google.dev/gemini-api/docs/function-calling.
     """
     turns: list[JSON] = []
-    history = [
-        (content["role"], [part for part in content["parts"] if has_content(part)])
-        for content in contents
-    ]
-    for role, group in itertools.groupby((turn for turn in history if turn[1]), itemgetter(0)):
-        parts = [part for _, more in group for part in more]
-        if role == "model":
-            turns.append(model_turn(*parts))
+    for turn in merged_turns(contents):
+        if turn["role"] == "model":
+            turns.append(turn)
         else:
-            turns += tool_result_turns(turns[-1:], parts, model)
+            turns += tool_result_turns(turns[-1:], turn, model)
     if turns and turns[-1]["role"] == "model":
-        turns += tool_result_turns(turns[-1:], [], model)
+        turns += tool_result_turns(turns[-1:], user_turn(), model)
     if turns and turns[0]["role"] == "model":
         turns.insert(0, user_turn(text_part(" ")))
     if turns and turns[-1]["role"] == "model" and not model.prefills:
@@ -1392,6 +1393,18 @@ def valid_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     for turn in turns:
         if len(turn["parts"]) > 1:
             turn["parts"] = with_unique_ids(turn["parts"])
+    return turns
+
+
+def merged_turns(contents: Iterable[JSON]) -> list[JSON]:
+    """The turns without what is empty in them; neighbours of one role are one."""
+    turns: list[JSON] = []
+    for content in contents:
+        parts = list(filter(has_content, content["parts"]))
+        if parts and turns and turns[-1]["role"] == content["role"]:
+            turns[-1]["parts"] += parts
+        elif parts:
+            turns.append({"role": content["role"], "parts": parts})
     return turns
 
 
@@ -1411,13 +1424,14 @@ def with_unique_ids(parts: list[Part]) -> list[Part]:
     return out
 
 
-def tool_result_turns(before: list[JSON], parts: list[Part], model: Model) -> list[JSON]:
-    """The user's turns after a model's turn: the results of its calls, then the other parts."""
-    earlier = [part for turn in before for part in turn["parts"]]
+def tool_result_turns(before: list[JSON], turn: JSON, model: Model) -> list[JSON]:
+    """A user's turn after a model's turn: the results of its calls, then the other parts."""
+    parts = turn["parts"]
+    earlier = [part for one in before for part in one["parts"]]
     calls = [part["functionCall"] for part in earlier if "functionCall" in part]
     results = [part["functionResponse"] for part in parts if "functionResponse" in part]
     if not calls and not results:
-        return [user_turn(*parts)] if parts else []
+        return [turn] if parts else []
     matched = match_results(calls, results)
     used = {id(result) for result in matched.values()}
     rest: list[Part] = []
@@ -1432,7 +1446,7 @@ def tool_result_turns(before: list[JSON], parts: list[Part], model: Model) -> li
     pairs = [tool_result(call, matched.get(i, missing), model) for i, call in enumerate(calls)]
     answers = [answer for answer, _ in pairs]
     media = [part for _, outside in pairs for part in outside]
-    return [user_turn(*turn) for turn in (answers, media + rest) if turn]
+    return [user_turn(*group) for group in (answers, media + rest) if group]
 
 
 def tool_result(call: JSON, result: JSON, model: Model) -> tuple[Part, list[Part]]:
@@ -2656,8 +2670,8 @@ def read_usage(usage: JSON) -> Usage:
     """The token counts of a usageMetadata: thoughts are output, tools' results are prompt."""
 
     def count(key: str, fields: JSON = usage) -> int:
-        number: int = get_or_empty(fields, key, int)
-        return max(0, number)
+        number = fields.get(key)
+        return max(0, number) if type(number) is int else 0
 
     def audio_tokens(key: str) -> int:
         details = get_or_empty(usage, key, list)
@@ -2778,7 +2792,7 @@ class Chat(NamedTuple):
     schema: JSON | None = None  # of an answer in JSON; ANY_JSON where any will do; None: text
     settings: Mapping[str, Any] = {}  # more of the generationConfig: modalities, speech
     fields: Mapping[str, Any] = {}  # more of the request: Google's own settings
-    recipe: Recipe = Recipe()
+    recipe: Recipe = NO_RECIPE
     stream: bool = False
 
 
@@ -2787,37 +2801,34 @@ def chat_call(chat: Chat, body: Fields) -> GeminiCall:
 
     What has no effect is named as ignored in `body`.
     """
-    model, recipe, tools = chat.model, chat.recipe, chat.tools
-    system = [part for part in chat.system if has_content(part)]
-    if recipe.system and not system:
-        system = [text_part(recipe.system)]
-    recipe_system, recipe_turns = recipe_history(recipe, model)
-    system = [*recipe_system, *system]
-    sampling = {**recipe_sampling(recipe, model), **chat.sampling}
-    config = {key: value for key, value in sampling.items() if value is not None}
+    if chat.recipe is not NO_RECIPE:
+        chat = with_recipe(chat)
+    model, system, tools = chat.model, chat.system, chat.tools
+    config = {key: value for key, value in chat.sampling.items() if value is not None}
     limit = config.get("maxOutputTokens")
     config.update(given(thinkingConfig=chat_thinking(chat.thinking, model, limit, body)))
     has_tools = bool(tools.declarations or tools.hosted())
     in_words = chat.schema is not None and has_tools and not model.json_with_tools
     if in_words:
-        system.append(json_words(chat.schema or {}))
+        system = [*system, json_words(chat.schema or {})]
     else:
         config.update(json_config(chat.schema))
     config.update(chat.settings)
     fields = {**tool_fields(tools, chat.choice, model, body), **chat.fields}
-    contents = [*recipe_turns, *chat.contents]
-    call = generate_call(model, chat.stream, system, contents, config, **fields)
+    call = generate_call(model, chat.stream, system, chat.contents, config, **fields)
     return call._replace(unfence=in_words)
 
 
-def recipe_sampling(recipe: Recipe, model: Model) -> JSON:
-    """What a recipe sets where the client sets nothing."""
-    return ollama_sampling(Fields(dict(recipe.options)), model) if recipe.options else {}
-
-
-def recipe_history(recipe: Recipe, model: Model) -> tuple[list[Part], list[JSON]]:
-    """(the system's parts, the turns) of a recipe's messages."""
-    return ollama_history(Fields({"messages": list(recipe.messages)}), model)
+def with_recipe(chat: Chat) -> Chat:
+    """The chat with what the recipe of its model puts before it, or sets where the client does
+    not."""
+    model, recipe, own = chat.model, chat.recipe, chat.system
+    system, contents = ollama_history(Fields({"messages": list(recipe.messages)}), model)
+    if recipe.system and not any(map(has_content, own)):
+        own = [text_part(recipe.system)]
+    sampling = {**ollama_sampling(Fields(dict(recipe.options)), model), **chat.sampling}
+    system, contents = [*system, *own], [*contents, *chat.contents]
+    return chat._replace(system=system, contents=contents, sampling=sampling)
 
 
 def count_plan(plan: Plan, model: Model) -> Plan:
@@ -3454,7 +3465,8 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
 
 def openai_counts_tokens(body: Fields) -> bool:
     """Whether a stream is to end with a chunk of token counts."""
-    return bool(body.object_or_empty("stream_options").get("include_usage", bool))
+    options = body.object("stream_options")
+    return options is not None and bool(options.get("include_usage", bool))
 
 
 def openai_chat_sampling(
@@ -3492,11 +3504,11 @@ def openai_sampling(body: Fields, model: Model, limit: int | None, context: Cont
 def openai_effort(body: Fields) -> str | None:
     """The effort to think with: `reasoning_effort`, or OpenRouter's and Ollama's `reasoning`."""
     effort = body.choice("reasoning_effort", *EFFORTS)
-    if effort is None:
-        reasoning = body.object_or_empty("reasoning")
-        enabled = {True: "medium", False: "none"}
-        effort = reasoning.choice("effort", *EFFORTS) or enabled.get(reasoning.get("enabled", bool))
-    return effort
+    if effort is not None or body.data.get("reasoning") is None:
+        return effort
+    reasoning = body.require_object("reasoning")
+    enabled = {True: "medium", False: "none"}
+    return reasoning.choice("effort", *EFFORTS) or enabled.get(reasoning.get("enabled", bool))
 
 
 def openai_response_format(body: Fields, key: str) -> JSON | None:
@@ -3693,12 +3705,13 @@ def openai_choice(index: int, answer: Answer, exchange: Exchange) -> JSON:
     calls = [openai_call(call, exchange.chat) for call in answer.calls]
     audio = answer.media("audio/")
     images = [media for media in answer.media("") if media not in audio]
-    message: JSON = {"role": "assistant", "content": answer.text, "refusal": None}
-    if not answer.text and (calls or audio):
+    text, thoughts = answer.text, answer.thoughts
+    message: JSON = {"role": "assistant", "content": text, "refusal": None}
+    if not text and (calls or audio):
         message["content"] = None
     message["annotations"] = [openai_annotation(citation) for citation in end.citations]
-    if answer.thoughts:
-        message[thoughts_key(exchange.context)] = answer.thoughts
+    if thoughts:
+        message[thoughts_key(exchange.context)] = thoughts
     if calls and legacy:
         message["function_call"] = calls[0]["function"]
     elif calls:
@@ -3706,7 +3719,7 @@ def openai_choice(index: int, answer: Answer, exchange: Exchange) -> JSON:
     if images:
         message["images"] = [openai_image(image, i) for i, image in enumerate(images)]
     if audio:
-        message["audio"] = openai_audio(audio, exchange, answer.text)
+        message["audio"] = openai_audio(audio, exchange, text)
     choice = {"index": index, "message": message, "logprobs": None}
     return {**choice, "finish_reason": openai_finish(end, legacy), **native_finish(end)}
 
@@ -6756,7 +6769,7 @@ KEY_MASK = "[the Gemini key]"
 # ---- the heads of HTTP messages ----
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-HEADER_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n".encode())
+HEADER_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?\r\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 MAX_HEAD_BYTES = 64 << 10  # of the first line and the headers of a request or an answer
@@ -6776,17 +6789,16 @@ def read_headers(file: io.BufferedIOBase, limit: int) -> dict[str, str]:
     """
     headers: dict[str, str] = {}
     for _ in range(MAX_HEADER_LINES + 1):  # each costs ten times its bytes
-        line = file.readline(limit + 1)
+        line = file.readline(limit + 1).decode("latin-1")
         limit -= len(line)
-        if line == b"\r\n":
+        if line == "\r\n":
             return headers
         match = HEADER_LINE.fullmatch(line)
         if limit < 0:
             raise BadHeadError(431, "The headers are too large.")
         if not match:
             raise BadHeadError(400, "This is not an HTTP header line: " + ascii(line[:60]))
-        name = match.group(1).decode().lower()
-        value = match.group(2).strip(b" \t").decode("latin-1")
+        name, value = match.group(1).lower(), match.group(2).strip(" \t")
         if name not in headers:
             headers[name] = value
         elif name in SINGLE_HEADERS:
@@ -7672,8 +7684,11 @@ APP_ORIGINS = (
     r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?|"
     r"(app|file|tauri|vscode-webview|vscode-file)://[\w.-]*"
 )
-LOOPBACK_HOSTS = r"(localhost|[\w.-]+\.localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?"
-NEARBY_HOSTS = r"([\w.-]+\.(?:local|internal))(:\d{1,5})?"  # containers call their host so
+LOOPBACK_HOSTS = re.compile(
+    r"(localhost|[\w.-]+\.localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.I | re.A
+)
+# Containers call their host so.
+NEARBY_HOSTS = re.compile(r"([\w.-]+\.(?:local|internal))(:\d{1,5})?", re.I | re.A)
 BROWSER_HEADERS = ("sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")  # w3.org/TR/fetch-metadata
 BUG = "this is a bug in proxy-to-gemini; please report it"
 LOG_LOCK = threading.Lock()
@@ -7771,7 +7786,7 @@ class Metrics:
         return self.start[name] + index * WIDTHS[metric.kind]
 
     def add(self, name: str, *labels: str, amount: float = 1) -> None:
-        """Add to a counter."""
+        """Add to a counter, or to a gauge."""
         slot = self.row + self.slot(name, labels)
         with self.lock:
             self.numbers[slot] += amount
@@ -7900,6 +7915,7 @@ class RequestHead:
 
     method = target = ""
     http_1_0 = False  # its client knows no chunks, and keep-alive only if it says so
+    length: int | None = 0  # of the body; None where it comes in chunks
 
     def __init__(self) -> None:
         self.headers: dict[str, str] = {}  # by name in lower case
@@ -7998,22 +8014,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.body_left = length != "0" or "transfer-encoding" in headers
         if "host" not in headers and not head.http_1_0:  # RFC 9112, section 3.2
             raise ProxyError(400, "This HTTP/1.1 request has no Host header.")
-        options = re.split(r"[ \t]*,[ \t]*", headers.get("connection", "").lower())
+        words = headers.get("connection", "").lower().split(",")
+        options = [word.strip(" \t") for word in words]
         keeps_alive = "keep-alive" in options or not head.http_1_0
         self.close_connection = "close" in options or not keeps_alive  # RFC 9112, section 9.3
 
     def read_body(self, head: RequestHead) -> bytes:
         """The whole body, without its framing and its Content-Encoding."""
-        length = body_length(head)
         expects = head.headers.get("expect", "").lower() == "100-continue" and not head.http_1_0
         if self.body_left and expects:  # RFC 9110, section 10.1.1
             self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.client.deadline = time.monotonic() + BODY_SECONDS
         file = io.BytesIO()  # a list of small chunks would take many times their bytes
-        if length is None:
+        if head.length is None:
             self.read_chunks(file)
         else:
-            self.read_exactly(length, file)
+            self.read_exactly(head.length, file)
         self.body_left = False
         body = file.getvalue()
         data = decoded_body(body, head.headers.get("content-encoding", "identity").lower())
@@ -8041,7 +8057,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         raise ProxyError(503, message, headers={"Retry-After": "5"})
 
     def release_body(self) -> None:
-        self.server.metrics.reserve("body_bytes", -self.body_bytes, math.inf)
+        self.server.metrics.add("body_bytes", amount=-self.body_bytes)
         self.body_bytes = 0
 
     def read_chunks(self, file: io.BytesIO) -> None:
@@ -8092,9 +8108,9 @@ def origin_allowed(origin: str, added: tuple[str, ...]) -> bool:
 def host_allowed(host: str, browser: bool, origins: tuple[str, ...]) -> bool:
     """Whether this is a name for this machine. Browsers may use those of LAN and containers only if
     -origins has them: whoever answers for these names there could rebind them to this machine."""
-    if not host or re.fullmatch(LOOPBACK_HOSTS, host, re.I | re.A):
+    if not host or LOOPBACK_HOSTS.fullmatch(host):
         return True
-    match = re.fullmatch(NEARBY_HOSTS, host, re.I | re.A)
+    match = NEARBY_HOSTS.fullmatch(host)
     if not match or not browser or "*" in origins:
         return match is not None
     named = [re.sub(r"^\w+://|(:\d+)?/*$", "", origin).lower() for origin in origins]
@@ -8226,7 +8242,7 @@ class RequestCycle:
         self.protocol = protocol_of(api, path)
         if authority and head.headers.setdefault("host", authority).lower() != authority.lower():
             raise ProxyError(400, "The target of this request names another server than its Host.")
-        body_length(head)  # ambiguous framing is a 400 whatever the path
+        head.length = body_length(head)  # ambiguous framing is a 400 whatever the path
         check_caller(head, path, server.config, server.loopback)
         if method == "OPTIONS":
             self.connection.client.send(self.answer_head(204, preflight_headers(head)))
@@ -8248,11 +8264,12 @@ class RequestCycle:
             fields, loaded = dict(urllib.parse.parse_qsl(query)), dict(server.loaded)
             context = context._replace(params=match.params, query=fields, loaded=loaded)
         try:
-            body = no_body(b"", "")
             if self.connection.body_left or self.head.method not in ("GET", "HEAD"):
                 raw = self.connection.read_body(self.head)
                 body = route.parse(raw, self.head.headers.get("content-type", ""))
                 del raw  # it may be large
+            else:
+                body = no_body(b"", "")
             keys = recipe_keys(body, context) + route.keys(body, context)
             if keys:
                 context = context._replace(stored=server.shelf(self.key).look_up(keys))
