@@ -701,6 +701,7 @@ class Refusal(NamedTuple):
 
     status: int
     message: str
+    headers: Mapping[str, str] = {}
 
 
 def no_keys(body: Fields, context: Context) -> list[str]:
@@ -1827,6 +1828,7 @@ class Tools(NamedTuple):
     search: str = ""  # what the client calls Google Search, where it asks for it
     code: str = ""  # and code execution
     namespaces: Mapping[str, str] = {}  # the client's name of a function -> its namespace
+    finder: str = ""  # the function with which the client searches for tools
 
     def hosted(self) -> dict[str, str]:
         """Google's own tools among them: Gemini's name -> what the client calls it."""
@@ -2833,7 +2835,7 @@ def with_recipe(chat: Chat) -> Chat:
 
 def count_plan(plan: Plan, model: Model) -> Plan:
     """The plan to count the tokens of a chat in place of asking it."""
-    return plan._replace(calls=(count_call(plan.calls[0], model),), stream=False)
+    return plan._replace(calls=(count_call(plan.calls[-1], model),), stream=False)
 
 
 GAP_INSTRUCTION = (
@@ -2990,6 +2992,8 @@ def link_content(part: Fields, model: Model) -> Part:
 
 
 def audio_content(part: Fields, model: Model) -> Part:
+    if part.data.get("audio_url"):  # Codex's form
+        return source_part(part, "audio_url", "audio.wav")
     audio = part.object_or_self("input_audio")
     extension = (audio.get("format", str) or "wav").lower()
     mime = extension_type("." + extension) or "audio/" + extension
@@ -3004,6 +3008,14 @@ def file_content(part: Fields, model: Model) -> Part:
         return source_part(file, "file_url", name)
     data = file.require("file_data", str)
     return media_part(file, "file_data", data, extension_type(name), name)
+
+
+def sealed_content(part: Fields, model: Model) -> Part:
+    """What only OpenAI can read, such as a result of its own search in the history of another
+    model."""
+    part.ignore(f"{without_indexes(part.path)}.encrypted_content")
+    part.mark_read(*part.data)
+    return text_part("[sealed content]")
 
 
 def no_file_store(part: Fields) -> None:
@@ -3021,6 +3033,7 @@ CONTENT_PARTS: dict[str, Callable[[Fields, Model], Part]] = {
     **dict.fromkeys(("image_url", "input_image", "video_url", "input_video"), link_content),
     "input_audio": audio_content,
     **dict.fromkeys(("file", "input_file"), file_content),
+    "encrypted_content": sealed_content,
 }
 
 
@@ -3107,6 +3120,8 @@ class ToolBuilder:
         self.namespaces: dict[str, str] = {}
         self.hosted = {"search": "", "code": ""}  # what the client calls Google's own tools
         self.strict = False
+        self.finder = ""
+        self.deferred: list[str] = []  # (name: description) of tools that wait to be found
 
     def declare(self, function: Fields, name: str, declaration: JSON, custom: bool = False) -> None:
         """Add a function under the client's name; of two with the same name the first one
@@ -3126,6 +3141,7 @@ class ToolBuilder:
             self.strict,
             **self.hosted,
             namespaces=self.namespaces,
+            finder=self.finder,
         )
 
 
@@ -3133,9 +3149,19 @@ def chat_tools(body: Fields, *more: Fields) -> Tools:
     """`tools` and the older `functions`, in the form of chats and in the flat one of responses,
     which some clients send to chats; `more` are other lists of tools."""
     builder = ToolBuilder()
-    for fields in (body, *more):
-        for tool, namespace, note in tool_list(fields):
+    first = [*tool_list(body)]
+    found = (entry for fields in more for entry in tool_list(fields))
+    finder = next((tool for tool, _, _ in first if searches_tools(tool)), None)
+    for tool, namespace, note in first:
+        if tool.get("defer_loading", bool) and finder:
+            defer_tool(tool, namespace, note, builder)
+        else:
             chat_tool(tool, namespace, note, builder, body)
+    for tool, namespace, note in found:
+        tool.mark_read("defer_loading")
+        chat_tool(tool, namespace, note, builder, body)
+    if finder:
+        declare_finder(finder, builder)
     for function in body.objects("functions"):
         chat_function(function, builder)
     if body.data.get("tool_choice") == "none":
@@ -3149,6 +3175,8 @@ def chat_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder, bod
     hosted = next((name for start, name in HOSTED_TOOLS if kind.startswith(start)), None)
     if hosted:
         builder.hosted[hosted] = f"tools[].{kind}"
+    elif searches_tools(tool):
+        tool.mark_read(*tool.data)  # chat_tools declares it, once all tools are known
     elif kind not in ("function", "custom") and "function" not in tool.data:
         body.ignore(f"tools[].{kind}")
         tool.mark_read(*tool.data)
@@ -3159,6 +3187,35 @@ def chat_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder, bod
         function = tool.object(wrapper) or tool
         chat_function(function, builder, kind == "custom", namespace, note)
         builder.strict |= bool(function.get("strict", bool))
+
+
+# A search for tools that the client runs (https://developers.openai.com/api/docs/guides/tools-tool-search);
+# without "client", OpenAI's servers would search, and Gemini knows all tools from the start.
+TOOL_SEARCH = "tool_search"
+
+
+def searches_tools(tool: Fields) -> bool:
+    return (tool.data.get("type"), tool.data.get("execution")) == (TOOL_SEARCH, "client")
+
+
+def defer_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder) -> None:
+    """A tool that is declared only once the client's search has found it: until then the model
+    knows its name and what it is for."""
+    name = qualified_name(namespace, function_name(tool))
+    words = " ".join(filter(None, (note, tool.get("description", str))))
+    builder.deferred.append(f"{name}: {words}")
+    tool.mark_read(*tool.data)
+
+
+def declare_finder(tool: Fields, builder: ToolBuilder) -> None:
+    """Declare the client's search for tools as a function."""
+    words = [tool.get("description", str), *builder.deferred]
+    if builder.deferred:
+        words.insert(1, "It finds these, among others:")
+    description = "\n".join(filter(None, words))
+    schema = tool.get("parameters", dict)
+    builder.declare(tool, TOOL_SEARCH, function_declaration(TOOL_SEARCH, description, schema))
+    builder.finder = TOOL_SEARCH
 
 
 # OpenAI's own tools that Gemini has too, by the beginning of their types, which end in dates.
@@ -3200,6 +3257,14 @@ def tool_list(
         else:
             yield tool, namespace, note
             note = ""
+
+
+def tool_names(tools: Any, namespace: str = "") -> Iterator[str]:
+    """The names under which the tools of such a list are declared."""
+    for tool in tools if isinstance(tools, list) else ():
+        name = qualified_name(namespace, get_or_empty(tool, "name", str))
+        inner = get_or_empty(tool, "tools", list)
+        yield from tool_names(inner, name) if inner else (name,)
 
 
 def qualified_name(namespace: str | None, name: str) -> str:
@@ -4465,6 +4530,9 @@ class History:
         self.signatures: dict[str, str] = {}  # call id -> signature, from our own reasoning items
         self.stored: dict[str, dict[str, JSON]] = {}  # key of a stored text -> its items by id
         self.references: set[str] = set()  # the ids of items referred to
+        self.summarized = 0  # turns up to the last summary, the last of them
+        self.effort: str | None = None  # of the last configuration_update that has one
+        self.text: Fields | None = None  # likewise
 
     def add(self, item: Fields) -> None:
         """Add one item. A type that is not known is named as ignored."""
@@ -4564,11 +4632,67 @@ class History:
         item.mark_read("role")
         self.tools.append(item)
 
+    def add_search(self, item: Fields) -> None:
+        """A call of the client's search for tools."""
+        call_id = strip_signature(item.get("call_id", str))
+        item.mark_read("execution")
+        if call_id:  # else OpenAI's servers searched
+            signature = self.signatures.get(call_id)
+            part = call_part(TOOL_SEARCH, call_arguments(item), call_id, signature)
+            self.contents.append(model_turn(part))
+
+    def add_found(self, item: Fields) -> None:
+        """The tools that such a search has found; they are declared from now on."""
+        self.add_tools(item)
+        call_id = strip_signature(item.get("call_id", str))
+        item.mark_read("execution")
+        if call_id:
+            content = encode_json({"tools": [*tool_names(item.data.get("tools"))]})
+            self.contents.append(user_turn(result_part(TOOL_SEARCH, content, call_id)))
+
+    def add_summary(self, item: Fields) -> None:
+        """The summary in a compaction, in place of all before it but what the user said.
+
+        A client may drop the rest, and need not: one that goes on from a stored response cannot.
+        https://developers.openai.com/api/docs/guides/compaction
+        """
+        text = item.get("encrypted_content", str)
+        summary: str = get_or_empty(text and unsealed(text), "summary", str)
+        if summary:
+            if self.summarized:
+                self.contents[self.summarized - 1]["parts"].clear()  # the earlier summary
+            rest = [turn for turn in self.contents[self.summarized :] if is_users_own(turn)]
+            rest.append(user_turn(text_part(f"{SUMMARY_HEAD}\n{summary}")))
+            self.contents[self.summarized :] = rest
+            self.summarized = len(self.contents)
+        elif text:
+            item.ignore("input[].encrypted_content")
+
+    def add_agent_message(self, item: Fields) -> None:
+        """What another agent of the client's said to this one."""
+        names = (item.get("author", str), item.get("recipient", str))
+        head = text_part("[Message from {} to {}]\n".format(*(name or "?" for name in names)))
+        self.contents.append(user_turn(head, *content_parts(item, "content", self.model)))
+
+    def add_update(self, item: Fields) -> None:
+        """Settings that hold from here on, in place of the request's."""
+        effort = item.object_or_empty("reasoning").choice("effort", *EFFORTS)
+        self.effort = effort or self.effort
+        self.text = item.object("text") or self.text
+
     def skip(self, item: Fields) -> None:
         """A search of Gemini's: the text that followed has its results."""
         item.mark_read(*item.data)
 
 
+def is_users_own(turn: JSON) -> bool:
+    """Whether the user speaks here, and not a tool."""
+    return turn["role"] == "user" and not any("functionResponse" in part for part in turn["parts"])
+
+
+# Codex's names for one, old and new (its protocol/src/models.rs).
+COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
+COMPACTION_TRIGGER = "compaction_trigger"
 INPUT_ITEMS: dict[str, Callable[[History, Fields], None]] = {
     "message": History.add_message,
     "reasoning": History.add_reasoning,
@@ -4586,6 +4710,12 @@ INPUT_ITEMS: dict[str, Callable[[History, Fields], None]] = {
     "image_generation_call": History.add_image,
     "web_search_call": History.skip,
     "additional_tools": History.add_tools,
+    "tool_search_call": History.add_search,
+    "tool_search_output": History.add_found,
+    **dict.fromkeys(COMPACTIONS, History.add_summary),
+    COMPACTION_TRIGGER: History.skip,
+    "agent_message": History.add_agent_message,
+    "configuration_update": History.add_update,
 }
 
 
@@ -4608,16 +4738,25 @@ def encrypted_content(calls: list[ToolCall], text_signature: str, model: Model) 
         signatures[TEXT_SIGNATURE] = text_signature
     if not signatures:
         return ""
-    content = {"generation": generation_number(model), "signatures": signatures}
+    return sealed({"generation": generation_number(model), "signatures": signatures})
+
+
+def sealed(content: JSON) -> str:
+    """What only this program reads, on whatever instance. It is no secret to the client."""
     return base64.b64encode(encode_json(content).encode()).decode()
+
+
+def unsealed(text: str) -> JSON | None:
+    """The same back; None where it is another program's."""
+    try:
+        return parsed_object(base64.b64decode(text, validate=True).decode())
+    except ValueError:
+        return None
 
 
 def signatures_in(text: str, model: Model) -> dict[str, str]:
     """The signatures in an encrypted_content; none if it is not ours, or of other models."""
-    try:
-        content = parsed_object(base64.b64decode(text, validate=True).decode())
-    except ValueError:
-        return {}
+    content = unsealed(text)
     if get_or_empty(content, "generation", int) != generation_number(model):
         return {}
     signatures: JSON = get_or_empty(content, "signatures", dict)
@@ -4729,6 +4868,7 @@ class ResponseOptions(NamedTuple):
     thoughts: bool  # whether the client wants to see them
     signatures: bool  # whether it wants those of calls, in reasoning items
     sources: bool  # whether it wants those of searches
+    compacts: bool = False  # whether the first answer is a summary of the conversation
 
 
 # What `include` may name; what else OpenAI has there, Gemini does not have.
@@ -4742,8 +4882,9 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     history = openai_history(body, model, context)
     tools = chat_tools(body, *history.tools)
     choice = openai_tool_choice(body, "tool_choice", tools)
-    text = body.object_or_empty("text")
+    text = history.text or body.object_or_empty("text")
     effort, summary = openai_reasoning(body)
+    effort = history.effort or effort
     show = summary is not None or (context.ollama and effort != "none")
     fields, google = openai_google(body)
     limit = openai_limit(body, "max_output_tokens", context)
@@ -4753,10 +4894,10 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     chat = Chat(model, history.system, history.contents, tools, choice, thinking, sampling, schema)
     recipe, stream = recipe_named(model_name, context), bool(body.get("stream", bool))
     chat = chat._replace(fields=fields, recipe=recipe, stream=stream)
-    call = chat_call(chat, body)
+    calls = compacting_calls(chat, body)
     echo = {
         **openai_echo(body, text),
-        **openai_echoed_sampling(call),
+        **openai_echoed_sampling(calls[-1]),
         "model": model_name,
         "parallel_tool_calls": choice.parallel,
         "reasoning": {"effort": effort, "summary": summary},
@@ -4767,8 +4908,10 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
         if name not in (SIGNATURES, SOURCES):
             body.ignore(f"include.{name}")
     items, thoughts = body.data.get("input") or [], show or bool(google.get("includeThoughts"))
-    options = ResponseOptions(echo, items, thoughts, SIGNATURES in included, SOURCES in included)
-    return Plan((call,), stream, options, model_name, chat=chat)
+    compacts = len(calls) > 1 or is_triggered(body)
+    wanted = (thoughts, SIGNATURES in included, SOURCES in included)
+    options = ResponseOptions(echo, items, *wanted, compacts)
+    return Plan(calls, stream, options, model_name, chat=chat)
 
 
 def openai_history(body: Fields, model: Model, context: Context) -> History:
@@ -4860,6 +5003,109 @@ def openai_echoed_tool(tool: JSON) -> JSON:
     if tool.get("type") != "function":
         return tool
     return {"description": None, "parameters": None, "strict": False, **tool}
+
+
+# ---- compaction ----
+
+COMPACTION_PROMPT = (
+    "<system>\nThis conversation becomes too long. Summarize it now for yourself: of all that you "
+    "said, of your tool calls and their results you will see nothing but this summary. Write "
+    "down what the user wants, word for word where the wording matters, and what they decided "
+    "or forbade; what was found out, with the paths, names, numbers, commands and errors that "
+    "are still needed; what was changed, and where; what is done, what is not, and what comes "
+    "next. Leave out what nobody needs any more. Answer with the summary alone, and call no "
+    "function.\n</system>"
+)
+SUMMARY_HEAD = "[A summary of what you said and did before this point, in place of it:]"
+TOKEN_BYTES = 4  # of text: https://ai.google.dev/gemini-api/docs/tokens
+MEDIA_TOKENS = (
+    1120  # of an image on Gemini 3: https://ai.google.dev/gemini-api/docs/media-resolution
+)
+
+
+def compacting_calls(chat: Chat, body: Fields) -> tuple[GeminiCall, ...]:
+    """The call for an answer, after one for a summary where the conversation has become too long
+    for the client; or that one alone, where the client wants nothing else."""
+    if is_triggered(body):
+        return (summary_call(chat, body),)
+    call = chat_call(chat, body)
+    threshold = compact_threshold(body)
+    if threshold and estimated_tokens(call.body) >= threshold:
+        return summary_call(chat._replace(sampling={}), body), call
+    return (call,)
+
+
+def is_triggered(body: Fields) -> bool:
+    """Whether the input ends in a compaction_trigger, which may stand nowhere else."""
+    items = body.data.get("input")
+    if not isinstance(items, list):
+        return False
+    kinds = [get_or_empty(item, "type", str) for item in items]
+    if COMPACTION_TRIGGER in kinds[:-1]:
+        path = f"input[{kinds.index(COMPACTION_TRIGGER)}]"
+        raise wrong_value(path, f"Invalid '{path}': a {COMPACTION_TRIGGER} must be the last item.")
+    return kinds[-1:] == [COMPACTION_TRIGGER]
+
+
+def compact_threshold(body: Fields) -> int | None:
+    """The tokens from which on the client wants the conversation to be summarized."""
+    thresholds: list[int] = []
+    for entry in body.objects("context_management"):
+        kind = entry.require("type", str)
+        threshold = entry.number("compact_threshold", 1, math.inf, int)
+        if kind == "compaction" and threshold:
+            thresholds.append(threshold)
+        else:
+            entry.ignore(f"context_management[].{kind}")
+    return min(thresholds, default=None)
+
+
+def estimated_tokens(value: Any) -> int:
+    """About how many tokens a request has: one of many needs no call to count them."""
+    if isinstance(value, str):
+        return -(-len(value.encode("utf-8", "surrogatepass")) // TOKEN_BYTES)
+    if isinstance(value, dict) and ("inlineData" in value or "fileData" in value):
+        return MEDIA_TOKENS
+    return sum(map(estimated_tokens, inner_values(value)))
+
+
+def summary_call(chat: Chat, body: Fields) -> GeminiCall:
+    """The call for a summary of a chat. Its tools stay declared: what Gemini caches begins so."""
+    names = ToolChoice("NONE") if chat.tools.declarations else ToolChoice()
+    tools = chat.tools._replace(search="", code="")
+    contents = [*chat.contents, user_turn(text_part(COMPACTION_PROMPT))]
+    thinking = chat.thinking._replace(show=False)
+    question = chat._replace(contents=contents, tools=tools, choice=names, thinking=thinking)
+    return chat_call(question._replace(schema=None), body)
+
+
+def openai_compact_request(body: Fields, context: Context) -> Plan:
+    """Compact a conversation: https://platform.openai.com/docs/api-reference/responses/compact"""
+    content = body.get("input", str, list) or []
+    items = [{"role": "user", "content": content}] if isinstance(content, str) else content
+    body.data["input"] = [*items, {"type": COMPACTION_TRIGGER}]
+    if body.get("stream", bool):
+        body.ignore("stream")
+    return openai_responses_request(body, context)._replace(stream=False)
+
+
+def openai_compact_response(exchange: Exchange, answers: Answers) -> JSON:
+    """All messages of the user's, and a compaction in place of the rest."""
+    response = last_event(openai_responses_stream(exchange, answers)).answer["response"]
+    if response["status"] != "completed":
+        reason = (response["error"] or response["incomplete_details"]).get("message")
+        words = reason or f"Gemini's summary is {response['status']}."
+        raise ProxyError(502, f"The conversation was not compacted: {words}", upstream=True)
+    past = past_items(response["previous_response_id"], exchange.context)
+    items = [*past, *input_items(exchange.options.items, response["id"].partition("_")[2])]
+    messages = [item for item in items if item.get("role") == "user"]
+    return {
+        "id": response["id"],
+        "object": "response.compaction",
+        "created_at": response["created_at"],
+        "output": [*messages, *response["output"]],
+        "usage": response["usage"],
+    }
 
 
 # ---- the answer ----
@@ -5024,6 +5270,11 @@ class ResponseBuilder:
     def add_call(self, call: ToolCall) -> Iterator[JSON]:
         namespace = self.chat.tools.namespaces.get(call.name)
         name = call.name.removeprefix(qualified_name(namespace, ""))
+        if call.name == self.chat.tools.finder:
+            search = {"type": "tool_search_call", "execution": "client", "call_id": call.id}
+            yield self.add("tsc_", {**search, "status": "in_progress", "arguments": call.args})
+            yield self.done(status="completed")
+            return
         if call.name in self.chat.tools.custom:
             kind, prefix, key, value = "custom_tool_call", "ctc_", "input", custom_input(call)
             last = {key: value}
@@ -5078,7 +5329,26 @@ class ResponseBuilder:
         if not self.output and status == "completed":
             yield from self.start_message()
             yield from self.close()
-        yield from self.end(status, fields, end.usage)
+        yield from self.end(status, fields)
+
+    def compact(self, events: Iterator[Event]) -> Generator[Any, None, End]:
+        """The item with a summary of the conversation, if it was written to its end."""
+        first = next(events)
+        yield from self.begin()
+        answer = whole(itertools.chain([first], events))
+        if answer.end.finish == "stop" and answer.text.strip():
+            content = sealed({"summary": answer.text})
+            yield self.add("cmp_", {"type": "compaction", "encrypted_content": content})
+            yield self.done()
+        return answer.end
+
+    def end_compaction(self, end: End) -> Iterator[Any]:
+        """The end of a response that is nothing but that item."""
+        status, fields = response_status(end)
+        if status == "completed" and not self.output:
+            error = {"code": "server_error", "message": "Gemini wrote no summary."}
+            status, fields = "failed", {"error": error}
+        yield from self.end(status, fields)
 
     def fail(self, error: JSON) -> Iterator[Any]:
         """The last event of a response that failed; the open item stays as far as it came."""
@@ -5086,10 +5356,11 @@ class ResponseBuilder:
             yield from self.begin()
         if self.open:
             self.output[-1] = {**self.output[-1], **self.open.final("incomplete")}
-        yield from self.end("failed", {"error": error}, self.exchange.usage)
+        yield from self.end("failed", {"error": error})
 
-    def end(self, status: str, fields: JSON, usage: Usage) -> Iterator[Any]:
+    def end(self, status: str, fields: JSON) -> Iterator[Any]:
         """The last event. Unless the client forbids it, the response is stored before."""
+        usage = self.exchange.usage
         counts = {  # cache_write_tokens is for openai-python, whose strict validation wants it
             "input_tokens": usage.prompt,
             "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
@@ -5128,6 +5399,11 @@ def openai_responses_stream(exchange: Exchange, answers: Answers) -> Iterator[An
     """The events of a response, and what to keep of it; nothing before Gemini's first word."""
     builder = exchange.builder = ResponseBuilder(exchange)
     calls: list[ToolCall] = []
+    if builder.options.compacts:
+        end = yield from builder.compact(next(answers))
+        if len(exchange.plan.calls) == 1:
+            yield from builder.end_compaction(end)
+            return
     for event in next(answers):
         if not builder.count:
             yield from builder.begin()
@@ -5244,6 +5520,8 @@ def stored_route(method: str, path: str, response: Callable[[Exchange, Answers],
 CHAT_COMPLETIONS = (openai_chat_request, openai_chat_response, openai_chat_stream)
 COMPLETIONS = (openai_completions_request, openai_completions_response, openai_completions_stream)
 RESPONSE = (openai_responses_request, openai_responses_response, openai_responses_stream, NAMED_SSE)
+COMPACTION = (openai_compact_request, openai_compact_response)
+NO_WEB_SOCKET = Refusal(426, "There is no WebSocket here: use POST.", {"Upgrade": "HTTP/1.1"})
 INPUT_TOKENS = (openai_input_tokens_request, openai_input_tokens_response)
 EMBEDDINGS = (openai_embeddings_request, openai_embeddings_response)
 IMAGES = (openai_images_request, openai_images_response, openai_images_stream, NAMED_SSE)
@@ -5259,6 +5537,8 @@ MODEL = (openai_models_request, openai_model_response)
 OPENAI_ROUTES = (
     Route("POST", "/v1/chat/completions", *CHAT_COMPLETIONS, keys=openai_keys),
     Route("POST", "/v1/responses", *RESPONSE, failure=openai_responses_failure, keys=openai_keys),
+    Route("GET", "/v1/responses", answer=NO_WEB_SOCKET),  # upon a 426 Codex uses POST from then on
+    Route("POST", "/v1/responses/compact", *COMPACTION, keys=openai_keys),
     Route("POST", "/v1/responses/input_tokens", *INPUT_TOKENS, keys=openai_keys),
     stored_route("GET", "/v1/responses/{id}/input_items", openai_input_items_response),
     stored_route("POST", "/v1/responses/{id}/cancel", openai_cancel_response),
@@ -8259,7 +8539,8 @@ class RequestCycle:
         """Read the body, look up what is stored for it, and plan the calls to Gemini."""
         server, route, context = self.server, match.route, self.server.context
         if isinstance(route.answer, Refusal):
-            raise ProxyError(*route.answer)
+            status, message, headers = route.answer
+            raise ProxyError(status, message, headers=dict(headers))
         if match.params or query or context.ollama:
             fields, loaded = dict(urllib.parse.parse_qsl(query)), dict(server.loaded)
             context = context._replace(params=match.params, query=fields, loaded=loaded)

@@ -4783,6 +4783,394 @@ def test_a_chat_without_messages_is_a_400_with_the_place(path, more):
     assert refused({"model": FLASH, **more}).path == path
 
 
+# ---- compaction ----
+
+TRIGGER = {"type": "compaction_trigger"}
+COMPACT_ROUTE = openai_route("/v1/responses/compact")
+
+
+def compaction_item(summary="We spoke."):
+    content = base64.b64encode(proxy.encode_json({"summary": summary}).encode()).decode()
+    return {"type": "compaction", "encrypted_content": content}
+
+
+SUMMARY = u(f"{proxy.SUMMARY_HEAD}\nWe spoke.")
+OSLO_OUTPUT = {"type": "function_call_output", "call_id": "call_9", "output": "3"}
+OSLO_TURNS = [user("Hi"), OSLO_CALL, OSLO_OUTPUT]
+
+
+def test_a_compaction_trigger_is_answered_with_one_compaction():
+    body = {"input": [*OSLO_TURNS, TRIGGER], "tools": [FLAT]}
+    events = response_events(body, chunk(THOUGHT), chunk("We "), whole("spoke."))
+    item = {"id": "cmp_1_0", **compaction_item()}
+    assert without(events, "sequence_number", "response") == [
+        {"type": "response.created"},
+        {"type": "response.in_progress"},
+        {"type": "response.output_item.added", "output_index": 0, "item": item},
+        {"type": "response.output_item.done", "output_index": 0, "item": item},
+        {"type": "response.completed"},
+    ]
+    assert events[-1]["response"]["output"] == [item]
+    assert events[-1]["response"]["usage"]["total_tokens"] == 11
+
+
+def test_a_summary_is_asked_for_in_words_after_the_conversation_and_without_a_call():
+    body = {
+        "input": [*OSLO_TURNS, TRIGGER],
+        "tools": [FLAT, {"type": "web_search"}],
+        "tool_choice": "required",
+        "text": JSON_TEXT,
+    }
+    sent = response_to_gemini({"model": NEWEST, **body})
+    assert sent["contents"][-1]["parts"][-1] == {"text": proxy.COMPACTION_PROMPT}
+    assert len(sent["contents"]) == 4
+    assert [list(tool) for tool in sent["tools"]] == [["functionDeclarations"]]
+    assert sent["toolConfig"] == {"functionCallingConfig": {"mode": "NONE"}}
+    assert "generationConfig" not in sent
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_compaction_trigger_is_the_last_item(place):
+    items = [user("Hi"), user("Hi")]
+    items.insert(place, TRIGGER)
+    with pytest.raises(ProxyError) as caught:
+        response_plan({"input": items})
+    assert (caught.value.status, caught.value.path) == (400, f"input[{place}]")
+
+
+@pytest.mark.parametrize(
+    "last, status",
+    [
+        (whole(), "failed"),
+        (whole(THOUGHT), "failed"),
+        (whole("We", finish="MAX_TOKENS"), "incomplete"),
+        (whole("We", finish="SAFETY"), "incomplete"),
+    ],
+)
+def test_a_conversation_whose_summary_is_not_whole_is_not_compacted(last, status):
+    response = response_to({"input": [user("Hi"), TRIGGER]}, last)
+    assert (response["status"], response["output"]) == (status, [])
+    assert response["error"] or response["incomplete_details"]
+
+
+def test_a_compaction_stands_for_all_before_it_but_the_users_words():
+    contents = contents_of(
+        *OSLO_TURNS,
+        assistant("Cold."),
+        user("And?"),
+        compaction_item(),
+        assistant("Warm."),
+        user("?"),
+    )
+    assert contents == [
+        u(*(part for turn in (u("Hi", "And?"), SUMMARY) for part in turn["parts"])),
+        m("Warm."),
+        u("?"),
+    ]
+
+
+def test_a_call_after_a_compaction_keeps_its_result():
+    contents = contents_of(*OSLO_TURNS, compaction_item(), *OSLO_TURNS[1:])
+    assert [list(part)[0] for turn in contents for part in turn["parts"]] == [
+        "text",
+        "text",
+        "functionCall",
+        "functionResponse",
+    ]
+
+
+def test_the_last_of_several_compactions_counts():
+    items = [user("Hi"), compaction_item("Old."), assistant("Yes."), user("And?")]
+    contents = contents_of(*items, compaction_item(), user("Go"))
+    assert contents == [u("Hi", "And?", *SUMMARY["parts"], "Go")]
+
+
+@pytest.mark.parametrize(
+    "content", ["gAAA", signatures("call_9"), compaction_item("")["encrypted_content"]]
+)
+def test_a_compaction_of_others_is_named_as_ignored(content):
+    item = {**compaction_item(), "encrypted_content": content}
+    plan, ignored = response_plan({"input": [assistant("Yes."), item, user("Hi")]})
+    assert ignored == ["input[].encrypted_content"]
+    assert plan.calls[0].body["contents"][-2:] == [m("Yes."), u("Hi")]
+
+
+@pytest.mark.parametrize("kind", ["compaction_summary", "context_compaction"])
+def test_codexs_other_names_of_compactions(kind):
+    assert (
+        contents_of({**compaction_item(), "type": kind}, user("Hi"))[0]["parts"][0]
+        == SUMMARY["parts"][0]
+    )
+    assert response_plan({"input": [{"type": kind}, user("Hi")]})[1] == []
+
+
+def test_a_stored_response_goes_on_from_its_compaction():
+    notes = Notes()
+    first = response_to({"input": [*OSLO_TURNS, TRIGGER]}, whole("We spoke."), notes=notes)
+    sent = response_to_gemini({"previous_response_id": first["id"], "input": "And?"}, notes)
+    assert sent["contents"] == [u("Hi", *SUMMARY["parts"], "And?")]
+
+
+def managed(threshold, **more):
+    management = [{"type": "compaction", "compact_threshold": threshold}]
+    return {"input": [user("x" * 400)], "context_management": management, **more}
+
+
+@pytest.mark.parametrize("threshold, calls", [(101, 2), (102, 1)])
+def test_a_conversation_is_compacted_from_the_threshold_on(threshold, calls):
+    plan, ignored = response_plan(managed(threshold, temperature=0.5, max_output_tokens=9))
+    assert (len(plan.calls), ignored) == (calls, [])
+    assert plan.calls[-1].body["contents"] == [u("x" * 400)]
+    assert plan.calls[-1].body["generationConfig"] == {"temperature": 0.5, "maxOutputTokens": 9}
+    if calls == 2:
+        assert "generationConfig" not in plan.calls[0].body
+
+
+def test_an_answer_follows_the_compaction_that_the_threshold_asked_for():
+    plan = response_plan(managed(1))[0]
+    answers = ([whole("We spoke.")], [whole("Hello")])
+    events = stream_of(RESPONSES_ROUTE, exchange(plan), *answers)
+    assert [event["type"] for event in events[:5]] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.output_item.done",
+        "response.output_item.added",
+    ]
+    response = events[-1]["response"]
+    assert response["output"] == [
+        {"id": "cmp_1_0", **compaction_item()},
+        {**MESSAGE_ITEM, "id": "msg_1_1"},
+    ]
+    assert response["usage"]["total_tokens"] == 22
+
+
+def test_an_answer_needs_no_whole_summary():
+    plan = response_plan(managed(1))[0]
+    answers = ([whole("We", finish="MAX_TOKENS")], [whole("Hello")])
+    response = whole_of(RESPONSES_ROUTE, exchange(plan), *answers)
+    assert [item["type"] for item in response["output"]] == ["message"]
+    assert response["status"] == "completed"
+
+
+def test_media_count_by_their_number_in_an_estimate_of_tokens():
+    parts = [{"text": "five?"}, IMAGE, {"functionResponse": {"name": "f", "parts": [IMAGE]}}]
+    assert proxy.estimated_tokens(u(*parts)) == 1 + 2 + 1 + 2 * proxy.MEDIA_TOKENS
+
+
+@pytest.mark.parametrize(
+    "entry, ignored",
+    [
+        ({"type": "compaction"}, ["context_management[].compaction"]),
+        ({"type": "other", "compact_threshold": 1}, ["context_management[].other"]),
+    ],
+)
+def test_other_context_management_is_named_as_ignored(entry, ignored):
+    plan, names = response_plan({"context_management": [entry]})
+    assert (len(plan.calls), names) == (1, ignored)
+
+
+def test_a_bad_threshold_is_a_400_with_the_place():
+    with pytest.raises(ProxyError) as caught:
+        response_plan(managed(0))
+    assert caught.value.path == "context_management[0].compact_threshold"
+
+
+def compacted(body, *answers, notes=None):
+    """What the route for compaction answers, when Gemini says these chunks."""
+    notes = Notes() if notes is None else notes
+    context = looked_up(COMPACT_ROUTE, body, Context(), notes)
+    plan, ignored = plan_and_ignored(body, COMPACT_ROUTE.request, context)
+    return whole_of(COMPACT_ROUTE, exchange(plan, context), answers, notes=notes), ignored
+
+
+def test_a_compacted_conversation_is_the_users_messages_and_one_compaction():
+    notes = Notes()
+    body = {"model": FLASH, "instructions": "Be brief.", "input": OSLO_TURNS, "stream": True}
+    answer, ignored = compacted(body, whole("We spoke."), notes=notes)
+    message = {"type": "message", "role": "user", "status": "completed"}
+    message.update(id="msg_1_i0", content=[{"type": "input_text", "text": "Hi"}])
+    assert answer.pop("usage")["total_tokens"] == 11
+    assert answer == {
+        "id": "resp_1",
+        "object": "response.compaction",
+        "created_at": 1700000000,
+        "output": [message, {"id": "cmp_1_0", **compaction_item()}],
+    }
+    assert ignored == ["stream"]
+    assert not notes
+
+
+def test_a_stored_conversation_is_compacted_with_its_messages():
+    notes = Notes()
+    first = response_to({"input": "Hello?"}, whole("Yes?"), notes=notes)
+    body = {"model": FLASH, "previous_response_id": first["id"], "input": "So?"}
+    answer, _ = compacted(body, whole("We spoke."), notes=notes)
+    texts = [item["content"][0]["text"] for item in answer["output"][:-1]]
+    assert texts == ["Hello?", "So?"]
+    assert answer["output"][-1]["type"] == "compaction"
+
+
+@pytest.mark.parametrize(
+    "last, words", [(whole(), "no summary"), (whole("We", finish="MAX_TOKENS"), "incomplete")]
+)
+def test_a_conversation_that_cannot_be_compacted_is_a_502(last, words):
+    with pytest.raises(ProxyError) as caught:
+        compacted({"model": FLASH, "input": "Hi"}, last)
+    assert caught.value.status == 502
+    assert words in caught.value.message
+
+
+def test_a_compaction_opens_on_another_instance(server, gemini):
+    gemini.say(whole("We spoke."))
+    item = post_json(server, "/v1/responses/compact", {"model": FLASH, "input": "Hi"})["output"][-1]
+    gemini.say(whole("Yes."))
+    with serving(gemini.url) as other:
+        post_json(other, "/v1/responses", {"model": FLASH, "input": [item, user("And?")]})
+    assert gemini.bodies[-1]["contents"] == [u(*SUMMARY["parts"], "And?")]
+
+
+# ---- Codex ----
+
+FINDER = {
+    "type": "tool_search",
+    "execution": "client",
+    "description": "Search for tools.",
+    "parameters": {"type": "object", "properties": {"query": {"type": "string"}}},
+}
+FOUND_TOOL = {**FLAT, "defer_loading": True}
+FOUND = {
+    "type": "tool_search_output",
+    "call_id": "call_9",
+    "execution": "client",
+    "status": "completed",
+    "tools": [{"type": "namespace", "name": "met", "description": "Met", "tools": [FOUND_TOOL]}],
+}
+FINDER_CALL = {
+    "type": "tool_search_call",
+    "call_id": "call_9",
+    "execution": "client",
+    "status": "completed",
+    "arguments": {"query": "weather"},
+}
+
+
+def declared(body):
+    """{name: description} of the functions that Gemini gets."""
+    tools = response_to_gemini(body)["tools"]
+    return {
+        entry["name"]: entry["description"]
+        for tool in tools
+        for entry in tool.get("functionDeclarations", ())
+    }
+
+
+def test_a_search_for_tools_is_a_function_and_its_call_an_item():
+    body = {"tools": [FINDER]}
+    sent = response_to_gemini(body)["tools"][0]["functionDeclarations"]
+    assert sent == [
+        {
+            "name": "tool_search",
+            "description": "Search for tools.",
+            "parametersJsonSchema": FINDER["parameters"],
+        }
+    ]
+    events = response_events(body, whole(call("tool_search", {"query": "weather"})))
+    item = {"id": "tsc_1_0", **FINDER_CALL, "call_id": "call_2"}
+    assert without(events[2:4], "sequence_number") == [
+        {
+            "type": "response.output_item.added",
+            "output_index": 0,
+            "item": {**item, "status": "in_progress"},
+        },
+        {"type": "response.output_item.done", "output_index": 0, "item": item},
+    ]
+
+
+def test_tools_that_were_found_are_declared_and_called_by_their_names():
+    items = [user("Hi"), reasoning_item(signatures("call_9")), FINDER_CALL, FOUND]
+    body = {"model": NEWEST, "tools": [FINDER], "input": items}
+    plan, ignored = response_plan(body)
+    assert ignored == []
+    assert list(declared(body)) == ["met.weather", "tool_search"]
+    search = {"id": "call_9", "name": "tool_search", "args": {"query": "weather"}}
+    result = {"id": "call_9", "name": "tool_search", "response": {"tools": ["met.weather"]}}
+    assert plan.calls[0].body["contents"] == [
+        u("Hi"),
+        m({"functionCall": search, "thoughtSignature": sign("s")}),
+        u({"functionResponse": result}),
+    ]
+    output = response_to(body, whole(call("met.weather", {"city": "Oslo"})))["output"]
+    assert (output[0]["namespace"], output[0]["name"]) == ("met", "weather")
+
+
+def test_deferred_tools_wait_for_the_clients_search():
+    description = (
+        "Search for tools.\nIt finds these, among others:\nweather: " + FLAT["description"]
+    )
+    names = declared({"tools": [FOUND_TOOL, FINDER, {**PATCH, "type": "custom"}]})
+    assert list(names) == ["apply_patch", "tool_search"]
+    assert names["tool_search"] == description
+
+
+@pytest.mark.parametrize("finder", [[], [{"type": "tool_search"}]])
+def test_without_a_search_of_the_clients_deferred_tools_are_declared_at_once(finder):
+    body = {"tools": [FOUND_TOOL, *finder]}
+    assert list(declared(body)) == ["weather"]
+    assert response_plan(body)[1] == ["tools[].tool_search" for _ in finder]
+
+
+def test_a_search_on_openais_servers_leaves_its_tools():
+    call_item, output = (
+        {**item, "call_id": None, "execution": "server"} for item in (FINDER_CALL, FOUND)
+    )
+    body = {"input": [user("Hi"), call_item, output]}
+    assert response_to_gemini(body)["contents"] == [u("Hi")]
+    assert list(declared(body)) == ["met.weather"]
+
+
+def test_what_another_agent_says_is_text():
+    content = [{"type": "input_text", "text": "Done."}]
+    item = {"type": "agent_message", "author": "/a", "recipient": "/root", "content": content}
+    assert contents_of(item) == [u("[Message from /a to /root]\n", "Done.")]
+
+
+def test_the_last_configuration_update_counts():
+    updates = [
+        {"type": "configuration_update", "reasoning": {"effort": "low"}},
+        {"type": "configuration_update", "text": JSON_TEXT},
+    ]
+    body = {"model": NEWEST, "input": [user("Hi"), *updates], "reasoning": {"effort": "high"}}
+    config = response_to_gemini(body)["generationConfig"]
+    assert config["thinkingConfig"] == {"thinkingLevel": "LOW"}
+    assert config["responseMimeType"] == "application/json"
+    assert response_to(body, whole("{}"))["reasoning"]["effort"] == "low"
+
+
+def test_sealed_content_of_openais_is_named_as_ignored():
+    output = [{"type": "encrypted_content", "encrypted_content": "gAAA"}]
+    items = [OSLO_CALL, {**OSLO_OUTPUT, "output": output}]
+    plan, ignored = response_plan({"input": items})
+    assert ignored == ["input[].output[].encrypted_content"]
+    result = plan.calls[0].body["contents"][-1]["parts"][0]["functionResponse"]["response"]
+    assert result == {"output": "[sealed content]"}
+
+
+def test_audio_in_codexs_form_is_read():
+    part = {"type": "input_audio", "audio_url": f"data:audio/wav;base64,{PNG}"}
+    assert contents_of(user([part]))[0]["parts"] == [
+        {"inlineData": {"mimeType": "image/png", "data": PNG}}
+    ]
+
+
+def test_a_web_socket_is_refused_with_a_426_at_once(server):
+    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    with RawClient(server) as client:
+        status, answered, body = client.request("GET", "/v1/responses", **headers)
+    assert (status, answered["upgrade"]) == (426, "HTTP/1.1")
+    assert "POST" in json.loads(body)["error"]["message"]
+
+
 def test_codex_gets_a_list_of_models_of_its_own():
     context = Context(query={"client_version": "0.171.0"})
     answers = iter([iter([{"models": MODELS}])])
@@ -10253,6 +10641,7 @@ RESPONSE_SAMPLES = {
     "prompt_cache_key": "x",
     "max_tool_calls": 3,
     "top_logprobs": 3,
+    "context_management": [{"type": "compaction", "compact_threshold": 9000}],
 }
 
 
