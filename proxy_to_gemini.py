@@ -3150,14 +3150,14 @@ def chat_tools(body: Fields, *more: Fields) -> Tools:
     which some clients send to chats; `more` are other lists of tools."""
     builder = ToolBuilder()
     first = [*tool_list(body)]
-    found = (entry for fields in more for entry in tool_list(fields))
+    later = (entry for fields in more for entry in tool_list(fields))
     finder = next((tool for tool, _, _ in first if searches_tools(tool)), None)
     for tool, namespace, note in first:
         if tool.get("defer_loading", bool) and finder:
             defer_tool(tool, namespace, note, builder)
         else:
             chat_tool(tool, namespace, note, builder, body)
-    for tool, namespace, note in found:
+    for tool, namespace, note in later:
         tool.mark_read("defer_loading")
         chat_tool(tool, namespace, note, builder, body)
     if finder:
@@ -4641,7 +4641,7 @@ class History:
             part = call_part(TOOL_SEARCH, call_arguments(item), call_id, signature)
             self.contents.append(model_turn(part))
 
-    def add_found(self, item: Fields) -> None:
+    def add_search_result(self, item: Fields) -> None:
         """The tools that such a search has found; they are declared from now on."""
         self.add_tools(item)
         call_id = strip_signature(item.get("call_id", str))
@@ -4711,7 +4711,7 @@ INPUT_ITEMS: dict[str, Callable[[History, Fields], None]] = {
     "web_search_call": History.skip,
     "additional_tools": History.add_tools,
     "tool_search_call": History.add_search,
-    "tool_search_output": History.add_found,
+    "tool_search_output": History.add_search_result,
     **dict.fromkeys(COMPACTIONS, History.add_summary),
     COMPACTION_TRIGGER: History.skip,
     "agent_message": History.add_agent_message,
@@ -4908,9 +4908,8 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
         if name not in (SIGNATURES, SOURCES):
             body.ignore(f"include.{name}")
     items, thoughts = body.data.get("input") or [], show or bool(google.get("includeThoughts"))
-    compacts = len(calls) > 1 or is_triggered(body)
-    wanted = (thoughts, SIGNATURES in included, SOURCES in included)
-    options = ResponseOptions(echo, items, *wanted, compacts)
+    options = ResponseOptions(echo, items, thoughts, SIGNATURES in included, SOURCES in included)
+    options = options._replace(compacts=len(calls) > 1 or is_triggered(body))
     return Plan(calls, stream, options, model_name, chat=chat)
 
 

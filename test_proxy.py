@@ -4871,7 +4871,7 @@ def test_a_compaction_stands_for_all_before_it_but_the_users_words():
 
 def test_a_call_after_a_compaction_keeps_its_result():
     contents = contents_of(*OSLO_TURNS, compaction_item(), *OSLO_TURNS[1:])
-    assert [list(part)[0] for turn in contents for part in turn["parts"]] == [
+    assert [next(iter(part)) for turn in contents for part in turn["parts"]] == [
         "text",
         "text",
         "functionCall",
