@@ -24,12 +24,13 @@ Where to look
     8. Responses                 from input items to output items; OpenAI's routes
     9. Ollama                    chat, generate, embeddings, models and their management
     10. Anthropic                messages and their counting
-    11. Routing                  which route answers a path, and the protocol of its errors
-    12. Client                   all that talks to Gemini: waiting, connections, attempts, memory
-    13. Server                   all that talks to clients: metrics, HTTP, who may call, answers
-    14. Command line             flags, environment, systemd, workers, checks, start and end
+    11. Gemini's own             its API as it is, passed through
+    12. Routing                  which route answers a path, and the protocol of its errors
+    13. Client                   all that talks to Gemini: waiting, connections, attempts, memory
+    14. Server                   all that talks to clients: metrics, HTTP, who may call, answers
+    15. Command line             flags, environment, systemd, workers, checks, start and end
 
-Sections 1 to 11 are pure: they get values and give values. Time and ids are given to them; what is
+Sections 1 to 12 are pure: they get values and give values. Time and ids are given to them; what is
 stored is looked up before (Route.keys); what must be stored, they return as a Keep. Gemini's
 JSON is the form of parts and turns; a Chat is a question to a model in nobody's dialect, and an
 Answer is what a whole answer adds up to. A fifth dialect fills a Chat and reads an Answer.
@@ -569,6 +570,29 @@ def decode_object(text: str) -> JSON | None:
     return value if type(value) is dict else None
 
 
+class BodyStream(NamedTuple):
+    """A client's body that goes on to Gemini as it comes in; the shell puts it into a call."""
+
+    blocks: Iterable[bytes]
+    length: int | None  # None where it comes in chunks
+
+
+class Passed(NamedTuple):
+    """What a call of Gemini's own API has besides its path, as the client sent it."""
+
+    method: str
+    root: str  # what is before the path: "v1beta", "v1", "upload/v1beta" ...
+    headers: Mapping[str, str]
+    body: bytes | BodyStream | None = None
+
+
+class AnswerHead(NamedTuple):
+    """How the answer to such a call begins; its bytes follow."""
+
+    status: int
+    headers: Mapping[str, str]
+
+
 class GeminiCall(NamedTuple):
     """One HTTP request to Gemini, not yet sent: a POST where it has a body."""
 
@@ -581,6 +605,7 @@ class GeminiCall(NamedTuple):
     unfence: bool = False  # whether JSON was asked for in words, and may come in a code fence
     left_out: tuple[str, ...] = ()  # names of what repairs have left out
     waits: bool = False  # is sent once the answers before it are read, which may refuse it
+    passed: Passed | None = None  # where it goes on as it came: its answer is a head, then bytes
 
 
 class Plan(NamedTuple):
@@ -595,6 +620,15 @@ class Plan(NamedTuple):
     loads: tuple[str, float] | None = None  # (model, seconds) to list in Ollama's ps from now on
 
 
+class ClientRequest(NamedTuple):
+    """A client's request but for its body."""
+
+    method: str = ""  # of the route: HEAD is GET
+    path: str = ""
+    query: str = ""
+    headers: Mapping[str, str] = {}  # by name in lower case
+
+
 class Context(NamedTuple):
     """What a request and its answer may depend on besides its body. All of it is values."""
 
@@ -604,6 +638,7 @@ class Context(NamedTuple):
     loaded: Mapping[str, float] = {}  # models in use -> until when, in seconds since 1970
     params: Mapping[str, str] = {}  # captured from the path
     query: Mapping[str, str] = {}
+    request: ClientRequest = ClientRequest()
 
 
 class Keep(NamedTuple):
@@ -670,7 +705,7 @@ class Framing(NamedTuple):
     """How the events of a stream become bytes."""
 
     content_type: str
-    encode: Callable[[JSON], bytes]
+    encode: Callable[[Any], bytes]
     end: bytes = b""  # after the last event of a stream that went well
     keep_alive: bytes = b": keep-alive\n\n"  # b"" where there is none
     carries_errors: bool = True  # whether an error can be an event
@@ -726,10 +761,12 @@ class Route(NamedTuple):
     path: str
     request: Callable[[Fields, Context], Plan] = no_plan
     response: Callable[[Exchange, Answers], Any] | None = None
-    stream: Callable[[Exchange, Answers], Iterator[Any]] | None = None  # of events and Keep
+    # Of events and Keep; an AnswerHead before them is how the answer begins.
+    stream: Callable[[Exchange, Answers], Iterator[Any]] | None = None
     framing: Framing = SSE
     keep_alive: Callable[[Exchange], JSON] | None = None  # an event, where framing has no bytes
-    parse: Callable[[bytes, str], Fields] = parse_body  # (body, Content-Type)
+    # (body, Content-Type); None: the body is not read, but goes on to Gemini as it comes in.
+    parse: Callable[[bytes, str], Fields] | None = parse_body
     failure: Callable[[Exchange, ProxyError], list[Any]] | None = None  # last events of a failure
     keys: Callable[[Fields, Context], list[str]] = no_keys  # of stored texts, besides recipes
     answer: Any = None
@@ -999,11 +1036,15 @@ def media_model(model_name: str, what: str, context: Context) -> Model:
 GEMINI_OPENED = 1702425600  # 13 December 2023, Gemini's API opened; it gives no dates of its models
 
 
-def usable_models(answers: Answers, context: Context) -> dict[str, JSON]:
+def listed_models(answers: Answers) -> list[JSON]:
+    """Gemini's entries for all of its models."""
+    return [entry for chunks in answers for chunk in chunks for entry in chunk["models"]]
+
+
+def usable_models(entries: list[JSON], context: Context) -> dict[str, JSON]:
     """Gemini's entries for the models that can chat or embed, by their plain names; then the names
     that stand for one of these."""
     models: dict[str, JSON] = {}
-    entries = [entry for chunks in answers for chunk in chunks for entry in chunk["models"]]
     for entry in entries:
         methods = get_or_empty(entry, "supportedGenerationMethods", list)
         name = get_or_empty(entry, "name", str)
@@ -4466,6 +4507,10 @@ def openai_transcriptions_stream(exchange: Exchange, answers: Answers) -> Iterat
 # ---- models ----
 
 
+# A header. Version 3 of the SDK asks below /v1/, as clients of OpenAI do.
+GOOGLES_SDK = "x-goog-api-client"
+
+
 def openai_models_request(body: Fields, context: Context) -> Plan:
     return Plan((MODELS_CALL,), model=context.params.get("model", ""))
 
@@ -4477,23 +4522,29 @@ def openai_model_entry(name: str, context: Context) -> JSON:
 
 
 def openai_models_response(exchange: Exchange, answers: Answers) -> JSON:
-    context = exchange.context
-    names = list(usable_models(answers, context))
+    context, entries = exchange.context, listed_models(answers)
+    names = list(usable_models(entries, context))
     if context.ollama:
         names = [tagged(name) for name in names if not UNLISTED.search(name)]
     models = {"object": "list", "data": [openai_model_entry(name, context) for name in names]}
-    if "client_version" in context.query:  # Codex wants a list of its own (openai/codex#35758)
+    if GOOGLES_SDK in context.request.headers:
+        models["models"] = entries
+    elif "client_version" in context.query:  # Codex wants a list of its own (openai/codex#35758)
         models["models"] = []  # of models with prompts, which would replace Codex's
     return models
 
 
 def openai_model_response(exchange: Exchange, answers: Answers) -> JSON:
     name, context = exchange.model, exchange.context
-    if model_named(name, context).name not in usable_models(answers, context):
+    entry = usable_models(listed_models(answers), context).get(model_named(name, context).name)
+    if entry is None:
         raise no_such_model(name)
     if not context.ollama:
         name = plain_name(name, False)
-    return openai_model_entry(name, context)
+    answer = openai_model_entry(name, context)
+    if GOOGLES_SDK in context.request.headers:
+        return {**entry, **answer}
+    return answer
 
 
 # ---- errors ----
@@ -5987,7 +6038,7 @@ def ollama_embed_request(body: Fields, context: Context) -> Plan:
 def check_lengths(exchange: Exchange, answers: Answers) -> None:
     """Refuse a text that the model would cut off. Gemini's list says how many tokens it takes."""
     options: EmbedOptions = exchange.options
-    models = usable_models(itertools.islice(answers, 1), exchange.context)
+    models = usable_models(listed_models(itertools.islice(answers, 1)), exchange.context)
     entry = models.get(model_named(exchange.model, exchange.context).name)
     limit = get_or_empty(entry, "inputTokenLimit", int) or math.inf
     for chunks in itertools.islice(answers, options.checks - 1):
@@ -6033,7 +6084,9 @@ UNLISTED = re.compile(
 
 def listed_entry(model_name: str, answers: Answers, context: Context) -> JSON:
     """Gemini's entry for the model that a client means; a 404 if there is none."""
-    entry = usable_models(answers, context).get(model_named(model_name, context).name)
+    entry = usable_models(listed_models(answers), context).get(
+        model_named(model_name, context).name
+    )
     if entry is None:
         raise no_such_model(model_name)
     return entry
@@ -6084,7 +6137,7 @@ def ollama_tags_request(body: Fields, context: Context) -> Plan:
 
 def ollama_tags_response(exchange: Exchange, answers: Answers) -> JSON:
     context = exchange.context
-    models = usable_models(answers, context)
+    models = usable_models(listed_models(answers), context)
     names = [name for name in models if not UNLISTED.search(name)]
     return {"models": [ollama_entry(name, models[name], context) for name in names]}
 
@@ -6101,7 +6154,7 @@ def ollama_ps_response(exchange: Exchange, answers: Answers) -> JSON:
     loaded = {name: until for name, until in context.loaded.items() if until > now}
     if not loaded:
         return {"models": []}
-    models = usable_models(answers, context)
+    models = usable_models(listed_models(answers), context)
     entries = []
     for name, until in sorted(loaded.items(), key=itemgetter(1), reverse=True):
         gemini_entry = models.get(model_named(name, context).name)
@@ -6205,7 +6258,7 @@ def ollama_pull_request(body: Fields, context: Context) -> Plan:
 
 def ollama_pull_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
     """Nothing is downloaded; `codex --oss` and Home Assistant wait for "success"."""
-    models = usable_models(answers, exchange.context)
+    models = usable_models(listed_models(answers), exchange.context)
     yield {"status": "pulling manifest"}
     if model_named(exchange.model, exchange.context).name not in models:
         raise ProxyError(500, "pull model manifest: file does not exist")
@@ -6243,7 +6296,7 @@ def ollama_copy_request(body: Fields, context: Context) -> Plan:
 def ollama_copy_response(exchange: Exchange, answers: Answers) -> Kept:
     name, context = exchange.model, exchange.context
     source = model_named(name, context).name
-    models = usable_models(answers, context)
+    models = usable_models(listed_models(answers), context)
     if source not in models:
         raise ProxyError(404, f"model {json.dumps(name[:200])} not found")
     recipe = recipe_named(name, context)._replace(source=source)
@@ -6279,7 +6332,7 @@ def ollama_create_request(body: Fields, context: Context) -> Plan:
 
 def ollama_create_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
     recipe: Recipe = exchange.options
-    models = usable_models(answers, exchange.context)
+    models = usable_models(listed_models(answers), exchange.context)
     if recipe.source not in models:
         raise no_such_model(recipe.source)
     yield recipe_to_keep(exchange.model, recipe, exchange, models)
@@ -6291,7 +6344,7 @@ def ollama_delete_response(exchange: Exchange, answers: Answers) -> Kept:
     name, context = exchange.model, exchange.context
     if recipe_named(name, context).source:
         return Kept(Payload(b""), (Keep(recipe_key(name), ""),))
-    if plain_name(name, True) in usable_models(answers, context):
+    if plain_name(name, True) in usable_models(listed_models(answers), context):
         message = f"model '{name[:200]}' is Google's and cannot be deleted from here"
         raise ProxyError(403, message)
     raise no_such_model(name)
@@ -6933,7 +6986,129 @@ ANTHROPIC = Protocol(
 
 
 # ======================================================================================
-# 11. Routing: which route answers a path, and the protocol of its errors
+# 11. Gemini's own: its API as it is, passed through
+# ======================================================================================
+
+# Names of resources (https://google.aip.dev/122): nothing that could lead to another place.
+RESOURCE_ID = r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*"
+CREATED = "(tunedModels|files|cachedContents|batches|interactions|fileSearchStores)"
+COLLECTION = f"(models|operations|{CREATED})"
+INNER = "((upload/)?operations|documents|permissions|media)"  # collections within a resource
+RESOURCE = f"{COLLECTION}/{RESOURCE_ID}(/{INNER}/{RESOURCE_ID})?"
+# What each method can be about: https://ai.google.dev/api, and the paths of google-genai 3.6.
+PASSED_PATHS = {
+    "GET": rf"{COLLECTION}|{RESOURCE}(/{INNER})?|files/{RESOURCE_ID}:download",
+    "POST": (
+        rf"{CREATED}(/{RESOURCE_ID}/permissions)?|({RESOURCE}|{COLLECTION}):[A-Za-z]+"
+        rf"|interactions/{RESOURCE_ID}/cancel"
+    ),
+    "PATCH": f"(?!models/){RESOURCE}",
+    "DELETE": f"(?!models/){RESOURCE}",
+}
+PASSED_TARGET = re.compile(r"/((?:upload/|download/)?v1(?:alpha|beta)?)/(.*)")
+PASSED_HEADERS = re.compile(
+    "content-(type|encoding)|api-revision|x-goog-(api-client|upload-.*)", re.ASCII
+)
+# Parameters that are credentials, or stand for headers and the method
+# (https://cloud.google.com/apis/docs/system-parameters); a ticket is this server's own.
+UPLOAD_TICKET = "proxy_ticket"
+WITHHELD = re.compile(
+    rf"\$?(key|access_token|oauth_token|userProject|httpMethod|httpHeaders)|{UPLOAD_TICKET}"
+)
+
+
+def passed_body(raw: bytes, content_type: str) -> Fields:
+    """The body as it came, whatever it is: Gemini says what is wrong with it."""
+    return Fields({"body": Upload("", content_type, raw)})
+
+
+def passed_request(body: Fields, context: Context) -> Plan:
+    """Anything of Gemini's API: https://ai.google.dev/api"""
+    method, path, query, headers = context.request
+    match = PASSED_TARGET.fullmatch(path)
+    target = urllib.parse.unquote(match.group(2)) if match else ""
+    if not match or not re.fullmatch(PASSED_PATHS[method], target):
+        raise NoRouteError(404, f"Gemini's API has nothing here ({method} {path[:200]})")
+    fields = [(passed_name(field), field) for field in query.split("&") if field]
+    withheld = {name for name, _ in fields if WITHHELD.fullmatch(name)}
+    for name in withheld - {"key", UPLOAD_TICKET}:
+        body.ignore(name)
+    kept = "&".join(field for name, field in fields if name not in withheld)
+    upload = body.get("body", Upload)
+    passed = Passed(
+        method,
+        match.group(1),
+        {name: value for name, value in headers.items() if PASSED_HEADERS.fullmatch(name)},
+        upload and upload.data,
+    )
+    call = GeminiCall("?".join(filter(None, (target, kept))), passed=passed)
+    model = re.match(r"(?:models/|(?=tunedModels/))([^:]+):", target)
+    return Plan((call,), stream=True, model=model.group(1) if model else "")
+
+
+def passed_name(field: str) -> str:
+    """The name of a parameter in a query."""
+    return urllib.parse.unquote_plus(field.partition("=")[0])
+
+
+TOKEN_COUNT = re.compile(rb'"(\w{1,40}TokenCount)": ?(\d{1,12})')
+MAX_COUNT_BYTES = 64  # that a TOKEN_COUNT has at most
+
+
+def passed_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
+    """The head and the bytes of the answer, as they come; its tokens count."""
+    counts: JSON = {}
+    end = b""  # of the block before: a count may begin in it
+    for item in next(answers):
+        if isinstance(item, bytes):
+            numbers = TOKEN_COUNT.findall(end + item)
+            counts.update((name.decode(), int(number)) for name, number in numbers)
+            exchange.usage = read_usage(counts)
+            end = item[-MAX_COUNT_BYTES:]
+        yield item
+
+
+# Google's words: https://google.aip.dev/193, google/rpc/code.proto
+GOOGLE_STATUSES = {
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    405: "UNIMPLEMENTED",
+    429: "RESOURCE_EXHAUSTED",
+    500: "INTERNAL",
+    501: "UNIMPLEMENTED",
+    502: "UNAVAILABLE",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}  # else "INVALID_ARGUMENT"
+
+
+def passed_error(error: ProxyError) -> tuple[int, JSON]:
+    """Google's form of an error, for those of this server; Gemini's own go on as they come."""
+    status = GOOGLE_STATUSES.get(error.status, "INVALID_ARGUMENT")
+    body = {"code": error.status, "message": error.message, "status": status}
+    return error.status, {"error": body}
+
+
+def passed_route(method: str, path: str, parse: Any = passed_body) -> Route:
+    return Route(method, path, passed_request, stream=passed_stream, framing=AS_IT_IS, parse=parse)
+
+
+AS_IT_IS = Framing("application/octet-stream", bytes, keep_alive=b"", carries_errors=False)
+GEMINI_ROUTES = (
+    *(passed_route(method, "/v1beta/{path}") for method in PASSED_PATHS),
+    *(passed_route(method, "/v1alpha/{path}") for method in PASSED_PATHS),
+    passed_route("POST", "/v1/models/{path}"),
+    passed_route("POST", "/v1/interactions"),
+    *(passed_route(method, "/v1/interactions/{path}") for method in ("GET", "POST", "DELETE")),
+    passed_route("POST", "/upload/{path}", parse=None),
+    passed_route("GET", "/download/{path}"),
+)
+GEMINI = Protocol("gemini", GEMINI_ROUTES, passed_error, lambda error: passed_error(error)[1])
+
+
+# ======================================================================================
+# 12. Routing: which route answers a path, and the protocol of its errors
 # ======================================================================================
 
 
@@ -6954,10 +7129,16 @@ OPENAI_ONLY_PATHS = ("/v1/images/generations", "/v1/audio/speech", "/v1/audio/tr
 SHARED_ROUTES = tuple(route for route in OPENAI.routes if route.path not in OPENAI_ONLY_PATHS)
 SHARED_OPENAI = without_401(OPENAI._replace(routes=SHARED_ROUTES))
 
-# What each -api mounts. The first protocol whose prefix fits a path writes its errors.
+# What each -api mounts. The first protocol whose pattern fits "METHOD path" writes its errors.
+OWN_PATHS = r"\w+ /(v1alpha|v1beta|upload|download|v1/interactions)(/|\Z)|POST /v1/models/"
 MOUNTS: dict[str, tuple[tuple[str, Protocol], ...]] = {
-    "openai": (("/", OPENAI),),
-    "ollama": (("/v1/messages", ANTHROPIC), ("/v1", SHARED_OPENAI), ("/", OLLAMA)),
+    "openai": ((OWN_PATHS, GEMINI), ("", OPENAI)),
+    "ollama": (
+        (OWN_PATHS, GEMINI),
+        (r"\w+ /v1/messages", ANTHROPIC),
+        (r"\w+ /v1", SHARED_OPENAI),
+        ("", OLLAMA),
+    ),
 }
 
 
@@ -6976,18 +7157,23 @@ def path_pattern(path: str) -> Pattern[str]:
     return re.compile(re.sub(r"\[\^/\]\+\)$", ".+)", pattern) + r"\Z")
 
 
+VERSIONED = re.compile(r"/v1/|/(v1alpha|v1beta|upload|download)(/|\Z)")
+
+
 def plain_path(path: str, api: str) -> str:
-    """The path as routes spell it: users write /v1 twice or never in base URLs, or add slashes."""
+    """The path as routes spell it: users write the version twice or never in base URLs, or add
+    slashes."""
     path = re.sub(r"/{2,}", "/", "/" + path).rstrip("/") or "/"
-    path = re.sub(r"^(/v1)+(?=/|$)", "/v1", path)
-    if api == "ollama" or path.startswith("/v1/") or path in ("/", "/healthz", "/metrics"):
+    path = re.sub(r"^(/v1(?:alpha|beta)?)+(?=/|$)", r"\1", path)
+    if api == "ollama" or VERSIONED.match(path) or path in ("/", "/healthz", "/metrics"):
         return path
     return "/v1" + path
 
 
-def protocol_of(api: str, path: str) -> Protocol:
+def protocol_of(api: str, method: str, path: str) -> Protocol:
     """The protocol that writes the errors at this path."""
-    return next(protocol for prefix, protocol in MOUNTS[api] if path.startswith(prefix))
+    request = f"{method} {path}"
+    return next(protocol for pattern, protocol in MOUNTS[api] if re.match(pattern, request))
 
 
 @functools.cache
@@ -7025,7 +7211,7 @@ def find_route(api: str, method: str, path: str) -> RouteMatch:
 
 
 # ======================================================================================
-# 12. Client: all that talks to Gemini: waiting, connections, attempts, memory
+# 13. Client: all that talks to Gemini: waiting, connections, attempts, memory
 # ======================================================================================
 
 CONNECT_SECONDS = 10.0  # to connect, and as much silence again during the TLS handshake
@@ -7085,6 +7271,14 @@ def read_headers(file: io.BufferedIOBase, limit: int) -> dict[str, str]:
         else:
             headers[name] += f", {value}"
     raise BadHeadError(431, f"There are more than {MAX_HEADER_LINES} header lines.")
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def chunk_of(data: bytes) -> bytes:
+    """Data as a chunk of a body (RFC 9112, section 7.1)."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 # ---- waiting ----
@@ -7192,6 +7386,7 @@ IDLE_WAITER = Waiter(None, 0)  # of connections that wait for their next call
 
 # ---- connections ----
 
+BROKEN_ERRORS = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
 Address = tuple[int, int, int, str, Any]  # as socket.getaddrinfo gives it
 HttpProxy = tuple[str, int, dict[str, str]]  # host, port and headers of one on the way to Gemini
 
@@ -7221,6 +7416,14 @@ class UpstreamSocket(io.RawIOBase):
         view = memoryview(data)
         while view:
             view = view[self.when_ready(WRITABLE, self.sock.send, view) :]
+
+    def send_stream(self, body: BodyStream) -> None:
+        """Send a body as it comes. If Gemini hangs up meanwhile, its answer may tell why."""
+        with contextlib.suppress(*BROKEN_ERRORS):
+            for block in body.blocks:
+                self.send(block if body.length is not None else chunk_of(block))
+            if body.length is None:
+                self.send(LAST_CHUNK)
 
     def start_tls(self, context: ssl.SSLContext, host: str, session: ssl.SSLSession | None) -> None:
         """Speak TLS; the session of an earlier connection saves half of the handshake."""
@@ -7326,6 +7529,8 @@ class Response:
                 raise http.client.HTTPException(message)
             self.left = int(length)
             self.complete = not self.left
+        if self.status == 204:  # "No Content" has no body, whatever else its head says
+            self.left, self.complete = 0, True
         if "close" not in self.headers.get("connection", "").lower() and version == b"1":
             self.persistent = self.chunked or self.left is not None
 
@@ -7374,11 +7579,12 @@ class Response:
 class UpstreamRequest(urllib.request.Request):
     """A request to Gemini, with what the pool must know; an idle connection is not `fresh`."""
 
-    def __init__(self, url: str, key: str, body: bytes | None, waiter: Waiter, fresh: bool):
-        agent = f"proxy-to-gemini/{VERSION}"
-        headers = {"x-goog-api-key": key, "Content-Type": "application/json", "User-Agent": agent}
-        super().__init__(url, body, headers)
-        self.body, self.waiter, self.fresh = body, waiter, fresh
+    def __init__(self, url: str, key: str, passed: Passed, waiter: Waiter, fresh: bool):
+        headers = {"User-Agent": f"proxy-to-gemini/{VERSION}", **passed.headers}
+        if key:
+            headers["x-goog-api-key"] = key
+        super().__init__(url, headers=headers, method=passed.method)
+        self.body, self.waiter, self.fresh = passed.body, waiter, fresh
 
 
 class Pool(urllib.request.BaseHandler):
@@ -7403,15 +7609,21 @@ class Pool(urllib.request.BaseHandler):
         """Send the request: its Response, of which nothing is read yet."""
         connection = self.acquire(request)
         connection.waiter, connection.received = request.waiter, False
-        target, headers = request.selector, dict(request.header_items())
-        if request.body is not None:
-            headers["Content-Length"] = str(len(request.body))
+        target, headers, body = request.selector, dict(request.header_items()), request.body
+        if isinstance(body, bytes):
+            headers["Content-Length"] = str(len(body))
+        elif body is not None:
+            headers.update(stream_headers(body))
         if self.proxy and not self.context:  # a proxy for plain HTTP wants the whole URL
             target = f"http://{self.authority}{target}"
             headers.update(self.proxy[2])
         head = request_head(request.get_method(), target, request.host, headers)
         try:
-            connection.send(head + (request.body or b""))
+            if isinstance(body, BodyStream):
+                connection.send(head)
+                connection.send_stream(body)
+            else:
+                connection.send(head + (body or b""))
         except BaseException:
             connection.close()
             raise
@@ -7482,6 +7694,12 @@ class Pool(urllib.request.BaseHandler):
                 self.drop_oldest()
 
 
+def stream_headers(body: BodyStream) -> dict[str, str]:
+    if body.length is None:
+        return {"Transfer-Encoding": "chunked"}
+    return {"Content-Length": str(body.length)}
+
+
 def request_head(method: str, target: str, host: str, headers: dict[str, str]) -> bytes:
     lines = [f"{name}: {value}\r\n" for name, value in {"Host": host, **headers}.items()]
     return "".join([f"{method} {target} HTTP/1.1\r\n", *lines, "\r\n"]).encode("latin-1")
@@ -7517,7 +7735,6 @@ def tls_context() -> ssl.SSLContext:
 # ---- calls ----
 
 TRANSPORT_ERRORS = (OSError, http.client.HTTPException)
-BROKEN_ERRORS = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
 
 
 def transport_error(failure: Exception) -> ProxyError:
@@ -7531,6 +7748,20 @@ def transport_error(failure: Exception) -> ProxyError:
     reason = getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
     message = f"Gemini could not be reached, or does not speak HTTP: {reason}"
     return ProxyError(502, message, upstream=True)
+
+
+# Headers of an answer that is passed through.
+ANSWER_HEADERS = re.compile(
+    r"content-(type|disposition)|location|retry-after|x-g(oog-upload|emini)-.*", re.ASCII
+)
+
+
+def plain_call(call: GeminiCall) -> Passed:
+    """What a call of this server's own has besides its path."""
+    headers = {"Content-Type": "application/json"}
+    if call.body is None:
+        return Passed("GET", "v1beta", headers)
+    return Passed("POST", "v1beta", headers, gemini_json(call.body))
 
 
 class UpstreamCall:
@@ -7554,11 +7785,10 @@ class UpstreamCall:
     def send(self, fresh: bool = False) -> None:
         """Make an attempt; on a fresh connection where an idle one has just failed."""
         self.attempts += 1
-        body = None
-        if self.call.body is not None:
-            body = gemini_json(self.call.body)
-        url = self.gemini.base + self.call.path
-        request = UpstreamRequest(url, self.key, body, self.waiter, fresh)
+        passed = self.call.passed or plain_call(self.call)
+        url = f"{self.gemini.base}{passed.root}/{self.call.path}"
+        fresh = fresh or isinstance(passed.body, BodyStream)  # which cannot be sent again
+        request = UpstreamRequest(url, self.key, passed, self.waiter, fresh)
         try:
             self.response = self.gemini.opener.open(request)
         except (ProxyError, *TRANSPORT_ERRORS) as failure:
@@ -7572,7 +7802,9 @@ class UpstreamCall:
                 yield {"models": self.gemini.list_models(self.waiter, self.key)}
                 return
             response = self.good_response()
-            if self.call.streaming:
+            if self.call.passed:
+                yield from self.passed_answer(response)
+            elif self.call.streaming:
                 yield from read_sse(iter(functools.partial(response.read1, BLOCK_BYTES), b""))
             else:
                 body = response.read()
@@ -7586,10 +7818,30 @@ class UpstreamCall:
         finally:
             self.release()
 
+    def passed_answer(self, response: Response) -> Iterator[Any]:
+        """The answer as it comes: its head, then its bytes. An error does not quote the key."""
+        headers = {
+            name: value
+            for name, value in response.headers.items()
+            if ANSWER_HEADERS.fullmatch(name)
+        }
+        yield AnswerHead(response.status, headers)
+        if response.status >= 400:
+            self.gemini.count("upstream_errors_total", str(response.status))
+            yield self.masked(response.read())
+        else:
+            yield from iter(functools.partial(response.read1, BLOCK_BYTES), b"")
+
+    def masked(self, data: bytes) -> bytes:
+        """The bytes without the key, where there is one."""
+        if not self.key:
+            return data
+        return data.replace(self.key.encode(), KEY_MASK.encode())
+
     def reported(self, failure: Exception) -> ProxyError:
         """The error for the client, which does not quote the key."""
         error = transport_error(failure)
-        error.message = error.message.replace(self.key, KEY_MASK)[:8000]
+        error.message = self.masked(error.message.encode("utf-8", "replace")).decode()[:8000]
         return error
 
     def good_response(self) -> Response:
@@ -7629,7 +7881,7 @@ class UpstreamCall:
         response = self.response
         try:
             response.begin()
-            if response.status == 200:
+            if response.status == 200 or self.call.passed:
                 tls = response.connection.tls
                 if tls and not response.connection.reused:
                     self.gemini.pool.session = tls.session  # its ticket has come (RFC 8446, 4.6.1)
@@ -7639,12 +7891,13 @@ class UpstreamCall:
             body = failure.partial
         except TRANSPORT_ERRORS as failure:
             return failure
-        body = body.replace(self.key.encode(), KEY_MASK.encode())
+        body = self.masked(body)
         return gemini_refusal(response.status, read_json(body), body)
 
     def backoff(self, error: ProxyError) -> float | None:
         """Seconds before the next attempt, for which the call may be repaired; None to give up."""
-        if self.attempts >= MAX_ATTEMPTS:
+        streams = self.call.passed and isinstance(self.call.passed.body, BodyStream)
+        if self.attempts >= MAX_ATTEMPTS or streams:
             return None
         if error.status == 400:
             call, names = repaired(self.call, error.message)
@@ -7784,7 +8037,7 @@ class Gemini:
     def __init__(
         self, url: str, state: str = ":memory:", count: Callable[..., None] = lambda *_: None
     ):
-        self.base = url.rstrip("/") + "/v1beta/"
+        self.base = url.rstrip("/") + "/"
         self.pool, self.memory = Pool(url), Memory(state)
         self.count = count  # called with the name and labels of a metric
         self.opener = urllib.request.OpenerDirector()  # bare: it follows no redirect
@@ -7926,14 +8179,14 @@ def scope_of(key: str) -> str:
 
 
 # ======================================================================================
-# 13. Server: all that talks to clients: metrics, HTTP, who may call, answers
+# 14. Server: all that talks to clients: metrics, HTTP, who may call, answers
 # ======================================================================================
 
 MAX_BODY_BYTES = 128 << 20  # of a request; Gemini takes 100 MB
+MAX_UPLOAD_BYTES = 2 << 30  # of a file for Gemini, which is not held here: what it takes
 # Under way, in all workers; media take three times that, of MemoryMax=1G.
 MAX_ALL_BODIES_BYTES = 192 << 20
 BODY_BLOCK_BYTES = 1 << 20  # of a body that are read before they count
-BODY_TOO_LARGE = f"The body of this request is larger than {MAX_BODY_BYTES >> 20} MiB."
 MAX_UNPACKED_BYTES = 32 << 20  # of a compressed body, once unpacked: media hardly shrink
 MAX_UNPACKED_RATIO = 100  # to one byte that came: JSON shrinks to a tenth, bombs to a thousandth
 MIN_UNPACKED_BYTES = 64 << 10  # which may be unpacked whatever the ratio
@@ -8209,6 +8462,10 @@ class RequestHead:
         self.http_1_0 = match.group(3) == b"0"
 
 
+def body_too_large(limit: int) -> ProxyError:
+    return ProxyError(413, f"The body of this request is larger than {limit >> 20} MiB.")
+
+
 def body_length(head: RequestHead) -> int | None:
     """The bytes of a request's body, or None where it comes in chunks (RFC 9112, section 6.3).
 
@@ -8223,8 +8480,6 @@ def body_length(head: RequestHead) -> int | None:
         return 0
     if not re.fullmatch(r"[0-9]{1,15}", length):
         raise ProxyError(400, "Content-Length is not a number.")
-    if int(length) > MAX_BODY_BYTES:
-        raise ProxyError(413, BODY_TOO_LARGE)
     return int(length)
 
 
@@ -8300,30 +8555,53 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_body(self, head: RequestHead) -> bytes:
         """The whole body, without its framing and its Content-Encoding."""
-        expects = head.headers.get("expect", "").lower() == "100-continue" and not head.http_1_0
-        if self.body_left and expects:  # RFC 9110, section 10.1.1
-            self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.client.deadline = time.monotonic() + BODY_SECONDS
         file = io.BytesIO()  # a list of small chunks would take many times their bytes
-        if head.length is None:
-            self.read_chunks(file)
-        else:
-            self.read_exactly(head.length, file)
-        self.body_left = False
+        for block in self.body_blocks(head, MAX_BODY_BYTES):
+            self.reserve(len(block))
+            file.write(block)
         body = file.getvalue()
-        data = decoded_body(body, head.headers.get("content-encoding", "identity").lower())
+        data = decoded_body(body, head.headers.pop("content-encoding", "identity").lower())
         if data is not body:
             self.reserve(len(data))
         return data
 
-    def read_exactly(self, size: int, file: io.BytesIO) -> None:
+    def body_blocks(self, head: RequestHead, limit: int) -> Iterator[bytes]:
+        """The body as it comes in, without its framing; more bytes than the limit are a 413."""
+        if head.length is not None and head.length > limit:
+            raise body_too_large(limit)
+        return self.read_blocks(head, limit)
+
+    def read_blocks(self, head: RequestHead, limit: int) -> Iterator[bytes]:
+        """The same, once the first block is asked for."""
+        expects = head.headers.get("expect", "").lower() == "100-continue" and not head.http_1_0
+        if self.body_left and expects:  # RFC 9110, section 10.1.1
+            self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.client.deadline = time.monotonic() + BODY_SECONDS
+        if head.length is None:
+            yield from self.read_chunks(limit)
+        else:
+            yield from self.read_exactly(head.length)
+        self.body_left = False
+
+    def body_stream(self, head: RequestHead) -> BodyStream:
+        """The body as it comes in, which is held nowhere."""
+        blocks = self.body_blocks(head, MAX_UPLOAD_BYTES)
+
+        def watched() -> Iterator[bytes]:
+            try:
+                yield from blocks
+            except OSError:  # of the client's, or it would be taken for one of Gemini's
+                raise ClientGoneError from None
+
+        return BodyStream(watched(), head.length)
+
+    def read_exactly(self, size: int) -> Iterator[bytes]:
         """Read so many bytes of a body. They count as they come: a mere length takes no room."""
         while size:
             block = self.rfile.read(min(size, BODY_BLOCK_BYTES))
             if not block:
                 raise ClientGoneError
-            self.reserve(len(block))
-            file.write(block)
+            yield block
             size -= len(block)
 
     def reserve(self, size: int) -> None:
@@ -8339,9 +8617,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.metrics.add("body_bytes", amount=-self.body_bytes)
         self.body_bytes = 0
 
-    def read_chunks(self, file: io.BytesIO) -> None:
-        """Read a body in chunks (RFC 9112, section 7.1)."""
-        left = MAX_BODY_BYTES
+    def read_chunks(self, left: int) -> Iterator[bytes]:
+        """Read a body in chunks (RFC 9112, section 7.1), of so many bytes at most."""
+        limit = left
         while True:
             match = REQUEST_CHUNK.fullmatch(self.rfile.readline(1024))
             if not match:
@@ -8349,11 +8627,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             size = int(match.group(1), 16)
             left -= size
             if left < 0:
-                raise ProxyError(413, BODY_TOO_LARGE)
+                raise body_too_large(limit)
             if not size:
                 read_headers(self.rfile, MAX_HEAD_BYTES)  # trailers, which nobody needs
                 return
-            self.read_exactly(size, file)
+            yield from self.read_exactly(size)
             if self.rfile.read(2) != b"\r\n":
                 raise ProxyError(400, "A chunk of the body is longer than it says.")
 
@@ -8410,20 +8688,63 @@ def check_caller(head: RequestHead, path: str, config: Config, loopback: bool) -
         raise ProxyError(403, "Other sites may not call this server; -origins can allow it.")
     if not config.proxy_key or head.method == "OPTIONS" or path in ("/", "/healthz"):
         return
+    if has_ticket(head, path, config):
+        return
     if not any(is_proxy_key(key, config) for key in client_keys(head)):
         raise ProxyError(401, WRONG_PROXY_KEY, code="invalid_api_key")
 
 
+def query_fields(target: str) -> dict[str, str]:
+    """The parameters in the target of a request, byte for byte as headers are."""
+    return dict(urllib.parse.parse_qsl(target.partition("?")[2], encoding="latin-1"))
+
+
 def client_keys(head: RequestHead) -> Iterator[str]:
-    """What the client sent as a key, in any of the usual headers."""
+    """What the client sent as a key, in any of the usual headers, or as Google's clients may."""
     for name in ("authorization", "x-api-key", "api-key", "x-goog-api-key"):
         value = head.headers.get(name)
         if value:
             yield re.sub(r"^bearer +", "", value, flags=re.I)
+    key = query_fields(head.target).get("key")
+    if key:
+        yield key
 
 
 def is_proxy_key(key: str, config: Config) -> bool:
     return hmac.compare_digest(key.encode("latin-1"), config.proxy_key.encode())
+
+
+def ticket_for(upload_id: str, config: Config) -> str:
+    """What lets a client in that sends the bytes of a file. Google's SDKs send no key with them
+    (google-genai 3.6, _api_client.py)."""
+    data = b"upload " + upload_id.encode("latin-1")
+    return hmac.new(config.proxy_key.encode(), data, hashlib.sha256).hexdigest()
+
+
+def has_ticket(head: RequestHead, path: str, config: Config) -> bool:
+    """Whether this is to go on with an upload that was begun with the key."""
+    fields = query_fields(head.target)
+    ticket, upload_id = fields.get(UPLOAD_TICKET, ""), fields.get("upload_id", "")
+    if not upload_id or not path.startswith("/upload/"):
+        return False
+    return hmac.compare_digest(ticket.encode("latin-1"), ticket_for(upload_id, config).encode())
+
+
+def with_own_address(answer: AnswerHead, head: RequestHead, config: Config) -> AnswerHead:
+    """The head of an answer in which an address of Gemini's API is one of this server's."""
+    headers = dict(answer.headers)
+    scheme = head.headers.get("x-forwarded-proto", "")  # where a proxy before this speaks TLS
+    if scheme not in ("http", "https"):
+        scheme = "http"
+    for name in headers.keys() & {"x-goog-upload-url", "location"}:
+        url = urllib.parse.urlsplit(headers[name])
+        if PASSED_TARGET.fullmatch(url.path):
+            upload_id, query = query_fields(headers[name]).get("upload_id"), url.query
+            if upload_id and config.proxy_key:
+                query += f"&{UPLOAD_TICKET}={ticket_for(upload_id, config)}"
+            host = head.headers.get("host", "")
+            headers[name] = urllib.parse.urlunsplit((scheme, host, url.path, query, ""))
+    return answer._replace(headers=headers)
 
 
 def upstream_key(head: RequestHead, config: Config) -> str:
@@ -8433,7 +8754,12 @@ def upstream_key(head: RequestHead, config: Config) -> str:
     keys = [key for key in client_keys(head) if not is_proxy_key(key, config)]
     if keys and re.fullmatch(KEY_PATTERN, keys[0]):
         return keys[0]
+    if "upload_id" in query_fields(head.target):  # Gemini wants no key with it, and gets none
+        return ""
     raise ProxyError(401, NO_GEMINI_KEY, code="invalid_api_key")
+
+
+EXPOSED = ("x-goog-upload-url", "x-goog-upload-status")  # besides those of all answers
 
 
 def cors_headers(head: RequestHead, config: Config, protocol: Protocol) -> list[tuple[str, str]]:
@@ -8441,7 +8767,7 @@ def cors_headers(head: RequestHead, config: Config, protocol: Protocol) -> list[
     origin = head.headers.get("origin")
     if origin is None or not origin_allowed(origin, config.origins):
         return []
-    exposed = ("x-request-id", *protocol.id_headers, "retry-after", "x-proxy-ignored")
+    exposed = ("x-request-id", *protocol.id_headers, "retry-after", "x-proxy-ignored", *EXPOSED)
     return [
         ("Access-Control-Allow-Origin", re.sub(r"[^!-~]", "", origin[:500])),
         ("Vary", "Origin"),
@@ -8454,7 +8780,7 @@ def preflight_headers(head: RequestHead) -> list[tuple[str, str]]:
     text = head.headers.get("access-control-request-headers", "")[:2000]
     names = [name.strip() for name in text.split(",") if re.fullmatch(TOKEN, name.strip())]
     return [
-        ("Access-Control-Allow-Methods", "GET, POST, DELETE, HEAD, OPTIONS"),
+        ("Access-Control-Allow-Methods", "GET, POST, PATCH, DELETE, HEAD, OPTIONS"),
         ("Access-Control-Allow-Headers", ", ".join(names[:100])),
         ("Access-Control-Max-Age", "86400"),
     ]
@@ -8475,13 +8801,14 @@ class RequestCycle:
         self.seed = secrets.token_hex(12)  # of all ids in the answer
         self.request_id = "req_" + self.seed
         self.head, self.key = RequestHead(), ""  # the key for Gemini
-        self.protocol = protocol_of(self.server.config.api, "/")  # until the path is known
+        self.protocol = protocol_of(self.server.config.api, "GET", "/")  # until the path is known
         self.route: Route | None = None
         self.route_name = "other"  # for the metrics
         self.exchange: Exchange | None = None
         self.ignored: list[str] = []  # what nobody read of the request, by name
         self.left_out: list[str] = []  # what Gemini would not take; grows while it is called
         self.status = 0  # of the answer; 0 until its head is written
+        self.passed_head: AnswerHead | None = None  # of an answer that is passed through
         self.framing, self.streaming = SSE, False  # whether the answer is a stream that has begun
 
     def run(self, line: bytes) -> None:
@@ -8518,7 +8845,7 @@ class RequestCycle:
             raise ProxyError(400, "The target of this request is no path.")
         authority, target, query = match.groups()
         path = plain_path(target, api)
-        self.protocol = protocol_of(api, path)
+        self.protocol = protocol_of(api, method, path)
         if authority and head.headers.setdefault("host", authority).lower() != authority.lower():
             raise ProxyError(400, "The target of this request names another server than its Host.")
         head.length = body_length(head)  # ambiguous framing is a 400 whatever the path
@@ -8532,19 +8859,23 @@ class RequestCycle:
             endpoint = find_route(api, method, path)
             self.protocol, self.route_name = endpoint.protocol, endpoint.route.name
             self.key = upstream_key(head, server.config)
-            self.answer(endpoint.route, self.plan(endpoint, query))
+            self.answer(endpoint.route, self.plan(endpoint, path, query))
 
-    def plan(self, match: RouteMatch, query: str) -> Exchange:
+    def plan(self, match: RouteMatch, path: str, query: str) -> Exchange:
         """Read the body, look up what is stored for it, and plan the calls to Gemini."""
         server, route, context = self.server, match.route, self.server.context
         if isinstance(route.answer, Refusal):
             status, message, headers = route.answer
             raise ProxyError(status, message, headers=dict(headers))
-        if match.params or query or context.ollama:
-            fields, loaded = dict(urllib.parse.parse_qsl(query)), dict(server.loaded)
-            context = context._replace(params=match.params, query=fields, loaded=loaded)
+        context = context._replace(
+            loaded=dict(server.loaded),
+            params=match.params,
+            query=dict(urllib.parse.parse_qsl(query)),
+            request=ClientRequest(route.method, path, query, self.head.headers),
+        )
         try:
-            if self.connection.body_left or self.head.method not in ("GET", "HEAD"):
+            sends_body = self.connection.body_left or self.head.method not in ("GET", "HEAD")
+            if route.parse and sends_body:
                 raw = self.connection.read_body(self.head)
                 body = route.parse(raw, self.head.headers.get("content-type", ""))
                 del raw  # it may be large
@@ -8564,12 +8895,14 @@ class RequestCycle:
         server, plan = self.server, exchange.plan
         self.route, self.exchange = route, exchange
         self.framing = plan.framing or route.framing
-        client = self.connection.connection
+        calls, client = plan.calls, self.connection.connection
+        if not route.parse:
+            calls = tuple(map(self.with_body, calls))
         waiter = Waiter(client, server.config.timeout, server.stopping)
         if plan.stream and (route.keep_alive or self.framing.keep_alive):
             waiter.keep_alive = functools.partial(self.keep_alive, route, exchange)
         try:
-            batch = server.gemini.answers(plan.calls, waiter, self.key, self.left_out)
+            batch = server.gemini.answers(calls, waiter, self.key, self.left_out)
             with contextlib.closing(batch):
                 answers = self.read_answers(batch, exchange)
                 if plan.stream and route.stream:
@@ -8588,6 +8921,12 @@ class RequestCycle:
             server.load(*plan.loads)
         elif plan.chat and exchange.context.ollama:
             server.load(plan.model, LOADED_SECONDS)
+
+    def with_body(self, call: GeminiCall) -> GeminiCall:
+        """The call that is passed through, with the body that the client is sending."""
+        assert call.passed is not None
+        body = self.connection.body_stream(self.head)
+        return call._replace(passed=call.passed._replace(body=body))
 
     def read_answers(self, batch: Iterable[Iterator[JSON]], exchange: Exchange) -> Answers:
         """For each call its events, or its chunks of JSON where it does not generate."""
@@ -8615,10 +8954,12 @@ class RequestCycle:
             yield event
 
     def kept(self, events: Iterable[Any]) -> Iterator[JSON]:
-        """The events for the client. A Keep among them is kept instead."""
+        """The events for the client. A Keep among them is kept instead, a head becomes its own."""
         for event in events:
             if isinstance(event, Keep):
                 self.server.shelf(self.key).keep(event)
+            elif isinstance(event, AnswerHead):
+                self.passed_head = with_own_address(event, self.head, self.server.config)
             else:
                 yield event
 
@@ -8660,20 +9001,23 @@ class RequestCycle:
         head = b""
         if not self.streaming:
             head, self.streaming = self.stream_head(), True
-        if not self.head.http_1_0:  # in chunks: RFC 9112, section 7.1
+        if self.head.method == "HEAD" or self.status == 204:
+            data = b""
+        elif not self.head.http_1_0:
             if data:
-                data = b"%x\r\n%b\r\n" % (len(data), data)
+                data = chunk_of(data)
             if last:
-                data += b"0\r\n\r\n"
+                data += LAST_CHUNK
         self.connection.client.send(head + data)
 
     def stream_head(self) -> bytes:
-        headers = [("Content-Type", self.framing.content_type), *STREAM_HEADERS]
+        status, fields = self.passed_head or (200, {"Content-Type": self.framing.content_type})
+        headers = [*fields.items(), *STREAM_HEADERS]
         if self.head.http_1_0:
             self.connection.close_connection = True  # which is how this stream ends
-        else:
+        elif status != 204:
             headers.append(("Transfer-Encoding", "chunked"))
-        return self.answer_head(200, headers + self.ignored_header())
+        return self.answer_head(status, headers + self.ignored_header())
 
     def send_answer(self, status: int, answer: Any, headers: Mapping[str, str] = {}) -> None:
         """Send a whole answer, JSON or a Payload, in one write."""
@@ -8969,7 +9313,7 @@ def malloc_trim() -> Callable[[int], int]:
 
 
 # ======================================================================================
-# 14. Command line: flags, environment, systemd, workers, checks, start and end
+# 15. Command line: flags, environment, systemd, workers, checks, start and end
 # ======================================================================================
 
 DEFAULT_UPSTREAM = "https://generativelanguage.googleapis.com"

@@ -430,6 +430,7 @@ class StandIn(ThreadingHTTPServer):
         self.log = log  # whether to print a line for each request
         self.answers = []  # of say(), not yet given
         self.bodies, self.paths, self.headers = [], [], []  # of requests, but for countTokens
+        self.passed = []  # (method, path, headers, bytes) of all requests
         self.refused = []  # messages of its own 400s
         self.opened = 0  # connections
         self.gone = threading.Event()  # a client left before the end of its answer
@@ -459,9 +460,12 @@ class StandIn(ThreadingHTTPServer):
             self.bodies.append(body)
             self.paths.append(path)
             self.headers.append(headers)
-            if self.answers:
-                return self.answers.pop(0)
-        return None
+        return self.next_answer()
+
+    def next_answer(self):
+        """The next answer of say(), or None."""
+        with self.lock:
+            return self.answers.pop(0) if self.answers else None
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -495,10 +499,33 @@ class StandInHandler(BaseHTTPRequestHandler):
         self.server.opened += 1
 
     def do_GET(self):
-        self.send_whole(Say(raw=json.dumps({"models": MODELS}).encode()))
+        self.read_body()
+        listed = json.dumps({"models": MODELS}).encode()
+        self.send_whole(self.server.next_answer() or Say(raw=listed))
+
+    do_DELETE = do_PATCH = do_GET
+
+    def read_body(self):
+        """The bytes of the body, which are kept with the rest of the request."""
+        if self.headers["Transfer-Encoding"]:
+            data = b"".join(iter(self.read_chunk, b""))
+        else:
+            data = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.passed.append((self.command, self.path, headers, data))
+        return data
+
+    def read_chunk(self):
+        data = self.rfile.read(int(self.rfile.readline(), 16))
+        self.rfile.readline()
+        return data
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        data = self.read_body()
+        if self.path.startswith("/upload/"):
+            self.send_whole(self.server.next_answer())
+            return
+        body = json.loads(data)
         answer = self.server.answer_to(self.path, dict(self.headers), body)
         answer = self.refusal(body) or answer or default_answer(self.path, body)
         if answer.delay:
@@ -7117,7 +7144,131 @@ def test_claudes_signatures_are_remembered_by_id_where_no_thinking_is_visible(
 
 
 # ======================================================================================
-# 11. Routing
+# 11. Gemini's own
+# ======================================================================================
+
+
+def passed_plan(method, path, query="", body=None, headers=()):
+    """The plan for a request of Gemini's own API, and what it names as ignored."""
+    fields = Fields({}) if body is None else proxy.passed_body(body, "")
+    request = proxy.ClientRequest(method, path, query, dict(headers))
+    plan = proxy.passed_request(fields, Context(request=request))
+    return plan, fields.ignored()
+
+
+GENERATE_PATH = f"/v1beta/models/{NEWEST}:generateContent"
+
+
+def test_a_request_of_geminis_own_api_goes_on_as_it_came():
+    body, kind = b'{"odd":  1.50, "new": "\xff"}', {"content-type": "application/json"}
+    plan, _ = passed_plan("POST", GENERATE_PATH, "alt=sse&$fields=a%2Fb", body, kind.items())
+    (call,) = plan.calls
+    assert call.path == f"models/{NEWEST}:generateContent?alt=sse&$fields=a%2Fb"
+    assert call.passed == proxy.Passed("POST", "v1beta", kind, body)
+    assert plan.model == NEWEST
+
+
+def test_credentials_in_headers_and_query_stay_behind():
+    sent = {
+        "x-goog-api-client": "sdk/1",
+        "api-revision": "2026-05-20",
+        "x-goog-upload-offset": "0",
+        "x-goog-api-key": "k",
+        "authorization": "Bearer k",
+        "cookie": "k",
+        "x-goog-user-project": "k",
+    }
+    query = "key=k&a=1&%6bey=k&a=1&access_token=k&$httpHeaders=k&proxy_ticket=k"
+    plan, ignored = passed_plan("GET", "/v1/models/x/operations/1", query, headers=sent.items())
+    assert plan.calls[0].path == "models/x/operations/1?a=1&a=1"
+    assert list(plan.calls[0].passed.headers) == list(sent)[:3]
+    assert ignored == ["$httpHeaders", "access_token"]
+
+
+@pytest.mark.parametrize(
+    "method, path",
+    [
+        ("GET", "models"),
+        ("GET", "models/gemini-2.5-flash"),
+        ("GET", "models/veo-3.1/operations/x-1"),
+        ("GET", "files/abc:download"),
+        ("GET", "fileSearchStores/a/documents"),
+        ("GET", "fileSearchStores/a/upload/operations/b"),
+        ("POST", "models/x:verbOfNextYear"),
+        ("POST", "tunedModels/mine:generateContent"),
+        ("POST", "files:register"),
+        ("POST", "cachedContents"),
+        ("PATCH", "cachedContents/a"),
+        ("DELETE", "files/a"),
+        ("POST", "interactions/v1_a-b/cancel"),
+        ("POST", "batches/a:cancel"),
+    ],
+)
+def test_geminis_resources_are_known(method, path):
+    (call,) = passed_plan(method, "/v1beta/" + path)[0].calls
+    assert (call.passed.method, call.path) == (method, path)
+
+
+@pytest.mark.parametrize(
+    "method, path",
+    [
+        ("GET", "nonsense"),
+        ("GET", "models/x:generateContent"),
+        ("GET", "models/"),
+        ("GET", "models/../files"),
+        ("GET", "models/..%2Ffiles"),
+        ("GET", "models/%2e%2e"),
+        ("GET", "models/a/b"),
+        ("GET", "models/a%3Fkey=1"),
+        ("GET", "models/a%00"),
+        ("GET", "models/a%0A"),
+        ("GET", "models/a\n"),
+        ("GET", "models/a."),
+        ("POST", "models"),
+        ("POST", "models/x"),
+        ("POST", "models/x:"),
+        ("POST", "models/x:a/b"),
+        ("POST", "openai/chat/completions"),
+        ("PATCH", "models/x"),
+        ("DELETE", "models/x"),
+    ],
+)
+def test_a_path_names_a_resource_or_nothing(method, path):
+    with pytest.raises(proxy.NoRouteError) as caught:
+        passed_plan(method, "/v1beta/" + path)
+    assert caught.value.status == 404
+
+
+def test_the_tokens_of_an_answer_count_although_its_blocks_cut_them():
+    pieces = [
+        proxy.AnswerHead(200, {}),
+        b'data: {"usageMetadata": {"promptTokenCount": 3, "candidatesTokenCount": 1}}\r\n\r\n',
+        rb'data: {"text": "\"promptTokenCount\": 999", "usageMetadata": {"promptTokenCount": 3',
+        b'1, "candidatesToken',
+        b'Count":25,"thoughtsTokenCount": 4}}\r\n\r\n',
+    ]
+    one = exchange()
+    assert list(proxy.passed_stream(one, iter([iter(pieces)]))) == pieces
+    assert one.usage == proxy.Usage(prompt=31, output=29, thoughts=4)
+
+
+@pytest.mark.parametrize(
+    "status, word",
+    [
+        (400, "INVALID_ARGUMENT"),
+        (401, "UNAUTHENTICATED"),
+        (404, "NOT_FOUND"),
+        (413, "INVALID_ARGUMENT"),
+        (502, "UNAVAILABLE"),
+    ],
+)
+def test_our_own_errors_have_googles_form(status, word):
+    error = {"code": status, "message": "why", "status": word}
+    assert proxy.passed_error(ProxyError(status, "why")) == (status, {"error": error})
+
+
+# ======================================================================================
+# 12. Routing
 # ======================================================================================
 
 
@@ -7170,6 +7321,30 @@ def test_an_unknown_path_is_a_404():
     assert caught.value.status == 404
 
 
+@pytest.mark.parametrize("path", ["/v1beta/models", "/v1/v1beta/models", "/v1beta/v1beta/models/"])
+def test_the_version_of_geminis_api_may_come_twice(path):
+    for api in proxy.MOUNTS:
+        match = proxy.find_route(api, "GET", proxy.plain_path(path, api))
+        assert (match.protocol, match.params) == (proxy.GEMINI, {"path": "models"})
+
+
+@pytest.mark.parametrize(
+    "method, path, protocol",
+    [
+        ("PUT", "/v1beta/models/x", "gemini"),
+        ("GET", "/v1beta", "gemini"),
+        ("POST", "/upload/v1beta/files", "gemini"),
+        ("POST", "/v1/models/x:generateContent", "gemini"),
+        ("GET", "/v1/models/x:latest", "openai"),
+        ("POST", "/v1/interactions", "gemini"),
+        ("POST", "/v1/uploads", "openai"),
+    ],
+)
+def test_errors_of_geminis_own_paths_are_googles(method, path, protocol):
+    for api in proxy.MOUNTS:
+        assert proxy.protocol_of(api, method, proxy.plain_path(path, api)).name == protocol
+
+
 def all_routes():
     return {
         (protocol.name, route.method, route.path): route
@@ -7199,7 +7374,9 @@ ANY_BODY = {
 )
 def test_no_stream_says_a_word_before_gemini_does(route):
     body = {**ANY_BODY, "model": "mine"} if "create" in route.path else ANY_BODY
-    one = exchange(route.request(Fields(body), Context(ollama=True)))
+    target = {"GET": "models", "POST": "cachedContents"}.get(route.method, "files/a")
+    request = proxy.ClientRequest(route.method, f"/v1/{target}")
+    one = exchange(route.request(Fields(body), Context(ollama=True, request=request)))
     chunks_read = []
 
     def chunks():
@@ -7213,7 +7390,7 @@ def test_no_stream_says_a_word_before_gemini_does(route):
 
 
 # ======================================================================================
-# 12. Client
+# 13. Client
 # ======================================================================================
 
 
@@ -7926,7 +8103,7 @@ def test_a_file_that_is_no_database_is_logged_and_stops_nothing(tmp_path, log_li
 
 
 # ======================================================================================
-# 13. Server
+# 14. Server
 # ======================================================================================
 
 
@@ -9088,6 +9265,196 @@ def test_a_refused_response_has_a_status_of_its_own(server, gemini):
     assert post(server, "/v1/responses", RESPONSE_STREAM)[0] == 429
 
 
+# ---- Gemini's own API ----
+
+
+def passing(server, method, path, body=None, **headers):
+    """(status, headers, body) of the answer to a request of Gemini's own API."""
+    with RawClient(server) as client:
+        return client.request(method, path, body, **headers)
+
+
+@pytest.mark.parametrize("api", sorted(proxy.MOUNTS))
+def test_bytes_of_geminis_own_api_go_in_and_come_out(gemini, api):
+    answer = Say(raw=b'{\n  "candidates":  [] }\n', headers=[("X-Gemini-Service-Tier", "flex")])
+    gemini.say(answer)
+    body = b'{ "contents":[{"role":"user", "parts":[{"text":"caf\\u00e9"}]}] }'
+    with serving(gemini.url, api) as server:
+        status, headers, data = passing(server, "POST", GENERATE_PATH, body, x_goog_api_key="mine")
+    method, path, sent, arrived = gemini.passed[-1]
+    assert (status, data) == (200, answer.raw)
+    assert headers["content-type"] == "application/json; charset=UTF-8"
+    assert headers["x-gemini-service-tier"] == "flex"
+    assert (method, path, arrived) == ("POST", GENERATE_PATH, body)
+    assert sent["x-goog-api-key"] == "the-key"
+
+
+CONTENTS = {"contents": [u("Hi")]}
+
+
+def test_a_passed_answer_is_logged_with_its_model_and_tokens(server, gemini, log_lines):
+    passing(server, "POST", GENERATE_PATH + "?key=secret", CONTENTS)
+    until(lambda: log_lines)
+    assert re.fullmatch(rf"POST {GENERATE_PATH} 200 \d+ ms '{NEWEST}' 4\+7 tokens\n", log_lines[0])
+
+
+def test_a_passed_stream_keeps_its_events(server, gemini):
+    gemini.say([chunk("Hel"), whole("lo")])
+    path = f"/v1/models/{NEWEST}:streamGenerateContent?alt=sse"
+    _, headers, data = passing(server, "POST", path, CONTENTS)
+    assert headers["content-type"] == "text/event-stream"
+    assert data == event_bytes(chunk("Hel")) + event_bytes(whole("lo"))
+
+
+def test_a_passed_stream_that_breaks_off_does_not_look_whole(server, gemini):
+    gemini.say(Say(chunk("Hel"), chunk("lo"), cut=1))
+    body = json.dumps(CONTENTS).encode()
+    path = f"/v1beta/models/{NEWEST}:streamGenerateContent?alt=sse"
+    with RawClient(server) as client:
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        data = client.send(head.encode() + body).file.read()
+    assert b"Hel" in data
+    assert not data.endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("status", [400, 429, 503])
+def test_refusals_of_gemini_pass_at_once_and_without_the_key(server, gemini, status):
+    raw = b'{"error": {"message": "Consumer the-key is suspended"}}\n'
+    gemini.say(Say(raw=raw, status=status), whole("not asked again"))
+    reply = passing(server, "POST", GENERATE_PATH, CONTENTS)
+    assert (reply[0], reply[2]) == (status, raw.replace(b"the-key", b"[the Gemini key]"))
+    assert len(gemini.answers) == 1
+
+
+def test_head_is_a_get_without_a_body(server, gemini):
+    with RawClient(server) as client:
+        assert client.request("HEAD", "/v1beta/models")[0] == 200
+        assert client.request("GET", "/healthz")[2] == b"ok"
+    assert gemini.passed[-1][0] == "GET"
+
+
+def test_no_content_has_no_body(server, gemini):
+    gemini.say(Say(raw=b"", status=204))
+    with RawClient(server) as client:
+        assert client.request("DELETE", "/v1beta/files/a")[0] == 204
+        assert client.request("GET", "/healthz")[2] == b"ok"
+
+
+def test_a_compressed_request_of_geminis_own_api_arrives_unpacked(server, gemini):
+    data = json.dumps(CONTENTS).encode()
+    passing(server, "POST", GENERATE_PATH, gzip.compress(data), Content_Encoding="gzip")
+    _, _, sent, arrived = gemini.passed[-1]
+    assert arrived == data
+    assert "content-encoding" not in sent
+
+
+@pytest.mark.parametrize("path", [GENERATE_PATH, "/upload/v1beta/files", "/v1beta/nonsense"])
+def test_a_client_of_geminis_api_hears_of_a_wrong_key_in_googles_form(locked, gemini, path):
+    status, _, data = passing(locked, "POST", path + "?key=px-2", CONTENTS)
+    assert status == json.loads(data)["error"]["code"] == 401
+    assert json.loads(data)["error"]["status"] == "UNAUTHENTICATED"
+    assert not gemini.passed
+
+
+@pytest.mark.parametrize("query", ["key=px-1", "alt=sse&%6bey=px%2D1"])
+def test_the_key_of_clients_may_come_in_the_query(locked, gemini, query):
+    assert passing(locked, "POST", f"{GENERATE_PATH}?{query}", CONTENTS)[0] == 200
+    assert "px-1" not in str(gemini.passed)
+
+
+def test_the_own_key_of_a_client_may_come_in_the_query(gemini):
+    with serving(gemini.url, client_keys=True) as server:
+        assert passing(server, "POST", GENERATE_PATH + "?key=AIza-a", CONTENTS)[0] == 200
+        assert passing(server, "POST", GENERATE_PATH, CONTENTS)[0] == 401
+    assert key_of(gemini) == "AIza-a"
+
+
+def test_googles_sdk_gets_its_own_form_of_models_from_the_path_that_openai_has(server):
+    sdk = {"x_goog_api_client": "google-genai-sdk/3.6.1"}
+    listed = json.loads(passing(server, "GET", "/v1/models", **sdk)[2])
+    one = json.loads(passing(server, "GET", f"/v1/models/{FLASH}", **sdk)[2])
+    assert listed["models"] == MODELS
+    assert (one["name"], one["inputTokenLimit"]) == (f"models/{FLASH}", 1048576)
+    assert "models" not in json.loads(passing(server, "GET", "/v1/models")[2])
+
+
+UPLOAD = "/upload/v1beta/files"
+GOOGLES_UPLOAD = "https://generativelanguage.googleapis.com/upload/v1beta/files?upload_id=a-1"
+
+
+def start_upload(server, gemini, **headers):
+    """The address to which the bytes of a file are to go, by the answer to the start."""
+    gemini.say(Say(raw=b"", headers=[("X-Goog-Upload-URL", GOOGLES_UPLOAD)]))
+    status, answer, _ = passing(server, "POST", UPLOAD, b"{}", **headers)
+    assert status == 200
+    return answer["x-goog-upload-url"]
+
+
+def test_an_upload_goes_on_at_this_server(server, gemini):
+    host = f"localhost:{server.server_port}"
+    assert start_upload(server, gemini, Host=host) == f"http://{host}{UPLOAD}?upload_id=a-1"
+    tls = {"Host": host, "X_Forwarded_Proto": "https"}
+    assert start_upload(server, gemini, **tls) == f"https://{host}{UPLOAD}?upload_id=a-1"
+
+
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_an_upload_is_held_nowhere(server, gemini, monkeypatch, in_chunks):
+    monkeypatch.setattr(proxy, "MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr(proxy, "MAX_ALL_BODIES_BYTES", 1000)
+    data = bytes(range(256)) * 1000
+    gemini.say(Say(raw=b'{"file": {}}', headers=[("X-Goog-Upload-Status", "final")]))
+    body, fields = data, {"X_Goog_Upload_Command": "upload, finalize"}
+    if in_chunks:
+        body = b"".join(proxy.chunk_of(data[i : i + 1024]) for i in range(0, len(data), 1024))
+        body += b"0\r\n\r\n"
+        fields = {**fields, "Transfer-Encoding": "chunked", "Content-Length": None}
+    status, headers, answer = passing(server, "POST", f"{UPLOAD}?upload_id=a-1", body, **fields)
+    _, path, sent, arrived = gemini.passed[-1]
+    assert (status, headers["x-goog-upload-status"], answer) == (200, "final", b'{"file": {}}')
+    assert (path, arrived) == (f"{UPLOAD}?upload_id=a-1", data)
+    assert sent["x-goog-upload-command"] == "upload, finalize"
+
+
+def test_an_upload_has_a_limit_of_its_own(server, gemini, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_UPLOAD_BYTES", 1 << 20)
+    reply = passing(server, "POST", UPLOAD, b"", **{"Content-Length": str((1 << 20) + 1)})
+    assert json.loads(reply[2])["error"]["message"].endswith("larger than 1 MiB.")
+    assert not gemini.opened
+
+
+def test_a_client_that_leaves_an_upload_ends_it(server, gemini, log_lines):
+    with RawClient(server) as client:
+        client.send(f"POST {UPLOAD} HTTP/1.1\r\nHost: localhost\r\n".encode())
+        client.send(b"Content-Length: 1000\r\n\r\nabc")
+        until(lambda: gemini.opened)
+    until(lambda: log_lines)
+    assert f"POST {UPLOAD} 499 " in log_lines[0]
+
+
+def test_an_upload_that_gemini_refuses_early_gets_its_answer(server):
+    refusal = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
+    with raw_upstream(refusal) as url, serving(url) as server:
+        assert passing(server, "POST", UPLOAD, b"x" * 100)[::2] == (413, b"{}")
+
+
+def test_the_bytes_of_an_upload_need_no_key_but_the_ticket_of_its_start(locked, gemini):
+    path = "/" + start_upload(locked, gemini, x_goog_api_key="px-1").split("/", 3)[3]
+    gemini.say(Say(raw=b"{}"))
+    assert passing(locked, "POST", path, b"abc")[0] == 200
+    assert gemini.passed[-1][1] == f"{UPLOAD}?upload_id=a-1"
+    assert passing(locked, "POST", path.replace("a-1", "a-2"), b"abc")[0] == 401
+    assert passing(locked, "POST", path.replace("/upload", ""), b"abc")[0] == 401
+    assert passing(locked, "POST", path + "\xe9", b"abc")[0] == 401
+
+
+def test_with_keys_of_clients_the_bytes_of_an_upload_need_none(gemini):
+    with serving(gemini.url, client_keys=True) as server:
+        gemini.say(Say(raw=b"{}"))
+        assert passing(server, "POST", f"{UPLOAD}?upload_id=a-1", b"abc")[0] == 200
+        assert passing(server, "POST", UPLOAD, b"abc")[0] == 401
+    assert "x-goog-api-key" not in gemini.passed[-1][2]
+
+
 # ---- what is remembered between requests ----
 
 
@@ -9460,7 +9827,7 @@ def test_a_server_that_ended_has_closed_its_memory_and_its_connections(gemini):
 
 
 # ======================================================================================
-# 14. Command line
+# 15. Command line
 # ======================================================================================
 
 ENV = {"GEMINI_API_KEY": "AIza-1"}
@@ -10410,6 +10777,7 @@ def limits():
         ("body of a request", mib(proxy.MAX_BODY_BYTES)),
         ("body in gzip", mib(proxy.MAX_UNPACKED_BYTES)),
         ("body in gzip", f"{proxy.MAX_UNPACKED_RATIO} times"),
+        ("a file's bytes", f"{proxy.MAX_UPLOAD_BYTES >> 30} GiB"),
         ("all bodies", mib(proxy.MAX_ALL_BODIES_BYTES)),
         ("request line", kib(proxy.MAX_HEAD_BYTES)),
         ("request line", f"{proxy.MAX_HEADER_LINES} header lines"),
