@@ -2632,8 +2632,9 @@ class Reading:
     def absorb(self, chunk: JSON) -> JSON:
         """Take in what a chunk says besides its parts; returns its candidate."""
         self.usage = expect(chunk, "usageMetadata", dict) or self.usage
-        feedback = expect(chunk, "promptFeedback", dict)
-        self.blocked = expect(feedback, "blockReason", str) or self.blocked
+        if "promptFeedback" in chunk:
+            feedback = expect(chunk, "promptFeedback", dict)
+            self.blocked = expect(feedback, "blockReason", str) or self.blocked
         candidate = first_candidate(chunk)
         self.reason = str(candidate.get("finishReason") or "") or self.reason
         self.message = expect(candidate, "finishMessage", str) or self.message
@@ -3448,9 +3449,10 @@ def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
     refusal = message.get("refusal", str)
     if refusal:
         parts.append(text_part(refusal))
-    images = [image for image in message.objects("images") if image.data.get("type") == "image_url"]
-    parts += [link_content(image, model) for image in images]
-    parts += [openai_call_part(call) for call in message.objects("tool_calls")]
+    for image in message.objects("images"):
+        if image.data.get("type") == "image_url":
+            parts.append(link_content(image, model))
+    parts.extend(map(openai_call_part, message.objects("tool_calls")))
     legacy = message.object("function_call")
     if legacy is not None:
         parts.append(call_part(legacy.require("name", str), call_arguments(legacy)))
@@ -8173,6 +8175,7 @@ class Shelf(NamedTuple):
             self.memory.put(key, None, item.text)
 
 
+@functools.lru_cache(maxsize=256)
 def scope_of(key: str) -> str:
     """What a Gemini key adds to digests: signatures of one key mean nothing to another."""
     return hashlib.sha256(key.encode()).hexdigest()[:16]
