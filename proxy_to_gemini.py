@@ -7285,7 +7285,7 @@ def chunk_of(data: bytes) -> bytes:
 
 # ---- waiting ----
 
-READABLE, WRITABLE = select.POLLIN, select.POLLOUT
+READABLE, WRITABLE = 1, 4  # POLLIN and POLLOUT in the poll.h of Linux and of macOS
 # Linux reports a hang-up at once, even behind unread bytes (poll(2)). PyPy 3.9 lacks the name only.
 POLLRDHUP = getattr(select, "POLLRDHUP", {"linux": 0x2000}.get(sys.platform, 0))
 
@@ -7294,17 +7294,37 @@ class ClientGoneError(Exception):
     """The client has left, so there is nobody to finish the call to Gemini for."""
 
 
+class SelectPoll:
+    """What is used of select.poll's objects, made of select.select: Windows has nothing else."""
+
+    def __init__(self) -> None:
+        self.events: dict[int, int] = {}  # by descriptor
+
+    def register(self, sock: socket.socket, event: int) -> None:
+        self.events[sock.fileno()] = event
+
+    def poll(self, milliseconds: int) -> list[tuple[int, int]]:
+        readable = [fd for fd, event in self.events.items() if event & READABLE]
+        writable = [fd for fd, event in self.events.items() if event & WRITABLE]
+        if not readable and not writable:  # which Windows refuses (WSAEINVAL)
+            time.sleep(milliseconds / 1000)
+            return []
+        # A connection that fails is among the last ones there (learn.microsoft.com, "select").
+        ready = itertools.chain(*select.select(readable, writable, writable, milliseconds / 1000))
+        return [(fd, self.events[fd]) for fd in dict.fromkeys(ready)]
+
+
 class Poller:
-    """Waits for sockets and pipes: the one place that knows select.poll, which Windows lacks."""
+    """Waits for sockets: the one place that knows how the system does that."""
 
-    def __init__(self, *readable: socket.socket | int):
-        self.poll = select.poll()
-        for file in readable:
-            self.watch(file, READABLE)
+    def __init__(self, *readable: socket.socket):
+        self.poll = getattr(select, "poll", SelectPoll)()
+        for sock in readable:
+            self.watch(sock, READABLE)
 
-    def watch(self, file: socket.socket | int, event: int) -> None:
-        """Wait for this event of the file; 0 stands for none but its failure."""
-        self.poll.register(file, event)
+    def watch(self, sock: socket.socket, event: int) -> None:
+        """Wait for this event of the socket; 0 stands for none."""
+        self.poll.register(sock, event)
 
     def wait(self, seconds: float) -> list[int]:
         """The descriptors that are ready; none if that takes longer than this."""
@@ -7322,7 +7342,7 @@ class Waiter:
         self,
         client: socket.socket | None,
         silence: float,  # seconds that Gemini may be silent
-        stopping: int = -1,
+        stopping: socket.socket | None = None,
         keep_alive: Callable[[], None] | None = None,  # called when the client hears nothing
     ):
         self.client, self.silence = client, silence
@@ -7339,7 +7359,7 @@ class Waiter:
                 poller.watch(gemini, event)
             if self.client is not None:
                 poller.watch(self.client, POLLRDHUP or READABLE)
-            if self.stopping >= 0:
+            if self.stopping is not None:
                 poller.watch(self.stopping, READABLE)
         return poller
 
@@ -7349,6 +7369,7 @@ class Waiter:
         """Wait for Gemini's socket, or so many seconds; how long it took. Silence is a 504 else."""
         poller = self.poller(gemini, event)
         gemini_fd = -1 if gemini is None else gemini.fileno()
+        stopping_fd = -1 if self.stopping is None else self.stopping.fileno()
         began = now = time.monotonic()
         deadline = began + (self.silence if seconds is None else seconds)
         while True:
@@ -7357,17 +7378,19 @@ class Waiter:
                 keep_alive_due = self.quiet_since + KEEP_ALIVE_SECONDS
             ready = poller.wait(min(deadline, keep_alive_due) - now)
             now = time.monotonic()
-            if self.stopping in ready:
+            if stopping_fd in ready:
                 raise ProxyError(503, "The server is shutting down.")
             if ready not in ([], [gemini_fd]) and self.client_left(poller):
                 raise ClientGoneError
             if self.keep_alive and now >= keep_alive_due:  # also where Gemini speaks, but not to it
                 self.keep_alive()
                 self.quiet_since = time.monotonic()
-            if gemini_fd in ready or (seconds is not None and now >= deadline):
+            if gemini_fd in ready:
                 return now - began
             if now >= deadline:
-                raise self.silence_error()
+                if seconds is None:
+                    raise self.silence_error()
+                return max(seconds, now - began)  # which differ by rounding
 
     def silence_error(self) -> ProxyError:
         message = f"Gemini has been silent for {self.silence:g} seconds."
@@ -7389,6 +7412,7 @@ IDLE_WAITER = Waiter(None, 0)  # of connections that wait for their next call
 # ---- connections ----
 
 BROKEN_ERRORS = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
+CONNECTING = getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)  # Windows has a word of its own
 Address = tuple[int, int, int, str, Any]  # as socket.getaddrinfo gives it
 HttpProxy = tuple[str, int, dict[str, str]]  # host, port and headers of one on the way to Gemini
 
@@ -7477,7 +7501,7 @@ def reach(address: Address, waiter: Waiter, seconds: float) -> socket.socket:
     try:
         sock.setblocking(False)
         error = sock.connect_ex(address[4])
-        if error == errno.EINPROGRESS:
+        if error == CONNECTING:
             if waiter.wait(sock, WRITABLE, seconds) >= seconds:
                 raise TimeoutError
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -7739,6 +7763,13 @@ def tls_context() -> ssl.SSLContext:
 TRANSPORT_ERRORS = (OSError, http.client.HTTPException)
 
 
+def reason_of(failure: Exception) -> str:
+    """What is wrong, without a number. (Python has words of its own for Windows' sockets.)"""
+    words: dict[int, str] = getattr(socket, "errorTab", {})
+    own = words.get(getattr(failure, "errno", None) or 0)
+    return own or getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
+
+
 def transport_error(failure: Exception) -> ProxyError:
     """What it means to the client that Gemini could not be reached, or broke off."""
     if isinstance(failure, ProxyError):
@@ -7747,8 +7778,7 @@ def transport_error(failure: Exception) -> ProxyError:
         return ProxyError(504, "Gemini could not be reached in time.", upstream=True)
     if isinstance(failure, http.client.IncompleteRead):
         return ProxyError(502, "Gemini's answer broke off.", upstream=True)
-    reason = getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
-    message = f"Gemini could not be reached, or does not speak HTTP: {reason}"
+    message = f"Gemini could not be reached, or does not speak HTTP: {reason_of(failure)}"
     return ProxyError(502, message, upstream=True)
 
 
@@ -7962,7 +7992,7 @@ class Memory:
         if self.database is not None:
             return self.database
         if self.path != ":memory:":  # only the user of this process may read the file
-            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             os.chmod(self.path, 0o600)  # also one that was there; SQLite's other files get the same
         database = sqlite3.connect(
             self.path, timeout=STATE_LOCK_SECONDS, isolation_level=None, check_same_thread=False
@@ -8240,7 +8270,8 @@ def write_log(line: str) -> None:
     """Write to standard error. If it is closed, or a full pipe, the line is lost: nobody waits."""
     with contextlib.suppress(OSError, ValueError, AttributeError), LOG_LOCK:
         file = sys.stderr.fileno()
-        if select.select([], [file], [], 0)[1]:  # a pipe has room for PIPE_BUF bytes then
+        # A pipe has room for PIPE_BUF bytes then. On Windows, open_standard_streams sees to it.
+        if sys.platform == "win32" or select.select([], [file], [], 0)[1]:
             os.write(file, line.encode())
 
 
@@ -8385,7 +8416,7 @@ def metric_lines(name: str, labels: list[str], numbers: list[float]) -> list[str
 class ClientSocket(io.RawIOBase):
     """A client's (non-blocking) socket as a file that waits: between requests, also for the end."""
 
-    def __init__(self, sock: socket.socket, ending: int):
+    def __init__(self, sock: socket.socket, ending: socket.socket):
         self.sock = sock
         self.idle = True  # no byte of the next request has come
         self.unused = True  # no byte of any request has come
@@ -9108,13 +9139,16 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 1024
+    # On Windows it would let a second program listen on the same port.
+    allow_reuse_address = sys.platform != "win32"
+    # Sockets whose peers are closed when the server ends: for new requests, for answers.
+    ending: socket.socket
+    stopping: socket.socket
 
     def __init__(self, config: Config, handed_over: socket.socket | None = None):
         """`handed_over` is a socket that listens already, and may go on with other processes."""
-        import resource
-
-        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # a client and its call need two
-        self.max_connections = min(MAX_CONNECTIONS, max(8, files // 2 - 16))
+        # A client and its call need two files.
+        self.max_connections = min(MAX_CONNECTIONS, max(8, open_files_limit() // 2 - 16))
         self.config, self.shared = config, handed_over is not None
         routes = [route.name for _, protocol in MOUNTS[config.api] for route in protocol.routes]
         pages = ["GET " + path for path in OWN_PAGES]
@@ -9128,8 +9162,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.handlers: set[Handler] = set()  # one for each connection
         self.unstarted: set[socket.socket] = set()  # connections whose handler has not begun yet
         self.draining, self.tidied = False, -math.inf
-        # Pipes whose other end is closed when the server ends: for new requests, for answers.
-        self.ending = self.stopping = -1
         self.listen(handed_over)
         self.host = str(self.server_address[0])
         self.loopback = self.host == "::1" or self.host.startswith("127.")
@@ -9156,6 +9188,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind without http.server's reverse look-up of the host, which can take half a minute."""
+        if sys.platform == "win32":  # or another program could take the port away
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         if self.address_family == socket.AF_INET6 and not self.config.listen[0]:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
@@ -9196,9 +9230,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def run(self, signals: Signals) -> None:
         """Accept clients until a signal says stop; then let what is under way end."""
-        self.ending, end = os.pipe()
-        self.stopping, stop = os.pipe()
-        poller = Poller(signals.pipe)
+        self.ending, end = socket.socketpair()
+        self.stopping, stop = socket.socketpair()
+        poller = Poller(signals.woken)
         while not signals.should_stop():
             signals.ping_watchdog()
             event, seconds = READABLE, signals.poll_seconds
@@ -9206,20 +9240,20 @@ class Server(http.server.ThreadingHTTPServer):
                 event, seconds = 0, FULL_PAUSE_SECONDS
             poller.watch(self.socket, event)
             for fd in poller.wait(seconds):
-                if fd == signals.pipe:
-                    signals.drain_pipe()
+                if fd == signals.woken.fileno():
+                    signals.clear_woken()
                 else:
                     self.accept_pending()
-            if signals.take(signal.SIGHUP):
+            if signals.take("SIGHUP"):
                 self.reload()
             self.service_actions()
         signals.notify("STOPPING=1")
         self.drain(end, stop)
-        for pipe in (self.ending, self.stopping):
-            os.close(pipe)
+        self.ending.close()
+        self.stopping.close()
         self.gemini.close()
 
-    def drain(self, end: int, stop: int) -> None:
+    def drain(self, end: socket.socket, stop: socket.socket) -> None:
         """Go on while connections are used again; then give answers DRAIN_SECONDS to end.
 
         A connection that is closed as its next request comes in loses that request. So each gets an
@@ -9234,10 +9268,10 @@ class Server(http.server.ThreadingHTTPServer):
         while not self.shared and time.monotonic() < deadline and poller.wait(0):
             self.accept_pending()
         self.server_close()
-        os.close(end)
+        end.close()
         self.wait_for_handlers(FINAL_SECONDS, lambda handler: handler.client.is_sending())
         self.wait_for_handlers(DRAIN_SECONDS, lambda handler: handler.answering)
-        os.close(stop)
+        stop.close()
         self.wait_for_handlers(FINAL_SECONDS, lambda handler: handler.answering)
 
     def wait_for_handlers(self, seconds: float, busy: Callable[[Handler], bool]) -> None:
@@ -9306,10 +9340,21 @@ class Server(http.server.ThreadingHTTPServer):
         self.metrics.add("upstream_connections_total", amount=new)
 
 
+def open_files_limit() -> int:
+    """How many files this process may have open. Windows does not count sockets among them."""
+    try:
+        import resource
+    except ImportError:
+        return sys.maxsize
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 @functools.lru_cache(maxsize=1)
 def malloc_trim() -> Callable[[int], int]:
     """glibc's function that gives free memory back to the system, which it would keep for ever
     after the start and each large image. Elsewhere it does nothing."""
+    if sys.platform != "linux":
+        return int
     import ctypes
 
     return getattr(ctypes.CDLL(None), "malloc_trim", int)
@@ -9323,8 +9368,9 @@ DEFAULT_UPSTREAM = "https://generativelanguage.googleapis.com"
 NO_KEY = """\
 proxy-to-gemini: there is no Gemini key. Get one at https://aistudio.google.com/apikey (free), then:
 
-    GEMINI_API_KEY=<your key> python3 proxy_to_gemini.py
+    {}
 """
+WITH_KEY = {"win32": "setx GEMINI_API_KEY <your key>, and start it in a new console"}
 
 
 class Config(NamedTuple):
@@ -9421,6 +9467,14 @@ def flag_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def refuse_what_the_system_lacks(flags: argparse.Namespace) -> None:
+    """Exit with 2 if a flag needs what there is on Linux alone, or on all systems but Windows."""
+    if flags.workers > 1 and not hasattr(os, "fork"):
+        flag_parser().error(f"-workers={flags.workers}: {sys.platform} has no fork; use one")
+    if flags.print_unit and sys.platform != "linux":
+        flag_parser().error(f"-print-unit: {sys.platform} has no systemd; see the README")
+
+
 def gemini_key(env: Mapping[str, str]) -> str:
     """The key from the environment or from systemd's credentials; "" where there is none."""
     key = env.get("GEMINI_API_KEY", "").strip() or env.get("GOOGLE_API_KEY", "").strip()
@@ -9428,9 +9482,16 @@ def gemini_key(env: Mapping[str, str]) -> str:
         return key
     with contextlib.suppress(OSError, KeyError, UnicodeDecodeError):
         path = os.path.join(env["CREDENTIALS_DIRECTORY"], "gemini_api_key")
-        with open(path, encoding="utf-8") as file:
-            return file.read().strip()
+        with open(path, "rb") as file:
+            return edited_text(file.read()).strip()
     return ""
+
+
+def edited_text(data: bytes) -> str:
+    """The text of a file that a person made: PowerShell's > writes UTF-16, Notepad a BOM."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    return data.decode("utf-8-sig")
 
 
 def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
@@ -9442,7 +9503,8 @@ def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
         flag_parser().error(f"GOOGLE_GEMINI_BASE_URL: {error}")
     key = gemini_key(env)
     if not key and not flags.client_keys:
-        sys.exit(NO_KEY)
+        advice = "GEMINI_API_KEY=<your key> python3 proxy_to_gemini.py"
+        sys.exit(NO_KEY.format(WITH_KEY.get(sys.platform, advice)))
     if key and not re.fullmatch(KEY_PATTERN, key):
         problem = "has characters that no key has; it cannot be sent."
         sys.exit(f"proxy-to-gemini: the key in GEMINI_API_KEY {problem}")
@@ -9562,48 +9624,83 @@ def watchdog_seconds(env: Mapping[str, str]) -> float:
     return math.inf
 
 
+# What a user sends with Ctrl-C; on Windows also with Ctrl-Break, or by closing the console.
+INTERRUPTS = {"SIGINT", "SIGBREAK"}
+STOP_SIGNALS = {"SIGTERM", *INTERRUPTS}
+
+
 class Signals:
     """The signals that this process receives, and the notifications that it sends to systemd."""
 
     def __init__(self, env: Mapping[str, str]):
-        self.pending: set[int] = set()  # received, and not yet taken
+        self.pending: set[str] = set()  # names of those received, and not yet taken
         self.parent = 0  # the process id of a worker's parent, with which it ends
         self.notify_socket = env.get("NOTIFY_SOCKET", "")
         self.watchdog = watchdog_seconds(env)
         self.poll_seconds = min(1.0, self.watchdog / 4)
         self.last_ping = -math.inf
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(name, lambda number, frame: self.pending.add(number))
-        self.open_pipe()
+        for name in {"SIGHUP", "SIGCHLD", *STOP_SIGNALS}:
+            if hasattr(signal, name):  # Windows has some of them
+                signal.signal(getattr(signal, name), self.receive)
+        self.open_sockets()
+        if sys.platform == "win32":
+            self.watch_console()
 
-    def open_pipe(self) -> None:
-        """Open the pipe with which a signal wakes this process, and no other."""
-        self.pipe, wake = os.pipe()
-        os.set_blocking(self.pipe, False)
-        os.set_blocking(wake, False)
-        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    def receive(self, number: int, frame: Any = None) -> None:
+        """Note a signal. A second interrupt ends the process at once."""
+        name = signal.Signals(number).name
+        if name in INTERRUPTS and self.pending & INTERRUPTS:
+            sys.exit(128 + number)  # as shells have it
+        self.pending.add(name)
+
+    def open_sockets(self) -> None:
+        """Open the pair of sockets with which a signal wakes this process, and no other."""
+        self.woken, self.wake = socket.socketpair()  # Windows' select waits for no pipe
+        self.woken.setblocking(False)
+        self.wake.setblocking(False)
+        signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)
+
+    if sys.platform == "win32":
+
+        def watch_console(self) -> None:
+            """Let the end of the console, or of the session, be a signal as Ctrl-Break is one.
+
+            Once such a handler returns, Windows ends the process; else after some 5 seconds
+            (learn.microsoft.com, "HandlerRoutine callback function").
+            """
+            import ctypes
+
+            def handle(event: int) -> bool:
+                if event > signal.CTRL_BREAK_EVENT:
+                    self.pending.add("SIGBREAK")
+                    self.wake.send(b"\0")
+                    threading.Event().wait()
+                return False  # the next handler is Python's, which knows the other two events
+
+            self.console_handler = ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint)(handle)
+            ctypes.windll.kernel32.SetConsoleCtrlHandler(self.console_handler, True)
 
     def become_worker(self, parent: int) -> None:
         """Go on in a fork: systemd hears from the parent alone."""
         self.parent, self.notify_socket, self.watchdog = parent, "", math.inf
-        self.pending.discard(signal.SIGCHLD)
-        self.open_pipe()
+        self.pending.discard("SIGCHLD")
+        self.open_sockets()
 
-    def drain_pipe(self) -> None:
-        """Read what signals wrote into the pipe."""
+    def clear_woken(self) -> None:
+        """Read what signals wrote into the socket."""
         with contextlib.suppress(BlockingIOError):
-            os.read(self.pipe, 4096)
+            self.woken.recv(4096)
 
-    def take(self, number: int) -> bool:
+    def take(self, name: str) -> bool:
         """Whether this signal was received since the last call."""
-        received = number in self.pending
-        self.pending.discard(number)
+        received = name in self.pending
+        self.pending.discard(name)
         return received
 
     def should_stop(self) -> bool:
         """Whether a signal ends this process, or the end of its parent."""
         orphaned = self.parent != 0 and os.getppid() != self.parent
-        return orphaned or bool(self.pending & {signal.SIGTERM, signal.SIGINT})
+        return orphaned or bool(self.pending & STOP_SIGNALS)
 
     def ping_watchdog(self) -> None:
         """Tell systemd that this process is alive, whenever that is due."""
@@ -9639,14 +9736,14 @@ class Workers:
 
     def run(self) -> None:
         """Replace workers that die, until a signal ends them all; kill those that are too slow."""
-        poller = Poller(self.signals.pipe)
+        poller = Poller(self.signals.woken)
         while not self.signals.should_stop():
             self.signals.ping_watchdog()
             self.start_missing()
             poller.wait(self.signals.poll_seconds)
-            self.signals.drain_pipe()
+            self.signals.clear_woken()
             self.touch_state()
-            if self.signals.take(signal.SIGHUP):
+            if self.signals.take("SIGHUP"):
                 self.server.reload()  # for workers that are forked later
                 self.send_signal(signal.SIGHUP)
             self.reap()
@@ -9656,7 +9753,7 @@ class Workers:
         deadline = time.monotonic() + WORKER_DRAIN_SECONDS
         while self.running and time.monotonic() < deadline:
             poller.wait(0.1)
-            self.signals.drain_pipe()
+            self.signals.clear_woken()
             self.reap()
         self.send_signal(signal.SIGKILL)
 
@@ -9693,7 +9790,7 @@ class Workers:
             self.server.metrics.use_row(number)
             self.server.run(self.signals)
             os._exit(0)
-        except BaseException:
+        except Exception:
             log(f"a worker has a bug; please report it: {traceback.format_exc()}")
         finally:
             os._exit(1)
@@ -9745,7 +9842,8 @@ class Checker:
             try:
                 print(f"ok    {name}: {check()}", flush=True)
             except CHECK_ERRORS as error:
-                print(f"FAIL  {name}: {self.config.upstream}: {error}\n      mend: {fix}")
+                reason = reason_of(error)
+                print(f"FAIL  {name}: {self.config.upstream}: {reason}\n      mend: {fix}")
                 return 1
         return 0
 
@@ -9847,18 +9945,22 @@ def run_checks(config: Config) -> int:
 
 # Seconds before a thread must yield; at 0.005, a thousand threads do little else.
 SWITCH_INTERVAL_SECONDS = 0.05
+# OPEN_MAX: what setrlimit(2) takes there of a process that may have files without limit, or 256.
+MACOS_MAX_FILES = 10_240
 
 
 def raise_limits() -> None:
-    """Allow as many open files as the system does: each client needs two."""
-    import resource
+    """Allow as many open files as the system does: each client needs two. Windows has no limit."""
+    with contextlib.suppress(ImportError):
+        import resource
 
-    needed = 2 * MAX_CONNECTIONS + 64
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY:
-        needed = min(needed, hard)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        allowed = math.inf if hard == resource.RLIM_INFINITY else hard
+        for needed in (2 * MAX_CONNECTIONS + 64, MACOS_MAX_FILES):
+            with contextlib.suppress(ValueError, OSError):
+                files = max(soft, min(needed, allowed))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (int(files), hard))
+                return
 
 
 def open_server(config: Config) -> Server:
@@ -9871,8 +9973,7 @@ def open_server(config: Config) -> Server:
         if config.state != ":memory:":
             server.gemini.memory.try_out()
     except (OSError, ValueError, sqlite3.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        sys.exit(f"proxy-to-gemini: cannot {purpose}: {reason}")
+        sys.exit(f"proxy-to-gemini: cannot {purpose}: {reason_of(error)}")
     return server
 
 
@@ -9918,14 +10019,27 @@ def own_path() -> str:
 
 
 def open_standard_streams() -> None:
-    """Open those that were closed (2>&-): else a client's socket gets their number, and the log."""
+    """Open those that were closed (2>&-): else a client's socket gets their number, and the log.
+
+    What a console cannot show is escaped, and a log that is a full pipe stops nobody.
+    """
     number = 0
     while number < 3:
         number = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
     os.close(number)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does by itself
+    if sys.platform == "win32":
+        import ctypes
+        import msvcrt
+
+        pipe = msvcrt.get_osfhandle(2)  # whatever it is: of others, this changes nothing
+        nowait = ctypes.byref(ctypes.c_ulong(1))  # learn.microsoft.com, "SetNamedPipeHandleState"
+        ctypes.windll.kernel32.SetNamedPipeHandleState(pipe, nowait, None, None)
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
     open_standard_streams()
     flags = flag_parser().parse_args()
     if flags.version:
@@ -9933,6 +10047,7 @@ def main() -> None:
             digest = hashlib.sha256(file.read()).hexdigest()
         print(f"proxy-to-gemini {VERSION}, SHA-256 {digest}")
         return
+    refuse_what_the_system_lacks(flags)
     if flags.print_unit:
         print(systemd_unit(sys.argv[1:]))
         return

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -42,7 +43,18 @@ if __name__ != "__main__":  # the stand-in alone needs neither
     import pytest
 
     import proxy_to_gemini as proxy
-    from proxy_to_gemini import Context, End, Exchange, Fields, ProxyError, Text, ToolCall, Usage
+    from proxy_to_gemini import (
+        Context,
+        End,
+        Exchange,
+        Fields,
+        ProxyError,
+        Text,
+        ToolCall,
+        Usage,
+    )
+
+WINDOWS = sys.platform == "win32"
 
 # ======================================================================================
 # The stand-in Gemini
@@ -7544,11 +7556,10 @@ def test_a_client_that_sends_its_next_request_early_has_not_left(gemini, service
 
 
 def test_the_end_of_the_server_ends_the_waiting():
-    end, other_end = os.pipe()
-    os.close(other_end)
-    with pytest.raises(ProxyError) as caught:
+    end, other_end = socket.socketpair()
+    other_end.close()
+    with end, pytest.raises(ProxyError) as caught:
         proxy.Waiter(None, 5, stopping=end).wait(None)
-    os.close(end)
     assert caught.value.status == 503
 
 
@@ -7584,7 +7595,7 @@ def test_connections_that_are_idle_too_long_are_closed(service, monkeypatch):
     service.chunks(PLAIN)
     service.pool.tidy()
     assert len(service.pool.idle) == 1
-    monkeypatch.setattr(proxy, "IDLE_CONNECTION_SECONDS", 0)
+    monkeypatch.setattr(proxy, "IDLE_CONNECTION_SECONDS", -1)
     service.pool.tidy()
     assert not service.pool.idle
 
@@ -8122,15 +8133,15 @@ class ManualSignals(proxy.Signals):
         self.pending, self.parent = set(), 0
         self.notify_socket, self.watchdog, self.last_ping = "", math.inf, 0.0
         self.poll_seconds = 1.0
-        self.pipe, self.wake = os.pipe()
+        self.woken, self.wake = socket.socketpair()
 
-    def send(self, number):
-        self.pending.add(number)
-        os.write(self.wake, b"\0")
+    def send(self, name):
+        self.pending.add(name)
+        self.wake.send(b"\0")
 
     def close(self):
-        os.close(self.pipe)
-        os.close(self.wake)
+        self.woken.close()
+        self.wake.close()
 
 
 @contextlib.contextmanager
@@ -8141,13 +8152,13 @@ def in_thread(server):
     thread.start()
 
     def stop():
-        signals.send(signal.SIGTERM)
+        signals.send("SIGTERM")
         until(lambda: server.draining)
 
     try:
         yield stop
     finally:
-        signals.send(signal.SIGTERM)
+        signals.send("SIGTERM")
         thread.join(15)
         signals.close()
     assert not thread.is_alive()
@@ -9608,6 +9619,7 @@ def test_signatures_in_a_file_outlive_the_server(gemini, tmp_path):
     assert gemini.bodies[-1]["contents"][1]["parts"][0]["thoughtSignature"] == sign("s")
 
 
+@pytest.mark.skipif(WINDOWS, reason="there, the folder tells who may read")
 def test_the_file_of_what_is_remembered_is_its_owners_only(gemini, tmp_path):
     state = tmp_path / "state.db"
     gemini.say(whole(call("weather", {"city": "Oslo"}, "s")))
@@ -9940,7 +9952,7 @@ def test_a_key_that_fits_into_no_header_is_refused_but_not_printed():
     "flags, env, path",
     [
         (["-state=s.db"], {"STATE_DIRECTORY": "/a"}, "s.db"),
-        ([], {"STATE_DIRECTORY": "/a:/b"}, "/a/proxy-to-gemini.db"),
+        ([], {"STATE_DIRECTORY": "/a:/b"}, os.path.join("/a", "proxy-to-gemini.db")),
         ([], {}, ":memory:"),
     ],
 )
@@ -10001,6 +10013,7 @@ def run_main(monkeypatch, *arguments):
     proxy.main()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="systemd is Linux's")
 def test_the_unit_runs_this_file_with_these_flags(capsys, monkeypatch):
     run_main(monkeypatch, "-api=ollama", "--print-unit", "-alias=a b=$c%d")
     unit = capsys.readouterr().out
@@ -10042,6 +10055,7 @@ def started(*command, **how):
     with subprocess.Popen(
         [sys.executable, *map(str, command)],
         text=True,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -10050,14 +10064,36 @@ def started(*command, **how):
         try:
             yield process
         finally:
-            if process.poll() is None:
+            if process.poll() is None and not WINDOWS:
                 os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
 
 
 def start(*arguments, **env):
     """The program with these flags; no key of the real environment reaches it."""
     inherited = {key: value for key, value in os.environ.items() if "KEY" not in key}
-    return started(PROGRAM, *arguments, env={**inherited, **env})
+    console = ["-c", CONSOLE] if WINDOWS else []
+    return started(*console, PROGRAM, *arguments, env={**inherited, **env})
+
+
+# Runs a script that gets a Ctrl-Break for each line of its input: not every console can send one.
+CONSOLE = (
+    "import runpy, signal, sys, threading; "
+    "lines = iter(sys.stdin.readline, ''); "
+    "press = lambda: [signal.raise_signal(signal.SIGBREAK) for _ in lines]; "
+    "threading.Thread(target=press, daemon=True).start(); "
+    "sys.argv.pop(0); "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+def interrupt(process):
+    """Press Ctrl-C, or on Windows Ctrl-Break."""
+    if not WINDOWS:
+        process.send_signal(signal.SIGINT)
+        return
+    process.stdin.write("\n")
+    process.stdin.flush()
 
 
 class RemoteServer:
@@ -10107,6 +10143,8 @@ class Supervised:
 
 @pytest.fixture(params=[1, 2], ids=["one process", "two workers"])
 def supervised(gemini, tmp_path, request):
+    if WINDOWS:
+        pytest.skip("there is no systemd")
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified,
         socket.create_server(("127.0.0.1", 0)) as listener,
@@ -10158,6 +10196,83 @@ def test_sigterm_closes_idle_connections_and_lets_answers_end(supervised, gemini
     assert "Traceback" not in supervised.process.stdout.read()
 
 
+# ---- other systems ----
+
+# Runs a script as on a system that lacks what comes before "--": names of modules, and modules.
+POORER = (
+    "import os, runpy, select, signal, sys, urllib.request; "
+    "lacks = sys.argv[1 : sys.argv.index('--')]; "
+    "sys.argv = sys.argv[len(lacks) + 2 :]; "
+    "paths = [name.rpartition('.') for name in lacks]; "
+    "[delattr(sys.modules[module], name) for module, _, name in paths if module]; "
+    "sys.modules.update({name: None for module, _, name in paths if not module}); "
+    "sys.platform = 'other'; "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+LACKING = {
+    "macOS": ["select.POLLRDHUP"],
+    "Windows": [
+        "select.POLLRDHUP",
+        "select.poll",
+        "os.fork",
+        "signal.SIGHUP",
+        "signal.SIGCHLD",
+        "resource",
+    ],
+}
+
+
+@pytest.fixture(params=LACKING.values(), ids=LACKING)
+def elsewhere(request, gemini):
+    """(the process, the server) of the program on a system that lacks something."""
+    if sys.platform != "linux" or not hasattr(select, "POLLRDHUP"):
+        pytest.skip("takes away what is not there")
+    flags = ["-listen=127.0.0.1:0", "-upstream", gemini.url]
+    command = ["-c", POORER, *request.param, "--", PROGRAM, *flags]
+    with started(*command, env={**os.environ, **ENV}) as process:
+        yield process, RemoteServer(port_of(process))
+
+
+def test_it_answers_elsewhere(elsewhere, gemini):
+    gemini.say(Say(chunk("Once "), whole("upon"), gap=0.1))
+    process, server = elsewhere
+    with RawClient(server) as client:
+        open_stream(client)
+        client.send(raw_chat())  # the next one while the first one is under way
+        interrupt(process)
+        assert b"upon" in client.file.read()
+    assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize("silent", [True, False], ids=["in silence", "in mid-stream"])
+def test_a_client_that_leaves_is_noticed_elsewhere(silent, elsewhere, gemini):
+    gemini.say(Say(chunk("Once "), whole("upon"), delay=60.0 * silent, gap=60.0))
+    with RawClient(elsewhere[1]) as client:
+        if silent:
+            client.send(raw_chat(stream=True))
+            until(lambda: gemini.bodies)
+        else:
+            open_stream(client)
+    assert gemini.gone.wait(5)
+
+
+@pytest.mark.parametrize("flag, lack", [("-workers=2", "fork"), ("-print-unit", "systemd")])
+def test_what_a_system_lacks_is_a_wrong_flag_there(flag, lack, monkeypatch, capsys):
+    monkeypatch.delattr(os, "fork", raising=False)
+    monkeypatch.setattr(sys, "platform", "plan9")
+    assert exit_of(run_main, monkeypatch, flag) == 2
+    assert f"{flag}: plan9 has no {lack}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not WINDOWS, reason="the end of a console is a signal elsewhere")
+def test_the_end_of_the_console_is_an_interrupt():
+    signals = ManualSignals()
+    proxy.Signals.watch_console(signals)
+    threading.Thread(target=signals.console_handler, args=(2,), daemon=True).start()
+    assert signals.woken.recv(1) == b"\0"
+    assert signals.should_stop()
+
+
 # ---- workers ----
 
 
@@ -10175,7 +10290,7 @@ def listens(port):
 @contextlib.contextmanager
 def two_workers(gemini, **env):
     """(the process, the server) of the program with two workers, both of which have started."""
-    if not Path("/proc/self").exists():
+    if WINDOWS or not Path("/proc/self").exists():
         pytest.skip("looks at processes as Linux shows them")
     with running(gemini, "-workers=2", **env) as (process, server):
         until(lambda: len(children_of(process.pid)) == 2)
@@ -10258,6 +10373,7 @@ def test_only_the_workers_own_folder_is_kept_young(tmp_path, name, touched):
     assert (folder.stat().st_mtime > 1) is touched
 
 
+@pytest.mark.skipif(WINDOWS, reason="there are no workers")
 def test_workers_without_a_file_to_share_end_with_advice(monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
     monkeypatch.setattr(proxy, "raise_limits", lambda: None)
@@ -10343,11 +10459,41 @@ def test_the_start_line_names_the_address_and_the_api_but_not_the_key(gemini):
     assert "AIza" not in line
 
 
+def health_of(server):
+    """The status of its health check."""
+    with RawClient(server) as client:
+        return client.request("GET", "/healthz")[0]
+
+
+@pytest.mark.skipif(WINDOWS, reason="there, SIGTERM is the end without a signal")
 def test_the_program_answers_and_ends_at_sigterm(gemini):
     with running(gemini, **ENV) as (process, server):
         assert b"Hello" in post(server)[2]
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == 0
+        assert "Traceback" not in process.stdout.read()
+
+
+def test_an_interrupt_gives_answers_under_way_their_time(gemini):
+    gemini.say(Say(whole("Hello"), delay=0.5))
+    with running(gemini, **ENV) as (process, server), RawClient(server) as client:
+        client.send(raw_chat())
+        until(lambda: gemini.bodies)
+        interrupt(process)
+        assert b"Hello" in client.reply()[2]
+        assert process.wait(10) == 0
+        assert "Traceback" not in process.stdout.read()
+
+
+def test_a_second_interrupt_ends_the_program_at_once(gemini):
+    gemini.say(Say(whole("Hello"), delay=60.0))
+    with running(gemini, **ENV) as (process, server), RawClient(server) as client:
+        client.send(raw_chat())
+        until(lambda: gemini.bodies)
+        interrupt(process)
+        until(lambda: health_of(server) == 503)
+        interrupt(process)
+        assert process.wait(5) > 128
         assert "Traceback" not in process.stdout.read()
 
 
@@ -10364,7 +10510,7 @@ def test_the_program_ends_also_while_clients_keep_coming_back(gemini):
         for thread in clients:
             thread.start()
         process.stdout.close()
-        process.send_signal(signal.SIGTERM)
+        interrupt(process)
         try:
             assert process.wait(10) == 0
         finally:
@@ -10446,7 +10592,9 @@ def test_make_install_puts_each_file_in_its_place(installed):
 
 
 def test_the_installed_unit_runs_the_installed_file(installed):
-    unit = (installed.folder / "etc/systemd/system/proxy-to-gemini.service").read_text()
+    unit = (installed.folder / "etc/systemd/system/proxy-to-gemini.service").read_text(
+        encoding="utf-8"
+    )
     assert '/opt/x/lib/proxy-to-gemini/proxy_to_gemini.py -api=ollama "-alias=a b=c"\n' in unit
     assert "Documentation=file:///opt/x/lib/proxy-to-gemini/README.md" in unit
     assert str(installed.folder) not in unit
@@ -10468,8 +10616,8 @@ def test_make_uninstall_leaves_nothing(installed):
 # The file itself
 # ======================================================================================
 
-SOURCE = (HERE / "proxy_to_gemini.py").read_text()
-README = (HERE / "README.md").read_text()
+SOURCE = (HERE / "proxy_to_gemini.py").read_text(encoding="utf-8")
+README = (HERE / "README.md").read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 NODES = list(ast.walk(TREE))
 FUNCTIONS = [node for node in NODES if isinstance(node, ast.FunctionDef)]
@@ -10683,7 +10831,7 @@ def string_lines(source):
 
 @pytest.mark.parametrize("name", ["proxy_to_gemini.py", "test_proxy.py"])
 def test_lines_of_code_have_at_most_100_columns(name):
-    source = (HERE / name).read_text()
+    source = (HERE / name).read_text(encoding="utf-8")
     lines = enumerate(source.splitlines(), 1)
     long = {i for i, line in lines if len(line) > 100 and "#" not in line}
     assert sorted(long - string_lines(source)) == []
