@@ -619,6 +619,11 @@ class Plan(NamedTuple):
     chat: Chat | None = None  # the question, where it is one to a chat endpoint
     loads: tuple[str, float] | None = None  # (model, seconds) to list in Ollama's ps from now on
 
+    @property
+    def answering(self) -> Model | None:
+        """The model that answers, where one does."""
+        return next((call.model for call in self.calls if call.model), None)
+
 
 class ClientRequest(NamedTuple):
     """A client's request but for its body."""
@@ -836,6 +841,8 @@ class Model(NamedTuple):
     system: bool = True  # takes a systemInstruction
     audio: bool = True  # takes audio
     max_output: int = 65536  # tokens
+    dimensions: int | None = None  # of vectors whose size the client leaves open; None: its own
+    stands_in: bool = False  # whether the client named another maker's
 
     @property
     def name(self) -> str:
@@ -989,48 +996,63 @@ def recipe_names(context: Context) -> list[str]:
 MODEL_NAME = re.compile(r"(tunedModels/)?[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 
 
-def model_named(model_name: str, context: Context) -> Model:
-    """The model that a client means: through recipes and aliases (an exact name before a glob), and
-    without prefixes.
+class StandIn(NamedTuple):
+    """One of Gemini's models, for names of OpenAI's and Anthropic's (and Google's former ones)."""
+
+    use: str  # what the client wants of it
+    names: str  # how they begin, as a pattern
+    model: str
+    dimensions: int | None = None  # of vectors: as those that users of the named model have stored
+
+
+# The first row that fits counts. The `latest` ones move on with Google's models
+# (https://ai.google.dev/gemini-api/docs/models): the large one is for its makers' large ones.
+STAND_INS = (
+    StandIn("image", r"dall-e|(chat)?gpt-image|imagen", "gemini-nano-banana-2.1"),
+    StandIn("speech", r"tts-1|gpt-.*(tts|audio)", "gemini-3.8-flash-tts"),
+    StandIn("transcript", r"whisper|gpt-.*transcribe", "gemini-3.8-flash"),
+    StandIn("embedding", r"text-embedding-(3-small|ada-002)\Z", "gemini-embedding-001", 1536),
+    StandIn("embedding", r"text-embedding-3-large\Z", "gemini-embedding-001", 3072),
+    StandIn("chat", r"claude-(.*-)?opus|(gpt-|o[1-4]).*-pro(-|\Z)", "gemini-pro-latest"),
+    StandIn("chat", r"(claude|(chat)?gpt|codex)-|o[1-4](-|\Z)", "gemini-flash-latest"),
+)
+ALL_USES = tuple(dict.fromkeys(row.use for row in STAND_INS))
+# What can do more than chat: an alias glob for chats, such as `-alias='gpt-*=...'`, does not apply.
+MEDIA_MODELS = {
+    "image": r"gemini-.*image|.*banana",
+    "speech": r"gemini-.*(tts|audio)",
+    "transcript": r"gemini|gemma",
+}
+
+
+@functools.lru_cache(maxsize=256)
+def stand_in_for(name: str, uses: tuple[str, ...]) -> StandIn | None:
+    rows = (row for row in STAND_INS if row.use in uses and re.match(row.names, name))
+    return next(rows, None)
+
+
+def model_named(model_name: str, context: Context, *uses: str) -> Model:
+    """The model that a client means: through recipes, aliases (an exact name before a glob) and
+    stand-ins for these uses, and without prefixes.
 
     A name can never change the URL: whatever is not plain is a model that does not exist.
     """
     plain = plain_name(model_name, context.ollama)
+    stand_in = stand_in_for(plain, uses)
     candidates = [recipe_named(model_name, context, head_only=True).source]
     candidates += [model for name, model in context.aliases if name in (model_name, plain)]
-    candidates += [model for glob, model in context.aliases if fnmatch.fnmatchcase(plain, glob)]
-    name = next(filter(None, candidates), plain)
+    globs = [model for glob, model in context.aliases if fnmatch.fnmatchcase(plain, glob)]
+    if stand_in:
+        able = MEDIA_MODELS.get(stand_in.use, "")
+        globs = [model for model in globs if re.match(able, model)]
+    name = next(filter(None, candidates + globs), "")
+    if stand_in and not name:
+        model = model_of(stand_in.model)
+        return model._replace(dimensions=stand_in.dimensions, stands_in=True)
+    name = name or plain
     if len(name) > 128 or not MODEL_NAME.fullmatch(name):
         raise no_such_model(model_name)
     return model_of(name)
-
-
-# For each media endpoint: OpenAI's names (and Google's former ones), Gemini's models that can do
-# it, and the one that stands in for the former.
-DEFAULT_MEDIA_MODELS = {
-    "image": (
-        r"dall-e|(chat)?gpt-image|imagen",
-        r"gemini-.*image|.*banana",
-        "gemini-nano-banana-2.1",
-    ),
-    "speech": (r"tts-1|gpt-.*(tts|audio)", r"gemini-.*(tts|audio)", "gemini-3.8-flash-tts"),
-    "transcript": (r"whisper|gpt-.*transcribe", r"gemini|gemma", "gemini-3.8-flash"),
-}
-
-
-def media_model(model_name: str, what: str, context: Context) -> Model:
-    """The model for one of DEFAULT_MEDIA_MODELS, "" for the default.
-
-    An alias glob for chats, such as `-alias='gpt-*=...'`, does not apply to image models and the
-    like.
-    """
-    openai_names, gemini_names, default = DEFAULT_MEDIA_MODELS[what]
-    model = model_named(model_name or default, context)
-    plain = plain_name(model_name, context.ollama)
-    aliased = any(name in (model_name, plain) for name, _ in context.aliases)
-    if re.match(openai_names, plain) and not aliased and not re.match(gemini_names, model.name):
-        return model_of(default)
-    return model
 
 
 GEMINI_OPENED = 1702425600  # 13 December 2023, Gemini's API opened; it gives no dates of its models
@@ -1975,7 +1997,7 @@ def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple
             f"{MAX_EMBED_INPUTS}, but got an array with length {len(texts)} instead."
         )
         raise ProxyError(400, message, code="array_above_max_length", path="input")
-    size = given(outputDimensionality=dimensions or None)
+    size = given(outputDimensionality=dimensions or model.dimensions)
     calls: list[GeminiCall] = []
     for i in range(0, len(texts), MAX_EMBED_BATCH):
         contents = [{"parts": [text_part(text)]} for text in texts[i : i + MAX_EMBED_BATCH]]
@@ -3540,7 +3562,7 @@ class ChatOptions(NamedTuple):
 def openai_chat_request(body: Fields, context: Context) -> Plan:
     """Chat completions: https://platform.openai.com/docs/api-reference/chat/create"""
     model_name = body.require("model", str)
-    model = model_named(model_name, context)
+    model = model_named(model_name, context, "chat")
     question = openai_chat_input(body, model, context)
     tools = chat_tools(body, *question.tools)
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
@@ -3918,7 +3940,7 @@ def openai_call_deltas(entry: JSON) -> Iterator[JSON]:
 def openai_embeddings_request(body: Fields, context: Context) -> Plan:
     """Embeddings: https://platform.openai.com/docs/api-reference/embeddings/create"""
     model_name = body.require("model", str)
-    model = model_named(model_name, context)
+    model = model_named(model_name, context, "embedding")
     body.require("input", str, list)
     hint = " (LangChain: check_embedding_ctx_length=False)"
     texts = openai_texts(body, "input", "embedded", hint)
@@ -4019,7 +4041,7 @@ def openai_completions_request(body: Fields, context: Context) -> Plan:
 def openai_completion_chat(body: Fields, model_name: str, context: Context) -> Chat:
     """All of a completion but its prompt. A limit is for the text alone: with one, a model thinks
     as little as it can."""
-    model = model_named(model_name, context)
+    model = model_named(model_name, context, "chat")
     sampling, _ = openai_chat_sampling(body, model, context, LIMIT_KEYS)
     effort = openai_effort(body)
     thinking = Thinking(effort, field="reasoning_effort")
@@ -4128,7 +4150,7 @@ IMAGE_FORMATS = (*IMAGE_TYPES.values(), "gif", "svg")
 def openai_images_request(body: Fields, context: Context) -> Plan:
     """Images: https://platform.openai.com/docs/api-reference/images/create"""
     model_name = body.get("model", str)
-    model = media_model(model_name or "", "image", context)
+    model = model_named(model_name or "gpt-image-1", context, "image")
     prompt, n = openai_nonblank(body, "prompt"), body.number("n", 1, 10, int) or 1
     form = body.choice("response_format", "url", "b64_json")
     if body.choice("output_format", *IMAGE_FORMATS) not in (None, model.image_format):
@@ -4222,7 +4244,7 @@ PCM = Framing("audio/pcm", itemgetter("audio"), keep_alive=b"", carries_errors=F
 def openai_speech_request(body: Fields, context: Context) -> Plan:
     """Speech: https://platform.openai.com/docs/api-reference/audio/createSpeech"""
     model_name = body.require("model", str)
-    model = media_model(model_name, "speech", context)
+    model = model_named(model_name, context, "speech")
     text, manner = openai_nonblank(body, "input"), body.get("instructions", str)
     form = body.choice("response_format", "mp3", "opus", "aac", "flac", "wav", "pcm") or "mp3"
     events, pcm = body.choice("stream_format", "audio", "sse") == "sse", form == "pcm"
@@ -4343,7 +4365,7 @@ def openai_translations_request(body: Fields, context: Context) -> Plan:
 
 def openai_recording_plan(body: Fields, context: Context, task: str, forms: Iterable[str]) -> Plan:
     model_name = body.require("model", str)
-    model = media_model(model_name, "transcript", context)
+    model = model_named(model_name, context, "transcript")
     recording = openai_recording(body)
     form = body.choice("response_format", *forms) or "json"
     form_scalars(body, "temperature", "stream")
@@ -4517,33 +4539,82 @@ def openai_models_request(body: Fields, context: Context) -> Plan:
     return Plan((MODELS_CALL,), model=context.params.get("model", ""))
 
 
-def openai_model_entry(name: str, context: Context) -> JSON:
+def openai_model_entry(name: str, gemini_entry: JSON, context: Context) -> JSON:
+    """A model in OpenAI's form and Anthropic's, in one: no field of theirs has two meanings.
+    https://platform.claude.com/docs/en/api/models"""
     owner = "library" if context.ollama else "google"
     created = int(recipe_named(name, context, head_only=True).modified or GEMINI_OPENED)
-    return {"id": name, "object": "model", "created": created, "owned_by": owner}
+    moment = datetime.datetime.fromtimestamp(created, datetime.timezone.utc)
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": owner,
+        "type": "model",
+        "display_name": get_or_empty(gemini_entry, "displayName", str) or name,
+        "created_at": moment.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "lifecycle": "active",
+        "max_input_tokens": get_or_empty(gemini_entry, "inputTokenLimit", int) or None,
+        "max_tokens": get_or_empty(gemini_entry, "outputTokenLimit", int) or None,
+    }
 
 
 def openai_models_response(exchange: Exchange, answers: Answers) -> JSON:
+    """All models, or a page as Anthropic's clients ask for it."""
     context, entries = exchange.context, listed_models(answers)
-    names = list(usable_models(entries, context))
+    models = usable_models(entries, context)
     if context.ollama:
-        names = [tagged(name) for name in names if not UNLISTED.search(name)]
-    models = {"object": "list", "data": [openai_model_entry(name, context) for name in names]}
+        models = {tagged(name): models[name] for name in models if not UNLISTED.search(name)}
+    data = [openai_model_entry(name, entry, context) for name, entry in models.items()]
+    limit = page_limit(context.query, len(data), 1000)
+    page = openai_page(data, context.query, "after_id", limit)
     if GOOGLES_SDK in context.request.headers:
-        models["models"] = entries
+        page["models"] = entries
     elif "client_version" in context.query:  # Codex wants a list of its own (openai/codex#35758)
-        models["models"] = []  # of models with prompts, which would replace Codex's
-    return models
+        page["models"] = []  # of models with prompts, which would replace Codex's
+    return page
+
+
+def openai_page(items: list[JSON], query: Mapping[str, str], after: str, limit: int) -> JSON:
+    """A page of a list: so many items behind the one that `after` names in the query, or before
+    that of `before_id`."""
+    ids = [item["id"] for item in items]
+    start, end, more_before = 0, len(items), False
+    if query.get(after) in ids:
+        start = ids.index(query[after]) + 1
+    if query.get("before_id") in ids:
+        end = ids.index(query["before_id"])
+        start = max(start, end - limit)
+        more_before = start > 0
+    page_ids = ids[start:end][:limit] or [None]
+    return {
+        "object": "list",
+        "data": items[start:end][:limit],
+        "first_id": page_ids[0],
+        "last_id": page_ids[-1],
+        "has_more": more_before or end - start > limit,
+    }
+
+
+def page_limit(query: Mapping[str, str], default: int, most: int) -> int:
+    """How many items a page may have, by the query."""
+    text = query.get("limit", "")
+    if not text:
+        return default
+    if re.fullmatch(r"[1-9]\d{0,3}", text, re.ASCII) and int(text) <= most:
+        return int(text)
+    raise wrong_value("limit", f"Invalid value for 'limit': it must be between 1 and {most}.")
 
 
 def openai_model_response(exchange: Exchange, answers: Answers) -> JSON:
     name, context = exchange.model, exchange.context
-    entry = usable_models(listed_models(answers), context).get(model_named(name, context).name)
+    model = model_named(name, context, *ALL_USES)
+    entry = usable_models(listed_models(answers), context).get(model.name)
     if entry is None:
         raise no_such_model(name)
     if not context.ollama:
         name = plain_name(name, False)
-    answer = openai_model_entry(name, context)
+    answer = openai_model_entry(name, entry, context)
     if GOOGLES_SDK in context.request.headers:
         return {**entry, **answer}
     return answer
@@ -4931,7 +5002,7 @@ SIGNATURES, SOURCES = "reasoning.encrypted_content", "web_search_call.action.sou
 def openai_responses_request(body: Fields, context: Context) -> Plan:
     """Responses: https://platform.openai.com/docs/api-reference/responses/create"""
     model_name = body.require("model", str)
-    model = model_named(model_name, context)
+    model = model_named(model_name, context, "chat")
     history = openai_history(body, model, context)
     tools = chat_tools(body, *history.tools)
     choice = openai_tool_choice(body, "tool_choice", tools)
@@ -5542,22 +5613,7 @@ def openai_input_items_response(exchange: Exchange, answers: Answers) -> JSON:
     items = stored_items(f"input:{exchange.options['id']}", exchange.context)
     if query.get("order") != "asc":
         items = items[::-1]
-    limit = query.get("limit", "20")
-    if not re.fullmatch(r"[1-9]\d?|100", limit, re.ASCII):
-        raise wrong_value("limit", "Invalid value for 'limit': it must be between 1 and 100.")
-    ids = [item["id"] for item in items]
-    start = 0
-    if query.get("after") in ids:
-        start = ids.index(query["after"]) + 1
-    end = start + int(limit)
-    page_ids = ids[start:end] or [None]
-    return {
-        "object": "list",
-        "data": items[start:end],
-        "first_id": page_ids[0],
-        "last_id": page_ids[-1],
-        "has_more": len(items) > end,
-    }
+    return openai_page(items, query, "after", page_limit(query, 20, 100))
 
 
 # ---- routes ----
@@ -6696,7 +6752,7 @@ def anthropic_messages_request(body: Fields, context: Context) -> Plan:
 def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan:
     """The plan for a message, or for one to be counted."""
     model_name = body.require("model", str)
-    model = model_named(model_name, context)
+    model = model_named(model_name, context, "chat")
     if not body.require("messages", list):
         raise wrong_value("messages", "messages: at least one message is required")
     refuse_continued_thread(body)
@@ -6956,9 +7012,6 @@ def anthropic_error(error: ProxyError) -> tuple[int, JSON]:
     status, message = error.status, error.message
     if status == 401 and error.upstream:
         status = 403
-    if error.code == "model_not_found" and error.model.startswith("claude"):
-        hint = "start the server with -alias='claude-*=MODEL'."
-        message += f" To have one of Gemini's models answer to this name, {hint}"
     kind = ANTHROPIC_ERROR_TYPES.get(status, "invalid_request_error")
     body: JSON = {"type": kind, "message": message}
     if error.code == "thread_not_found":
@@ -7133,11 +7186,12 @@ SHARED_OPENAI = without_401(OPENAI._replace(routes=SHARED_ROUTES))
 
 # What each -api mounts. The first protocol whose pattern fits "METHOD path" writes its errors.
 OWN_PATHS = r"\w+ /(v1alpha|v1beta|upload|download|v1/interactions)(/|\Z)|POST /v1/models/"
+ANTHROPIC_PATHS = r"\w+ /v1/messages(/|\Z)"
 MOUNTS: dict[str, tuple[tuple[str, Protocol], ...]] = {
-    "openai": ((OWN_PATHS, GEMINI), ("", OPENAI)),
+    "openai": ((OWN_PATHS, GEMINI), (ANTHROPIC_PATHS, ANTHROPIC), ("", OPENAI)),
     "ollama": (
         (OWN_PATHS, GEMINI),
-        (r"\w+ /v1/messages", ANTHROPIC),
+        (ANTHROPIC_PATHS, ANTHROPIC),
         (r"\w+ /v1", SHARED_OPENAI),
         ("", OLLAMA),
     ),
@@ -8793,7 +8847,7 @@ def upstream_key(head: RequestHead, config: Config) -> str:
     raise ProxyError(401, NO_GEMINI_KEY, code="invalid_api_key")
 
 
-EXPOSED = ("x-goog-upload-url", "x-goog-upload-status")  # besides those of all answers
+EXPOSED = ("x-proxy-model", "x-goog-upload-url", "x-goog-upload-status")
 
 
 def cors_headers(head: RequestHead, config: Config, protocol: Protocol) -> list[tuple[str, str]]:
@@ -8954,7 +9008,8 @@ class RequestCycle:
         if plan.loads:
             server.load(*plan.loads)
         elif plan.chat and exchange.context.ollama:
-            server.load(plan.model, LOADED_SECONDS)
+            model = plan.chat.model
+            server.load(model.name if model.stands_in else plan.model, LOADED_SECONDS)
 
     def with_body(self, call: GeminiCall) -> GeminiCall:
         """The call that is passed through, with the body that the client is sending."""
@@ -9018,7 +9073,8 @@ class RequestCycle:
         with contextlib.suppress(ProxyError):
             models = self.server.gemini.list_models(waiter, self.key)
             names = [get_or_empty(entry, "name", str) for entry in models]
-            error.listed = model_named(exchange.model, exchange.context).path in names
+            answering = exchange.plan.answering
+            error.listed = answering is not None and answering.path in names
 
     # ---- its answer ----
 
@@ -9051,7 +9107,7 @@ class RequestCycle:
             self.connection.close_connection = True  # which is how this stream ends
         elif status != 204:
             headers.append(("Transfer-Encoding", "chunked"))
-        return self.answer_head(status, headers + self.ignored_header())
+        return self.answer_head(status, headers + self.own_headers())
 
     def send_answer(self, status: int, answer: Any, headers: Mapping[str, str] = {}) -> None:
         """Send a whole answer, JSON or a Payload, in one write."""
@@ -9059,7 +9115,7 @@ class RequestCycle:
         if not isinstance(answer, Payload):
             payload = Payload(encode_json(answer).encode(), "application/json")
         own = ("Content-Type", payload.content_type), ("Content-Length", str(len(payload.data)))
-        data = self.answer_head(status, [own[0], *headers.items(), *self.ignored_header(), own[1]])
+        data = self.answer_head(status, [own[0], *headers.items(), *self.own_headers(), own[1]])
         if self.head.method != "HEAD":
             data += payload.data
         self.connection.client.send(data)
@@ -9083,15 +9139,18 @@ class RequestCycle:
             lines.append("Connection: keep-alive")
         return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
-    def ignored_header(self) -> list[tuple[str, str]]:
-        """The header that names what was ignored of the request, if anything was."""
+    def own_headers(self) -> list[tuple[str, str]]:
+        """The headers that tell which model answers, and what was ignored of the request."""
+        headers: list[tuple[str, str]] = []
+        if self.exchange and self.exchange.plan.answering:
+            headers.append(("x-proxy-model", self.exchange.plan.answering.name))
         names = [re.sub(r"[^!-+\--~]", "?", name)[:200] for name in self.ignored + self.left_out]
         text = ", ".join(dict.fromkeys(names))
-        if not text:
-            return []
         if len(text) > MAX_IGNORED_CHARACTERS:
             text = text[:MAX_IGNORED_CHARACTERS].rpartition(", ")[0] + ", ..."
-        return [("x-proxy-ignored", text)]
+        if text:
+            headers.append(("x-proxy-ignored", text))
+        return headers
 
     def fail(self, error: ProxyError) -> None:
         """Answer with an error; in mid-stream it is the last event."""
@@ -9115,7 +9174,11 @@ class RequestCycle:
         metrics.observe("first_byte_seconds", self.route_name, seconds=self.first_byte - self.began)
         if self.exchange and self.exchange.model:
             usage = self.exchange.usage
-            tokens = f" {self.exchange.model[:100]!r} {usage.prompt}+{usage.output} tokens"
+            answering = self.exchange.plan.answering
+            tokens = f" {self.exchange.model[:100]!r}"
+            if answering and answering.name != self.exchange.model:
+                tokens += f" ({answering.name})"
+            tokens += f" {usage.prompt}+{usage.output} tokens"
             for kind in LABELS["kind"]:
                 metrics.add("tokens_total", kind, amount=getattr(usage, kind))
         method, path = self.head.method or "-", self.head.target.partition("?")[0][:200] or "-"

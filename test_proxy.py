@@ -1083,6 +1083,74 @@ def test_a_name_loses_its_prefix_or_is_an_alias_and_an_exact_one_goes_before_a_g
 
 
 @pytest.mark.parametrize(
+    "what, name, aliases, model",
+    [
+        ("image", "dall-e-3", (), "gemini-nano-banana-2.1"),
+        ("image", "gemini-2.5-flash-image", (), "gemini-2.5-flash-image"),
+        ("image", "gpt-image-1", (("gpt-*", NEWEST),), "gemini-nano-banana-2.1"),
+        ("image", "gpt-image-1", (("gpt-image-*", "gemini-3-pro-image"),), "gemini-3-pro-image"),
+        ("image", "dall-e-3", (("dall-e-3", "tunedModels/mine"),), "mine"),
+        ("speech", "tts-1-hd", (), "gemini-3.8-flash-tts"),
+        ("speech", "gpt-4o-mini-tts", (("gpt-*", NEWEST),), "gemini-3.8-flash-tts"),
+        ("transcript", "whisper-1", (), NEWEST),
+        ("transcript", FLASH, (), FLASH),
+        ("transcript", "gpt-4o-transcribe", (("gpt-*", FLASH),), FLASH),
+    ],
+)
+def test_openais_media_models_stand_for_geminis(what, name, aliases, model):
+    assert proxy.model_named(name, Context(aliases=aliases), what).name == model
+
+
+@pytest.mark.parametrize(
+    "name, model",
+    [
+        ("gpt-5.5", "gemini-flash-latest"),
+        ("gpt-5.5-pro", "gemini-pro-latest"),
+        ("gpt-5-pro-2025-10-06", "gemini-pro-latest"),
+        ("chatgpt-4o-latest", "gemini-flash-latest"),
+        ("codex-mini-latest", "gemini-flash-latest"),
+        ("o1", "gemini-flash-latest"),
+        ("o3-pro", "gemini-pro-latest"),
+        ("o4-mini", "gemini-flash-latest"),
+        ("claude-sonnet-5", "gemini-flash-latest"),
+        ("claude-opus-5", "gemini-pro-latest"),
+        ("claude-3-opus-20240229", "gemini-pro-latest"),
+    ],
+)
+def test_names_of_other_makers_stand_for_the_model_that_moves_on(name, model):
+    assert proxy.model_named(name, NO_CONTEXT, "chat").name == model
+    assert proxy.model_named(name + ":latest", OLLAMA, "chat").name == model
+
+
+@pytest.mark.parametrize(
+    "name", ["o5", "o1x", "opus", "gpt5", "claude", "llama-3", "my-gpt-4", "davinci-002"]
+)
+def test_any_other_name_stands_for_itself(name):
+    assert proxy.model_named(name, NO_CONTEXT, "chat").path == f"models/{name}"
+
+
+@pytest.mark.parametrize(
+    "name, dimensions",
+    [
+        ("text-embedding-3-small", 1536),
+        ("text-embedding-3-large", 3072),
+        ("text-embedding-ada-002", 1536),
+    ],
+)
+def test_names_of_embeddings_stand_for_vectors_of_their_size(name, dimensions):
+    model = proxy.model_named(name, NO_CONTEXT, "embedding")
+    assert (model.name, model.dimensions) == (EMBEDDER, dimensions)
+
+
+def test_an_alias_goes_before_a_stand_in():
+    aliases = (("gpt-*", FLASH), ("text-embedding-3-small", "gemini-embedding-2"))
+    context = Context(aliases=aliases)
+    assert proxy.model_named("gpt-5-pro", context, "chat").name == FLASH
+    embedder = proxy.model_named("text-embedding-3-small", context, "embedding")
+    assert (embedder.name, embedder.dimensions) == ("gemini-embedding-2", None)
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "",
@@ -3321,26 +3389,6 @@ def test_what_cannot_be_completed_is_a_400(path, more):
     )
 
 
-@pytest.mark.parametrize(
-    "what, name, aliases, model",
-    [
-        ("image", "", (), "gemini-nano-banana-2.1"),
-        ("image", "dall-e-3", (), "gemini-nano-banana-2.1"),
-        ("image", "gemini-2.5-flash-image", (), "gemini-2.5-flash-image"),
-        ("image", "gpt-image-1", (("gpt-*", NEWEST),), "gemini-nano-banana-2.1"),
-        ("image", "gpt-image-1", (("gpt-image-*", "gemini-3-pro-image"),), "gemini-3-pro-image"),
-        ("image", "dall-e-3", (("dall-e-3", "tunedModels/mine"),), "mine"),
-        ("speech", "tts-1-hd", (), "gemini-3.8-flash-tts"),
-        ("speech", "gpt-4o-mini-tts", (("gpt-*", NEWEST),), "gemini-3.8-flash-tts"),
-        ("transcript", "whisper-1", (), NEWEST),
-        ("transcript", FLASH, (), FLASH),
-        ("transcript", "gpt-4o-transcribe", (("gpt-*", FLASH),), FLASH),
-    ],
-)
-def test_openais_media_models_stand_for_geminis(what, name, aliases, model):
-    assert proxy.media_model(name, what, Context(aliases=aliases)).name == model
-
-
 def draw(*answers, **body):
     return endpoint(
         "images/generations",
@@ -3850,12 +3898,65 @@ def test_the_list_of_models_holds_what_can_chat_or_embed_and_aliases():
     one = models_exchange(MODEL_CONTEXT)
     entries = proxy.openai_models_response(one, map(iter, MODEL_ANSWERS))["data"]
     assert [entry["id"] for entry in entries] == [FLASH, NEWEST, EMBEDDER, "gpt-4o"]
-    assert entries[0] == {
+
+
+def test_a_model_has_the_fields_of_openai_and_of_anthropic():
+    one = models_exchange(MODEL_CONTEXT._replace(params={"model": FLASH}))
+    assert proxy.openai_model_response(one, map(iter, MODEL_ANSWERS)) == {
         "id": FLASH,
         "object": "model",
         "created": proxy.GEMINI_OPENED,
         "owned_by": "google",
+        "type": "model",
+        "display_name": FLASH,
+        "created_at": "2023-12-13T00:00:00Z",
+        "lifecycle": "active",
+        "max_input_tokens": 1048576,
+        "max_tokens": 65536,
     }
+
+
+@pytest.mark.parametrize(
+    "query, names, has_more",
+    [
+        ({}, [FLASH, NEWEST, EMBEDDER, "gpt-4o"], False),
+        ({"limit": "2"}, [FLASH, NEWEST], True),
+        ({"limit": "2", "after_id": NEWEST}, [EMBEDDER, "gpt-4o"], False),
+        ({"limit": "1", "after_id": NEWEST}, [EMBEDDER], True),
+        ({"after_id": "gpt-4o"}, [], False),
+        ({"limit": "1", "before_id": EMBEDDER}, [NEWEST], True),
+        ({"limit": "2", "before_id": EMBEDDER}, [FLASH, NEWEST], False),
+        ({"after_id": "nobody", "limit": "1000"}, [FLASH, NEWEST, EMBEDDER, "gpt-4o"], False),
+    ],
+)
+def test_the_list_of_models_has_pages_for_anthropics_clients(query, names, has_more):
+    one = models_exchange(MODEL_CONTEXT._replace(query=query))
+    page = proxy.openai_models_response(one, map(iter, MODEL_ANSWERS))
+    assert [entry["id"] for entry in page["data"]] == names
+    ends = [None, None]
+    if names:
+        ends = [names[0], names[-1]]
+    assert [page["first_id"], page["last_id"], page["has_more"]] == [*ends, has_more]
+
+
+@pytest.mark.parametrize("limit", ["0", "1001", "-1", "x", "9" * 5000])
+def test_a_page_has_between_one_and_a_thousand_models(limit):
+    with pytest.raises(ProxyError) as caught:
+        one = models_exchange(MODEL_CONTEXT._replace(query={"limit": limit}))
+        proxy.openai_models_response(one, map(iter, MODEL_ANSWERS))
+    assert (caught.value.status, caught.value.path) == (400, "limit")
+
+
+def test_a_list_without_models_is_an_empty_page():
+    one = models_exchange(NO_CONTEXT)
+    page = proxy.openai_models_response(one, iter([iter([{"models": []}])]))
+    assert (page["data"], page["first_id"], page["has_more"]) == ([], None, False)
+
+
+def test_a_name_that_stands_in_is_described_where_its_model_is_listed():
+    one = models_exchange(Context(params={"model": "text-embedding-3-small"}))
+    entry = proxy.openai_model_response(one, map(iter, MODEL_ANSWERS))
+    assert (entry["id"], entry["display_name"]) == ("text-embedding-3-small", EMBEDDER)
 
 
 @pytest.mark.parametrize(
@@ -6226,7 +6327,7 @@ def test_a_recipe_was_modified_when_it_was_created():
 
 def test_openais_list_has_the_time_of_a_recipe_too():
     context = looked_up(ollama_route("/api/tags", "GET"), {}, OLLAMA, saved())
-    assert proxy.openai_model_entry("saved:latest", context)["created"] == 1700000000
+    assert proxy.openai_model_entry("saved:latest", {}, context)["created"] == 1700000000
 
 
 def test_a_recipe_of_an_older_version_can_be_read():
@@ -6316,12 +6417,7 @@ def test_thoughts_on_an_ollama_server_are_called_reasoning():
 def test_openais_list_on_an_ollama_server_has_ollamas_names():
     answers = iter([iter([{"models": MODELS}])])
     models = proxy.openai_models_response(exchange(proxy.Plan(), OLLAMA), answers)["data"]
-    assert models[0] == {
-        "id": FLASH + ":latest",
-        "object": "model",
-        "created": proxy.GEMINI_OPENED,
-        "owned_by": "library",
-    }
+    assert (models[0]["id"], models[0]["owned_by"]) == (FLASH + ":latest", "library")
 
 
 @pytest.mark.parametrize("name", ["*", "pir*", "model:*"])
@@ -7100,13 +7196,6 @@ def test_an_error_in_anthropics_form(status, upstream, client_status, kind):
     error.request_id = "req_1"
     body = {"type": "error", "error": {"type": kind, "message": "No."}, "request_id": "req_1"}
     assert proxy.anthropic_error(error) == (client_status, body)
-
-
-def test_the_error_for_a_claude_model_without_an_alias_says_what_to_do():
-    error = proxy.anthropic_error(proxy.no_such_model("claude-opus-5"))[1]["error"]
-    assert error["type"] == "not_found_error"
-    assert "claude-opus-5" in error["message"]
-    assert "-alias='claude-*=MODEL'" in error["message"]
 
 
 def test_a_stream_of_messages_is_kept_alive_by_pings(claude_server, gemini, monkeypatch):
@@ -9276,6 +9365,87 @@ def test_a_refused_response_has_a_status_of_its_own(server, gemini):
     assert post(server, "/v1/responses", RESPONSE_STREAM)[0] == 429
 
 
+# ---- names that stand for Gemini's models ----
+
+
+@pytest.mark.parametrize("api", sorted(proxy.MOUNTS))
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/chat/completions", {"messages": [user("Hi")]}),
+        ("/v1/completions", {"prompt": "Hi"}),
+        ("/v1/responses", {"input": "Hi"}),
+        ("/v1/messages", {"messages": [user("Hi")], "max_tokens": 99}),
+    ],
+)
+def test_each_chat_is_answered_for_another_makers_name(gemini, api, path, body, log_lines):
+    with serving(gemini.url, api) as server:
+        status, headers, data = post(server, path, {"model": "gpt-5-pro", **body})
+    assert (status, json.loads(data)["model"]) == (200, "gpt-5-pro")
+    assert gemini.paths == ["/v1beta/models/gemini-pro-latest:generateContent"]
+    assert headers["x-proxy-model"] == "gemini-pro-latest"
+    assert " 'gpt-5-pro' (gemini-pro-latest) " in log_lines[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_answer_names_its_model(server, stream):
+    assert post(server, body=chat(stream=stream))[1]["x-proxy-model"] == FLASH
+
+
+def test_a_refusal_names_its_model(server, gemini):
+    gemini.say(gemini_error(400, "No."))
+    assert post(server)[1]["x-proxy-model"] == FLASH
+
+
+@pytest.mark.parametrize("size", [{}, {"dimensions": 256}])
+def test_vectors_for_another_makers_name_have_its_size_unless_the_client_says(server, gemini, size):
+    post_json(server, "/v1/embeddings", {"model": "text-embedding-3-small", "input": "a", **size})
+    (request,) = gemini.bodies[0]["requests"]
+    assert request["outputDimensionality"] == size.get("dimensions", 1536)
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [("/api/chat", {"messages": [user("Hi")]}), ("/api/embed", {"input": "Hi"}), ("/api/show", {})],
+)
+def test_nothing_stands_in_for_ollamas_own_routes(gemini, path, body):
+    with serving(gemini.url, api="ollama") as server:
+        gemini.say(gemini_error(404, "models/gpt-5 is not found"))
+        assert post(server, path, {"model": "gpt-5", **body})[0] == 404
+    assert not any("latest" in path for path in gemini.paths)
+
+
+def test_a_running_model_is_listed_under_its_own_name_where_it_stood_in(gemini, monkeypatch):
+    latest = {**MODELS[0], "name": "models/gemini-flash-latest"}
+    monkeypatch.setattr(proxy, "MODEL_LIST_SECONDS", -1)
+    with serving(gemini.url, api="ollama") as server:
+        post_json(server, "/v1/chat/completions", chat(model="gpt-oss:20b"))
+        gemini.say(Say(raw=json.dumps({"models": [latest]}).encode()))
+        with RawClient(server) as client:
+            running = json.loads(client.request("GET", "/api/ps")[2])["models"]
+    assert [entry["name"] for entry in running] == ["gemini-flash-latest:latest"]
+
+
+# ---- Anthropic's API ----
+
+
+@pytest.mark.parametrize("api", sorted(proxy.MOUNTS))
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens", "/v1/messages/none"])
+def test_errors_of_anthropics_paths_have_its_form(gemini, api, path):
+    with serving(gemini.url, api) as server:
+        status, headers, data = post(server, path, {"model": FLASH})
+    error = json.loads(data)
+    assert (error["type"], error["request_id"]) == ("error", headers["request-id"])
+    assert status == {"none": 404}.get(path.rpartition("/")[2], 400)
+
+
+@pytest.mark.parametrize("api", sorted(proxy.MOUNTS))
+def test_tokens_of_a_message_are_counted_with_either_api(gemini, api):
+    with serving(gemini.url, api) as server:
+        counted = post_json(server, "/v1/messages/count_tokens", claude_chat())
+    assert counted["input_tokens"] > 0
+
+
 # ---- Gemini's own API ----
 
 
@@ -10877,6 +11047,26 @@ def test_the_readmes_routes_are_the_programs():
         for route in protocol.routes
     }
     assert documented == mounted | own
+
+
+def test_the_readmes_model_names_are_the_programs():
+    uses = {
+        "chats": "chat",
+        "embeddings": "embedding",
+        "images": "image",
+        "transcripts": "transcript",
+    }
+    documented = set()
+    for names, what, answering in readme_table("Model names"):
+        use, model = uses.get(what, what), answering.split("`")[1]
+        size = re.search(r"in (\d),(\d+) dimensions", answering)
+        dimensions = int("".join(size.groups())) if size else None
+        documented.add((use, model, dimensions))
+        for name in re.findall(r"`([^`]+)`", names):
+            example = re.sub(r"\*-", "x-", name.rstrip("*")) + ("x" if name.endswith("-*") else "")
+            row = proxy.stand_in_for(example, (use,))
+            assert (row.model, row.dimensions) == (model, dimensions), name
+    assert documented == {(row.use, row.model, row.dimensions) for row in proxy.STAND_INS}
 
 
 def test_the_readme_names_every_flag():
