@@ -838,6 +838,7 @@ class Model(NamedTuple):
     large_images: bool = True  # takes imageConfig.imageSize
     image_format: str = "jpeg"  # of the images that it makes
     streams_speech: bool = True  # sends speech piece by piece
+    mcp: bool = True  # calls tools of remote MCP servers
     system: bool = True  # takes a systemInstruction
     audio: bool = True  # takes audio
     max_output: int = 65536  # tokens
@@ -869,7 +870,7 @@ TRAITS: tuple[tuple[float, str, dict[str, Any]], ...] = (
     (math.inf, r"gemini-3\.5-flash(?!-lite)", {"prefills": True}),
     (3.1, r"", {"streams_speech": False}),
     (3.0, r"", BEFORE_GEMINI_3),
-    (2.5, r"", {"penalties": True, "max_output": 8192}),
+    (2.5, r"", {"penalties": True, "max_output": 8192, "mcp": False}),
     (1.5, r"", {"audio": False}),
     (math.inf, r"gemini-3(\.[1-6])?-flash", {"thinking": ALL_LEVELS}),
     (math.inf, r"gemini-3-pro", {"thinking": Levels(("LOW", "HIGH"))}),
@@ -878,7 +879,7 @@ TRAITS: tuple[tuple[float, str, dict[str, Any]], ...] = (
     (math.inf, r"gemini-2\.5-flash-lite", {"thinking": Budget(512, 24576, stops=True)}),
     (math.inf, r"gemini-2\.5-pro", {"thinking": Budget(128, 32768, stops=False)}),
     (math.inf, r".*(image|banana|tts|embedding|audio)|gemma|learnlm|aqa", {"thinking": None}),
-    (math.inf, r".*(image|banana)", {"signs": False}),
+    (math.inf, r".*(image|banana)", {"signs": False, "mcp": False}),
     (math.inf, r"gemma", {"system": False, "audio": False}),
 )
 
@@ -1271,15 +1272,11 @@ def local_host(host: str) -> bool:
     return not (getattr(address, "ipv4_mapped", None) or address).is_global
 
 
-def source_part(fields: Fields, key: str, name: str | None = None) -> Part:
-    """The part for the data: URL under this key, or for an address, which Gemini fetches: this
-    proxy must not."""
-    source, path = fields.require(key, str), fields.path_of(key)
-    if source[:5].lower() == "data:":
-        return media_part(fields, key, source, None, name)
-    message = f"Invalid value for '{path}': expected a data URL or a public https URL."
+def public_url(text: str, path: str, what: str) -> urllib.parse.SplitResult:
+    """The address that is under this path; a 400 where Gemini cannot reach it."""
+    message = f"Invalid value for '{path}': expected {what}."
     try:
-        url = urllib.parse.urlsplit(source)
+        url = urllib.parse.urlsplit(text)
         host = url.hostname
     except ValueError:
         raise wrong_value(path, message) from None
@@ -1288,6 +1285,16 @@ def source_part(fields: Fields, key: str, name: str | None = None) -> Part:
     if url.scheme != "gs" and (local_host(host) or "@" in url.netloc):
         why = f"Gemini fetches this URL, and cannot reach {host[:80]!r}."
         raise wrong_value(path, f"Invalid value for '{path}': {why}")
+    return url
+
+
+def source_part(fields: Fields, key: str, name: str | None = None) -> Part:
+    """The part for the data: URL under this key, or for an address, which Gemini fetches: this
+    proxy must not."""
+    source, path = fields.require(key, str), fields.path_of(key)
+    if source[:5].lower() == "data:":
+        return media_part(fields, key, source, None, name)
+    url = public_url(source, path, "a data URL or a public https URL")
     mime_type = extension_type(url.path) or extension_type(name)
     if mime_type and not READABLE_TYPES.match(mime_type) and mime_type != "application/json":
         return left_out_part(fields, path, mime_type, f"at {source}")
@@ -1888,14 +1895,9 @@ class Tools(NamedTuple):
     names: Mapping[str, str] = {}  # Gemini's name of each function -> the client's
     custom: frozenset[str] = frozenset()  # the client's names of functions that take plain text
     strict: bool = False  # whether a call must keep to its schema
-    search: str = ""  # what the client calls Google Search, where it asks for it
-    code: str = ""  # and code execution
+    hosted: Mapping[str, tuple[str, Any]] = {}  # Google's own -> (the client's words, settings)
     namespaces: Mapping[str, str] = {}  # the client's name of a function -> its namespace
     finder: str = ""  # the function with which the client searches for tools
-
-    def hosted(self) -> dict[str, str]:
-        """Google's own tools among them: Gemini's name -> what the client calls it."""
-        return given(googleSearch=self.search, codeExecution=self.code)
 
 
 def function_declaration(name: str, description: str | None, schema: JSON | None) -> JSON:
@@ -1923,18 +1925,22 @@ class ToolChoice(NamedTuple):
     parallel: bool = True  # whether it may call several at a time
 
 
+MCP = "mcpServers"
+
+
 def tool_fields(tools: Tools, choice: ToolChoice, model: Model, body: Fields) -> JSON:
     """The request's `tools` and `toolConfig`."""
     listed: list[JSON] = []
-    hosted = tools.hosted()
+    hosted: list[JSON] = []
     if tools.declarations:
         listed.append({"functionDeclarations": tools.declarations})
-    if hosted and listed and not model.mixes_tools:
-        for name in hosted.values():
-            body.ignore(name)
-        hosted = {}
+    for key, (words, settings) in tools.hosted.items():
+        if (listed and not model.mixes_tools) or (key == MCP and not model.mcp):
+            body.ignore(words)
+        else:
+            hosted.append({key: settings})
     config = given(includeServerSideToolInvocations=bool(hosted and listed))
-    listed += [{key: {}} for key in hosted]
+    listed += hosted
     if tools.declarations and (choice.mode or tools.strict):
         names = [gemini_name(name) for name in choice.names]
         mode = choice.mode or "VALIDATED"
@@ -2057,6 +2063,18 @@ def without_resolutions(refused: RefusedCall) -> list[str]:
 def without_prefill(refused: RefusedCall) -> list[str]:
     refused.body["contents"].append(user_turn(text_part("Continue.")))
     return ["prefill"]
+
+
+def without_mcp(refused: RefusedCall) -> list[str]:
+    """The call without remote MCP servers, which Vertex AI and some models do not take."""
+    tools = refused.body.get("tools", ())
+    rest = [tool for tool in tools if MCP not in tool]
+    if len(rest) == len(tools):
+        return []
+    refused.body["tools"] = rest
+    if len(rest) == 1 and "toolConfig" in refused.body:  # functions alone
+        refused.body["toolConfig"].pop("includeServerSideToolInvocations", None)
+    return ["mcp"]
 
 
 BOUNDS = (
@@ -2185,6 +2203,8 @@ REPAIRS = (
     (r"\bstop(_?sequences?| sequences?)?\b", without("stopSequences", "stop")),
     (r"service.?tier", without("serviceTier")),
     (r"media.?resolution", without_resolutions),
+    (r"media.?resolution", without("mediaResolution", "media_resolution")),
+    (r"mcp.?server", without_mcp),
     # reported after a change of the model or the key: "Corrupted thought signature."
     (r"(invalid|corrupted) thought.?signature", without_signatures),
     # https://github.com/pipecat-ai/pipecat/issues/5821
@@ -2873,7 +2893,7 @@ def chat_call(chat: Chat, body: Fields) -> GeminiCall:
     config = {key: value for key, value in chat.sampling.items() if value is not None}
     limit = config.get("maxOutputTokens")
     config.update(given(thinkingConfig=chat_thinking(chat.thinking, model, limit, body)))
-    has_tools = bool(tools.declarations or tools.hosted())
+    has_tools = bool(tools.declarations or tools.hosted)
     in_words = chat.schema is not None and has_tools and not model.json_with_tools
     if in_words:
         system = [*system, json_words(chat.schema or {})]
@@ -3174,6 +3194,24 @@ def client_signature(call: Fields, function: Fields) -> str | None:
 # ---- tools ----
 
 
+# What clients call Google's own tools, but for the dates at the end -> Gemini's key. Google's own
+# names are written in either case: https://ai.google.dev/api/caching#Tool
+HOSTED_TOOLS = (
+    (r"web_?search|google_?search$", "googleSearch"),
+    (r"web_?fetch|url_?context$", "urlContext"),
+    (r"code_?interpreter|code_?execution", "codeExecution"),
+    (r"google_?maps$", "googleMaps"),
+)
+# The keys of a remote MCP server's name, address and token, and of what restricts it.
+OPENAI_MCP = ("server_label", "server_url", "authorization", "allowed_tools")
+ANTHROPIC_MCP = ("name", "url", "authorization_token", "tool_configuration")
+
+
+def hosted_key(name: str) -> str | None:
+    """Gemini's key of a tool of Google's, which a client calls so; None for other tools."""
+    return next((key for start, key in HOSTED_TOOLS if re.match(start, name, re.I)), None)
+
+
 class ToolBuilder:
     """The tools of a request while they are read."""
 
@@ -3182,7 +3220,7 @@ class ToolBuilder:
         self.names: dict[str, str] = {}  # Gemini's name -> the client's
         self.custom: set[str] = set()
         self.namespaces: dict[str, str] = {}
-        self.hosted = {"search": "", "code": ""}  # what the client calls Google's own tools
+        self.hosted: dict[str, tuple[str, Any]] = {}  # as in Tools
         self.strict = False
         self.finder = ""
         self.deferred: list[str] = []  # (name: description) of tools that wait to be found
@@ -3197,15 +3235,52 @@ class ToolBuilder:
         if custom:
             self.custom.add(name)
 
+    def host(self, tool: Fields) -> bool:
+        """Add one of Google's own tools, by its type or as Google writes it; whether it is one."""
+        kind = tool.get("type", str)
+        key = kind and hosted_key(kind)
+        if key:
+            self.hosted[key] = (f"tools[].{kind}", {})
+            return True
+        names = [] if kind or tool.data.keys() & {"name", "function"} else [*tool.data]
+        keys = {name: hosted_key(name) for name in names}
+        for name, key in keys.items():
+            if key:
+                settings = within_depth(tool.get(name, dict) or {}, tool.path_of(name))
+                self.hosted[key] = (f"tools[].{name}", settings)
+        return any(keys.values())
+
+    def host_mcp(self, server: Fields, keys: Sequence[str], words: str) -> None:
+        """Add a remote MCP server. Gemini uses all of its tools, so one that restricts them is left
+        out, and named as ignored in these words."""
+        name_key, url_key, token_key, restriction_key = keys
+        if server.data.get(restriction_key) or not server.data.get(url_key):
+            server.ignore(words)
+            server.mark_read(*server.data)
+            return
+        url = server.require(url_key, str)
+        public_url(url, server.path_of(url_key), "a public https URL")
+        headers = dict(server.get("headers", dict) or {})
+        for name, value in headers.items():
+            if type(value) is not str:
+                raise wrong_type(server.path_of(f"headers.{name[:80]}"), (str,), value)
+        token = server.get(token_key, str)
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        transport = {"url": url, **given(headers=headers)}
+        entry = {"name": server.require(name_key, str), "streamableHttpTransport": transport}
+        server.mark_read("server_description")
+        self.hosted.setdefault(MCP, (words, []))[1].append(entry)
+
     def tools(self) -> Tools:
         return Tools(
             list(self.declared.values()),
             self.names,
             frozenset(self.custom),
             self.strict,
-            **self.hosted,
-            namespaces=self.namespaces,
-            finder=self.finder,
+            self.hosted,
+            self.namespaces,
+            self.finder,
         )
 
 
@@ -3229,16 +3304,21 @@ def chat_tools(body: Fields, *more: Fields) -> Tools:
     for function in body.objects("functions"):
         chat_function(function, builder)
     if body.data.get("tool_choice") == "none":
-        builder.hosted = {"search": "", "code": ""}
+        builder.hosted.clear()
     return builder.tools()
 
 
 def chat_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder, body: Fields) -> None:
     """Add one tool of any type; what Gemini has nothing for is named as ignored."""
     kind = tool.get("type", str) or "function"
-    hosted = next((name for start, name in HOSTED_TOOLS if kind.startswith(start)), None)
-    if hosted:
-        builder.hosted[hosted] = f"tools[].{kind}"
+    if builder.host(tool):
+        return
+    if kind == "mcp":
+        if tool.get("require_approval", str, dict) == "never":
+            builder.host_mcp(tool, OPENAI_MCP, f"tools[].{kind}")
+        else:  # Gemini calls without asking anybody
+            tool.ignore(f"tools[].{kind}")
+            tool.mark_read(*tool.data)
     elif searches_tools(tool):
         tool.mark_read(*tool.data)  # chat_tools declares it, once all tools are known
     elif kind not in ("function", "custom") and "function" not in tool.data:
@@ -3280,10 +3360,6 @@ def declare_finder(tool: Fields, builder: ToolBuilder) -> None:
     schema = tool.get("parameters", dict)
     builder.declare(tool, TOOL_SEARCH, function_declaration(TOOL_SEARCH, description, schema))
     builder.finder = TOOL_SEARCH
-
-
-# OpenAI's own tools that Gemini has too, by the beginning of their types, which end in dates.
-HOSTED_TOOLS = (("web_search", "search"), ("code_interpreter", "code"))
 
 
 def chat_function(
@@ -3564,27 +3640,27 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
     model_name = body.require("model", str)
     model = model_named(model_name, context, "chat")
     question = openai_chat_input(body, model, context)
-    tools = chat_tools(body, *question.tools)
+    google_places = google_objects(body)
+    tools = chat_tools(body, *question.tools, *google_places[1:])
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
     choice = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
     if body.object("web_search_options") is not None and body.data.get("tool_choice") != "none":
-        tools = tools._replace(search="web_search_options")
+        hosted = {**tools.hosted, "googleSearch": ("web_search_options", {})}
+        tools = tools._replace(hosted=hosted)
     sampling, answer_only = openai_chat_sampling(body, model, context, question.limit_keys)
     settings, wav = openai_modalities(body)
-    fields, google = openai_google(body)
-    effort = openai_effort(body)
-    show = effort is not None or context.ollama
+    google = openai_google(body, google_places)
     chat = Chat(
         model,
         question.system,
         question.contents,
         tools=tools,
         choice=choice,
-        thinking=Thinking(effort, None, show, answer_only, "reasoning_effort", google),
+        thinking=openai_thinking(body, context, answer_only, google.thinking),
         sampling=sampling,
         schema=openai_response_format(*question.format),
-        settings=settings,
-        fields=fields,
+        settings={**settings, **google.config},
+        fields=google.fields,
         recipe=recipe_named(model_name, context),
         stream=bool(body.get("stream", bool)),
     )
@@ -3639,6 +3715,25 @@ def openai_effort(body: Fields) -> str | None:
     reasoning = body.require_object("reasoning")
     enabled = {True: "medium", False: "none"}
     return reasoning.choice("effort", *EFFORTS) or enabled.get(reasoning.get("enabled", bool))
+
+
+def openai_thinking(body: Fields, context: Context, answer_only: bool, google: JSON) -> Thinking:
+    """How to think: as `reasoning_effort` or OpenRouter's `reasoning` say, or Anthropic's `thinking`,
+    which LiteLLM takes for all models. Who says so gets to see the thoughts."""
+    effort, field = openai_effort(body), "reasoning_effort"
+    reasoning = body.object_or_empty("reasoning")
+    budget = reasoning.number("max_tokens", 0, math.inf, int)
+    hidden = reasoning.get("exclude", bool)
+    if isinstance(body.data.get("thinking"), dict):
+        thinking, field = body.require_object("thinking"), "thinking"
+        tokens = thinking.number("budget_tokens", 0, math.inf, int)
+        budget = tokens if budget is None else budget
+        if thinking.get("type", str) == "disabled":
+            budget = 0
+    if budget == 0:
+        effort, budget = effort or "none", None
+    show = not hidden and (effort is not None or budget is not None or context.ollama)
+    return Thinking(effort, budget, show, answer_only, field, google)
 
 
 def openai_response_format(body: Fields, key: str) -> JSON | None:
@@ -3723,26 +3818,51 @@ def speech_config(fields: Fields, key: str) -> JSON:
     return {"responseModalities": ["AUDIO"], "speechConfig": config}
 
 
-def openai_google(body: Fields) -> tuple[JSON, JSON]:
-    """(fields of the request, a thinkingConfig): Google's own settings in `extra_body.google` or
-    `google` (https://ai.google.dev/gemini-api/docs/openai), and the service tier."""
-    fields: JSON = {}
-    config: JSON = {}
+class GoogleSettings(NamedTuple):
+    """Google's own settings in a client's body."""
+
+    fields: JSON  # of the request
+    config: JSON  # of its generationConfig
+    thinking: JSON  # the thinkingConfig
+
+
+def google_objects(body: Fields) -> list[Fields]:
+    """Where these may stand (https://ai.google.dev/gemini-api/docs/openai); the last one counts.
+    OpenAI's libraries put what is in their `extra_body` at the top level."""
     extra = body.object("extra_body")
-    google = (extra and extra.object("google")) or body.object("google")
-    if google:
-        fields = google_settings(google, cachedContent=str, safetySettings=list)
-        thinking = google.object("thinking_config") or google.object_or_empty("thinkingConfig")
+    inner = [body.object("google"), extra and extra.object("google")]
+    return [body, *filter(None, inner)]
+
+
+def openai_google(body: Fields, objects: Sequence[Fields]) -> GoogleSettings:
+    """The settings in these objects, and the service tier."""
+    google = GoogleSettings({}, {}, {})
+    for place in objects:
+        google.fields.update(google_settings(place, cachedContent=str, safetySettings=list))
+        google.config.update(google_settings(place, mediaResolution=str))
+        image = place.object("image_config") or place.object_or_empty("imageConfig")
+        google.config.update(
+            given(imageConfig=google_settings(image, aspectRatio=str, imageSize=str))
+        )
+        thinking = place.object("thinking_config") or place.object_or_empty("thinkingConfig")
         kinds = {"thinkingBudget": int, "thinkingLevel": str, "includeThoughts": bool}
-        config = google_settings(thinking, **kinds)
-        if "thinkingLevel" in config:
-            config["thinkingLevel"] = config["thinkingLevel"].upper()
+        google.thinking.update(google_settings(thinking, **kinds))
+    for settings, key, prefix in (
+        (google.thinking, "thinkingLevel", ""),
+        (google.config, "mediaResolution", "MEDIA_RESOLUTION_"),
+    ):
+        if key in settings:
+            settings[key] = prefix + settings[key].upper().removeprefix(prefix)
     tier = body.get("service_tier", str)
-    if tier in ("flex", "priority"):
-        fields["serviceTier"] = tier
+    if tier in SERVICE_TIERS:
+        google.fields["serviceTier"] = SERVICE_TIERS[tier]
     elif tier not in (None, "auto", "default"):
         body.ignore("service_tier")
-    return fields, config
+    return google
+
+
+# OpenAI's -> Gemini's. Since 2026 OpenAI calls the faster one by both names.
+SERVICE_TIERS = {"flex": "flex", "priority": "priority", "fast": "priority"}
 
 
 def google_settings(fields: Fields, **kinds: type) -> JSON:
@@ -5004,20 +5124,22 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     model_name = body.require("model", str)
     model = model_named(model_name, context, "chat")
     history = openai_history(body, model, context)
-    tools = chat_tools(body, *history.tools)
+    google_places = google_objects(body)
+    tools = chat_tools(body, *history.tools, *google_places[1:])
     choice = openai_tool_choice(body, "tool_choice", tools)
     text = history.text or body.object_or_empty("text")
     effort, summary = openai_reasoning(body)
     effort = history.effort or effort
     show = summary is not None or (context.ollama and effort != "none")
-    fields, google = openai_google(body)
+    google = openai_google(body, google_places)
     limit = openai_limit(body, "max_output_tokens", context)
-    thinking = Thinking(effort, show=show, field="reasoning.effort", google=google)
+    thinking = Thinking(effort, show=show, field="reasoning.effort", google=google.thinking)
     sampling = openai_sampling(body, model, limit, context)
     schema = openai_response_format(text, "format")
     chat = Chat(model, history.system, history.contents, tools, choice, thinking, sampling, schema)
     recipe, stream = recipe_named(model_name, context), bool(body.get("stream", bool))
-    chat = chat._replace(fields=fields, recipe=recipe, stream=stream)
+    chat = chat._replace(settings=google.config, fields=google.fields)
+    chat = chat._replace(recipe=recipe, stream=stream)
     calls = compacting_calls(chat, body)
     echo = {
         **openai_echo(body, text),
@@ -5025,13 +5147,16 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
         "model": model_name,
         "parallel_tool_calls": choice.parallel,
         "reasoning": {"effort": effort, "summary": summary},
-        "service_tier": fields.get("serviceTier", "default"),
+        "service_tier": google.fields.get("serviceTier", "default"),
     }
     included = body.strings("include")
     for name in included:
         if name not in (SIGNATURES, SOURCES):
             body.ignore(f"include.{name}")
-    items, thoughts = body.data.get("input") or [], show or bool(google.get("includeThoughts"))
+    items, thoughts = (
+        body.data.get("input") or [],
+        show or bool(google.thinking.get("includeThoughts")),
+    )
     options = ResponseOptions(echo, items, thoughts, SIGNATURES in included, SOURCES in included)
     options = options._replace(compacts=len(calls) > 1 or is_triggered(body))
     return Plan(calls, stream, options, model_name, chat=chat)
@@ -5195,7 +5320,7 @@ def estimated_tokens(value: Any) -> int:
 def summary_call(chat: Chat, body: Fields) -> GeminiCall:
     """The call for a summary of a chat. Its tools stay declared: what Gemini caches begins so."""
     names = ToolChoice("NONE") if chat.tools.declarations else ToolChoice()
-    tools = chat.tools._replace(search="", code="")
+    tools = chat.tools._replace(hosted={})
     contents = [*chat.contents, user_turn(text_part(COMPACTION_PROMPT))]
     thinking = chat.thinking._replace(show=False)
     question = chat._replace(contents=contents, tools=tools, choice=names, thinking=thinking)
@@ -6681,13 +6806,16 @@ ANTHROPIC_TOOLS: dict[str, tuple[str, JSON, list[str]]] = {
     "text_editor": ("View, create and edit text files.", edit_fields(), ["command", "path"]),
     "memory": (MEMORY, MEMORY_FIELDS, ["command"]),
 }
-HOSTED_BY_ANTHROPIC = {"web_search": "search", "code_execution": "code"}
 
 
 def anthropic_tools(body: Fields) -> Tools:
     """The client's own tools, those with a schema of Anthropic's, and Gemini's for hosted ones."""
     builder = ToolBuilder()
+    restricted: set[str] = set()  # names of MCP servers, not all of whose tools may be called
     for tool in body.objects("tools"):
+        if builder.host(tool):
+            tool.mark_read("name")
+            continue
         kind = tool.get("type", str) or "custom"
         family = re.sub(r"_\d{8}$", "", kind)  # types end in a date
         known = ANTHROPIC_TOOLS.get(kind) or ANTHROPIC_TOOLS.get(family)
@@ -6701,12 +6829,20 @@ def anthropic_tools(body: Fields) -> Tools:
             name, (description, fields, required) = tool.require("name", str), known
             schema = {"type": "object", "properties": fields, "required": required}
             builder.declare(tool, name, function_declaration(name, description, schema))
-        elif family in HOSTED_BY_ANTHROPIC:
-            tool.mark_read("name")
-            builder.hosted[HOSTED_BY_ANTHROPIC[family]] = f"tools[].{kind}"
+        elif kind == "mcp_toolset":
+            name = tool.require("mcp_server_name", str)
+            if tool.get("configs", dict) or tool.get("default_config", dict):
+                restricted.add(name)
         else:
             tool.ignore(f"tools[].{kind}")
             tool.mark_read(*tool.data)
+    for server in body.objects("mcp_servers"):
+        server.mark_read("type")
+        if server.get("name", str) in restricted:
+            server.ignore("mcp_servers[]")
+            server.mark_read(*server.data)
+        else:
+            builder.host_mcp(server, ANTHROPIC_MCP, "mcp_servers[]")
     return builder.tools()
 
 
@@ -6760,7 +6896,7 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
     tools = anthropic_tools(body)
     choice = anthropic_tool_choice(body, tools)
     if choice.mode == "NONE":
-        tools = tools._replace(search="", code="")
+        tools = tools._replace(hosted={})
     output = body.object_or_empty("output_config")
     sampling = anthropic_sampling(body, model)
     thinking, takes_blocks = anthropic_thinking(body, output)

@@ -87,8 +87,11 @@ GENERATE = {
             "functionDeclarations": [
                 {"name": ANY, "description": ANY, "parametersJsonSchema": SCHEMA}
             ],
-            "googleSearch": {},
+            "googleSearch": {"searchTypes": ANY, "timeRangeFilter": ANY},
             "codeExecution": {},
+            "urlContext": {},
+            "googleMaps": {"enableWidget": ANY},
+            "mcpServers": [{"name": ANY, "streamableHttpTransport": {"url": ANY, "headers": ANY}}],
         }
     ],
     "toolConfig": {
@@ -110,6 +113,7 @@ GENERATE = {
                 "responseMimeType",
                 "responseJsonSchema",
                 "responseModalities",
+                "mediaResolution",
             ),
             ANY,
         ),
@@ -1802,6 +1806,18 @@ def test_a_refusal_that_names_nothing_has_no_second_attempt():
     assert proxy.repaired(refused_call(), message) == (None, [])
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_remote_mcp_servers_that_are_refused_are_left_out_and_named(mixed):
+    body = {"contents": [u("Hi")], "tools": [{"mcpServers": [{}]}]}
+    if mixed:
+        body["tools"].insert(0, {"functionDeclarations": []})
+        body["toolConfig"] = {"includeServerSideToolInvocations": True}
+    call, names = proxy.repaired(proxy.GeminiCall("x", body), "mcp_servers is not supported")
+    assert names == ["mcp"]
+    assert call.body["tools"] == body["tools"][:-1]
+    assert not call.body.get("toolConfig")
+
+
 @pytest.mark.parametrize(
     "key, value, name, message",
     [
@@ -2769,6 +2785,122 @@ def test_googles_own_settings_pass_in_camel_case_and_beside_an_empty_extra_body(
         assert body["generationConfig"] == config
         assert body["cachedContent"] == "cachedContents/x"
         assert body["safetySettings"] == google["safetySettings"]
+
+
+@pytest.mark.parametrize("place", ["google", "extra_body", "top"])
+def test_googles_settings_for_media_pass_and_stand_in_several_places(place):
+    google = {
+        "media_resolution": "low",
+        "image_config": {"aspect_ratio": "16:9", "image_size": "2K"},
+        "safety_settings": [{"category": "C", "threshold": "T"}],
+    }
+    places = {"google": {"google": google}, "extra_body": {"extra_body": {"google": google}}}
+    plan, ignored = plan_and_ignored(chat(**places.get(place, google)))
+    body = plan.calls[0].body
+    assert ignored == []
+    assert body["generationConfig"] == {
+        "mediaResolution": "MEDIA_RESOLUTION_LOW",
+        "imageConfig": {"aspectRatio": "16:9", "imageSize": "2K"},
+    }
+    assert body["safetySettings"] == google["safety_settings"]
+
+
+def test_googles_tools_stand_in_its_own_settings_too():
+    google = {"tools": [{"google_search": {}}, {"urlContext": {}}]}
+    sent = gemini_body(chat(model=NEWEST, tools=[WEATHER], extra_body={"google": google}))
+    assert [list(tool) for tool in sent["tools"]] == [
+        ["functionDeclarations"],
+        ["googleSearch"],
+        ["urlContext"],
+    ]
+
+
+HOSTED_SPELLINGS = {
+    "googleSearch": (
+        "google_search",
+        "googleSearch",
+        "web_search",
+        "web_search_preview_2025_03_11",
+    ),
+    "urlContext": ("url_context", "urlContext", "web_fetch_20250910"),
+    "codeExecution": ("code_execution", "codeExecution", "code_interpreter"),
+    "googleMaps": ("google_maps", "googleMaps"),
+}
+
+
+@pytest.mark.parametrize("key", HOSTED_SPELLINGS)
+def test_googles_tools_have_a_name_in_every_dialect(key):
+    for name in HOSTED_SPELLINGS[key]:
+        for tool in ({"type": name}, {name: {}}):
+            plans = (
+                plan_and_ignored(chat(tools=[tool])),
+                response_plan({"tools": [tool]}),
+                plan_and_ignored(
+                    claude_chat(tools=[tool]), proxy.anthropic_messages_request, CLAUDE
+                ),
+                plan_and_ignored(chat(tools=[tool]), proxy.ollama_chat_request, OLLAMA),
+            )
+            assert [plan.calls[0].body["tools"] for plan, _ in plans] == [[{key: {}}]] * 4
+            assert [ignored for _, ignored in plans] == [[]] * 4
+
+
+def test_the_settings_of_googles_tools_pass_in_its_own_spelling():
+    times = {"startTime": "2026-01-01T00:00:00Z", "endTime": "2026-02-01T00:00:00Z"}
+    tool = {"googleSearch": {"timeRangeFilter": times}}
+    assert gemini_body(chat(tools=[tool, {"codeExecution": {}}]))["tools"] == [
+        tool,
+        {"codeExecution": {}},
+    ]
+
+
+@pytest.mark.parametrize(
+    "path, tool",
+    [("tools[0].name", {"strange": {}}), ("tools[0].googleSearch", {"googleSearch": 7})],
+)
+def test_a_tool_that_makes_no_sense_is_a_400_with_the_place(path, tool):
+    assert refused(chat(tools=[tool])).path == path
+
+
+def test_a_picture_that_code_drew_reaches_the_client():
+    code = {"executableCode": {"language": "PYTHON", "code": "draw()"}}
+    answer = [whole(code, {"codeExecutionResult": {"outcome": "OUTCOME_OK"}}, IMAGE, "Look.")]
+    message = respond(chat(tools=[{"codeExecution": {}}]), answer)[0]["choices"][0]["message"]
+    assert message["content"] == "\n```python\ndraw()\n```\nLook."
+    assert message["images"][0]["image_url"]["url"] == f"data:image/png;base64,{PNG}"
+
+
+@pytest.mark.parametrize(
+    "more, level, thoughts",
+    [
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "LOW", True),
+        ({"thinking": {"type": "enabled", "budget_tokens": 9000}}, "HIGH", True),
+        ({"thinking": {"type": "disabled"}}, "LOW", False),
+        ({"thinking": {"budget_tokens": 0}}, "LOW", False),
+        ({"reasoning": {"max_tokens": 1000}}, "LOW", True),
+        ({"reasoning": {"max_tokens": 8000, "exclude": True}}, "MEDIUM", False),
+        ({"reasoning": {"effort": "high", "exclude": True}}, "HIGH", False),
+        ({"reasoning_effort": "high", "thinking": {"budget_tokens": 1}}, "HIGH", True),
+    ],
+)
+def test_budgets_of_other_dialects_are_levels(more, level, thoughts):
+    plan, ignored = plan_and_ignored(chat(model=NEWEST, **more))
+    config = plan.calls[0].body["generationConfig"]["thinkingConfig"]
+    assert config == {"thinkingLevel": level, **({"includeThoughts": True} if thoughts else {})}
+    assert ignored == (
+        ["thinking"] if level == "LOW" and "thinking" in more and not thoughts else []
+    )
+
+
+@pytest.mark.parametrize(
+    "more", [{"thinking": {"budget_tokens": 2000}}, {"reasoning": {"max_tokens": 2000}}]
+)
+def test_budgets_of_other_dialects_pass_to_models_that_think_by_budget(more):
+    config = gemini_body(chat(**more))["generationConfig"]["thinkingConfig"]
+    assert config == {"thinkingBudget": 2000, "includeThoughts": True}
+
+
+def test_a_switch_for_thinking_that_is_no_object_is_named_as_ignored():
+    assert plan_and_ignored(chat(thinking=True))[1] == ["thinking"]
 
 
 @pytest.mark.parametrize("own", [{}, {"description": "Its own"}])
@@ -4509,6 +4641,63 @@ def test_hosted_tools_of_a_response_are_googles_or_named_as_ignored():
     plan, ignored = response_plan({"model": NEWEST, "tools": tools})
     assert plan.calls[0].body["tools"] == [{"googleSearch": {}}, {"codeExecution": {}}]
     assert ignored == ["tools[].container", "tools[].file_search", "tools[].search_context_size"]
+
+
+OPENAIS_MCP = {
+    "type": "mcp",
+    "server_label": "docs",
+    "server_url": "https://mcp.example.com/mcp",
+    "authorization": "t",
+    "require_approval": "never",
+}
+
+
+@pytest.mark.parametrize("model, mixed", [(FLASH, False), (NEWEST, True)])
+def test_gemini_calls_remote_mcp_servers(model, mixed):
+    more = {**OPENAIS_MCP, "server_label": "more", "authorization": None, "headers": {"a": "b"}}
+    functions = [FLAT] * mixed
+    plan, ignored = response_plan({"model": model, "tools": [*functions, OPENAIS_MCP, more]})
+    url = more["server_url"]
+    transport = {"url": url, "headers": {"a": "b"}}
+    servers = [GEMINIS_MCP, {"name": "more", "streamableHttpTransport": transport}]
+    assert plan.calls[0].body["tools"][-1] == {"mcpServers": servers}
+    assert (
+        plan.calls[0].body.get("toolConfig", {}).get("includeServerSideToolInvocations", False)
+        is mixed
+    )
+    assert ignored == []
+
+
+@pytest.mark.parametrize(
+    "model, more",
+    [
+        (FLASH, {"require_approval": None}),
+        (FLASH, {"require_approval": "always"}),
+        (FLASH, {"require_approval": {"never": {"tool_names": ["a"]}}}),
+        (FLASH, {"allowed_tools": ["a"]}),
+        (FLASH, {"server_url": None, "connector_id": "connector_gmail"}),
+        ("gemini-2.0-flash", {}),
+    ],
+)
+def test_an_mcp_server_that_gemini_cannot_use_as_the_client_wants_it_is_left_out(model, more):
+    plan, ignored = response_plan({"model": model, "tools": [{**OPENAIS_MCP, **more}]})
+    assert "tools" not in plan.calls[0].body
+    assert ignored == ["tools[].mcp"]
+
+
+@pytest.mark.parametrize(
+    "path, more",
+    [
+        ("server_url", {"server_url": "http://127.0.0.1:9/mcp"}),
+        ("server_url", {"server_url": "mcp.example.com"}),
+        ("server_label", {"server_label": None}),
+        ("headers.a", {"headers": {"a": 7}}),
+    ],
+)
+def test_a_bad_mcp_server_is_a_400_with_the_place(path, more):
+    with pytest.raises(ProxyError) as caught:
+        response_plan({"tools": [{**OPENAIS_MCP, **more}]})
+    assert (caught.value.status, caught.value.path) == (400, f"tools[0].{path}")
 
 
 @pytest.mark.parametrize(
@@ -6815,7 +7004,7 @@ def test_tools_that_claude_knows_by_type_get_their_schemas():
 
 def test_gemini_searches_and_runs_code_in_place_of_anthropics_servers():
     tools = claude_body(ANTHROPICS_TOOLS)["tools"]
-    assert tools[1:] == [{"googleSearch": {}}, {"codeExecution": {}}]
+    assert tools[1:] == [{"googleSearch": {}}, {"codeExecution": {}}, {"urlContext": {}}]
 
 
 def test_tools_that_gemini_has_nothing_for_are_ignored_by_name():
@@ -6823,8 +7012,50 @@ def test_tools_that_gemini_has_nothing_for_are_ignored_by_name():
         "tools[].computer_toolset_20260801",
         "tools[].max_characters",
         "tools[].max_uses",
-        "tools[].web_fetch_20250910",
     ]
+
+
+CLAUDES_MCP = {
+    "type": "url",
+    "name": "docs",
+    "url": "https://mcp.example.com/mcp",
+    "authorization_token": "t",
+}
+GEMINIS_MCP = {
+    "name": "docs",
+    "streamableHttpTransport": {
+        "url": "https://mcp.example.com/mcp",
+        "headers": {"Authorization": "Bearer t"},
+    },
+}
+TOOLSET = {"type": "mcp_toolset", "mcp_server_name": "docs"}
+
+
+@pytest.mark.parametrize("tools", [[], [TOOLSET]])
+def test_gemini_calls_the_remote_mcp_servers_of_anthropics_clients(tools):
+    body = claude_chat(tools=tools, mcp_servers=[CLAUDES_MCP])
+    assert claude_body(body)["tools"] == [{"mcpServers": [GEMINIS_MCP]}]
+    assert claude_ignored(body) == []
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"mcp_servers": [{**CLAUDES_MCP, "tool_configuration": {"allowed_tools": ["a"]}}]},
+        {
+            "mcp_servers": [CLAUDES_MCP],
+            "tools": [{**TOOLSET, "configs": {"a": {"enabled": False}}}],
+        },
+        {
+            "mcp_servers": [CLAUDES_MCP],
+            "tools": [{**TOOLSET, "default_config": {"enabled": False}}],
+        },
+    ],
+)
+def test_an_mcp_server_with_tools_that_are_not_to_be_called_is_left_out(more):
+    body = claude_chat(**more)
+    assert "tools" not in claude_body(body)
+    assert claude_ignored(body) == ["mcp_servers[]"]
 
 
 @pytest.mark.parametrize(
@@ -11192,6 +11423,12 @@ SAMPLES = {  # a value for each parameter of chat completions that is not OpenAI
     "web_search_options": {},
     "service_tier": "flex",
     "extra_body": {"google": {"thinking_config": {"thinking_budget": 1}}},
+    "thinking": {"type": "enabled", "budget_tokens": 1024},
+    "media_resolution": "low",
+    "image_config": {"aspect_ratio": "1:1"},
+    "thinking_config": {"thinking_budget": 1},
+    "cached_content": "cachedContents/x",
+    "safety_settings": [{"category": "C", "threshold": "T"}],
     "google": {"thinking_config": {"thinking_budget": 1}},
     "presence_penalty": 1,
     "frequency_penalty": 1,
@@ -11434,7 +11671,7 @@ CLAUDE_SAMPLES = {
     "service_tier": "standard_only",
     "container": "c",
     "context_management": {"edits": [{}]},
-    "mcp_servers": [{}],
+    "mcp_servers": [{"type": "url", "name": "docs", "url": "https://mcp.example.com/mcp"}],
     "thread": {"type": "create"},
 }
 
