@@ -3640,8 +3640,9 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
     model_name = body.require("model", str)
     model = model_named(model_name, context, "chat")
     question = openai_chat_input(body, model, context)
-    google_places = google_objects(body)
-    tools = chat_tools(body, *question.tools, *google_places[1:])
+    places = google_objects(body)
+    extra_tools = (place for place in places if place is not body)
+    tools = chat_tools(body, *question.tools, *extra_tools)
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
     choice = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
     if body.object("web_search_options") is not None and body.data.get("tool_choice") != "none":
@@ -3649,7 +3650,7 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
         tools = tools._replace(hosted=hosted)
     sampling, answer_only = openai_chat_sampling(body, model, context, question.limit_keys)
     settings, wav = openai_modalities(body)
-    google = openai_google(body, google_places)
+    google = openai_google(body, places)
     chat = Chat(
         model,
         question.system,
@@ -3707,27 +3708,28 @@ def openai_sampling(body: Fields, model: Model, limit: int | None, context: Cont
     )
 
 
-def openai_effort(body: Fields) -> str | None:
+def openai_effort(body: Fields, reasoning: Fields | None) -> str | None:
     """The effort to think with: `reasoning_effort`, or OpenRouter's and Ollama's `reasoning`."""
     effort = body.choice("reasoning_effort", *EFFORTS)
-    if effort is not None or body.data.get("reasoning") is None:
+    if effort is not None or reasoning is None:
         return effort
-    reasoning = body.require_object("reasoning")
     enabled = {True: "medium", False: "none"}
     return reasoning.choice("effort", *EFFORTS) or enabled.get(reasoning.get("enabled", bool))
 
 
 def openai_thinking(body: Fields, context: Context, answer_only: bool, google: JSON) -> Thinking:
-    """How to think: as `reasoning_effort` or OpenRouter's `reasoning` say, or Anthropic's `thinking`,
-    which LiteLLM takes for all models. Who says so gets to see the thoughts."""
-    effort, field = openai_effort(body), "reasoning_effort"
-    reasoning = body.object_or_empty("reasoning")
-    budget = reasoning.number("max_tokens", 0, math.inf, int)
-    hidden = reasoning.get("exclude", bool)
-    if isinstance(body.data.get("thinking"), dict):
+    """How to think: as `reasoning_effort` or OpenRouter's `reasoning` say, or Anthropic's
+    `thinking`, which LiteLLM has for all models. Who says so gets to see the thoughts."""
+    reasoning = body.object("reasoning")
+    effort, field = openai_effort(body, reasoning), "reasoning_effort"
+    budget: int | None = None
+    hidden = False
+    if reasoning:
+        budget = reasoning.number("max_tokens", 0, math.inf, int)
+        hidden = bool(reasoning.get("exclude", bool))
+    elif isinstance(body.data.get("thinking"), dict):
         thinking, field = body.require_object("thinking"), "thinking"
-        tokens = thinking.number("budget_tokens", 0, math.inf, int)
-        budget = tokens if budget is None else budget
+        budget = thinking.number("budget_tokens", 0, math.inf, int)
         if thinking.get("type", str) == "disabled":
             budget = 0
     if budget == 0:
@@ -3826,52 +3828,66 @@ class GoogleSettings(NamedTuple):
     thinking: JSON  # the thinkingConfig
 
 
+GOOGLE_FIELDS = {"cachedContent": str, "safetySettings": list}
+GOOGLE_CONFIG = {
+    "mediaResolution": str,
+    "imageConfig": {"aspectRatio": str, "imageSize": str},
+    "thinkingConfig": {"thinkingBudget": int, "thinkingLevel": str, "includeThoughts": bool},
+}
+
+
+def snake_case(name: str) -> str:
+    return re.sub("([A-Z])", r"_\1", name).lower()
+
+
+GOOGLE_NAMES = {name for key in (*GOOGLE_FIELDS, *GOOGLE_CONFIG) for name in (key, snake_case(key))}
+
+
 def google_objects(body: Fields) -> list[Fields]:
-    """Where these may stand (https://ai.google.dev/gemini-api/docs/openai); the last one counts.
-    OpenAI's libraries put what is in their `extra_body` at the top level."""
+    """Where such settings stand (https://ai.google.dev/gemini-api/docs/openai); the last one
+    counts. OpenAI's libraries put what is in their `extra_body` at the top level."""
     extra = body.object("extra_body")
-    inner = [body.object("google"), extra and extra.object("google")]
-    return [body, *filter(None, inner)]
+    objects = [body.object("google"), extra and extra.object("google")]
+    if GOOGLE_NAMES & body.data.keys():
+        objects.insert(0, body)
+    return [*filter(None, objects)]
 
 
 def openai_google(body: Fields, objects: Sequence[Fields]) -> GoogleSettings:
     """The settings in these objects, and the service tier."""
-    google = GoogleSettings({}, {}, {})
+    fields: JSON = {}
+    config: JSON = {}
     for place in objects:
-        google.fields.update(google_settings(place, cachedContent=str, safetySettings=list))
-        google.config.update(google_settings(place, mediaResolution=str))
-        image = place.object("image_config") or place.object_or_empty("imageConfig")
-        google.config.update(
-            given(imageConfig=google_settings(image, aspectRatio=str, imageSize=str))
-        )
-        thinking = place.object("thinking_config") or place.object_or_empty("thinkingConfig")
-        kinds = {"thinkingBudget": int, "thinkingLevel": str, "includeThoughts": bool}
-        google.thinking.update(google_settings(thinking, **kinds))
-    for settings, key, prefix in (
-        (google.thinking, "thinkingLevel", ""),
-        (google.config, "mediaResolution", "MEDIA_RESOLUTION_"),
-    ):
-        if key in settings:
-            settings[key] = prefix + settings[key].upper().removeprefix(prefix)
+        fields.update(google_settings(place, GOOGLE_FIELDS))
+        config.update(google_settings(place, GOOGLE_CONFIG))
+    thinking: JSON = config.pop("thinkingConfig", {})
+    if "thinkingLevel" in thinking:
+        thinking["thinkingLevel"] = thinking["thinkingLevel"].upper()
+    if "mediaResolution" in config:
+        level = config["mediaResolution"].upper().rpartition("MEDIA_RESOLUTION_")[2]
+        config["mediaResolution"] = f"MEDIA_RESOLUTION_{level}"
     tier = body.get("service_tier", str)
     if tier in SERVICE_TIERS:
-        google.fields["serviceTier"] = SERVICE_TIERS[tier]
+        fields["serviceTier"] = SERVICE_TIERS[tier]
     elif tier not in (None, "auto", "default"):
         body.ignore("service_tier")
-    return google
+    return GoogleSettings(fields, config, thinking)
 
 
 # OpenAI's -> Gemini's. Since 2026 OpenAI calls the faster one by both names.
 SERVICE_TIERS = {"flex": "flex", "priority": "priority", "fast": "priority"}
 
 
-def google_settings(fields: Fields, **kinds: type) -> JSON:
+def google_settings(fields: Fields, kinds: Mapping[str, Any]) -> JSON:
     """Settings by their names in camelCase; clients may write these in snake_case too."""
-    settings = {}
+    settings: JSON = {}
     for key, kind in kinds.items():
-        for name in (re.sub("([A-Z])", r"_\1", key).lower(), key):
-            value = fields.get(name, kind)
-            if value not in (None, ""):
+        for name in (snake_case(key), key):
+            if isinstance(kind, dict):
+                value: Any = google_settings(fields.object_or_empty(name), kind)
+            else:
+                value = fields.get(name, kind)
+            if value not in (None, "", {}):
                 settings[key] = value
     return settings
 
@@ -4163,7 +4179,7 @@ def openai_completion_chat(body: Fields, model_name: str, context: Context) -> C
     as little as it can."""
     model = model_named(model_name, context, "chat")
     sampling, _ = openai_chat_sampling(body, model, context, LIMIT_KEYS)
-    effort = openai_effort(body)
+    effort = openai_effort(body, body.object("reasoning"))
     thinking = Thinking(effort, field="reasoning_effort")
     if effort is None and sampling.get("maxOutputTokens"):
         thinking = Thinking("none")
@@ -5124,14 +5140,15 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     model_name = body.require("model", str)
     model = model_named(model_name, context, "chat")
     history = openai_history(body, model, context)
-    google_places = google_objects(body)
-    tools = chat_tools(body, *history.tools, *google_places[1:])
+    places = google_objects(body)
+    extra_tools = (place for place in places if place is not body)
+    tools = chat_tools(body, *history.tools, *extra_tools)
     choice = openai_tool_choice(body, "tool_choice", tools)
     text = history.text or body.object_or_empty("text")
     effort, summary = openai_reasoning(body)
     effort = history.effort or effort
     show = summary is not None or (context.ollama and effort != "none")
-    google = openai_google(body, google_places)
+    google = openai_google(body, places)
     limit = openai_limit(body, "max_output_tokens", context)
     thinking = Thinking(effort, show=show, field="reasoning.effort", google=google.thinking)
     sampling = openai_sampling(body, model, limit, context)

@@ -2885,10 +2885,10 @@ def test_a_picture_that_code_drew_reaches_the_client():
 def test_budgets_of_other_dialects_are_levels(more, level, thoughts):
     plan, ignored = plan_and_ignored(chat(model=NEWEST, **more))
     config = plan.calls[0].body["generationConfig"]["thinkingConfig"]
-    assert config == {"thinkingLevel": level, **({"includeThoughts": True} if thoughts else {})}
-    assert ignored == (
-        ["thinking"] if level == "LOW" and "thinking" in more and not thoughts else []
-    )
+    assert config.pop("includeThoughts", False) is thoughts
+    assert config == {"thinkingLevel": level}
+    thinks_anyway = level == "LOW" and not thoughts
+    assert ignored == ["thinking"] * thinks_anyway
 
 
 @pytest.mark.parametrize(
@@ -11598,6 +11598,14 @@ def test_the_readme_says_which_parameters_of_responses_are_ignored():
         body = {"model": FLASH, "input": "Hi", name: RESPONSE_SAMPLES[name]}
         ignored = ignored_names(body, proxy.openai_responses_request, context)
         assert (name in ignored) is (kind == "ignored"), name
+
+
+def test_the_readme_lists_the_names_of_googles_tools():
+    rows = {key.strip("`"): names for key, names in readme_table("Google's own tools")}
+    assert set(rows) == {*(key for _, key in proxy.HOSTED_TOOLS), proxy.MCP}
+    for key in rows.keys() - {proxy.MCP}:
+        for name in re.findall("`([^`]+)`", rows[key]):
+            assert proxy.hosted_key(name) == key
 
 
 OLLAMA_SAMPLES = {
