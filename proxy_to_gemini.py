@@ -2900,9 +2900,11 @@ def chat_call(chat: Chat, body: Fields) -> GeminiCall:
     else:
         config.update(json_config(chat.schema))
     config.update(chat.settings)
-    fields = {**tool_fields(tools, chat.choice, model, body), **chat.fields}
+    fields = chat.fields
+    if has_tools:
+        fields = {**tool_fields(tools, chat.choice, model, body), **fields}
     call = generate_call(model, chat.stream, system, chat.contents, config, **fields)
-    return call._replace(unfence=in_words)
+    return call._replace(unfence=True) if in_words else call
 
 
 def with_recipe(chat: Chat) -> Chat:
@@ -9042,7 +9044,7 @@ class RequestCycle:
         self.seed = secrets.token_hex(12)  # of all ids in the answer
         self.request_id = "req_" + self.seed
         self.head, self.key = RequestHead(), ""  # the key for Gemini
-        self.protocol = protocol_of(self.server.config.api, "GET", "/")  # until the path is known
+        _, self.protocol = MOUNTS[self.server.config.api][-1]  # until the path is known
         self.route: Route | None = None
         self.route_name = "other"  # for the metrics
         self.exchange: Exchange | None = None
@@ -9108,12 +9110,10 @@ class RequestCycle:
         if isinstance(route.answer, Refusal):
             status, message, headers = route.answer
             raise ProxyError(status, message, headers=dict(headers))
-        context = context._replace(
-            loaded=dict(server.loaded),
-            params=match.params,
-            query=dict(urllib.parse.parse_qsl(query)),
-            request=ClientRequest(route.method, path, query, self.head.headers),
-        )
+        fields = dict(urllib.parse.parse_qsl(query)) if query else {}
+        request = ClientRequest(route.method, path, query, self.head.headers)
+        aliases, ollama, loaded = context.aliases, context.ollama, dict(server.loaded)
+        context = Context(aliases, ollama, {}, loaded, match.params, fields, request)
         try:
             sends_body = self.connection.body_left or self.head.method not in ("GET", "HEAD")
             if route.parse and sends_body:
