@@ -26,9 +26,10 @@ Where to look
     10. Anthropic                messages and their counting
     11. Gemini's own             its API as it is, passed through
     12. Routing                  which route answers a path, and the protocol of its errors
-    13. Client                   all that talks to Gemini: waiting, connections, attempts, memory
-    14. Server                   all that talks to clients: metrics, HTTP, who may call, answers
-    15. Command line             flags, environment, systemd, workers, checks, start and end
+    13. Backends                 where a call goes and who pays: the Gemini API or Vertex AI
+    14. Client                   all that talks to Gemini: waiting, connections, attempts, memory
+    15. Server                   all that talks to clients: metrics, HTTP, who may call, answers
+    16. Command line             flags, environment, systemd, workers, checks, start and end
 
 Sections 1 to 12 are pure: they get values and give values. Time and ids are given to them; what is
 stored is looked up before (Route.keys); what must be stored, they return as a Keep. Gemini's
@@ -606,6 +607,8 @@ class GeminiCall(NamedTuple):
     left_out: tuple[str, ...] = ()  # names of what repairs have left out
     waits: bool = False  # is sent once the answers before it are read, which may refuse it
     passed: Passed | None = None  # where it goes on as it came: its answer is a head, then bytes
+    headers: tuple[tuple[str, str], ...] = ()  # besides the usual ones
+    instead: tuple[GeminiCall, ...] = ()  # what to send where there is no such method
 
 
 class Plan(NamedTuple):
@@ -841,7 +844,8 @@ class Model(NamedTuple):
     mcp: bool = True  # calls tools of remote MCP servers
     system: bool = True  # takes a systemInstruction
     audio: bool = True  # takes audio
-    max_output: int = 65536  # tokens
+    max_input: int = 1048576  # tokens
+    max_output: int = 65536
     dimensions: int | None = None  # of vectors whose size the client leaves open; None: its own
     stands_in: bool = False  # whether the client named another maker's
 
@@ -880,6 +884,8 @@ TRAITS: tuple[tuple[float, str, dict[str, Any]], ...] = (
     (math.inf, r"gemini-2\.5-pro", {"thinking": Budget(128, 32768, stops=False)}),
     (math.inf, r".*(image|banana|tts|embedding|audio)|gemma|learnlm|aqa", {"thinking": None}),
     (math.inf, r".*(image|banana)", {"signs": False, "mcp": False}),
+    (math.inf, r".*embedding", {"max_input": 2048}),
+    (math.inf, r"gemini-embedding-2", {"max_input": 8192}),
     (math.inf, r"gemma", {"system": False, "audio": False}),
 )
 
@@ -931,14 +937,16 @@ class Recipe(NamedTuple):
 
 
 NO_RECIPE = Recipe()
-OLLAMA_PREFIX = r"^(registry\.ollama\.ai/)?(library|ollama|models|google|gemini)/"
+OLLAMA_PREFIX = (
+    r"^(registry\.ollama\.ai/)?(library|ollama|publishers/google/models|models|google|gemini)/"
+)
 
 
 def plain_name(model_name: str, ollama: bool) -> str:
     """A model's name without prefixes, and without what Ollama lets clients write around it:
     registry, tag, case."""
     if not ollama:
-        return re.sub(r"^(models|google|gemini)/", "", model_name)
+        return re.sub(r"^(publishers/google/models|models|google|gemini)/", "", model_name)
     name = re.sub(OLLAMA_PREFIX, "", model_name, flags=re.I)
     name = re.sub(r":(latest|local)$", "", name, flags=re.I)
     return name if name.startswith("tunedModels/") else name.lower()
@@ -994,7 +1002,12 @@ def recipe_names(context: Context) -> list[str]:
     return [key[len(RECIPE) :] for key in context.stored.get(RECIPE + "*", "").splitlines()]
 
 
-MODEL_NAME = re.compile(r"(tunedModels/)?[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+# Tuned models, here and on Vertex AI, which also knows versions (@001) and other projects.
+MODEL_NAME = re.compile(
+    r"(tunedModels/|endpoints/|projects/[a-z0-9-]+([.:][a-z0-9-]+)*/locations/[a-z0-9-]+/"
+    r"(endpoints|publishers/[a-z0-9-]+/models)/)?"
+    r"[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*(@[A-Za-z0-9_-]+)?"
+)
 
 
 class StandIn(NamedTuple):
@@ -7422,7 +7435,646 @@ def find_route(api: str, method: str, path: str) -> RouteMatch:
 
 
 # ======================================================================================
-# 13. Client: all that talks to Gemini: waiting, connections, attempts, memory
+# 13. Backends: where a call goes and who pays: the Gemini API or Vertex AI
+# ======================================================================================
+
+# What is said of Google's credentials is from google-auth 2.63 (google/auth, google/oauth2), of
+# Vertex AI from google-genai 3.6 and from recordings.
+
+# ---- RSA keys and JWTs ----
+
+
+class CredentialError(ValueError):
+    """A credential that is of no use, in words that hold no secret."""
+
+
+RsaKey = tuple[int, ...]  # n, e, d, p, q, dp, dq, qi: RFC 8017, section 3.2
+PEM = re.compile(r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----(.+?)-----END \1-----", re.S)
+RSA_OID = bytes.fromhex("2a864886f70d010101")  # 1.2.840.113549.1.1.1
+SHA256_INFO = bytes.fromhex("3031300d060960864801650304020105000420")  # RFC 8017, section 9.2
+
+
+def der_items(data: bytes) -> list[bytes]:
+    """The contents of the values in DER, one after the other (X.690); a ValueError if cut short."""
+    items: list[bytes] = []
+    start = 0
+    while start < len(data):
+        _, size = data[start : start + 2]
+        start += 2
+        if size & 0x80:  # the next bytes are the size
+            end = start + (size & 0x7F)
+            start, size = end, int.from_bytes(data[start:end], "big")
+        if start + size > len(data):
+            raise ValueError("cut short")
+        items.append(data[start : start + size])
+        start += size
+    return items
+
+
+def rsa_key(pem: str) -> RsaKey:
+    """The key in PKCS#8 or PKCS#1; a CredentialError that tells what it is instead."""
+    match = PEM.search(pem)
+    if not match:
+        raise CredentialError("private_key is no private key in PEM")
+    label, text = match.groups()
+    if "ENCRYPTED" in label + text:  # also "Proc-Type: 4,ENCRYPTED"
+        raise CredentialError("private_key is encrypted; it is taken in the clear only")
+    try:
+        items = der_items(der_items(base64.b64decode("".join(text.split()), validate=True))[0])
+        if label == "PRIVATE KEY" and der_items(items[1])[0] == RSA_OID:  # PKCS#8
+            items, label = der_items(der_items(items[2])[0]), "RSA PRIVATE KEY"
+        key = tuple(int.from_bytes(item, "big") for item in items[1:9])
+        fits = rsa_signature(key, b"") != b""
+    except (ValueError, IndexError):
+        fits = False
+    if label != "RSA PRIVATE KEY":
+        raise CredentialError("private_key is no RSA key, or is cut short")
+    if not fits:
+        raise CredentialError("private_key is cut short or damaged")
+    return key
+
+
+def rsa_signature(key: RsaKey, message: bytes) -> bytes:
+    """RSASSA-PKCS1-v1_5 with SHA-256: RFC 8017, sections 5.2.1 and 8.2.1."""
+    n, e, _, p, q, dp, dq, qi = key
+    size = (n.bit_length() + 7) // 8
+    digest = SHA256_INFO + hashlib.sha256(message).digest()
+    padded = b"\0\1" + b"\xff" * (size - len(digest) - 3) + b"\0" + digest
+    number = int.from_bytes(padded, "big")
+    a, b = pow(number, dp, p), pow(number, dq, q)
+    signature = b + qi * (a - b) % p * q
+    if p * q != n or pow(signature, e, n) != number:  # a fault would give the key away
+        raise ValueError("the numbers of the key do not fit each other")
+    return signature.to_bytes(size, "big")
+
+
+def base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def signed_jwt(key: RsaKey, key_id: str, claims: JSON) -> str:
+    """A JWT, signed RS256 (RFC 7515, section 3.1)."""
+    head = {"alg": "RS256", "typ": "JWT", **given(kid=key_id)}
+    text = ".".join(base64url(encode_json(part).encode()) for part in (head, claims))
+    return f"{text}.{base64url(rsa_signature(key, text.encode()))}"
+
+
+# ---- credentials ----
+
+TOKEN_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+OAUTH_URL = "https://oauth2.googleapis.com/token"
+STS_URL = "https://sts.googleapis.com/v1/token"
+VERTEX_AUDIENCE = "https://aiplatform.googleapis.com/"  # of tokens that an account signs itself
+GRANT_TYPE = "urn:ietf:params:oauth:grant-type:"
+METADATA_PATH = "/computeMetadata/v1/"
+SERVICE_ACCOUNT = "instance/service-accounts/default/"
+METADATA_HEADERS = {"Metadata-Flavor": "Google"}
+
+
+class Credential(NamedTuple):
+    """Who pays for calls to Vertex AI: what a file of Google's says, or what stands in for one."""
+
+    kind: str  # one of CREDENTIAL_KINDS
+    fields: JSON
+    place: str  # where it was found
+    key: RsaKey | None = None
+    source: Credential | None = None  # whose token buys one of this account
+
+    def text(self, name: str, default: str = "") -> str:
+        return get_or_empty(self.fields, name, str) or default
+
+    @property
+    def project(self) -> str:
+        """The project that it comes from, "" if it does not say."""
+        return self.text("project_id") or self.text("quota_project_id")
+
+    @property
+    def account(self) -> str:
+        """Whose it is, "" if it does not say."""
+        url = self.text("service_account_impersonation_url")
+        match = re.search(r"serviceAccounts/([^/:]+):", url)
+        names = (self.text(name) for name in ("client_email", "account", "audience"))
+        return match.group(1) if match else next(filter(None, names), "")
+
+    def headers(self, token: str) -> dict[str, str]:
+        """What is sent to Vertex AI with this token of the credential's."""
+        quota = given(**{"x-goog-user-project": self.text("quota_project_id")})
+        return {"Authorization": f"Bearer {token}", **quota}
+
+    @property
+    def login(self) -> str:
+        return f"{self.text('client_id')}:{self.text('client_secret')}"
+
+    @property
+    def identity(self) -> str:
+        """What stays the same while tokens come and go."""
+        return f"{self.kind} {self.account or self.text('refresh_token')}"
+
+
+class TokenStep(NamedTuple):
+    """One thing to ask for on the way to a token: of a URL, of a file, or of a command."""
+
+    url: str = ""
+    body: bytes | None = None
+    headers: Mapping[str, str] = {}
+    direct: bool = False  # without an HTTP proxy, and briefly: the metadata server is near
+    file: str = ""
+    command: str = ""
+
+
+class Token(NamedTuple):
+    value: str
+    seconds: float  # that it lives
+    refresh_token: str = ""  # in place of the one that was sent, if there is one
+
+
+TOKEN_LIFE_SECONDS = 3600.0  # of a token that does not say it
+MAX_TOKEN_LIFE_SECONDS = 43200.0
+
+
+class UnreachableError(ProxyError):
+    """What gives tokens cannot be reached, or says nothing."""
+
+
+Grant = Generator[TokenStep, str, Token]  # what is to be asked; it is sent the answers
+
+
+def form_step(url: str, fields: Mapping[str, str], login: str = ":") -> TokenStep:
+    """A request for a token: RFC 6749, section 4; the client may name itself by HTTP Basic."""
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    if login != ":":
+        headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+    return TokenStep(url, urllib.parse.urlencode(fields).encode(), headers)
+
+
+def user_grant(credential: Credential, now: float) -> Grant:
+    fields = {name: credential.text(name) for name in USER_FIELDS}
+    fields["grant_type"] = "refresh_token"
+    return read_token((yield form_step(credential.text("token_uri", OAUTH_URL), fields)))
+
+
+def workforce_grant(credential: Credential, now: float) -> Grant:
+    fields = {"grant_type": "refresh_token", "refresh_token": credential.text("refresh_token")}
+    return read_token((yield form_step(credential.text("token_url"), fields, credential.login)))
+
+
+def service_grant(credential: Credential, now: float) -> Grant:
+    """A signed JWT for a token; where that cannot be had, a JWT is the token: AIP-4111."""
+    assert credential.key is not None
+    key_id, url = credential.text("private_key_id"), credential.text("token_uri", OAUTH_URL)
+    claims = {"iss": credential.text("client_email"), "iat": int(now), "exp": int(now) + 3600}
+    exchanged = {**claims, "scope": TOKEN_SCOPE, "aud": url}
+    assertion = signed_jwt(credential.key, key_id, exchanged)
+    try:
+        fields = {"grant_type": GRANT_TYPE + "jwt-bearer", "assertion": assertion}
+        answer = yield form_step(url, fields)
+    except UnreachableError:
+        claims.update(sub=claims["iss"], aud=VERTEX_AUDIENCE)
+        return Token(signed_jwt(credential.key, key_id, claims), 3600.0)
+    return read_token(answer)
+
+
+def federated_grant(credential: Credential, now: float) -> Grant:
+    """The token of another provider's for one of Google's (RFC 8693)."""
+    fields = credential.fields
+    source = fields["credential_source"]
+    places = {key: source[key] for key in ("file", "url", "headers") if key in source}
+    subject = (yield TokenStep(**places)).strip()
+    form = get_or_empty(source, "format", dict)
+    if form.get("type") == "json":
+        name = get_or_empty(form, "subject_token_field_name", str)
+        subject = get_or_empty(parsed_object(subject), name, str)
+    if not subject:
+        raise ProxyError(502, "The source of the subject token gives none.", upstream=True)
+    exchanged = {
+        "grant_type": GRANT_TYPE + "token-exchange",
+        "audience": credential.text("audience"),
+        "scope": TOKEN_SCOPE,
+        "requested_token_type": "urn:ietf:params:oauth:token-type:access_token",
+        "subject_token": subject,
+        "subject_token_type": credential.text("subject_token_type"),
+    }
+    project = credential.text("workforce_pool_user_project")
+    if project:
+        exchanged["options"] = encode_json({"userProject": project})
+    url = credential.text("token_url", STS_URL)
+    return read_token((yield form_step(url, exchanged, credential.login)))
+
+
+def metadata_grant(credential: Credential, now: float) -> Grant:
+    url = credential.text("url") + METADATA_PATH + SERVICE_ACCOUNT + "token"
+    return read_token((yield TokenStep(url, headers=METADATA_HEADERS, direct=True)))
+
+
+def command_grant(credential: Credential, now: float) -> Grant:
+    output = yield TokenStep(command=credential.text("command"))
+    if parsed_object(output) is None:
+        output = encode_json({"access_token": output.strip()})
+    return read_token(output)
+
+
+def source_grant(credential: Credential, now: float) -> Grant:
+    assert credential.source is not None
+    token = yield from CREDENTIAL_KINDS[credential.source.kind].grant(credential.source, now)
+    return token
+
+
+def token_grant(credential: Credential, now: float) -> Grant:
+    """All that is to be asked for a token of this credential; `now` is in seconds since 1970."""
+    token = yield from CREDENTIAL_KINDS[credential.kind].grant(credential, now)
+    url = credential.text("service_account_impersonation_url")
+    if not url:
+        return token
+    settings = get_or_empty(credential.fields, "service_account_impersonation", dict)
+    seconds = get_or_empty(settings, "token_lifetime_seconds", int) or 3600
+    body = {"scope": [TOKEN_SCOPE], "lifetime": f"{seconds}s"}
+    body.update(given(delegates=get_or_empty(credential.fields, "delegates", list)))
+    headers = {"Authorization": f"Bearer {token.value}", "Content-Type": "application/json"}
+    answer = parsed_object((yield TokenStep(url, gemini_json(body), headers))) or {}
+    ends = get_or_empty(answer, "expireTime", str)[:19]  # there may be a fraction behind it
+    with contextlib.suppress(ValueError):
+        end = datetime.datetime.strptime(ends + "Z", "%Y-%m-%dT%H:%M:%SZ")
+        answer["expires_in"] = end.replace(tzinfo=datetime.timezone.utc).timestamp() - now
+    answer["access_token"] = answer.get("accessToken")
+    return read_token(encode_json(answer))._replace(refresh_token=token.refresh_token)
+
+
+def read_token(text: str) -> Token:
+    """The token in an answer; a 502 where there is none that fits into a header."""
+    answer = parsed_object(text) or {}
+    value = get_or_empty(answer, "access_token", str)
+    if not re.fullmatch(r"[!-~]{1,16384}", value):
+        message = "What should give an access token for Vertex AI gives none that can be used."
+        raise ProxyError(502, message, upstream=True)
+    life = TOKEN_LIFE_SECONDS  # also where it does not say: a 401 mends that
+    with contextlib.suppress(ValueError, TypeError):
+        life = float(answer.get("expires_in", life))
+    life = min(MAX_TOKEN_LIFE_SECONDS, max(1.0, life))  # NaN is 1
+    return Token(value, life, get_or_empty(answer, "refresh_token", str))
+
+
+def with_rsa_key(credential: Credential) -> Credential:
+    return credential._replace(key=rsa_key(credential.text("private_key")))
+
+
+def with_source(credential: Credential) -> Credential:
+    fields = get_or_empty(credential.fields, "source_credentials", dict)
+    if not fields:
+        raise CredentialError("source_credentials is missing")
+    source = read_credential(fields, credential.place)
+    if source.kind in ("external_account", "impersonated_service_account"):
+        raise CredentialError(f"source_credentials of type {source.kind!r} are not supported")
+    return credential._replace(source=source)
+
+
+# Keys of a credential_source that lead to what is not supported.
+OTHER_SOURCES = {"environment_id": "AWS", "executable": "an executable", "certificate": "X.509"}
+
+
+def with_subject(credential: Credential) -> Credential:
+    """The same credential, if its subject token can be read where it says."""
+    source = get_or_empty(credential.fields, "credential_source", dict)
+    names = [name for key, name in OTHER_SOURCES.items() if key in source]
+    if "aws" in credential.text("subject_token_type"):
+        names = ["AWS"]
+    if names:
+        advice = "what asks it for an access token can be a -token-command"
+        raise CredentialError(f"credential_source is {names[0]}, which is not supported; {advice}")
+    url = get_or_empty(source, "url", str)
+    if bool(url) == bool(get_or_empty(source, "file", str)):
+        raise CredentialError("credential_source must name either a file or a url")
+    if url and not re.fullmatch(CREDENTIAL_URL, url):
+        raise CredentialError("the url of credential_source is no http or https URL")
+    return credential
+
+
+class Kind(NamedTuple):
+    """A kind of credential."""
+
+    needs: tuple[str, ...]  # fields that must be there
+    grant: Callable[[Credential, float], Grant]
+    mend: str  # what helps when it is refused
+    complete: Callable[[Credential], Credential] = lambda credential: credential  # or refuse it
+
+
+LOGIN = "gcloud auth application-default login"
+USER_FIELDS = ("client_id", "client_secret", "refresh_token")
+IMPERSONATION = "service_account_impersonation_url"
+KEY_MEND = "see to this machine's clock, and to gcloud iam service-accounts keys list"
+SOURCE_MEND = "see to the provider of the workload identity pool, and to what it trusts"
+FILE_KINDS = {
+    "authorized_user": Kind(USER_FIELDS, user_grant, LOGIN),
+    "service_account": Kind(("client_email", "private_key"), service_grant, KEY_MEND, with_rsa_key),
+    "impersonated_service_account": Kind((IMPERSONATION,), source_grant, LOGIN, with_source),
+    "external_account": Kind(
+        ("audience", "subject_token_type"), federated_grant, SOURCE_MEND, with_subject
+    ),
+    "external_account_authorized_user": Kind((*USER_FIELDS, "token_url"), workforce_grant, LOGIN),
+}
+CREDENTIAL_KINDS = {
+    **FILE_KINDS,
+    "metadata server": Kind(("url",), metadata_grant, "give the machine a service account"),
+    "token command": Kind(("command",), command_grant, "run it by hand, as this user"),
+}
+URL_FIELDS = ("token_uri", "token_url", IMPERSONATION)
+CREDENTIAL_URL = r"https?://([\w.-]+|\[[0-9A-Fa-f:]+\])(:[1-9]\d{0,4})?([/?][!-~]*)?"
+
+
+def read_credential(fields: Any, place: str) -> Credential:
+    """What a file says, by its JSON; a CredentialError where it is of no use."""
+    if type(fields) is not dict:
+        raise CredentialError("it is no JSON object")
+    kind = fields.get("type")
+    if type(kind) is not str or kind not in FILE_KINDS:
+        known = ", ".join(FILE_KINDS)
+        raise CredentialError(f"its type is {kind!r:.60}, and not one of {known}")
+    credential = Credential(kind, fields, place)
+    for name in FILE_KINDS[kind].needs:
+        if not credential.text(name):
+            raise CredentialError(f"{name} is missing, or no text")
+    for name in URL_FIELDS:
+        if name in fields and not re.fullmatch(CREDENTIAL_URL, credential.text(name), re.ASCII):
+            raise CredentialError(f"{name} is no http or https URL")
+    universe = credential.text("universe_domain", "googleapis.com")
+    if universe != "googleapis.com":
+        raise CredentialError(
+            f"universe_domain is {universe!r:.60}; only googleapis.com is supported"
+        )
+    return FILE_KINDS[kind].complete(credential)
+
+
+# ---- back ends ----
+
+DEFAULT_UPSTREAM = "https://generativelanguage.googleapis.com"
+
+
+class Backend(NamedTuple):
+    """Where calls go, and what is different there. The defaults are those of the Gemini API."""
+
+    name: str = "the Gemini API"
+    url: str = DEFAULT_UPSTREAM
+    url_variable: str = "GOOGLE_GEMINI_BASE_URL"  # names another in the environment
+    root: str = "v1beta"  # of all paths, behind the base URL
+    project: str = ""  # of Vertex AI; "" where an API key stands for it
+    location: str = ""
+    credential: Credential | None = None  # None: a key goes with each call
+    listing: tuple[str, str] = ("models?pageSize=1000", "models")  # its path, the key in its answer
+    checks: tuple[str, ...] = ("port", "memory", "name", "connection", "key", "clock", "answer")
+    unlisted: tuple[int, ...] = ()  # statuses of a list that this caller is not shown
+    # A call as it is sent there, perhaps in several; what is said to it, as the Gemini API says it;
+    # the models in the entries of the listing; a refusal with what helps against it.
+    calls: Callable[[GeminiCall, Backend], tuple[GeminiCall, ...]] = lambda call, backend: (call,)
+    chunks: Callable[[GeminiCall, Iterator[JSON]], Iterator[JSON]] = lambda call, chunks: chunks
+    models: Callable[[list[JSON]], list[JSON]] = lambda entries: entries
+    refusal: Callable[[ProxyError, Backend], ProxyError] = lambda error, backend: error
+
+    @property
+    def place(self) -> str:
+        """What Vertex AI's paths begin with."""
+        return f"projects/{self.project}/locations/{self.location}/" if self.project else ""
+
+    @property
+    def member(self) -> str:
+        """The account as gcloud's flag."""
+        account = (self.credential and self.credential.account) or "ACCOUNT"
+        kind = "serviceAccount" if account.endswith("gserviceaccount.com") else "user"
+        return f"--member={kind}:{account}"
+
+    @property
+    def identity(self) -> str:
+        """Whom signatures belong to, while tokens come and go."""
+        return f"{self.project} {self.credential and self.credential.identity}"
+
+
+GEMINI_API = Backend()
+
+
+def vertex_path(path: str, backend: Backend) -> str:
+    """Where a model is on Vertex AI; one of another project's says so itself."""
+    if path.startswith("projects/"):
+        return path
+    if path.startswith("models/"):
+        path = f"publishers/google/{path}"
+    return backend.place + path
+
+
+def vertex_calls(call: GeminiCall, backend: Backend) -> tuple[GeminiCall, ...]:
+    """A call as Vertex AI wants it: https://cloud.google.com/vertex-ai/generative-ai/docs/reference"""
+    if call.passed is not None:
+        return vertex_passed_calls(call, call.passed, backend)
+    if call.body is None:  # the list of models
+        return (call,)
+    model, _, method = call.path.rpartition(":")
+    path, body = vertex_path(model, backend), call.body
+    if method in VECTOR_METHODS:
+        return vertex_embed_calls(call, path)
+    if method == "countTokens":
+        if call.optional:  # Vertex counts the tokens of vectors itself
+            return ()
+        body = get_or_empty(body, "generateContentRequest", dict) or body
+        body = {key: value for key, value in body.items() if key != "model"}
+    body, headers = vertex_body(body, backend)
+    return (call._replace(path=f"{path}:{method}", body=body, headers=headers),)
+
+
+VECTOR_METHODS = ("embedContent", "batchEmbedContents")
+PASSED_METHODS = ("generateContent", "streamGenerateContent")
+
+
+def vertex_passed_calls(
+    call: GeminiCall, passed: Passed, backend: Backend
+) -> tuple[GeminiCall, ...]:
+    """The calls for one of Gemini's own API; a 404 for what Vertex AI does not have."""
+    target = call.path.partition("?")[0]
+    model, _, method = target.rpartition(":")
+    if passed.method == "GET" and re.match(r"models(/|\Z)", target):
+        return (MODELS_CALL,)
+    if not model.startswith("models/") or isinstance(passed.body, BodyStream):
+        raise ProxyError(404, f"Vertex AI has no {target[:200]}: that is the Gemini API's alone.")
+    if method in PASSED_METHODS:
+        path = vertex_path(model, backend) + call.path[len(model) :]
+        return (call._replace(path=path, passed=passed._replace(root=backend.root)),)
+    return vertex_calls(GeminiCall(target, parse_body(passed.body or b"").data), backend)
+
+
+def vertex_body(body: JSON, backend: Backend) -> tuple[JSON, tuple[tuple[str, str], ...]]:
+    """(a request as Vertex AI takes it, the headers that say the rest)."""
+    body = dict(body)
+    config = dict(get_or_empty(body, "toolConfig", dict))
+    if config.pop("includeServerSideToolInvocations", None):  # its tools mix without it
+        del body["toolConfig"]
+        body.update(given(toolConfig=config))
+    cached = get_or_empty(body, "cachedContent", str)
+    if cached.startswith("cachedContents/"):
+        body["cachedContent"] = backend.place + cached
+    tier = body.pop("serviceTier", None)
+    if tier is None:
+        return body, ()
+    return body, (("X-Vertex-AI-LLM-Shared-Request-Type", tier),)
+
+
+MAX_PREDICT_TEXTS, MAX_PREDICT_TOKENS = 250, 20_000  # of one call; a token has a byte at least
+
+
+def vertex_embed_calls(call: GeminiCall, path: str) -> tuple[GeminiCall, ...]:
+    """The calls for vectors. Older models are asked by `predict`, gemini-embedding-001 for one text
+    at a time; newer ones by methods of the Gemini API's names, with the options elsewhere."""
+    requests = get_or_empty(call.body, "requests", list) or [call.body or {}]
+    name = path.rpartition("/")[2]
+    if re.match(r"text-|textembedding|gemini-embedding-001", name):
+        most = 1 if name.startswith("gemini") else MAX_PREDICT_TEXTS
+        bodies = list(predict_bodies(requests, most))
+        method = "predict"
+    else:
+        bodies = [embed_body(request) for request in requests]
+        method = "embedContent"
+    calls = [GeminiCall(f"{path}:{method}", body, call.model) for body in bodies]
+    if method == "embedContent" and len(calls) > 1:  # google-genai does so; it is not documented
+        batch = {"requests": bodies}
+        path = f"{path}:batchEmbedContents"
+        calls = [GeminiCall(path, batch, call.model, instead=tuple(calls))]
+    return (calls[0]._replace(waits=call.waits), *calls[1:])
+
+
+def embed_body(request: JSON) -> JSON:
+    """An EmbedContentRequest of Vertex AI's."""
+    options = {
+        key: value for key, value in request.items() if key not in ("content", "model") and value
+    }
+    return {"content": request.get("content"), **given(embedContentConfig=options)}
+
+
+def predict_bodies(requests: list[JSON], most: int) -> Iterator[JSON]:
+    """The same for `predict`: as many texts in each as it takes."""
+    instances: list[JSON] = []
+    size, parameters = 0, None
+    for request in requests:
+        parts = get_or_empty(request.get("content"), "parts", list)
+        instance = {"content": texts_of(parts)}
+        instance.update(given(task_type=request.get("taskType"), title=request.get("title")))
+        options = given(outputDimensionality=request.get("outputDimensionality"))
+        length = len(instance["content"].encode(errors="replace"))
+        full = len(instances) == most or size + length > MAX_PREDICT_TOKENS
+        if instances and (full or options != parameters):
+            yield {"instances": instances, **given(parameters=parameters)}
+            instances, size = [], 0
+        instances.append(instance)
+        size, parameters = size + length, options
+    yield {"instances": instances, **given(parameters=parameters)}
+
+
+def vertex_chunks(call: GeminiCall, chunks: Iterator[Any]) -> Iterator[Any]:
+    """What Vertex AI says to a call, as the Gemini API would say it."""
+    target = call.path.partition("?")[0]
+    method = target.rpartition(":")[2]
+    if method in VECTOR_METHODS:
+        chunks = vertex_vectors(method, chunks)
+    if call.passed is None or method in PASSED_METHODS:
+        yield from chunks
+        return
+    answer = next(iter(chunks))
+    if target.startswith("models/") and "models" in answer:
+        entries = [entry for entry in answer["models"] if entry["name"] == target]
+        answer = next(iter(entries), None)
+    if answer is None:
+        raise ProxyError(404, f"{target} is not listed.", code="model_not_found")
+    yield AnswerHead(200, {"content-type": "application/json; charset=UTF-8"})
+    yield gemini_json(answer)
+
+
+def vertex_vectors(method: str, chunks: Iterable[JSON]) -> Iterator[JSON]:
+    """The vectors in the answers to vertex_embed_calls, in one answer of the Gemini API's."""
+    vectors: list[JSON] = []
+    tokens = 0
+    for chunk in chunks:
+        predictions = expect(chunk, "predictions", list)
+        batch = [get_or_empty(one, "embeddings", dict) for one in predictions]
+        batch = batch or expect(chunk, "embeddings", list) or [expect(chunk, "embedding", dict)]
+        counts = [get_or_empty(one, "statistics", dict) for one in batch]
+        tokens += sum(get_or_empty(count, "token_count", int) for count in counts)
+        usage = get_or_empty(chunk, "usageMetadata", dict)
+        tokens += get_or_empty(usage, "promptTokenCount", int)
+        vectors += [{"values": get_or_empty(one, "values", list)} for one in batch]
+    answer: JSON = {"embeddings": vectors}
+    if method == "embedContent":
+        answer = {"embedding": vectors[0]}
+    yield {**answer, "usageMetadata": {"promptTokenCount": tokens}}
+
+
+# What is there, whether or not Model Garden lists it: most of Gemini is known to be missing.
+VERTEX_MODELS = (
+    *("gemini-3.8-flash", "gemini-3.1-pro-preview", "gemini-3.1-flash-lite"),
+    *("gemini-2.5-pro", "gemini-2.5-flash", "gemini-2.5-flash-lite"),
+    *("gemini-embedding-2", "gemini-embedding-001"),
+    *("text-embedding-005", "text-multilingual-embedding-002"),
+)
+VERTEX_LISTED = re.compile(r"publishers/google/models/((gemini|text-(multilingual-)?embedding)-.+)")
+SELF_DEPLOYED = {"deploy", "multiDeployVertex", "deployGke"}
+
+
+def vertex_models(entries: list[JSON]) -> list[JSON]:
+    """The models that chat or embed, in the Gemini API's form: those listed, and those known."""
+    matches = [
+        VERTEX_LISTED.fullmatch(get_or_empty(entry, "name", str))
+        for entry in entries
+        if entry.get("launchStage") != "DEPRECATED"
+        and not SELF_DEPLOYED & get_or_empty(entry, "supportedActions", dict).keys()
+    ]
+    names = [match.group(1) for match in matches if match]
+    return [vertex_entry(name) for name in dict.fromkeys((*names, *VERTEX_MODELS))]
+
+
+def vertex_entry(name: str) -> JSON:
+    methods, model = ["generateContent", "countTokens"], model_of(name)
+    if "embedding" in name:
+        methods = ["embedContent", "batchEmbedContents"]
+    entry: JSON = {"name": model.path, "displayName": name, "supportedGenerationMethods": methods}
+    if not UNLISTED.search(name):  # whose limits are others
+        entry.update(inputTokenLimit=model.max_input, outputTokenLimit=model.max_output)
+    return entry
+
+
+# What Google says when it refuses, and what helps.
+VERTEX_ADVICE = {
+    "not been used in project|it is disabled": "gcloud services enable aiplatform.googleapis.com",
+    "Permission '?aiplatform": "gcloud projects add-iam-policy-binding {project} {member} "
+    "--role=roles/aiplatform.user",
+    "insufficient authentication scopes": "set the machine's access scope cloud-platform",
+    "API keys are not supported": "unset GOOGLE_API_KEY, and name a project with -vertex",
+    "requires a quota project": "gcloud auth application-default set-quota-project {project}",
+    "^Publisher Model": "many models are in one location only: -vertex={project}/global",
+}
+
+
+def vertex_refusal(error: ProxyError, backend: Backend) -> ProxyError:
+    """A refusal, with what helps. A 429 is about capacity that all share, and soon over."""
+    for pattern, advice in VERTEX_ADVICE.items():
+        if re.search(pattern, error.message):
+            words = advice.format(project=backend.project, member=backend.member)
+            error.message = f"{error.message} What helps: {words}"
+            break
+    if error.code == "rate_limit_exceeded" and error.retry_after is None:
+        error.retry_after = 0.0
+    return error
+
+
+VERTEX = Backend(
+    name="Vertex AI",
+    url="https://aiplatform.googleapis.com",
+    url_variable="GOOGLE_VERTEX_BASE_URL",
+    root="v1beta1",
+    listing=("publishers/google/models?pageSize=100", "publisherModels"),
+    unlisted=(401, 403, 404),
+    checks=("port", "memory", "credential", "name", "connection", "token", "clock", "answer"),
+    calls=vertex_calls,
+    chunks=vertex_chunks,
+    models=vertex_models,
+    refusal=vertex_refusal,
+)
+
+
+# ======================================================================================
+# 14. Client: all that talks to Gemini: waiting, connections, attempts, memory
 # ======================================================================================
 
 CONNECT_SECONDS = 10.0  # to connect, and as much silence again during the TLS handshake
@@ -7558,6 +8210,7 @@ class Waiter:
         self.stopping, self.keep_alive = stopping, keep_alive
         self.pollers: dict[tuple[socket.socket | None, int], Poller] = {}
         self.quiet_since = time.monotonic()  # when the client was sent something
+        self.deadline = math.inf  # of all waiting together
 
     def poller(self, gemini: socket.socket | None, event: int) -> Poller:
         """The poller of this event, the client and the end. A stream uses it for each chunk."""
@@ -7580,7 +8233,7 @@ class Waiter:
         gemini_fd = -1 if gemini is None else gemini.fileno()
         stopping_fd = -1 if self.stopping is None else self.stopping.fileno()
         began = now = time.monotonic()
-        deadline = began + (self.silence if seconds is None else seconds)
+        deadline = min(self.deadline, began + (self.silence if seconds is None else seconds))
         while True:
             keep_alive_due = math.inf
             if self.keep_alive:
@@ -7691,7 +8344,7 @@ def dial(host: str, port: int, waiter: Waiter) -> socket.socket:
     They have CONNECT_SECONDS together. The library gives each the whole time, but where a network
     drops IPv6 in silence, several of Google's never answer. (The look-up watches no client.)
     """
-    deadline = time.monotonic() + CONNECT_SECONDS
+    deadline = min(waiter.deadline, time.monotonic() + CONNECT_SECONDS)
     families: dict[int, list[Address]] = {}
     for resolved in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         families.setdefault(resolved[0], []).append(resolved)
@@ -7814,11 +8467,16 @@ class Response:
 class UpstreamRequest(urllib.request.Request):
     """A request to Gemini, with what the pool must know; an idle connection is not `fresh`."""
 
-    def __init__(self, url: str, key: str, passed: Passed, waiter: Waiter, fresh: bool):
-        headers = {"User-Agent": f"proxy-to-gemini/{VERSION}", **passed.headers}
-        if key:
-            headers["x-goog-api-key"] = key
-        super().__init__(url, headers=headers, method=passed.method)
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        passed: Passed,
+        waiter: Waiter,
+        fresh: bool,
+    ):
+        usual = {"User-Agent": f"proxy-to-gemini/{VERSION}", **passed.headers}
+        super().__init__(url, headers={**usual, **headers}, method=passed.method)
         self.body, self.waiter, self.fresh = passed.body, waiter, fresh
 
 
@@ -7880,7 +8538,9 @@ class Pool(urllib.request.BaseHandler):
     def connect(self, waiter: Waiter) -> UpstreamSocket:
         """A new connection, through the proxy if there is one, and with TLS for https."""
         self.opened += 1
+        deadline = waiter.deadline
         waiter = Waiter(waiter.client, CONNECT_SECONDS, waiter.stopping, waiter.keep_alive)
+        waiter.deadline = deadline
         host, port, _ = self.proxy or (self.host, self.port, {})
         connection = UpstreamSocket(dial(host, port, waiter), waiter)
         try:
@@ -7997,12 +8657,12 @@ ANSWER_HEADERS = re.compile(
 )
 
 
-def plain_call(call: GeminiCall) -> Passed:
+def plain_call(call: GeminiCall, root: str) -> Passed:
     """What a call of this server's own has besides its path."""
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", **dict(call.headers)}
     if call.body is None:
-        return Passed("GET", "v1beta", headers)
-    return Passed("POST", "v1beta", headers, gemini_json(call.body))
+        return Passed("GET", root, headers)
+    return Passed("POST", root, headers, gemini_json(call.body))
 
 
 class UpstreamCall:
@@ -8020,17 +8680,20 @@ class UpstreamCall:
         self.ignored = ignored  # gets the names of what was left out so that Gemini takes the call
         self.response: Response | None = None
         self.send_error: Exception  # begin() returns it in its turn: calls are sent ahead
+        self.access: Access | None = None  # with which it was sent
+        self.renewed = False  # whether that was renewed after a 401
         self.attempts = 0
         self.began = self.sent = time.monotonic()
 
     def send(self, fresh: bool = False) -> None:
         """Make an attempt; on a fresh connection where an idle one has just failed."""
         self.attempts += 1
-        passed = self.call.passed or plain_call(self.call)
+        passed = self.call.passed or plain_call(self.call, self.gemini.backend.root)
         url = f"{self.gemini.base}{passed.root}/{self.call.path}"
         fresh = fresh or isinstance(passed.body, BodyStream)  # which cannot be sent again
-        request = UpstreamRequest(url, self.key, passed, self.waiter, fresh)
         try:
+            self.access = self.gemini.access(self.key, self.waiter)
+            request = UpstreamRequest(url, self.access.headers, passed, self.waiter, fresh)
             self.response = self.gemini.opener.open(request)
         except (ProxyError, *TRANSPORT_ERRORS) as failure:
             self.send_error = failure.with_traceback(None)  # which leads back to this object
@@ -8053,9 +8716,12 @@ class UpstreamCall:
                     raise too_long_answer()
                 yield read_chunk(body)
         except (ProxyError, *TRANSPORT_ERRORS) as failure:
-            if not self.call.optional:
+            if self.call.instead and getattr(failure, "status", 0) == 404:
+                yield from self.chunks_instead()
+            elif not self.call.optional:
                 raise self.reported(failure) from None  # no local may hold it: it holds this frame
-            yield {}
+            else:
+                yield {}
         finally:
             self.release()
 
@@ -8074,10 +8740,18 @@ class UpstreamCall:
             yield from iter(functools.partial(response.read1, BLOCK_BYTES), b"")
 
     def masked(self, data: bytes) -> bytes:
-        """The bytes without the key, where there is one."""
-        if not self.key:
+        """The bytes without the key or the token, where there is one."""
+        if self.access is None or not self.access.secret:
             return data
-        return data.replace(self.key.encode(), KEY_MASK.encode())
+        return data.replace(self.access.secret.encode(), KEY_MASK.encode())
+
+    def chunks_instead(self) -> Iterator[JSON]:
+        """The answers to the calls that stand in for this one."""
+        self.release()
+        calls = self.gemini.sent(self.call.instead, self.waiter, self.key, self.ignored)
+        with contextlib.closing(calls):
+            for chunks in calls:
+                yield from chunks
 
     def reported(self, failure: Exception) -> ProxyError:
         """The error for the client, which does not quote the key."""
@@ -8122,7 +8796,8 @@ class UpstreamCall:
         response = self.response
         try:
             response.begin()
-            if response.status == 200 or self.call.passed:
+            renewable = response.status == 401 and self.gemini.tokens and not self.renewed
+            if response.status == 200 or (self.call.passed and not renewable):
                 tls = response.connection.tls
                 if tls and not response.connection.reused:
                     self.gemini.pool.session = tls.session  # its ticket has come (RFC 8446, 4.6.1)
@@ -8133,7 +8808,8 @@ class UpstreamCall:
         except TRANSPORT_ERRORS as failure:
             return failure
         body = self.masked(body)
-        return gemini_refusal(response.status, read_json(body), body)
+        error = gemini_refusal(response.status, read_json(body), body)
+        return self.gemini.backend.refusal(error, self.gemini.backend)
 
     def backoff(self, error: ProxyError) -> float | None:
         """Seconds before the next attempt, for which the call may be repaired; None to give up."""
@@ -8146,6 +8822,9 @@ class UpstreamCall:
                 self.call = call
                 self.ignored += names
                 return 0.0
+        if error.status == 401 and not self.renewed and self.gemini.refused(self.access):
+            self.renewed = True
+            return 0.0
         late = time.monotonic() - self.began > RETRY_WINDOW_SECONDS
         if late or error.retry_after is None or error.retry_after > MAX_BACKOFF_SECONDS:
             return None
@@ -8156,6 +8835,239 @@ class UpstreamCall:
         response, self.response = self.response, None
         if response is not None:
             self.gemini.pool.release(response)
+
+
+# ---- access ----
+
+# A token is renewed when it has no longer to live than this, or than half of its life. (With more,
+# the metadata server would be asked at each call: it gives the same token until four minutes are
+# left, as google/auth/_helpers.py says.)
+TOKEN_MARGIN_SECONDS = 225.0
+TOKEN_PAUSE_SECONDS = 1.0  # between two renewals that fail, or that a 401 asks for
+TOKEN_ANSWER_SECONDS = 10.0  # for a server that gives tokens to answer; it has as long to connect
+METADATA_SECONDS = 3.0  # for the metadata server, in all
+COMMAND_SECONDS = 20.0
+MAX_TOKEN_ATTEMPTS = 3
+MAX_TOKEN_BYTES = 1 << 20  # of an answer with a token
+
+
+class Access(NamedTuple):
+    """What opens a back end to a call."""
+
+    secret: str
+    headers: Mapping[str, str]  # that carry it
+    due: float = math.inf  # when it is to be renewed, on the monotonic clock
+    ends: float = math.inf
+
+
+def fetch_token(credential: Credential) -> Token:
+    """A new token; a ProxyError that tells why there is none."""
+    grant = token_grant(credential, time.time())
+    resume: Callable[[Any], TokenStep] = grant.send
+    result: Any = None
+    try:
+        while True:
+            step = resume(result)
+            try:
+                resume, result = grant.send, token_answer(step)
+            except UnreachableError as error:
+                resume, result = grant.throw, error
+    except StopIteration as end:
+        token: Token = end.value
+        return token
+
+
+def token_answer(step: TokenStep) -> str:
+    """What the file, the command or the server of this step says."""
+    if step.command:
+        return command_output(step.command)
+    if step.file:
+        try:
+            with open(step.file, encoding="utf-8") as file:
+                return file.read(MAX_TOKEN_BYTES)
+        except (OSError, ValueError) as error:
+            raise ProxyError(
+                502, f"The subject token cannot be read: {error}", upstream=True
+            ) from None
+    for _ in range(MAX_TOKEN_ATTEMPTS):
+        status, body = ask_for_token(step)
+        if status == 200:
+            return body.decode("utf-8", "replace")
+        answer = read_json(body)
+        word = get_or_empty(answer, "error", str)
+        temporary = ("temporarily_unavailable", "server_error", "internal_failure")
+        if status not in (408, 429) and status < 500 and word not in temporary:
+            break
+    words = (
+        f"{host_of(step.url)} says",
+        gemini_refusal(status, answer, body).message,
+        get_or_empty(answer, "error_description", str),
+    )
+    message = ": ".join(filter(None, words))
+    raise ProxyError(502, without_secrets(message, step)[:1000], upstream=True)
+
+
+def ask_for_token(step: TokenStep) -> tuple[int, bytes]:
+    """(status, body) of a server's answer, over a connection of its own."""
+    waiter = Waiter(None, TOKEN_ANSWER_SECONDS)
+    waiter.deadline = time.monotonic() + CONNECT_SECONDS + TOKEN_ANSWER_SECONDS
+    if step.direct:
+        waiter.deadline = time.monotonic() + METADATA_SECONDS
+    passed = Passed("GET", "", step.headers)
+    if step.body is not None:
+        passed = Passed("POST", "", step.headers, step.body)
+    try:
+        pool, opener = Pool(step.url), urllib.request.OpenerDirector()
+        if step.direct:
+            pool.proxy = None
+        opener.add_handler(pool)
+        response = opener.open(UpstreamRequest(step.url, {}, passed, waiter, True))
+        with contextlib.closing(response.connection):
+            response.begin()
+            return response.status, response.read(MAX_TOKEN_BYTES)
+    except (ProxyError, ValueError, OverflowError, *TRANSPORT_ERRORS) as failure:
+        reason = getattr(failure, "strerror", None) or str(failure)
+        if not reason or isinstance(failure, (ProxyError, TimeoutError)):
+            reason = "it does not answer in time"
+        message = f"{host_of(step.url)} cannot be reached: {reason}"
+        raise UnreachableError(502, message, upstream=True) from None
+
+
+def host_of(url: str) -> str:
+    return urllib.parse.urlsplit(url).netloc
+
+
+SECRET_FIELDS = ("client_secret", "refresh_token", "assertion", "subject_token")
+
+
+def without_secrets(text: str, step: TokenStep) -> str:
+    """The text, without what was sent in this step and is nobody else's business."""
+    form = dict(urllib.parse.parse_qsl((step.body or b"").decode()))
+    words = [form.get(name) for name in SECRET_FIELDS]
+    words += step.headers.get("Authorization", "").split()[1:]
+    for word in filter(None, words):
+        text = text.replace(word, "[secret]")
+    return text
+
+
+def command_output(command: str) -> str:
+    """What a token command prints. It runs without a shell, in a group of its own to be ended."""
+    import shlex
+    import subprocess
+
+    words: Any = command  # Windows splits it itself
+    if sys.platform != "win32":
+        words = shlex.split(command)
+    pipe, none = subprocess.PIPE, subprocess.DEVNULL
+    try:
+        process = subprocess.Popen(
+            words, stdin=none, stdout=pipe, stderr=pipe, start_new_session=True
+        )
+    except (OSError, ValueError) as error:
+        raise ProxyError(502, f"The token command cannot be run: {error}", upstream=True) from None
+    with process:
+        try:
+            output, errors = process.communicate(timeout=COMMAND_SECONDS)
+        except subprocess.TimeoutExpired:
+            if sys.platform == "win32":
+                process.kill()
+            else:
+                os.killpg(process.pid, signal.SIGKILL)  # also what it started
+            message = f"The token command has not ended within {COMMAND_SECONDS:g} seconds."
+            raise ProxyError(502, message, upstream=True) from None
+    if process.returncode:
+        lines = errors.decode("utf-8", "replace").split("\n")
+        last = next(filter(None, map(str.strip, reversed(lines))), "it says nothing")[:500]
+        message = f"The token command ends with status {process.returncode}: {last}"
+        raise ProxyError(502, message, upstream=True)
+    return output.decode("utf-8", "replace")
+
+
+class Tokens:
+    """The one place that keeps an access token. It is renewed in a thread of its own, once for all
+    calls; one that still lives is used meanwhile."""
+
+    def __init__(self, credential: Credential):
+        self.credential, self.lock = credential, threading.Lock()
+        self.access: Access | None = None
+        self.failure = ""  # why there is no new token
+        self.renewing = False
+        self.not_before = self.refused = -math.inf  # of the next renewal; of the last 401
+        self.woken: list[socket.socket] = []  # of calls that wait for a token, to be closed
+
+    def get(self, waiter: Waiter) -> Access:
+        """What opens Vertex AI now. Only where no token lives, this waits for one."""
+        while True:
+            with self.lock:
+                access, now = self.access, time.monotonic()
+                due = access is None or now >= access.due
+                if due and not self.renewing and now >= self.not_before:
+                    self.begin()
+                if access is not None and now < access.ends:
+                    return access
+                if not self.renewing:
+                    raise ProxyError(502, self.failure, upstream=True)
+                ready, waker = socket.socketpair()
+                self.woken.append(waker)
+            with ready, waker:
+                waiter.wait(ready)
+
+    def begin(self) -> None:
+        """Begin a renewal."""
+        self.renewing = True
+        try:
+            threading.Thread(target=self.renew, daemon=True).start()
+        except RuntimeError as error:  # there can be no more threads
+            self.renewing, self.failure = False, f"No access token can be fetched: {error}"
+
+    def renew(self) -> None:
+        """Fetch a token, and wake those who wait for it."""
+        credential, began, access, refresh_token = self.credential, time.monotonic(), None, ""
+        failure = BUG
+        try:
+            value, seconds, refresh_token = fetch_token(credential)
+            due = began + seconds - min(TOKEN_MARGIN_SECONDS, seconds / 2)
+            access = Access(value, credential.headers(value), due, began + seconds)
+        except UnreachableError as error:
+            failure = error.message
+        except ProxyError as error:
+            failure = f"{error.message} ({CREDENTIAL_KINDS[credential.kind].mend})"
+        except Exception:
+            log(f"{BUG}: {traceback.format_exc()}")
+        with self.lock:
+            self.renewing = False
+            if self.credential is credential:  # and none was read again meanwhile
+                self.keep(access, failure, refresh_token)
+            woken, self.woken = self.woken, []
+        for waker in woken:
+            waker.close()
+
+    def keep(self, access: Access | None, failure: str, refresh_token: str) -> None:
+        """Keep what a renewal came to."""
+        if refresh_token:
+            fields = {**self.credential.fields, "refresh_token": refresh_token}
+            self.credential = self.credential._replace(fields=fields)
+        if access is None:
+            self.failure = f"There is no access token for Vertex AI: {failure}"
+            self.not_before = time.monotonic() + TOKEN_PAUSE_SECONDS
+            log(self.failure)
+        else:
+            self.access = access
+
+    def refuse(self, access: Access | None) -> bool:
+        """Whether a call that was refused with this (401) may be made again, with another."""
+        with self.lock:
+            now = time.monotonic()
+            if access is self.access:
+                if now < self.refused + TOKEN_PAUSE_SECONDS:
+                    return False
+                self.access, self.refused = None, now
+            return True
+
+    def use(self, credential: Credential) -> None:
+        """Go on with another credential."""
+        with self.lock:
+            self.credential, self.access, self.not_before = credential, None, -math.inf
 
 
 # ---- memory ----
@@ -8276,9 +9188,17 @@ class Gemini:
     """The service: its connections, its models, and what it must be reminded of."""
 
     def __init__(
-        self, url: str, state: str = ":memory:", count: Callable[..., None] = lambda *_: None
+        self,
+        url: str,
+        state: str = ":memory:",
+        count: Callable[..., None] = lambda *_: None,
+        backend: Backend = GEMINI_API,
     ):
         self.base = url.rstrip("/") + "/"
+        self.backend = backend
+        self.tokens: Tokens | None = None
+        if backend.credential:
+            self.tokens = Tokens(backend.credential)
         self.pool, self.memory = Pool(url), Memory(state)
         self.count = count  # called with the name and labels of a metric
         self.opener = urllib.request.OpenerDirector()  # bare: it follows no redirect
@@ -8291,10 +9211,38 @@ class Gemini:
             self.pool.drop_oldest()
         self.memory.close()
 
+    def use(self, backend: Backend) -> None:
+        """Go on with other credentials."""
+        self.backend = backend
+        if self.tokens and backend.credential:
+            self.tokens.use(backend.credential)
+
+    def access(self, key: str, waiter: Waiter) -> Access:
+        """What opens Gemini to those who pay with this key."""
+        if self.tokens is None:
+            return Access(key, given(**{"x-goog-api-key": key}))
+        return self.tokens.get(waiter)
+
+    def refused(self, access: Access | None) -> bool:
+        """Whether there can be another access after a 401."""
+        return self.tokens is not None and self.tokens.refuse(access)
+
     def answers(
         self, calls: Iterable[GeminiCall], waiter: Waiter, key: str, ignored: list[str]
     ) -> Generator[Iterator[JSON], None, None]:
         """For each call its chunks, in order; its close() hangs up on what is unread."""
+        backend = self.backend
+        groups = [(call, backend.calls(self.signed(call, key), backend)) for call in calls]
+        sent = self.sent([one for _, group in groups for one in group], waiter, key, ignored)
+        with contextlib.closing(sent):
+            for call, group in groups:
+                chunks = itertools.chain.from_iterable(itertools.islice(sent, len(group)))
+                yield backend.chunks(call, chunks)
+
+    def sent(
+        self, calls: Iterable[GeminiCall], waiter: Waiter, key: str, ignored: list[str]
+    ) -> Generator[Iterator[JSON], None, None]:
+        """The same for calls as they are sent."""
         unsent, pending = collections.deque(calls), collections.deque[UpstreamCall]()
         try:
             while True:
@@ -8302,7 +9250,7 @@ class Gemini:
                     if pending and unsent[0].waits:
                         break
                     call = unsent.popleft()
-                    pending.append(UpstreamCall(self, self.signed(call, key), waiter, key, ignored))
+                    pending.append(UpstreamCall(self, call, waiter, key, ignored))
                     if call is not MODELS_CALL:
                         pending[-1].send()
                 if not pending:
@@ -8330,14 +9278,20 @@ class Gemini:
     def read_models(self, waiter: Waiter, key: str) -> list[JSON]:
         """The models of all pages (ai.google.dev/api/models#method:-models.list)."""
         models: list[JSON] = []
-        path = "models?pageSize=1000"
+        first, name = self.backend.listing
+        path = first
         for _ in range(50):
-            (page,) = UpstreamCall(self, GeminiCall(path), waiter, key, []).chunks()
-            models += expect(page, "models", list)
+            try:
+                (page,) = UpstreamCall(self, GeminiCall(path), waiter, key, []).chunks()
+            except ProxyError as error:
+                if error.status not in self.backend.unlisted:
+                    raise
+                page = {}
+            models += expect(page, name, list)
             token = expect(page, "nextPageToken", str).encode("ascii", "ignore").decode()
             if not token:
-                return models
-            path = f"models?pageSize=1000&pageToken={urllib.parse.quote(token)}"
+                return self.backend.models(models)
+            path = f"{first}&pageToken={urllib.parse.quote(token)}"
         raise invalid_answer("more than 50 pages of models")
 
     def signed(self, call: GeminiCall, key: str) -> GeminiCall:
@@ -8421,7 +9375,7 @@ def scope_of(key: str) -> str:
 
 
 # ======================================================================================
-# 14. Server: all that talks to clients: metrics, HTTP, who may call, answers
+# 15. Server: all that talks to clients: metrics, HTTP, who may call, answers
 # ======================================================================================
 
 MAX_BODY_BYTES = 128 << 20  # of a request; Gemini takes 100 MB
@@ -9369,7 +10323,7 @@ class Server(http.server.ThreadingHTTPServer):
         routes = [route.name for _, protocol in MOUNTS[config.api] for route in protocol.routes]
         pages = ["GET " + path for path in OWN_PAGES]
         self.metrics = Metrics([*dict.fromkeys(routes), *pages], config.workers)
-        self.gemini = Gemini(config.upstream, config.state, self.metrics.add)
+        self.gemini = Gemini(config.upstream, config.state, self.metrics.add, config.backend)
         self.context = Context(config.aliases)  # of all requests
         if config.api == "ollama":
             aliases = tuple((plain_name(name, True), model) for name, model in config.aliases)
@@ -9499,12 +10453,18 @@ class Server(http.server.ThreadingHTTPServer):
             time.sleep(0.01)
 
     def reload(self) -> None:
-        """Read the Gemini key again."""
-        key = gemini_key(os.environ)
-        if not re.fullmatch(KEY_PATTERN, key):
+        """Read the Gemini key again, or the credential."""
+        config = self.config
+        try:
+            key, backend = find_backend(config.vertex, config.token_command, os.environ)
+        except CredentialError as error:
+            log(f"{error}; the old credential stays")
+            return
+        if backend is GEMINI_API and not re.fullmatch(KEY_PATTERN, key):
             log("there is no usable Gemini key; the old one stays")
             return
-        self.config = self.config._replace(key=key)
+        self.config = config._replace(key=key, backend=backend)
+        self.gemini.use(backend)
         log("the Gemini key was read again")
 
     def accept_pending(self) -> None:
@@ -9577,10 +10537,9 @@ def malloc_trim() -> Callable[[int], int]:
 
 
 # ======================================================================================
-# 15. Command line: flags, environment, systemd, workers, checks, start and end
+# 16. Command line: flags, environment, systemd, workers, checks, start and end
 # ======================================================================================
 
-DEFAULT_UPSTREAM = "https://generativelanguage.googleapis.com"
 NO_KEY = """\
 proxy-to-gemini: there is no Gemini key. Get one at https://aistudio.google.com/apikey (free), then:
 
@@ -9595,7 +10554,7 @@ class Config(NamedTuple):
     api: str
     listen: tuple[str, int]  # an empty host is every interface
     upstream: str
-    key: str  # Gemini's
+    key: str  # Gemini's; where an account pays, what tells it from others
     aliases: tuple[tuple[str, str], ...] = ()
     origins: tuple[str, ...] = ()
     timeout: float = 600.0  # seconds that Gemini may be silent
@@ -9603,6 +10562,9 @@ class Config(NamedTuple):
     workers: int = 1  # processes
     state: str = ":memory:"  # the file with signatures and responses, as SQLite names it
     client_keys: bool = False  # whether each client brings its own Gemini key
+    vertex: tuple[str, str] | None = None  # project and location for Vertex AI, in the flags
+    token_command: str = ""  # prints an access token
+    backend: Backend = GEMINI_API
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -9655,6 +10617,31 @@ def worker_count(text: str) -> int:
     return int(text)
 
 
+PROJECT = r"([a-z0-9.-]+:)?[a-z][a-z0-9-]{2,29}|[0-9]{1,20}"
+LOCATION = "[a-z]+(-[a-z]+[0-9]+)?"  # it becomes part of a host name
+
+
+def vertex_place(text: str) -> tuple[str, str]:
+    """("my-project", "europe-west4") from PROJECT/LOCATION, or ("my-project", "")."""
+    match = re.fullmatch(f"({PROJECT})(/({LOCATION}))?", text, re.ASCII)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PROJECT or PROJECT/LOCATION")
+    project, _, location = text.partition("/")
+    return project, location
+
+
+def command_line(text: str) -> str:
+    """A command, which can be split into words."""
+    import shlex
+
+    try:
+        if shlex.split(text) or sys.platform == "win32":  # which splits it itself
+            return text
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"it is no command: {error}") from None
+    raise argparse.ArgumentTypeError("it is no command")
+
+
 def flag_parser() -> argparse.ArgumentParser:
     """The flags, spelt as Go does (-api=ollama), or with two dashes."""
     about = (__doc__ or "").partition("\n")[0]
@@ -9668,6 +10655,10 @@ def flag_parser() -> argparse.ArgumentParser:
     flag("listen", ":PORT is every interface", **address)
     text = f"base URL of the Gemini API; {DEFAULT_UPSTREAM} unless $GOOGLE_GEMINI_BASE_URL is set"
     flag("upstream", text, type=base_url, metavar="URL")
+    place = {"type": vertex_place, "metavar": "PROJECT[/LOCATION]"}
+    flag("vertex", "Vertex AI answers, with Google Cloud credentials", **place)
+    text = "prints an access token for Vertex AI"
+    flag("token-command", text, type=command_line, default=None, metavar="COMMAND")
     text = "another name for a model; NAME may be a glob; repeatable"
     flag("alias", text, type=alias, action="append", default=[], metavar="NAME=MODEL")
     text = "browser origins that may call besides this machine's and apps'; * is any"
@@ -9710,18 +10701,138 @@ def edited_text(data: bytes) -> str:
     return data.decode("utf-8-sig")
 
 
+NO_CREDENTIAL = (
+    "there is no credential for Vertex AI: set GOOGLE_APPLICATION_CREDENTIALS to a file, "
+    f"or run: {LOGIN}"
+)
+
+
+def uses_vertex(vertex: tuple[str, str] | None, env: Mapping[str, str]) -> bool:
+    """Whether the flags or the environment want Vertex AI. As in Google's SDK, a project in the
+    environment is no such wish, and the first of these variables decides."""
+    names = ("GOOGLE_GENAI_USE_ENTERPRISE", "GOOGLE_GENAI_USE_VERTEXAI")
+    words = [env.get(name, "").strip().lower() for name in names]
+    return vertex is not None or next(filter(None, words), "") in ("true", "1")
+
+
+def credential_path(env: Mapping[str, str]) -> str:
+    """The file with a credential: the first that is there of those that Google's libraries know,
+    and of systemd's; "" where there is none."""
+    path = env.get("GOOGLE_APPLICATION_CREDENTIALS", "").strip()
+    if path:
+        return path
+    home = env.get("APPDATA", "") or os.path.join(env.get("HOME", ""), ".config")
+    gcloud = env.get("CLOUDSDK_CONFIG", "") or os.path.join(home, "gcloud")
+    paths = [os.path.join(gcloud, "application_default_credentials.json")]
+    if "CREDENTIALS_DIRECTORY" in env:
+        paths.insert(0, os.path.join(env["CREDENTIALS_DIRECTORY"], "google_credentials"))
+    return next(filter(os.path.exists, paths), "")
+
+
+def google_credential(command: str, env: Mapping[str, str]) -> Credential:
+    """The credential for Vertex AI; a CredentialError where there is none that can be used."""
+    path = credential_path(env)
+    if command:
+        credential = Credential("token command", {"command": command}, "-token-command")
+    elif path:
+        try:
+            with open(path, "rb") as file:
+                credential = read_credential(parsed_object(edited_text(file.read())), path)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CredentialError(f"the credential in {path} cannot be used: {reason}") from None
+    else:
+        credential = metadata_credential(env)
+    quota = env.get("GOOGLE_CLOUD_QUOTA_PROJECT", "").strip() or credential.text("quota_project_id")
+    if quota and not re.fullmatch(PROJECT, quota, re.ASCII):
+        raise CredentialError(f"the quota project {quota!r:.60} is no name of a project")
+    fields = {**credential.fields, **given(quota_project_id=quota)}
+    return credential._replace(fields=fields)
+
+
+def metadata_credential(env: Mapping[str, str]) -> Credential:
+    """The account of this machine at Google, whose metadata server tells it."""
+    if env.get("NO_GCE_CHECK", "").strip().lower() == "true":
+        raise CredentialError(NO_CREDENTIAL)
+    hosts = ["metadata.google.internal", env.get("GCE_METADATA_IP", "") or "169.254.169.254"]
+    named = env.get("GCE_METADATA_HOST", "") or env.get("GCE_METADATA_ROOT", "")
+    for host in [named] if named else hosts:
+        url = f"http://{host}"
+        pages = [SERVICE_ACCOUNT + "email", "project/project-id"]
+        steps = [
+            TokenStep(url + METADATA_PATH + page, headers=METADATA_HEADERS, direct=True)
+            for page in pages
+        ]
+        with contextlib.suppress(ProxyError):
+            account, project = [token_answer(step).strip() for step in steps]
+            fields = {"url": url, "account": account, "project_id": project}
+            return Credential("metadata server", fields, url)
+    raise CredentialError(NO_CREDENTIAL)
+
+
+# By location: google/genai/_api_client.py
+VERTEX_HOST = "%s-aiplatform.googleapis.com"
+VERTEX_HOSTS = {
+    "global": "aiplatform.googleapis.com",
+    "us": "aiplatform.us.rep.googleapis.com",
+    "eu": "aiplatform.eu.rep.googleapis.com",
+}
+
+
+def vertex_backend(
+    vertex: tuple[str, str] | None, command: str, env: Mapping[str, str]
+) -> tuple[str, Backend]:
+    """(what stands for a key, Vertex AI) as flags and environment have it, or a CredentialError."""
+    project, location = vertex or ("", "")
+    project = project or env.get("GOOGLE_CLOUD_PROJECT", "").strip()
+    location = location or env.get("GOOGLE_CLOUD_LOCATION", "").strip()
+    key = env.get("GOOGLE_API_KEY", "").strip()
+    if key and not (project or location or command):
+        if not re.fullmatch(KEY_PATTERN, key):
+            raise CredentialError("the key in GOOGLE_API_KEY cannot be sent")
+        return key, VERTEX
+    credential = google_credential(command, env)
+    project = project or credential.project
+    location = location or "global"
+    if not project:
+        raise CredentialError("there is no project: use -vertex, or set GOOGLE_CLOUD_PROJECT")
+    if not re.fullmatch(PROJECT, project, re.ASCII):
+        raise CredentialError(f"the project {project!r:.60} is no name of one")
+    if not re.fullmatch(LOCATION, location, re.ASCII):
+        raise CredentialError(f"the location {location!r:.60} is no name of one")
+    backend = VERTEX._replace(project=project, location=location, credential=credential)
+    backend = backend._replace(url="https://" + VERTEX_HOSTS.get(location, VERTEX_HOST % location))
+    return backend.identity, backend
+
+
+def find_backend(
+    vertex: tuple[str, str] | None, command: str, env: Mapping[str, str]
+) -> tuple[str, Backend]:
+    """(the key, the back end) that flags and environment choose."""
+    if uses_vertex(vertex, env):
+        return vertex_backend(vertex, command, env)
+    return gemini_key(env), GEMINI_API
+
+
 def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
     """The configuration; exits with 2 if a URL is wrong, with 1 if there is no usable key."""
+    if flags.client_keys and uses_vertex(flags.vertex, env):
+        flag_parser().error("with Vertex AI, clients have no keys of their own (-client-keys)")
+    if flags.token_command and not uses_vertex(flags.vertex, env):
+        flag_parser().error("-token-command is for Vertex AI: -vertex=PROJECT")
     try:
-        default = env.get("GOOGLE_GEMINI_BASE_URL", "").strip() or DEFAULT_UPSTREAM
+        key, backend = find_backend(flags.vertex, flags.token_command or "", env)
+    except CredentialError as error:
+        sys.exit(f"proxy-to-gemini: {error}")
+    try:
+        default = env.get(backend.url_variable, "").strip() or backend.url
         upstream = flags.upstream or base_url(default)
     except argparse.ArgumentTypeError as error:
-        flag_parser().error(f"GOOGLE_GEMINI_BASE_URL: {error}")
-    key = gemini_key(env)
+        flag_parser().error(f"{backend.url_variable}: {error}")
     if not key and not flags.client_keys:
         advice = "GEMINI_API_KEY=<your key> python3 proxy_to_gemini.py"
         sys.exit(NO_KEY.format(WITH_KEY.get(sys.platform, advice)))
-    if key and not re.fullmatch(KEY_PATTERN, key):
+    if backend is GEMINI_API and key and not re.fullmatch(KEY_PATTERN, key):
         problem = "has characters that no key has; it cannot be sent."
         sys.exit(f"proxy-to-gemini: the key in GEMINI_API_KEY {problem}")
     state, folder = flags.state, env.get("STATE_DIRECTORY", "").partition(":")[0]
@@ -9739,6 +10850,9 @@ def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
         workers=flags.workers,
         state=state or ":memory:",
         client_keys=flags.client_keys,
+        vertex=flags.vertex,
+        token_command=flags.token_command or "",
+        backend=backend,
     )
 
 
@@ -9804,7 +10918,9 @@ def systemd_unit(arguments: list[str]) -> str:
     command = " ".join(map(unit_word, [os.path.realpath(sys.executable), here, *flags]))
     text = UNIT.format(folder=os.path.dirname(here), command=command)
     parsed = flag_parser().parse_args(arguments)
-    if parsed.client_keys:
+    if uses_vertex(parsed.vertex, os.environ):
+        text = text.replace("gemini_api_key", "google_credentials")
+    if parsed.client_keys or parsed.token_command:
         text = re.sub("\nLoadCredential=.*", "", text)  # without that file it would not start
     if parsed.listen[1] < 1024:
         text = re.sub("((Bounding|Ambient).*=)$", r"\1CAP_NET_BIND_SERVICE", text, flags=re.M)
@@ -10032,12 +11148,14 @@ class Workers:
 
 CHECK_SECONDS = 30.0  # seconds that a call of a check may take
 CHECK_ERRORS = (ProxyError, OSError, ValueError, sqlite3.Error, http.client.HTTPException)
-# What must work, where each needs what stands before it; and what to do if it does not.
+# What to do if something does not work; Backend.checks says in which order each is needed.
 CHECKS = {
     "port": "end what listens there, or choose another with -listen",
     "memory": "name a writable file with -state, SQLite's or a new one",
     "name": "see to DNS; where the network wants a proxy, set HTTPS_PROXY",
     "connection": "see to the firewall and HTTPS_PROXY; a company's own CA goes into SSL_CERT_FILE",
+    "credential": "name another with GOOGLE_APPLICATION_CREDENTIALS",
+    "token": "what is said above is the cause; the command in brackets may mend it",
     "key": "get a key at https://aistudio.google.com/apikey, and see what it is restricted to",
     "clock": "set the clock: certificates and quotas go by it",
     "answer": "what Gemini says above is the cause: billing, quota, or a region without service",
@@ -10048,18 +11166,18 @@ class Checker:
     """A method for each of CHECKS: it returns what it learned in a few words, or raises."""
 
     def __init__(self, config: Config):
-        self.config, self.gemini = config, Gemini(config.upstream)
+        self.config, self.gemini = config, Gemini(config.upstream, backend=config.backend)
         self.waiter = Waiter(None, CHECK_SECONDS)
 
     def run(self) -> int:
         """Print whether each thing works, up to the first that does not; the exit status."""
-        for name, fix in CHECKS.items():
+        for name in self.config.backend.checks:
             check: Callable[[], str] = getattr(self, "check_" + name)
             try:
                 print(f"ok    {name}: {check()}", flush=True)
             except CHECK_ERRORS as error:
                 reason = reason_of(error)
-                print(f"FAIL  {name}: {self.config.upstream}: {reason}\n      mend: {fix}")
+                print(f"FAIL  {name}: {self.config.upstream}: {reason}\n      mend: {CHECKS[name]}")
                 return 1
         return 0
 
@@ -10098,6 +11216,20 @@ class Checker:
             trust = f"certificate of {organization}, trusted by {store}"
             return f"{self.config.upstream}, {sock.version()}, {trust}"
 
+    def check_credential(self) -> str:
+        backend, credential = self.config.backend, self.config.backend.credential
+        if credential is None:
+            return "the API key in GOOGLE_API_KEY, in express mode: no project, no location"
+        account = credential.account or "an account that it does not name"
+        source = f"{credential.kind} of {account}, from {credential.place}"
+        return f"{source}; project {backend.project}, location {backend.location}"
+
+    def check_token(self) -> str:
+        access = self.gemini.access(self.config.key, self.waiter)
+        if access.ends == math.inf:
+            return "none is needed with an API key"
+        return f"there is one, for {access.ends - time.monotonic():.0f} seconds"
+
     def check_key(self) -> str:
         if not self.config.key:
             return "every client brings its own"
@@ -10105,7 +11237,7 @@ class Checker:
         return f"it opens a list of {len(models)} models"
 
     def check_clock(self) -> str:
-        models = GeminiCall("models?pageSize=1")
+        models = GeminiCall(self.config.backend.listing[0])
         call = UpstreamCall(self.gemini, models, self.waiter, self.config.key, [])
         outcome = call.begin()
         if call.response is None and isinstance(outcome, Exception):
@@ -10128,7 +11260,9 @@ class Checker:
         model, began = newest_flash(models), time.monotonic()
         turns = [user_turn(text_part("Say hello in one word."))]
         call = generate_call(model, False, [], turns, {})
-        (answer,) = UpstreamCall(self.gemini, call, self.waiter, self.config.key, []).chunks()
+        answers = self.gemini.answers((call,), self.waiter, self.config.key, [])
+        with contextlib.closing(answers):
+            (answer,) = next(answers)
         content = get_or_empty(first_candidate(answer), "content", dict)
         text = texts_of(get_or_empty(content, "parts", list))
         return f"{model.name} said {text[:40]!a} after {time.monotonic() - began:.1f} seconds"
@@ -10193,6 +11327,14 @@ def open_server(config: Config) -> Server:
     return server
 
 
+def backend_line(config: Config) -> str:
+    """Who answers, for the log."""
+    backend, place = config.backend, ""
+    if backend.project:
+        place = f" (project {backend.project}, location {backend.location})"
+    return f"{backend.name}{place} at {config.upstream}"
+
+
 def serve(config: Config) -> None:
     """Serve until a signal says stop."""
     signals = Signals(os.environ)
@@ -10200,7 +11342,7 @@ def serve(config: Config) -> None:
     if hasattr(gc, "freeze"):  # PyPy has another collector
         gc.freeze()  # what is there by now stays for good, and need not be looked through
     address = f"api {config.api} at {server.url}"
-    log(f"proxy-to-gemini {VERSION}: {address}, answered by {config.upstream}")
+    log(f"proxy-to-gemini {VERSION}: {address}, answered by {backend_line(config)}")
     if not server.loopback and not config.proxy_key and not config.client_keys:
         risk = "whoever reaches this port can spend the Gemini key"
         log(f"warning: {risk}; set PROXY_API_KEY, or listen on 127.0.0.1")
