@@ -7481,14 +7481,16 @@ def rsa_key(pem: str) -> RsaKey:
         raise CredentialError("private_key is encrypted; it is taken in the clear only")
     try:
         items = der_items(der_items(base64.b64decode("".join(text.split()), validate=True))[0])
-        if label == "PRIVATE KEY" and der_items(items[1])[0] == RSA_OID:  # PKCS#8
+        if label == "PRIVATE KEY":  # PKCS#8 says of what kind
+            label = str(der_items(items[1])[0])
+        if label == str(RSA_OID):
             items, label = der_items(der_items(items[2])[0]), "RSA PRIVATE KEY"
         key = tuple(int.from_bytes(item, "big") for item in items[1:9])
         fits = rsa_signature(key, b"") != b""
     except (ValueError, IndexError):
         fits = False
-    if label != "RSA PRIVATE KEY":
-        raise CredentialError("private_key is no RSA key, or is cut short")
+    if label not in ("PRIVATE KEY", "RSA PRIVATE KEY"):
+        raise CredentialError("private_key is no RSA key")
     if not fits:
         raise CredentialError("private_key is cut short or damaged")
     return key

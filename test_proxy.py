@@ -35,6 +35,7 @@ import tempfile
 import threading
 import time
 import types
+import urllib.parse
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -7722,7 +7723,539 @@ def test_no_stream_says_a_word_before_gemini_does(route):
 
 
 # ======================================================================================
-# 13. Client
+# 13. Backends
+# ======================================================================================
+
+# ---- RSA keys and JWTs ----
+
+PKCS8 = """\
+MIICdwIBADANBgkqhkiG9w0BAQEFAASCAmEwggJdAgEAAoGBAKjPz6oX2x4sXGvyn02muRwn0Ujt97ESsHx1Bsr2QnYSZDILot2f
+wYgGmIqX/0kdbVqi2HwSyCwePadjPKWfG3Twsck0QPtprDbNwgd4au1IoZyr/PBglxKq9iDELKWZX7UXV/u0AdQ0wPOtxjuVg0+G
+C3U3qzkQvHLH5h1RjutvAgMBAAECgYArqayFyyvSrxislxGbLQ9d9/KK0XoqY7IgTsiWAIIKNhGSXC4g8qxE+afE2TGfgKwDMHGc
+DeOWfa/mtqU+FVwtRFMcRh2QcBr76BOS/tzg/3i++U2UnCqoplJ6IZYFv0gAeBNFziMMFoMIWAE6ZteKU+BaUsJuui/BqBH0/Sq5
+wQJBANqoABu9oaJhSnW+A6s30L9l+rHOh16XAuqu1yz4oV712oA1YgtMId8jpfoZ2D7cXAr+ktgRJwSUtre2RlLoTk8CQQDFpIfC
+cnz09LBH5OsDEldqM5ORommlW7xPlTGTsnandM6NeTqotkRhf4n5ixioAmiMPduyTlcGkzxMyInwzmjhAkEAim+1adrc/Cbm8rb0
+MbIr+xJA79RXxp6LnTRHTdS4rpuv1F54DbkM9O7oBfnY/KudpuRY6m2pq2/QY24HBjTIZwJAUbeybiJaKgnVrRQoW0/FFuMWW7u0
+RKuGU71TD0dVqe0wzevW5hTedxV9ndD2M9kzEvEsmi+r6csMvo6YAhnF4QJBAJlZYYvu66I8iMtDcw/VVuNFK3vdffGsMseebsbv
+Fp5mNzKhUyPdCJ63+VxFn2mOVWNbAlTW+4T1sIWZiX+ttSE="""
+PKCS1 = base64.b64encode(base64.b64decode(PKCS8)[26:]).decode()  # what is inside of it
+EC_KEY = (
+    "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgCjrs9s7/mlnvbwRS7yIKdv1O6l8427RhCa8N+dTBBSmhRANC"
+    "AASLRAiAxkeYuP1m9lXKKj6V6tkElV9WdHyc/kLXH3FmaWDF8rrOpAnZYc3cR1ziL5Y8IeWmPCKp3bI1jz8JMa2S"
+)
+# printf Hello | openssl dgst -sha256 -sign
+HELLO_SIGNATURE = (
+    "98393a42ebc567bbb83dc12348095b2ae553aab73aec0a2afeb7f55c9b39856462fd3b7f8ea800f96dfca40123e2630a"
+    "96743d324e3e6b154c5c3b990c9f9f3326303be31e8efcb8dfb648e797d35b023cb59ef2c42b9c5b5023ad62f6595858"
+    "9428dfcbb47031e55f278b269bb97429d29442eef6f9317fcddfc4e1bdfc182d"
+)
+
+
+def pem(text, label="PRIVATE KEY"):
+    return f"-----BEGIN {label}-----\n{text}\n-----END {label}-----\n"
+
+
+@pytest.mark.parametrize(
+    "text", [pem(PKCS8), pem(PKCS1, "RSA PRIVATE KEY"), pem(PKCS8).replace("\n", "\r\n")]
+)
+def test_a_signature_is_the_one_that_openssl_makes(text):
+    assert proxy.rsa_signature(proxy.rsa_key(text), b"Hello").hex() == HELLO_SIGNATURE
+
+
+def run_openssl(*arguments):
+    return subprocess.run(["openssl", *map(str, arguments)], capture_output=True, check=False)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl here")
+@pytest.mark.parametrize("bits", [2048, 3072])
+def test_openssl_finds_signatures_of_its_own_keys_right(bits, tmp_path):
+    key, public, message, signature = (tmp_path / name for name in "kpms")
+    assert run_openssl("genrsa", "-out", key, bits).returncode == 0
+    assert run_openssl("rsa", "-in", key, "-pubout", "-out", public).returncode == 0
+    message.write_bytes(b"the message")
+    signature.write_bytes(proxy.rsa_signature(proxy.rsa_key(key.read_text()), b"the message"))
+    verify = ("dgst", "-sha256", "-verify", public, "-signature", signature, message)
+    assert run_openssl(*verify).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ("hello", "PEM"),
+        (pem(PKCS8, "PUBLIC KEY"), "PEM"),
+        (pem(EC_KEY), "no RSA key"),
+        (pem(EC_KEY, "EC PRIVATE KEY"), "no RSA key"),
+        (pem(PKCS8, "ENCRYPTED PRIVATE KEY"), "encrypted"),
+        (pem("Proc-Type: 4,ENCRYPTED\n\n" + PKCS1, "RSA PRIVATE KEY"), "encrypted"),
+        (pem(PKCS8[:400]), "cut short"),
+        (pem(PKCS1[:400], "RSA PRIVATE KEY"), "cut short"),
+        (pem(PKCS8.replace("wQJBANqo", "wQJBANqp")), "damaged"),
+        (pem("\x00" + PKCS8), "cut short"),
+        (pem(""), "cut short"),
+    ],
+)
+def test_the_fault_of_a_private_key_is_told_without_the_key(text, fault):
+    with pytest.raises(proxy.CredentialError) as caught:
+        proxy.rsa_key(text)
+    assert fault in str(caught.value)
+    assert PKCS8[60:90] not in str(caught.value)
+
+
+def decoded_jwt(token):
+    """(head, claims) of a JWT."""
+    assert "=" not in token
+    return tuple(json.loads(proxy.decode_base64(text)) for text in token.split(".")[:2])
+
+
+def test_a_jwt_is_signed_over_its_head_and_claims():
+    key = proxy.rsa_key(pem(PKCS8))
+    token = proxy.signed_jwt(key, "k1", {"iss": "a"})
+    assert decoded_jwt(token) == ({"alg": "RS256", "typ": "JWT", "kid": "k1"}, {"iss": "a"})
+    text, _, signature = token.rpartition(".")
+    assert proxy.decode_base64(signature) == proxy.rsa_signature(key, text.encode())
+
+
+# ---- credentials ----
+
+EMAIL = "bot@my-project.iam.gserviceaccount.com"
+USER_FILE = {
+    "type": "authorized_user",
+    "client_id": "c",
+    "client_secret": "the-client-secret",
+    "refresh_token": "the-refresh-token",
+}
+SERVICE_FILE = {
+    "type": "service_account",
+    "project_id": "my-project",
+    "private_key_id": "k1",
+    "private_key": pem(PKCS8),
+    "client_email": EMAIL,
+    "token_uri": "https://office.example/token",
+}
+FEDERATED_FILE = {
+    "type": "external_account",
+    "audience": "//iam.example/pool",
+    "subject_token_type": "urn:ietf:params:oauth:token-type:jwt",
+    "credential_source": {"file": "/var/run/token"},
+}
+WORKFORCE_FILE = {
+    **USER_FILE,
+    "type": "external_account_authorized_user",
+    "token_url": "https://sts.example/v1/oauthtoken",
+}
+IMPERSONATING = {
+    "service_account_impersonation_url": f"https://iam.example/v1/projects/-/serviceAccounts/{EMAIL}:generateAccessToken"
+}
+IMPERSONATED_FILE = {
+    "type": "impersonated_service_account",
+    "source_credentials": USER_FILE,
+    "delegates": ["d"],
+    **IMPERSONATING,
+}
+AWS = {"environment_id": "aws1", "url": "http://169.254.169.254/"}
+
+
+def credential_of(fields):
+    return proxy.read_credential(fields, "a.json")
+
+
+@pytest.mark.parametrize(
+    "fields, fault",
+    [
+        ([USER_FILE], "no JSON object"),
+        ({}, "type is None"),
+        ({**USER_FILE, "type": "gdch_service_account"}, "gdch_service_account"),
+        ({**USER_FILE, "type": "token command", "command": "id"}, "token command"),
+        ({**USER_FILE, "refresh_token": ""}, "refresh_token"),
+        ({**USER_FILE, "token_uri": "file:///etc/passwd"}, "token_uri"),
+        ({**USER_FILE, "token_uri": "https://user@h/"}, "token_uri"),
+        ({**USER_FILE, "universe_domain": "example.com"}, "universe_domain"),
+        ({**SERVICE_FILE, "client_email": None}, "client_email"),
+        ({**SERVICE_FILE, "private_key": 7}, "private_key"),
+        ({**IMPERSONATED_FILE, "source_credentials": {}}, "source_credentials"),
+        ({**IMPERSONATED_FILE, "source_credentials": {"type": "x"}}, "'x'"),
+        ({**IMPERSONATED_FILE, "source_credentials": FEDERATED_FILE}, "not supported"),
+        ({**FEDERATED_FILE, "credential_source": AWS}, "AWS"),
+        (
+            {**FEDERATED_FILE, "subject_token_type": "urn:ietf:params:aws:token-type:aws4_request"},
+            "AWS",
+        ),
+        ({**FEDERATED_FILE, "credential_source": {"executable": {}}}, "-token-command"),
+        ({**FEDERATED_FILE, "credential_source": {"certificate": {}}}, "X.509"),
+        ({**FEDERATED_FILE, "credential_source": {}}, "credential_source"),
+        ({**FEDERATED_FILE, "credential_source": {"file": "a", "url": "http://h"}}, "either"),
+        ({**FEDERATED_FILE, "credential_source": {"url": "gopher://h"}}, "http"),
+    ],
+)
+def test_the_fault_of_a_credential_is_told(fields, fault):
+    with pytest.raises(proxy.CredentialError) as caught:
+        credential_of(fields)
+    assert fault in str(caught.value)
+    assert "the-refresh-token" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields, account",
+    [
+        (SERVICE_FILE, EMAIL),
+        ({**USER_FILE, "account": "jane@example.com"}, "jane@example.com"),
+        (USER_FILE, ""),
+        (FEDERATED_FILE, "//iam.example/pool"),
+        ({**FEDERATED_FILE, **IMPERSONATING}, EMAIL),
+        (IMPERSONATED_FILE, EMAIL),
+    ],
+)
+def test_a_credential_tells_its_account(fields, account):
+    assert credential_of(fields).account == account
+
+
+NOW = 1700000000.7
+TOKEN_ANSWER = json.dumps({"access_token": "ya29.a", "expires_in": 1800})
+
+
+def granted(fields, *answers):
+    """(the token, the steps to it) that these answers lead to; an exception is one, too."""
+    grant = proxy.token_grant(credential_of(fields), NOW)
+    steps = [next(grant)]
+    with pytest.raises(StopIteration) as caught:
+        for answer in answers:
+            resume = grant.throw if isinstance(answer, Exception) else grant.send
+            steps.append(resume(answer))
+    return caught.value.value, steps
+
+
+def form_of(step):
+    assert step.headers["Content-Type"] == "application/x-www-form-urlencoded"
+    return dict(urllib.parse.parse_qsl(step.body.decode(), strict_parsing=True))
+
+
+def test_a_user_gives_the_refresh_token_for_an_access_token():
+    token, (step,) = granted(USER_FILE, TOKEN_ANSWER)
+    assert token == proxy.Token("ya29.a", 1800.0)
+    assert step.url == "https://oauth2.googleapis.com/token"
+    assert "Authorization" not in step.headers
+    fields = {key: USER_FILE[key] for key in ("client_id", "client_secret", "refresh_token")}
+    assert form_of(step) == {"grant_type": "refresh_token", **fields}
+
+
+def test_a_workforce_user_is_named_in_the_header_and_may_get_another_refresh_token():
+    answer = json.dumps({"access_token": "t", "expires_in": 5, "refresh_token": "next"})
+    token, (step,) = granted(WORKFORCE_FILE, answer)
+    assert token.refresh_token == "next"
+    assert (
+        step.headers["Authorization"]
+        == "Basic " + base64.b64encode(b"c:the-client-secret").decode()
+    )
+    assert form_of(step) == {"grant_type": "refresh_token", "refresh_token": "the-refresh-token"}
+
+
+def test_a_service_account_gives_a_jwt_for_an_access_token():
+    _, (step,) = granted(SERVICE_FILE, TOKEN_ANSWER)
+    form = form_of(step)
+    assert form["grant_type"] == "urn:ietf:params:oauth:grant-type:jwt-bearer"
+    head, claims = decoded_jwt(form["assertion"])
+    assert head["kid"] == "k1"
+    assert claims == {
+        "iss": EMAIL,
+        "iat": 1700000000,
+        "exp": 1700003600,
+        "scope": "https://www.googleapis.com/auth/cloud-platform",
+        "aud": "https://office.example/token",
+    }
+
+
+def test_where_no_token_can_be_had_a_service_account_signs_one():
+    token, _ = granted(SERVICE_FILE, proxy.UnreachableError(502, "no way"))
+    assert token.seconds == 3600.0
+    assert decoded_jwt(token.value)[1] == {
+        "iss": EMAIL,
+        "sub": EMAIL,
+        "iat": 1700000000,
+        "exp": 1700003600,
+        "aud": "https://aiplatform.googleapis.com/",
+    }
+
+
+@pytest.mark.parametrize(
+    "form, text",
+    [
+        ({}, "the-subject\n"),
+        ({"type": "json", "subject_token_field_name": "id"}, '{"id": "the-subject"}'),
+    ],
+)
+def test_a_subject_token_is_read_and_exchanged(form, text):
+    source = {"url": "http://h/", "headers": {"X": "y"}, "format": form}
+    _, (reading, exchange) = granted(
+        {**FEDERATED_FILE, "credential_source": source}, text, TOKEN_ANSWER
+    )
+    assert reading == proxy.TokenStep("http://h/", headers={"X": "y"})
+    assert exchange.url == "https://sts.googleapis.com/v1/token"
+    assert form_of(exchange) == {
+        "grant_type": "urn:ietf:params:oauth:grant-type:token-exchange",
+        "audience": "//iam.example/pool",
+        "scope": "https://www.googleapis.com/auth/cloud-platform",
+        "requested_token_type": "urn:ietf:params:oauth:token-type:access_token",
+        "subject_token": "the-subject",
+        "subject_token_type": "urn:ietf:params:oauth:token-type:jwt",
+    }
+
+
+@pytest.mark.parametrize("end", ["2023-11-14T22:43:20Z", "2023-11-14T22:43:20.123456789Z"])
+def test_an_account_is_impersonated_with_the_token_of_another(end):
+    answer = json.dumps({"accessToken": "ya29.b", "expireTime": end})
+    token, (_, step) = granted(IMPERSONATED_FILE, TOKEN_ANSWER, answer)
+    assert (token.value, round(token.seconds)) == ("ya29.b", 1799)
+    assert step.url == IMPERSONATING["service_account_impersonation_url"]
+    assert step.headers["Authorization"] == "Bearer ya29.a"
+    assert json.loads(step.body) == {
+        "scope": ["https://www.googleapis.com/auth/cloud-platform"],
+        "lifetime": "3600s",
+        "delegates": ["d"],
+    }
+
+
+@pytest.mark.parametrize(
+    "life, seconds",
+    [("1800", 1800), (9.5, 9.5), (None, 3600), ("soon", 3600), (0, 1), (-5, 1), (1e30, 43200)],
+)
+def test_the_life_of_a_token_is_taken_with_care(life, seconds):
+    assert (
+        proxy.read_token(json.dumps({"access_token": "t", "expires_in": life})).seconds == seconds
+    )
+
+
+@pytest.mark.parametrize("value", ["", "a\r\nX: y", "caf\u00e9", "two words", 5, None, "x" * 20000])
+def test_a_token_that_fits_into_no_header_is_none(value):
+    with pytest.raises(ProxyError, match="none that can be used"):
+        proxy.read_token(json.dumps({"access_token": value}))
+
+
+# ---- back ends ----
+
+PLACE = "projects/my-project/locations/europe-west4/"
+GOOGLE = PLACE + "publishers/google/models/"
+VERTEX = proxy.VERTEX._replace(
+    project="my-project", location="europe-west4", credential=credential_of(SERVICE_FILE)
+)
+
+
+def wire(path, body, backend=VERTEX, **fields):
+    """What becomes of a call: [(path, body)]."""
+    calls = proxy.vertex_calls(proxy.GeminiCall(path, body, **fields), backend)
+    return [(call.path, call.body) for call in calls]
+
+
+@pytest.mark.parametrize(
+    "name, path",
+    [
+        (FLASH, GOOGLE + FLASH),
+        (f"google/{FLASH}", GOOGLE + FLASH),
+        (f"publishers/google/models/{FLASH}", GOOGLE + FLASH),
+        (f"{FLASH}@001", f"{GOOGLE}{FLASH}@001"),
+        ("endpoints/4711", PLACE + "endpoints/4711"),
+        (
+            "projects/a.b:c/locations/us/endpoints/4711",
+            "projects/a.b:c/locations/us/endpoints/4711",
+        ),
+    ],
+)
+def test_a_models_name_has_its_place_on_vertex(name, path):
+    model = proxy.model_named(name, NO_CONTEXT)
+    ((sent, _),) = wire(f"{model.path}:generateContent", {})
+    assert sent == f"{path}:generateContent"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["projects/p/locations/../endpoints/1", "endpoints/", "endpoints/a/b", f"{FLASH}@", "@x"],
+)
+def test_a_name_that_would_leave_its_place_is_no_model(name):
+    with pytest.raises(ProxyError, match="does not exist"):
+        proxy.model_named(name, NO_CONTEXT)
+
+
+def test_with_a_key_for_vertex_there_is_no_project_in_the_path():
+    ((path, _),) = wire(f"models/{FLASH}:generateContent", {}, proxy.VERTEX)
+    assert path == f"publishers/google/models/{FLASH}:generateContent"
+
+
+def test_what_vertex_says_otherwise_is_said_so():
+    body = {
+        "contents": [],
+        "cachedContent": "cachedContents/c",
+        "toolConfig": {"includeServerSideToolInvocations": True},
+        "serviceTier": "flex",
+    }
+    (call,) = proxy.vertex_calls(proxy.GeminiCall("models/m:generateContent", body), VERTEX)
+    assert call.body == {"contents": [], "cachedContent": PLACE + "cachedContents/c"}
+    assert call.headers == (("X-Vertex-AI-LLM-Shared-Request-Type", "flex"),)
+    assert body["serviceTier"] == "flex"
+
+
+def test_tokens_are_counted_of_a_plain_request():
+    counted = {"contents": [user("Hi")], "tools": []}
+    body = {"generateContentRequest": {"model": "models/m", **counted}}
+    assert wire("models/m:countTokens", body) == [(GOOGLE + "m:countTokens", counted)]
+    assert wire("models/m:countTokens", counted, optional=True) == []
+
+
+def embed_body(*texts, **more):
+    content = [
+        {"model": "models/m", "content": {"parts": [{"text": text}]}, **more} for text in texts
+    ]
+    return {"requests": content}
+
+
+def test_older_models_for_vectors_are_asked_to_predict():
+    body = embed_body("a", "b", outputDimensionality=4, taskType="CLUSTERING")
+    instances = [{"content": text, "task_type": "CLUSTERING"} for text in "ab"]
+    parameters = {"outputDimensionality": 4}
+    assert wire("models/text-embedding-005:batchEmbedContents", body) == [
+        (
+            GOOGLE + "text-embedding-005:predict",
+            {"instances": instances, "parameters": parameters},
+        )
+    ]
+    assert wire("models/gemini-embedding-001:batchEmbedContents", body) == [
+        (
+            GOOGLE + "gemini-embedding-001:predict",
+            {"instances": [instance], "parameters": parameters},
+        )
+        for instance in instances
+    ]
+
+
+def test_no_call_has_more_text_for_vectors_than_vertex_takes():
+    calls = wire("models/text-embedding-005:batchEmbedContents", embed_body(*["x" * 9000] * 5))
+    assert [len(body["instances"]) for _, body in calls] == [2, 2, 1]
+
+
+def test_newer_models_for_vectors_get_their_options_apart():
+    body = embed_body("a", "b", outputDimensionality=4)
+    one = {"embedContentConfig": {"outputDimensionality": 4}}
+    requests = [{"content": {"parts": [{"text": text}]}, **one} for text in "ab"]
+    path = "models/gemini-embedding-2:batchEmbedContents"
+    (call,) = proxy.vertex_calls(proxy.GeminiCall(path, body), VERTEX)
+    assert (call.path, call.body) == (GOOGLE + path[7:], {"requests": requests})
+    assert [single.body for single in call.instead] == requests
+    assert wire(path, embed_body("a")) == [
+        (GOOGLE + "gemini-embedding-2:embedContent", {"content": {"parts": [{"text": "a"}]}})
+    ]
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [
+            {
+                "predictions": [
+                    {"embeddings": {"values": [n], "statistics": {"token_count": 3}}}
+                    for n in (1, 2)
+                ]
+            }
+        ],
+        [{"embedding": {"values": [n]}, "usageMetadata": {"promptTokenCount": 3}} for n in (1, 2)],
+        [
+            {
+                "embeddings": [{"values": [1]}, {"values": [2]}],
+                "usageMetadata": {"promptTokenCount": 6},
+            }
+        ],
+    ],
+)
+def test_vectors_come_in_one_form_whatever_was_asked(chunks):
+    call = proxy.GeminiCall("models/m:batchEmbedContents")
+    assert list(proxy.vertex_chunks(call, iter(chunks))) == [
+        {
+            "embeddings": [{"values": [1]}, {"values": [2]}],
+            "usageMetadata": {"promptTokenCount": 6},
+        }
+    ]
+
+
+def test_of_what_vertex_lists_gemini_is_left_and_what_is_known_is_added():
+    names = ("gemini-9.9-flash", "bert", "gemini-old", "text-embedding-006", "gemini-x")
+    entries = [{"name": f"publishers/google/models/{name}"} for name in names]
+    entries[2]["launchStage"] = "DEPRECATED"
+    entries[4]["supportedActions"] = {"deploy": {}}
+    models = {entry["name"]: entry for entry in proxy.vertex_models([*entries, *entries])}
+    assert set(models) == {f"models/{name}" for name in (names[0], names[3], *proxy.VERTEX_MODELS)}
+    assert models["models/gemini-9.9-flash"]["supportedGenerationMethods"][0] == "generateContent"
+    assert models["models/text-embedding-006"]["supportedGenerationMethods"][0] == "embedContent"
+    assert models["models/gemini-embedding-2"]["inputTokenLimit"] == 8192
+
+
+@pytest.mark.parametrize(
+    "message, advice",
+    [
+        ("Vertex AI API has not been used in project 1", "gcloud services enable aiplatform"),
+        ("Permission 'aiplatform.endpoints.predict' denied", f"--member=serviceAccount:{EMAIL}"),
+        ("Request had insufficient authentication scopes.", "cloud-platform"),
+        ("API keys are not supported by this API.", "unset GOOGLE_API_KEY"),
+        ("Publisher Model `x` not found.", "-vertex=my-project/global"),
+    ],
+)
+def test_a_refusal_of_vertex_says_what_helps(message, advice):
+    error = proxy.vertex_refusal(ProxyError(403, message, upstream=True), VERTEX)
+    assert error.message.startswith(message)
+    assert advice in error.message
+
+
+def test_a_shortage_of_vertex_is_worth_another_try():
+    error = ProxyError(429, "Resource exhausted.", code="rate_limit_exceeded", upstream=True)
+    assert proxy.vertex_refusal(error, VERTEX).retry_after == 0.0
+
+
+def passed_on_vertex(method, path, body=None, query=""):
+    plan, _ = passed_plan(method, path, query, body)
+    return plan.calls[0], proxy.vertex_calls(plan.calls[0], VERTEX)
+
+
+def test_geminis_own_api_passes_to_vertexs_paths():
+    body = b'{"contents":  []}'
+    path = f"/v1/models/{FLASH}:streamGenerateContent"
+    _, (call,) = passed_on_vertex("POST", path, body, "alt=sse")
+    assert call.path == f"{GOOGLE}{FLASH}:streamGenerateContent?alt=sse"
+    assert (call.passed.root, call.passed.body) == ("v1beta1", body)
+
+
+@pytest.mark.parametrize("path", ["/v1beta/files", "/v1beta/models:x", "/v1beta/cachedContents/c"])
+def test_what_vertex_does_not_have_of_geminis_own_api_is_a_404(path):
+    with pytest.raises(ProxyError, match="Vertex AI has no") as caught:
+        passed_on_vertex("POST" if ":" in path else "GET", path, b"{}")
+    assert caught.value.status == 404
+
+
+def test_vectors_of_geminis_own_api_are_translated_both_ways():
+    body = json.dumps(embed_body("a")["requests"][0]).encode()
+    path = "/v1beta/models/gemini-embedding-001:embedContent"
+    passed, (call,) = passed_on_vertex("POST", path, body)
+    assert call.body == {"instances": [{"content": "a"}]}
+    answer = {"predictions": [{"embeddings": {"values": [1.0], "statistics": {"token_count": 3}}}]}
+    head, data = proxy.vertex_chunks(passed, iter([answer]))
+    assert head == proxy.AnswerHead(200, {"content-type": "application/json; charset=UTF-8"})
+    assert json.loads(data) == {
+        "embedding": {"values": [1.0]},
+        "usageMetadata": {"promptTokenCount": 3},
+    }
+
+
+def test_models_of_geminis_own_api_are_in_its_form():
+    listed, calls = passed_on_vertex("GET", "/v1beta/models")
+    assert calls == (proxy.MODELS_CALL,)
+    entries = [{"name": f"models/{FLASH}"}]
+    _, data = proxy.vertex_chunks(listed, iter([{"models": entries}]))
+    assert json.loads(data) == {"models": entries}
+    single, _ = passed_on_vertex("GET", f"/v1beta/models/{FLASH}")
+    assert (
+        json.loads(list(proxy.vertex_chunks(single, iter([{"models": entries}])))[1]) == entries[0]
+    )
+    with pytest.raises(ProxyError, match="not listed"):
+        list(proxy.vertex_chunks(single, iter([{"models": []}])))
+
+
+# ======================================================================================
+# 14. Client
 # ======================================================================================
 
 
@@ -8434,7 +8967,7 @@ def test_a_file_that_is_no_database_is_logged_and_stops_nothing(tmp_path, log_li
 
 
 # ======================================================================================
-# 14. Server
+# 15. Server
 # ======================================================================================
 
 
@@ -10240,7 +10773,7 @@ def test_a_server_that_ended_has_closed_its_memory_and_its_connections(gemini):
 
 
 # ======================================================================================
-# 15. Command line
+# 16. Command line
 # ======================================================================================
 
 ENV = {"GEMINI_API_KEY": "AIza-1"}
