@@ -7481,10 +7481,11 @@ def rsa_key(pem: str) -> RsaKey:
         raise CredentialError("private_key is encrypted; it is taken in the clear only")
     try:
         items = der_items(der_items(base64.b64decode("".join(text.split()), validate=True))[0])
-        if label == "PRIVATE KEY":  # PKCS#8 says of what kind
-            label = str(der_items(items[1])[0])
-        if label == str(RSA_OID):
-            items, label = der_items(der_items(items[2])[0]), "RSA PRIVATE KEY"
+        if label == "PRIVATE KEY":  # PKCS#8, for keys of all kinds
+            _, algorithm, inner = items[:3]
+            if der_items(algorithm)[0] != RSA_OID:
+                label = "another"
+            items = der_items(der_items(inner)[0])
         key = tuple(int.from_bytes(item, "big") for item in items[1:9])
         fits = rsa_signature(key, b"") != b""
     except (ValueError, IndexError):
