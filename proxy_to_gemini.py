@@ -4682,10 +4682,6 @@ def openai_transcriptions_stream(exchange: Exchange, answers: Answers) -> Iterat
 # ---- models ----
 
 
-# A header. Version 3 of the SDK asks below /v1/, as clients of OpenAI do.
-GOOGLES_SDK = "x-goog-api-client"
-
-
 def openai_models_request(body: Fields, context: Context) -> Plan:
     return Plan((MODELS_CALL,), model=context.params.get("model", ""))
 
@@ -4712,16 +4708,14 @@ def openai_model_entry(name: str, gemini_entry: JSON, context: Context) -> JSON:
 
 def openai_models_response(exchange: Exchange, answers: Answers) -> JSON:
     """All models, or a page as Anthropic's clients ask for it."""
-    context, entries = exchange.context, listed_models(answers)
-    models = usable_models(entries, context)
+    context = exchange.context
+    models = usable_models(listed_models(answers), context)
     if context.ollama:
         models = {tagged(name): models[name] for name in models if not UNLISTED.search(name)}
     data = [openai_model_entry(name, entry, context) for name, entry in models.items()]
     limit = page_limit(context.query, len(data), 1000)
     page = openai_page(data, context.query, "after_id", limit)
-    if GOOGLES_SDK in context.request.headers:
-        page["models"] = entries
-    elif "client_version" in context.query:  # Codex wants a list of its own (openai/codex#35758)
+    if "client_version" in context.query:  # Codex wants a list of its own (openai/codex#35758)
         page["models"] = []  # of models with prompts, which would replace Codex's
     return page
 
@@ -4765,10 +4759,7 @@ def openai_model_response(exchange: Exchange, answers: Answers) -> JSON:
         raise no_such_model(name)
     if not context.ollama:
         name = plain_name(name, False)
-    answer = openai_model_entry(name, entry, context)
-    if GOOGLES_SDK in context.request.headers:
-        return {**entry, **answer}
-    return answer
+    return openai_model_entry(name, entry, context)
 
 
 # ---- errors ----
@@ -7228,7 +7219,7 @@ PASSED_PATHS = {
     "PATCH": f"(?!models/){RESOURCE}",
     "DELETE": f"(?!models/){RESOURCE}",
 }
-PASSED_TARGET = re.compile(r"/((?:upload/|download/)?v1(?:alpha|beta)?)/(.*)")
+PASSED_TARGET = re.compile(r"(?:/google)?/((?:upload/|download/)?v1(?:alpha|beta)?)/(.*)")
 PASSED_HEADERS = re.compile(
     "content-(type|encoding)|api-revision|x-goog-(api-client|upload-.*)", re.ASCII
 )
@@ -7321,7 +7312,8 @@ AS_IT_IS = Framing("application/octet-stream", bytes, keep_alive=b"", carries_er
 GEMINI_ROUTES = (
     *(passed_route(method, "/v1beta/{path}") for method in PASSED_PATHS),
     *(passed_route(method, "/v1alpha/{path}") for method in PASSED_PATHS),
-    passed_route("POST", "/v1/models/{path}"),
+    *(passed_route(method, "/google/v1/{path}") for method in PASSED_PATHS),
+    passed_route("POST", "/v1/models/{model}:{verb}"),
     passed_route("POST", "/v1/interactions"),
     *(passed_route(method, "/v1/interactions/{path}") for method in ("GET", "POST", "DELETE")),
     passed_route("POST", "/upload/{path}", parse=None),
@@ -7353,7 +7345,10 @@ SHARED_ROUTES = tuple(route for route in OPENAI.routes if route.path not in OPEN
 SHARED_OPENAI = without_401(OPENAI._replace(routes=SHARED_ROUTES))
 
 # What each -api mounts. The first protocol whose pattern fits "METHOD path" writes its errors.
-OWN_PATHS = r"\w+ /(v1alpha|v1beta|upload|download|v1/interactions)(/|\Z)|POST /v1/models/"
+OWN_PATHS = (
+    r"\w+ /(v1alpha|v1beta|google|upload|download|v1/interactions)(/|\Z)"
+    r"|POST /v1/models/[^/]+:[A-Za-z]+\Z"
+)
 ANTHROPIC_PATHS = r"\w+ /v1/messages(/|\Z)"
 MOUNTS: dict[str, tuple[tuple[str, Protocol], ...]] = {
     "openai": ((OWN_PATHS, GEMINI), (ANTHROPIC_PATHS, ANTHROPIC), ("", OPENAI)),
@@ -7376,19 +7371,24 @@ class RouteMatch(NamedTuple):
 
 @functools.cache
 def path_pattern(path: str) -> Pattern[str]:
-    """A route's path as a pattern. Its last segment may hold slashes, as model names do."""
+    """A route's path as a pattern. Its last segment may hold slashes, as model names do; a verb of
+    Google's is a word."""
     pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(path))
+    pattern = pattern.replace("(?P<verb>[^/]+)", "(?P<verb>[A-Za-z]+)")
     return re.compile(re.sub(r"\[\^/\]\+\)$", ".+)", pattern) + r"\Z")
 
 
-VERSIONED = re.compile(r"/v1/|/(v1alpha|v1beta|upload|download)(/|\Z)")
+VERSIONED = re.compile(r"/v1/|/(v1alpha|v1beta|google|upload|download)(/|\Z)")
+GOOGLES_SDK = "x-goog-api-client"  # a header of its
 
 
-def plain_path(path: str, api: str) -> str:
+def plain_path(path: str, api: str, headers: Mapping[str, str] = {}) -> str:
     """The path as routes spell it: users write the version twice or never in base URLs, or add
-    slashes."""
+    slashes; version 3 of Google's SDK asks below /v1/, as clients of OpenAI do."""
     path = re.sub(r"/{2,}", "/", "/" + path).rstrip("/") or "/"
     path = re.sub(r"^(/v1(?:alpha|beta)?)+(?=/|$)", r"\1", path)
+    if GOOGLES_SDK in headers and path.startswith("/v1/"):
+        return "/google" + path
     if api == "ollama" or VERSIONED.match(path) or path in ("/", "/healthz", "/metrics"):
         return path
     return "/v1" + path
@@ -10044,7 +10044,7 @@ class RequestCycle:
         if not match:
             raise ProxyError(400, "The target of this request is no path.")
         authority, target, query = match.groups()
-        path = plain_path(target, api)
+        path = plain_path(target, api, head.headers)
         self.protocol = protocol_of(api, method, path)
         if authority and head.headers.setdefault("host", authority).lower() != authority.lower():
             raise ProxyError(400, "The target of this request names another server than its Host.")

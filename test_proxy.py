@@ -7669,6 +7669,8 @@ def test_the_version_of_geminis_api_may_come_twice(path):
         ("POST", "/upload/v1beta/files", "gemini"),
         ("POST", "/v1/models/x:generateContent", "gemini"),
         ("GET", "/v1/models/x:latest", "openai"),
+        ("POST", "/v1/models/x", "openai"),
+        ("POST", "/v1/models/x:%20y", "openai"),
         ("POST", "/v1/interactions", "gemini"),
         ("POST", "/v1/uploads", "openai"),
     ],
@@ -10314,13 +10316,16 @@ def test_the_own_key_of_a_client_may_come_in_the_query(gemini):
     assert key_of(gemini) == "AIza-a"
 
 
-def test_googles_sdk_gets_its_own_form_of_models_from_the_path_that_openai_has(server):
+def test_googles_sdk_gets_its_own_api_below_the_version_that_openais_has_too(server, gemini):
     sdk = {"x_goog_api_client": "google-genai-sdk/3.6.1"}
-    listed = json.loads(passing(server, "GET", "/v1/models", **sdk)[2])
-    one = json.loads(passing(server, "GET", f"/v1/models/{FLASH}", **sdk)[2])
-    assert listed["models"] == MODELS
-    assert (one["name"], one["inputTokenLimit"]) == (f"models/{FLASH}", 1048576)
-    assert "models" not in json.loads(passing(server, "GET", "/v1/models")[2])
+    assert json.loads(passing(server, "GET", "/v1/models?pageSize=5", **sdk)[2]) == {
+        "models": MODELS
+    }
+    assert gemini.passed[-1][1] == "/v1/models?pageSize=5"
+    assert passing(server, "DELETE", "/v1/files/a", **sdk)[0] == 200
+    assert gemini.passed[-1][:2] == ("DELETE", "/v1/files/a")
+    error = json.loads(passing(server, "GET", "/v1/nonsense", **sdk)[2])["error"]
+    assert error["status"] == "NOT_FOUND"
 
 
 UPLOAD = "/upload/v1beta/files"
