@@ -202,11 +202,6 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
 DETAIL = re.compile(r"(messages|input)\[\]\.(content|output)(\[\])?(\.\w+_url)?\.detail")
 
 
-def is_default(path: str, value: Any) -> bool:
-    """Whether this is what an absent field of this path, without its indexes, stands for."""
-    return value in DEFAULTS.get(path, ()) or (value == "auto" and bool(DETAIL.fullmatch(path)))
-
-
 def without_indexes(path: str) -> str:
     """The same path for all items of a list: "messages[].name"."""
     return re.sub(r"\[\d+\]", "[]", path)
@@ -351,7 +346,8 @@ class Fields:
             for key in data.keys() - read:
                 if data[key] not in EMPTY_VALUES:
                     place = without_indexes(f"{path}.{key}".lstrip("."))
-                    if not is_default(place, data[key]):
+                    detail = data[key] == "auto" and DETAIL.fullmatch(place)
+                    if not detail and data[key] not in DEFAULTS.get(place, ()):
                         names.add(place)
         return sorted(names)
 
@@ -791,12 +787,11 @@ def last_event(events: Iterable[Any]) -> Kept:
 
 
 class Protocol(NamedTuple):
-    """The routes that speak one protocol, and its form of an error."""
+    """The routes that speak one protocol, and its form of an error, in a stream the last event."""
 
     name: str
     routes: tuple[Route, ...]
     error: Callable[[ProxyError], tuple[int, Any]]  # (status, body: JSON or a Payload)
-    stream_error: Callable[[ProxyError], JSON]  # the last event of a stream that failed
     id_headers: tuple[str, ...] = ()  # in which its clients look for the request's id
 
 
@@ -905,11 +900,6 @@ def model_of(name: str) -> Model:
         if generation < below and re.match(pattern, short):
             model = model._replace(**traits)
     return model
-
-
-def newest_of(names: Iterable[str]) -> Model:
-    """The model of the newest generation among these names."""
-    return max(map(model_of, names), key=lambda model: model.generation)
 
 
 def generation_number(model: Model) -> int:
@@ -1110,10 +1100,6 @@ PLACEHOLDER = base64.b64encode(b"skip_thought_signature_validator").decode()
 
 def text_part(text: str) -> Part:
     return {"text": text}
-
-
-def texts_of(parts: Iterable[Part]) -> str:
-    return "".join(part.get("text", "") for part in parts)
 
 
 # The first bytes of files, which tell their types before any label does: clients label wrongly.
@@ -1966,13 +1952,6 @@ def tool_fields(tools: Tools, choice: ToolChoice, model: Model, body: Fields) ->
 ANY_JSON: JSON = {}  # the schema of an answer that may be any JSON
 
 
-def json_config(schema: JSON | None) -> JSON:
-    """The settings for an answer in JSON; None is an answer in plain text."""
-    if schema is None:
-        return {}
-    return given(responseMimeType="application/json", responseJsonSchema=gemini_schema(schema))
-
-
 JSON_ALONE = (
     "\n\nWhen you answer without calling a function, answer with nothing but JSON, "
     "without a code fence"
@@ -2363,14 +2342,6 @@ def signed_part(part: Part, known: KnownCall, required: bool) -> tuple[Part, str
     if required:
         return {**part, "thoughtSignature": PLACEHOLDER}, "placeholder"
     return part, ""
-
-
-def count_call(call: GeminiCall, model: Model) -> GeminiCall:
-    """The call that counts the tokens that another one would send (ai.google.dev/api/tokens)."""
-    signed, _ = restore_signatures(call)  # Gemini may look for them here
-    fields = {key: value for key, value in (signed.body or {}).items() if key != "generationConfig"}
-    body = {"generateContentRequest": {"model": model.path, **fields}}
-    return GeminiCall(f"{model.path}:countTokens", body, model)
 
 
 # ======================================================================================
@@ -2910,8 +2881,9 @@ def chat_call(chat: Chat, body: Fields) -> GeminiCall:
     in_words = chat.schema is not None and has_tools and not model.json_with_tools
     if in_words:
         system = [*system, json_words(chat.schema or {})]
-    else:
-        config.update(json_config(chat.schema))
+    elif chat.schema is not None:
+        config["responseMimeType"] = "application/json"
+        config.update(given(responseJsonSchema=gemini_schema(chat.schema)))
     config.update(chat.settings)
     fields = chat.fields
     if has_tools:
@@ -2932,9 +2904,15 @@ def with_recipe(chat: Chat) -> Chat:
     return chat._replace(system=system, contents=contents, sampling=sampling)
 
 
-def count_plan(plan: Plan, model: Model) -> Plan:
-    """The plan to count the tokens of a chat in place of asking it."""
-    return plan._replace(calls=(count_call(plan.calls[-1], model),), stream=False)
+def count_plan(plan: Plan) -> Plan:
+    """The plan to count the tokens of a chat in place of asking it (ai.google.dev/api/tokens)."""
+    signed, _ = restore_signatures(plan.calls[-1])  # Gemini may look for them here
+    model = signed.model
+    assert model is not None
+    fields = {key: value for key, value in (signed.body or {}).items() if key != "generationConfig"}
+    body = {"generateContentRequest": {"model": model.path, **fields}}
+    call = GeminiCall(f"{model.path}:countTokens", body, model)
+    return plan._replace(calls=(call,), stream=False)
 
 
 GAP_INSTRUCTION = (
@@ -2942,11 +2920,6 @@ GAP_INSTRUCTION = (
     "and what stands after it. Answer with what belongs into the gap and with nothing else: no "
     "explanation, no code fence, and nothing that is there already."
 )
-
-
-def gap_instruction(system: str) -> str:
-    """What to do with a gap_prompt, after the client's own instruction."""
-    return "\n\n".join(filter(None, (system, GAP_INSTRUCTION)))
 
 
 def gap_prompt(before: str, after: str) -> str:
@@ -3304,7 +3277,7 @@ def chat_tools(body: Fields, *more: Fields) -> Tools:
     which some clients send to chats; `more` are other lists of tools."""
     builder = ToolBuilder()
     first = [*tool_list(body)]
-    later = (entry for fields in more for entry in tool_list(fields))
+    later = (entry for fields in more if fields is not body for entry in tool_list(fields))
     finder = next((tool for tool, _, _ in first if searches_tools(tool)), None)
     for tool, namespace, note in first:
         if tool.get("defer_loading", bool) and finder:
@@ -3656,8 +3629,7 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
     model = model_named(model_name, context, "chat")
     question = openai_chat_input(body, model, context)
     places = google_objects(body)
-    extra_tools = (place for place in places if place is not body)
-    tools = chat_tools(body, *question.tools, *extra_tools)
+    tools = chat_tools(body, *question.tools, *places)
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
     choice = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
     if body.object("web_search_options") is not None and body.data.get("tool_choice") != "none":
@@ -4176,7 +4148,7 @@ def openai_completions_request(body: Fields, context: Context) -> Plan:
     for prompt in prompts:
         system, text = COMPLETION_INSTRUCTION, prompt
         if suffix:
-            system, text = gap_instruction(""), gap_prompt(prompt, suffix)
+            system, text = GAP_INSTRUCTION, gap_prompt(prompt, suffix)
         one = chat._replace(system=[text_part(system)], contents=[user_turn(text_part(text))])
         calls += [chat_call(one, body)] * n
     echoes = [""] * len(calls)
@@ -5147,8 +5119,7 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     model = model_named(model_name, context, "chat")
     history = openai_history(body, model, context)
     places = google_objects(body)
-    extra_tools = (place for place in places if place is not body)
-    tools = chat_tools(body, *history.tools, *extra_tools)
+    tools = chat_tools(body, *history.tools, *places)
     choice = openai_tool_choice(body, "tool_choice", tools)
     text = history.text or body.object_or_empty("text")
     effort, summary = openai_reasoning(body)
@@ -5176,10 +5147,8 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     for name in included:
         if name not in (SIGNATURES, SOURCES):
             body.ignore(f"include.{name}")
-    items, thoughts = (
-        body.data.get("input") or [],
-        show or bool(google.thinking.get("includeThoughts")),
-    )
+    items = body.data.get("input") or []
+    thoughts = show or bool(google.thinking.get("includeThoughts"))
     options = ResponseOptions(echo, items, thoughts, SIGNATURES in included, SOURCES in included)
     options = options._replace(compacts=len(calls) > 1 or is_triggered(body))
     return Plan(calls, stream, options, model_name, chat=chat)
@@ -5289,9 +5258,7 @@ COMPACTION_PROMPT = (
 )
 SUMMARY_HEAD = "[A summary of what you said and did before this point, in place of it:]"
 TOKEN_BYTES = 4  # of text: https://ai.google.dev/gemini-api/docs/tokens
-MEDIA_TOKENS = (
-    1120  # of an image on Gemini 3: https://ai.google.dev/gemini-api/docs/media-resolution
-)
+MEDIA_TOKENS = 1120  # of an image: https://ai.google.dev/gemini-api/docs/media-resolution
 
 
 def compacting_calls(chat: Chat, body: Fields) -> tuple[GeminiCall, ...]:
@@ -5716,9 +5683,7 @@ def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[Any]
 
 def openai_input_tokens_request(body: Fields, context: Context) -> Plan:
     """How many tokens a response's request would send: the body is the same."""
-    plan = openai_responses_request(body, context)
-    assert plan.chat is not None
-    return count_plan(plan, plan.chat.model)
+    return count_plan(openai_responses_request(body, context))
 
 
 def openai_input_tokens_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -5809,7 +5774,7 @@ OPENAI_ROUTES = (
     Route("GET", "/v1/models", *MODELS, keys=all_recipe_keys),
     Route("GET", "/v1/models/{model}", *MODEL, keys=all_recipe_keys),
 )
-OPENAI = Protocol("openai", OPENAI_ROUTES, openai_error, lambda error: openai_error(error)[1])
+OPENAI = Protocol("openai", OPENAI_ROUTES, openai_error)
 
 
 # ======================================================================================
@@ -6035,7 +6000,8 @@ def ollama_generate_request(body: Fields, context: Context) -> Plan:
         recipe = recipe._replace(system="", messages=())
     system = system or recipe.system
     if suffix:
-        system, prompt = gap_instruction(system), gap_prompt(prompt, suffix)
+        system = "\n\n".join(filter(None, (system, GAP_INSTRUCTION)))
+        prompt = gap_prompt(prompt, suffix)
     contents = [*past_turns(body, context), user_turn(text_part(prompt), *images)]
     chat = Chat(model, [text_part(system)], contents, recipe=recipe)
     answer = OllamaOptions(generate=True, goes_on=not raw and not suffix)
@@ -6337,10 +6303,6 @@ def ollama_entry(name: str, entry: JSON, context: Context) -> JSON:
     }
 
 
-def ollama_tags_request(body: Fields, context: Context) -> Plan:
-    return Plan((MODELS_CALL,))
-
-
 def ollama_tags_response(exchange: Exchange, answers: Answers) -> JSON:
     context = exchange.context
     models = usable_models(listed_models(answers), context)
@@ -6599,7 +6561,7 @@ OLLAMA_ROUTES = (
     ),
     Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response),
     Route("POST", "/api/embeddings", ollama_embeddings_request, ollama_embeddings_response),
-    Route("GET", "/api/tags", ollama_tags_request, ollama_tags_response, **RECIPES),
+    Route("GET", "/api/tags", openai_models_request, ollama_tags_response, **RECIPES),
     Route("POST", "/api/show", ollama_show_request, ollama_show_response, **RECIPES),
     Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response, **RECIPES),
     Route("GET", "/api/version", answer={"version": OLLAMA_VERSION}),
@@ -6619,7 +6581,7 @@ OLLAMA_ROUTES = (
     Route("GET", "/api/experimental/model-recommendations", answer={"recommendations": []}),
 )
 
-OLLAMA = Protocol("ollama", OLLAMA_ROUTES, ollama_error, lambda error: ollama_error(error)[1])
+OLLAMA = Protocol("ollama", OLLAMA_ROUTES, ollama_error)
 
 
 # ======================================================================================
@@ -6914,7 +6876,11 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
     model = model_named(model_name, context, "chat")
     if not body.require("messages", list):
         raise wrong_value("messages", "messages: at least one message is required")
-    refuse_continued_thread(body)
+    # No thread is kept between two requests. (The tool_runner of anthropic 2.x sends `thread`.)
+    if get_or_empty(body.data.get("thread"), "type", str) == "continue":
+        hint = 'send all of its messages, with thread {"type": "create"}.'
+        message = f"No conversation is kept on this server: {hint}"
+        raise ProxyError(404, message, code="thread_not_found", path="thread")
     system, contents = anthropic_turns(body, model)
     tools = anthropic_tools(body)
     choice = anthropic_tool_choice(body, tools)
@@ -6928,14 +6894,6 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
     chat = chat._replace(recipe=recipe_named(model_name, context), stream=stream)
     options = AnthropicOptions(takes_blocks)
     return Plan((chat_call(chat, body),), stream, options, model_name, chat=chat)
-
-
-def refuse_continued_thread(body: Fields) -> None:
-    """No thread is kept between two requests. (The tool_runner of anthropic 2.x sends `thread`.)"""
-    if get_or_empty(body.data.get("thread"), "type", str) == "continue":
-        hint = 'send all of its messages, with thread {"type": "create"}.'
-        message = f"No conversation is kept on this server: {hint}"
-        raise ProxyError(404, message, code="thread_not_found", path="thread")
 
 
 def anthropic_sampling(body: Fields, model: Model) -> JSON:
@@ -7140,9 +7098,7 @@ def anthropic_messages_response(exchange: Exchange, answers: Answers) -> JSON:
 
 def anthropic_count_request(body: Fields, context: Context) -> Plan:
     """Count tokens: https://platform.claude.com/docs/en/api/messages-count-tokens"""
-    plan = anthropic_plan(body, context)
-    assert plan.chat is not None
-    return count_plan(plan, plan.chat.model)
+    return count_plan(anthropic_plan(body, context))
 
 
 def anthropic_count_response(exchange: Exchange, answers: Answers) -> JSON:
@@ -7190,13 +7146,7 @@ ANTHROPIC_ROUTES = (
     ),
     Route("POST", "/v1/messages/count_tokens", anthropic_count_request, anthropic_count_response),
 )
-ANTHROPIC = Protocol(
-    "anthropic",
-    ANTHROPIC_ROUTES,
-    anthropic_error,
-    lambda error: anthropic_error(error)[1],
-    ("request-id",),
-)
+ANTHROPIC = Protocol("anthropic", ANTHROPIC_ROUTES, anthropic_error, ("request-id",))
 
 
 # ======================================================================================
@@ -7319,7 +7269,7 @@ GEMINI_ROUTES = (
     passed_route("POST", "/upload/{path}", parse=None),
     passed_route("GET", "/download/{path}"),
 )
-GEMINI = Protocol("gemini", GEMINI_ROUTES, passed_error, lambda error: passed_error(error)[1])
+GEMINI = Protocol("gemini", GEMINI_ROUTES, passed_error)
 
 
 # ======================================================================================
@@ -10269,7 +10219,7 @@ class RequestCycle:
             status, answer = self.protocol.error(error)
             self.send_answer(status, answer, error.headers)
         elif self.streaming and self.framing.carries_errors:
-            events = [self.protocol.stream_error(error)]
+            events = [self.protocol.error(error)[1]]
             if self.route and self.route.failure and self.exchange:
                 events = list(self.kept(self.route.failure(self.exchange, error)))
             self.emit(b"".join(map(self.framing.encode, events)), last=True)
@@ -11267,7 +11217,7 @@ class Checker:
         with contextlib.closing(answers):
             (answer,) = next(answers)
         content = get_or_empty(first_candidate(answer), "content", dict)
-        text = texts_of(get_or_empty(content, "parts", list))
+        text = "".join(part.get("text", "") for part in get_or_empty(content, "parts", list))
         return f"{model.name} said {text[:40]!a} after {time.monotonic() - began:.1f} seconds"
 
 
@@ -11279,7 +11229,8 @@ def newest_flash(models: list[JSON]) -> Model:
         if "generateContent" in get_or_empty(entry, "supportedGenerationMethods", list)
     ]
     flash = [name for name in names if re.match(r"gemini-[\d.]+-flash", name)]
-    return newest_of([name for name in flash if not UNLISTED.search(name)] or names)
+    usual = [name for name in flash if not UNLISTED.search(name)]
+    return max(map(model_of, usual or names), key=lambda model: model.generation)
 
 
 def run_checks(config: Config) -> int:

@@ -1853,7 +1853,8 @@ def call_with_schemas(parameters=None, answer=None, system=()):
         entry = proxy.function_declaration("f", "Does it.", parameters)
         fields["tools"] = [{"functionDeclarations": [entry]}]
     if answer:
-        config = proxy.json_config(answer)
+        schema = proxy.gemini_schema(answer)
+        config = {"responseMimeType": "application/json", "responseJsonSchema": schema}
     parts = [{"text": text} for text in system]
     return proxy.generate_call(proxy.model_of(NEWEST), False, parts, [u("q")], config, **fields)
 
@@ -8801,7 +8802,8 @@ def test_calls_of_one_request_are_answered_in_order(gemini, service):
 def test_a_call_that_waits_is_sent_when_the_answers_before_it_are_read(gemini, service):
     model = proxy.model_of(FLASH)
     generating = proxy.generate_call(model, False, [], [u("Hi")], {})
-    calls = [proxy.count_call(generating, model), generating._replace(waits=True), generating]
+    counting = proxy.count_plan(proxy.Plan((generating,))).calls[0]
+    calls = [counting, generating._replace(waits=True), generating]
     answers = service.answers(calls)
     assert next(answers) == [{"totalTokens": 7}]
     assert gemini.bodies == []
