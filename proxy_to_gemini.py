@@ -445,6 +445,7 @@ FORM_TYPE = re.compile(
     re.I | re.A,
 )
 FORM_DATA = re.compile("form-data", re.I)
+FORM_START = re.compile(r"\s*multipart/", re.I)
 PARAMETER = re.compile(
     r"""\s*;\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)=(?:"((?:[^"\\\r\n]|\\.)*)"|([^\s;"]+))"""
 )
@@ -669,6 +670,7 @@ class Usage(NamedTuple):
     thoughts: int = 0  # of these, thoughts
     audio_input: int = 0  # of the prompt, sound
     audio_output: int = 0  # of the output, sound
+    image_input: int = 0  # of the prompt, pictures
 
     def plus(self, other: Usage) -> Usage:
         return Usage(*map(sum, zip(self, other)))
@@ -841,6 +843,7 @@ class Model(NamedTuple):
     audio: bool = True  # takes audio
     max_input: int = 1048576  # tokens
     max_output: int = 65536
+    task_types: bool = False  # makes other vectors for other tasks
     dimensions: int | None = None  # of vectors whose size the client leaves open; None: its own
     stands_in: bool = False  # whether the client named another maker's
 
@@ -881,6 +884,7 @@ TRAITS: tuple[tuple[float, str, dict[str, Any]], ...] = (
     (math.inf, r".*(image|banana)", {"signs": False, "mcp": False}),
     (math.inf, r".*embedding", {"max_input": 2048}),
     (math.inf, r"gemini-embedding-2", {"max_input": 8192}),
+    (math.inf, r"gemini-embedding-001", {"task_types": True}),
     (math.inf, r"gemma", {"system": False, "audio": False}),
 )
 
@@ -1991,7 +1995,24 @@ MAX_EMBED_INPUTS = 2048  # as https://platform.openai.com/docs/api-reference/emb
 MAX_EMBED_BATCH = 100  # inputs in one call, as https://github.com/vercel/ai has it
 
 
-def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple[GeminiCall, ...]:
+# https://ai.google.dev/gemini-api/docs/embeddings#supported-task-types, and what other makers'
+# clients say for them (https://docs.cohere.com/reference/embed, NVIDIA's and Voyage's).
+TASK_TYPES = {
+    **dict.fromkeys(("query", "search_query"), "RETRIEVAL_QUERY"),
+    **dict.fromkeys(("document", "passage", "search_document"), "RETRIEVAL_DOCUMENT"),
+    **{
+        name.lower(): name
+        for name in (
+            *("RETRIEVAL_QUERY", "RETRIEVAL_DOCUMENT", "SEMANTIC_SIMILARITY", "CLASSIFICATION"),
+            *("CLUSTERING", "QUESTION_ANSWERING", "FACT_VERIFICATION", "CODE_RETRIEVAL_QUERY"),
+        )
+    },
+}
+
+
+def embed_calls(
+    model: Model, texts: list[str], dimensions: int | None, task: str | None = None
+) -> tuple[GeminiCall, ...]:
     """The calls for the vectors of these texts, and one to count tokens if vectors lack a count."""
     if len(texts) > MAX_EMBED_INPUTS:
         message = (
@@ -1999,11 +2020,11 @@ def embed_calls(model: Model, texts: list[str], dimensions: int | None) -> tuple
             f"{MAX_EMBED_INPUTS}, but got an array with length {len(texts)} instead."
         )
         raise ProxyError(400, message, code="array_above_max_length", path="input")
-    size = given(outputDimensionality=dimensions or model.dimensions)
+    settings = given(outputDimensionality=dimensions or model.dimensions, taskType=task)
     calls: list[GeminiCall] = []
     for i in range(0, len(texts), MAX_EMBED_BATCH):
         contents = [{"parts": [text_part(text)]} for text in texts[i : i + MAX_EMBED_BATCH]]
-        requests = [{"model": model.path, "content": content, **size} for content in contents]
+        requests = [{"model": model.path, "content": content, **settings} for content in contents]
         calls.append(GeminiCall(f"{model.path}:batchEmbedContents", {"requests": requests}, model))
     if re.search(r"embedding-00\d$", model.path):  # no usage, as seen in recordings
         body = {"contents": [user_turn(*map(text_part, texts))]}
@@ -2036,6 +2057,21 @@ def without(key: str, name: str = "") -> Callable[[RefusedCall], list[str]]:
         return [name or key for value in values if value is not None]
 
     return repair
+
+
+# What to try in place of a level that a model does not have, which its name does not always tell.
+NEXT_LEVELS = {"XHIGH": "HIGH", "MEDIUM": "HIGH", "MINIMAL": "LOW"}
+
+
+def other_thinking(refused: RefusedCall) -> list[str]:
+    """The level that comes next, where it is about a level; else the model's own way."""
+    config = refused.body.get("generationConfig") or {}
+    thinking = config.get("thinkingConfig") or {}
+    level = thinking.get("thinkingLevel", "")
+    if level in NEXT_LEVELS and f"level {level} " in refused.message:
+        thinking["thinkingLevel"] = NEXT_LEVELS[level]
+        return ["thinkingLevel"]
+    return without("thinkingConfig")(refused)
 
 
 def without_signatures(refused: RefusedCall) -> list[str]:
@@ -2187,7 +2223,7 @@ def describe_parameters(function: JSON) -> None:
 # Words without a source are guesses by the names of the fields.
 REPAIRS = (
     # https://github.com/RooCodeInc/Roo-Code/issues/10700
-    (r"thinking.?(level|budget)|thinking is not|thinking_config", without("thinkingConfig")),
+    (r"thinking.?(level|budget)|thinking is not|thinking_config", other_thinking),
     # https://github.com/PublicAffairs/openai-gemini/issues/63: it does not say which penalty
     (r"penalty is not enabled|presence_?penalty", without("presencePenalty")),
     (r"penalty is not enabled|frequency_?penalty", without("frequencyPenalty")),
@@ -2583,12 +2619,27 @@ class End(NamedTuple):
 
 Event = Union[Text, ToolCall, Media, End]
 
+# Of a long answer that ends here because a call may take no longer. Another call goes on with it:
+# types.py and _extra_utils.py of https://github.com/googleapis/python-genai
+CONTINUES = "CONTINUATION"
+
+
+def continuation_token(chunk: JSON) -> str:
+    """With which the next call goes on from this chunk; "" where the answer ends, or goes on by
+    itself."""
+    candidates = get_or_empty(chunk, "candidates", list)
+    if not candidates or get_or_empty(candidates[0], "finishReason", str) != CONTINUES:
+        return ""
+    token: str = get_or_empty(candidates[0], "continuationToken", str)
+    return token
+
+
 # Gemini's finish reasons in four words; what is not here is "stop", since the list grows every few
 # months: https://ai.google.dev/api/generate-content#FinishReason, and google-genai's types.
 FINISHES = {
     "": "filter",  # a blocked prompt has a block reason instead
     **dict.fromkeys(("STOP", "1"), "stop"),  # numbers: as some recorders write the enum
-    **dict.fromkeys(("MAX_TOKENS", "2", "CONTINUATION"), "length"),
+    **dict.fromkeys(("MAX_TOKENS", "2", CONTINUES), "length"),
     **dict.fromkeys(("SAFETY", "3", "RECITATION", "4", "LANGUAGE", "BLOCKLIST", "SPII"), "filter"),
     **dict.fromkeys(("PROHIBITED_CONTENT", "MODEL_ARMOR", "IMAGE_OTHER", "NO_IMAGE"), "filter"),
     **dict.fromkeys(("IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"), "filter"),
@@ -2634,7 +2685,7 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Event]:
             event = reading.read_part(part)
             if event is not None:
                 yield event
-    usage = read_usage(reading.usage)
+    usage = reading.whole_usage()
     exchange.usage = exchange.usage.plus(usage)
     if not reading.reason and not reading.blocked:
         message = "Gemini's answer broke off: it has no finish reason."
@@ -2652,6 +2703,7 @@ class Reading:
 
     def __init__(self) -> None:
         self.usage: JSON = {}
+        self.earlier: list[JSON] = []  # the usage of calls that this answer has gone on from
         self.grounding: JSON = {}
         self.reason = self.message = self.blocked = self.signature = ""
         self.pieces: list[tuple[str, bool]] = []  # (text, whether it is Gemini's own, not ours)
@@ -2661,6 +2713,9 @@ class Reading:
 
     def absorb(self, chunk: JSON) -> JSON:
         """Take in what a chunk says besides its parts; returns its candidate."""
+        if self.reason == CONTINUES and chunk.get("candidates"):  # the first of the next call
+            self.earlier.append(self.usage)
+            self.usage, self.reason = {}, ""
         self.usage = expect(chunk, "usageMetadata", dict) or self.usage
         if "promptFeedback" in chunk:
             feedback = expect(chunk, "promptFeedback", dict)
@@ -2706,6 +2761,14 @@ class Reading:
         output = expect(expect(part, "codeExecutionResult", dict), "output", str)
         return self.text(output and fenced(output), own=False)
 
+    def whole_usage(self) -> Usage:
+        """The tokens of all calls of this answer. They have one prompt."""
+        first, *others = map(read_usage, (*self.earlier, self.usage))
+        for usage in others:
+            own = Usage(output=usage.output, thoughts=usage.thoughts)
+            first = first.plus(own._replace(audio_output=usage.audio_output))
+        return first
+
     def text(self, text: str, thought: bool = False, own: bool = True) -> Text | None:
         """The event of a text, in which citations count; `own` is whether Gemini wrote it so."""
         if not text:
@@ -2747,10 +2810,10 @@ def read_usage(usage: JSON) -> Usage:
         number = fields.get(key)
         return max(0, number) if type(number) is int else 0
 
-    def audio_tokens(key: str) -> int:
+    def tokens_of(modality: str, key: str) -> int:
         details = get_or_empty(usage, key, list)
-        audio = [item for item in details if get_or_empty(item, "modality", str) == "AUDIO"]
-        return sum(count("tokenCount", item) for item in audio)
+        items = [item for item in details if get_or_empty(item, "modality", str) == modality]
+        return sum(count("tokenCount", item) for item in items)
 
     thoughts = count("thoughtsTokenCount")
     return Usage(
@@ -2758,8 +2821,9 @@ def read_usage(usage: JSON) -> Usage:
         cached=count("cachedContentTokenCount"),
         output=count("candidatesTokenCount") + thoughts,
         thoughts=thoughts,
-        audio_input=audio_tokens("promptTokensDetails"),
-        audio_output=audio_tokens("candidatesTokensDetails"),
+        audio_input=tokens_of("AUDIO", "promptTokensDetails"),
+        audio_output=tokens_of("AUDIO", "candidatesTokensDetails"),
+        image_input=tokens_of("IMAGE", "promptTokensDetails"),
     )
 
 
@@ -4077,8 +4141,21 @@ def openai_embeddings_request(body: Fields, context: Context) -> Plan:
             path = f"input[{texts.index('')}]"
         raise wrong_value(path, f"Invalid '{path}': input cannot be an empty string.")
     form = body.choice("encoding_format", "float", "base64")
-    calls = embed_calls(model, texts, body.number("dimensions", 1, 2**31 - 1, int))
+    dimensions = body.number("dimensions", 1, 2**31 - 1, int)
+    calls = embed_calls(model, texts, dimensions, openai_task_type(body, model))
     return Plan(calls, False, EmbedOptions(len(texts), form == "base64"), model_name)
+
+
+def openai_task_type(body: Fields, model: Model) -> str | None:
+    """What the vectors are for, in Gemini's word; named as ignored where it makes no difference."""
+    for key in ("task_type", "input_type"):
+        word = body.get(key, str)
+        task = TASK_TYPES.get((word or "").lower())
+        if task and model.task_types:
+            return task
+        if word:
+            body.ignore(key)
+    return None
 
 
 def openai_texts(body: Fields, key: str, participle: str, hint: str = "") -> list[str]:
@@ -4232,6 +4309,7 @@ class MediaOptions(NamedTuple):
     pcm: bool = False  # speech in bare samples; else in WAV, all that the library can make
     events: bool = False  # speech in server-sent events; else in bytes
     form: str = "json"  # of a transcript
+    event: str = "image_generation"  # what the names of an image's events begin with
     task: str = "transcribe"  # or "translate"
 
 
@@ -4276,6 +4354,16 @@ IMAGE_FORMATS = (*IMAGE_TYPES.values(), "gif", "svg")
 
 def openai_images_request(body: Fields, context: Context) -> Plan:
     """Images: https://platform.openai.com/docs/api-reference/images/create"""
+    return openai_image_plan(body, context, [], "image_generation")
+
+
+def openai_edits_request(body: Fields, context: Context) -> Plan:
+    """Edits: https://platform.openai.com/docs/api-reference/images/createEdit"""
+    form_scalars(body, "n", "stream")
+    return openai_image_plan(body, context, openai_source_images(body), "image_edit")
+
+
+def openai_image_plan(body: Fields, context: Context, images: list[Part], event: str) -> Plan:
     model_name = body.get("model", str)
     model = model_named(model_name or "gpt-image-1", context, "image")
     prompt, n = openai_nonblank(body, "prompt"), body.number("n", 1, 10, int) or 1
@@ -4283,13 +4371,53 @@ def openai_images_request(body: Fields, context: Context) -> Plan:
     if body.choice("output_format", *IMAGE_FORMATS) not in (None, model.image_format):
         body.ignore("output_format")
     config = {"responseModalities": ["IMAGE"], **openai_image_config(body, model)}
-    call = generate_call(model, False, [], [user_turn(text_part(prompt))], config)
+    call = generate_call(model, False, [], [user_turn(*images, text_part(prompt))], config)
     stream = bool(body.get("stream", bool))
     if stream and form == "url":
         body.ignore("response_format")  # events have no field for one
     by_default = form is None and (model_name or "").startswith("dall-e")
-    options = MediaOptions(form == "url" or by_default)
+    options = MediaOptions(form == "url" or by_default, event=event)
     return Plan((call,) * n, stream, options, model_name or model.name)
+
+
+def openai_source_images(body: Fields) -> list[Part]:
+    """The images to edit: files of a form, or in JSON addresses, bare or in objects."""
+    key = "images" if "images" in body.data else "image"
+    sources = body.require(key, Upload, str, dict, list)
+    if isinstance(sources, list):
+        images = [
+            openai_source_image(source, f"{key}[{i}]", body) for i, source in enumerate(sources)
+        ]
+    else:
+        images = [openai_source_image(sources, key, body)]
+    if not images:
+        raise wrong_value(key, f"Invalid '{key}': {EMPTY_ARRAY}.")
+    return images
+
+
+def openai_source_image(source: Any, path: str, body: Fields) -> Part:
+    if isinstance(source, Upload):
+        data = base64.b64encode(source.data).decode()
+        if not data:
+            raise wrong_value(path, f"Invalid '{path}': the file is empty.")
+        part = media_part(Fields({}), path, data, source.mime, source.name)
+    elif isinstance(source, str):
+        part = source_part(Fields({path: source}), path)
+    else:
+        image = Fields(source, path, body.tracked)
+        no_file_store(image)
+        part = source_part(image, "image_url")
+    mime: str = get_or_empty(part.get("inlineData"), "mimeType", str)
+    if "fileData" not in part and not mime.startswith("image/"):
+        formats = "png, jpeg, webp, heic and heif"
+        raise wrong_value(path, f"Invalid image at '{path}'. Supported formats: {formats}.")
+    return part
+
+
+def parse_form_or_body(raw: bytes, content_type: str) -> Fields:
+    """The client's form, or its JSON."""
+    parse = parse_form if FORM_START.match(content_type) else parse_body
+    return parse(raw, content_type)
 
 
 def openai_image_config(body: Fields, model: Model) -> JSON:
@@ -4330,7 +4458,8 @@ def openai_image_results(answers: Answers) -> Iterator[tuple[Media, Usage]]:
 
 
 def openai_image_usage(usage: Usage) -> JSON:
-    details = {"text_tokens": usage.prompt, "image_tokens": 0}
+    images = min(usage.image_input, usage.prompt)
+    details = {"text_tokens": usage.prompt - images, "image_tokens": images}
     return openai_media_usage(usage, input_tokens_details=details)
 
 
@@ -4348,7 +4477,7 @@ def openai_images_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]
     """Each image when it is there: Gemini sends no partial ones."""
     for image, usage in openai_image_results(answers):
         yield {
-            "type": "image_generation.completed",
+            "type": f"{exchange.options.event}.completed",
             "b64_json": image.data,
             "created_at": int(exchange.created),
             **dict.fromkeys(("size", "quality", "background"), "auto"),
@@ -4536,7 +4665,7 @@ def openai_recording(body: Fields) -> Part:
 def openai_transcript_words(body: Fields, task: str, timed: bool) -> str:
     """What Gemini is to do with the recording."""
     languages = [*filter(None, body.strings("language") + body.strings("languages"))]
-    prompt = body.get("prompt", str)
+    prompt, keywords = body.get("prompt", str), [*filter(None, body.strings("keywords"))]
     words = [TASKS[task]]
     if timed:
         words.append("Cut it into segments at pauses and at changes of the speaker.")
@@ -4547,6 +4676,8 @@ def openai_transcript_words(body: Fields, task: str, timed: bool) -> str:
         )
     if languages:
         words.append(f"Spoken is (ISO 639): {', '.join(languages)}.")
+    if keywords:
+        words.append(f"These words may occur in it, spelt so: {', '.join(keywords)}.")
     if prompt:
         hint = "Spell names and words as in this text, or go on from it, but do not repeat it: "
         words.append(hint + prompt)
@@ -5749,7 +5880,9 @@ COMPACTION = (openai_compact_request, openai_compact_response)
 NO_WEB_SOCKET = Refusal(426, "There is no WebSocket here: use POST.", {"Upgrade": "HTTP/1.1"})
 INPUT_TOKENS = (openai_input_tokens_request, openai_input_tokens_response)
 EMBEDDINGS = (openai_embeddings_request, openai_embeddings_response)
-IMAGES = (openai_images_request, openai_images_response, openai_images_stream, NAMED_SSE)
+IMAGE_ANSWERS = (openai_images_response, openai_images_stream, NAMED_SSE)
+IMAGES = (openai_images_request, *IMAGE_ANSWERS)
+EDITS = (openai_edits_request, *IMAGE_ANSWERS)
 SPEECH = (openai_speech_request, openai_speech_response, openai_speech_stream)
 TRANSCRIPTS = (openai_transcriptions_response, openai_transcriptions_stream)
 TRANSCRIPTIONS = (openai_transcriptions_request, *TRANSCRIPTS)
@@ -5772,6 +5905,13 @@ OPENAI_ROUTES = (
     Route("POST", "/v1/embeddings", *EMBEDDINGS),
     Route("POST", "/v1/completions", *COMPLETIONS),
     Route("POST", "/v1/images/generations", *IMAGES, failure=openai_images_failure),
+    Route(
+        "POST",
+        "/v1/images/edits",
+        *EDITS,
+        parse=parse_form_or_body,
+        failure=openai_images_failure,
+    ),
     Route("POST", "/v1/audio/speech", *SPEECH),
     Route("POST", "/v1/audio/transcriptions", *TRANSCRIPTIONS, parse=parse_form),
     Route("POST", "/v1/audio/translations", *TRANSLATIONS, parse=parse_form),
@@ -7294,7 +7434,10 @@ def without_401(protocol: Protocol) -> Protocol:
 
 
 # Paths of OpenAI's that a real Ollama server does not mount, and the protocol as it mounts it.
-OPENAI_ONLY_PATHS = ("/v1/images/generations", "/v1/audio/speech", "/v1/audio/translations")
+OPENAI_ONLY_PATHS = (
+    *("/v1/images/generations", "/v1/images/edits"),
+    *("/v1/audio/speech", "/v1/audio/translations"),
+)
 SHARED_ROUTES = tuple(route for route in OPENAI.routes if route.path not in OPENAI_ONLY_PATHS)
 SHARED_OPENAI = without_401(OPENAI._replace(routes=SHARED_ROUTES))
 
@@ -8046,6 +8189,7 @@ MAX_BACKOFF_SECONDS = 2.0  # a longer wait is left to the client
 RETRY_WINDOW_SECONDS = 30.0  # there is no further attempt later than this
 BROKEN_RETRY_SECONDS = 1.0  # if a connection breaks so early, Gemini has not begun to work
 MAX_PARALLEL_CALLS = 4  # of one request of a client
+MAX_CALLS_OF_ANSWER = 16  # one after the other, where Gemini wants several for a long answer
 BLOCK_BYTES = 64 << 10  # of a body that are read at a time
 MODEL_LIST_SECONDS = 300.0  # how long a list of Gemini's models is used
 STATE_LOCK_SECONDS = 1.0  # how long to wait for a state file that another process has locked
@@ -8662,16 +8806,10 @@ class UpstreamCall:
             if self.call is MODELS_CALL:
                 yield {"models": self.gemini.list_models(self.waiter, self.key)}
                 return
-            response = self.good_response()
             if self.call.passed:
-                yield from self.passed_answer(response)
-            elif self.call.streaming:
-                yield from read_sse(iter(functools.partial(response.read1, BLOCK_BYTES), b""))
+                yield from self.passed_answer(self.good_response())
             else:
-                body = response.read()
-                if len(body) > MAX_ANSWER_BYTES:
-                    raise too_long_answer()
-                yield read_chunk(body)
+                yield from self.answer_chunks()
         except (ProxyError, *TRANSPORT_ERRORS) as failure:
             if self.call.instead and getattr(failure, "status", 0) == 404:
                 yield from self.chunks_instead()
@@ -8681,6 +8819,31 @@ class UpstreamCall:
                 yield {}
         finally:
             self.release()
+
+    def answer_chunks(self) -> Iterator[JSON]:
+        """The chunks of an answer that may take several calls: each goes on where the last one
+        ended."""
+        token = ""
+        for _ in range(MAX_CALLS_OF_ANSWER):
+            last_token = token
+            for chunk in self.response_chunks(self.good_response()):
+                token = continuation_token(chunk) or token
+                yield chunk
+            if token == last_token:
+                return
+            self.release()
+            body = {**(self.call.body or {}), "continuationToken": token}
+            self.call = self.call._replace(body=body)
+            self.attempts, self.began = 0, time.monotonic()
+
+    def response_chunks(self, response: Response) -> Iterator[JSON]:
+        if self.call.streaming:
+            yield from read_sse(iter(functools.partial(response.read1, BLOCK_BYTES), b""))
+            return
+        body = response.read()
+        if len(body) > MAX_ANSWER_BYTES:
+            raise too_long_answer()
+        yield read_chunk(body)
 
     def passed_answer(self, response: Response) -> Iterator[Any]:
         """The answer as it comes: its head, then its bytes. An error does not quote the key."""

@@ -81,6 +81,7 @@ GENERATE = {
     "contents": [CONTENT],
     "systemInstruction": CONTENT,
     "cachedContent": ANY,
+    "continuationToken": ANY,
     "serviceTier": ANY,
     "safetySettings": [{"category": ANY, "threshold": ANY}],
     "tools": [
@@ -123,7 +124,9 @@ GENERATE = {
         "speechConfig": {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": ANY}}},
     },
 }
-EMBED = {"requests": [{"model": ANY, "content": CONTENT, "outputDimensionality": ANY}]}
+EMBED = {
+    "requests": [{"model": ANY, "content": CONTENT, "outputDimensionality": ANY, "taskType": ANY}]
+}
 COUNT = {"contents": [CONTENT], "generateContentRequest": {"model": ANY, **GENERATE}}
 SHAPES = {
     "generateContent": GENERATE,
@@ -1223,6 +1226,14 @@ def test_every_effort_is_legal_on_every_model_and_more_is_never_less(name):
     assert amounts[2] < amounts[4]
 
 
+def test_a_model_with_a_level_above_high_gets_it_for_efforts_above_high():
+    levels = proxy.Levels(("LOW", "MEDIUM", "HIGH", "XHIGH"))
+    model = proxy.model_of("gemini-9")._replace(thinking=levels)
+    efforts = ("high", "xhigh", "max", "ultra")
+    configs = [proxy.thinking_config(model, effort, False)["thinkingLevel"] for effort in efforts]
+    assert configs == ["HIGH", "XHIGH", "XHIGH", "XHIGH"]
+
+
 @pytest.mark.parametrize("name", THINKERS)
 def test_thoughts_are_included_unless_the_effort_is_none(name):
     model = proxy.model_of(name)
@@ -1777,6 +1788,18 @@ def test_a_refused_setting_is_left_out_of_a_second_attempt():
     assert names == ["thinkingConfig"]
     assert second.body["generationConfig"] == {"topK": 3}
     assert "thinkingConfig" in call.body["generationConfig"]
+
+
+@pytest.mark.parametrize(
+    "level, next_level", [("XHIGH", "HIGH"), ("MEDIUM", "HIGH"), ("MINIMAL", "LOW")]
+)
+def test_the_next_level_takes_the_place_of_a_refused_one(level, next_level):
+    call = refused_call()
+    call.body["generationConfig"]["thinkingConfig"]["thinkingLevel"] = level
+    message = f"Thinking level {level} is not supported for this model. Please retry."
+    second, names = proxy.repaired(call, message)
+    assert names == ["thinkingLevel"]
+    assert second.body["generationConfig"]["thinkingConfig"] == {"thinkingLevel": next_level}
 
 
 def test_a_refused_signature_becomes_the_placeholder():
@@ -2763,6 +2786,14 @@ def test_a_named_choice_without_tools_is_ignored():
     assert "toolConfig" not in plan.calls[0].body
 
 
+@pytest.mark.parametrize(
+    "tier, sent", [("flex", "flex"), ("priority", "priority"), ("fast", "priority"), ("auto", None)]
+)
+def test_service_tiers_have_geminis_names(tier, sent):
+    assert gemini_body(chat(service_tier=tier)).get("serviceTier") == sent
+    assert response_to({"service_tier": tier}, whole("Hi"))["service_tier"] == (sent or "default")
+
+
 def test_googles_own_settings_pass():
     google = {
         "thinking_config": {"thinking_budget": 800, "include_thoughts": True},
@@ -3350,6 +3381,26 @@ def test_texts_to_embed_become_a_batch_and_a_count():
     }
 
 
+@pytest.mark.parametrize(
+    "more, task",
+    [
+        ({"task_type": "RETRIEVAL_QUERY"}, "RETRIEVAL_QUERY"),
+        ({"task_type": "code_retrieval_query"}, "CODE_RETRIEVAL_QUERY"),
+        ({"input_type": "search_document"}, "RETRIEVAL_DOCUMENT"),
+        ({"input_type": "passage"}, "RETRIEVAL_DOCUMENT"),
+        ({"input_type": "query"}, "RETRIEVAL_QUERY"),
+        ({"input_type": "strange"}, None),
+        ({"input_type": "query", "model": "gemini-embedding-2"}, None),
+    ],
+)
+def test_what_vectors_are_for_is_a_task_type_or_named_as_ignored(more, task):
+    body = {**TWO_TEXTS, **more}
+    plan, ignored = plan_and_ignored(body, proxy.openai_embeddings_request)
+    requests = plan.calls[0].body["requests"]
+    assert [request.get("taskType") for request in requests] == [task, task]
+    assert ignored == ([] if task else ["input_type"])
+
+
 def test_vectors_have_unit_length():
     assert embed(TWO_TEXTS, TWO_VECTORS, [{"totalTokens": 7}]) == {
         "object": "list",
@@ -3568,6 +3619,87 @@ def test_streamed_images_are_one_event_each():
         "usage": IMAGE_USAGE,
     }
     assert draw(*answers, n=2, stream=True)[1] == [event, event]
+
+
+def edit(*answers, **body):
+    body = {"model": "gemini-2.5-flash-image", "prompt": "A dot", "image": PNG_UPLOAD, **body}
+    return endpoint("images/edits", body, *answers)
+
+
+PNG_UPLOAD = proxy.Upload("dot.png", "image/png", base64.b64decode(PNG))
+PNG_LINK = f"data:image/png;base64,{PNG}"
+DOT = {"inlineData": {"mimeType": "image/png", "data": PNG}}
+LINK_PART = {"fileData": {"fileUri": "https://example.com/a.png", "mimeType": "image/png"}}
+
+
+@pytest.mark.parametrize(
+    "images, parts",
+    [
+        ({"image": PNG_UPLOAD}, [DOT]),
+        ({"image": [PNG_UPLOAD, PNG_UPLOAD]}, [DOT, DOT]),
+        ({"image": PNG_LINK}, [DOT]),
+        (
+            {"images": [{"image_url": PNG_LINK}, {"image_url": "https://example.com/a.png"}]},
+            [DOT, LINK_PART],
+        ),
+        ({"images": [PNG_LINK]}, [DOT]),
+    ],
+)
+def test_the_images_to_edit_stand_before_the_prompt(images, parts):
+    body = {"prompt": "Redder", "size": "1024x1024", "mask": PNG_UPLOAD, "n": "2", **images}
+    plan, ignored = plan_and_ignored(body, proxy.openai_edits_request)
+    assert plan.calls[0].body["contents"] == [u(*parts, "Redder")]
+    assert plan.calls[0].body["generationConfig"]["imageConfig"] == {"aspectRatio": "1:1"}
+    assert len(plan.calls) == 2
+    assert ignored == ["mask"]
+
+
+def test_an_edited_image_is_answered_as_openais():
+    usage = {**USAGE, "promptTokensDetails": [{"modality": "IMAGE", "tokenCount": 3}]}
+    answer, events = edit([whole(blob("image/png", PNG), usage=usage)], stream="true")
+    counts = {**IMAGE_USAGE, "input_tokens_details": {"text_tokens": 1, "image_tokens": 3}}
+    assert answer["usage"] == counts
+    assert events[0]["type"] == "image_edit.completed"
+    assert events[0]["usage"] == counts
+
+
+@pytest.mark.parametrize(
+    "path, more",
+    [
+        ("image", {"image": None}),
+        ("image", {"image": []}),
+        ("image", {"image": proxy.Upload("a.png", "image/png", b"")}),
+        ("image", {"image": proxy.Upload("a.txt", "text/plain", b"Hi")}),
+        ("image[1]", {"image": [PNG_UPLOAD, proxy.Upload("a.gif", "", b"GIF89a")]}),
+        ("image[0]", {"image": [7]}),
+        ("image", {"image": "http://127.0.0.1/a.png"}),
+        ("images[0].file_id", {"images": [{"file_id": "file-1"}]}),
+        ("images[0].image_url", {"images": [{}]}),
+        ("prompt", {"prompt": " "}),
+        ("n", {"n": "11"}),
+    ],
+)
+def test_what_cannot_be_edited_is_a_400_with_the_place(path, more):
+    body = {"prompt": "x", "image": PNG_UPLOAD, **more}
+    assert refused(body, proxy.openai_edits_request).path == path
+
+
+@pytest.mark.parametrize("as_form", [True, False])
+def test_edits_come_in_forms_and_in_json(server, gemini, as_form):
+    gemini.say(whole(blob("image/png", PNG)))
+    raw, content_type = form(
+        ("image[]", "a.png", "image/png", PNG_UPLOAD.data),
+        ("image[]", "b.png", "image/png", PNG_UPLOAD.data),
+        ("prompt", "Redder"),
+    )
+    if not as_form:
+        body = {"images": [{"image_url": PNG_LINK}] * 2, "prompt": "Redder"}
+        raw, content_type = json.dumps(body).encode(), "application/json"
+    with RawClient(server) as client:
+        headers = {"Content-Type": content_type}
+        status, _, answer = client.request("POST", "/v1/images/edits", raw, **headers)
+    assert (status, json.loads(answer)["data"]) == (200, [{"b64_json": PNG}])
+    assert gemini.bodies[-1]["contents"] == [u(DOT, DOT, "Redder")]
 
 
 @pytest.mark.parametrize("more", [{"response_format": "url"}, {"model": "dall-e-2"}])
@@ -3911,6 +4043,12 @@ def test_a_transcript_asks_with_the_recording_and_words():
     assert sent["generationConfig"]["temperature"] == 0.2
     assert sent["generationConfig"]["thinkingConfig"] == {"thinkingLevel": "LOW"}
     assert sent["generationConfig"]["responseJsonSchema"]["properties"]["segments"]
+
+
+def test_keywords_of_a_recording_are_in_the_prompt():
+    body = {**TIMED_BODY, "keywords": ["Oslo", "", "Bergen"]}
+    sent = plan_and_ignored(body, proxy.openai_transcriptions_request)[0].calls[0].body
+    assert "spelt so: Oslo, Bergen." in sent["contents"][0]["parts"][1]["text"]
 
 
 def test_what_a_transcript_cannot_do_is_named_as_ignored():
@@ -7700,6 +7838,7 @@ ANY_BODY = {
     "from": FLASH,
     "stream_format": "sse",
     "file": proxy.Upload("a.wav", "audio/wav", b"x"),
+    "image": f"data:image/png;base64,{PNG}",
 }  # every route with a stream takes it
 
 
@@ -8736,6 +8875,58 @@ def test_only_what_may_go_well_is_tried_again(gemini, service, monkeypatch, answ
     error = service.error()
     assert len(gemini.bodies) == attempts
     assert error.status == (answer.status if answer.raw is None else 502)
+
+
+def cut_off(*parts, token="dG9r", usage=None):
+    """The last chunk of a call whose answer another call goes on with."""
+    return chunk(*parts, finish="CONTINUATION", continuationToken=token, usage=usage)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_is_to_be_continued_is(gemini, service, stream):
+    call = proxy.generate_call(proxy.model_of(NEWEST), stream, [], [u("Hi")], {})
+    gemini.say(cut_off("One "), cut_off("two ", token="dG9s"), whole("three."))
+    chunks = service.chunks(call)
+    assert [one["candidates"][0]["content"]["parts"][0]["text"] for one in chunks] == [
+        "One ",
+        "two ",
+        "three.",
+    ]
+    tokens = [body.pop("continuationToken", None) for body in gemini.bodies]
+    assert tokens == [None, "dG9r", "dG9s"]
+    assert gemini.bodies == [call.body] * 3
+    assert gemini.opened == 1
+
+
+@pytest.mark.parametrize(
+    "answers, calls",
+    [
+        ([cut_off("One", token="")], 1),
+        ([cut_off("One"), cut_off("Two")], 2),
+        ([cut_off(str(i), token=str(i)) for i in range(99)], proxy.MAX_CALLS_OF_ANSWER),
+    ],
+    ids=["no token", "the same token", "no end"],
+)
+def test_an_answer_that_does_not_get_on_is_not_continued_for_ever(gemini, service, answers, calls):
+    gemini.say(*answers)
+    assert len(service.chunks(PLAIN)) == len(gemini.bodies) == calls
+
+
+def test_an_answer_that_cannot_be_continued_ends_with_the_error(gemini, server):
+    gemini.say(cut_off("One "), gemini_error(400, "no more"))
+    wire = post(server, body=chat(stream=True))[2].decode()
+    assert "One " in wire
+    assert "no more" in wire
+    assert "[DONE]" not in wire
+
+
+def test_a_continued_answer_is_one_answer_to_the_client(gemini, server):
+    first, second = ({"promptTokenCount": 9, "candidatesTokenCount": n} for n in (5, 2))
+    gemini.say(cut_off("One ", usage=first), whole("two.", usage=second))
+    answer = post_json(server, body=chat())
+    assert answer["choices"][0]["message"]["content"] == "One two."
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (9, 7)
 
 
 def test_a_short_overload_is_not_noticed(gemini, service):
@@ -12047,6 +12238,24 @@ MEDIA_SAMPLES = {  # of each of the smaller endpoints: what it needs, and values
             "user": "u",
         },
     ),
+    "images/edits": (
+        {"model": "dall-e-3", "prompt": "x", "image": PNG_UPLOAD},
+        {
+            "n": 2,
+            "size": "1536x1024",
+            "stream": True,
+            "response_format": "url",
+            "output_format": "webp",
+            "quality": "high",
+            "background": "transparent",
+            "moderation": "low",
+            "mask": PNG_UPLOAD,
+            "input_fidelity": "high",
+            "output_compression": 50,
+            "partial_images": 2,
+            "user": "u",
+        },
+    ),
     "audio/speech": (
         {"model": "tts-1", "input": "x"},
         {
@@ -12062,6 +12271,7 @@ MEDIA_SAMPLES = {  # of each of the smaller endpoints: what it needs, and values
         {
             "language": "no",
             "languages": ["no", "sv"],
+            "keywords": ["Oslo"],
             "prompt": "x",
             "response_format": "srt",
             "temperature": "0.5",
