@@ -8050,7 +8050,7 @@ def predict_bodies(requests: list[JSON], most: int) -> Iterator[JSON]:
     size, parameters = 0, None
     for request in requests:
         parts = get_or_empty(request.get("content"), "parts", list)
-        instance = {"content": texts_of(parts)}
+        instance = {"content": "".join(get_or_empty(part, "text", str) for part in parts)}
         instance.update(given(task_type=request.get("taskType"), title=request.get("title")))
         options = given(outputDimensionality=request.get("outputDimensionality"))
         length = len(instance["content"].encode(errors="replace"))
