@@ -5579,34 +5579,23 @@ class ResponseBuilder:
 
     def start(self, item: MessageItem | ReasoningItem) -> Iterator[JSON]:
         self.open = item
+        if isinstance(item, MessageItem):
+            self.messages.append(item)
         yield self.add(item.prefix, item.item())
         yield self.item_event(f"{item.part_event}.added", **item.place, part=item.part())
 
-    def start_message(self) -> Iterator[JSON]:
-        message = MessageItem(self.length)
-        self.messages.append(message)
-        yield from self.start(message)
-
-    def add_text(self, text: str) -> Iterator[JSON]:
-        if not isinstance(self.open, MessageItem):
-            yield from self.close()
-            yield from self.start_message()
-        self.length += len(text)
-        for piece in delta_pieces(text):
-            yield self.delta(piece)
-
-    def add_thought(self, text: str) -> Iterator[JSON]:
-        if not isinstance(self.open, ReasoningItem):
-            yield from self.close()
-            yield from self.start(ReasoningItem())
-        for piece in delta_pieces(text):
-            yield self.delta(piece)
-
-    def delta(self, text: str) -> JSON:
+    def add_text(self, text: str, thought: bool = False) -> Iterator[JSON]:
         item = self.open
-        assert item is not None
-        item.pieces.append(text)
-        return self.item_event(f"{item.text_event}.delta", **item.place, delta=text, **item.more)
+        if item is None or thought != isinstance(item, ReasoningItem):
+            yield from self.close()
+            item = ReasoningItem() if thought else MessageItem(self.length)
+            yield from self.start(item)
+        if not thought:
+            self.length += len(text)
+        for piece in delta_pieces(text):
+            item.pieces.append(piece)
+            place = {**item.place, "delta": piece, **item.more}
+            yield self.item_event(f"{item.text_event}.delta", **place)
 
     def close(self, status: str = "completed", **fields: Any) -> Iterator[JSON]:
         """The end of the message or the thoughts, if either is open."""
@@ -5700,7 +5689,7 @@ class ResponseBuilder:
         for call in calls:
             yield from self.add_call(call)
         if not self.output and status == "completed":
-            yield from self.start_message()
+            yield from self.start(MessageItem(self.length))
             yield from self.close()
         yield from self.end(status, fields)
 
@@ -5788,10 +5777,8 @@ def openai_responses_stream(exchange: Exchange, answers: Answers) -> Iterator[An
             yield from builder.add_image(event)
         elif isinstance(event, Media):
             yield from builder.add_text(media_note(event))
-        elif not event.thought:
-            yield from builder.add_text(event.text)
-        elif builder.options.thoughts:
-            yield from builder.add_thought(event.text)
+        elif not event.thought or builder.options.thoughts:
+            yield from builder.add_text(event.text, event.thought)
 
 
 def openai_responses_response(exchange: Exchange, answers: Answers) -> Kept:
