@@ -335,6 +335,11 @@ class Fields:
         """Name this as ignored, although it was read."""
         self.tracked.append(name)
 
+    def ignore_whole(self, name: str) -> None:
+        """Name this as ignored for all that is in this object."""
+        self.ignore(name)
+        self.mark_read(*self.data)
+
     def ignored(self) -> list[str]:
         """Whatever the client sent and nobody read, by its path without the indexes."""
         names: set[str] = set()
@@ -745,16 +750,6 @@ class Refusal(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
-def no_keys(body: Fields, context: Context) -> list[str]:
-    """For routes that need nothing that is stored."""
-    return []
-
-
-def no_plan(body: Fields, context: Context) -> Plan:
-    """For routes that always give the same answer."""
-    return Plan()
-
-
 class Route(NamedTuple):
     """One endpoint. Path segments in braces are captured; the last one may hold slashes.
 
@@ -765,7 +760,7 @@ class Route(NamedTuple):
 
     method: str
     path: str
-    request: Callable[[Fields, Context], Plan] = no_plan
+    request: Callable[[Fields, Context], Plan] | None = None
     response: Callable[[Exchange, Answers], Any] | None = None
     # Of events and Keep; an AnswerHead before them is how the answer begins.
     stream: Callable[[Exchange, Answers], Iterator[Any]] | None = None
@@ -774,7 +769,7 @@ class Route(NamedTuple):
     # (body, Content-Type); None: the body is not read, but goes on to Gemini as it comes in.
     parse: Callable[[bytes, str], Fields] | None = parse_body
     failure: Callable[[Exchange, ProxyError], list[Any]] | None = None  # last events of a failure
-    keys: Callable[[Fields, Context], list[str]] = no_keys  # of stored texts, besides recipes
+    keys: Callable[[Fields, Context], list[str]] | None = None  # of stored texts, besides recipes
     answer: Any = None
 
     @property
@@ -3153,8 +3148,7 @@ def file_content(part: Fields, model: Model) -> Part:
 def sealed_content(part: Fields, model: Model) -> Part:
     """What only OpenAI can read, such as a result of its own search in the history of another
     model."""
-    part.ignore(f"{without_indexes(part.path)}.encrypted_content")
-    part.mark_read(*part.data)
+    part.ignore_whole(f"{without_indexes(part.path)}.encrypted_content")
     return text_part("[sealed content]")
 
 
@@ -3311,8 +3305,7 @@ class ToolBuilder:
         out, and named as ignored in these words."""
         name_key, url_key, token_key, restriction_key = keys
         if server.data.get(restriction_key) or not server.data.get(url_key):
-            server.ignore(words)
-            server.mark_read(*server.data)
+            server.ignore_whole(words)
             return
         url = server.require(url_key, str)
         public_url(url, server.path_of(url_key), "a public https URL")
@@ -3373,13 +3366,11 @@ def chat_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder, bod
         if tool.get("require_approval", str, dict) == "never":
             builder.host_mcp(tool, OPENAI_MCP, f"tools[].{kind}")
         else:  # Gemini calls without asking anybody
-            tool.ignore(f"tools[].{kind}")
-            tool.mark_read(*tool.data)
+            tool.ignore_whole(f"tools[].{kind}")
     elif searches_tools(tool):
         tool.mark_read(*tool.data)  # chat_tools declares it, once all tools are known
     elif kind not in ("function", "custom") and "function" not in tool.data:
-        body.ignore(f"tools[].{kind}")
-        tool.mark_read(*tool.data)
+        tool.ignore_whole(f"tools[].{kind}")
     else:
         wrapper = kind if kind == "custom" else "function"
         if wrapper in tool.data and tool.data[wrapper] is None:
@@ -3621,6 +3612,7 @@ def openai_call_part(call: Fields) -> Part:
         args = {CUSTOM_INPUT: function.get("input", str) or ""}
     else:
         function = call.require_object("function")
+        function.mark_read("index")  # where Ollama has it
         args = call_arguments(function)
     name = function.require("name", str)
     return call_part(name, args, call_id, client_signature(call, function))
@@ -3648,8 +3640,7 @@ def openai_chosen_tools(choice: Fields, key: str, tools: Tools) -> tuple[str | N
     if kind in ("function", "custom"):
         return "ANY", [openai_chosen_name(choice, tools)]
     if kind != "allowed_tools":
-        choice.ignore(key)
-        choice.mark_read(*choice.data)
+        choice.ignore_whole(key)
         return None, []
     allowed = choice.object("allowed_tools") or choice
     mode = allowed.choice("mode", "auto", "required")
@@ -3684,11 +3675,12 @@ MAX_CHOICES = 128  # of one request
 
 
 class ChatOptions(NamedTuple):
-    """What the answer to a chat depends on."""
+    """What the answer to a chat or a completion depends on."""
 
     legacy: bool = False  # functions in place of tools
     usage: bool = False  # a last chunk with the token counts
     wav: bool = False  # audio as WAV
+    echoes: tuple[str, ...] = ()  # for each choice of a completion what stands before its text
 
 
 def openai_chat_request(body: Fields, context: Context) -> Plan:
@@ -4205,13 +4197,6 @@ COMPLETION_INSTRUCTION = (
 MAX_ECHO = 2**22  # characters of prompts that several choices repeat
 
 
-class CompletionOptions(NamedTuple):
-    """What the answer to a completion depends on."""
-
-    echoes: tuple[str, ...]  # for each choice what stands before its text
-    usage: bool = False  # a last chunk with the token counts
-
-
 def openai_completions_request(body: Fields, context: Context) -> Plan:
     """Legacy completions: https://platform.openai.com/docs/api-reference/completions/create"""
     model_name = body.require("model", str)
@@ -4238,7 +4223,7 @@ def openai_completions_request(body: Fields, context: Context) -> Plan:
         if n > 1 and sum(map(len, echoes)) > MAX_ECHO:
             why = f"{n} choices would repeat more than {MAX_ECHO} characters of the prompt"
             raise wrong_value("echo", f"Invalid value for 'echo': {why}.")
-    options = CompletionOptions(tuple(echoes), openai_counts_tokens(body))
+    options = ChatOptions(usage=openai_counts_tokens(body), echoes=tuple(echoes))
     return Plan(tuple(calls), chat.stream, options, model_name, chat=chat)
 
 
@@ -4284,7 +4269,7 @@ def openai_completions_response(exchange: Exchange, answers: Answers) -> JSON:
 
 def openai_completions_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
     """Chunks, choice after choice, in the form of whole completions."""
-    options: CompletionOptions = exchange.options
+    options: ChatOptions = exchange.options
     base = openai_base(exchange, "cmpl-", "text_completion")
     more = {"usage": None} if options.usage else {}
     for index, events in enumerate(answers):
@@ -4860,10 +4845,7 @@ def page_limit(query: Mapping[str, str], default: int, most: int) -> int:
 
 def openai_model_response(exchange: Exchange, answers: Answers) -> JSON:
     name, context = exchange.model, exchange.context
-    model = model_named(name, context, *ALL_USES)
-    entry = usable_models(listed_models(answers), context).get(model.name)
-    if entry is None:
-        raise no_such_model(name)
+    entry = listed_entry(name, answers, context, *ALL_USES)
     if not context.ollama:
         name = plain_name(name, False)
     return openai_model_entry(name, entry, context)
@@ -4914,8 +4896,7 @@ class History:
             item.mark_read("type", "id", "status")
             INPUT_ITEMS[kind](self, item)
         else:
-            item.ignore(f"input[].{kind}")
-            item.mark_read(*item.data)
+            item.ignore_whole(f"input[].{kind}")
 
     def add_message(self, item: Fields) -> None:
         item.mark_read("phase")
@@ -6107,14 +6088,7 @@ def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
     """The parts of a turn of the model's, with its tool calls."""
     message.mark_read("thinking")
     parts = content_parts(message, "content", model) + ollama_images(message)
-    for call in message.objects("tool_calls"):
-        call.mark_read("type", "index")
-        function = call.require_object("function")
-        function.mark_read("index")
-        args = call_arguments(function)
-        name, call_id = function.require("name", str), strip_signature(call.get("id", str))
-        parts.append(call_part(name, args, call_id, client_signature(call, function)))
-    return parts
+    return [*parts, *map(openai_call_part, message.objects("tool_calls"))]
 
 
 def ollama_generate_request(body: Fields, context: Context) -> Plan:
@@ -6385,11 +6359,10 @@ UNLISTED = re.compile(
 )
 
 
-def listed_entry(model_name: str, answers: Answers, context: Context) -> JSON:
+def listed_entry(model_name: str, answers: Answers, context: Context, *uses: str) -> JSON:
     """Gemini's entry for the model that a client means; a 404 if there is none."""
-    entry = usable_models(listed_models(answers), context).get(
-        model_named(model_name, context).name
-    )
+    name = model_named(model_name, context, *uses).name
+    entry = usable_models(listed_models(answers), context).get(name)
     if entry is None:
         raise no_such_model(model_name)
     return entry
@@ -6817,8 +6790,7 @@ def anthropic_parts(message: Fields, key: str, model: Model, role: str = "") -> 
     for block in message.objects(key):
         kind = block.require("type", str)
         if kind not in ANTHROPIC_BLOCKS:  # such as those of tools on Anthropic's servers
-            block.ignore(re.sub(r"\[\d+\]", "[]", block.path) + "." + kind)
-            block.mark_read(*block.data)
+            block.ignore_whole(f"{without_indexes(block.path)}.{kind}")
             continue
         if BLOCK_ROLES.get(kind, role) != role:
             path, home = block.path_of("type"), BLOCK_ROLES[kind]
@@ -6950,13 +6922,11 @@ def anthropic_tools(body: Fields) -> Tools:
             if tool.get("configs", dict) or tool.get("default_config", dict):
                 restricted.add(name)
         else:
-            tool.ignore(f"tools[].{kind}")
-            tool.mark_read(*tool.data)
+            tool.ignore_whole(f"tools[].{kind}")
     for server in body.objects("mcp_servers"):
         server.mark_read("type")
         if server.get("name", str) in restricted:
-            server.ignore("mcp_servers[]")
-            server.mark_read(*server.data)
+            server.ignore_whole("mcp_servers[]")
         else:
             builder.host_mcp(server, ANTHROPIC_MCP, "mcp_servers[]")
     return builder.tools()
@@ -6989,12 +6959,6 @@ def anthropic_tool_choice(body: Fields, tools: Tools) -> ToolChoice:
 # ---- the request ----
 
 
-class AnthropicOptions(NamedTuple):
-    """What only the answer to a message can fulfil."""
-
-    thinking: bool = False  # the client takes thinking blocks, and so signatures in them
-
-
 def anthropic_messages_request(body: Fields, context: Context) -> Plan:
     """Messages: https://platform.claude.com/docs/en/api/messages"""
     body.require("max_tokens", int)
@@ -7023,8 +6987,7 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
     schema = anthropic_schema(body, output)
     chat = Chat(model, system, contents, tools, choice, thinking, sampling, schema)
     chat = chat._replace(recipe=recipe_named(model_name, context), stream=stream)
-    options = AnthropicOptions(takes_blocks)
-    return Plan((chat_call(chat, body),), stream, options, model_name, chat=chat)
+    return Plan((chat_call(chat, body),), stream, takes_blocks, model_name, chat=chat)
 
 
 def anthropic_sampling(body: Fields, model: Model) -> JSON:
@@ -7111,7 +7074,7 @@ def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tu
     A signature travels in a thinking block before its call: clients must send such blocks back.
     https://platform.claude.com/docs/en/build-with-claude/extended-thinking
     """
-    options: AnthropicOptions = exchange.options
+    takes_thinking: bool = exchange.options
     texts: list[str] = []
     for event in events:
         if isinstance(event, Text) and event.thought:
@@ -7122,7 +7085,7 @@ def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tu
         elif isinstance(event, Media):
             yield "text", {"text": media_note(event)}
         elif isinstance(event, ToolCall):
-            if event.signature and options.thinking:
+            if event.signature and takes_thinking:
                 yield "thinking", {"signature": event.signature}
             fields = {"id": event.id, "name": event.name, "input": event.args}
             yield "tool_use", {**fields, **DIRECT_CALL}
@@ -7324,7 +7287,8 @@ def passed_request(body: Fields, context: Context) -> Plan:
     target = urllib.parse.unquote(match.group(2)) if match else ""
     if not match or not re.fullmatch(PASSED_PATHS[method], target):
         raise NoRouteError(404, f"Gemini's API has nothing here ({method} {path[:200]})")
-    fields = [(passed_name(field), field) for field in query.split("&") if field]
+    given_fields = [field for field in query.split("&") if field]
+    fields = [(urllib.parse.unquote_plus(field.partition("=")[0]), field) for field in given_fields]
     withheld = {name for name, _ in fields if WITHHELD.fullmatch(name)}
     for name in withheld - {"key", UPLOAD_TICKET}:
         body.ignore(name)
@@ -7339,11 +7303,6 @@ def passed_request(body: Fields, context: Context) -> Plan:
     call = GeminiCall("?".join(filter(None, (target, kept))), passed=passed)
     model = re.match(r"(?:models/|(?=tunedModels/))([^:]+):", target)
     return Plan((call,), stream=True, model=model.group(1) if model else "")
-
-
-def passed_name(field: str) -> str:
-    """The name of a parameter in a query."""
-    return urllib.parse.unquote_plus(field.partition("=")[0])
 
 
 TOKEN_COUNT = re.compile(rb'"(\w{1,40}TokenCount)": ?(\d{1,12})')
@@ -10183,10 +10142,12 @@ class RequestCycle:
                 del raw  # it may be large
             else:
                 body = no_body(b"", "")
-            keys = recipe_keys(body, context) + route.keys(body, context)
+            keys = recipe_keys(body, context)
+            if route.keys:
+                keys += route.keys(body, context)
             if keys:
                 context = context._replace(stored=server.shelf(self.key).look_up(keys))
-            plan = route.request(body, context)
+            plan = route.request(body, context) if route.request else Plan()
         except RecursionError:
             raise nested_too_deeply() from None
         self.ignored = body.ignored()
@@ -11435,14 +11396,6 @@ def open_server(config: Config) -> Server:
     return server
 
 
-def backend_line(config: Config) -> str:
-    """Who answers, for the log."""
-    backend, place = config.backend, ""
-    if backend.project:
-        place = f" (project {backend.project}, location {backend.location})"
-    return f"{backend.name}{place} at {config.upstream}"
-
-
 def serve(config: Config) -> None:
     """Serve until a signal says stop."""
     signals = Signals(os.environ)
@@ -11450,7 +11403,11 @@ def serve(config: Config) -> None:
     if hasattr(gc, "freeze"):  # PyPy has another collector
         gc.freeze()  # what is there by now stays for good, and need not be looked through
     address = f"api {config.api} at {server.url}"
-    log(f"proxy-to-gemini {VERSION}: {address}, answered by {backend_line(config)}")
+    backend, place = config.backend, ""
+    if backend.project:
+        place = f" (project {backend.project}, location {backend.location})"
+    answerer = f"{backend.name}{place} at {config.upstream}"
+    log(f"proxy-to-gemini {VERSION}: {address}, answered by {answerer}")
     if not server.loopback and not config.proxy_key and not config.client_keys:
         risk = "whoever reaches this port can spend the Gemini key"
         log(f"warning: {risk}; set PROXY_API_KEY, or listen on 127.0.0.1")

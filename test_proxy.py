@@ -688,7 +688,9 @@ class Notes(dict):
 
 def looked_up(route, body, context, notes):
     """The context with what the route wants to know of what is stored."""
-    keys = proxy.recipe_keys(Fields(body), context) + route.keys(Fields(body), context)
+    keys = proxy.recipe_keys(Fields(body), context)
+    if route.keys:
+        keys += route.keys(Fields(body), context)
     return context._replace(stored=proxy.Shelf(notes, "").look_up(keys))
 
 
@@ -7265,7 +7267,7 @@ def test_a_search_can_be_forbidden():
 def test_thinking_by_type_budget_and_effort(model, more, config, takes_blocks):
     body = claude_chat(model=model, **more)
     assert claude_body(body)["generationConfig"].get("thinkingConfig") == config
-    assert claude_plan(body).options.thinking is takes_blocks
+    assert claude_plan(body).options is takes_blocks
 
 
 @pytest.mark.parametrize(
