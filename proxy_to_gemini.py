@@ -1101,10 +1101,6 @@ def text_part(text: str) -> Part:
     return {"text": text}
 
 
-def texts_of(parts: Iterable[Part]) -> str:
-    return "".join(part.get("text", "") for part in parts)
-
-
 # The first bytes of files, which tell their types before any label does: clients label wrongly.
 MAGIC = (
     (rb"\xff\xd8\xff", "image/jpeg"),
@@ -11332,7 +11328,7 @@ class Checker:
         with contextlib.closing(answers):
             (answer,) = next(answers)
         content = get_or_empty(first_candidate(answer), "content", dict)
-        text = texts_of(get_or_empty(content, "parts", list))
+        text = "".join(part.get("text", "") for part in get_or_empty(content, "parts", list))
         return f"{model.name} said {text[:40]!a} after {time.monotonic() - began:.1f} seconds"
 
 
