@@ -136,6 +136,11 @@ SHAPES = {
 }
 
 
+def short_id(value):
+    """The name of a parameter; Windows takes none of 32 KB in its environment, where pytest puts it."""
+    return repr(value)[:40]
+
+
 def unknown_field(value, shape, path=""):
     """Google's complaint about the first field that it does not know, or None."""
     if shape is ANY:
@@ -893,7 +898,7 @@ RUBBISH = [
 ]
 
 
-@pytest.mark.parametrize("raw", RUBBISH)
+@pytest.mark.parametrize("raw", RUBBISH, ids=short_id)
 def test_a_body_that_is_no_json_object_is_a_400(raw):
     with pytest.raises(ProxyError) as caught:
         proxy.parse_body(raw)
@@ -1604,7 +1609,7 @@ def test_arguments_become_an_object_and_lose_nothing(text, args):
 
 
 @pytest.mark.parametrize(
-    "arguments", [NESTED, json.loads(NESTED), '{"a":' * 9999 + "1" + "}" * 9999]
+    "arguments", [NESTED, json.loads(NESTED), '{"a":' * 9999 + "1" + "}" * 9999], ids=short_id
 )
 def test_arguments_that_are_nested_too_deeply_are_a_400_at_their_place(arguments):
     fields = Fields({"arguments": arguments}, "messages[1].tool_calls[0].function")
@@ -3142,7 +3147,9 @@ def test_a_streamed_completion():
 NOVEL = 'Så \\ "😀" ' * 5000  # more than 16 KB in any form
 
 
-@pytest.mark.parametrize("text", ["", "a", "a" * 16_000, "a" * 40_000, NOVEL, "\0" * 9000])
+@pytest.mark.parametrize(
+    "text", ["", "a", "a" * 16_000, "a" * 40_000, NOVEL, "\0" * 9000], ids=short_id
+)
 def test_texts_are_cut_into_deltas_of_16_kb_at_most(text):
     pieces = list(proxy.delta_pieces(text))
     assert "".join(pieces) == text
@@ -3504,7 +3511,7 @@ def test_several_prompts_with_several_choices_and_their_echoes():
     assert [event["choices"][0]["text"] for event in events][:4] == ["Aa", "", "Ab", ""]
 
 
-@pytest.mark.parametrize("prompt", ["x" * 2**20, ["x" * 2**18] * 4])
+@pytest.mark.parametrize("prompt", ["x" * 2**20, ["x" * 2**18] * 4], ids=short_id)
 def test_several_choices_repeat_a_short_prompt_only(prompt):
     body = {"model": FLASH, "prompt": prompt, "echo": True}
     plan = plan_and_ignored({**body, "n": 4}, proxy.openai_completions_request)[0]
@@ -4944,6 +4951,7 @@ def test_a_call_of_a_custom_tool_in_a_namespace_has_its_own_events():
         (FLAT, "weather", {"city": NOVEL}, "function_call_arguments", {"city": NOVEL}),
         (NAMESPACE, "code.apply_patch", {"input": NOVEL}, "custom_tool_call_input", NOVEL),
     ],
+    ids=short_id,
 )
 def test_long_calls_of_a_response_are_cut_into_deltas(tool, name, args, kind, value):
     events = response_events({"tools": [tool]}, whole(call(name, args)))
@@ -8827,6 +8835,7 @@ def test_a_body_that_is_cut_off_is_an_incomplete_read(wire, partial):
         OK + b"x: " + b"y" * (64 << 10) + b"\r\n\r\n",
         OK + b"x: y\r\n",
     ],
+    ids=short_id,
 )
 def test_a_head_that_breaks_the_rules_is_an_error(wire):
     with response_of(wire) as response, pytest.raises(http.client.HTTPException):
@@ -9819,7 +9828,7 @@ def test_an_unknown_content_encoding_is_a_415(server):
     assert post(server, body=b"{}", Content_Encoding="zstd")[0] == 415
 
 
-@pytest.mark.parametrize("raw", [raw for raw in RUBBISH if raw])
+@pytest.mark.parametrize("raw", [raw for raw in RUBBISH if raw], ids=short_id)
 def test_rubbish_in_a_body_is_a_400_and_the_connection_goes_on(server, gemini, raw):
     with RawClient(server) as client:
         reply = client.request("POST", "/v1/chat/completions", raw)
