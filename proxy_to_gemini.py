@@ -8661,6 +8661,8 @@ def proxy_for(scheme: str, host: str) -> HttpProxy | None:
 def tls_context() -> ssl.SSLContext:
     """The one TLS context. It reads SSL_CERT_FILE and SSL_CERT_DIR by itself, but not this one."""
     context = ssl.create_default_context()
+    if sys.platform == "darwin" and not ssl.get_default_verify_paths().cafile:
+        context.load_verify_locations("/etc/ssl/cert.pem")  # python.org's Python brings none
     bundle = os.environ.get("REQUESTS_CA_BUNDLE")
     if bundle and os.path.isdir(bundle):
         context.load_verify_locations(capath=bundle)
@@ -10172,6 +10174,8 @@ class RequestCycle:
                 else:
                     self.send_answer(200, self.whole_answer(route, exchange, answers))
         except ProxyError as error:
+            if error.upstream and error.code == "invalid_api_key":
+                server.reload_instead_of(self.key)
             self.add_model_to(error, exchange, waiter)
             raise
         finally:
@@ -10530,6 +10534,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.config = config._replace(key=key, backend=backend)
         self.gemini.use(backend)
         log("the Gemini key was read again")
+
+    def reload_instead_of(self, refused: str) -> None:
+        """Read the key's file again when Gemini refuses the key: Windows has no SIGHUP."""
+        if refused == self.config.key and gemini_key(os.environ) not in ("", refused):
+            self.reload()
 
     def accept_pending(self) -> None:
         """Accept clients that wait, several at a time: a thousand may come at once."""

@@ -10033,6 +10033,20 @@ def key_of(gemini):
     return {name.lower(): value for name, value in gemini.headers[-1].items()}["x-goog-api-key"]
 
 
+def test_the_keys_file_is_read_again_when_gemini_refuses_the_key(gemini, tmp_path, monkeypatch):
+    (tmp_path / "gemini_api_key").write_bytes("AIza-new\r\n".encode("utf-16"))  # as PowerShell does
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    refusal = error_body(400, "API key not valid. Please pass a valid API key.")
+    gemini.say(Say(status=400, raw=json.dumps(refusal).encode()))
+    with serving(gemini.url) as server:
+        assert error_of(post(server))["code"] == "invalid_api_key"
+        assert key_of(gemini) == "the-key"
+        assert post(server)[0] == 200
+        assert key_of(gemini) == "AIza-new"
+
+
 def test_clients_may_bring_their_own_gemini_keys(gemini):
     with serving(gemini.url, api="ollama", client_keys=True) as server:
         for name in ("a", "b"):
