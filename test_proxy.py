@@ -18,6 +18,7 @@ import gc
 import gzip
 import hashlib
 import http.client
+import io
 import json
 import math
 import os
@@ -87,7 +88,13 @@ GENERATE = {
     "tools": [
         {
             "functionDeclarations": [
-                {"name": ANY, "description": ANY, "parametersJsonSchema": SCHEMA}
+                {
+                    "name": ANY,
+                    "description": ANY,
+                    "parametersJsonSchema": SCHEMA,
+                    "parameters_json_schema": SCHEMA,  # as google-genai spells them
+                    "response_json_schema": SCHEMA,
+                }
             ],
             "googleSearch": {"searchTypes": ANY, "timeRangeFilter": ANY},
             "codeExecution": {},
@@ -12530,13 +12537,13 @@ def test_ollamas_library_embeds(ollama_library):
 # ---- anthropic ----
 
 
-@pytest.fixture
-def anthropic_library(gemini):
+@pytest.fixture(params=sorted(proxy.MOUNTS))
+def anthropic_library(gemini, request):
     """Anthropic's client, which checks that answers are of its types."""
     module = pytest.importorskip("anthropic")
     options = {"api_key": "any", "max_retries": 0, "_strict_response_validation": True}
     with (
-        serving(gemini.url, api="ollama", aliases=(("claude-*", NEWEST),)) as server,
+        serving(gemini.url, api=request.param) as server,
         module.Anthropic(base_url=server.url, **options) as client,
     ):
         yield client
@@ -12587,6 +12594,73 @@ def test_anthropics_library_gets_a_rate_limit_with_the_id_of_the_request(anthrop
         anthropic_library.messages.create(messages=[user("Hi")], **CLAUDE_PLAN)
     assert caught.value.request_id
     assert caught.value.request_id == caught.value.body["request_id"]
+
+
+def test_anthropics_library_reads_the_models_page_by_page(anthropic_library):
+    models = list(anthropic_library.models.list(limit=1))
+    assert [model.display_name for model in models] == [FLASH, NEWEST, EMBEDDER][: len(models)]
+    assert len(models) > 1
+    assert anthropic_library.models.retrieve(models[0].id).max_tokens == 65536
+
+
+# ---- google-genai ----
+
+
+@pytest.fixture(params=["v1", "v1beta"])
+def google_library(locked, request):
+    """Google's client, whose key is the one that the server wants of its clients."""
+    genai = pytest.importorskip("google.genai")
+    options = {"base_url": locked.url, "api_version": request.param}
+    with genai.Client(api_key="px-1", http_options=options) as client:
+        yield client
+
+
+def test_googles_library_gets_an_answer_and_a_stream(google_library):
+    plan = {"model": NEWEST, "contents": "Hi"}
+    answer = google_library.models.generate_content(**plan).text
+    pieces = google_library.models.generate_content_stream(**plan)
+    assert answer == "".join(piece.text or "" for piece in pieces)
+    assert answer.endswith("You said: Hi")
+
+
+def test_googles_library_keeps_the_signatures_of_its_calls(google_library, gemini):
+    def weather(city: str) -> str:
+        """The weather in a city."""
+        return f"sunny in {city}"
+
+    conversation = google_library.chats.create(model=NEWEST, config={"tools": [weather]})
+    for city in ("Rome", "Oslo"):
+        gemini.say(whole(call("weather", {"city": city}, city)), whole(f"It is sunny in {city}."))
+        assert conversation.send_message(city).text == f"It is sunny in {city}."
+    parts = [part for content in gemini.bodies[-1]["contents"] for part in content["parts"]]
+    signed = [part["thoughtSignature"] for part in parts if "functionCall" in part]
+    own = [base64.urlsafe_b64encode(base64.b64decode(sign(city))) for city in ("Rome", "Oslo")]
+    assert [text.encode() for text in signed] == own
+
+
+def test_googles_library_lists_models_and_counts_tokens(google_library):
+    assert [model.name for model in google_library.models.list()] == [
+        entry["name"] for entry in MODELS
+    ]
+    assert google_library.models.count_tokens(model=NEWEST, contents="Hi").total_tokens > 0
+
+
+def test_googles_library_gets_googles_words_of_a_refusal(google_library, gemini):
+    from google.genai import errors
+
+    gemini.say(SLOW_DOWN)
+    with pytest.raises(errors.ClientError) as caught:
+        google_library.models.generate_content(model=NEWEST, contents="Hi")
+    assert (caught.value.code, caught.value.status) == (429, "X")  # as the stand-in says
+
+
+def test_googles_library_uploads_a_file_although_it_sends_no_key_with_it(google_library, gemini):
+    started = Say(raw=b"", headers=[("X-Goog-Upload-URL", GOOGLES_UPLOAD)])
+    file = json.dumps({"file": {"name": "files/a", "state": "ACTIVE"}}).encode()
+    gemini.say(started, Say(raw=file, headers=[("X-Goog-Upload-Status", "final")]))
+    data, config = b"hello" * 1000, {"mime_type": "text/plain"}
+    assert google_library.files.upload(file=io.BytesIO(data), config=config).name == "files/a"
+    assert gemini.passed[-1][3] == data
 
 
 # ---- openai ----
