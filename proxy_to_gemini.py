@@ -6149,19 +6149,17 @@ def context_to_keep(exchange: Exchange, answer: str) -> tuple[list[int], tuple[K
     if not options.goes_on:
         return [], ()  # ollama-ai-provider insists on a list
     contents = [*exchange.chat.contents, model_turn(text_part(answer))]
-    for turns in (contents, map(text_turn, contents)):
-        text = encode_json(list(turns))
+    texts = [
+        {**turn, "parts": [part for part in turn["parts"] if "text" in part]} for turn in contents
+    ]
+    for turns in (contents, texts):
+        text = encode_json(turns)
         if len(text) <= MAX_CONTEXT_CHARACTERS:
             digest = hashlib.sha256(text.encode()).digest()
             pairs = [digest[i : i + 2] for i in range(0, 2 * CONTEXT_NUMBERS, 2)]
             numbers = [int.from_bytes(pair, "big") for pair in pairs]
             return numbers, (Keep(context_key(numbers), text),)
     return [], ()
-
-
-def text_turn(content: JSON) -> JSON:
-    """A turn without images and other media."""
-    return {**content, "parts": [part for part in content["parts"] if "text" in part]}
 
 
 # ---- answers to chat and generate ----
@@ -8511,12 +8509,7 @@ class UpstreamRequest(urllib.request.Request):
     """A request to Gemini, with what the pool must know; an idle connection is not `fresh`."""
 
     def __init__(
-        self,
-        url: str,
-        headers: Mapping[str, str],
-        passed: Passed,
-        waiter: Waiter,
-        fresh: bool,
+        self, url: str, headers: Mapping[str, str], passed: Passed, waiter: Waiter, fresh: bool
     ):
         usual = {"User-Agent": f"proxy-to-gemini/{VERSION}", **passed.headers}
         super().__init__(url, headers={**usual, **headers}, method=passed.method)
@@ -10317,8 +10310,9 @@ class RequestCycle:
     def own_headers(self) -> list[tuple[str, str]]:
         """The headers that tell which model answers, and what was ignored of the request."""
         headers: list[tuple[str, str]] = []
-        if self.exchange and self.exchange.plan.answering:
-            headers.append(("x-proxy-model", self.exchange.plan.answering.name))
+        answering = self.exchange and self.exchange.plan.answering
+        if answering:
+            headers.append(("x-proxy-model", answering.name))
         names = [re.sub(r"[^!-+\--~]", "?", name)[:200] for name in self.ignored + self.left_out]
         text = ", ".join(dict.fromkeys(names))
         if len(text) > MAX_IGNORED_CHARACTERS:
