@@ -26,12 +26,13 @@ Where to look
     10. Anthropic                messages and their counting
     11. Gemini's own             its API as it is, passed through
     12. Routing                  which route answers a path, and the protocol of its errors
-    13. Backends                 where a call goes and who pays: the Gemini API or Vertex AI
-    14. Client                   all that talks to Gemini: waiting, connections, attempts, memory
-    15. Server                   all that talks to clients: metrics, HTTP, who may call, answers
-    16. Command line             flags, environment, systemd, workers, checks, start and end
+    13. Credentials              who pays on Google Cloud, and how a token is asked for
+    14. Backends                 where a call goes, and what differs on Vertex AI
+    15. Client                   all that talks to Gemini: waiting, connections, attempts, memory
+    16. Server                   all that talks to clients: metrics, HTTP, who may call, answers
+    17. Command line             flags, environment, systemd, workers, checks, start and end
 
-Sections 1 to 12 are pure: they get values and give values. Time and ids are given to them; what is
+Sections 1 to 14 are pure: they get values and give values. Time and ids are given to them; what is
 stored is looked up before (Route.keys); what must be stored, they return as a Keep. Gemini's
 JSON is the form of parts and turns; a Chat is a question to a model in nobody's dialect, and an
 Answer is what a whole answer adds up to. A fifth dialect fills a Chat and reads an Answer.
@@ -7472,11 +7473,10 @@ def find_route(api: str, method: str, path: str) -> RouteMatch:
 
 
 # ======================================================================================
-# 13. Backends: where a call goes and who pays: the Gemini API or Vertex AI
+# 13. Credentials: who pays on Google Cloud, and how a token is asked for
 # ======================================================================================
 
-# What is said of Google's credentials is from google-auth 2.63 (google/auth, google/oauth2), of
-# Vertex AI from google-genai 3.6 and from recordings.
+# What is said of them here is from google-auth 2.63 (google/auth, google/oauth2).
 
 # ---- RSA keys and JWTs ----
 
@@ -7566,9 +7566,7 @@ OAUTH_URL = "https://oauth2.googleapis.com/token"
 STS_URL = "https://sts.googleapis.com/v1/token"
 VERTEX_AUDIENCE = "https://aiplatform.googleapis.com/"  # of tokens that an account signs itself
 GRANT_TYPE = "urn:ietf:params:oauth:grant-type:"
-METADATA_PATH = "/computeMetadata/v1/"
-SERVICE_ACCOUNT = "instance/service-accounts/default/"
-METADATA_HEADERS = {"Metadata-Flavor": "Google"}
+SERVICE_ACCOUNT = "instance/service-accounts/default/"  # a page of the metadata server's
 
 
 class Credential(NamedTuple):
@@ -7701,9 +7699,13 @@ def federated_grant(credential: Credential, now: float) -> Grant:
     return read_token((yield form_step(url, exchanged, credential.login)))
 
 
+def metadata_step(url: str, page: str) -> TokenStep:
+    headers = {"Metadata-Flavor": "Google"}
+    return TokenStep(f"{url}/computeMetadata/v1/{page}", headers=headers, direct=True)
+
+
 def metadata_grant(credential: Credential, now: float) -> Grant:
-    url = credential.text("url") + METADATA_PATH + SERVICE_ACCOUNT + "token"
-    return read_token((yield TokenStep(url, headers=METADATA_HEADERS, direct=True)))
+    return read_token((yield metadata_step(credential.text("url"), SERVICE_ACCOUNT + "token")))
 
 
 def command_grant(credential: Credential, now: float) -> Grant:
@@ -7731,10 +7733,10 @@ def token_grant(credential: Credential, now: float) -> Grant:
     body.update(given(delegates=get_or_empty(credential.fields, "delegates", list)))
     headers = {"Authorization": f"Bearer {token.value}", "Content-Type": "application/json"}
     answer = parsed_object((yield TokenStep(url, gemini_json(body), headers))) or {}
-    ends = get_or_empty(answer, "expireTime", str)[:19]  # there may be a fraction behind it
+    end = get_or_empty(answer, "expireTime", str)[:19]  # there may be a fraction behind it
     with contextlib.suppress(ValueError):
-        end = datetime.datetime.strptime(ends + "Z", "%Y-%m-%dT%H:%M:%SZ")
-        answer["expires_in"] = end.replace(tzinfo=datetime.timezone.utc).timestamp() - now
+        moment = datetime.datetime.fromisoformat(end + "+00:00")
+        answer["expires_in"] = moment.timestamp() - now
     answer["access_token"] = answer.get("accessToken")
     return read_token(encode_json(answer))._replace(refresh_token=token.refresh_token)
 
@@ -7746,9 +7748,10 @@ def read_token(text: str) -> Token:
     if not re.fullmatch(r"[!-~]{1,16384}", value):
         message = "What should give an access token for Vertex AI gives none that can be used."
         raise ProxyError(502, message, upstream=True)
-    life = TOKEN_LIFE_SECONDS  # also where it does not say: a 401 mends that
-    with contextlib.suppress(ValueError, TypeError):
-        life = float(answer.get("expires_in", life))
+    try:
+        life = float(answer["expires_in"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        life = TOKEN_LIFE_SECONDS  # a 401 mends it where it does not live so long
     life = min(MAX_TOKEN_LIFE_SECONDS, max(1.0, life))  # NaN is 1
     return Token(value, life, get_or_empty(answer, "refresh_token", str))
 
@@ -7843,7 +7846,11 @@ def read_credential(fields: Any, place: str) -> Credential:
     return FILE_KINDS[kind].complete(credential)
 
 
-# ---- back ends ----
+# ======================================================================================
+# 14. Backends: where a call goes, and what differs on Vertex AI
+# ======================================================================================
+
+# What is said of Vertex AI is from google-genai 3.6, and from recordings.
 
 DEFAULT_UPSTREAM = "https://generativelanguage.googleapis.com"
 
@@ -8010,9 +8017,13 @@ def vertex_chunks(call: GeminiCall, chunks: Iterator[Any]) -> Iterator[Any]:
     if method in VECTOR_METHODS:
         chunks = vertex_vectors(method, chunks)
     if call.passed is None or method in PASSED_METHODS:
-        yield from chunks
-        return
-    answer = next(iter(chunks))
+        return chunks
+    return passed_chunks(target, chunks)
+
+
+def passed_chunks(target: str, chunks: Iterator[JSON]) -> Iterator[Any]:
+    """The answer to a call that is passed through, where Vertex AI was asked something else."""
+    answer: Any = next(chunks)
     if target.startswith("models/") and "models" in answer:
         entries = [entry for entry in answer["models"] if entry["name"] == target]
         answer = next(iter(entries), None)
@@ -8114,7 +8125,7 @@ VERTEX = Backend(
 
 
 # ======================================================================================
-# 14. Client: all that talks to Gemini: waiting, connections, attempts, memory
+# 15. Client: all that talks to Gemini: waiting, connections, attempts, memory
 # ======================================================================================
 
 CONNECT_SECONDS = 10.0  # to connect, and as much silence again during the TLS handshake
@@ -9432,7 +9443,7 @@ def scope_of(key: str) -> str:
 
 
 # ======================================================================================
-# 15. Server: all that talks to clients: metrics, HTTP, who may call, answers
+# 16. Server: all that talks to clients: metrics, HTTP, who may call, answers
 # ======================================================================================
 
 MAX_BODY_BYTES = 128 << 20  # of a request; Gemini takes 100 MB
@@ -10604,7 +10615,7 @@ def malloc_trim() -> Callable[[int], int]:
 
 
 # ======================================================================================
-# 16. Command line: flags, environment, systemd, workers, checks, start and end
+# 17. Command line: flags, environment, systemd, workers, checks, start and end
 # ======================================================================================
 
 NO_KEY = """\
@@ -10684,7 +10695,7 @@ def worker_count(text: str) -> int:
     return int(text)
 
 
-PROJECT = r"([a-z0-9.-]+:)?[a-z][a-z0-9-]{2,29}|[0-9]{1,20}"
+PROJECT = r"([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,29}|[0-9]{1,20}"
 LOCATION = "[a-z]+(-[a-z]+[0-9]+)?"  # it becomes part of a host name
 
 
@@ -10817,6 +10828,9 @@ def google_credential(command: str, env: Mapping[str, str]) -> Credential:
     return credential._replace(fields=fields)
 
 
+METADATA_PAGES = {"account": SERVICE_ACCOUNT + "email", "project_id": "project/project-id"}
+
+
 def metadata_credential(env: Mapping[str, str]) -> Credential:
     """The account of this machine at Google, whose metadata server tells it."""
     if env.get("NO_GCE_CHECK", "").strip().lower() == "true":
@@ -10824,16 +10838,12 @@ def metadata_credential(env: Mapping[str, str]) -> Credential:
     hosts = ["metadata.google.internal", env.get("GCE_METADATA_IP", "") or "169.254.169.254"]
     named = env.get("GCE_METADATA_HOST", "") or env.get("GCE_METADATA_ROOT", "")
     for host in [named] if named else hosts:
-        url = f"http://{host}"
-        pages = [SERVICE_ACCOUNT + "email", "project/project-id"]
-        steps = [
-            TokenStep(url + METADATA_PATH + page, headers=METADATA_HEADERS, direct=True)
-            for page in pages
-        ]
-        with contextlib.suppress(ProxyError):
-            account, project = [token_answer(step).strip() for step in steps]
-            fields = {"url": url, "account": account, "project_id": project}
-            return Credential("metadata server", fields, url)
+        fields = {"url": f"http://{host}"}
+        for name, page in METADATA_PAGES.items():
+            with contextlib.suppress(ProxyError):
+                fields[name] = token_answer(metadata_step(fields["url"], page)).strip()
+        if len(fields) > 1:
+            return Credential("metadata server", fields, fields["url"])
     raise CredentialError(NO_CREDENTIAL)
 
 
