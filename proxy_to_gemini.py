@@ -7920,12 +7920,11 @@ def vertex_calls(call: GeminiCall, backend: Backend) -> tuple[GeminiCall, ...]:
             return ()
         body = get_or_empty(body, "generateContentRequest", dict) or body
         body = {key: value for key, value in body.items() if key != "model"}
-    body, headers = vertex_body(body, backend)
-    return (call._replace(path=f"{path}:{method}", body=body, headers=headers),)
+    return (vertex_body(call._replace(path=f"{path}:{method}", body=dict(body)), backend),)
 
 
 VECTOR_METHODS = ("embedContent", "batchEmbedContents")
-PASSED_METHODS = ("generateContent", "streamGenerateContent")
+TRANSLATED_METHODS = (*VECTOR_METHODS, "countTokens")  # the rest of Gemini's own API just passes
 
 
 def vertex_passed_calls(
@@ -7938,26 +7937,40 @@ def vertex_passed_calls(
         return (MODELS_CALL,)
     if not model.startswith("models/") or isinstance(passed.body, BodyStream):
         raise ProxyError(404, f"Vertex AI has no {target[:200]}: that is the Gemini API's alone.")
-    if method in PASSED_METHODS:
+    if method not in TRANSLATED_METHODS:
         path = vertex_path(model, backend) + call.path[len(model) :]
         return (call._replace(path=path, passed=passed._replace(root=backend.root)),)
-    return vertex_calls(GeminiCall(target, parse_body(passed.body or b"").data), backend)
+    body = parse_body(passed.body or b"")
+    if method == "countTokens":
+        counted = (body.object("generateContentRequest") or body).data
+        counted = {key: value for key, value in counted.items() if key != "model"}
+        return (GeminiCall(f"{vertex_path(model, backend)}:{method}", counted),)
+    for request in body.objects("requests") if "requests" in body.data else [body]:
+        for part in request.require_object("content").objects("parts"):
+            part.get("text", str)
+    return vertex_calls(GeminiCall(target, body.data), backend)
 
 
-def vertex_body(body: JSON, backend: Backend) -> tuple[JSON, tuple[tuple[str, str], ...]]:
-    """(a request as Vertex AI takes it, the headers that say the rest)."""
-    body = dict(body)
-    config = dict(get_or_empty(body, "toolConfig", dict))
+NOT_ON_VERTEX = {"fileSearch", "mcpServers"}  # tools: google/genai/models.py
+
+
+def vertex_body(call: GeminiCall, backend: Backend) -> GeminiCall:
+    """The call with a body of its own as Vertex AI takes it, and with headers that say the rest."""
+    body, left_out, headers = call.body or {}, call.left_out, call.headers
+    tools = [tool for tool in body.get("tools", ()) if not NOT_ON_VERTEX & tool.keys()]
+    if len(tools) < len(body.get("tools", ())):
+        keys = {key for tool in body.pop("tools") for key in tool}
+        left_out += tuple(f"tools.{key}" for key in sorted(keys & NOT_ON_VERTEX))
+        body.update(given(tools=tools))
+    config = dict(body.get("toolConfig", {}))
     if config.pop("includeServerSideToolInvocations", None):  # its tools mix without it
         del body["toolConfig"]
         body.update(given(toolConfig=config))
-    cached = get_or_empty(body, "cachedContent", str)
-    if cached.startswith("cachedContents/"):
-        body["cachedContent"] = backend.place + cached
-    tier = body.pop("serviceTier", None)
-    if tier is None:
-        return body, ()
-    return body, (("X-Vertex-AI-LLM-Shared-Request-Type", tier),)
+    if body.get("cachedContent", "").startswith("cachedContents/"):
+        body["cachedContent"] = backend.place + body["cachedContent"]
+    if "serviceTier" in body:
+        headers += (("X-Vertex-AI-LLM-Shared-Request-Type", body.pop("serviceTier")),)
+    return call._replace(body=body, headers=headers, left_out=left_out)
 
 
 MAX_PREDICT_TEXTS, MAX_PREDICT_TOKENS = 250, 20_000  # of one call; a token has a byte at least
@@ -8016,9 +8029,9 @@ def vertex_chunks(call: GeminiCall, chunks: Iterator[Any]) -> Iterator[Any]:
     method = target.rpartition(":")[2]
     if method in VECTOR_METHODS:
         chunks = vertex_vectors(method, chunks)
-    if call.passed is None or method in PASSED_METHODS:
-        return chunks
-    return passed_chunks(target, chunks)
+    if call.passed and (call.passed.method == "GET" or method in TRANSLATED_METHODS):
+        return passed_chunks(target, chunks)
+    return chunks
 
 
 def passed_chunks(target: str, chunks: Iterator[JSON]) -> Iterator[Any]:
@@ -9301,6 +9314,8 @@ class Gemini:
         """For each call its chunks, in order; its close() hangs up on what is unread."""
         backend = self.backend
         groups = [(call, backend.calls(self.signed(call, key), backend)) for call in calls]
+        for _, group in groups:
+            ignored.extend(name for one in group for name in one.left_out)
         sent = self.sent([one for _, group in groups for one in group], waiter, key, ignored)
         with contextlib.closing(sent):
             for call, group in groups:
@@ -10538,7 +10553,7 @@ class Server(http.server.ThreadingHTTPServer):
             return
         self.config = config._replace(key=key, backend=backend)
         self.gemini.use(backend)
-        log("the Gemini key was read again")
+        log(f"what opens {backend.name} was read again")
 
     def reload_instead_of(self, refused: str) -> None:
         """Read the key's file again when Gemini refuses the key: Windows has no SIGHUP."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import functools
 import gc
@@ -8253,6 +8254,15 @@ def test_what_vertex_says_otherwise_is_said_so():
     assert body["serviceTier"] == "flex"
 
 
+def test_tools_that_vertex_does_not_have_are_left_out_and_named():
+    tools = [{"functionDeclarations": []}, {"mcpServers": []}, {"fileSearch": {}}]
+    call = proxy.GeminiCall("models/m:generateContent", {"contents": [], "tools": tools})
+    (sent,) = proxy.vertex_calls(call, VERTEX)
+    assert sent.body == {"contents": [], "tools": tools[:1]}
+    assert sent.left_out == ("tools.fileSearch", "tools.mcpServers")
+    assert len(call.body["tools"]) == 3
+
+
 def test_tokens_are_counted_of_a_plain_request():
     counted = {"contents": [user("Hi")], "tools": []}
     body = {"generateContentRequest": {"model": "models/m", **counted}}
@@ -8401,6 +8411,21 @@ def test_vectors_of_geminis_own_api_are_translated_both_ways():
     }
 
 
+@pytest.mark.parametrize(
+    "method, body, place",
+    [
+        ("embedContent", {}, "content"),
+        ("embedContent", {"content": {"parts": ["a"]}}, "content.parts[0]"),
+        ("batchEmbedContents", {"requests": [{"content": 5}]}, "requests[0].content"),
+        ("countTokens", {"generateContentRequest": []}, "generateContentRequest"),
+    ],
+)
+def test_a_wrong_request_of_geminis_own_api_is_a_400_that_names_the_place(method, body, place):
+    with pytest.raises(ProxyError) as caught:
+        passed_on_vertex("POST", f"/v1beta/models/m:{method}", json.dumps(body).encode())
+    assert (caught.value.status, caught.value.path) == (400, place)
+
+
 def test_models_of_geminis_own_api_are_in_its_form():
     listed, calls = passed_on_vertex("GET", "/v1beta/models")
     assert calls == (proxy.MODELS_CALL,)
@@ -8459,7 +8484,7 @@ class Service:
     def answers(self, calls, waiter=None, ignored=()):
         """For each call the list of its chunks."""
         waiter = waiter or proxy.Waiter(self.client, 5)
-        answers = self.gemini.answers(calls, waiter, "the-key", ignored)
+        answers = self.gemini.answers(calls, waiter, "the-key", list(ignored))
         with contextlib.closing(answers):
             for chunks in answers:
                 yield list(chunks)
@@ -9051,6 +9076,310 @@ def test_an_old_list_of_models_is_better_than_none(gemini, service):
     gemini.server_close()
     service.gemini.close()
     assert service.chunks(proxy.MODELS_CALL, timeout=0.1) == [{"models": MODELS}]
+
+
+# ---- access ----
+
+VERTEX_GENERATE = {
+    **{key: shape for key, shape in GENERATE.items() if key != "serviceTier"},
+    "toolConfig": {"functionCallingConfig": {"mode": ANY, "allowedFunctionNames": ANY}},
+}
+VERTEX_SHAPES = {
+    "generateContent": VERTEX_GENERATE,
+    "streamGenerateContent": VERTEX_GENERATE,
+    "countTokens": {key: GENERATE[key] for key in ("contents", "systemInstruction", "tools")},
+    "predict": {"instances": [{"content": ANY}], "parameters": {"outputDimensionality": ANY}},
+    "embedContent": {"content": CONTENT, "embedContentConfig": {"outputDimensionality": ANY}},
+}
+VECTOR = {"values": [0.6, 0.8]}
+
+
+class Google(StandIn):
+    """A stand-in for Vertex AI, and for what gives tokens for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.RequestHandlerClass = GoogleHandler
+        self.tokens = []  # so far; the last one is good
+        self.life, self.delay = 3600, 0.0  # of a token; before it is given
+        self.trouble = None  # the Say that is given in place of a token
+        self.listing = Say({"publisherModels": [{"name": f"publishers/google/models/{NEWEST}"}]})
+        self.unauthorized = 0  # requests without a good token
+
+    def give_token(self):
+        time.sleep(self.delay)
+        self.tokens.append(f"ya29.secret-{len(self.tokens)}")
+        if self.trouble:
+            return self.trouble
+        return Say({"access_token": self.tokens[-1], "expires_in": self.life})
+
+
+class GoogleHandler(StandInHandler):
+    def do_GET(self):
+        if "/computeMetadata/v1/" not in self.path:
+            self.send_whole(self.refusal(None) or self.server.listing)
+        elif self.headers["Metadata-Flavor"] != "Google":
+            self.send_whole(Say(status=403))
+        elif self.path.endswith("/token"):
+            self.send_whole(self.server.give_token())
+        else:
+            page = self.path.rpartition("/")[2]
+            self.send_whole(Say(raw={"email": EMAIL, "project-id": "my-project"}[page].encode()))
+
+    def do_POST(self):
+        if self.path != "/token":
+            super().do_POST()
+            return
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_whole(self.server.give_token())
+
+    def refusal(self, body):
+        google = self.server
+        if self.headers["Authorization"] != f"Bearer {(google.tokens or [None])[-1]}":
+            google.unauthorized += 1
+            message = f"Request had invalid credentials: {self.headers['Authorization']}"
+            return gemini_error(401, message, "UNAUTHENTICATED")
+        method = model_and_verb(self.path)[1]
+        if body is None:
+            return None
+        if method not in VERTEX_SHAPES:
+            return gemini_error(404, "Method not found.", "NOT_FOUND")
+        message = unknown_field(body, VERTEX_SHAPES[method])
+        if message:
+            google.refused.append(message)
+            return gemini_error(400, message)
+        if method == "predict":
+            return Say({"predictions": [{"embeddings": VECTOR} for _ in body["instances"]]})
+        if method == "embedContent":
+            return Say({"embedding": VECTOR})
+        return None
+
+
+@pytest.fixture
+def google():
+    with Google() as google:
+        yield google
+        assert not google.refused, google.refused
+
+
+def vertex_at(google, **fields):
+    """Vertex AI with a user's file whose tokens come from this stand-in."""
+    credential = credential_of({**USER_FILE, "token_uri": google.url + "/token", **fields})
+    return VERTEX._replace(credential=credential)
+
+
+@pytest.fixture
+def on_vertex(google):
+    """The client side of Vertex AI."""
+    with Service(google.url) as service:
+        service.gemini.close()
+        service.gemini = proxy.Gemini(google.url, backend=vertex_at(google))
+        service.tokens = service.gemini.tokens
+        yield service
+
+
+def test_a_token_serves_all_calls_and_is_in_no_answer(google, on_vertex):
+    for call in (PLAIN, STREAM, PLAIN):
+        assert on_vertex.chunks(call)
+    assert google.tokens == ["ya29.secret-0"]
+    assert google.paths[0] == f"/v1beta1/{GOOGLE}{FLASH}:generateContent"
+    assert google.headers[0]["Authorization"] == "Bearer ya29.secret-0"
+    assert "X-goog-api-key" not in google.headers[0]
+
+
+def test_the_quota_project_is_named(google):
+    backend = vertex_at(google, quota_project_id="q-project")
+    with Service(google.url) as service:
+        service.gemini.close()
+        service.gemini = proxy.Gemini(google.url, backend=backend)
+        service.chunks(PLAIN)
+    assert google.headers[0]["X-goog-user-project"] == "q-project"
+
+
+def at_once(count, action):
+    """The results of an action in so many threads."""
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda _: action(), range(count)))
+
+
+def test_calls_that_come_together_ask_for_one_token(google, on_vertex):
+    google.delay = 0.2
+    gets = at_once(8, lambda: on_vertex.tokens.get(proxy.Waiter(None, 5)))
+    assert {access.secret for access in gets} == {"ya29.secret-0"}
+    assert len(google.tokens) == 1
+
+
+def test_an_old_token_serves_while_it_is_renewed(google, on_vertex):
+    google.life = 1
+    waiter = proxy.Waiter(None, 5)
+    first = on_vertex.tokens.get(waiter)
+    google.delay, google.life = 0.3, 3600
+    until(lambda: time.monotonic() > first.due)
+    began = time.monotonic()
+    assert on_vertex.tokens.get(waiter) is first
+    assert time.monotonic() - began < 0.2
+    until(lambda: on_vertex.tokens.get(waiter) is not first)
+    assert len(google.tokens) == 2
+
+
+@pytest.mark.parametrize("life, margin", [(3600, 225), (500, 225), (280, 140)])
+def test_a_token_is_due_when_little_of_its_life_is_left(google, on_vertex, life, margin):
+    google.life = life
+    access = on_vertex.tokens.get(proxy.Waiter(None, 5))
+    assert round(access.ends - access.due) == margin
+
+
+def test_a_renewal_in_trouble_leaves_the_old_token_and_is_not_repeated_at_once(
+    google, on_vertex, log_lines, monkeypatch
+):
+    monkeypatch.setattr(proxy, "TOKEN_PAUSE_SECONDS", 60)
+    google.life = 1
+    waiter = proxy.Waiter(None, 5)
+    access = on_vertex.tokens.get(waiter)
+    google.trouble = Say(
+        status=400, raw=b'{"error": "invalid_grant", "error_description": "Gone."}'
+    )
+    until(lambda: time.monotonic() > access.due)
+    assert on_vertex.tokens.get(waiter) is access
+    until(lambda: time.monotonic() > access.ends)
+    for _ in range(3):
+        with pytest.raises(ProxyError) as caught:
+            on_vertex.tokens.get(waiter)
+    assert caught.value.status == 502
+    assert "invalid_grant: Gone. (gcloud auth application-default login)" in caught.value.message
+    assert len(google.tokens) == 2
+    assert log_lines == [caught.value.message + "\n"]
+
+
+def test_a_token_that_is_refused_is_renewed_once_for_all_calls(google, on_vertex):
+    on_vertex.chunks(PLAIN)
+    google.tokens.append("revoked all others")
+    access = on_vertex.tokens.get(proxy.Waiter(None, 5))
+    assert on_vertex.chunks(PLAIN)
+    assert (len(google.tokens), google.unauthorized) == (3, 1)
+    assert on_vertex.tokens.refuse(access)  # by a call that was sent with it before
+    assert on_vertex.tokens.get(proxy.Waiter(None, 5)).secret == google.tokens[-1]
+
+
+def test_a_token_that_is_refused_again_is_an_error_without_the_token(google, on_vertex):
+    google.tokens.append("the only good one")
+    google.give_token = lambda: Say({"access_token": "never-good", "expires_in": 3600})
+    error = on_vertex.error()
+    assert (error.status, google.unauthorized) == (401, 2)
+    assert "never-good" not in error.message
+    assert proxy.KEY_MASK in error.message
+
+
+def test_a_client_that_leaves_waits_for_no_token(google, on_vertex):
+    google.delay = 1.0
+    assert on_vertex.leave_during(PLAIN) < 0.8
+    assert not google.bodies
+
+
+def test_an_office_that_says_nothing_is_an_error_in_time(google, on_vertex, monkeypatch):
+    monkeypatch.setattr(proxy, "TOKEN_ANSWER_SECONDS", 0.1)
+    google.delay = 1.0
+    error = on_vertex.error()
+    assert error.status == 502
+    assert "does not answer in time" in error.message
+
+
+def test_an_office_that_is_busy_is_asked_again_and_one_that_refuses_is_not(google):
+    step = proxy.form_step(google.url + "/token", {"refresh_token": "the-refresh-token"})
+    google.trouble = Say(status=503, raw=b"busy")
+    with pytest.raises(ProxyError, match="says"):
+        proxy.token_answer(step)
+    assert len(google.tokens) == proxy.MAX_TOKEN_ATTEMPTS
+    google.trouble = Say(status=400, raw=b'{"error": "bad: the-refresh-token"}')
+    with pytest.raises(ProxyError) as caught:
+        proxy.token_answer(step)
+    assert len(google.tokens) == proxy.MAX_TOKEN_ATTEMPTS + 1
+    assert caught.value.message.endswith("says: bad: [secret]")
+
+
+def test_a_redirect_of_the_office_is_not_followed(google):
+    google.trouble = Say(status=302, raw=b"", headers=[("Location", google.url + "/elsewhere")])
+    with pytest.raises(ProxyError, match="status 302"):
+        proxy.token_answer(proxy.form_step(google.url + "/token", {}))
+    assert len(google.tokens) == 1
+
+
+def test_the_metadata_server_is_asked_without_a_proxy(google, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    page = proxy.SERVICE_ACCOUNT + "email"
+    assert proxy.token_answer(proxy.metadata_step(google.url, page)) == EMAIL
+
+
+def test_a_subject_token_is_read_from_its_file(tmp_path):
+    (tmp_path / "subject").write_text("the-subject")
+    assert proxy.token_answer(proxy.TokenStep(file=str(tmp_path / "subject"))) == "the-subject"
+    with pytest.raises(ProxyError, match="nowhere"):
+        proxy.token_answer(proxy.TokenStep(file=str(tmp_path / "nowhere")))
+
+
+def python_command(code):
+    return shlex.join([sys.executable, "-c", code])
+
+
+@pytest.mark.parametrize("output", ["the-token\n", '{"access_token": "the-token"}'])
+def test_a_token_command_prints_a_token_or_json(output):
+    command = python_command(f"print({output!r})")
+    credential = proxy.Credential("token command", {"command": command}, "-token-command")
+    assert proxy.fetch_token(credential) == proxy.Token("the-token", 3600.0)
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        (
+            "import sys; print('a\\nno login \\n', file=sys.stderr); sys.exit(7)",
+            "status 7: no login",
+        ),
+        ("import time; time.sleep(60)", "has not ended"),
+    ],
+)
+def test_a_token_command_that_fails_says_why(code, message, monkeypatch):
+    monkeypatch.setattr(proxy, "COMMAND_SECONDS", 0.5)
+    with pytest.raises(ProxyError, match=message):
+        proxy.command_output(python_command(code))
+
+
+def test_a_token_command_that_is_not_there_says_so():
+    with pytest.raises(ProxyError, match="cannot be run"):
+        proxy.command_output("/nonexistent/command")
+
+
+def test_a_refresh_token_that_is_replaced_is_the_next_one_sent(google):
+    tokens = proxy.Tokens(vertex_at(google).credential)
+    google.trouble = Say({"access_token": "t", "refresh_token": "next"})
+    tokens.get(proxy.Waiter(None, 5))
+    assert tokens.credential.text("refresh_token") == "next"
+
+
+def test_another_credential_takes_the_place_of_the_old_one_and_its_token(google, on_vertex):
+    on_vertex.chunks(PLAIN)
+    on_vertex.gemini.use(vertex_at(google, quota_project_id="q-project"))
+    on_vertex.chunks(PLAIN)
+    assert len(google.tokens) == 2
+    assert google.headers[1]["X-goog-user-project"] == "q-project"
+
+
+def test_vectors_are_asked_for_one_by_one_where_there_is_no_batch(google, on_vertex):
+    calls = proxy.embed_calls(proxy.model_of("gemini-embedding-2"), ["a", "b", "c"], None)
+    ((answer,),) = on_vertex.answers(calls)
+    assert answer["embeddings"] == [VECTOR] * 3
+    assert [path.rpartition(":")[2] for path in google.paths] == ["batchEmbedContents"] + [
+        "embedContent"
+    ] * 3
+
+
+@pytest.mark.parametrize("status", [None, 401, 403, 404])
+def test_models_are_known_where_vertex_lists_none(google, on_vertex, status):
+    if status:
+        google.listing = gemini_error(status, "No.")
+    names = [entry["name"] for entry in on_vertex.chunks(proxy.MODELS_CALL)[0]["models"]]
+    assert len(names) == len(set(names)) == len(proxy.VERTEX_MODELS)
+    assert f"models/{NEWEST}" in names
 
 
 # ---- memory ----
