@@ -11500,6 +11500,212 @@ def test_it_starts_with_its_standard_error_closed():
     assert "SHA-256" in done.stdout
 
 
+# ---- Vertex AI ----
+
+
+@pytest.fixture
+def user_file(google, tmp_path):
+    """The path of a user's file whose tokens come from the stand-in."""
+    path = tmp_path / "user.json"
+    path.write_text(json.dumps({**USER_FILE, "token_uri": google.url + "/token"}))
+    return str(path)
+
+
+@pytest.fixture
+def vertex_env(google, user_file):
+    return {
+        "GOOGLE_GENAI_USE_VERTEXAI": "true",
+        "GOOGLE_CLOUD_PROJECT": "my-project",
+        "GOOGLE_APPLICATION_CREDENTIALS": user_file,
+        "GOOGLE_VERTEX_BASE_URL": google.url,
+        "NO_GCE_CHECK": "true",
+    }
+
+
+@pytest.mark.parametrize(
+    "enterprise, vertexai, wanted",
+    [
+        ("", "true", True),
+        ("", "TRUE", True),
+        ("1", "false", True),
+        ("false", "true", False),
+        ("", "0", False),
+        ("", "", False),
+    ],
+)
+def test_the_environment_of_googles_sdk_switches_to_vertex(enterprise, vertexai, wanted):
+    env = {"GOOGLE_GENAI_USE_ENTERPRISE": enterprise, "GOOGLE_GENAI_USE_VERTEXAI": vertexai}
+    assert proxy.uses_vertex(None, {**env, "GOOGLE_CLOUD_PROJECT": "my-project"}) is wanted
+
+
+@pytest.mark.parametrize(
+    "flags, location, place",
+    [
+        ([], "", ("my-project", "global")),
+        ([], "us", ("my-project", "us")),
+        (["-vertex=flag-project"], "us", ("flag-project", "us")),
+        (["-vertex=example.com:a-project/us-east5"], "us", ("example.com:a-project", "us-east5")),
+    ],
+)
+def test_the_flag_wins_over_the_environment(vertex_env, flags, location, place):
+    env = {**vertex_env, "GOOGLE_CLOUD_LOCATION": location}
+    backend = configure(*flags, env=env).backend
+    assert (backend.project, backend.location) == place
+
+
+@pytest.mark.parametrize(
+    "location, host",
+    [
+        ("global", "aiplatform.googleapis.com"),
+        ("eu", "aiplatform.eu.rep.googleapis.com"),
+        ("us-east5", "us-east5-aiplatform.googleapis.com"),
+    ],
+)
+def test_each_location_has_its_server(vertex_env, location, host):
+    del vertex_env["GOOGLE_VERTEX_BASE_URL"]
+    config = configure(env={**vertex_env, "GOOGLE_CLOUD_LOCATION": location, **GEMINI_URL})
+    assert config.upstream == f"https://{host}"
+
+
+GEMINI_URL = {"GOOGLE_GEMINI_BASE_URL": "http://gemini.example"}  # which is not for Vertex AI
+
+
+def test_an_upstream_in_the_flags_is_for_vertex_too(vertex_env):
+    assert configure("-upstream=http://h:1/x", env=vertex_env).upstream == "http://h:1/x"
+
+
+@pytest.mark.parametrize(
+    "place", ["", "/us", "p", "p-1234/", "p-1234/us/x", "a b/us", "p-1234/x.y"]
+)
+def test_a_place_that_is_none_is_a_usage_error(place, capsys):
+    assert exit_of(configure, f"-vertex={place}") == 2
+    assert "PROJECT/LOCATION" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", [["-vertex=my-project", "-client-keys"], ["-token-command=id"], ["-token-command='"]]
+)
+def test_flags_that_do_not_go_together_are_a_usage_error(flags, capsys):
+    assert exit_of(configure, *flags) == 2
+    assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "env, words",
+    [
+        ({"GOOGLE_CLOUD_PROJECT": "a/../b"}, "the project 'a/../b'"),
+        ({"GOOGLE_CLOUD_LOCATION": "evil.example/"}, "the location 'evil.example/'"),
+        ({"GOOGLE_CLOUD_QUOTA_PROJECT": "a\r\nb"}, "the quota project"),
+        ({"GOOGLE_CLOUD_PROJECT": ""}, "GOOGLE_CLOUD_PROJECT"),
+        ({"GOOGLE_APPLICATION_CREDENTIALS": "/nonexistent.json"}, "/nonexistent.json"),
+        ({"GOOGLE_APPLICATION_CREDENTIALS": "/"}, "/ cannot be used"),
+        ({"GOOGLE_APPLICATION_CREDENTIALS": ""}, "GOOGLE_APPLICATION_CREDENTIALS"),
+        ({"GOOGLE_API_KEY": "a b", "GOOGLE_CLOUD_PROJECT": ""}, "GOOGLE_API_KEY"),
+    ],
+)
+def test_what_is_wrong_for_vertex_ends_the_start_with_one_line(vertex_env, env, words):
+    line = exit_of(configure, env={**vertex_env, **env})
+    assert words in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("data", [b"", b"{no json", b"\xff\xfe{\x00", b"[" * 5000, b"[]", b"{}"])
+def test_a_file_that_is_no_credential_ends_the_start_with_one_line(vertex_env, tmp_path, data):
+    (tmp_path / "bad.json").write_bytes(data)
+    path = str(tmp_path / "bad.json")
+    line = exit_of(configure, env={**vertex_env, "GOOGLE_APPLICATION_CREDENTIALS": path})
+    assert path in line
+    assert "\n" not in line
+
+
+def test_the_first_credential_that_is_there_is_taken(tmp_path):
+    gcloud = "application_default_credentials.json"
+    env = {"HOME": str(tmp_path)}
+    assert proxy.credential_path(env) == ""
+    steps = (
+        ({}, tmp_path / ".config" / "gcloud" / gcloud),
+        ({"CLOUDSDK_CONFIG": str(tmp_path / "sdk")}, tmp_path / "sdk" / gcloud),
+        ({"CREDENTIALS_DIRECTORY": str(tmp_path)}, tmp_path / "google_credentials"),
+    )
+    for more, path in steps:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        env.update(more)
+        assert proxy.credential_path(env) == str(path)
+    env["GOOGLE_APPLICATION_CREDENTIALS"] = "missing.json"
+    assert proxy.credential_path(env) == "missing.json"
+
+
+def test_the_project_may_be_the_credentials(vertex_env, tmp_path):
+    (tmp_path / "service.json").write_text(json.dumps(SERVICE_FILE))
+    path = str(tmp_path / "service.json")
+    del vertex_env["GOOGLE_CLOUD_PROJECT"]
+    config = configure(env={**vertex_env, "GOOGLE_APPLICATION_CREDENTIALS": path})
+    assert config.backend.project == "my-project"
+    assert config.key == f"my-project service_account {EMAIL}"
+
+
+def test_a_machine_at_google_needs_no_file(google):
+    host = google.url.partition("//")[2]
+    env = {"GOOGLE_GENAI_USE_VERTEXAI": "1", "GCE_METADATA_HOST": host, "HOME": "/nonexistent"}
+    backend = configure(env=env).backend
+    assert backend.project == "my-project"
+    assert backend.credential.account == EMAIL
+    assert proxy.fetch_token(backend.credential).value == "ya29.secret-0"
+
+
+def test_a_key_alone_is_express_mode(vertex_env):
+    key = {"GOOGLE_API_KEY": "AQ.1", "GEMINI_API_KEY": "AIza-1"}
+    assert configure(env={**vertex_env, **key}).backend.project == "my-project"
+    config = configure(env={**vertex_env, **key, "GOOGLE_CLOUD_PROJECT": ""})
+    assert (config.key, config.backend) == ("AQ.1", proxy.VERTEX)
+
+
+def test_the_unit_loads_the_credential_for_vertex():
+    unit = proxy.systemd_unit(["-vertex=my-project/us"])
+    assert "\nLoadCredential=google_credentials:/etc/proxy-to-gemini/google_credentials\n" in unit
+    assert "-vertex=my-project/us\n" in unit
+    assert "LoadCredential" not in proxy.systemd_unit(["-vertex=my-project", "-token-command=id"])
+
+
+def test_the_checks_walk_the_way_to_vertex(vertex_env, user_file, capsys):
+    config = configure("-vertex=my-project/us", "-listen=127.0.0.1:0", env=vertex_env)
+    assert proxy.run_checks(config) == 0
+    output = capsys.readouterr().out
+    names = [line.split()[1] for line in output.splitlines()]
+    assert names == [f"{name}:" for name in proxy.VERTEX.checks]
+    assert f"authorized_user of an account that it does not name, from {user_file}" in output
+    assert "project my-project, location us" in output
+    assert "ya29" not in output
+
+
+def test_a_failed_check_of_vertex_says_what_to_mend(vertex_env, google, capsys):
+    google.trouble = Say(status=400, raw=b'{"error": "invalid_grant"}')
+    assert proxy.run_checks(configure("-listen=127.0.0.1:0", env=vertex_env)) == 1
+    assert "gcloud auth application-default login" in capsys.readouterr().out
+
+
+def test_the_program_answers_by_vertex_and_reads_its_credential_again(
+    vertex_env, google, user_file
+):
+    with start("-listen=127.0.0.1:0", **vertex_env) as process:
+        line = process.stdout.readline()
+        assert "answered by Vertex AI (project my-project, location global) at" in line
+        server = RemoteServer(int(re.search(r"127\.0\.0\.1:(\d+)", line).group(1)))
+        assert b"Hello" in post(server)[2]
+        Path(user_file).write_text("broken")
+        process.send_signal(signal.SIGHUP)
+        assert post(server)[0] == 200
+        output = process.stdout
+        assert any("the old credential stays" in line for line in iter(output.readline, ""))
+        fields = {**USER_FILE, "token_uri": google.url + "/token", "quota_project_id": "q-project"}
+        Path(user_file).write_text(json.dumps(fields))
+        process.send_signal(signal.SIGHUP)
+        assert any("was read again" in line for line in iter(output.readline, ""))
+        assert post(server)[0] == 200
+    assert google.headers[-1]["X-goog-user-project"] == "q-project"
+
+
 # ---- systemd ----
 
 
