@@ -10557,6 +10557,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def reload_instead_of(self, refused: str) -> None:
         """Read the key's file again when Gemini refuses the key: Windows has no SIGHUP."""
+        if self.config.backend is not GEMINI_API:  # whose tokens are renewed anyway
+            return
         if refused == self.config.key and gemini_key(os.environ) not in ("", refused):
             self.reload()
 

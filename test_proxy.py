@@ -8481,10 +8481,12 @@ class Service:
         (chunks,) = self.answers((call,), waiter)
         return chunks
 
-    def answers(self, calls, waiter=None, ignored=()):
+    def answers(self, calls, waiter=None, ignored=None):
         """For each call the list of its chunks."""
         waiter = waiter or proxy.Waiter(self.client, 5)
-        answers = self.gemini.answers(calls, waiter, "the-key", list(ignored))
+        if ignored is None:
+            ignored = []
+        answers = self.gemini.answers(calls, waiter, "the-key", ignored)
         with contextlib.closing(answers):
             for chunks in answers:
                 yield list(chunks)
