@@ -3186,6 +3186,19 @@ def content_parts(message: Fields, key: str, model: Model) -> list[Part]:
     return parts
 
 
+def add_turn(role: str, parts: list[Part], system: list[Part], contents: list[JSON]) -> None:
+    """Add what one message says. What the system says after the first turn stays in its place: a
+    model obeys it there, and the beginning of the conversation does not change."""
+    if role in ("assistant", "model"):
+        contents.append(model_turn(*parts))
+    elif role not in ("system", "developer"):
+        contents.append(user_turn(*parts))
+    elif contents:
+        contents.append(system_turn(parts))
+    else:
+        system += parts
+
+
 def tool_message_part(
     message: Fields, content: str, id_key: str, model: Model, images: Iterable[Part] = ()
 ) -> Part:
@@ -3567,21 +3580,17 @@ def openai_chat_input(body: Fields, model: Model, context: Context) -> ChatInput
 
 
 def openai_turn(message: Fields, model: Model, system: list[Part], contents: list[JSON]) -> None:
-    """Add what one message says. What the system says after the first turn stays in its place: a
-    model obeys it there, and the beginning of the conversation does not change."""
+    """Add what one message says."""
     role = message.require("role", str).lower()
-    if role == "user":
-        contents.append(user_turn(*content_parts(message, "content", model)))
-    elif role in ("assistant", "model"):
-        contents.append(model_turn(*openai_assistant_parts(message, model)))
-    elif role in ("system", "developer") and contents:
-        contents.append(system_turn(content_parts(message, "content", model)))
-    elif role in ("system", "developer"):
-        system += content_parts(message, "content", model)
+    if role in ("assistant", "model"):
+        parts = openai_assistant_parts(message, model)
     elif role in ("tool", "function"):
-        contents.append(user_turn(tool_message_part(message, "content", "tool_call_id", model)))
+        parts = [tool_message_part(message, "content", "tool_call_id", model)]
+    elif role in OPENAI_ROLES:
+        parts = content_parts(message, "content", model)
     else:
         raise message.unknown_choice("role", role, OPENAI_ROLES)
+    add_turn(role, parts, system, contents)
 
 
 def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
@@ -6060,24 +6069,21 @@ def ollama_chat_request(body: Fields, context: Context) -> Plan:
 
 
 def ollama_history(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
-    """(the system's parts, the turns). System messages between turns stay there, marked as such."""
+    """(the system's parts, the turns)."""
     system: list[Part] = []
     contents: list[JSON] = []
     for message in body.objects("messages"):
         role = (message.get("role", str) or "user").lower()
         if role == "tool":
             images = ollama_images(message)
-            result = tool_message_part(message, "content", "tool_call_id", model, images)
-            contents.append(user_turn(result))
+            parts = [tool_message_part(message, "content", "tool_call_id", model, images)]
         elif role in ("assistant", "model"):
-            contents.append(model_turn(*ollama_assistant_parts(message, model)))
-        elif role not in ("system", "developer"):
-            parts = content_parts(message, "content", model) + ollama_images(message)
-            contents.append(user_turn(*parts))
-        elif contents:
-            contents.append(system_turn(content_parts(message, "content", model)))
+            parts = ollama_assistant_parts(message, model)
+        elif role in ("system", "developer"):
+            parts = content_parts(message, "content", model)
         else:
-            system += content_parts(message, "content", model)
+            parts = content_parts(message, "content", model) + ollama_images(message)
+        add_turn(role, parts, system, contents)
     return system, contents
 
 
@@ -6816,7 +6822,7 @@ ANTHROPIC_ROLES = ("user", "assistant", "system")
 
 
 def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
-    """(the system's parts, the turns). System messages between turns stay there, marked as such."""
+    """(the system's parts, the turns)."""
     parts = anthropic_parts(body, "system", model, "system")
     system = [part for part in parts if not part.get("text", "").startswith(BILLING_HEADER)]
     if len(system) < len(parts):
@@ -6828,14 +6834,7 @@ def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]
             raise message.unknown_choice("role", role, ANTHROPIC_ROLES)
         message.require("content", str, list)
         parts = anthropic_parts(message, "content", model, role)
-        if role == "assistant":
-            contents.append(model_turn(*parts))
-        elif role == "user":
-            contents.append(user_turn(*parts))
-        elif contents:
-            contents.append(system_turn(parts))
-        else:
-            system += parts
+        add_turn(role, parts, system, contents)
     return system, contents
 
 
