@@ -7895,8 +7895,17 @@ class Backend(NamedTuple):
 GEMINI_API = Backend()
 
 
+# No name of Vertex AI's moves on with its models: what those of the Gemini API are there.
+VERTEX_LATEST = {
+    "models/gemini-flash-latest": "models/gemini-3.8-flash",
+    "models/gemini-flash-lite-latest": "models/gemini-3.1-flash-lite",
+    "models/gemini-pro-latest": "models/gemini-3.1-pro-preview",
+}
+
+
 def vertex_path(path: str, backend: Backend) -> str:
     """Where a model is on Vertex AI; one of another project's says so itself."""
+    path = VERTEX_LATEST.get(path, path)
     if path.startswith("projects/"):
         return path
     if path.startswith("models/"):
@@ -10026,15 +10035,15 @@ def with_own_address(answer: AnswerHead, head: RequestHead, config: Config) -> A
     return answer._replace(headers=headers)
 
 
-def upstream_key(head: RequestHead, config: Config) -> str:
+def upstream_key(head: RequestHead, path: str, config: Config) -> str:
     """The key for Gemini: the server's own, or with -client-keys the client's."""
     if not config.client_keys:
         return config.key
     keys = [key for key in client_keys(head) if not is_proxy_key(key, config)]
     if keys and re.fullmatch(KEY_PATTERN, keys[0]):
         return keys[0]
-    if "upload_id" in query_fields(head.target):  # Gemini wants no key with it, and gets none
-        return ""
+    if path.startswith("/upload/") and query_fields(head.target).get("upload_id"):
+        return ""  # Gemini wants no key with the bytes of a file
     raise ProxyError(401, NO_GEMINI_KEY, code="invalid_api_key")
 
 
@@ -10137,7 +10146,7 @@ class RequestCycle:
         else:
             endpoint = find_route(api, method, path)
             self.protocol, self.route_name = endpoint.protocol, endpoint.route.name
-            self.key = upstream_key(head, server.config)
+            self.key = upstream_key(head, path, server.config)
             self.answer(endpoint.route, self.plan(endpoint, path, query))
 
     def plan(self, match: RouteMatch, path: str, query: str) -> Exchange:

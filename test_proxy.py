@@ -8214,6 +8214,7 @@ def wire(path, body, backend=VERTEX, **fields):
         (f"google/{FLASH}", GOOGLE + FLASH),
         (f"publishers/google/models/{FLASH}", GOOGLE + FLASH),
         (f"{FLASH}@001", f"{GOOGLE}{FLASH}@001"),
+        ("gemini-flash-latest", GOOGLE + NEWEST),
         ("endpoints/4711", PLACE + "endpoints/4711"),
         (
             "projects/a.b:c/locations/us/endpoints/4711",
@@ -10960,6 +10961,7 @@ def test_with_keys_of_clients_the_bytes_of_an_upload_need_none(gemini):
         gemini.say(Say(raw=b"{}"))
         assert passing(server, "POST", f"{UPLOAD}?upload_id=a-1", b"abc")[0] == 200
         assert passing(server, "POST", UPLOAD, b"abc")[0] == 401
+        assert passing(server, "POST", GENERATE_PATH + "?upload_id=a-1", CONTENTS)[0] == 401
     assert "x-goog-api-key" not in gemini.passed[-1][2]
 
 
