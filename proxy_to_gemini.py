@@ -693,6 +693,7 @@ class Exchange:
         self.created = self.now = created  # seconds since 1970; the shell moves `now` on
         self.usage = Usage()  # of all that was read so far
         self.prompt: JSON | None = None  # what Gemini's first chunk says of the tokens
+        self.model_status: JSON = {}  # what Gemini says of the model's future
         self.builder: ResponseBuilder | None = None  # from which a failed stream goes on
 
     @property
@@ -1059,7 +1060,80 @@ def model_named(model_name: str, context: Context, *uses: str) -> Model:
     return model_of(name)
 
 
+# ---- models that go ----
+
+
+class Retirement(NamedTuple):
+    """A model that will go, or is gone, and what is known of that."""
+
+    model: str
+    gone: bool
+    date: str  # of its end; "" where Gemini does not say
+    follower: str  # what to use in its place; "" where none is known
+    message: str  # Gemini's own words
+
+    def __str__(self) -> str:
+        words = [f"the model {self.model}", "is gone" if self.gone else "will go"]
+        words += [f"on {self.date}"] if self.date else []
+        words += [f"and is followed by {self.follower}"] if self.follower else []
+        return " ".join(words) + (self.message and f": {self.message}")
+
+
+# Stages at which a model is on its way out: ModelStage in types.py of
+# https://github.com/googleapis/python-genai
+LEAVING_STAGES = ("LEGACY", "DEPRECATED", "RETIRED")
+# Of a 404: "This model models/gemini-2.5-flash is no longer available to new users."
+# (https://github.com/sohzm/cheating-daddy/issues/476)
+GONE = "no longer available"
+
+
+def announced_retirement(model: Model, status: JSON, listed: Iterable[str]) -> Retirement | None:
+    """What the modelStatus of an answer says; None where the model stays."""
+    stage, words = (get_or_empty(status, key, str) for key in ("modelStage", "message"))
+    date = re.match(r"\d{4}-\d\d-\d\d", get_or_empty(status, "retirementTime", str))
+    if stage not in LEAVING_STAGES and not date:
+        return None
+    day = date.group() if date else ""
+    return Retirement(model.name, False, day, follower_of(model.name, words, listed), words)
+
+
+def follower_of(name: str, words: str, listed: Iterable[str]) -> str:
+    """The model that takes this one's place: the one that Gemini's words name, else the newest of
+    its family that is listed, else that family's `latest`."""
+    named = [other.rstrip(".") for other in re.findall(r"\bgemini-[a-z0-9.-]+", words)]
+    family, own = family_of(name)
+    newer = [
+        ("preview" not in other and "exp" not in other, family_of(other)[1], other)
+        for other in listed
+        if family_of(other)[0] == family and family_of(other)[1] > own
+    ]
+    others = [other for other in named if other != name] + [max(newer)[2] for _ in newer[:1]]
+    if family in LATEST_FAMILIES:
+        others.append(f"{family}-latest")
+    return next(iter(others), "")
+
+
+LATEST_FAMILIES = ("gemini-flash", "gemini-flash-lite", "gemini-pro")
+
+
+def family_of(name: str) -> tuple[str, float]:
+    """("gemini-flash-lite", 2.5) of gemini-2.5-flash-lite-preview-09-2025."""
+    number = re.search(r"-(\d+(?:\.\d+)?)(?=-|\Z)", name)
+    family = re.sub(r"-(\d+(\.\d+)?|preview|exp|latest)(?=-|\Z)", "", name)
+    return family, float(number.group(1)) if number else 0.0
+
+
 GEMINI_OPENED = 1702425600  # 13 December 2023, Gemini's API opened; it gives no dates of its models
+
+
+def entry_path(entry: JSON) -> str:
+    """The path of a model in Gemini's entry for it: "models/gemini-2.5-flash"."""
+    path: str = get_or_empty(entry, "name", str)
+    return path
+
+
+def entry_name(entry: JSON) -> str:
+    return entry_path(entry).partition("/")[2]
 
 
 def listed_models(answers: Answers) -> list[JSON]:
@@ -2678,6 +2752,7 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Event]:
             if event is not None:
                 yield event
     usage = reading.whole_usage()
+    exchange.model_status = reading.model_status or exchange.model_status
     exchange.usage = exchange.usage.plus(usage)
     if not reading.reason and not reading.blocked:
         message = "Gemini's answer broke off: it has no finish reason."
@@ -2697,6 +2772,7 @@ class Reading:
         self.usage: JSON = {}
         self.earlier: list[JSON] = []  # the usage of calls that this answer has gone on from
         self.grounding: JSON = {}
+        self.model_status: JSON = {}
         self.reason = self.message = self.blocked = self.signature = ""
         self.pieces: list[tuple[str, bool]] = []  # (text, whether it is Gemini's own, not ours)
         self.calls: list[ToolCall] = []
@@ -2709,6 +2785,8 @@ class Reading:
             self.earlier.append(self.usage)
             self.usage, self.reason = {}, ""
         self.usage = expect(chunk, "usageMetadata", dict) or self.usage
+        if "modelStatus" in chunk:
+            self.model_status = get_or_empty(chunk, "modelStatus", dict)
         if "promptFeedback" in chunk:
             feedback = expect(chunk, "promptFeedback", dict)
             self.blocked = expect(feedback, "blockReason", str) or self.blocked
@@ -8164,6 +8242,9 @@ MAX_PARALLEL_CALLS = 4  # of one request of a client
 MAX_CALLS_OF_ANSWER = 16  # one after the other, where Gemini wants several for a long answer
 BLOCK_BYTES = 64 << 10  # of a body that are read at a time
 MODEL_LIST_SECONDS = 300.0  # how long a list of Gemini's models is used
+RETIREMENT_LOG_SECONDS = 86400.0  # between two log lines about a model that goes
+MAX_LISTED_MODELS = 5000  # that are remembered, in all lists together
+MAX_RETIREMENTS = 100  # models that are remembered as going
 STATE_LOCK_SECONDS = 1.0  # how long to wait for a state file that another process has locked
 KEY_MASK = "[the Gemini key]"
 
@@ -9273,6 +9354,33 @@ class Memory:
 # ---- the service ----
 
 
+class Retirements:
+    """The models that go, as far as Gemini has said so: each is logged once a day."""
+
+    def __init__(self, count: Callable[..., None]):
+        self.count = count  # called with the name of a metric
+        self.listed: dict[str, None] = {}  # paths of the models that were ever listed
+        self.models: dict[str, tuple[float, Retirement]] = {}  # (when it was logged, what it is)
+
+    def see(self, entries: Iterable[JSON]) -> None:
+        """Remember which models a list of Gemini's has."""
+        self.listed.update(dict.fromkeys(map(entry_path, entries)))
+        while len(self.listed) > MAX_LISTED_MODELS:
+            self.listed.pop(next(iter(self.listed)), None)
+
+    def note(self, retirement: Retirement) -> None:
+        """Count it; log it if that was not done today."""
+        self.count("retiring_models_total")
+        name, now = retirement.model, time.monotonic()
+        logged, _ = self.models.get(name, (-math.inf, retirement))
+        if now - logged > RETIREMENT_LOG_SECONDS:
+            logged = now
+            log(str(retirement))
+        self.models[name] = logged, retirement
+        while len(self.models) > MAX_RETIREMENTS:
+            self.models.pop(next(iter(self.models)), None)
+
+
 class Gemini:
     """The service: its connections, its models, and what it must be reminded of."""
 
@@ -9293,6 +9401,7 @@ class Gemini:
         self.opener = urllib.request.OpenerDirector()  # bare: it follows no redirect
         self.opener.add_handler(self.pool)
         self.models: dict[str, tuple[float, list[JSON]]] = {}  # (when, the list) by key
+        self.retirements = Retirements(count)
 
     def close(self) -> None:
         """Close the idle connections and the memory."""
@@ -9359,12 +9468,28 @@ class Gemini:
             try:
                 models = self.read_models(waiter, key)
                 self.models[key] = time.monotonic(), models
+                self.retirements.see(models)
                 while len(self.models) > 32:  # one for each Gemini key (-client-keys)
                     self.models.pop(next(iter(self.models)), None)
             except ProxyError:
                 if models is None:
                     raise
         return models
+
+    def note_status(self, model: Model, status: JSON, key: str) -> None:
+        """Note what an answer says of the future of its model."""
+        _, entries = self.models.get(key, (0.0, []))
+        retirement = announced_retirement(model, status, map(entry_name, entries))
+        if retirement:
+            self.retirements.note(retirement)
+
+    def note_not_found(self, model: Model, error: ProxyError, key: str) -> None:
+        """Note a model that is gone: it was listed once, or Gemini says so."""
+        lost = error.listed is False and model.path in self.retirements.listed
+        if lost or GONE in error.message:
+            _, entries = self.models.get(key, (0.0, []))
+            follower = follower_of(model.name, error.message, map(entry_name, entries))
+            self.retirements.note(Retirement(model.name, True, "", follower, error.message))
 
     def read_models(self, waiter: Waiter, key: str) -> list[JSON]:
         """The models of all pages (ai.google.dev/api/models#method:-models.list)."""
@@ -9562,6 +9687,7 @@ METRICS = {
     "upstream_retries_total": Metric("counter", "Calls that were tried again."),
     "upstream_connections_total": Metric("counter", "Connections to Gemini that were opened."),
     "upstream_idle_connections": Metric("gauge", "Connections to Gemini that wait for a call."),
+    "retiring_models_total": Metric("counter", "Answers and refusals of models that go."),
     "signatures_total": Metric("counter", "Sources of the signatures in histories.", ("origin",)),
     "clients": Metric("gauge", "Connections of clients."),
     "in_flight": Metric("gauge", "Requests under way."),
@@ -10272,11 +10398,12 @@ class RequestCycle:
         if error.code != "model_not_found" or not error.upstream:
             return
         error.model = exchange.model
+        gemini, model = self.server.gemini, exchange.plan.answering
+        if model is None:
+            return
         with contextlib.suppress(ProxyError):
-            models = self.server.gemini.list_models(waiter, self.key)
-            names = [get_or_empty(entry, "name", str) for entry in models]
-            answering = exchange.plan.answering
-            error.listed = answering is not None and answering.path in names
+            error.listed = model.path in map(entry_path, gemini.list_models(waiter, self.key))
+        gemini.note_not_found(model, error, self.key)
 
     # ---- its answer ----
 
@@ -10378,6 +10505,8 @@ class RequestCycle:
         if self.exchange and self.exchange.model:
             usage = self.exchange.usage
             answering = self.exchange.plan.answering
+            if answering and self.exchange.model_status:
+                self.server.gemini.note_status(answering, self.exchange.model_status, self.key)
             tokens = f" {self.exchange.model[:100]!r}"
             if answering and answering.name != self.exchange.model:
                 tokens += f" ({answering.name})"

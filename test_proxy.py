@@ -1289,6 +1289,45 @@ def test_only_the_newer_models_refuse_to_go_on_with_their_own_turn(name, last_ro
     assert proxy.valid_turns(contents, proxy.model_of(name))[-1]["role"] == last_role
 
 
+LISTED = (
+    *("gemini-2.5-flash", "gemini-2.5-flash-lite", "gemini-3.6-flash", "gemini-3.8-flash"),
+    *("gemini-3.9-flash-preview", "gemini-3.1-flash-lite", "gemini-embedding-2"),
+)
+
+
+@pytest.mark.parametrize(
+    "name, words, follower",
+    [
+        ("gemini-2.5-flash", "Use gemini-3.6-flash.", "gemini-3.6-flash"),
+        ("gemini-2.5-flash", "models/gemini-2.5-flash is no longer available", NEWEST),
+        ("gemini-2.5-flash-lite-preview-09-2025", "", "gemini-3.1-flash-lite"),
+        ("gemini-embedding-001", "", "gemini-embedding-2"),
+        ("gemini-2.5-pro", "", "gemini-pro-latest"),
+        ("gemini-9-flash", "", "gemini-flash-latest"),
+        ("gemini-3.1-flash-tts", "", ""),
+    ],
+)
+def test_a_models_follower_is_named_or_the_newest_of_its_family(name, words, follower):
+    assert proxy.follower_of(name, words, LISTED) == follower
+
+
+@pytest.mark.parametrize(
+    "status, words",
+    [
+        ({"modelStage": "LEGACY"}, f"the model {FLASH} will go and is followed by {NEWEST}"),
+        (
+            {"modelStage": "STABLE", "retirementTime": "2026-10-16T00:00:00Z", "message": "Move."},
+            f"the model {FLASH} will go on 2026-10-16 and is followed by {NEWEST}: Move.",
+        ),
+        ({"modelStage": "STABLE"}, None),
+        ({"modelStage": 7, "retirementTime": "soon", "message": None}, None),
+    ],
+)
+def test_what_gemini_says_of_the_future_of_a_model(status, words):
+    retirement = proxy.announced_retirement(proxy.model_of(FLASH), status, LISTED)
+    assert (retirement and str(retirement)) == words
+
+
 # ======================================================================================
 # 3. Writing Gemini
 # ======================================================================================
@@ -10688,6 +10727,64 @@ def test_a_streamed_response_that_breaks_off_is_a_failed_response(server, gemini
 def test_a_refused_response_has_a_status_of_its_own(server, gemini):
     gemini.say(gemini_error(429, "Slow down.", "X"))
     assert post(server, "/v1/responses", RESPONSE_STREAM)[0] == 429
+
+
+# ---- models that go ----
+
+
+LEGACY = {"modelStage": "LEGACY", "retirementTime": "2026-10-16T00:00:00Z", "message": "Move on."}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_will_go_is_logged_once_a_day_and_counted(
+    server, gemini, log_lines, stream, monkeypatch
+):
+    gemini.say(*[[{**chunk("a"), "modelStatus": LEGACY}, whole("b")]] * 3)
+    with RawClient(server) as client:
+        for seconds, lines in ((86400.0, 2), (86400.0, 3), (-1.0, 5)):
+            monkeypatch.setattr(proxy, "RETIREMENT_LOG_SECONDS", seconds)
+            client.request("POST", "/v1/chat/completions", chat(stream=stream))
+            until(lambda lines=lines: len(log_lines) == lines)
+    words = "will go on 2026-10-16 and is followed by gemini-flash-latest: Move on."
+    lines = [line for line in log_lines if "will go" in line]
+    assert lines == [f"the model {FLASH} {words}\n"] * 2
+    assert metrics_of(server)["retiring_models_total"] == 3
+    _, retirement = server.gemini.retirements.models[FLASH]
+    assert (retirement.date, retirement.gone) == ("2026-10-16", False)
+
+
+def test_a_model_that_was_listed_and_is_not_found_any_more_is_gone(
+    server, gemini, log_lines, monkeypatch
+):
+    monkeypatch.setattr(proxy, "MODEL_LIST_SECONDS", -1)
+    with RawClient(server) as client:
+        client.request("GET", "/v1/models")
+    missing, rest = gemini_error(404, f"models/{FLASH} is not found"), {"models": MODELS[1:]}
+    gemini.say(missing, Say(raw=json.dumps(rest).encode()))
+    assert post(server)[0] == 404
+    until(lambda: len(log_lines) == 3)
+    words = f"is gone and is followed by {NEWEST}: models/{FLASH} is not found"
+    assert f"the model {FLASH} {words}\n" in log_lines
+    assert server.gemini.retirements.models[FLASH][1].gone
+
+
+@pytest.mark.parametrize("words", ["is not found", "is no longer available to new users"])
+def test_a_model_that_is_not_served_is_gone_only_if_gemini_says_so(
+    server, gemini, log_lines, words
+):
+    gemini.say(gemini_error(404, f"This model models/{FLASH} {words}."))
+    assert post(server)[0] == 404
+    until(lambda: any("POST" in line for line in log_lines))
+    assert bool(server.gemini.retirements.models) == ("no longer" in words)
+
+
+def test_as_many_models_that_go_are_remembered_as_gemini_may_have(server):
+    retirements = server.gemini.retirements
+    for i in range(proxy.MAX_RETIREMENTS + 5):
+        retirements.note(proxy.Retirement(f"m-{i}", True, "", "", ""))
+    retirements.see({"name": f"models/{i}"} for i in range(proxy.MAX_LISTED_MODELS + 5))
+    assert len(retirements.models) == proxy.MAX_RETIREMENTS
+    assert len(retirements.listed) == proxy.MAX_LISTED_MODELS
 
 
 # ---- names that stand for Gemini's models ----
