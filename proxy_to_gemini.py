@@ -5439,7 +5439,12 @@ def openai_echoed_format(form: JSON | None) -> JSON:
 
 
 def openai_echoed_tool(tool: JSON) -> JSON:
-    """A tool as a response repeats it: with the keys that every function has there."""
+    """A tool as a response repeats it: with the keys that every function has there, and without
+    what opens an MCP server, since a response is stored."""
+    if tool.get("type") == "mcp":
+        return {
+            key: value for key, value in tool.items() if key not in ("authorization", "headers")
+        }
     if tool.get("type") != "function":
         return tool
     return {"description": None, "parameters": None, "strict": False, **tool}

@@ -4881,6 +4881,16 @@ def test_an_mcp_server_that_gemini_cannot_use_as_the_client_wants_it_is_left_out
     assert ignored == ["tools[].mcp"]
 
 
+def test_what_opens_an_mcp_server_is_not_stored():
+    notes = Notes()
+    tool = {**OPENAIS_MCP, "headers": {"X-Key": "h"}}
+    response = response_to({"tools": [tool]}, whole("Hi"), notes=notes)
+    assert response["tools"] == [
+        {key: tool[key] for key in tool if key not in ("authorization", "headers")}
+    ]
+    assert "X-Key" not in str(notes)
+
+
 @pytest.mark.parametrize(
     "path, more",
     [
@@ -13424,6 +13434,41 @@ def test_openais_library_deletes_a_response(openai_library):
         openai_library.responses.retrieve(first.id)
 
 
+def has_method(resource, name):
+    """Skips the test where the library is too old for what it is about."""
+    if not hasattr(resource, name):
+        pytest.skip(f"this library has no {name}()")
+    return getattr(resource, name)
+
+
+def test_openais_library_compacts_a_conversation(lenient_library, gemini):
+    compact = has_method(lenient_library.responses, "compact")
+    gemini.say(whole("We spoke."), whole("Yes."))
+    compacted = compact(model=FLASH, input=[user("Hi"), assistant("Hello.")])
+    assert [item.type for item in compacted.output] == ["message", "compaction"]
+    # Its types know no messages of the user's in an output.
+    items = [item.model_dump(exclude_none=True, warnings=False) for item in compacted.output]
+    items.append(user("And?"))
+    assert lenient_library.responses.create(model=FLASH, input=items).output_text == "Yes."
+    assert gemini.bodies[-1]["contents"] == [u("Hi", *SUMMARY["parts"], "And?")]
+
+
+def test_openais_library_streams_an_answer_after_a_compaction(lenient_library, gemini):
+    gemini.say(whole("We spoke."), whole("Hello."))
+    more = {"extra_body": {"context_management": managed(1)["context_management"]}}
+    with lenient_library.responses.stream(model=FLASH, input="Hi", **more) as stream:
+        response = stream.get_final_response()
+    assert [item.type for item in response.output] == ["compaction", "message"]
+    assert response.output_text == "Hello."
+
+
+def test_openais_library_gets_a_call_of_its_search_for_tools(lenient_library, gemini):
+    gemini.say(whole(call("tool_search", {"query": "weather"})))
+    response = lenient_library.responses.create(model=FLASH, input="Hi", tools=[FINDER])
+    assert response.output[0].type == "tool_search_call"
+    assert response.output[0].arguments == {"query": "weather"}
+
+
 def test_openais_library_gets_a_failed_response_when_gemini_hangs_up(openai_library, gemini):
     gemini.say(Say(chunk("Hel"), cut=1))
     events = list(openai_library.responses.create(model=FLASH, input="Hi", stream=True))
@@ -13440,6 +13485,14 @@ def test_openais_library_draws_an_image(openai_library, gemini):
     plan = {"prompt": "A dot", "size": "1536x1024", "output_format": "png"}
     images = openai_library.images.generate(model="gpt-image-1", **plan)
     assert images.data[0].b64_json == PNG
+
+
+def test_openais_library_edits_images(openai_library, gemini):
+    gemini.say(whole(blob("image/png", PNG)))
+    files = [("a.png", PNG_UPLOAD.data), ("b.png", PNG_UPLOAD.data)]
+    plan = {"model": "gpt-image-1", "prompt": "Redder", "image": files, "mask": files[0]}
+    assert openai_library.images.edit(**plan).data[0].b64_json == PNG
+    assert gemini.bodies[-1]["contents"] == [u(DOT, DOT, "Redder")]
 
 
 def test_openais_library_streams_an_image(openai_library, gemini):
