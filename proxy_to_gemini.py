@@ -7084,7 +7084,8 @@ def anthropic_thinking(body: Fields, output: Fields) -> tuple[Thinking, bool]:
     if thinking is None:
         return Thinking(effort, answer_only=True, field="output_config.effort"), False
     budget = thinking.number("budget_tokens", 1, math.inf, int)
-    if thinking.require("type", str) == "disabled":
+    thinking.require("type", str)
+    if thinking.choice("type", "enabled", "adaptive", "disabled") == "disabled":
         return Thinking("none", answer_only=True, field="thinking"), False
     show = thinking.get("display", str) != "omitted"
     return Thinking(effort, budget, show, field="thinking"), True

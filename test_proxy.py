@@ -7372,6 +7372,7 @@ def test_thinking_by_type_budget_and_effort(model, more, config, takes_blocks):
         ),
         ("tools[0].name", claude_chat(tools=[{"input_schema": {}}])),
         ("thinking.type", claude_chat(thinking={})),
+        ("thinking.type", claude_chat(thinking={"type": "x"})),
     ],
 )
 def test_a_bad_message_is_a_400_that_names_the_place(path, body):
