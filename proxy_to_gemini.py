@@ -2,7 +2,9 @@
 """proxy_to_gemini.py: OpenAI's, Ollama's and Anthropic's APIs in one file, answered by Gemini.
 
     GEMINI_API_KEY=... python3 proxy_to_gemini.py               # OpenAI's API at 127.0.0.1:5555
-    GEMINI_API_KEY=... python3 proxy_to_gemini.py -api=ollama   # Ollama's API
+    GEMINI_API_KEY=... python3 proxy_to_gemini.py -api=ollama   # Ollama's, with most of OpenAI's
+
+Both serve Anthropic's API as well, and pass Gemini's own through.
 
 It needs Python 3.9 or newer and nothing else. How a request goes through this file:
 
@@ -8810,7 +8812,7 @@ def transport_error(failure: Exception) -> ProxyError:
 
 # Headers of an answer that is passed through.
 ANSWER_HEADERS = re.compile(
-    r"content-(type|disposition)|location|retry-after|x-g(oog-upload|emini)-.*", re.ASCII
+    r"content-(type|disposition|encoding)|location|retry-after|x-g(oog-upload|emini)-.*", re.ASCII
 )
 
 

@@ -10912,6 +10912,12 @@ def test_a_passed_answer_is_logged_with_its_model_and_tokens(server, gemini, log
     assert re.fullmatch(rf"POST {GENERATE_PATH} 200 \d+ ms '{NEWEST}' 4\+7 tokens\n", log_lines[0])
 
 
+def test_an_answer_in_gzip_passes_as_such(server, gemini):
+    gemini.say(Say(raw=gzip.compress(b"{}"), headers=[("Content-Encoding", "gzip")]))
+    _, headers, data = passing(server, "GET", "/v1beta/models")
+    assert (headers["content-encoding"], gzip.decompress(data)) == ("gzip", b"{}")
+
+
 def test_a_passed_stream_keeps_its_events(server, gemini):
     gemini.say([chunk("Hel"), whole("lo")])
     path = f"/v1/models/{NEWEST}:streamGenerateContent?alt=sse"
