@@ -8006,17 +8006,20 @@ def vertex_calls(call: GeminiCall, backend: Backend) -> tuple[GeminiCall, ...]:
     if call.body is None:  # the list of models
         return (call,)
     model, _, method = call.path.rpartition(":")
-    path, body = vertex_path(model, backend), call.body
+    path = vertex_path(model, backend)
     if method in VECTOR_METHODS:
         return vertex_embed_calls(call, path)
+    if call.optional:  # Vertex counts the tokens of vectors itself
+        return ()
+    body = dict(get_or_empty(call.body, "generateContentRequest", dict) or call.body)
+    call = vertex_body(call._replace(path=f"{path}:{method}", body=body), backend)
     if method == "countTokens":
-        if call.optional:  # Vertex counts the tokens of vectors itself
-            return ()
-        body = get_or_empty(body, "generateContentRequest", dict) or body
-        body = {key: value for key, value in body.items() if key != "model"}
-    return (vertex_body(call._replace(path=f"{path}:{method}", body=dict(body)), backend),)
+        counted = {key: value for key, value in body.items() if key in COUNTED}
+        call = call._replace(body=counted, headers=())
+    return (call,)
 
 
+COUNTED = ("contents", "systemInstruction", "tools", "generationConfig")  # all that it counts
 VECTOR_METHODS = ("embedContent", "batchEmbedContents")
 TRANSLATED_METHODS = (*VECTOR_METHODS, "countTokens")  # the rest of Gemini's own API just passes
 
@@ -8030,19 +8033,25 @@ def vertex_passed_calls(
     if passed.method == "GET" and re.match(r"models(/|\Z)", target):
         return (MODELS_CALL,)
     if not model.startswith("models/") or isinstance(passed.body, BodyStream):
-        raise ProxyError(404, f"Vertex AI has no {target[:200]}: that is the Gemini API's alone.")
+        raise ProxyError(404, f"{target[:200]} is not served where Vertex AI answers.")
     if method not in TRANSLATED_METHODS:
         path = vertex_path(model, backend) + call.path[len(model) :]
         return (call._replace(path=path, passed=passed._replace(root=backend.root)),)
-    body = parse_body(passed.body or b"")
-    if method == "countTokens":
-        counted = (body.object("generateContentRequest") or body).data
-        counted = {key: value for key, value in counted.items() if key != "model"}
-        return (GeminiCall(f"{vertex_path(model, backend)}:{method}", counted),)
-    for request in body.objects("requests") if "requests" in body.data else [body]:
+    return vertex_calls(GeminiCall(target, passed_json(method, passed.body or b"")), backend)
+
+
+def passed_json(method: str, raw: bytes) -> JSON:
+    """The body of one of TRANSLATED_METHODS, in which what is read here has the right types."""
+    body = parse_body(raw)
+    for _ in (body.object("generateContentRequest") or body).objects("tools"):
+        pass
+    requests: list[Fields] = []
+    if method in VECTOR_METHODS:
+        requests = list(body.objects("requests")) or [body]
+    for request in requests:
         for part in request.require_object("content").objects("parts"):
             part.get("text", str)
-    return vertex_calls(GeminiCall(target, body.data), backend)
+    return body.data
 
 
 NOT_ON_VERTEX = {"fileSearch", "mcpServers"}  # tools: google/genai/models.py
@@ -8051,16 +8060,16 @@ NOT_ON_VERTEX = {"fileSearch", "mcpServers"}  # tools: google/genai/models.py
 def vertex_body(call: GeminiCall, backend: Backend) -> GeminiCall:
     """The call with a body of its own as Vertex AI takes it, and with headers that say the rest."""
     body, left_out, headers = call.body or {}, call.left_out, call.headers
-    tools = [tool for tool in body.get("tools", ()) if not NOT_ON_VERTEX & tool.keys()]
-    if len(tools) < len(body.get("tools", ())):
+    tools = [tool for tool in body.get("tools") or () if not NOT_ON_VERTEX & tool.keys()]
+    if len(tools) < len(body.get("tools") or ()):
         keys = {key for tool in body.pop("tools") for key in tool}
         left_out += tuple(f"tools.{key}" for key in sorted(keys & NOT_ON_VERTEX))
         body.update(given(tools=tools))
-    config = dict(body.get("toolConfig", {}))
+    config = dict(get_or_empty(body, "toolConfig", dict))
     if config.pop("includeServerSideToolInvocations", None):  # its tools mix without it
         del body["toolConfig"]
         body.update(given(toolConfig=config))
-    if body.get("cachedContent", "").startswith("cachedContents/"):
+    if get_or_empty(body, "cachedContent", str).startswith("cachedContents/"):
         body["cachedContent"] = backend.place + body["cachedContent"]
     if "serviceTier" in body:
         headers += (("X-Vertex-AI-LLM-Shared-Request-Type", body.pop("serviceTier")),)
@@ -10961,7 +10970,7 @@ def credential_path(env: Mapping[str, str]) -> str:
     path = env.get("GOOGLE_APPLICATION_CREDENTIALS", "").strip()
     if path:
         return path
-    home = env.get("APPDATA", "") or os.path.join(env.get("HOME", ""), ".config")
+    home = env.get("APPDATA") or os.path.join(env.get("HOME") or os.path.expanduser("~"), ".config")
     gcloud = env.get("CLOUDSDK_CONFIG", "") or os.path.join(home, "gcloud")
     paths = [os.path.join(gcloud, "application_default_credentials.json")]
     if "CREDENTIALS_DIRECTORY" in env:

@@ -8316,7 +8316,8 @@ def test_tools_that_vertex_does_not_have_are_left_out_and_named():
 
 def test_tokens_are_counted_of_a_plain_request():
     counted = {"contents": [user("Hi")], "tools": []}
-    body = {"generateContentRequest": {"model": "models/m", **counted}}
+    more = {"toolConfig": {}, "serviceTier": "flex", "cachedContent": "cachedContents/c"}
+    body = {"generateContentRequest": {"model": "models/m", **counted, **more}}
     assert wire("models/m:countTokens", body) == [(GOOGLE + "m:countTokens", counted)]
     assert wire("models/m:countTokens", counted, optional=True) == []
 
@@ -8443,7 +8444,7 @@ def test_geminis_own_api_passes_to_vertexs_paths():
 
 @pytest.mark.parametrize("path", ["/v1beta/files", "/v1beta/models:x", "/v1beta/cachedContents/c"])
 def test_what_vertex_does_not_have_of_geminis_own_api_is_a_404(path):
-    with pytest.raises(ProxyError, match="Vertex AI has no") as caught:
+    with pytest.raises(ProxyError, match="not served where Vertex AI") as caught:
         passed_on_vertex("POST" if ":" in path else "GET", path, b"{}")
     assert caught.value.status == 404
 
@@ -8469,6 +8470,7 @@ def test_vectors_of_geminis_own_api_are_translated_both_ways():
         ("embedContent", {"content": {"parts": ["a"]}}, "content.parts[0]"),
         ("batchEmbedContents", {"requests": [{"content": 5}]}, "requests[0].content"),
         ("countTokens", {"generateContentRequest": []}, "generateContentRequest"),
+        ("countTokens", {"tools": [5]}, "tools[0]"),
     ],
 )
 def test_a_wrong_request_of_geminis_own_api_is_a_400_that_names_the_place(method, body, place):
