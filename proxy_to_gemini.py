@@ -7659,7 +7659,7 @@ class Credential(NamedTuple):
 
     kind: str  # one of CREDENTIAL_KINDS
     fields: JSON
-    place: str  # where it was found
+    origin: str  # where it was found
     key: RsaKey | None = None
     source: Credential | None = None  # whose token buys one of this account
 
@@ -7849,7 +7849,7 @@ def with_source(credential: Credential) -> Credential:
     fields = get_or_empty(credential.fields, "source_credentials", dict)
     if not fields:
         raise CredentialError("source_credentials is missing")
-    source = read_credential(fields, credential.place)
+    source = read_credential(fields, credential.origin)
     if source.kind in ("external_account", "impersonated_service_account"):
         raise CredentialError(f"source_credentials of type {source.kind!r} are not supported")
     return credential._replace(source=source)
@@ -7908,7 +7908,7 @@ URL_FIELDS = ("token_uri", "token_url", IMPERSONATION)
 CREDENTIAL_URL = r"https?://([\w.-]+|\[[0-9A-Fa-f:]+\])(:[1-9]\d{0,4})?([/?][!-~]*)?"
 
 
-def read_credential(fields: Any, place: str) -> Credential:
+def read_credential(fields: Any, origin: str) -> Credential:
     """What a file says, by its JSON; a CredentialError where it is of no use."""
     if type(fields) is not dict:
         raise CredentialError("it is no JSON object")
@@ -7916,7 +7916,7 @@ def read_credential(fields: Any, place: str) -> Credential:
     if type(kind) is not str or kind not in FILE_KINDS:
         known = ", ".join(FILE_KINDS)
         raise CredentialError(f"its type is {kind!r:.60}, and not one of {known}")
-    credential = Credential(kind, fields, place)
+    credential = Credential(kind, fields, origin)
     for name in FILE_KINDS[kind].needs:
         if not credential.text(name):
             raise CredentialError(f"{name} is missing, or no text")
@@ -9073,25 +9073,32 @@ def token_answer(step: TokenStep) -> str:
             with open(step.file, encoding="utf-8") as file:
                 return file.read(MAX_TOKEN_BYTES)
         except (OSError, ValueError) as error:
-            raise ProxyError(
-                502, f"The subject token cannot be read: {error}", upstream=True
-            ) from None
+            message = f"The subject token cannot be read: {error}"
+            raise ProxyError(502, message, upstream=True) from None
     for _ in range(MAX_TOKEN_ATTEMPTS):
         status, body = ask_for_token(step)
         if status == 200:
             return body.decode("utf-8", "replace")
-        answer = read_json(body)
-        word = get_or_empty(answer, "error", str)
-        temporary = ("temporarily_unavailable", "server_error", "internal_failure")
-        if status not in (408, 429) and status < 500 and word not in temporary:
+        word = get_or_empty(read_json(body), "error", str)
+        if status not in (408, 429) and status < 500 and word not in TEMPORARY_ERRORS:
             break
+    raise token_refusal(step, status, body)
+
+
+# google/oauth2/_client.py: what may be asked again
+TEMPORARY_ERRORS = ("temporarily_unavailable", "server_error", "internal_failure")
+
+
+def token_refusal(step: TokenStep, status: int, body: bytes) -> ProxyError:
+    """What a server says that gives no token: RFC 6749, section 5.2, or Google's form of errors."""
+    answer = read_json(body)
     words = (
         f"{host_of(step.url)} says",
         gemini_refusal(status, answer, body).message,
         get_or_empty(answer, "error_description", str),
     )
-    message = ": ".join(filter(None, words))
-    raise ProxyError(502, without_secrets(message, step)[:1000], upstream=True)
+    message = without_secrets(": ".join(filter(None, words)), step)
+    return ProxyError(502, message[:1000], upstream=True)
 
 
 def ask_for_token(step: TokenStep) -> tuple[int, bytes]:
@@ -9159,7 +9166,8 @@ def command_output(command: str) -> str:
             if sys.platform == "win32":
                 process.kill()
             else:
-                os.killpg(process.pid, signal.SIGKILL)  # also what it started
+                with contextlib.suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL)  # also what it started
             message = f"The token command has not ended within {COMMAND_SECONDS:g} seconds."
             raise ProxyError(502, message, upstream=True) from None
     if process.returncode:
@@ -10812,7 +10820,7 @@ class Config(NamedTuple):
     state: str = ":memory:"  # the file with signatures and responses, as SQLite names it
     client_keys: bool = False  # whether each client brings its own Gemini key
     vertex: tuple[str, str] | None = None  # project and location for Vertex AI, in the flags
-    token_command: str = ""  # prints an access token
+    token_command: str | None = None  # prints an access token
     backend: Backend = GEMINI_API
 
 
@@ -10907,7 +10915,7 @@ def flag_parser() -> argparse.ArgumentParser:
     place = {"type": vertex_place, "metavar": "PROJECT[/LOCATION]"}
     flag("vertex", "Vertex AI answers, with Google Cloud credentials", **place)
     text = "prints an access token for Vertex AI"
-    flag("token-command", text, type=command_line, default=None, metavar="COMMAND")
+    flag("token-command", text, type=command_line, metavar="COMMAND")
     text = "another name for a model; NAME may be a glob; repeatable"
     flag("alias", text, type=alias, action="append", default=[], metavar="NAME=MODEL")
     text = "browser origins that may call besides this machine's and apps'; * is any"
@@ -10978,7 +10986,7 @@ def credential_path(env: Mapping[str, str]) -> str:
     return next(filter(os.path.exists, paths), "")
 
 
-def google_credential(command: str, env: Mapping[str, str]) -> Credential:
+def google_credential(command: str | None, env: Mapping[str, str]) -> Credential:
     """The credential for Vertex AI; a CredentialError where there is none that can be used."""
     path = credential_path(env)
     if command:
@@ -10999,22 +11007,31 @@ def google_credential(command: str, env: Mapping[str, str]) -> Credential:
     return credential._replace(fields=fields)
 
 
-METADATA_PAGES = {"account": SERVICE_ACCOUNT + "email", "project_id": "project/project-id"}
+def metadata_page(url: str, page: str) -> str:
+    """A page of the metadata server's, "" where it has none."""
+    try:
+        return token_answer(metadata_step(url, page)).strip()
+    except UnreachableError:
+        raise
+    except ProxyError:
+        return ""
 
 
 def metadata_credential(env: Mapping[str, str]) -> Credential:
     """The account of this machine at Google, whose metadata server tells it."""
-    if env.get("NO_GCE_CHECK", "").strip().lower() == "true":
-        raise CredentialError(NO_CREDENTIAL)
     hosts = ["metadata.google.internal", env.get("GCE_METADATA_IP", "") or "169.254.169.254"]
     named = env.get("GCE_METADATA_HOST", "") or env.get("GCE_METADATA_ROOT", "")
-    for host in [named] if named else hosts:
-        fields = {"url": f"http://{host}"}
-        for name, page in METADATA_PAGES.items():
-            with contextlib.suppress(ProxyError):
-                fields[name] = token_answer(metadata_step(fields["url"], page)).strip()
-        if len(fields) > 1:
-            return Credential("metadata server", fields, fields["url"])
+    if named:
+        hosts = [named]
+    if env.get("NO_GCE_CHECK", "").strip().lower() == "true":
+        hosts = []
+    for url in (f"http://{host}" for host in hosts):
+        with contextlib.suppress(UnreachableError):
+            project = metadata_page(url, "project/project-id")
+            account = metadata_page(url, SERVICE_ACCOUNT + "email")
+            if project or account:
+                fields = {"url": url, "account": account, "project_id": project}
+                return Credential("metadata server", fields, url)
     raise CredentialError(NO_CREDENTIAL)
 
 
@@ -11028,7 +11045,7 @@ VERTEX_HOSTS = {
 
 
 def vertex_backend(
-    vertex: tuple[str, str] | None, command: str, env: Mapping[str, str]
+    vertex: tuple[str, str] | None, command: str | None, env: Mapping[str, str]
 ) -> tuple[str, Backend]:
     """(what stands for a key, Vertex AI) as flags and environment have it, or a CredentialError."""
     project, location = vertex or ("", "")
@@ -11054,7 +11071,7 @@ def vertex_backend(
 
 
 def find_backend(
-    vertex: tuple[str, str] | None, command: str, env: Mapping[str, str]
+    vertex: tuple[str, str] | None, command: str | None, env: Mapping[str, str]
 ) -> tuple[str, Backend]:
     """(the key, the back end) that flags and environment choose."""
     if uses_vertex(vertex, env):
@@ -11069,7 +11086,7 @@ def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
     if flags.token_command and not uses_vertex(flags.vertex, env):
         flag_parser().error("-token-command is for Vertex AI: -vertex=PROJECT")
     try:
-        key, backend = find_backend(flags.vertex, flags.token_command or "", env)
+        key, backend = find_backend(flags.vertex, flags.token_command, env)
     except CredentialError as error:
         sys.exit(f"proxy-to-gemini: {error}")
     try:
@@ -11099,7 +11116,7 @@ def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
         state=state or ":memory:",
         client_keys=flags.client_keys,
         vertex=flags.vertex,
-        token_command=flags.token_command or "",
+        token_command=flags.token_command,
         backend=backend,
     )
 
@@ -11469,7 +11486,7 @@ class Checker:
         if credential is None:
             return "the API key in GOOGLE_API_KEY, in express mode: no project, no location"
         account = credential.account or "an account that it does not name"
-        source = f"{credential.kind} of {account}, from {credential.place}"
+        source = f"{credential.kind} of {account}, from {credential.origin}"
         return f"{source}; project {backend.project}, location {backend.location}"
 
     def check_token(self) -> str:
