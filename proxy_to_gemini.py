@@ -11001,7 +11001,7 @@ def google_credential(command: str | None, env: Mapping[str, str]) -> Credential
     else:
         credential = metadata_credential(env)
     quota = env.get("GOOGLE_CLOUD_QUOTA_PROJECT", "").strip() or credential.text("quota_project_id")
-    if quota and not re.fullmatch(PROJECT, quota, re.ASCII):
+    if not re.fullmatch("[a-z0-9.:-]*", quota):
         raise CredentialError(f"the quota project {quota!r:.60} is no name of a project")
     fields = {**credential.fields, **given(quota_project_id=quota)}
     return credential._replace(fields=fields)
