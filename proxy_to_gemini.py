@@ -9147,10 +9147,15 @@ def without_secrets(text: str, step: TokenStep) -> str:
 def command_output(command: str) -> str:
     """What a token command prints. It runs without a shell, in a group of its own to be ended."""
     import shlex
+    import shutil
     import subprocess
 
-    words: Any = command  # Windows splits it itself
-    if sys.platform != "win32":
+    words: str | list[str]
+    if sys.platform == "win32":  # it splits a command itself, but finds no gcloud.cmd by itself
+        first, rest = re.findall(r'\s*("[^"]*"|\S+)(.*)', command)[0]
+        name = first.strip('"')
+        words = subprocess.list2cmdline([shutil.which(name) or name]) + rest
+    else:
         words = shlex.split(command)
     pipe, none = subprocess.PIPE, subprocess.DEVNULL
     try:

@@ -9373,7 +9373,15 @@ def test_a_subject_token_is_read_from_its_file(tmp_path):
 
 
 def python_command(code):
-    return shlex.join([sys.executable, "-c", code])
+    join = subprocess.list2cmdline if WINDOWS else shlex.join
+    return join([sys.executable, "-c", code])
+
+
+@pytest.mark.skipif(not WINDOWS, reason="elsewhere a name is a file's whole name")
+def test_a_token_command_may_be_a_cmd_file(tmp_path, monkeypatch):
+    (tmp_path / "my gcloud.cmd").write_text("@echo the-token-of-%1")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert proxy.command_output('"my gcloud" me').strip() == "the-token-of-me"
 
 
 @pytest.mark.parametrize("output", ["the-token\n", '{"access_token": "the-token"}'])
@@ -11805,6 +11813,7 @@ def test_a_failed_check_of_vertex_says_what_to_mend(vertex_env, google, capsys):
     assert "gcloud auth application-default login" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(WINDOWS, reason="there is no SIGHUP")
 def test_the_program_answers_by_vertex_and_reads_its_credential_again(
     vertex_env, google, user_file
 ):
