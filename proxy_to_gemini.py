@@ -7364,7 +7364,7 @@ def passed_request(body: Fields, context: Context) -> Plan:
     """Anything of Gemini's API: https://ai.google.dev/api"""
     method, path, query, headers = context.request
     match = PASSED_TARGET.fullmatch(path)
-    target = urllib.parse.unquote(match.group(2)) if match else ""
+    target = re.sub("%3a", ":", match.group(2), flags=re.I) if match else ""
     if not match or not re.fullmatch(PASSED_PATHS[method], target):
         raise NoRouteError(404, f"Gemini's API has nothing here ({method} {path[:200]})")
     given_fields = [field for field in query.split("&") if field]
@@ -7386,19 +7386,20 @@ def passed_request(body: Fields, context: Context) -> Plan:
 
 
 TOKEN_COUNT = re.compile(rb'"(\w{1,40}TokenCount)": ?(\d{1,12})')
-MAX_COUNT_BYTES = 64  # that a TOKEN_COUNT has at most
+MAX_COUNT_BYTES = 80  # that a TOKEN_COUNT has at most
 
 
 def passed_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
     """The head and the bytes of the answer, as they come; its tokens count."""
     counts: JSON = {}
-    end = b""  # of the block before: a count may begin in it
+    end = b""  # of what came before: a count may begin in it
     for item in next(answers):
         if isinstance(item, bytes):
-            numbers = TOKEN_COUNT.findall(end + item)
-            counts.update((name.decode(), int(number)) for name, number in numbers)
+            end += item
+            for name, number in TOKEN_COUNT.findall(end):
+                counts[name.decode()] = int(number)
             exchange.usage = read_usage(counts)
-            end = item[-MAX_COUNT_BYTES:]
+            end = end[-MAX_COUNT_BYTES:]
         yield item
 
 
