@@ -7510,7 +7510,7 @@ def plain_path(path: str, api: str, headers: Mapping[str, str] = {}) -> str:
     """The path as routes spell it: users write the version twice or never in base URLs, or add
     slashes; version 3 of Google's SDK asks below /v1/, as clients of OpenAI do."""
     path = re.sub(r"/{2,}", "/", "/" + path).rstrip("/") or "/"
-    path = re.sub(r"^(/v1(?:alpha|beta)?)+(?=/|$)", r"\1", path)
+    path = re.sub(r"^(/v1(?:alpha|beta)?){2,}(?=/|$)", r"\1", path)
     if GOOGLES_SDK in headers and path.startswith("/v1/"):
         return "/google" + path
     if api == "ollama" or VERSIONED.match(path) or path in ("/", "/healthz", "/metrics"):
