@@ -645,13 +645,15 @@ class ClientRequest(NamedTuple):
 class Context(NamedTuple):
     """What a request and its answer may depend on besides its body. All of it is values."""
 
-    aliases: tuple[tuple[str, str], ...] = ()  # (name or glob, Gemini's model)
+    # (name or glob, Gemini's model, further ones for when it cannot answer)
+    aliases: tuple[tuple[str, ...], ...] = ()
     ollama: bool = False  # whether this is to pass for an Ollama server
     stored: Mapping[str, str] = {}  # texts that Route.keys named; "" where there is none
     loaded: Mapping[str, float] = {}  # models in use -> until when, in seconds since 1970
     params: Mapping[str, str] = {}  # captured from the path
     query: Mapping[str, str] = {}
     request: ClientRequest = ClientRequest()
+    models: tuple[str, ...] = ()  # of an alias, those still to be asked; none: all of them
 
 
 class Keep(NamedTuple):
@@ -845,6 +847,7 @@ class Model(NamedTuple):
     task_types: bool = False  # makes other vectors for other tasks
     dimensions: int | None = None  # of vectors whose size the client leaves open; None: its own
     stands_in: bool = False  # whether the client named another maker's
+    further: tuple[str, ...] = ()  # models to ask where this one cannot answer
 
     @property
     def name(self) -> str:
@@ -1040,26 +1043,31 @@ def stand_in_for(name: str, uses: tuple[str, ...]) -> StandIn | None:
 
 def model_named(model_name: str, context: Context, *uses: str) -> Model:
     """The model that a client means: through recipes, aliases (an exact name before a glob) and
-    stand-ins for these uses, and without prefixes.
+    stand-ins for these uses, and without prefixes. An alias may have further ones.
 
     A name can never change the URL: whatever is not plain is a model that does not exist.
     """
     plain = plain_name(model_name, context.ollama)
     stand_in = stand_in_for(plain, uses)
-    candidates = [recipe_named(model_name, context, head_only=True).source]
-    candidates += [model for name, model in context.aliases if name in (model_name, plain)]
-    globs = [model for glob, model in context.aliases if fnmatch.fnmatchcase(plain, glob)]
+    source = recipe_named(model_name, context, head_only=True).source
+    candidates = [[source] if source else []]
+    candidates += [models for name, *models in context.aliases if name in (model_name, plain)]
+    globs = [models for glob, *models in context.aliases if fnmatch.fnmatchcase(plain, glob)]
     if stand_in:
         able = MEDIA_MODELS.get(stand_in.use, "")
-        globs = [model for model in globs if re.match(able, model)]
-    name = next(filter(None, candidates + globs), "")
+        globs = [[model for model in models if re.match(able, model)] for models in globs]
+    names = next(filter(None, candidates + globs), [""])
+    if context.models and set(context.models) <= set(names):
+        names = [*context.models]
+    name, *further = names
     if stand_in and not name:
         model = model_of(stand_in.model)
         return model._replace(dimensions=stand_in.dimensions, stands_in=True)
     name = name or plain
     if len(name) > 128 or not MODEL_NAME.fullmatch(name):
         raise no_such_model(model_name)
-    return model_of(name)
+    model = model_of(name)
+    return model._replace(further=tuple(further)) if further else model
 
 
 # ---- models that go ----
@@ -1152,11 +1160,11 @@ def usable_models(entries: list[JSON], context: Context) -> dict[str, JSON]:
         name = get_or_empty(entry, "name", str)
         if name and ("generateContent" in methods or "embedContent" in methods):
             models[re.sub("^models/", "", name)] = entry
-    names = [name for name, _ in context.aliases if not re.search(r"[*?\[]", name)]
+    names = [name for name, *_ in context.aliases if not re.search(r"[*?\[]", name)]
     for name in names + recipe_names(context):
-        model_name = model_named(name, context).name
-        if model_name in models:
-            models[name] = models[model_name]
+        model = model_named(name, context)
+        listed = [models[other] for other in (model.name, *model.further) if other in models]
+        models.update((name, entry) for entry in listed[:1])
     return models
 
 
@@ -2485,7 +2493,7 @@ def gemini_refusal(status: int, answer: Any, raw: bytes = b"") -> ProxyError:
     code = refusal_code(status, details, message)
     headers: dict[str, str] = {}
     retry_after = None
-    if status in (500, 502, 503, 504):
+    if status in (500, 502, 503, 504, 529):
         retry_after = 0.0
     elif status == 429:
         retry_after = retry_delay(details, message)
@@ -2540,6 +2548,31 @@ def retry_delay(details: list[JSON], message: str) -> float | None:
     if not match:
         return None
     return float(match.group(1)) / {"s": 1, "ms": 1000}[match.group(2)]
+
+
+class SilenceError(ProxyError):
+    """Gemini was silent for too long."""
+
+
+# Why an alias's next model is asked, by the status of Gemini's refusal; and for how many seconds at
+# most calls pass over a model then.
+FALLBACK_REASONS = {404: "not_found", 429: "quota", 503: "overloaded", 529: "overloaded"}
+COOLDOWN_SECONDS = {"not_found": 60.0, "quota": 60.0, "overloaded": 5.0, "silent": 60.0}
+
+
+def fallback_reason(error: ProxyError) -> str:
+    """Why another model may answer what failed like this; "" where it would fail as well."""
+    if isinstance(error, SilenceError):
+        return "silent"
+    return FALLBACK_REASONS.get(error.status, "") if error.upstream else ""
+
+
+def cooldown_seconds(error: ProxyError, reason: str) -> float:
+    """For how long to pass over a model that failed like this: as Gemini says, within bounds."""
+    longest = COOLDOWN_SECONDS[reason]
+    if error.retry_after is None:
+        return longest
+    return min(longest, max(error.retry_after, COOLDOWN_SECONDS["overloaded"]))
 
 
 def invalid_answer(what: str) -> ProxyError:
@@ -8260,6 +8293,8 @@ MAX_PARALLEL_CALLS = 4  # of one request of a client
 MAX_CALLS_OF_ANSWER = 16  # one after the other, where Gemini wants several for a long answer
 BLOCK_BYTES = 64 << 10  # of a body that are read at a time
 MODEL_LIST_SECONDS = 300.0  # how long a list of Gemini's models is used
+PROBE_SECONDS = 5.0  # that a call has to find out whether a model answers again
+MAX_COOLDOWNS = 1000  # models that are passed over; with -client-keys, for each key
 RETIREMENT_LOG_SECONDS = 86400.0  # between two log lines about a model that goes
 MAX_LISTED_MODELS = 5000  # that are remembered, in all lists together
 MAX_RETIREMENTS = 100  # models that are remembered as going
@@ -8428,7 +8463,7 @@ class Waiter:
 
     def silence_error(self) -> ProxyError:
         message = f"Gemini has been silent for {self.silence:g} seconds."
-        return ProxyError(504, message, upstream=True)
+        return SilenceError(504, message, upstream=True)
 
     def client_left(self, poller: Poller) -> bool:
         """Whether the client hung up; a system without POLLRDHUP only says that it can be read."""
@@ -9013,6 +9048,8 @@ class UpstreamCall:
         if error.status == 401 and not self.renewed and self.gemini.refused(self.access):
             self.renewed = True
             return 0.0
+        if fallback_reason(error) == "overloaded" and self.call.model and self.call.model.further:
+            return None  # the next model can answer at once
         late = time.monotonic() - self.began > RETRY_WINDOW_SECONDS
         if late or error.retry_after is None or error.retry_after > MAX_BACKOFF_SECONDS:
             return None
@@ -9385,6 +9422,35 @@ class Memory:
 # ---- the service ----
 
 
+class Cooldowns:
+    """Models that could not answer a moment ago: calls pass them over while there are others."""
+
+    def __init__(self) -> None:
+        self.ends: dict[tuple[str, str], float] = {}  # by Gemini key and model
+        self.lock = threading.Lock()
+
+    def in_turn(self, key: str, models: tuple[str, ...]) -> tuple[str, ...]:
+        """The models of an alias, those that cool down last. When such a time ends, one call finds
+        out for all whether the model answers again; the others pass it over meanwhile."""
+        now = time.monotonic()
+        with self.lock:
+            ready = [model for model in models if self.ends.get((key, model), 0.0) <= now]
+            for model in ready[:1]:
+                if (key, model) in self.ends:
+                    self.ends[key, model] = now + PROBE_SECONDS
+        return (*ready, *(model for model in models if model not in ready))
+
+    def start(self, key: str, model: str, seconds: float) -> None:
+        with self.lock:
+            self.ends[key, model] = time.monotonic() + seconds
+            while len(self.ends) > MAX_COOLDOWNS:
+                del self.ends[next(iter(self.ends))]
+
+    def end(self, key: str, model: str) -> None:
+        with self.lock:
+            self.ends.pop((key, model), None)
+
+
 class Retirements:
     """The models that go, as far as Gemini has said so: each is logged once a day."""
 
@@ -9433,6 +9499,7 @@ class Gemini:
         self.opener.add_handler(self.pool)
         self.models: dict[str, tuple[float, list[JSON]]] = {}  # (when, the list) by key
         self.retirements = Retirements(count)
+        self.cooldowns = Cooldowns()
 
     def close(self) -> None:
         """Close the idle connections and the memory."""
@@ -9696,6 +9763,7 @@ LABELS = {
     "status": tuple(map(str, STATUSES)),
     "kind": ("prompt", "cached", "output", "thoughts"),
     "origin": ("client", "memory", "foreign", "placeholder"),
+    "reason": (*COOLDOWN_SECONDS, "cooldown"),
 }
 WIDTHS = {"counter": 1, "gauge": 1, "histogram": len(BUCKETS) + 2}  # numbers; 2 for +Inf and sum
 
@@ -9718,6 +9786,7 @@ METRICS = {
     "upstream_retries_total": Metric("counter", "Calls that were tried again."),
     "upstream_connections_total": Metric("counter", "Connections to Gemini that were opened."),
     "upstream_idle_connections": Metric("gauge", "Connections to Gemini that wait for a call."),
+    "fallbacks_total": Metric("counter", "Turns to an alias's next model.", ("reason",)),
     "retiring_models_total": Metric("counter", "Answers and refusals of models that go."),
     "signatures_total": Metric("counter", "Sources of the signatures in histories.", ("origin",)),
     "clients": Metric("gauge", "Connections of clients."),
@@ -10255,6 +10324,9 @@ class RequestCycle:
         self.status = 0  # of the answer; 0 until its head is written
         self.passed_head: AnswerHead | None = None  # of an answer that is passed through
         self.framing, self.streaming = SSE, False  # whether the answer is a stream that has begun
+        self.answered = False  # whether the client was sent some of what a model says
+        self.body: JSON = {}  # where several models may answer it
+        self.fallbacks: list[str] = []  # which of them did not, and why
 
     def run(self, line: bytes) -> None:
         """Answer the request that begins with this line, whatever it is."""
@@ -10329,31 +10401,121 @@ class RequestCycle:
                 keys += route.keys(body, context)
             if keys:
                 context = context._replace(stored=server.shelf(self.key).look_up(keys))
-            plan = route.request(body, context) if route.request else Plan()
+            exchange = self.planned(route, body, context)
         except RecursionError:
             raise nested_too_deeply() from None
-        self.ignored = body.ignored()
+        model = exchange.plan.answering
+        if model and model.further:
+            self.body = body.data
+            return self.first_choice(route, exchange, (model.name, *model.further))
+        return exchange
+
+    def planned(self, route: Route, body: Fields, context: Context) -> Exchange:
+        """The plan for the first of the models that the context leaves."""
+        plan = route.request(body, context) if route.request else Plan()
+        self.ignored, self.left_out = body.ignored(), []
         return Exchange(plan, context, self.seed, time.time())
 
+    # ---- several models ----
+
+    def first_choice(self, route: Route, exchange: Exchange, models: tuple[str, ...]) -> Exchange:
+        """The exchange with the first of these models that does not cool down."""
+        in_turn = self.server.gemini.cooldowns.in_turn(self.key, models)
+        if in_turn[0] != models[0]:
+            self.count_fallback(models[0], "cooldown")
+        exchange.context = exchange.context._replace(models=in_turn)
+        if in_turn[0] == models[0]:
+            return exchange
+        return self.with_model(route, exchange, in_turn) or exchange
+
+    def with_model(
+        self, route: Route, exchange: Exchange, models: tuple[str, ...]
+    ) -> Exchange | None:
+        """The same exchange with the first of these models that can take the request, if any."""
+        while models:
+            with contextlib.suppress(ProxyError):  # the error of the first model is the one to tell
+                context = exchange.context._replace(models=models)
+                other = self.planned(route, Fields(self.body), context)
+                other.created = exchange.created
+                return other
+            models = models[1:]
+        return None
+
+    def next_exchange(self, route: Route, exchange: Exchange, error: ProxyError) -> Exchange | None:
+        """The exchange with the alias's next model, if this failure is one that it may cure."""
+        cooldowns, reason = self.server.gemini.cooldowns, fallback_reason(error)
+        if not exchange.context.models or self.answered:
+            return None
+        model, *further = exchange.context.models
+        if not reason:
+            cooldowns.end(self.key, model)
+            return None
+        cooldowns.start(self.key, model, cooldown_seconds(error, reason))
+        self.count_fallback(model, reason)
+        self.count_tokens(exchange.usage)
+        exchange.usage, exchange.builder = Usage(), None  # which holds the exchange, as it holds it
+        return self.with_model(route, exchange, tuple(further))
+
+    def is_decided(self) -> bool:
+        """Whether no other model can answer any more than the one that is asked now."""
+        return self.answered or not self.exchange or len(self.exchange.context.models) < 2
+
+    def count_fallback(self, model: str, reason: str) -> None:
+        self.fallbacks.append(f"{model}: {reason}")
+        self.server.metrics.add("fallbacks_total", reason)
+
+    # ---- what Gemini says ----
+
     def answer(self, route: Route, exchange: Exchange) -> None:
-        """Ask Gemini what the plan says, and answer with what the route makes of it."""
-        server, plan = self.server, exchange.plan
+        """Answer with what the route makes of what Gemini says to the plan. Where one model cannot
+        answer, the alias's next one is asked; if none can, the client gets the first one's error.
+        """
+        server = self.server
         self.route, self.exchange = route, exchange
+        waiter = Waiter(self.connection.connection, server.config.timeout, server.stopping)
+        error = first_error = self.attempt(route, exchange, waiter)
+        while error:
+            following = self.next_exchange(route, self.exchange, error)
+            if following is None:
+                break
+            self.exchange = following
+            error = self.attempt(route, following, waiter)
+        if error and self.answered:
+            raise error
+        if error:
+            self.exchange = exchange
+            raise first_error or error
+        models = self.exchange.context.models
+        if models:
+            server.gemini.cooldowns.end(self.key, models[0])
+        plan = self.exchange.plan
+        if plan.loads:
+            server.load(*plan.loads)
+        elif plan.chat and exchange.context.ollama:
+            model = plan.chat.model
+            server.load(model.name if model.stands_in else plan.model, LOADED_SECONDS)
+
+    def attempt(self, route: Route, exchange: Exchange, waiter: Waiter) -> ProxyError | None:
+        """Answer with what one model says; the error where it cannot."""
+        server, plan, calls = self.server, exchange.plan, exchange.plan.calls
         self.framing = plan.framing or route.framing
-        calls, client = plan.calls, self.connection.connection
         if not route.parse:
             calls = tuple(map(self.with_body, calls))
-        waiter = Waiter(client, server.config.timeout, server.stopping)
+        waiter.silence = server.config.timeout
+        if not self.is_decided():
+            waiter.silence /= 2  # before the first chunk
         if plan.stream and (route.keep_alive or self.framing.keep_alive):
             waiter.keep_alive = functools.partial(self.keep_alive, route, exchange)
         try:
             batch = server.gemini.answers(calls, waiter, self.key, self.left_out)
             with contextlib.closing(batch):
-                answers = self.read_answers(batch, exchange)
+                answers = self.read_answers(batch, exchange, waiter)
                 if plan.stream and route.stream:
                     for event in self.kept(route.stream(exchange, answers)):
+                        self.answered = True
                         self.emit(self.framing.encode(event))
                         waiter.quiet_since = time.monotonic()
+                    self.answered = True
                     self.emit(self.framing.end, last=True)
                 else:
                     self.send_answer(200, self.whole_answer(route, exchange, answers))
@@ -10361,14 +10523,10 @@ class RequestCycle:
             if error.upstream and error.code == "invalid_api_key":
                 server.reload_instead_of(self.key)
             self.add_model_to(error, exchange, waiter)
-            raise
+            return error.with_traceback(None)  # which leads back to this exchange
         finally:
             waiter.keep_alive = None  # it leads here, and an idle connection keeps its waiter
-        if plan.loads:
-            server.load(*plan.loads)
-        elif plan.chat and exchange.context.ollama:
-            model = plan.chat.model
-            server.load(model.name if model.stands_in else plan.model, LOADED_SECONDS)
+        return None
 
     def with_body(self, call: GeminiCall) -> GeminiCall:
         """The call that is passed through, with the body that the client is sending."""
@@ -10376,10 +10534,12 @@ class RequestCycle:
         body = self.connection.body_stream(self.head)
         return call._replace(passed=call.passed._replace(body=body))
 
-    def read_answers(self, batch: Iterable[Iterator[JSON]], exchange: Exchange) -> Answers:
+    def read_answers(
+        self, batch: Iterable[Iterator[JSON]], exchange: Exchange, waiter: Waiter
+    ) -> Answers:
         """For each call its events, or its chunks of JSON where it does not generate."""
         for call, untimed in zip(exchange.plan.calls, batch):
-            chunks = timed(untimed, exchange)
+            chunks = self.timed(untimed, exchange, waiter)
             if not call.generates:
                 yield chunks
                 continue
@@ -10387,6 +10547,13 @@ class RequestCycle:
             if exchange.plan.chat:
                 events = chat_events(events, call, exchange.plan.chat)
             yield events
+
+    def timed(self, chunks: Iterable[JSON], exchange: Exchange, waiter: Waiter) -> Iterator[JSON]:
+        """The chunks; the exchange learns when each of them came."""
+        for chunk in chunks:
+            exchange.now = time.time()
+            waiter.silence = self.server.config.timeout
+            yield chunk
 
     def identified(self, call: GeminiCall, events: Iterable[Event]) -> Iterator[Event]:
         """The events, with ids for the tool calls, under which their signatures are kept."""
@@ -10467,7 +10634,10 @@ class RequestCycle:
             self.connection.close_connection = True  # which is how this stream ends
         elif status != 204:
             headers.append(("Transfer-Encoding", "chunked"))
-        return self.answer_head(status, headers + self.own_headers())
+        if self.is_decided():
+            return self.answer_head(status, headers + self.own_headers())
+        own = [(name, value) for name, value in self.own_headers() if name != "x-proxy-model"]
+        return self.answer_head(status, headers + own)
 
     def send_answer(self, status: int, answer: Any, headers: Mapping[str, str] = {}) -> None:
         """Send a whole answer, JSON or a Payload, in one write."""
@@ -10527,6 +10697,10 @@ class RequestCycle:
         else:
             self.connection.close_connection = True  # no error would be understood here
 
+    def count_tokens(self, usage: Usage) -> None:
+        for kind in LABELS["kind"]:
+            self.server.metrics.add("tokens_total", kind, amount=getattr(usage, kind))
+
     def account(self) -> None:
         """Count the request, and log it without its content and its query, which may hold keys."""
         now, metrics, tokens = time.monotonic(), self.server.metrics, ""
@@ -10539,20 +10713,15 @@ class RequestCycle:
             if answering and self.exchange.model_status:
                 self.server.gemini.note_status(answering, self.exchange.model_status, self.key)
             tokens = f" {self.exchange.model[:100]!r}"
-            if answering and answering.name != self.exchange.model:
-                tokens += f" ({answering.name})"
+            models = list(self.fallbacks)
+            if answering and (models or answering.name != self.exchange.model):
+                models.insert(0, answering.name)
+            if models:
+                tokens += f" ({'; '.join(models)})"
             tokens += f" {usage.prompt}+{usage.output} tokens"
-            for kind in LABELS["kind"]:
-                metrics.add("tokens_total", kind, amount=getattr(usage, kind))
+            self.count_tokens(usage)
         method, path = self.head.method or "-", self.head.target.partition("?")[0][:200] or "-"
         log(f"{method} {path} {self.status} {(now - self.began) * 1000:.0f} ms{tokens}")
-
-
-def timed(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[JSON]:
-    """The chunks; the exchange learns when each of them came."""
-    for chunk in chunks:
-        exchange.now = time.time()
-        yield chunk
 
 
 # ---- the server ----
@@ -10582,7 +10751,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.gemini = Gemini(config.upstream, config.state, self.metrics.add, config.backend)
         self.context = Context(config.aliases)  # of all requests
         if config.api == "ollama":
-            aliases = tuple((plain_name(name, True), model) for name, model in config.aliases)
+            aliases = tuple((plain_name(name, True), *models) for name, *models in config.aliases)
             self.context = Context(aliases, ollama=True)
         self.loaded: dict[str, float] = {}
         self.handlers: set[Handler] = set()  # one for each connection
@@ -10818,7 +10987,7 @@ class Config(NamedTuple):
     listen: tuple[str, int]  # an empty host is every interface
     upstream: str
     key: str  # Gemini's; where an account pays, what tells it from others
-    aliases: tuple[tuple[str, str], ...] = ()
+    aliases: tuple[tuple[str, ...], ...] = ()  # (name or glob, Gemini's model, further ones)
     origins: tuple[str, ...] = ()
     timeout: float = 600.0  # seconds that Gemini may be silent
     proxy_key: str = ""  # what clients must send
@@ -10859,12 +11028,13 @@ def proxy_key(env: Mapping[str, str]) -> str:
     return (key or "").strip()
 
 
-def alias(text: str) -> tuple[str, str]:
-    """("gpt-*", "gemini-3.8-flash") from NAME=MODEL."""
-    name, _, model = text.partition("=")
-    if not name or not model:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MODEL")
-    return name, re.sub("^models/", "", model)
+def alias(text: str) -> tuple[str, ...]:
+    """("gpt-*", "gemini-3.8-flash", "gemini-2.5-flash") from NAME=MODEL,MODEL."""
+    name, _, models = text.partition("=")
+    names = [re.sub("^models/", "", model.strip()) for model in models.split(",")]
+    if not name or not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MODEL or NAME=MODEL,MODEL...")
+    return (name, *dict.fromkeys(names))
 
 
 def seconds(text: str) -> float:
@@ -10922,8 +11092,9 @@ def flag_parser() -> argparse.ArgumentParser:
     flag("vertex", "Vertex AI answers, with Google Cloud credentials", **place)
     text = "prints an access token for Vertex AI"
     flag("token-command", text, type=command_line, metavar="COMMAND")
-    text = "another name for a model; NAME may be a glob; repeatable"
-    flag("alias", text, type=alias, action="append", default=[], metavar="NAME=MODEL")
+    text = "another name for a model (the next ones are for when it cannot answer); NAME may be "
+    more = {"action": "append", "default": [], "metavar": "NAME=MODEL[,MODEL...]"}
+    flag("alias", f"{text}a glob; repeatable", type=alias, **more)
     text = "browser origins that may call besides this machine's and apps'; * is any"
     flag("origins", text, default="", metavar="ORIGIN,...")
     flag("timeout", "how long Gemini may be silent", type=seconds, default=600.0, metavar="SECONDS")

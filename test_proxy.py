@@ -1289,6 +1289,36 @@ def test_only_the_newer_models_refuse_to_go_on_with_their_own_turn(name, last_ro
     assert proxy.valid_turns(contents, proxy.model_of(name))[-1]["role"] == last_role
 
 
+@pytest.mark.parametrize(
+    "name, use, left, expected",
+    [
+        ("fast", "chat", (), (NEWEST, FLASH, "gemini-pro-latest")),
+        ("fast", "chat", (FLASH, "gemini-pro-latest"), (FLASH, "gemini-pro-latest")),
+        ("fast", "chat", (FLASH,), (FLASH,)),
+        ("fast", "chat", ("gemini-of-another-alias",), (NEWEST, FLASH, "gemini-pro-latest")),
+        ("gpt-5", "chat", (), (FLASH, "gemini-2.5-flash-image")),
+        ("gpt-image-1", "image", (), ("gemini-2.5-flash-image",)),
+        ("gpt-image-1", "image", (FLASH,), ("gemini-2.5-flash-image",)),
+        (FLASH, "chat", (NEWEST,), (FLASH,)),
+    ],
+)
+def test_an_alias_has_further_models(name, use, left, expected):
+    further = (("fast", NEWEST, FLASH, "gemini-pro-latest"), ("gpt-*", FLASH, IMAGER))
+    model = proxy.model_named(name, Context(aliases=further, models=left), use)
+    assert (model.name, *model.further) == expected
+    assert model._replace(further=()) == proxy.model_of(expected[0])
+
+
+IMAGER = "gemini-2.5-flash-image"
+
+
+def test_an_alias_is_listed_as_long_as_one_of_its_models_is():
+    aliases = (("fast", "gemini-gone", FLASH), ("slow", "gemini-gone"))
+    models = proxy.usable_models(MODELS, Context(aliases=aliases))
+    assert models["fast"]["name"] == f"models/{FLASH}"
+    assert "slow" not in models
+
+
 LISTED = (
     *("gemini-2.5-flash", "gemini-2.5-flash-lite", "gemini-3.6-flash", "gemini-3.8-flash"),
     *("gemini-3.9-flash-preview", "gemini-3.1-flash-lite", "gemini-embedding-2"),
@@ -10752,6 +10782,310 @@ def test_a_refused_response_has_a_status_of_its_own(server, gemini):
     assert post(server, "/v1/responses", RESPONSE_STREAM)[0] == 429
 
 
+# ---- further models of an alias ----
+
+
+FURTHER = (("mine", NEWEST, FLASH),)
+OVERLOADED = gemini_error(503, "This model is experiencing high demand.", "UNAVAILABLE")
+DAILY = detail("QuotaFailure", violations=[{"quotaId": "GenerateRequestsPerDay"}])
+
+
+@pytest.fixture
+def further(gemini):
+    """A server with an alias for two models."""
+    with serving(gemini.url, aliases=FURTHER) as server:
+        yield server
+
+
+def models_of(gemini):
+    """The models that were asked for something."""
+    return [model_and_verb(path)[0] for path in gemini.paths]
+
+
+def say_by_model(gemini, **answers):
+    """Let these models (with _ for - and .) give the same answer to each call."""
+    answer_to = gemini.answer_to
+
+    def answer_of_model(path, headers, body):
+        answer = answer_to(path, headers, body)
+        return answers.get(re.sub(r"[-.]", "_", model_and_verb(path)[0]), answer)
+
+    gemini.answer_to = answer_of_model
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "path, body, good",
+    [
+        ("/v1/chat/completions", {"messages": [user("Hi")]}, whole("Hello")),
+        ("/v1/completions", {"prompt": "Hi"}, whole("Hello")),
+        ("/v1/responses", {"input": "Hi"}, whole("Hello")),
+        ("/v1/messages", {"messages": [user("Hi")], "max_tokens": 99}, whole("Hello")),
+        ("/v1/images/generations", {"prompt": "x"}, whole(IMAGE)),
+        ("/v1/audio/speech", {"input": "x"}, whole(AUDIO)),
+        ("/v1/embeddings", {"input": "x"}, {"embeddings": [VECTOR]}),
+        ("/api/chat", {"messages": [user("Hi")]}, whole("Hello")),
+        ("/api/generate", {"prompt": "Hi"}, whole("Hello")),
+        ("/api/embed", {"input": "x"}, {"embeddings": [VECTOR]}),
+        ("/api/embed", {"input": "x", "truncate": False}, {"embeddings": [VECTOR]}),
+    ],
+)
+def test_the_next_model_answers_in_every_dialect(gemini, log_lines, path, body, good, stream):
+    api = "openai" if path.startswith("/v1/") else "ollama"
+    gemini.say(OVERLOADED, good)
+    with serving(gemini.url, api, aliases=FURTHER) as server:
+        if "truncate" in body:
+            gemini.answers.insert(0, Say(raw=json.dumps({"models": MODELS}).encode()))
+        status, headers, data = post(server, path, {"model": "mine", "stream": stream, **body})
+        assert (status, headers["x-proxy-model"]) == (200, FLASH), data
+        assert models_of(gemini) == [NEWEST, FLASH]
+        assert b"error" not in data.replace(b'"error":null', b"")
+        assert metrics_of(server)['fallbacks_total{reason="overloaded"}'] == 1
+    until(lambda: log_lines)
+    assert f" 'mine' ({FLASH}; {NEWEST}: overloaded) " in log_lines[0]
+
+
+def test_the_next_model_gets_the_file_of_a_form(gemini, further):
+    gemini.say(OVERLOADED, whole("God morgen."))
+    raw, kind = form(("model", "mine"), ("file", "a.wav", "audio/wav", RIFF))
+    reply = post(further, "/v1/audio/transcriptions", raw, Content_Type=kind)
+    assert reply[0] == 200
+    sent = [body["contents"][0]["parts"][0] for body in gemini.bodies]
+    assert models_of(gemini) == [NEWEST, FLASH]
+    assert sent[0]["inlineData"] == sent[1]["inlineData"]
+
+
+@pytest.mark.parametrize(
+    "failure, reason, asked",
+    [
+        (OVERLOADED, "overloaded", 1),
+        (gemini_error(529, "Overloaded"), "overloaded", 1),
+        (gemini_error(429, "Slow", "X", detail("RetryInfo", retryDelay="48s")), "quota", 1),
+        (gemini_error(429, "Resource has been exhausted."), "quota", 1),
+        (gemini_error(429, "No more today", "X", DAILY), "quota", 1),
+        (gemini_error(429, "Slow", "X", detail("RetryInfo", retryDelay="0.01s")), "quota", 3),
+        (gemini_error(404, f"models/{NEWEST} is no longer available"), "not_found", 1),
+        (Say(SHED), "overloaded", 1),
+        (Say(whole("late"), delay=30), "silent", 1),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_next_model_is_asked_where_it_can_help(
+    gemini, log_lines, monkeypatch, failure, reason, asked, stream
+):
+    monkeypatch.setattr(proxy.random, "uniform", lambda low, high: 0.01)
+    say_by_model(gemini, gemini_3_8_flash=failure)
+    with serving(gemini.url, aliases=FURTHER, timeout=0.6) as server:
+        reply = post(server, body=chat(model="mine", stream=stream))
+        assert (reply[0], reply[1]["x-proxy-model"]) == (200, FLASH)
+        assert models_of(gemini) == [NEWEST] * asked + [FLASH]
+        assert metrics_of(server)[f'fallbacks_total{{reason="{reason}"}}'] == 1
+    assert f" ({FLASH}; {NEWEST}: {reason}) " in str(log_lines)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 413, 500, 502])
+def test_the_next_model_is_not_asked_for_what_it_would_refuse_too(
+    gemini, further, monkeypatch, status
+):
+    monkeypatch.setattr(proxy.random, "uniform", lambda low, high: 0.01)
+    say_by_model(gemini, gemini_3_8_flash=gemini_error(status, "No."))
+    reply = post(further, body=chat(model="mine"))
+    assert (reply[0], reply[1]["x-proxy-model"]) == (status, NEWEST)
+    assert set(models_of(gemini)) == {NEWEST}
+
+
+def test_the_next_model_is_not_asked_after_the_first_byte(gemini, further):
+    gemini.say(Say(chunk("Once "), SHED))
+    status, headers, body = post(further, body=chat(model="mine", stream=True))
+    assert (status, headers["x-proxy-model"]) == (200, NEWEST)
+    assert b'"error"' in body
+    assert models_of(gemini) == [NEWEST]
+
+
+def test_after_the_first_word_a_model_may_be_silent_for_as_long_as_the_last_one(gemini):
+    gemini.say(Say(chunk("Once "), whole("upon"), gap=0.5))
+    with serving(gemini.url, aliases=FURTHER, timeout=0.8) as server:
+        body = post(server, body=chat(model="mine", stream=True))[2]
+    assert b"upon" in body
+    assert models_of(gemini) == [NEWEST]
+
+
+@pytest.mark.parametrize(
+    "api, path",
+    [("openai", "/v1/chat/completions"), ("openai", "/v1/responses"), ("ollama", "/api/chat")],
+)
+def test_a_stream_that_a_keep_alive_opened_goes_on_with_the_next_model(
+    gemini, api, path, monkeypatch
+):
+    monkeypatch.setattr(proxy, "KEEP_ALIVE_SECONDS", 0.05)
+    gemini.say(Say(whole("late"), delay=30), Say(chunk("Hel"), whole("lo"), delay=0.2))
+    with serving(gemini.url, api, aliases=FURTHER, timeout=0.6) as server:
+        body = {**chat(model="mine", stream=True), "input": "Hi"}
+        if path == "/v1/responses":
+            del body["messages"]
+        status, headers, data = post(server, path, body)
+    assert status == 200
+    assert "x-proxy-model" not in headers
+    assert b"Hel" in data
+    assert b"late" not in data
+    assert models_of(gemini) == [NEWEST, FLASH]
+
+
+def test_a_client_that_leaves_asks_no_further_model(gemini, further):
+    gemini.say(Say(whole("late"), delay=30))
+    with RawClient(further) as client:
+        client.send(raw_chat(model="mine"))
+        until(lambda: gemini.bodies)
+    assert gemini.gone.wait(2)
+    until(lambda: requests_counted(further, CHAT_ROUTE_NAME, 499) == 1)
+    assert models_of(gemini) == [NEWEST]
+
+
+@pytest.mark.parametrize("last", [gemini_error(404, "Gone."), gemini_error(400, "No.")])
+@pytest.mark.parametrize("stream", [False, True])
+def test_if_no_model_answers_the_first_ones_error_is_told(gemini, further, log_lines, stream, last):
+    gemini.say(gemini_error(429, "Slow.", "X", detail("RetryInfo", retryDelay="48s")), last)
+    status, headers, body = post(further, body=chat(model="mine", stream=stream))
+    assert (status, headers["x-proxy-model"], headers["retry-after"]) == (429, NEWEST, "48")
+    assert json.loads(body)["error"]["message"] == "Slow."
+    until(lambda: any("429" in line for line in log_lines))
+    assert f" 'mine' ({NEWEST}; {NEWEST}: quota" in str(log_lines)
+
+
+def test_the_first_ones_error_is_told_in_a_stream_that_a_keep_alive_opened(
+    gemini, further, monkeypatch
+):
+    monkeypatch.setattr(proxy, "KEEP_ALIVE_SECONDS", 0.05)
+    first = Say(*OVERLOADED.chunks, status=503, delay=0.2)
+    gemini.say(first, gemini_error(404, "Gone."))
+    data = post(further, body=chat(model="mine", stream=True))[2]
+    assert data.startswith(b": keep-alive")
+    assert b"high demand" in data
+    assert b"Gone" not in data
+
+
+def test_while_a_model_is_down_no_call_is_lost_and_few_try_it(gemini, further):
+    say_by_model(gemini, gemini_3_8_flash=OVERLOADED)
+
+    def ask(_):
+        return post(further, body=chat(model="mine"))[0]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(200))) == [200] * 200
+    assert models_of(gemini).count(FLASH) == 200
+    assert models_of(gemini).count(NEWEST) <= 4
+    assert metrics_of(further)['fallbacks_total{reason="cooldown"}'] >= 196
+
+
+def test_a_model_that_is_passed_over_answers_where_no_other_can(gemini, further, log_lines):
+    further.gemini.cooldowns.start("the-key", NEWEST, 60)
+    gemini.say(OVERLOADED, whole("Hello"))
+    assert post(further, body=chat(model="mine"))[1]["x-proxy-model"] == NEWEST
+    assert models_of(gemini) == [FLASH, NEWEST]
+    until(lambda: log_lines)
+    assert f" ({NEWEST}; {NEWEST}: cooldown; {FLASH}: overloaded) " in log_lines[0]
+
+
+def test_one_call_finds_out_whether_a_model_answers_again(gemini, further):
+    cooldowns = further.gemini.cooldowns
+    cooldowns.start("the-key", NEWEST, -1)
+    assert cooldowns.in_turn("the-key", (NEWEST, FLASH)) == (NEWEST, FLASH)
+    assert cooldowns.in_turn("the-key", (NEWEST, FLASH)) == (FLASH, NEWEST)
+    assert cooldowns.in_turn("another key", (NEWEST, FLASH)) == (NEWEST, FLASH)
+    cooldowns.start("the-key", NEWEST, -1)
+    assert post(further, body=chat(model="mine"))[1]["x-proxy-model"] == NEWEST
+    until(lambda: not cooldowns.ends)
+
+
+def test_a_400_shows_that_a_model_answers_again(gemini, further):
+    further.gemini.cooldowns.start("the-key", NEWEST, -1)
+    gemini.say(gemini_error(400, "No."))
+    assert post(further, body=chat(model="mine"))[0] == 400
+    assert not further.gemini.cooldowns.ends
+
+
+def test_so_many_models_are_passed_over(further):
+    cooldowns = further.gemini.cooldowns
+    for i in range(proxy.MAX_COOLDOWNS + 5):
+        cooldowns.start("the-key", f"m-{i}", 60)
+    assert len(cooldowns.ends) == proxy.MAX_COOLDOWNS
+
+
+@pytest.mark.parametrize("delay, seconds", [(None, 60), ("48s", 48), ("0.01s", 5), ("3600s", 60)])
+def test_a_quota_says_itself_how_long_a_model_is_passed_over(delay, seconds):
+    details = [detail("RetryInfo", retryDelay=delay)] if delay else []
+    error = proxy.gemini_refusal(429, error_body(429, "Quota", *details))
+    assert proxy.cooldown_seconds(error, "quota") == seconds
+
+
+def test_a_further_model_gets_settings_of_its_own(gemini):
+    gemini.say(OVERLOADED, whole("{}"))
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    body = chat(model="mine", reasoning_effort="high", tools=[WEATHER], response_format=schema)
+    with serving(gemini.url, aliases=FURTHER) as server:
+        assert post(server, body=body)[0] == 200
+    first, second = (body["generationConfig"] for body in gemini.bodies)
+    assert first["thinkingConfig"] == {"thinkingLevel": "HIGH", "includeThoughts": True}
+    assert second["thinkingConfig"] == {"thinkingBudget": 24576, "includeThoughts": True}
+    assert ("responseJsonSchema" in first, "responseJsonSchema" in second) == (True, False)
+
+
+def test_what_a_further_model_ignores_is_named(gemini):
+    gemini.say(OVERLOADED, whole("Hello"))
+    with serving(gemini.url, aliases=(("mine", "gemini-2.0-flash", NEWEST),)) as server:
+        headers = post(server, body=chat(model="mine", presence_penalty=0.5))[1]
+    assert (headers["x-proxy-model"], headers["x-proxy-ignored"]) == (NEWEST, "presence_penalty")
+
+
+def test_a_further_model_of_another_generation_gets_the_placeholder(gemini):
+    with serving(gemini.url, aliases=(("mine", NEWEST, "gemini-4-argon"),)) as server:
+        gemini.say(whole(call("weather", {"city": "Oslo"}, "s")))
+        message = kept(chat_message(server, model="mine", tools=[WEATHER]))
+        gemini.say(OVERLOADED, whole("Sun"))
+        result = tool_result(message["tool_calls"][0]["id"], "3")
+        chat_message(server, user("Hi"), message, result, model="mine", tools=[WEATHER])
+    signatures = [
+        part["thoughtSignature"]
+        for body in gemini.bodies[1:]
+        for content in body["contents"]
+        for part in content["parts"]
+        if "functionCall" in part
+    ]
+    assert signatures == [sign("s"), proxy.PLACEHOLDER]
+
+
+def test_a_model_that_cannot_take_a_request_is_left_out(gemini):
+    gemini.say(OVERLOADED, whole("Hello"))
+    with serving(gemini.url, aliases=(("mine", NEWEST, "no model", FLASH),)) as server:
+        assert post(server, body=chat(model="mine"))[1]["x-proxy-model"] == FLASH
+    assert models_of(gemini) == [NEWEST, FLASH]
+
+
+def test_all_choices_come_from_one_model(gemini, further):
+    gemini.say(whole("Once"), OVERLOADED, whole("Hello"), whole("Hello"))
+    reply = post(further, body=chat(model="mine", n=2))
+    assert (reply[0], reply[1]["x-proxy-model"]) == (200, FLASH)
+    assert models_of(gemini) == [NEWEST, NEWEST, FLASH, FLASH]
+    until(lambda: requests_counted(further, CHAT_ROUTE_NAME, 200) == 1)
+    assert metrics_of(further)['tokens_total{kind="prompt"}'] == 12
+
+
+def test_the_next_model_answers_on_vertex(google):
+    google.say(OVERLOADED, whole("Hello"))
+    with serving(google.url, aliases=FURTHER, backend=vertex_at(google)) as server:
+        reply = post(server, body=chat(model="mine"))
+    assert (reply[0], reply[1]["x-proxy-model"]) == (200, FLASH)
+    assert models_of(google) == [NEWEST, FLASH]
+
+
+def test_no_body_stays_in_memory_after_a_further_model(server, gemini):
+    with serving(gemini.url, aliases=FURTHER) as server, without_collector():
+        for answers in ((OVERLOADED, whole("Hello")), (OVERLOADED, OVERLOADED)):
+            gemini.say(*answers)
+            post(server, body=chat(model="mine"))
+            until(lambda: nothing_stays(server))
+
+
 # ---- models that go ----
 
 
@@ -11526,6 +11860,10 @@ def exit_of(action, *arguments, **how):
         "-listen=127.0.0.1:99999",
         "-listen=127.0.0.1:http",
         "-alias=nonsense",
+        "-alias=a=",
+        "-alias=a=b,",
+        "-alias=a=b, ,c",
+        "-alias==b,c",
         "-upstream=gopher://x",
         "-upstream=nonsense",
         "-upstream=http://h:port",
