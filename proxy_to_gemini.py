@@ -2168,6 +2168,14 @@ def without_resolutions(refused: RefusedCall) -> list[str]:
     return ["detail" for _ in sized[:1]]
 
 
+def without_call_ids(refused: RefusedCall) -> list[str]:
+    keys = ("functionCall", "functionResponse")
+    named = [part[key] for part in refused.parts() for key in keys if "id" in part.get(key, ())]
+    for item in named:
+        del item["id"]
+    return ["tool_call_id" for _ in named[:1]]
+
+
 def without_prefill(refused: RefusedCall) -> list[str]:
     refused.body["contents"].append(user_turn(text_part("Continue.")))
     return ["prefill"]
@@ -2315,6 +2323,8 @@ REPAIRS = (
     (r"mcp.?server", without_mcp),
     # reported after a change of the model or the key: "Corrupted thought signature."
     (r"(invalid|corrupted) thought.?signature", without_signatures),
+    # Vertex AI until September 2026: https://github.com/vercel/ai/issues/15664
+    (r"unknown name \"id\" at '[\w.[\]]*function_", without_call_ids),
     # https://github.com/pipecat-ai/pipecat/issues/5821
     (r"must not end with|ending with a model turn", without_prefill),
     # reported, with many bounds, with recursion, and for schemas that are large or deep
@@ -8077,13 +8087,15 @@ def vertex_passed_calls(
 def passed_json(method: str, raw: bytes) -> JSON:
     """The body of one of TRANSLATED_METHODS, in which what is read here has the right types."""
     body = parse_body(raw)
-    for _ in (body.object("generateContentRequest") or body).objects("tools"):
+    counted = body.object("generateContentRequest") or body
+    for _ in counted.objects("tools"):
         pass
     requests: list[Fields] = []
     if method in VECTOR_METHODS:
         requests = list(body.objects("requests")) or [body]
-    for request in requests:
-        for part in request.require_object("content").objects("parts"):
+    contents = [request.require_object("content") for request in requests]
+    for content in itertools.chain(contents, counted.objects("contents")):
+        for part in content.objects("parts"):
             part.get("text", str)
     return body.data
 
@@ -8105,9 +8117,23 @@ def vertex_body(call: GeminiCall, backend: Backend) -> GeminiCall:
         body.update(given(toolConfig=config))
     if get_or_empty(body, "cachedContent", str).startswith("cachedContents/"):
         body["cachedContent"] = backend.place + body["cachedContent"]
+    body["contents"] = [typed_content(content) for content in body.get("contents") or ()]
     if "serviceTier" in body:
         headers += (("X-Vertex-AI-LLM-Shared-Request-Type", body.pop("serviceTier")),)
     return call._replace(body=body, headers=headers, left_out=left_out)
+
+
+def typed_content(content: JSON) -> JSON:
+    """A turn in which each file has a type, without which Vertex AI refuses it. Addresses without
+    an ending mostly lead to images: https://github.com/langchain-ai/langchainjs/pull/8947"""
+    parts = content.get("parts") or []
+    if not any("fileData" in part for part in parts):
+        return content
+    typed = list(map(dict, parts))
+    for part in typed:
+        if "fileData" in part:
+            part["fileData"] = {"mimeType": "image/jpeg", **get_or_empty(part, "fileData", dict)}
+    return {**content, "parts": typed}
 
 
 MAX_PREDICT_TEXTS, MAX_PREDICT_TOKENS = 250, 20_000  # of one call; a token has a byte at least

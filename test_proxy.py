@@ -1893,6 +1893,19 @@ def test_a_refused_signature_becomes_the_placeholder():
     assert part["thoughtSignature"] == proxy.PLACEHOLDER
 
 
+def test_ids_of_tool_calls_are_left_out_where_they_are_refused():
+    parts = [{"functionCall": {"id": "a", "name": "f", "args": {"id": 1}}}]
+    parts.append({"functionResponse": {"id": "a", "name": "f", "response": {"id": 2}}})
+    call = proxy.GeminiCall("m", {"contents": [{"role": "user", "parts": parts}]})
+    message = "Invalid JSON payload received. Unknown name \"id\" at 'contents[1].parts[0].function_call': Cannot find field."
+    second, names = proxy.repaired(call, message)
+    assert names == ["tool_call_id"]
+    assert second.body["contents"][0]["parts"] == [
+        {"functionCall": {"name": "f", "args": {"id": 1}}},
+        {"functionResponse": {"name": "f", "response": {"id": 2}}},
+    ]
+
+
 def test_a_refused_prefill_gets_a_turn_of_the_users():
     second, names = proxy.repaired(
         refused_call(), "Requests ending with a model turn are not supported."
@@ -8335,6 +8348,15 @@ def test_what_vertex_says_otherwise_is_said_so():
     assert call.body == {"contents": [], "cachedContent": PLACE + "cachedContents/c"}
     assert call.headers == (("X-Vertex-AI-LLM-Shared-Request-Type", "flex"),)
     assert body["serviceTier"] == "flex"
+
+
+def test_each_file_has_a_type_on_vertex():
+    uris = [{"fileUri": "https://h/a"}, {"fileUri": "gs://b/c.pdf", "mimeType": "application/pdf"}]
+    contents = [u("Look"), {"role": "user", "parts": [{"fileData": uri} for uri in uris]}]
+    ((_, body),) = wire("models/m:generateContent", {"contents": contents})
+    typed = [{"mimeType": "image/jpeg", **uris[0]}, uris[1]]
+    assert [part["fileData"] for part in body["contents"][1]["parts"]] == typed
+    assert contents[1]["parts"][0]["fileData"] == uris[0]
 
 
 def test_tools_that_vertex_does_not_have_are_left_out_and_named():
