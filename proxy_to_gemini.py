@@ -87,6 +87,7 @@ import socket
 import socketserver
 import sqlite3
 import ssl
+import struct
 import sys
 import threading
 import time
@@ -7545,6 +7546,8 @@ def path_pattern(path: str) -> Pattern[str]:
     return re.compile(re.sub(r"\[\^/\]\+\)$", ".+)", pattern) + r"\Z")
 
 
+# Of the server itself, whatever its -api: path and method.
+OWN_PAGES = {"/": "GET", "/healthz": "GET", "/metrics": "GET", "/status": "GET", "/checks": "POST"}
 VERSIONED = re.compile(r"/v1/|/(v1alpha|v1beta|google|upload|download)(/|\Z)")
 GOOGLES_SDK = "x-goog-api-client"  # a header of its
 
@@ -7556,7 +7559,7 @@ def plain_path(path: str, api: str, headers: Mapping[str, str] = {}) -> str:
     path = re.sub(r"^(/v1(?:alpha|beta)?){2,}(?=/|$)", r"\1", path)
     if GOOGLES_SDK in headers and path.startswith("/v1/"):
         return "/google" + path
-    if api == "ollama" or VERSIONED.match(path) or path in ("/", "/healthz", "/metrics"):
+    if api == "ollama" or VERSIONED.match(path) or path in OWN_PAGES:
         return path
     return "/v1" + path
 
@@ -9755,6 +9758,7 @@ APP_ORIGINS = (
 LOOPBACK_HOSTS = re.compile(
     r"(localhost|[\w.-]+\.localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.I | re.A
 )
+ADDRESS_HOSTS = re.compile(r"(\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\])(:\d{1,5})?", re.A)
 # Containers call their host so.
 NEARBY_HOSTS = re.compile(r"([\w.-]+\.(?:local|internal))(:\d{1,5})?", re.I | re.A)
 BROWSER_HEADERS = ("sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")  # w3.org/TR/fetch-metadata
@@ -9818,6 +9822,7 @@ METRICS = {
     "clients": Metric("gauge", "Connections of clients."),
     "in_flight": Metric("gauge", "Requests under way."),
     "body_bytes": Metric("gauge", "Bytes of the bodies of requests under way."),
+    "checks": Metric("gauge", "Checks under way."),
 }
 
 
@@ -9914,6 +9919,86 @@ def metric_lines(name: str, labels: list[str], numbers: list[float]) -> list[str
         rows += [("_sum", labels, total), ("_count", labels, sums[-1])]
     texts = [(suffix, "{" + ",".join(labels) + "}", number) for suffix, labels, number in rows]
     return [f"{name}{suffix}{text.replace('{}', '')} {n:.15g}" for suffix, text, n in texts]
+
+
+# ---- the last requests ----
+
+RECENT_REQUESTS = 50  # that each worker remembers, and that are shown of all together
+RECENT_MINUTES = 60  # whose requests and tokens are shown
+RECENT_FORM = struct.Struct("<6d16s64s64s64s")  # it cuts what is longer
+RECENT_BYTES = 4 + RECENT_FORM.size  # with a checksum before it
+
+
+class RecentRequest(NamedTuple):
+    """A request as the page for people shows it: nothing of what it or its answer says."""
+
+    time: float  # when it began, in seconds since 1970
+    first_byte: float  # of the answer, in seconds
+    total: float  # seconds
+    status: float
+    prompt: float  # tokens
+    output: float  # tokens
+    scope: str  # of the Gemini key that it came with
+    route: str
+    model: str  # as the client spelt it
+    answered_by: str
+
+
+class Recent:
+    """The last requests and the sums of each minute, in memory that all workers share.
+
+    Each worker writes to a part of its own. One that reads a row while another writes it sees by
+    the checksum that it is none.
+    """
+
+    def __init__(self, workers: int = 1):
+        self.rows = mmap.mmap(-1, workers * RECENT_REQUESTS * RECENT_BYTES)
+        # Of each minute: its number, requests, tokens.
+        self.minutes = memoryview(mmap.mmap(-1, workers * RECENT_MINUTES * 3 * 8)).cast("d")
+        self.lock = threading.Lock()
+        self.use_part(0)
+
+    def use_part(self, worker: int) -> None:
+        """Write to this worker's part from now on."""
+        self.worker, self.count = worker, 0
+
+    def add(self, request: RecentRequest) -> None:
+        texts = [text.encode("utf-8", "replace") for text in request[6:]]
+        data = RECENT_FORM.pack(*request[:6], *texts)
+        minute = (request.time + request.total) // 60
+        first = 3 * (self.worker * RECENT_MINUTES + int(minute) % RECENT_MINUTES)
+        with self.lock:
+            row = self.worker * RECENT_REQUESTS + self.count % RECENT_REQUESTS
+            start = row * RECENT_BYTES
+            self.rows[start : start + RECENT_BYTES] = zlib.crc32(data).to_bytes(4, "big") + data
+            self.count += 1
+            if self.minutes[first] != minute:
+                self.minutes[first : first + 3] = array.array("d", (minute, 0, 0))
+            self.minutes[first + 1] += 1
+            self.minutes[first + 2] += request.prompt + request.output
+
+    def requests(self) -> list[RecentRequest]:
+        """All that are remembered, the newest first."""
+        rows = self.rows[:]
+        found = []
+        for start in range(0, len(rows), RECENT_BYTES):
+            data = rows[start + 4 : start + RECENT_BYTES]
+            if zlib.crc32(data).to_bytes(4, "big") == rows[start : start + 4]:
+                fields = RECENT_FORM.unpack(data)
+                texts = [text.rstrip(b"\0").decode("utf-8", "ignore") for text in fields[6:]]
+                found.append(RecentRequest(*fields[:6], *texts))
+        return sorted(found, reverse=True)
+
+    def sums(self, now: float) -> list[tuple[float, float]]:
+        """(requests, tokens) of each of the last minutes, this one last."""
+        sums = [(0.0, 0.0)] * RECENT_MINUTES
+        numbers = iter(self.minutes)
+        for minute, requests, tokens in zip(numbers, numbers, numbers):
+            age = int(now // 60 - minute)
+            if 0 <= age < RECENT_MINUTES:
+                before = sums[-1 - age]
+                sums[-1 - age] = before[0] + requests, before[1] + tokens
+        return sums
 
 
 # ---- one connection: heads, bodies, bytes ----
@@ -10202,6 +10287,13 @@ def origin_allowed(origin: str, added: tuple[str, ...]) -> bool:
     return "*" in added or origin in added or re.fullmatch(APP_ORIGINS, origin) is not None
 
 
+def is_own_origin(origin: str, host: str, config: Config) -> bool:
+    """Whether a web page from there is this server's own. Anybody can make a name lead here (DNS
+    rebinding), so it must be an address, or the key must tell users from others."""
+    locked = config.proxy_key or config.client_keys or ADDRESS_HOSTS.fullmatch(host)
+    return bool(locked) and re.sub("^https?://", "", origin) == host
+
+
 def host_allowed(host: str, browser: bool, origins: tuple[str, ...]) -> bool:
     """Whether this is a name for this machine. Browsers may use those of LAN and containers only if
     -origins has them: whoever answers for these names there could rebind them to this machine."""
@@ -10220,7 +10312,9 @@ def check_caller(head: RequestHead, path: str, config: Config, loopback: bool) -
     browser = not head.headers.keys().isdisjoint(BROWSER_HEADERS)
     if loopback and not host_allowed(host, browser, config.origins):  # DNS rebinding
         raise ProxyError(403, "This server is called by another name: " + ascii(host[:80]))
-    if origin is not None and not origin_allowed(origin, config.origins):
+    if origin is not None and not (
+        origin_allowed(origin, config.origins) or is_own_origin(origin, host, config)
+    ):
         message = f"Pages from {origin[:80]!a} may not call this server; -origins can allow it."
         raise ProxyError(403, message)
     cross_site = head.headers.get("sec-fetch-site") == "cross-site"  # such as an image's source
@@ -10395,14 +10489,42 @@ class RequestCycle:
         check_caller(head, path, server.config, server.loopback)
         if method == "OPTIONS":
             self.connection.client.send(self.answer_head(204, preflight_headers(head)))
-        elif path in OWN_PAGES and method in ("GET", "HEAD"):
-            self.route_name = "GET " + path
-            self.send_answer(*server.own_page(path))
+        elif OWN_PAGES.get(path) == method.replace("HEAD", "GET"):
+            self.route_name = f"{OWN_PAGES[path]} {path}"
+            self.send_answer(*self.own_page(path))
         else:
             endpoint = find_route(api, method, path)
             self.protocol, self.route_name = endpoint.protocol, endpoint.route.name
             self.key = upstream_key(head, path, server.config)
             self.answer(endpoint.route, self.plan(endpoint, path, query))
+
+    def own_page(self, path: str) -> tuple[int, Any, Mapping[str, str]]:
+        """(status, answer, headers) of one of OWN_PAGES."""
+        server, head = self.server, self.head
+        if path in ("/status", "/checks"):
+            self.key = upstream_key(head, server.config)
+        if path == "/status":
+            return 200, server.state_for(self.key), NOT_STORED
+        if path == "/checks":
+            return 200, self.checks(), NOT_STORED
+        if path == "/" and "text/html" in head.headers.get("accept", ""):
+            return page_for_people(server.config)
+        return *server.own_page(path), {}
+
+    def checks(self) -> list[JSON]:
+        """What -check tells of the way to Gemini. It costs an answer, so there is one at a time."""
+        server = self.server
+        if not server.metrics.reserve("checks", 1, 1):
+            message = "Checks are under way already; try again in a few seconds."
+            raise ProxyError(429, message, headers={"Retry-After": "5"})
+        waiter = Waiter(self.connection.connection, CHECK_SECONDS, server.stopping)
+        waiter.deadline = time.monotonic() + ALL_CHECKS_SECONDS
+        config = server.config._replace(key=self.key)
+        names = [name for name in config.backend.checks if name != "port"]
+        try:
+            return [result._asdict() for result in check_results(config, names, waiter)]
+        finally:
+            server.metrics.add("checks", amount=-1)
 
     def plan(self, match: RouteMatch, path: str, query: str) -> Exchange:
         """Read the body, look up what is stored for it, and plan the calls to Gemini."""
@@ -10748,11 +10870,385 @@ class RequestCycle:
             self.count_tokens(usage)
         method, path = self.head.method or "-", self.head.target.partition("?")[0][:200] or "-"
         log(f"{method} {path} {self.status} {(now - self.began) * 1000:.0f} ms{tokens}")
+        if self.route_name not in self.server.own_routes:
+            self.remember(now - self.began, f"{method} {path}")
+
+    def remember(self, seconds: float, place: str) -> None:
+        """Remember the request for the page for people; its place is shown if no route answers."""
+        usage, model, answered_by = Usage(), "", ""
+        if self.exchange:
+            usage, model = self.exchange.usage, self.exchange.model
+            answering = self.exchange.plan.answering
+            answered_by = answering.name if answering else ""
+        route = place if self.route_name == "other" else self.route_name
+        times = time.time() - seconds, self.first_byte - self.began, seconds
+        numbers = *times, self.status, usage.prompt, usage.output
+        texts = scope_of(self.key), route, model, answered_by
+        self.server.recent.add(RecentRequest(*numbers, *texts))
+
+
+# ---- the page for people ----
+
+# (client, -api, line to paste): the README's table, with this server's address as "{url}", as
+# "{address}" without "http://", and as "{host}" and "{port}".
+CLIENTS = (
+    (
+        "OpenAI's libraries and programs built on them",
+        "either",
+        "`OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=any`",
+    ),
+    ("Anthropic's libraries", "either", "`ANTHROPIC_BASE_URL={url} ANTHROPIC_API_KEY=any`"),
+    ("Google's libraries", "either", "`GOOGLE_GEMINI_BASE_URL={url} GEMINI_API_KEY=any`"),
+    (
+        "Codex CLI",
+        "either",
+        (
+            "`codex -c model_provider=gemini -c "
+            '\'model_providers.gemini={name="Gemini",base_url="{url}/v1"}\'`'
+        ),
+    ),
+    ("Claude Code", "either", "`ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=any claude`"),
+    (
+        "Gemini CLI",
+        "either",
+        (
+            '`GOOGLE_GEMINI_BASE_URL={url} GEMINI_API_KEY=any gemini`, then "Use Gemini API key" '
+            '(for `gemini -p`: `{"security": {"auth": {"selectedType": "gemini-api-key"}}}` in '
+            "`~/.gemini/settings.json`)"
+        ),
+    ),
+    (
+        "aider",
+        "either",
+        "`OPENAI_API_BASE={url}/v1 OPENAI_API_KEY=any aider --model openai/gemini-3.8-flash`",
+    ),
+    (
+        "Cline, Roo Code",
+        "either",
+        "API Provider > OpenAI Compatible: Base URL `{url}/v1`, model `gemini-3.8-flash`",
+    ),
+    ("Ollama's CLI and libraries", "ollama", "`OLLAMA_HOST={address}`"),
+    ("Open WebUI", "ollama", "Admin Panel > Settings > Connections > Ollama API: `{url}`"),
+    (
+        "VS Code Copilot Chat",
+        "ollama",
+        '`"github.copilot.chat.byok.ollamaEndpoint": "{url}"`, then Manage Models > Ollama',
+    ),
+    (
+        "Home Assistant",
+        "ollama",
+        (
+            "Settings > Devices & services > Add integration > Ollama: `http://{host}:{port}`; on "
+            "the server `-listen=:{port}` and `PROXY_API_KEY`, which is the integration's key"
+        ),
+    ),
+    ("Zed", "ollama", '`"language_models": {"ollama": {"api_url": "{url}"}}`'),
+    (
+        "JetBrains AI Assistant",
+        "ollama",
+        "Settings > Tools > AI Assistant > Models > Ollama: `{url}`",
+    ),
+    ("Continue", "ollama", "in `config.yaml`: `provider: ollama`, `apiBase: {url}`"),
+    ("LangChain", "ollama", '`ChatOllama(model="gemini-3.8-flash", base_url="{url}")`'),
+    ("LiteLLM", "ollama", '`model="ollama_chat/gemini-3.8-flash", api_base="{url}"`'),
+    ("n8n", "ollama", "credential Ollama account: Base URL `{url}`"),
+    (
+        "Page Assist",
+        "ollama",
+        "Settings > Ollama > URL `{url}`; on the server `-origins=chrome-extension://ID`",
+    ),
+    (
+        "Xcode",
+        "ollama",
+        "Settings > Intelligence > Add a Model Provider > Locally Hosted, port {port}",
+    ),
+)
+NOT_STORED = {"Cache-Control": "no-store"}
+KEY_FIELD = """
+<p><label>{}<br>
+<input name="{}" type="password" autocomplete="off" required pattern="[!-~]+"></label></p>"""
+# Nothing on it is loaded from elsewhere, and no script can turn text into markup (Trusted Types).
+# NONCE and FIELDS are filled in.
+PAGE = r"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>proxy-to-gemini</title><link rel="icon" href="data:,">
+<style nonce="NONCE">
+:root { color-scheme: light dark; --ink: #1b1f24; --faint: #57606a; --paper: #fff; --line: #8c959f;
+  --field: #f3f5f7; --accent: #0a58b5; --good: #116329; --bad: #b3141d; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ed; --faint: #a3acb5; --paper: #14171b; --line: #6b7681; --field: #20252b;
+    --accent: #7db5ff; --good: #63c983; --bad: #ff9189; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 62rem; font: 1rem/1.5 system-ui, sans-serif;
+  color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; margin: 0; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--line); }
+p, ol, pre, textarea { margin: .5rem 0; }
+p:empty, pre:empty, ol:empty { display: none; }
+details:has(pre:empty) { display: none; }
+textarea, input, select, button { font-size: 1rem; padding: .5rem .7rem; max-width: 100%;
+  border: 1px solid var(--line); color: inherit; background: var(--field); border-radius: 4px; }
+textarea { display: block; width: 100%; }
+button:enabled { color: var(--accent); cursor: pointer; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+code, pre { background: var(--field); padding: .1rem .3rem; white-space: pre-wrap; }
+figcaption, small, button:disabled { color: var(--faint); }
+code, pre, figcaption, small, table, dd button { font-size: .875rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--field); }
+td:nth-child(2), td:nth-child(3) { min-width: 9rem; }
+th:nth-child(n+4), td:nth-child(n+4) { text-align: right; white-space: nowrap; }
+.wide { overflow: auto; max-height: 24rem; }
+.charts { display: flex; gap: 1.5rem; flex-wrap: wrap; }
+figure { flex: 1 1 16rem; }
+svg { display: block; width: 100%; height: 3rem; background: var(--field); fill: var(--accent); }
+dt { font-weight: 600; margin-top: .6rem; } dd, figure { margin: 0; }
+dd button { padding: .1rem .5rem; margin-left: .4rem; }
+.good { color: var(--good); } .bad { color: var(--bad); } img { max-width: 100%; }
+</style>
+</head>
+<body><main>
+<h1>proxy-to-gemini</h1>
+<p id="about">This page needs JavaScript.</p>
+<p id="problem" role="alert"></p>
+<form id="keys" hidden>FIELDS
+<button>Use</button> <small>It is kept in this tab until you close it.</small>
+</form>
+<button id="forget" hidden>Forget the key</button>
+<h2>Does it work?</h2>
+<button id="check">Check the way to Gemini</button>
+<small>Looks at connection and key, and asks a flash model for one word.</small>
+<ol id="results" aria-live="polite"></ol>
+<h2>The last hour</h2>
+<div class="charts">
+<figure id="requests"><svg viewBox="0 0 60 100" preserveAspectRatio="none"
+aria-hidden="true"><path></path></svg><figcaption></figcaption></figure>
+<figure id="tokens"><svg viewBox="0 0 60 100" preserveAspectRatio="none"
+aria-hidden="true"><path></path></svg><figcaption></figcaption></figure>
+</div>
+<h2 id="last">Last requests</h2>
+<div class="wide" role="region" aria-labelledby="last" tabindex="0">
+<table><thead><tr>
+<th scope="col">Time<th scope="col">Route<th scope="col">Model<th scope="col">Tokens in
+<th scope="col">Tokens out<th scope="col">First byte<th scope="col">Total<th scope="col">Status
+</tr></thead><tbody id="rows"></tbody></table>
+</div>
+<h2>Try a prompt</h2>
+<form id="try">
+<p><label>Model <select id="model" required></select></label></p>
+<label for="prompt">Prompt</label>
+<textarea id="prompt" rows="3" required>Why is the sky blue? Answer in two sentences.</textarea>
+<button id="send">Send</button> <button id="stop" type="button" disabled>Stop</button>
+<small>Ctrl+Enter sends. Gemini's price applies.</small>
+</form>
+<details open><summary>Thoughts</summary><pre id="thoughts"></pre></details>
+<pre id="answer" role="log" aria-label="Answer"></pre>
+<p id="usage" role="status"></p>
+<h2>Connect a client</h2>
+<p id="key"></p>
+<dl id="clients"></dl>
+<h2>Models</h2>
+<p id="aliases"></p>
+<p id="models"></p>
+</main><script nonce="NONCE">
+const byId = (id) => document.getElementById(id);
+const keys = [...byId("keys").elements].filter((input) => input.name);
+
+// Strings become text nodes: nothing that a client or a model wrote can be markup.
+const put = (id, ...children) => byId(id).replaceChildren(...children);
+const make = (tag, fields, ...children) => {
+  const node = Object.assign(document.createElement(tag), fields);
+  node.append(...children);
+  return node;
+};
+
+async function attempt(id, action) {
+  try {
+    await action();
+  } catch (error) {
+    put(id, make("span", {className: "bad"}, error.message));
+  }
+}
+
+async function ask(path, options) {
+  const headers = {"content-type": "application/json"};
+  for (const {name} of keys) headers[name] = sessionStorage.getItem(name) ?? "";
+  const answer = await fetch(path, {...options, headers});
+  if (answer.ok) return answer;
+  if (answer.status === 401 && keys.length) {
+    byId("keys").hidden = false;
+    keys[0].select();
+  }
+  const {error} = await answer.json();
+  throw new Error(`${answer.status}: ${error.message ?? error}`);
+}
+
+byId("keys").addEventListener("submit", (event) => {
+  event.preventDefault();
+  for (const {name, value} of keys) sessionStorage.setItem(name, value);
+  byId("keys").hidden = true;
+  begin();
+});
+byId("forget").addEventListener("click", () => { sessionStorage.clear(); location.reload(); });
+
+function draw(id, numbers) {
+  const most = Math.max(...numbers), sum = numbers.reduce((a, b) => a + b);
+  const bars = numbers.map((n) => 100 * n / (most || 1)).map((n, i) => `M${i} 100v${-n}h.8v${n}z`);
+  byId(id).querySelector("path").setAttribute("d", bars.join(""));
+  byId(id).querySelector("figcaption").textContent =
+    `${sum.toLocaleString()} ${id}, at most ${most.toLocaleString()} a minute`;
+}
+
+const seconds = (number) => number.toFixed(number < 10 ? 2 : 0) + " s";
+function show({api, backend, version, workers, minutes, requests, ...rest}) {
+  put("about", api === "ollama" ? "Ollama is running, as " : "This is ", `api ${api} at `,
+    `${location.origin}, answered by ${backend}. Version ${version}, workers: ${workers}.`);
+  ["requests", "tokens"].forEach((id, i) => draw(id, minutes.map((sums) => sums[i])));
+  if (!byId("clients").firstChild) showClients(rest);
+  const table = JSON.stringify(requests);
+  if (byId("rows").dataset.shown === table) return;  // a selection in it stays
+  byId("rows").dataset.shown = table;
+  put("rows", ...requests.map((request) => {
+    const {time, route, model, answered_by, prompt, output, first_byte, total, status} = request;
+    const models = [...new Set([model, answered_by])].filter(Boolean).join(", by ");
+    const cells = [new Date(time * 1000).toLocaleTimeString(), route, models, prompt, output,
+      seconds(first_byte), seconds(total)];
+    return make("tr", {}, ...cells.map((cell) => make("td", {}, cell)),
+      make("td", {className: status < 400 ? "good" : "bad"}, status));
+  }));
+}
+
+function showClients({clients, other_clients: others, aliases, client_key: key}) {
+  const name = location.hostname, port = location.port || {"http:": 80}[location.protocol] || 443;
+  const host = /^(localhost|127\..*|\[::1\])$/.test(name) ? "HOST" : name;
+  const place = {url: location.origin, address: `${name}:${port}`, host, port};
+  put("key", `As its API key, a client sends ${key}. `, others.length ?
+    `With -api=ollama also: ${others.join(", ")}.` : "");
+  put("aliases", ...aliases.map((alias) => make("code", {}, alias)).flatMap((code) => [code, " "]));
+  put("clients", ...clients.flatMap(([client, line]) => {
+    const filled = line.replace(/\{(\w+)\}/g, (braces, word) => place[word] ?? braces);
+    const parts = filled.split("`").map((part, i) => i % 2 ? make("code", {}, part) : part);
+    const button = make("button", {ariaLabel: "Copy the line for " + client}, "Copy");
+    button.addEventListener("click", () => {
+      getSelection().selectAllChildren(parts[1]);
+      button.textContent = document.execCommand("copy") ? "Copied" : "Selected";
+    });
+    return [make("dt", {}, client), make("dd", {}, ...parts, button)];
+  }));
+}
+
+async function poll() {
+  await attempt("problem", async () => {
+    if (!document.hidden) show(await (await ask("/status")).json());
+    put("problem");
+  });
+  if (byId("keys").hidden) setTimeout(poll, 3000);
+}
+
+async function begin() {
+  await poll();
+  if (!byId("keys").hidden) return;
+  byId("forget").hidden = !keys.length;
+  await attempt("models", async () => {
+    const names = (await (await ask("/v1/models")).json()).data.map((model) => model.id);
+    put("models", names.join(", "));
+    put("model", ...names.map((name) => new Option(name)));
+    byId("model").value = names.find((name) => /flash-latest/.test(name)) ?? names[0];
+  });
+}
+begin();
+
+byId("check").addEventListener("click", async () => {
+  byId("check").disabled = true;
+  put("results", "Checking ...");
+  await attempt("results", async () => {
+    const results = await (await ask("/checks", {method: "POST"})).json();
+    put("results", ...results.map(({name, works, text, mend}) => make("li", {},
+      make("b", {className: works ? "good" : "bad"}, works ? "ok" : "fails"),
+      ` ${name}: ${text} `, mend && `Mend: ${mend}.`)));
+  });
+  byId("check").disabled = false;
+});
+
+async function* events(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = "", part; !(part = await reader.read()).done;) {
+    const lines = (rest + part.value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) if (line.startsWith("data: {")) yield JSON.parse(line.slice(6));
+  }
+}
+
+async function stream(body, signal) {
+  const began = performance.now(), time = () => seconds((performance.now() - began) / 1000);
+  const options = {method: "POST", body: JSON.stringify(body), signal};
+  const answer = await ask("/v1/chat/completions", options), first = time();
+  let finish = "";
+  for await (const {choices: [choice] = [], usage, error} of events(answer)) {
+    if (error) throw new Error(error.message);
+    const {content, images, reasoning, reasoning_content: thought} = choice?.delta ?? {};
+    finish = choice?.finish_reason ?? finish;
+    byId("thoughts").append(thought ?? reasoning ?? "");
+    byId("answer").append(content ?? "",
+      ...(images ?? []).map((image) => make("img", {src: image.image_url.url, alt: "An image"})));
+    if (usage) put("usage", `${usage.prompt_tokens} tokens in, ${usage.completion_tokens} out, ` +
+      `${usage.completion_tokens_details.reasoning_tokens} of these thoughts; ${first} to the ` +
+      `first byte, ${time()} in all; finish: ${finish}; by ${answer.headers.get("x-proxy-model")}`);
+  }
+}
+
+byId("try").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const body = {model: byId("model").value, stream: true, stream_options: {include_usage: true},
+    messages: [{role: "user", content: byId("prompt").value}],
+    google: {thinking_config: {include_thoughts: true}}};
+  const call = new AbortController();
+  byId("stop").onclick = () => call.abort();
+  byId("stop").disabled = !(byId("send").disabled = true);
+  ["thoughts", "answer"].forEach((id) => put(id));
+  put("usage", "Waiting ...");
+  await attempt("usage", () => stream(body, call.signal));
+  byId("stop").disabled = !(byId("send").disabled = false);
+});
+byId("prompt").addEventListener("keydown", (event) => {
+  if (event.ctrlKey && event.key === "Enter") byId("try").requestSubmit(byId("send"));
+});
+</script></body></html>
+"""
+PAGE_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'nonce-NONCE'",
+        "style-src 'nonce-NONCE'",
+        "connect-src 'self'",
+        "img-src data:",
+        *("base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
+        *("require-trusted-types-for 'script'", "trusted-types 'none'"),
+    )
+)
+
+
+def page_for_people(config: Config) -> tuple[int, Payload, Mapping[str, str]]:
+    """(status, page, headers) for a browser. It has fields for the keys that it will need."""
+    nonce, fields = secrets.token_urlsafe(16), ""
+    if config.proxy_key:
+        fields += KEY_FIELD.format("Key of this server (<code>PROXY_API_KEY</code>)", "x-api-key")
+    if config.client_keys:
+        fields += KEY_FIELD.format("Your Gemini key", "x-goog-api-key")
+    page = PAGE.replace("NONCE", nonce).replace("FIELDS", fields)
+    headers = {
+        **NOT_STORED,
+        "Content-Security-Policy": PAGE_POLICY.replace("NONCE", nonce),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Vary": "Accept",
+    }
+    return 200, Payload(page.encode(), "text/html; charset=utf-8"), headers
 
 
 # ---- the server ----
-
-OWN_PAGES = ("/", "/healthz", "/metrics")  # of the server itself, whatever its -api
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -10772,8 +11268,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.max_connections = min(MAX_CONNECTIONS, max(8, open_files_limit() // 2 - 16))
         self.config, self.shared = config, handed_over is not None
         routes = [route.name for _, protocol in MOUNTS[config.api] for route in protocol.routes]
-        pages = ["GET " + path for path in OWN_PAGES]
+        pages = [f"{method} {path}" for path, method in OWN_PAGES.items()]
         self.metrics = Metrics([*dict.fromkeys(routes), *pages], config.workers)
+        self.recent, self.own_routes = Recent(config.workers), set(pages)
         self.gemini = Gemini(config.upstream, config.state, self.metrics.add, config.backend)
         self.context = Context(config.aliases)  # of all requests
         if config.api == "ollama":
@@ -10848,6 +11345,28 @@ class Server(http.server.ThreadingHTTPServer):
             return 200, Payload(b"Ollama is running")
         text = f"You are running proxy-to-gemini at {self.url}; api = {self.config.api}\n"
         return 200, Payload(text.encode())
+
+    def state_for(self, key: str) -> JSON:
+        """What the page for people shows. With -client-keys, each sees the requests of its own."""
+        config, requests, client_key = self.config, self.recent.requests(), "anything"
+        served = ("either", config.api)
+        if config.proxy_key:
+            client_key = "the value of PROXY_API_KEY"
+        if config.client_keys:
+            client_key = "its user's own Gemini key"
+            requests = [request for request in requests if request.scope == scope_of(key)]
+        return {
+            "version": VERSION,
+            "api": config.api,
+            "backend": backend_line(config),
+            "workers": config.workers,
+            "aliases": [f"{name}={model}" for name, model in config.aliases],
+            "client_key": client_key,
+            "clients": [(name, line) for name, api, line in CLIENTS if api in served],
+            "other_clients": [name for name, api, _ in CLIENTS if api not in served],
+            "minutes": self.recent.sums(time.time()),
+            "requests": [request._asdict() for request in requests[:RECENT_REQUESTS]],
+        }
 
     def run(self, signals: Signals) -> None:
         """Accept clients until a signal says stop; then let what is under way end."""
@@ -11588,6 +12107,7 @@ class Workers:
         try:
             self.signals.become_worker(parent)
             self.server.metrics.use_row(number)
+            self.server.recent.use_part(number)
             self.server.run(self.signals)
             os._exit(0)
         except Exception:
@@ -11615,9 +12135,11 @@ class Workers:
 # ---- checks ----
 
 CHECK_SECONDS = 30.0  # seconds that a call of a check may take
+ALL_CHECKS_SECONDS = 60.0  # that all calls of checks may take for the page for people
 CHECK_ERRORS = (ProxyError, OSError, ValueError, sqlite3.Error, http.client.HTTPException)
 # What to do if something does not work; Backend.checks says in which order each is needed.
 CHECKS = {
+    "certificates": "see to REQUESTS_CA_BUNDLE, SSL_CERT_FILE and HTTPS_PROXY",
     "port": "end what listens there, or choose another with -listen",
     "memory": "name a writable file with -state, SQLite's or a new one",
     "name": "see to DNS; where the network wants a proxy, set HTTPS_PROXY",
@@ -11630,24 +12152,36 @@ CHECKS = {
 }
 
 
+class CheckResult(NamedTuple):
+    """Whether something works."""
+
+    name: str
+    works: bool
+    text: str  # what was learned, or the cause
+    mend: str = ""  # what to do
+
+
+def check_results(
+    config: Config, names: Iterable[str], waiter: Waiter | None = None
+) -> Iterator[CheckResult]:
+    """Whether each of these CHECKS works, up to the first that does not."""
+    name = "certificates"
+    try:
+        checker = Checker(config, waiter)
+        with contextlib.closing(checker.gemini):
+            for name in names:
+                check: Callable[[], str] = getattr(checker, "check_" + name)
+                yield CheckResult(name, True, check())
+    except CHECK_ERRORS as error:
+        yield CheckResult(name, False, f"{config.upstream}: {reason_of(error)}", CHECKS[name])
+
+
 class Checker:
     """A method for each of CHECKS: it returns what it learned in a few words, or raises."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, waiter: Waiter | None = None):
         self.config, self.gemini = config, Gemini(config.upstream, backend=config.backend)
-        self.waiter = Waiter(None, CHECK_SECONDS)
-
-    def run(self) -> int:
-        """Print whether each thing works, up to the first that does not; the exit status."""
-        for name in self.config.backend.checks:
-            check: Callable[[], str] = getattr(self, "check_" + name)
-            try:
-                print(f"ok    {name}: {check()}", flush=True)
-            except CHECK_ERRORS as error:
-                reason = reason_of(error)
-                print(f"FAIL  {name}: {self.config.upstream}: {reason}\n      mend: {CHECKS[name]}")
-                return 1
-        return 0
+        self.waiter = waiter or Waiter(None, CHECK_SECONDS)
 
     def check_port(self) -> str:
         server = Server(self.config, handed_over_socket(os.environ))
@@ -11750,14 +12284,14 @@ def newest_flash(models: list[JSON]) -> Model:
 
 def run_checks(config: Config) -> int:
     """Do what -check asks for; the exit status, 1 if something does not work."""
-    try:
-        checker = Checker(config)
-    except (OSError, ValueError) as error:
-        print(f"FAIL  certificates: {error}")
-        print("      mend: see to REQUESTS_CA_BUNDLE, SSL_CERT_FILE and HTTPS_PROXY")
-        return 1
-    with contextlib.closing(checker.gemini):
-        return checker.run()
+    status = 0
+    for result in check_results(config, config.backend.checks):
+        if result.works:
+            print(f"ok    {result.name}: {result.text}", flush=True)
+        else:
+            print(f"FAIL  {result.name}: {result.text}\n      mend: {result.mend}")
+            status = 1
+    return status
 
 
 # ---- start and end ----
@@ -11796,6 +12330,14 @@ def open_server(config: Config) -> Server:
     return server
 
 
+def backend_line(config: Config) -> str:
+    """Who answers, and where."""
+    backend, place = config.backend, ""
+    if backend.project:
+        place = f" (project {backend.project}, location {backend.location})"
+    return f"{backend.name}{place} at {config.upstream}"
+
+
 def serve(config: Config) -> None:
     """Serve until a signal says stop."""
     signals = Signals(os.environ)
@@ -11803,11 +12345,7 @@ def serve(config: Config) -> None:
     if hasattr(gc, "freeze"):  # PyPy has another collector
         gc.freeze()  # what is there by now stays for good, and need not be looked through
     address = f"api {config.api} at {server.url}"
-    backend, place = config.backend, ""
-    if backend.project:
-        place = f" (project {backend.project}, location {backend.location})"
-    answerer = f"{backend.name}{place} at {config.upstream}"
-    log(f"proxy-to-gemini {VERSION}: {address}, answered by {answerer}")
+    log(f"proxy-to-gemini {VERSION}: {address}, answered by {backend_line(config)}")
     if not server.loopback and not config.proxy_key and not config.client_keys:
         risk = "whoever reaches this port can spend the Gemini key"
         log(f"warning: {risk}; set PROXY_API_KEY, or listen on 127.0.0.1")
