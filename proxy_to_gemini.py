@@ -9943,6 +9943,11 @@ class RecentRequest(NamedTuple):
     model: str  # as the client spelt it
     answered_by: str
 
+    def shown(self) -> JSON:
+        fields = self._asdict()
+        del fields["scope"]
+        return fields
+
 
 class Recent:
     """The last requests and the sums of each minute, in memory that all workers share.
@@ -10365,8 +10370,9 @@ def has_ticket(head: RequestHead, path: str, config: Config) -> bool:
 
 
 def with_own_address(answer: AnswerHead, head: RequestHead, config: Config) -> AnswerHead:
-    """The head of an answer in which an address of Gemini's API is one of this server's."""
-    headers = dict(answer.headers)
+    """The head of an answer in which an address of Gemini's API is one of this server's. What a
+    browser shows of it is no page of this server's, whatever its type."""
+    headers = {**answer.headers, "Content-Security-Policy": "sandbox"}
     scheme = head.headers.get("x-forwarded-proto", "")  # where a proxy before this speaks TLS
     if scheme not in ("http", "https"):
         scheme = "http"
@@ -10987,7 +10993,7 @@ h1 { font-size: 1.4rem; margin: 0; }
 h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--line); }
 p, ol, pre, textarea { margin: .5rem 0; }
 p:empty, pre:empty, ol:empty { display: none; }
-details:has(pre:empty) { display: none; }
+details:has(pre:empty), #keys:not([hidden]) ~ * { display: none; }
 textarea, input, select, button { font-size: 1rem; padding: .5rem .7rem; max-width: 100%;
   border: 1px solid var(--line); color: inherit; background: var(--field); border-radius: 4px; }
 textarea { display: block; width: 100%; }
@@ -10997,12 +11003,12 @@ code, pre { background: var(--field); padding: .1rem .3rem; white-space: pre-wra
 figcaption, small, button:disabled { color: var(--faint); }
 code, pre, figcaption, small, table, dd button { font-size: .875rem; }
 table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--field); }
-td:nth-child(2), td:nth-child(3) { min-width: 9rem; }
-th:nth-child(n+4), td:nth-child(n+4) { text-align: right; white-space: nowrap; }
+th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--field);
+  white-space: nowrap; }
+td:nth-child(2), td:nth-child(3) { min-width: 12rem; white-space: normal; }
+th:nth-child(n+4), td:nth-child(n+4) { text-align: right; }
 .wide { overflow: auto; max-height: 24rem; }
-.charts { display: flex; gap: 1.5rem; flex-wrap: wrap; }
-figure { flex: 1 1 16rem; }
+.charts { display: flex; gap: 1.5rem; flex-wrap: wrap; } figure { flex: 1 1 16rem; }
 svg { display: block; width: 100%; height: 3rem; background: var(--field); fill: var(--accent); }
 dt { font-weight: 600; margin-top: .6rem; } dd, figure { margin: 0; }
 dd button { padding: .1rem .5rem; margin-left: .4rem; }
@@ -11011,7 +11017,7 @@ dd button { padding: .1rem .5rem; margin-left: .4rem; }
 </head>
 <body><main>
 <h1>proxy-to-gemini</h1>
-<p id="about">This page needs JavaScript.</p>
+<noscript>This page needs JavaScript.</noscript><p id="about"></p>
 <p id="problem" role="alert"></p>
 <form id="keys" hidden>FIELDS
 <button>Use</button> <small>It is kept in this tab until you close it.</small>
@@ -11047,11 +11053,9 @@ aria-hidden="true"><path></path></svg><figcaption></figcaption></figure>
 <pre id="answer" role="log" aria-label="Answer"></pre>
 <p id="usage" role="status"></p>
 <h2>Connect a client</h2>
-<p id="key"></p>
-<dl id="clients"></dl>
+<p id="key"></p><dl id="clients"></dl>
 <h2>Models</h2>
-<p id="aliases"></p>
-<p id="models"></p>
+<p id="aliases"></p><p id="models"></p>
 </main><script nonce="NONCE">
 const byId = (id) => document.getElementById(id);
 const keys = [...byId("keys").elements].filter((input) => input.name);
@@ -11077,14 +11081,15 @@ async function ask(path, options) {
   for (const {name} of keys) headers[name] = sessionStorage.getItem(name) ?? "";
   const answer = await fetch(path, {...options, headers});
   if (answer.ok) return answer;
-  if (answer.status === 401 && keys.length) {
-    byId("keys").hidden = false;
-    keys[0].select();
-  }
+  if (answer.status === 401) askForKeys();
   const {error} = await answer.json();
   throw new Error(`${answer.status}: ${error.message ?? error}`);
 }
 
+function askForKeys() {
+  byId("keys").hidden = !keys.length;
+  keys[0]?.select();
+}
 byId("keys").addEventListener("submit", (event) => {
   event.preventDefault();
   for (const {name, value} of keys) sessionStorage.setItem(name, value);
@@ -11144,7 +11149,7 @@ async function poll() {
     if (!document.hidden) show(await (await ask("/status")).json());
     put("problem");
   });
-  if (byId("keys").hidden) setTimeout(poll, 3000);
+  if (byId("keys").hidden) setTimeout(poll, 5000);
 }
 
 async function begin() {
@@ -11158,11 +11163,12 @@ async function begin() {
     byId("model").value = names.find((name) => /flash-latest/.test(name)) ?? names[0];
   });
 }
-begin();
+if (keys.every(({name}) => sessionStorage.getItem(name))) begin();
+else askForKeys();
 
 byId("check").addEventListener("click", async () => {
   byId("check").disabled = true;
-  put("results", "Checking ...");
+  put("results", make("li", {}, "Checking ..."));
   await attempt("results", async () => {
     const results = await (await ask("/checks", {method: "POST"})).json();
     put("results", ...results.map(({name, works, text, mend}) => make("li", {},
@@ -11365,7 +11371,7 @@ class Server(http.server.ThreadingHTTPServer):
             "clients": [(name, line) for name, api, line in CLIENTS if api in served],
             "other_clients": [name for name, api, _ in CLIENTS if api not in served],
             "minutes": self.recent.sums(time.time()),
-            "requests": [request._asdict() for request in requests[:RECENT_REQUESTS]],
+            "requests": [request.shown() for request in requests[:RECENT_REQUESTS]],
         }
 
     def run(self, signals: Signals) -> None:

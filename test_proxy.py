@@ -9951,6 +9951,101 @@ def test_the_metrics_of_workers_add_up(three_rows, line):
     assert f"\nproxy_to_gemini_{line}\n" in three_rows
 
 
+# ---- the last requests ----
+
+
+def request_at(began, model="", **fields):
+    row = proxy.RecentRequest(began, 0.1, 0.5, 200.0, 4.0, 7.0, "", "POST /x", model, "")
+    return row._replace(**fields)
+
+
+def test_the_last_requests_of_all_workers_come_newest_first():
+    recent = proxy.Recent(workers=2)
+    rows = [request_at(float(i), answered_by=f"gemini-{i}") for i in range(4)]
+    for worker, row in zip((0, 1, 1, 0), rows):
+        recent.worker = worker
+        recent.count = rows.index(row)
+        recent.add(row)
+    assert recent.requests() == rows[::-1]
+
+
+def test_each_worker_remembers_so_many_requests(monkeypatch):
+    recent = proxy.Recent()
+    for i in range(proxy.RECENT_REQUESTS + 3):
+        recent.add(request_at(float(i)))
+    times = [row.time for row in recent.requests()]
+    assert times == [float(i) for i in reversed(range(3, proxy.RECENT_REQUESTS + 3))]
+
+
+def test_a_row_that_is_half_written_is_none():
+    recent = proxy.Recent()
+    recent.add(request_at(1.0))
+    recent.add(request_at(2.0))
+    recent.rows[20] ^= 1
+    assert [row.time for row in recent.requests()] == [2.0]
+
+
+@pytest.mark.parametrize(
+    "name, kept_name",
+    [("m" * 99, "m" * 64), ("x" * 63 + "é", "x" * 63), ("\ud800<b>", "?<b>"), ("日本", "日本")],
+)
+def test_a_long_or_broken_name_of_a_model_is_cut_to_what_fits(name, kept_name):
+    recent = proxy.Recent()
+    recent.add(request_at(1.0, name))
+    assert recent.requests()[0].model == kept_name
+
+
+def test_requests_and_tokens_add_up_by_the_minute_over_all_workers():
+    recent, now = proxy.Recent(workers=2), 6_000_000.0
+    for worker, seconds in ((1, 60 * 60), (0, 59 * 60), (0, 60), (0, 0), (1, 0)):
+        recent.use_part(worker)
+        recent.add(request_at(now - seconds))
+    expected = [(0, 0)] * proxy.RECENT_MINUTES
+    expected[-1], expected[-2], expected[0] = (2, 22), (1, 11), (1, 11)
+    assert recent.sums(now) == expected
+
+
+def state_of(server, **headers):
+    """What /status tells."""
+    with RawClient(server) as client:
+        status, fields, body = client.request("GET", "/status", **headers)
+    assert status == 200
+    assert fields["cache-control"] == "no-store"
+    return json.loads(body)
+
+
+def test_the_last_requests_are_shown_without_what_was_said(server):
+    post(server, body=chat(user("my secret"), model="gpt-5"))
+    post(server, "/v1/nonsense?key=AIza-1")
+    metrics_of(server)
+    until(lambda: len(state_of(server)["requests"]) == 2)
+    state = state_of(server)
+    (lost, answered), text = state["requests"], json.dumps(state)
+    words = ("route", "model", "answered_by", "prompt", "output", "status")
+    assert [answered[word] for word in words] == [
+        *(CHAT_ROUTE_NAME, "gpt-5", "gemini-flash-latest"),
+        *(4, 7, 200),
+    ]
+    assert 0 < answered["first_byte"] <= answered["total"] < 5
+    assert abs(answered["time"] - time.time()) < 60
+    assert (lost["route"], lost["status"]) == ("POST /v1/nonsense", 404)
+    assert state["minutes"][-1] == [2, 11] or state["minutes"][-2:] != [[0, 0]] * 2
+    for secret in ("my secret", "Hello", "AIza", "the-key", proxy.scope_of("the-key")):
+        assert secret not in text
+
+
+def test_with_keys_of_their_own_users_see_their_own_requests_only(gemini):
+    with serving(gemini.url, client_keys=True) as server:
+        for key in ("alice", "bob", "bob"):
+            post(server, body=chat(model=f"tuned-{key}"), x_api_key=key)
+        for key, count in (("alice", 1), ("bob", 2), ("eve", 0)):
+            state = state_of(server, x_api_key=key)
+            until(lambda k=key, n=count: len(state_of(server, x_api_key=k)["requests"]) == n)
+            assert {row["model"] for row in state["requests"]} <= {f"tuned-{key}"}
+        with RawClient(server) as client:
+            assert client.request("GET", "/status")[0] == 401
+
+
 # ---- one connection ----
 
 
@@ -10526,6 +10621,182 @@ def test_clients_may_need_the_servers_key_and_one_of_their_own(gemini):
         assert post(server, Authorization="Bearer px-1", x_api_key="AIza-a")[0] == 200
         assert key_of(gemini) == "AIza-a"
         assert post(server, Authorization="Bearer px-1")[0] == 401
+
+
+@pytest.mark.parametrize(
+    "host, origin, fields, status",
+    [
+        ("192.0.2.7:5555", "http://192.0.2.7:5555", {}, 200),
+        ("[2001:db8::7]:5555", "http://[2001:db8::7]:5555", {}, 200),
+        ("192.0.2.7:5555", "http://192.0.2.8:5555", {}, 403),
+        ("192.0.2.7:5555", "http://192.0.2.7", {}, 403),
+        ("rebound.example", "http://rebound.example", {}, 403),
+        ("ai.example", "https://ai.example", {"proxy_key": "px-1"}, 200),
+        ("ai.example", "https://other.example", {"proxy_key": "px-1"}, 403),
+    ],
+)
+def test_the_servers_own_page_may_call_it_unless_its_name_may_be_rebound(
+    gemini, host, origin, fields, status
+):
+    config = proxy.Config("openai", ("", 0), gemini.url, "the-key")._replace(**fields)
+    server = proxy.Server(config)
+    with in_thread(server):
+        headers = {"Host": host, "Origin": origin, "Sec-Fetch-Site": "same-origin"}
+        assert post(server, "/checks", b"", X_API_Key="px-1", **headers)[0] == status
+
+
+@pytest.mark.parametrize("method, path", [("GET", "/status"), ("POST", "/checks")])
+def test_what_the_page_reads_is_locked_as_the_metrics_are(gemini, method, path):
+    with serving(gemini.url, proxy_key="px-1") as server, RawClient(server) as client:
+        assert client.request(method, path)[0] == 401
+        assert client.request(method, path, X_API_Key="wrong")[0] == 401
+        assert client.request(method, path, X_API_Key="px-1")[0] == 200
+        assert client.request(method, path, Host="evil.example", X_API_Key="px-1")[0] == 403
+        headers = {"Origin": "https://evil.example", "X_API_Key": "px-1"}
+        assert client.request(method, path, **headers)[0] == 403
+
+
+# ---- the page for people ----
+
+PEOPLE = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+
+
+def page_of(server):
+    """(headers, text) of the page for people."""
+    with RawClient(server) as client:
+        status, headers, body = client.request("GET", "/", **PEOPLE)
+    assert status == 200
+    return headers, body.decode()
+
+
+@pytest.mark.parametrize(
+    "api, text", [("openai", b"api = openai"), ("ollama", b"Ollama is running")]
+)
+@pytest.mark.parametrize("accept", [None, "*/*", "application/json, text/plain, */*"])
+def test_only_browsers_get_the_page(gemini, api, text, accept):
+    with serving(gemini.url, api=api) as server, RawClient(server) as client:
+        status, headers, body = client.request("GET", "/", Accept=accept)
+        assert status == 200
+        assert headers["content-type"] == "text/plain; charset=utf-8"
+        assert text in body
+        assert page_of(server)[0]["content-type"] == "text/html; charset=utf-8"
+        assert client.request("HEAD", "/", **PEOPLE)[0] == 200
+
+
+def test_the_page_has_a_strict_policy_and_nothing_that_it_would_stop(server):
+    headers, page = page_of(server)
+    policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
+    nonce = re.fullmatch("'nonce-([\\w-]{22})'", policy["script-src"]).group(1)
+    assert policy == {
+        "default-src": "'none'",
+        "script-src": f"'nonce-{nonce}'",
+        "style-src": f"'nonce-{nonce}'",
+        "connect-src": "'self'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'",
+        "trusted-types": "'none'",
+    }
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["cache-control"] == "no-store"
+    assert len(re.findall("<(?:style|script)\\b", page)) == page.count(f'nonce="{nonce}"') == 2
+    assert not re.search(r"innerHTML|insertAdjacent|document\.write|\beval\b|localStorage", page)
+    assert not re.search(r"<[^>]* (?:on\w+|style)=|\b(?:src|href)=\"(?!data:)", page)
+    assert nonce not in page_of(server)[1]
+
+
+def test_the_page_has_at_most_250_lines(server):
+    assert len(page_of(server)[1].splitlines()) <= 250
+
+
+@pytest.mark.parametrize(
+    "fields, names",
+    [
+        ({}, []),
+        ({"proxy_key": "px-1"}, ["x-api-key"]),
+        ({"client_keys": True}, ["x-goog-api-key"]),
+        ({"client_keys": True, "proxy_key": "px-1"}, ["x-api-key", "x-goog-api-key"]),
+    ],
+)
+def test_the_page_asks_for_the_keys_that_this_server_wants(gemini, fields, names):
+    with serving(gemini.url, **fields) as server:
+        page = page_of(server)[1]
+        assert re.findall('<input name="(.+?)" type="password"', page) == names
+        assert "px-1" not in page
+        assert "the-key" not in page
+
+
+def test_every_element_that_the_pages_script_looks_for_is_there(server):
+    page = page_of(server)[1]
+    ids = re.findall(r'\bid="(\w+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'\b(?:byId|put|attempt)\("(\w+)"', page)) <= set(ids)
+
+
+def test_the_page_is_told_what_serves_and_how_clients_reach_it(gemini):
+    aliases = (("<b>", "gemini-3.8-flash"),)
+    with serving(gemini.url, workers=3, aliases=aliases, proxy_key="px-1") as server:
+        state = state_of(server, X_API_Key="px-1")
+    assert state["api"] == "openai"
+    assert state["backend"] == f"the Gemini API at {gemini.url}"
+    assert state["workers"] == 3
+    assert state["aliases"] == ["<b>=gemini-3.8-flash"]
+    assert state["client_key"] == "the value of PROXY_API_KEY"
+    names = [name for name, _ in state["clients"]]
+    assert "Codex CLI" in names
+    assert names + state["other_clients"] == [name for name, *_ in proxy.CLIENTS]
+
+
+def checks_of(server, **headers):
+    status, _, body = post(server, "/checks", b"", **headers)
+    assert status == 200
+    return json.loads(body)
+
+
+def test_the_button_checks_the_way_to_gemini(server):
+    results = checks_of(server)
+    names = ["memory", "name", "connection", "key", "clock", "answer"]
+    assert [(row["name"], row["works"]) for row in results] == [(name, True) for name in names]
+    assert "the-key" not in str(results)
+
+
+def test_the_checks_tell_what_fails_and_what_to_mend(server, gemini):
+    gemini.say(gemini_error(400, "API key the-key is not valid.", "INVALID_ARGUMENT"))
+    *_, last = checks_of(server)
+    assert (last["name"], last["works"]) == ("key", False)
+    assert "is not valid" in last["text"]
+    assert "the-key" not in last["text"]
+    assert "aistudio" in last["mend"]
+
+
+def test_the_checks_use_the_key_of_the_client_that_has_its_own(gemini):
+    with serving(gemini.url, key="", client_keys=True) as server:
+        assert checks_of(server, X_API_Key="alice")[-1]["works"]
+    assert key_of(gemini) == "alice"
+
+
+def test_checks_run_one_at_a_time_and_end_with_who_wants_them(server, gemini):
+    models = Say(raw=json.dumps({"models": MODELS}).encode())
+    gemini.say(models, models, Say(whole("late"), delay=30))
+    with RawClient(server) as client:
+        client.send(b"POST /checks HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
+        until(lambda: gemini.bodies)
+        status, headers, _ = post(server, "/checks", b"")
+        assert (status, headers["retry-after"]) == (429, "5")
+    assert gemini.gone.wait(5)
+    until(lambda: metrics_of(server)["checks"] == 0)
+    assert checks_of(server)[-1]["works"]
+
+
+def test_checks_end_in_time(server, gemini, monkeypatch):
+    monkeypatch.setattr(proxy, "ALL_CHECKS_SECONDS", 0.3)
+    models = Say(raw=json.dumps({"models": MODELS}).encode())
+    gemini.say(models, models, Say(whole("late"), delay=30))
+    last = checks_of(server)[-1]
+    assert (last["name"], last["works"]) == ("answer", False)
+    assert "silent" in last["text"]
 
 
 # ---- one request ----
@@ -12513,6 +12784,14 @@ def test_workers_add_up_their_metrics(gemini):
         until(lambda: count_of_chats(server) == 12)
 
 
+def test_each_worker_shows_the_last_requests_of_all(gemini):
+    with two_workers(gemini, **ENV) as (_, server):
+        for _ in range(12):
+            post(server)
+        until(lambda: len(state_of(server)["requests"]) == 12)
+        assert {len(state_of(server)["requests"]) for _ in range(12)} == {12}
+
+
 def test_a_dead_worker_is_replaced_and_its_metrics_stay(gemini):
     with two_workers(gemini, **ENV) as (process, server):
         for _ in range(12):
@@ -13062,7 +13341,8 @@ def test_the_readmes_routes_are_the_programs():
         for cell in route.split(", ")
         for api in apis.split(", ")
     }
-    own = {(api, "GET", path) for api in proxy.MOUNTS for path in ("/", "/healthz", "/metrics")}
+    pages = [(method, path) for path, method in proxy.OWN_PAGES.items()]
+    own = {(api, *page) for api in proxy.MOUNTS for page in pages}
     mounted = {
         (api, route.method, route.path)
         for api, mounts in proxy.MOUNTS.items()
@@ -13070,6 +13350,17 @@ def test_the_readmes_routes_are_the_programs():
         for route in protocol.routes
     }
     assert documented == mounted | own
+
+
+def test_the_readmes_lines_for_clients_are_the_programs():
+    example = {"url": "http://127.0.0.1:5555", "address": "127.0.0.1:5555"}
+    example.update(host="HOST", port="5555")
+    clients = [
+        [name, api.strip("`"), re.sub(r"\{(\w+)\}", lambda word: example[word.group(1)], line)]
+        for name, api, line in proxy.CLIENTS
+    ]
+    table = [[name, api.strip("`"), line] for name, api, line in readme_table("Point your client here")]
+    assert clients == table
 
 
 def test_the_readmes_model_names_are_the_programs():
