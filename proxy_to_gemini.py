@@ -10508,7 +10508,7 @@ class RequestCycle:
         """(status, answer, headers) of one of OWN_PAGES."""
         server, head = self.server, self.head
         if path in ("/status", "/checks"):
-            self.key = upstream_key(head, server.config)
+            self.key = upstream_key(head, path, server.config)
         if path == "/status":
             return 200, server.state_for(self.key), NOT_STORED
         if path == "/checks":
@@ -11052,7 +11052,7 @@ aria-hidden="true"><path></path></svg><figcaption></figcaption></figure>
 <details open><summary>Thoughts</summary><pre id="thoughts"></pre></details>
 <pre id="answer" role="log" aria-label="Answer"></pre>
 <p id="usage" role="status"></p>
-<h2>Connect a client</h2>
+<h2>Point your client here</h2>
 <p id="key"></p><dl id="clients"></dl>
 <h2>Models</h2>
 <p id="aliases"></p><p id="models"></p>

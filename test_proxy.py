@@ -13359,7 +13359,9 @@ def test_the_readmes_lines_for_clients_are_the_programs():
         [name, api.strip("`"), re.sub(r"\{(\w+)\}", lambda word: example[word.group(1)], line)]
         for name, api, line in proxy.CLIENTS
     ]
-    table = [[name, api.strip("`"), line] for name, api, line in readme_table("Point your client here")]
+    table = [
+        [name, api.strip("`"), line] for name, api, line in readme_table("Point your client here")
+    ]
     assert clients == table
 
 
