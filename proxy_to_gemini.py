@@ -9925,7 +9925,7 @@ def metric_lines(name: str, labels: list[str], numbers: list[float]) -> list[str
 
 RECENT_REQUESTS = 50  # that each worker remembers, and that are shown of all together
 RECENT_MINUTES = 60  # whose requests and tokens are shown
-RECENT_FORM = struct.Struct("<6d16s64s64s64s")  # it cuts what is longer
+RECENT_FORM = struct.Struct("<6d16s64s64s128s")  # it cuts what is longer
 RECENT_BYTES = 4 + RECENT_FORM.size  # with a checksum before it
 
 
@@ -9941,7 +9941,7 @@ class RecentRequest(NamedTuple):
     scope: str  # of the Gemini key that it came with
     route: str
     model: str  # as the client spelt it
-    answered_by: str
+    answered_by: str  # and what did not answer
 
     def shown(self) -> JSON:
         fields = self._asdict()
@@ -10867,11 +10867,8 @@ class RequestCycle:
             if answering and self.exchange.model_status:
                 self.server.gemini.note_status(answering, self.exchange.model_status, self.key)
             tokens = f" {self.exchange.model[:100]!r}"
-            models = list(self.fallbacks)
-            if answering and (models or answering.name != self.exchange.model):
-                models.insert(0, answering.name)
-            if models:
-                tokens += f" ({'; '.join(models)})"
+            if self.answered_by not in ("", self.exchange.model):
+                tokens += f" ({self.answered_by})"
             tokens += f" {usage.prompt}+{usage.output} tokens"
             self.count_tokens(usage)
         method, path = self.head.method or "-", self.head.target.partition("?")[0][:200] or "-"
@@ -10879,17 +10876,23 @@ class RequestCycle:
         if self.route_name not in self.server.own_routes:
             self.remember(now - self.began, f"{method} {path}")
 
+    @property
+    def answered_by(self) -> str:
+        """The model that answers, and those that did not, each with its reason."""
+        models = list(self.fallbacks)
+        if self.exchange and self.exchange.plan.answering:
+            models.insert(0, self.exchange.plan.answering.name)
+        return "; ".join(models)
+
     def remember(self, seconds: float, place: str) -> None:
         """Remember the request for the page for people; its place is shown if no route answers."""
-        usage, model, answered_by = Usage(), "", ""
+        usage, model = Usage(), ""
         if self.exchange:
             usage, model = self.exchange.usage, self.exchange.model
-            answering = self.exchange.plan.answering
-            answered_by = answering.name if answering else ""
         route = place if self.route_name == "other" else self.route_name
         times = time.time() - seconds, self.first_byte - self.began, seconds
         numbers = *times, self.status, usage.prompt, usage.output
-        texts = scope_of(self.key), route, model, answered_by
+        texts = scope_of(self.key), route, model, self.answered_by
         self.server.recent.add(RecentRequest(*numbers, *texts))
 
 
@@ -10991,8 +10994,8 @@ body { margin: 0 auto; padding: 1rem; max-width: 62rem; font: 1rem/1.5 system-ui
   color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
 h1 { font-size: 1.4rem; margin: 0; }
 h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--line); }
-p, ol, pre, textarea { margin: .5rem 0; }
-p:empty, pre:empty, ol:empty { display: none; }
+p, ol, ul, pre, textarea { margin: .5rem 0; }
+p:empty, pre:empty, ol:empty, ul:empty { display: none; }
 details:has(pre:empty), #keys:not([hidden]) ~ * { display: none; }
 textarea, input, select, button { font-size: 1rem; padding: .5rem .7rem; max-width: 100%;
   border: 1px solid var(--line); color: inherit; background: var(--field); border-radius: 4px; }
@@ -11055,7 +11058,7 @@ aria-hidden="true"><path></path></svg><figcaption></figcaption></figure>
 <h2>Point your client here</h2>
 <p id="key"></p><dl id="clients"></dl>
 <h2>Models</h2>
-<p id="aliases"></p><p id="models"></p>
+<ul id="going" class="bad"></ul><p id="aliases"></p><p id="models"></p>
 </main><script nonce="NONCE">
 const byId = (id) => document.getElementById(id);
 const keys = [...byId("keys").elements].filter((input) => input.name);
@@ -11107,11 +11110,12 @@ function draw(id, numbers) {
 }
 
 const seconds = (number) => number.toFixed(number < 10 ? 2 : 0) + " s";
-function show({api, backend, version, workers, minutes, requests, ...rest}) {
+function show({api, backend, version, workers, minutes, requests, retirements, ...rest}) {
   put("about", api === "ollama" ? "Ollama is running, as " : "This is ", `api ${api} at `,
     `${location.origin}, answered by ${backend}. Version ${version}, workers: ${workers}.`);
   ["requests", "tokens"].forEach((id, i) => draw(id, minutes.map((sums) => sums[i])));
   if (!byId("clients").firstChild) showClients(rest);
+  put("going", ...retirements.map((text) => make("li", {}, text)));
   const table = JSON.stringify(requests);
   if (byId("rows").dataset.shown === table) return;  // a selection in it stays
   byId("rows").dataset.shown = table;
@@ -11355,21 +11359,25 @@ class Server(http.server.ThreadingHTTPServer):
     def state_for(self, key: str) -> JSON:
         """What the page for people shows. With -client-keys, each sees the requests of its own."""
         config, requests, client_key = self.config, self.recent.requests(), "anything"
-        served = ("either", config.api)
+        served, retirements = ("either", config.api), list(self.gemini.retirements.models.values())
+        source = " (as one of the workers saw it)" if config.workers > 1 else ""
         if config.proxy_key:
             client_key = "the value of PROXY_API_KEY"
         if config.client_keys:
             client_key = "its user's own Gemini key"
             requests = [request for request in requests if request.scope == scope_of(key)]
+            models = {name for row in requests for name in re.findall("[^:; ]+", row.answered_by)}
+            retirements = [item for item in retirements if item[1].model in models]
         return {
             "version": VERSION,
             "api": config.api,
             "backend": backend_line(config),
             "workers": config.workers,
-            "aliases": [f"{name}={model}" for name, model in config.aliases],
+            "aliases": [f"{name}={','.join(models)}" for name, *models in config.aliases],
             "client_key": client_key,
             "clients": [(name, line) for name, api, line in CLIENTS if api in served],
             "other_clients": [name for name, api, _ in CLIENTS if api not in served],
+            "retirements": [f"{retirement}{source}" for _, retirement in retirements],
             "minutes": self.recent.sums(time.time()),
             "requests": [request.shown() for request in requests[:RECENT_REQUESTS]],
         }

@@ -10046,6 +10046,27 @@ def test_with_keys_of_their_own_users_see_their_own_requests_only(gemini):
             assert client.request("GET", "/status")[0] == 401
 
 
+@pytest.mark.parametrize("api_key, count", [("alice", 1), ("bob", 0)])
+def test_models_that_will_go_are_shown_to_those_who_use_them(gemini, api_key, count):
+    gemini.say([{**chunk("a"), "modelStatus": LEGACY}, whole("b")])
+    with serving(gemini.url, client_keys=True, workers=2) as server:
+        post(server, x_api_key="alice")
+        until(lambda: state_of(server, x_api_key="alice")["retirements"])
+        words = f"the model {FLASH} will go on 2026-10-16"
+        texts = state_of(server, x_api_key=api_key)["retirements"]
+    assert [text.startswith(words) for text in texts] == [True] * count
+    assert all("one of the workers" in text for text in texts)
+
+
+def test_the_last_requests_tell_which_model_did_not_answer(gemini):
+    gemini.say(gemini_error(503, "overloaded"), whole("b"))
+    with serving(gemini.url, aliases=(("m", NEWEST, FLASH),)) as server:
+        post(server, body=chat(model="m"))
+        until(lambda: state_of(server)["requests"])
+        (row,) = state_of(server)["requests"]
+    assert (row["model"], row["answered_by"]) == ("m", f"{FLASH}; {NEWEST}: overloaded")
+
+
 # ---- one connection ----
 
 
