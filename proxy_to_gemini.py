@@ -31,8 +31,9 @@ Where to look
     13. Credentials              who pays on Google Cloud, and how a token is asked for
     14. Backends                 where a call goes, and what differs on Vertex AI
     15. Client                   all that talks to Gemini: waiting, connections, attempts, memory
-    16. Server                   all that talks to clients: metrics, HTTP, who may call, answers
-    17. Command line             flags, environment, systemd, workers, checks, start and end
+    16. Recording                what passes in an exchange, without secrets, in a file
+    17. Server                   all that talks to clients: metrics, HTTP, who may call, answers
+    18. Command line             flags, environment, systemd, workers, checks, start and end
 
 Sections 1 to 14 are pure: they get values and give values. Time and ids are given to them; what is
 stored is looked up before (Route.keys); what must be stored, they return as a Keep. Gemini's
@@ -78,6 +79,7 @@ import json
 import math
 import mmap
 import os
+import queue
 import random
 import re
 import secrets
@@ -8447,6 +8449,7 @@ class Waiter:
         self.pollers: dict[tuple[socket.socket | None, int], Poller] = {}
         self.quiet_since = time.monotonic()  # when the client was sent something
         self.deadline = math.inf  # of all waiting together
+        self.recording: Recording | None = None  # of that request
 
     def poller(self, gemini: socket.socket | None, event: int) -> Poller:
         """The poller of this event, the client and the end. A stream uses it for each chunk."""
@@ -8626,6 +8629,7 @@ class Response:
         self.left: int | None = None  # bytes of the body or chunk; None if that is not known yet
         self.complete = False  # whether the body was read to its end
         self.persistent = False  # whether the connection stays open then
+        self.attempt: Attempt | None = None  # that is recorded
 
     def begin(self) -> None:
         """Read the head, past those of interim answers (1xx), which count as silence."""
@@ -8657,6 +8661,8 @@ class Response:
             self.left, self.complete = 0, True
         if "close" not in self.headers.get("connection", "").lower() and version == b"1":
             self.persistent = self.chunked or self.left is not None
+        if self.attempt:
+            self.attempt.begin(self.status, self.headers)
 
     def read1(self, limit: int) -> bytes:
         """The next bytes of the body, as soon as there are some; none at its end."""
@@ -8667,12 +8673,14 @@ class Response:
         if self.left is None:
             data = self.file.read1(limit)
             self.complete = not data  # such a body ends with the connection
-            return data
-        data = self.file.read1(min(limit, self.left))
-        if not data:
-            raise http.client.IncompleteRead(b"")
-        self.left -= len(data)
-        self.complete = not self.left and not self.chunked
+        else:
+            data = self.file.read1(min(limit, self.left))
+            if not data:
+                raise http.client.IncompleteRead(b"")
+            self.left -= len(data)
+            self.complete = not self.left and not self.chunked
+        if self.attempt and data:
+            self.attempt.answer.feed(data)
         return data
 
     def next_chunk(self) -> None:
@@ -8915,6 +8923,7 @@ class UpstreamCall:
         self.send_error: Exception  # begin() returns it in its turn: calls are sent ahead
         self.access: Access | None = None  # with which it was sent
         self.renewed = False  # whether that was renewed after a 401
+        self.attempt: Attempt | None = None  # the last one, where it is recorded
         self.attempts = 0
         self.began = self.sent = time.monotonic()
 
@@ -8927,7 +8936,10 @@ class UpstreamCall:
         try:
             self.access = self.gemini.access(self.key, self.waiter)
             request = UpstreamRequest(url, self.access.headers, passed, self.waiter, fresh)
+            if self.waiter.recording:
+                self.attempt = self.waiter.recording.attempt(request)
             self.response = self.gemini.opener.open(request)
+            self.response.attempt = self.attempt
         except (ProxyError, *TRANSPORT_ERRORS) as failure:
             self.send_error = failure.with_traceback(None)  # which leads back to this object
         self.sent = time.monotonic()
@@ -9005,9 +9017,16 @@ class UpstreamCall:
             for chunks in calls:
                 yield from chunks
 
+    def error_of(self, failure: Exception) -> ProxyError:
+        """What a failure of the last attempt means to the client."""
+        error = transport_error(failure)
+        if self.attempt and not self.attempt.error:
+            self.attempt.error = error.message
+        return error
+
     def reported(self, failure: Exception) -> ProxyError:
         """The error for the client, which does not quote the key."""
-        error = transport_error(failure)
+        error = self.error_of(failure)
         error.message = self.masked(error.message.encode("utf-8", "replace")).decode()[:8000]
         return error
 
@@ -9017,7 +9036,7 @@ class UpstreamCall:
             outcome = self.begin()
             if isinstance(outcome, Response):
                 return outcome
-            error = transport_error(outcome)
+            error = self.error_of(outcome)
             unanswered = self.response is None or not self.response.connection.received
             stale = unanswered and self.response is not None and self.response.connection.reused
             late = self.response is not None and time.monotonic() - self.sent > BROKEN_RETRY_SECONDS
@@ -9718,7 +9737,498 @@ def scope_of(key: str) -> str:
 
 
 # ======================================================================================
-# 16. Server: all that talks to clients: metrics, HTTP, who may call, answers
+# 16. Recording: what passes in an exchange, without secrets, in a file
+# ======================================================================================
+
+MAX_RECORDINGS = 1000  # files in the folder; the oldest go
+MAX_RECORDINGS_BYTES = 256 << 20  # of all of them
+MAX_TAPE_BYTES = 16 << 20  # of one body that are held until they are written
+MAX_TAPES_BYTES = 64 << 20  # of all bodies that a process holds for that
+SAMPLE_BYTES = 64 << 10  # of a body that is longer: of the rest there is a length and a digest
+PIECE_BYTES = 250  # of memory that a piece of a body takes besides its own
+MAX_UNWRITTEN_RECORDINGS = 256  # that wait to be written; more are dropped
+RECORDING_NAME = re.compile(r"\d{8}-\d{6}-\d{6}-req_[0-9a-f]{24}\.json")
+READABLE_JSON = json.JSONEncoder(ensure_ascii=False).encode
+RECORDING_FORMAT = 1  # changes when a program that reads recordings must
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+RECORDER_PAUSE_SECONDS = 0.1  # for recordings to gather: a thread that wakes for each costs more
+RECORDER_LOG_SECONDS = 600.0  # between two lines in the log about the same trouble
+MIN_KEY_CHARACTERS = 8  # of a client's key that is masked wherever it stands: "any" is a word
+KEY_HEADERS = ("X-goog-api-key", "Authorization")  # of a call to Gemini, as urllib spells them
+
+# ---- masks and cuts ----
+
+MASK = "[masked]"
+SECRET_HEADER = re.compile(
+    "auth|key|token|secret|cookie|passw|credential|jwt|assertion|uploadid", re.I
+)
+SCHEME_AND_KEY = re.compile("(bearer |basic |).+", re.I)
+SECRET_NAMES = {  # of fields, in lower case
+    *("authorization", "proxy-authorization", "authorization_token", "authorizationtoken"),
+    *("x-api-key", "api-key", "api_key", "apikey", "x-goog-api-key", "x-api-token"),
+    *("token", "x-auth-token", "auth_token", "bearer_token", "access_token", "accesstoken"),
+    *("refresh_token", "refreshtoken", "id_token", "secret", "client_secret", "clientsecret"),
+    *("password", "private_key", "privatekey", "cookie", "set-cookie"),
+}
+
+
+def string_fields(names: str) -> Pattern[str]:
+    """The texts in fields with these names, after what stays: in JSON, or in JSON within a text."""
+    plain = rf'({names}"\s*:\s*")(?:[^"\\\n]|\\.)+'
+    quoted = rf'({names}\\+"\s*:\s*\\+")[^"\n]*[^"\\\n]'
+    return re.compile(f"{plain}|{quoted}", re.I)
+
+
+SECRET_FIELD = string_fields(f'"(?:{"|".join(sorted(SECRET_NAMES))})')
+# Of an MCP server: any of them may be a secret.
+HEADER_FIELDS = re.compile(r'"headers\\*"\s*:\s*\{[^{}]*')
+HEADER_FIELD = string_fields("")
+QUERY_NAMES = "key|token|ticket|upload_id|secret|signature|password"
+SECRET_QUERY_NAME = re.compile(f"{QUERY_NAMES}|^sig$", re.I)
+QUERY_SECRET = re.compile(
+    rf"((?:[?&;]|\\u0026|%26)(?:[\w.-]*(?:{QUERY_NAMES})|sig)=)"
+    r"[^\s\"\\&#]+",
+    re.I,
+)
+# What is in a text with such secrets; the secret, after what stays.
+SECRET_SHAPES = {
+    "AIza": re.compile(r"(AIza)[\w-]{20,}"),
+    "ya29.": re.compile(r"(ya29\.)[\w.-]{10,}"),
+    "AQ.": re.compile(r"(\bAQ\.)[\w-]{20,}"),
+    "sk-": re.compile(r"(\bsk-)[\w-]{16,}"),
+    "eyJ": re.compile(r"(\beyJ)[\w-]{8,}\.[\w-]{8,}\.[\w-]*"),
+    "earer ": re.compile(r"(bearer )[^\s\"\\,;<>]{6,}", re.I),
+    "://": re.compile(r"(://)[^\s\"\\/?#@]+(?=@)"),
+    "=": QUERY_SECRET,
+}
+
+
+def masked(text: str, secrets: Iterable[str]) -> str:
+    """The text without these secrets, and without what looks like one."""
+    for secret in secrets:
+        text = text.replace(secret, MASK)
+    for sign, pattern in SECRET_SHAPES.items():
+        if sign in text:
+            text = pattern.sub(rf"\1{MASK}", text)
+    names = text.lower().replace("\\", "").split('"')
+    if "headers" in names:
+        text = HEADER_FIELDS.sub(lambda match: HEADER_FIELD.sub(rf"\1\2{MASK}", match[0]), text)
+    if not SECRET_NAMES.isdisjoint(names):
+        text = SECRET_FIELD.sub(rf"\1\2{MASK}", text)
+    return text
+
+
+@functools.lru_cache(maxsize=1024)
+def is_secret_header(name: str) -> bool:
+    return SECRET_HEADER.search(name) is not None
+
+
+def masked_url(url: str, secrets: Iterable[str]) -> str:
+    """A URL without secrets in its query, whose names may be encoded."""
+    path, mark, query = url.partition("?")
+    fields = query.split("&")
+    for i, field in enumerate(fields):
+        if SECRET_QUERY_NAME.search(urllib.parse.unquote_plus(field.partition("=")[0])):
+            fields[i] = f"{field.partition('=')[0]}={MASK}"
+    return masked(path + mark + "&".join(fields), secrets)
+
+
+def masked_headers(headers: Mapping[str, str], secrets: Sequence[str]) -> dict[str, str]:
+    """The headers without secrets, by their values and by their names."""
+    values = masked("\n".join(headers.values()), secrets).split("\n")
+    result = dict(zip(headers, values))
+    for name in filter(is_secret_header, headers):
+        result[name] = SCHEME_AND_KEY.sub(rf"\1{MASK}", result[name])
+    return result
+
+
+@functools.lru_cache(maxsize=256)
+def spellings(secret: str) -> tuple[str, ...]:
+    """The secret as it is, in JSON and in a URL."""
+    return tuple({secret, json.dumps(secret)[1:-1], urllib.parse.quote(secret, safe="")})
+
+
+MIN_MEDIA_CHARACTERS = 48  # of base64 that is looked at; below that, there is no picture or sound
+MIN_BASE64_CHARACTERS = 256  # of what is taken for media whatever its field
+MEDIA_FIELDS = {"data", "b64_json", "partial_image_b64", "file_data", "images", "image"}
+KEPT_FIELDS = {"thoughtSignature", "thought_signature", "signature", "encrypted_content"}
+DATA_URL = re.compile(r"(?<=;base64,)[\w+/=%\\-]+", re.ASCII)
+# Base64 in a text of JSON, where "/" and "+" may be escaped, and lines may end.
+BASE64_TEXT = re.compile(
+    r"[A-Za-z0-9+/_=-]*(?:\\+(?:/|[rn]|u00[23][bdfBDF])[A-Za-z0-9+/_=-]*)*", re.ASCII
+)
+BINARY_TYPE = re.compile(r"(image|audio|video)/|application/(pdf|zip|octet-stream)", re.I)
+CONTROLS = bytes({*range(32)} - set(b"\t\n\r\f\x1b"))  # none of them is in a text
+
+
+def cut_mark(size: int, digest: Any) -> str:
+    return f"[media: {size} bytes, SHA-256 {digest.hexdigest()}]"
+
+
+def cut(data: bytes) -> str:
+    return cut_mark(len(data), hashlib.sha256(data))
+
+
+def held_bytes(content_type: str) -> int:
+    """How many bytes of a body are held: of media none, since they are cut in any case."""
+    if BINARY_TYPE.match(content_type):
+        return 0
+    return MAX_TAPE_BYTES
+
+
+def cut_base64(text: str) -> str:
+    """What stands for base64: the length and the digest of its bytes, or of what is none."""
+    text = re.sub(r"\\+u00([23][bdf])", lambda match: chr(int(match[1], 16)), text, flags=re.I)
+    text = re.sub(r"\\+[rn]|\\", "", urllib.parse.unquote(text))
+    if is_base64(text):
+        return cut(decode_base64(text))
+    return cut(text.encode())
+
+
+def without_media(text: str) -> str:
+    """The text with its media cut: base64 in data URLs, in fields for media, and long base64."""
+    pieces = text.split('"')
+    for i, size in enumerate(map(len, pieces)):
+        if size < MIN_MEDIA_CHARACTERS:
+            continue
+        piece = pieces[i]
+        if ";base64," in piece:
+            pieces[i] = DATA_URL.sub(lambda match: cut_base64(match[0]), piece)
+        elif is_media(piece, pieces[i - 2].rstrip("\\")):
+            pieces[i] = cut_base64(piece) + "\\" * (size - len(piece.rstrip("\\")))
+    return '"'.join(pieces)
+
+
+def is_media(text: str, field: str) -> bool:
+    """Whether a text within JSON is base64 of media; thought signatures are none."""
+    if field in KEPT_FIELDS or not BASE64_TEXT.fullmatch(text.rstrip("\\")):
+        return False
+    long = len(text) >= MIN_BASE64_CHARACTERS
+    return long or field in MEDIA_FIELDS or (is_base64(text[:32]) and sniffed(text) is not None)
+
+
+def body_text(data: bytes, content_type: str) -> str:
+    """A body as text, with its media cut."""
+    form = FORM_TYPE.fullmatch(content_type)
+    if form:
+        border = b"--" + form.group(2).encode()
+        return border.decode().join(map(form_part_text, data.split(border)))
+    if BINARY_TYPE.match(content_type) or len(data.translate(None, CONTROLS)) < len(data):
+        return cut(data)
+    return without_media(data.decode("utf-8", "backslashreplace"))
+
+
+def form_part_text(piece: bytes) -> str:
+    """A part of a form as text. What is a file is cut."""
+    head, gap, content = piece.partition(b"\r\n\r\n")
+    text = (head + gap).decode("utf-8", "backslashreplace")
+    if b"filename" in head.lower():
+        return text + cut(content[:-2]) + "\r\n"
+    return text + body_text(content, "")
+
+
+# ---- one exchange ----
+
+
+class Tape:
+    """The bytes of a body that pass: when they came, and as many as there is room for."""
+
+    def __init__(self, recorder: Recorder, limit: int = MAX_TAPE_BYTES):
+        self.recorder, self.limit = recorder, limit
+        self.pieces: list[bytes] = []
+        self.times: list[tuple[float, int]] = []  # (when, bytes up to then)
+        self.size = self.held = 0
+        self.digest: Any = None  # of all bytes, from the first on that is not held
+
+    def feed(self, data: bytes) -> None:
+        """Keep bytes that pass just now; of what is too much, only length and digest."""
+        self.size += len(data)
+        if self.digest is None and self.hold(data):
+            self.times.append((time.monotonic(), self.size))
+            return
+        if self.digest is None:
+            self.digest = hashlib.sha256(b"".join(self.pieces))
+            if not self.pieces:
+                self.hold(data[:SAMPLE_BYTES])
+        self.digest.update(data)
+        self.times[-1:] = [(time.monotonic(), self.size)]
+
+    def hold(self, data: bytes) -> bool:
+        cost = len(data) + PIECE_BYTES
+        if self.held + cost > self.limit or not self.recorder.reserve(cost):
+            return False
+        self.held += cost
+        self.pieces.append(data)
+        return True
+
+    def fed(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
+        """The blocks, which pass as they are asked for."""
+        for block in blocks:
+            self.feed(block)
+            yield block
+
+    def text(self, content_type: str, words: Sequence[str]) -> str:
+        """What is held as text, masked and cut; with the length and digest of what is not."""
+        text = masked(body_text(b"".join(self.pieces), content_type), words)
+        if self.digest is None:
+            return text
+        if not self.pieces:
+            return cut_mark(self.size, self.digest)
+        return f"{text} [cut off; all of it:] {cut_mark(self.size, self.digest)}"
+
+    def arrived(self, began: float) -> list[tuple[float, int]]:
+        return [(round(when - began, 4), size) for when, size in self.times]
+
+
+class Attempt:
+    """An attempt at Gemini, and its answer."""
+
+    def __init__(self, recorder: Recorder, request: UpstreamRequest):
+        self.began = self.first_byte = time.monotonic()
+        self.method, self.url = request.get_method(), request.full_url
+        self.headers = dict(request.header_items())
+        self.body, self.answer = Tape(recorder), Tape(recorder)
+        self.status, self.error = 0, ""
+        self.answer_headers: Mapping[str, str] = {}
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """The answer begins."""
+        self.first_byte, self.status, self.answer_headers = time.monotonic(), status, headers
+        self.answer.limit = held_bytes(headers.get("content-type", ""))
+
+    def told(self, began: float, words: Sequence[str]) -> JSON:
+        """The attempt as JSON."""
+        headers = masked_headers(self.headers, words)
+        fields = {
+            "after": round(self.began - began, 4),
+            "method": self.method,
+            "url": masked_url(self.url, words),
+            "headers": headers,
+            "body": self.body.text(headers.get("Content-type", ""), words),
+        }
+        if self.status:
+            headers = masked_headers(self.answer_headers, words)
+            fields["answer"] = {
+                "after": round(self.first_byte - began, 4),
+                "status": self.status,
+                "headers": headers,
+                "body": self.answer.text(headers.get("content-type", ""), words),
+                "arrived": self.answer.arrived(began),
+            }
+        return {**fields, **given(error=masked(self.error, words))}
+
+
+class Recording:
+    """What passes in one exchange, until it is written."""
+
+    def __init__(self, recorder: Recorder, config: Config):
+        self.recorder, self.config = recorder, config
+        self.began, self.clock = time.monotonic(), time.time()
+        self.request, self.answer = Tape(recorder), Tape(recorder)
+        self.attempts: list[Attempt] = []
+        self.head, self.answer_head = RequestHead(), b""
+        self.ignored: list[str] = []  # the names of what had no effect
+        self.notes: list[str] = []  # what went wrong, besides what the answer says
+        self.facts: JSON = {}  # what the server made of the request
+
+    def attempt(self, request: UpstreamRequest) -> Attempt:
+        """A new attempt at Gemini."""
+        attempt = Attempt(self.recorder, request)
+        self.attempts.append(attempt)
+        if isinstance(request.body, BodyStream):
+            attempt.body = self.request  # which it passes on
+        elif request.body is not None:
+            attempt.body.feed(request.body)
+        return attempt
+
+    def passing(self, body: BodyStream, headers: Mapping[str, str]) -> BodyStream:
+        """A body that goes on to Gemini as it comes; the bytes of a file are not held."""
+        self.request.limit = SAMPLE_BYTES
+        if "upload" in headers.get("x-goog-upload-command", ""):
+            self.request.limit = 0
+        return body._replace(blocks=self.request.fed(body.blocks))
+
+    def begin_answer(self, head: bytes, headers: Iterable[tuple[str, str]]) -> None:
+        self.answer_head = head
+        self.answer.limit = held_bytes(dict(headers).get("Content-Type", ""))
+
+    @property
+    def name(self) -> str:
+        """The name of the file: recordings sort by the time at which they began."""
+        moment = datetime.datetime.fromtimestamp(self.clock, datetime.timezone.utc)
+        return f"{moment:%Y%m%d-%H%M%S-%f}-{self.facts['request_id']}.json"
+
+    @property
+    def held(self) -> int:
+        tapes = [tape for attempt in self.attempts for tape in (attempt.body, attempt.answer)]
+        return sum(tape.held for tape in {self.request, self.answer, *tapes})
+
+    def secrets(self) -> list[str]:
+        """What must not stand in the file: keys, tokens, and what lets an upload go on."""
+        words = [self.config.key, self.config.proxy_key]
+        words += [key for key in client_keys(self.head) if len(key) >= MIN_KEY_CHARACTERS]
+        addresses = [self.head.target]
+        for attempt in self.attempts:
+            words += [attempt.headers.get(name, "").rpartition(" ")[2] for name in KEY_HEADERS]
+            addresses.append(attempt.answer_headers.get("x-goog-upload-url", ""))
+        for fields in map(query_fields, filter(None, addresses)):
+            words += [fields.get(name, "") for name in ("upload_id", UPLOAD_TICKET)]
+        every = itertools.chain(*map(spellings, filter(None, words)))
+        return sorted(set(every), key=len, reverse=True)  # one may be in another
+
+    def told_answer(self, words: Sequence[str]) -> JSON:
+        """The client's answer as JSON."""
+        lines = self.answer_head.decode("latin-1").split("\r\n")[1:-2]
+        headers = masked_headers(dict(line.split(": ", 1) for line in lines), words)
+        return {
+            "headers": headers,
+            "body": self.answer.text(headers.get("Content-Type", ""), words),
+            "sent": self.answer.arrived(self.began),
+        }
+
+    def text(self) -> str:
+        """The recording as JSON, a field a line."""
+        words, head = self.secrets(), self.head
+        moment = datetime.datetime.fromtimestamp(self.clock, datetime.timezone.utc)
+        request = {
+            "method": head.method,
+            "target": masked_url(head.target, words),
+            "headers": masked_headers(head.headers, words),
+            "body": self.request.text(head.headers.get("content-type", ""), words),
+        }
+        fields = {
+            "recording": RECORDING_FORMAT,
+            "program": f"proxy-to-gemini {VERSION}, Python {sys.version}, {sys.platform}",
+            "began": moment.isoformat(),
+            "api": self.config.api,
+            "aliases": self.config.aliases,
+            **self.facts,
+            "ignored": [masked(name, words) for name in self.ignored],
+            "notes": [masked(note, words) for note in self.notes],
+            "request": request,
+            "attempts": [attempt.told(self.began, words) for attempt in self.attempts],
+            "answer": self.told_answer(words),
+        }
+        texts = [f'"{key}": {READABLE_JSON(value)}' for key, value in fields.items()]
+        return "{\n" + ",\n".join(texts) + "\n}\n"
+
+
+# ---- the folder ----
+
+
+class Recorder:
+    """Writes recordings into a folder. A thread of its own does it, and nobody waits for that."""
+
+    def __init__(self, folder: str, workers: int, count: Callable[..., None]):
+        self.folder, self.workers, self.count = folder, workers, count
+        self.lock, self.held = threading.Lock(), 0  # bytes that recordings hold
+        self.queue: queue.SimpleQueue[Recording | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self.run, name="recorder", daemon=True)
+        self.ended = threading.Event()  # no more recordings come
+        self.new_files, self.new_bytes = math.inf, 0  # since old ones were last removed
+        self.logged: dict[str, float] = {}  # when there was a line in the log, by outcome
+
+    def try_out(self) -> None:
+        """Make the folder; an OSError if nothing can be written there."""
+        os.makedirs(self.folder, 0o700, exist_ok=True)
+        path = os.path.join(self.folder, f".{secrets.token_hex(12)}")
+        self.write_file(path, b"")
+        os.unlink(path)
+
+    def reserve(self, size: int) -> bool:
+        """Whether so many more bytes may be held."""
+        with self.lock:
+            if self.held + size > MAX_TAPES_BYTES:
+                return False
+            self.held += size
+            return True
+
+    def put(self, recording: Recording) -> None:
+        """Have a recording written, unless too many wait for that."""
+        if self.queue.qsize() < MAX_UNWRITTEN_RECORDINGS:
+            self.queue.put(recording)
+        else:
+            self.complain("dropped", "recordings come faster than they can be written")
+            self.release(recording)
+
+    def release(self, recording: Recording) -> None:
+        with self.lock:
+            self.held -= recording.held
+
+    def close(self) -> None:
+        """Write what waits, for a moment."""
+        self.ended.set()
+        self.queue.put(None)
+        self.thread.join(FINAL_SECONDS)
+
+    def run(self) -> None:
+        for recording in iter(self.queue.get, None):
+            try:
+                self.write(recording)
+                self.count("recordings_total", "written")
+            except OSError as error:
+                line = f"recordings cannot be written to {self.folder}: {reason_of(error)}"
+                self.complain("failed", line)
+            except Exception:
+                self.complain("failed", f"{BUG}: {traceback.format_exc()}")
+            self.release(recording)
+            del recording  # the next one may be long in coming
+            if self.queue.empty():
+                self.ended.wait(RECORDER_PAUSE_SECONDS)
+
+    def complain(self, outcome: str, line: str) -> None:
+        """Count recordings that are lost; the log tells so once in a while."""
+        self.count("recordings_total", outcome)
+        now = time.monotonic()
+        if now - self.logged.get(outcome, -math.inf) > RECORDER_LOG_SECONDS:
+            self.logged[outcome] = now
+            log(line)
+
+    def write(self, recording: Recording) -> None:
+        data = recording.text().encode("utf-8", "backslashreplace")
+        self.make_room(len(data))
+        self.write_file(os.path.join(self.folder, recording.name), data)
+
+    def write_file(self, path: str, data: bytes) -> None:
+        """Write a new file that only the user of this process may read, or none."""
+        file = os.open(path, NEW_FILE, 0o600)
+        try:
+            try:
+                while data:
+                    data = data[os.write(file, data) :]
+            finally:
+                os.close(file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            raise
+
+    def make_room(self, size: int) -> None:
+        """Remove the oldest recordings if need be. Between two looks at the folder, all workers
+        together add a tenth of the limits at most, for which there is room."""
+        self.new_files, self.new_bytes = self.new_files + 1, self.new_bytes + size
+        share = 10 * self.workers
+        few = self.new_files <= MAX_RECORDINGS // share
+        if few and self.new_bytes <= MAX_RECORDINGS_BYTES // share:
+            return
+        with os.scandir(self.folder) as entries:
+            found = [entry.path for entry in entries if RECORDING_NAME.fullmatch(entry.name)]
+        sizes = {}
+        for path in sorted(found):
+            with contextlib.suppress(FileNotFoundError):  # another worker has removed it
+                sizes[path] = os.stat(path).st_size
+        files, total = len(sizes) + 1, sum(sizes.values()) + size
+        for path, gone in sizes.items():
+            if files <= MAX_RECORDINGS * 0.9 and total <= MAX_RECORDINGS_BYTES * 0.9:
+                break
+            with contextlib.suppress(OSError):  # the same, or somebody reads it on Windows
+                os.unlink(path)
+                files, total = files - 1, total - gone
+        self.new_files, self.new_bytes = 1, size
+
+
+# ======================================================================================
+# 17. Server: all that talks to clients: metrics, HTTP, who may call, answers
 # ======================================================================================
 
 MAX_BODY_BYTES = 128 << 20  # of a request; Gemini takes 100 MB
@@ -9794,6 +10304,7 @@ LABELS = {
     "kind": ("prompt", "cached", "output", "thoughts"),
     "origin": ("client", "memory", "foreign", "placeholder"),
     "reason": (*COOLDOWN_SECONDS, "cooldown"),
+    "outcome": ("written", "dropped", "failed"),
 }
 WIDTHS = {"counter": 1, "gauge": 1, "histogram": len(BUCKETS) + 2}  # numbers; 2 for +Inf and sum
 
@@ -9823,6 +10334,7 @@ METRICS = {
     "in_flight": Metric("gauge", "Requests under way."),
     "body_bytes": Metric("gauge", "Bytes of the bodies of requests under way."),
     "checks": Metric("gauge", "Checks under way."),
+    "recordings_total": Metric("counter", "What became of recordings.", ("outcome",)),
 }
 
 
@@ -10453,6 +10965,9 @@ class RequestCycle:
         self.answered = False  # whether the client was sent some of what a model says
         self.body: JSON = {}  # where several models may answer it
         self.fallbacks: list[str] = []  # which of them did not, and why
+        self.recording: Recording | None = None
+        if self.server.recorder:
+            self.recording = Recording(self.server.recorder, self.server.config)
 
     def run(self, line: bytes) -> None:
         """Answer the request that begins with this line, whatever it is."""
@@ -10467,12 +10982,16 @@ class RequestCycle:
             self.fail(invalid_answer("it is nested too deeply"))
         except (ClientGoneError, OSError):
             self.status = self.status or 499  # nginx's number for a client that left
+            self.note("the client left")
             raise
         except Exception:
             log(f"{self.request_id}: {BUG}: {traceback.format_exc()}")
+            self.note(traceback.format_exc())
             message = "proxy-to-gemini has a bug here; its log tells more."
             self.fail(ProxyError(500, message, code="internal_error"))
         finally:
+            if self.recording:
+                self.end_recording(self.recording)
             self.connection.answering = False
             self.account()
             if self.exchange:
@@ -10497,6 +11016,7 @@ class RequestCycle:
             self.connection.client.send(self.answer_head(204, preflight_headers(head)))
         elif OWN_PAGES.get(path) == method.replace("HEAD", "GET"):
             self.route_name = f"{OWN_PAGES[path]} {path}"
+            self.recording = None  # they are asked for all the time
             self.send_answer(*self.own_page(path))
         else:
             endpoint = find_route(api, method, path)
@@ -10546,6 +11066,8 @@ class RequestCycle:
             sends_body = self.connection.body_left or self.head.method not in ("GET", "HEAD")
             if route.parse and sends_body:
                 raw = self.connection.read_body(self.head)
+                if self.recording:
+                    self.recording.request.feed(raw)
                 body = route.parse(raw, self.head.headers.get("content-type", ""))
                 del raw  # it may be large
             else:
@@ -10627,6 +11149,7 @@ class RequestCycle:
         server = self.server
         self.route, self.exchange = route, exchange
         waiter = Waiter(self.connection.connection, server.config.timeout, server.stopping)
+        waiter.recording = self.recording
         error = first_error = self.attempt(route, exchange, waiter)
         while error:
             following = self.next_exchange(route, self.exchange, error)
@@ -10686,6 +11209,8 @@ class RequestCycle:
         """The call that is passed through, with the body that the client is sending."""
         assert call.passed is not None
         body = self.connection.body_stream(self.head)
+        if self.recording:
+            body = self.recording.passing(body, self.head.headers)
         return call._replace(passed=call.passed._replace(body=body))
 
     def read_answers(
@@ -10773,8 +11298,11 @@ class RequestCycle:
         if not self.streaming:
             head, self.streaming = self.stream_head(), True
         if self.head.method == "HEAD" or self.status == 204:
-            data = b""
-        elif not self.head.http_1_0:
+            self.connection.client.send(head)
+            return
+        if self.recording and data:
+            self.recording.answer.feed(data)
+        if not self.head.http_1_0:
             if data:
                 data = chunk_of(data)
             if last:
@@ -10802,6 +11330,8 @@ class RequestCycle:
         data = self.answer_head(status, [own[0], *headers.items(), *self.own_headers(), own[1]])
         if self.head.method != "HEAD":
             data += payload.data
+            if self.recording:
+                self.recording.answer.feed(payload.data)
         self.connection.client.send(data)
 
     def answer_head(self, status: int, headers: list[tuple[str, str]]) -> bytes:
@@ -10821,7 +11351,10 @@ class RequestCycle:
             lines.append("Connection: close")
         elif self.head.http_1_0:
             lines.append("Connection: keep-alive")
-        return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
+        data = "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
+        if self.recording:
+            self.recording.begin_answer(data, headers)
+        return data
 
     def own_headers(self) -> list[tuple[str, str]]:
         """The headers that tell which model answers, and what was ignored of the request."""
@@ -10854,6 +11387,23 @@ class RequestCycle:
     def count_tokens(self, usage: Usage) -> None:
         for kind in LABELS["kind"]:
             self.server.metrics.add("tokens_total", kind, amount=getattr(usage, kind))
+
+    def note(self, text: str) -> None:
+        """Have the recording tell this too."""
+        if self.recording:
+            self.recording.notes.append(text)
+
+    def end_recording(self, recording: Recording) -> None:
+        """Have what was recorded written, by a thread that this one does not wait for."""
+        recording.head, recording.ignored = self.head, self.ignored + self.left_out
+        recording.facts = {
+            "seconds": round(time.monotonic() - self.began, 4),
+            "request_id": self.request_id,
+            "route": self.route_name,
+            "status": self.status,
+            "fallbacks": self.fallbacks,
+        }
+        recording.recorder.put(recording)
 
     def account(self) -> None:
         """Count the request, and log it without its content and its query, which may hold keys."""
@@ -11282,6 +11832,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.metrics = Metrics([*dict.fromkeys(routes), *pages], config.workers)
         self.recent, self.own_routes = Recent(config.workers), set(pages)
         self.gemini = Gemini(config.upstream, config.state, self.metrics.add, config.backend)
+        self.recorder: Recorder | None = None
+        if config.record:
+            self.recorder = Recorder(config.record, config.workers, self.metrics.add)
         self.context = Context(config.aliases)  # of all requests
         if config.api == "ollama":
             aliases = tuple((plain_name(name, True), *models) for name, *models in config.aliases)
@@ -11387,6 +11940,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.ending, end = socket.socketpair()
         self.stopping, stop = socket.socketpair()
         poller = Poller(signals.woken)
+        if self.recorder:
+            self.recorder.thread.start()
         while not signals.should_stop():
             signals.ping_watchdog()
             event, seconds = READABLE, signals.poll_seconds
@@ -11406,6 +11961,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.ending.close()
         self.stopping.close()
         self.gemini.close()
+        if self.recorder:
+            self.recorder.close()
 
     def drain(self, end: socket.socket, stop: socket.socket) -> None:
         """Go on while connections are used again; then give answers DRAIN_SECONDS to end.
@@ -11528,7 +12085,7 @@ def malloc_trim() -> Callable[[int], int]:
 
 
 # ======================================================================================
-# 17. Command line: flags, environment, systemd, workers, checks, start and end
+# 18. Command line: flags, environment, systemd, workers, checks, start and end
 # ======================================================================================
 
 NO_KEY = """\
@@ -11556,6 +12113,7 @@ class Config(NamedTuple):
     vertex: tuple[str, str] | None = None  # project and location for Vertex AI, in the flags
     token_command: str | None = None  # prints an access token
     backend: Backend = GEMINI_API
+    record: str = ""  # the folder for recordings
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -11659,6 +12217,7 @@ def flag_parser() -> argparse.ArgumentParser:
     flag("timeout", "how long Gemini may be silent", type=seconds, default=600.0, metavar="SECONDS")
     flag("workers", "processes that share the port", type=worker_count, default=1, metavar="N")
     flag("state", "keeps signatures and responses over a restart", metavar="FILE")
+    flag("record", "keeps what passes, without secrets, one file an exchange", metavar="DIR")
     switch = {"action": "store_true"}
     flag("client-keys", "every client brings its own Gemini key as its API key", **switch)
     flag("check", "tell what works on the way to Gemini, and what to mend", **switch)
@@ -11854,6 +12413,7 @@ def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
         vertex=flags.vertex,
         token_command=flags.token_command,
         backend=backend,
+        record=flags.record or "",
     )
 
 
@@ -12339,6 +12899,9 @@ def open_server(config: Config) -> Server:
         purpose = f"remember in {config.state}"
         if config.state != ":memory:":
             server.gemini.memory.try_out()
+        purpose = f"record in {config.record}"
+        if server.recorder:
+            server.recorder.try_out()
     except (OSError, ValueError, sqlite3.Error) as error:
         sys.exit(f"proxy-to-gemini: cannot {purpose}: {reason_of(error)}")
     return server

@@ -2,6 +2,7 @@
 
     python3 -m pytest -W error test_proxy.py     the tests; they need pytest and no network
     python3 test_proxy.py PORT                   the stand-in alone, to try things without a key
+    python3 test_proxy.py -replay FILE PORT      the stand-in plays Gemini's part of a recording
 
 The stand-in is as strict as the real service: it refuses unknown fields, wrong turn order, unsigned
 calls, and settings that a model does not take, each with Google's own kind of message.
@@ -623,14 +624,171 @@ class StandInHandler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_RDWR)
 
 
+# ---- replays ----
+
+MEDIA_MARK = re.compile(r"\[media: (\d+) bytes, SHA-256 [0-9a-f]{64}\]")
+HOP_HEADERS = {"connection", "content-length", "date", "keep-alive", "server", "transfer-encoding"}
+
+
+def restored(text):
+    """A body of a recording as bytes; its media are as long as they were, and empty."""
+    match = MEDIA_MARK.fullmatch(text)
+    if match:
+        return bytes(int(match.group(1)))
+    return MEDIA_MARK.sub(zeros, text).encode()
+
+
+def zeros(match):
+    """What stands for media: base64, or bytes where they are a part of a form."""
+    data = bytes(int(match.group(1)))
+    if match.string[: match.start()].endswith("\r\n\r\n"):
+        return data.decode()
+    return base64.b64encode(data).decode()
+
+
+def decoded(data):
+    """The JSON in these bytes, else their text."""
+    try:
+        return json.loads(data)
+    except ValueError:
+        return data.decode("utf-8", "replace")
+
+
+def difference(recorded, seen, path=""):
+    """Where two values differ first, in words; None where they do not."""
+    if type(recorded) is type(seen) is dict:
+        keys = [*recorded, *(key for key in seen if key not in recorded)]
+        pairs = ((f"{path}.{key}".lstrip("."), recorded.get(key), seen.get(key)) for key in keys)
+    elif type(recorded) is type(seen) is list and len(recorded) == len(seen):
+        pairs = ((f"{path}[{i}]", *pair) for i, pair in enumerate(zip(recorded, seen)))
+    elif recorded == seen:
+        return None
+    else:
+        return f"{path or 'the body'} is {shortened(seen)}, and was {shortened(recorded)}"
+    return next(filter(None, (difference(*pair[1:], pair[0]) for pair in pairs)), None)
+
+
+def shortened(value):
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else f"{text[:60]} ... {text[-30:]}"
+
+
+def recorded_pieces(answer):
+    """The body of a recorded answer in the pieces that it came in."""
+    data = restored(answer["body"])
+    ends = [end for _, end in answer["arrived"]]
+    if ends[-1:] != [len(data)]:  # something was masked or cut: where it came apart is unknown
+        ends = [len(data)]
+    return filter(None, (data[start:end] for start, end in zip([0, *ends], ends)))
+
+
+class Replay(StandIn):
+    """The stand-in that plays Gemini's part of a recording, and tells what differs."""
+
+    def __init__(self, recording, port=0, tell=print):
+        super().__init__(port)
+        self.RequestHandlerClass = ReplayHandler
+        self.recording, self.tell = recording, tell
+        self.left = list(recording["attempts"])
+
+    def attempt_for(self, method, target, data):
+        """The next recorded attempt with this method and path, or None; differences are told."""
+        path = target.partition("?")[0]
+        same = [one for one in self.left if (one["method"], path_of(one)) == (method, path)]
+        if not same:
+            self.tell(f"{method} {path}: not in the recording, or not so often")
+            return None
+        if same[0] is not self.left[0]:
+            self.tell(f"{method} {path}: out of order")
+        self.left.remove(same[0])
+        recorded = urllib.parse.urlsplit(same[0]["url"]).query
+        found = difference(recorded, target.partition("?")[2], "the query") or difference(
+            decoded(restored(same[0]["body"])), decoded(data)
+        )
+        self.tell(f"{method} {path}: {found or 'as recorded'}")
+        return same[0]
+
+    def how_to(self):
+        """The commands that run the recording."""
+        aliases = "".join(f" -alias={shlex.quote('='.join(a))}" for a in self.recording["aliases"])
+        request = self.recording["request"]
+        kind = request["headers"].get("content-type", "application/json")
+        url = f"http://127.0.0.1:5555{request['target']}"
+        return (
+            f"Start the proxy:   GEMINI_API_KEY=replay python3 proxy_to_gemini.py "
+            f"-api={self.recording['api']}{aliases} -upstream={self.url}\n"
+            f"Send the request:  curl -s {self.url}/request | curl -sN -X {request['method']} "
+            f"{shlex.quote(url)} -H {shlex.quote('Content-Type: ' + kind)} --data-binary @-\n"
+            f"The answer then:   {request_status(self.recording)}"
+        )
+
+
+def path_of(attempt):
+    return urllib.parse.urlsplit(attempt["url"]).path
+
+
+def request_status(recording):
+    return f"{recording['status']} {shortened(recording['answer']['body'])}"
+
+
+class ReplayHandler(StandInHandler):
+    """One connection of the proxy's; or of whoever wants the recorded request, at /request."""
+
+    def answer_any(self):
+        data = self.read_body()
+        if self.path == "/request":
+            self.send_whole(Say(raw=restored(self.server.recording["request"]["body"])))
+            return
+        attempt = self.server.attempt_for(self.command, self.path, data)
+        if attempt is None:
+            self.send_whole(gemini_error(404, "This is not in the recording.", "NOT_FOUND"))
+            return
+        self.send_recorded(attempt.get("answer"), attempt.get("error", ""))
+
+    def send_recorded(self, answer, error):
+        """Send the answer. It hangs up where Gemini said nothing, or broke off."""
+        if not answer:
+            self.hang_up()
+            return
+        self.send_response_only(answer["status"])
+        for name, value in answer["headers"].items():
+            if name.lower() not in HOP_HEADERS:
+                self.send_header(name, value)
+        if answer["status"] != 204:
+            self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for piece in recorded_pieces(answer):
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        if re.search("broke off|silent", error):
+            self.hang_up()
+        elif answer["status"] != 204:
+            self.wfile.write(b"0\r\n\r\n")
+
+    do_GET = do_POST = do_PATCH = do_DELETE = answer_any
+
+
 def serve_alone(port=0):
     """Run the stand-in until Ctrl-C."""
-    with StandIn(port, log=True) as stand_in, contextlib.suppress(KeyboardInterrupt):
-        print(f"the stand-in for Gemini listens at {stand_in.url}; any key will do", flush=True)
+    stand_in = StandIn(port, log=True)
+    wait_in(stand_in, f"the stand-in for Gemini listens at {stand_in.url}; any key will do")
+
+
+def replay(path, port=0):
+    """Play Gemini's part of the recording in this file until Ctrl-C."""
+    with open(path, encoding="utf-8") as file:
+        stand_in = Replay(json.load(file), port, functools.partial(print, flush=True))
+    wait_in(stand_in, stand_in.how_to())
+
+
+def wait_in(stand_in, line):
+    with stand_in, contextlib.suppress(KeyboardInterrupt):
+        print(line, flush=True)
         threading.Event().wait()
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["-replay"]:
+        replay(sys.argv[2], *map(int, sys.argv[3:4]))
     serve_alone(*map(int, sys.argv[1:2]))
     sys.exit()
 
@@ -9628,7 +9786,504 @@ def test_a_file_that_is_no_database_is_logged_and_stops_nothing(tmp_path, log_li
 
 
 # ======================================================================================
-# 16. Server
+# 16. Recording
+# ======================================================================================
+
+GOOGLE_KEY = "AIza" + "Sy" * 18
+JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl"
+
+
+@pytest.mark.parametrize(
+    "text, hidden",
+    [
+        (f"my key is {GOOGLE_KEY}.", GOOGLE_KEY[4:]),
+        ("ya29.a0AfB_byC-secret", "a0AfB_byC-secret"),
+        ("use sk-proj-0123456789abcdef", "proj-0123456789abcdef"),
+        (f"token {JWT}", JWT[3:]),
+        ("authorization: Bearer abc.def-123", "abc.def-123"),
+        ("https://user:pa55@proxy.example/x", "user:pa55"),
+        ('{"url":"https://x.example/?a=1&api_key=s3cret&b"}', "s3cret"),
+        (r'{"url":"https://x.example/?a=1\u0026token=s3cret"}', "s3cret"),
+        ("/upload/v1beta/files?upload_id=AbC-1&upload_protocol=resumable", "AbC-1"),
+        ("https://bucket.example/x?X-Goog-Signature=0abc", "0abc"),
+        ('{"Authorization" : "Basic dXNlcg=="}', "Basic dXNlcg=="),
+        (r'{"password":"a\"b\\c"}', r"a\"b\\c"),
+        (r'{"arguments":"{\"api_key\": \"s3cret\"}"}', "s3cret"),
+        ('{"mcpServers":[{"headers":{"X-Team":"s3cret","Y":"t0"}}]}', "s3cret"),
+        ('{"authorization_token":"mcp-token"}', "mcp-token"),
+    ],
+)
+def test_recordings_mask_what_looks_like_a_secret(text, hidden):
+    masked = proxy.masked(text, ())
+    assert hidden in text
+    assert hidden not in masked
+    assert proxy.MASK in masked
+    if text.startswith("{"):
+        json.loads(masked)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"usageMetadata":{"promptTokenCount":4},"max_tokens":5}',
+        '{"properties":{"password":{"type":"string"}},"required":["password"]}',
+        "task-force-of-the-disk-desk-with-long-words",
+        "the bearer of news",
+        "https://example.com/?monkey=1&alt=sse",
+        '{"headers":"none"}',
+    ],
+)
+def test_recordings_keep_what_is_no_secret(text):
+    assert proxy.masked(text, ()) == text.replace("monkey=1", f"monkey={proxy.MASK}")
+
+
+def test_recordings_mask_a_secret_in_any_spelling():
+    spelled = proxy.spellings('pa/ss"word')
+    text = f"{json.dumps('pa/ss' + chr(34) + 'word')} pa%2Fss%22word"
+    assert proxy.masked(text, spelled) == f'"{proxy.MASK}" {proxy.MASK}'
+
+
+def test_recordings_mask_headers_by_their_names_and_keep_the_scheme():
+    headers = {"authorization": "Bearer abc", "Cookie": "a=b", "x-api-key": "k", "accept": "*/*"}
+    assert proxy.masked_headers(headers, ()) == {
+        "authorization": f"Bearer {proxy.MASK}",
+        "Cookie": proxy.MASK,
+        "x-api-key": proxy.MASK,
+        "accept": "*/*",
+    }
+
+
+def test_recordings_mask_parameters_whose_names_are_encoded():
+    masked = proxy.masked_url("/v1beta/models?alt=sse&%6bey=px%2D1", ())
+    assert masked == f"/v1beta/models?alt=sse&%6bey={proxy.MASK}"
+
+
+def media_mark(data):
+    return f"[media: {len(data)} bytes, SHA-256 {hashlib.sha256(data).hexdigest()}]"
+
+
+PNG_BYTES = base64.b64decode(PNG)
+NOISE = hashlib.sha512(b"noise").digest() * 8
+NOISE_TEXT = base64.b64encode(NOISE).decode()
+assert {"+", "/"} < set(NOISE_TEXT)
+
+
+def in_json(text):
+    """A text that is escaped already, in a field."""
+    return f'{{"x":"{text}"}}'
+
+
+@pytest.mark.parametrize(
+    "text, data",
+    [
+        (f'{{"inlineData":{{"mimeType":"image/png","data":"{PNG}"}}}}', PNG_BYTES),
+        (f'{{"url": "data:image/png;base64,{PNG}"}}', PNG_BYTES),
+        (f"an ![image](data:image/png;base64,{PNG}) in a text", PNG_BYTES),
+        (f'{{"b64_json":"{PNG}"}}', PNG_BYTES),
+        (f'{{"images":["{PNG}"]}}', PNG_BYTES),
+        (f'{{"file":"{PNG}"}}', PNG_BYTES),
+        (f'{{"delta":"{NOISE_TEXT}"}}', NOISE),
+        (in_json(NOISE_TEXT.replace("/", r"\/")), NOISE),
+        (in_json(NOISE_TEXT.replace("+", r"\u002B")), NOISE),
+        (in_json(re.sub("(.{76})", r"\1\\r\\n", NOISE_TEXT)), NOISE),
+        (in_json(rf"{{\"blob\": \"{NOISE_TEXT}\"}}"), NOISE),
+        (in_json(base64.urlsafe_b64encode(NOISE).decode().rstrip("=")), NOISE),
+        (f'{{"audio":"{NOISE_TEXT}A"}}', f"{NOISE_TEXT}A".encode()),
+    ],
+)
+def test_recordings_cut_media(text, data):
+    cut = proxy.without_media(text)
+    assert media_mark(data) in cut
+    assert len(cut) < 200
+    if text.startswith("{"):
+        json.loads(cut)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'{{"thoughtSignature":"{NOISE_TEXT}"}}',
+        f'{{"type":"reasoning","encrypted_content":"{NOISE_TEXT}"}}',
+        in_json("0123456789abcdef" * 4),
+        '{"id":"chatcmpl-b439ec7917887dfb5b690ae91b439ec7917887dfb5b690ae91"}',
+        in_json("several words " * 100),
+    ],
+)
+def test_recordings_keep_signatures_ids_and_texts(text):
+    assert proxy.without_media(text) == text
+
+
+def test_recordings_cut_the_files_of_a_form():
+    body, kind = form(("model", "whisper-1"), ("file", "a.wav", "audio/wav", RIFF))
+    text = proxy.body_text(body, kind)
+    assert media_mark(RIFF) + "\r\n" in text
+    assert "whisper-1" in text
+    assert text.count("b0un:d") == 3
+
+
+@pytest.mark.parametrize("kind", ["audio/wav", "application/octet-stream", ""])
+def test_recordings_cut_bodies_that_are_no_text(kind):
+    assert proxy.body_text(RIFF, kind) == media_mark(RIFF)
+
+
+def test_recordings_show_bytes_that_are_no_utf_8():
+    assert proxy.body_text(b'{"a": "\xff"}', "application/json") == r'{"a": "\xff"}'
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "recordings"
+
+
+@contextlib.contextmanager
+def recording(gemini, folder, **fields):
+    """A server that records into this folder."""
+    with serving(gemini.url, record=str(folder), **fields) as server:
+        server.recorder.try_out()
+        yield server
+
+
+def recordings_in(folder):
+    """The recordings, the oldest first; the server has ended, so that all are written."""
+    return [json.loads(path.read_text("utf-8")) for path in sorted(folder.iterdir())]
+
+
+def recorded(gemini, folder, *requests, **fields):
+    """The recordings of these requests: of each the arguments of post()."""
+    with recording(gemini, folder, **fields) as server:
+        for path, body, headers in requests:
+            post(server, path, body, **headers)
+    return recordings_in(folder)
+
+
+CHAT_REQUEST = ("/v1/chat/completions", chat(), {})
+
+
+def test_a_recording_tells_what_passed(gemini, folder):
+    gemini.say(whole("Hello"))
+    body = {**chat(), "logit_bias": {"1": 2}}
+    (one,) = recorded(gemini, folder, ("/v1/chat/completions?a=b", body, {"User_Agent": "x/1"}))
+    assert one["recording"] == proxy.RECORDING_FORMAT
+    assert (one["api"], one["status"]) == ("openai", 200)
+    assert (one["route"], one["ignored"]) == ("POST /v1/chat/completions", ["logit_bias"])
+    assert one["request"]["target"] == "/v1/chat/completions?a=b"
+    assert one["request"]["headers"]["User-Agent".lower()] == "x/1"
+    assert json.loads(one["request"]["body"]) == body
+    (attempt,) = one["attempts"]
+    assert attempt["url"] == f"{gemini.url}/v1beta/models/{FLASH}:generateContent"
+    assert json.loads(attempt["body"]) == gemini.bodies[0]
+    assert json.loads(attempt["answer"]["body"]) == whole("Hello")
+    assert attempt["answer"]["headers"]["content-type"] == "application/json; charset=UTF-8"
+    assert "Hello" in one["answer"]["body"]
+    assert one["answer"]["headers"]["x-request-id"] == one["request_id"]
+    assert 0 <= attempt["after"] <= attempt["answer"]["after"] <= one["answer"]["sent"][0][0]
+
+
+def test_a_recording_of_a_stream_tells_when_its_pieces_came(gemini, folder):
+    gemini.say(Say(chunk("One"), whole("two"), gap=0.05))
+    (one,) = recorded(gemini, folder, ("/v1/chat/completions", chat(stream=True), {}))
+    answer = one["attempts"][0]["answer"]
+    assert answer["body"].encode() == event_bytes(chunk("One")) + event_bytes(whole("two"))
+    (first, _), (second, size) = answer["arrived"]
+    assert second - first >= 0.03
+    assert size == len(answer["body"])
+    assert one["answer"]["body"].endswith("data: [DONE]\n\n")
+
+
+def test_a_recording_has_every_attempt(gemini, folder):
+    gemini.say(gemini_error(503, "overloaded", "UNAVAILABLE"), whole("Hello"))
+    (one,) = recorded(gemini, folder, CHAT_REQUEST)
+    first, second = one["attempts"]
+    assert (first["answer"]["status"], second["answer"]["status"]) == (503, 200)
+    assert "overloaded" in first["error"]
+
+
+def test_a_recording_tells_that_gemini_cannot_be_reached(folder):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        gone = types.SimpleNamespace(url=url)
+        (one,) = recorded(gone, folder, CHAT_REQUEST)
+    assert one["status"] == 502
+    assert "could not be reached" in one["attempts"][-1]["error"]
+    assert "answer" not in one["attempts"][-1]
+
+
+def test_a_recording_tells_that_the_client_left(gemini, folder):
+    gemini.say(Say(whole("late"), delay=30))
+    with recording(gemini, folder) as server, RawClient(server) as client:
+        client.send(raw_chat())
+        until(lambda: gemini.bodies)
+    (one,) = recordings_in(folder)
+    assert (one["status"], one["notes"]) == (499, ["the client left"])
+
+
+def test_a_recording_has_no_key(gemini, folder):
+    """Each is quoted by the client, and by Gemini."""
+    keys = ["the-key", "px", "client-key-1", "query-key-1"]
+    gemini.say(gemini_error(400, "Bad: " + ", ".join(keys)))
+    body = chat(user("My keys: " + ", ".join(keys)))
+    headers = {"Authorization": "Bearer px", "x_api_key": "client-key-1"}
+    request = ("/v1/chat/completions?key=query-key-1", body, headers)
+    (one,) = recorded(gemini, folder, request, proxy_key="px")
+    assert one["status"] == 400
+    assert "Bad: [masked], [masked], [masked], [masked]" in one["attempts"][0]["answer"]["body"]
+    text = json.dumps(one)
+    assert not [key for key in keys if key in text]
+
+
+def test_a_recording_has_no_key_of_a_client_that_brings_gemini_its_own(gemini, folder):
+    request = ("/v1/chat/completions", chat(user("k3y")), {"Authorization": "Bearer k3y"})
+    (one,) = recorded(gemini, folder, request, client_keys=True)
+    assert key_of(gemini) == "k3y"
+    assert "k3y" not in json.dumps(one)
+
+
+def test_a_recording_has_no_token(google, folder):
+    request = ("/v1/chat/completions", chat(user("ya29.secret-0 secret-0")), {})
+    (one,) = recorded(google, folder, request, backend=vertex_at(google), key="")
+    assert google.tokens == ["ya29.secret-0"]
+    assert one["attempts"][0]["headers"]["Authorization"] == f"Bearer {proxy.MASK}"
+    assert json.loads(one["request"]["body"]) == chat(user(f"{proxy.MASK} secret-0"))
+
+
+def test_a_recording_of_an_upload_has_its_length_and_digest_and_no_ticket(gemini, folder):
+    data = bytes(range(256)) * 4000
+    with recording(gemini, folder, proxy_key="px-1") as server:
+        address = start_upload(server, gemini, x_goog_api_key="px-1")
+        gemini.say(Say(raw=b'{"file": {}}'))
+        upload = {"X_Goog_Upload_Command": "upload, finalize"}
+        assert passing(server, "POST", "/" + address.split("/", 3)[3], data, **upload)[0] == 200
+        until(lambda: not server.recorder.held)
+    start, upload = recordings_in(folder)
+    assert start["request"]["body"] == "{}"
+    assert upload["request"]["body"] == upload["attempts"][0]["body"] == media_mark(data)
+    ticket = urllib.parse.parse_qs(address)[proxy.UPLOAD_TICKET][0]
+    assert ticket not in json.dumps([start, upload])
+    assert "a-1" not in json.dumps([start, upload])
+
+
+def test_a_recording_holds_so_much_of_a_body(gemini, folder, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_TAPE_BYTES", 4000)
+    monkeypatch.setattr(proxy, "SAMPLE_BYTES", 100)
+    monkeypatch.setattr(proxy.Tape.__init__, "__defaults__", (4000,))
+    body = json.dumps(chat(user("word " * 1000))).encode()
+    (one,) = recorded(gemini, folder, ("/v1/chat/completions", body, {}))
+    assert (
+        one["request"]["body"] == f"{body[:100].decode()} [cut off; all of it:] {media_mark(body)}"
+    )
+
+
+def test_recordings_hold_so_much_together_and_give_it_back(gemini, folder, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_TAPES_BYTES", 2000)
+    gemini.say(whole("x" * 3000))
+    with recording(gemini, folder) as server:
+        assert post(server)[0] == 200
+        assert server.recorder.held <= 2000
+        until(lambda: not server.recorder.held)
+    (one,) = recordings_in(folder)
+    assert json.loads(one["request"]["body"]) == chat()
+    assert one["attempts"][0]["answer"]["body"].startswith("[media: ")
+
+
+def test_what_is_asked_for_all_the_time_is_not_recorded(gemini, folder):
+    with recording(gemini, folder) as server, RawClient(server) as client:
+        assert client.request("GET", "/healthz")[0] == 200
+        assert client.request("GET", "/metrics")[0] == 200
+        assert client.request("GET", "/nowhere")[0] == 404
+        until(lambda: not server.recorder.held)
+    assert [one["request"]["target"] for one in recordings_in(folder)] == ["/nowhere"]
+
+
+@pytest.mark.skipif(WINDOWS, reason="there are no modes")
+def test_recordings_are_for_the_user_alone(gemini, folder):
+    recorded(gemini, folder, CHAT_REQUEST)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert [path.stat().st_mode & 0o777 for path in folder.iterdir()] == [0o600]
+
+
+def recorder_of(folder, workers=1):
+    notes = collections.Counter()
+    recorder = proxy.Recorder(str(folder), workers, lambda name, outcome: notes.update([outcome]))
+    recorder.try_out()
+    return recorder, notes
+
+
+def a_recording(recorder, number=0):
+    one = proxy.Recording(recorder, proxy.Config("openai", ("", 0), "http://x", "the-key"))
+    one.clock = 1e9 + number
+    one.facts = {"request_id": f"req_{number:024x}"}
+    return one
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_oldest_recordings_go(folder, monkeypatch, workers):
+    monkeypatch.setattr(proxy, "MAX_RECORDINGS", 60)
+    recorders = [recorder_of(folder, workers)[0] for _ in range(workers)]
+    (folder / "notes.txt").write_text("mine")
+    for number in range(200):
+        recorder = recorders[number % workers]
+        recorder.write(a_recording(recorder, number))
+        assert len(list(folder.iterdir())) <= 61
+    names = sorted(path.name for path in folder.iterdir())
+    assert names[-1] == "notes.txt"
+    assert len(names) >= 40
+    assert names[-2].endswith(f"req_{199:024x}.json")
+    assert names[0].endswith(f"req_{200 - len(names) + 1:024x}.json")
+
+
+def test_recordings_have_so_many_bytes_together(folder, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_RECORDINGS_BYTES", 10_000)
+    recorder, _ = recorder_of(folder)
+    for number in range(40):
+        recorder.write(a_recording(recorder, number))
+        assert sum(path.stat().st_size for path in folder.iterdir()) <= 10_000
+    assert len(list(folder.iterdir())) > 5
+
+
+def test_recordings_that_come_too_fast_are_dropped(folder, log_lines, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_UNWRITTEN_RECORDINGS", 2)
+    recorder, outcomes = recorder_of(folder)
+    for number in range(5):
+        recorder.put(a_recording(recorder, number))
+    assert outcomes == {"dropped": 3}
+    assert len(log_lines) == 1
+    recorder.thread.start()
+    recorder.close()
+    assert len(recordings_in(folder)) == outcomes["written"] == 2
+
+
+def full_disk(*arguments):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("trouble", ["a full disk", "no folder"])
+def test_answers_go_on_where_nothing_can_be_recorded(
+    gemini, folder, log_lines, monkeypatch, trouble
+):
+    with recording(gemini, folder) as server:
+        if trouble == "no folder":
+            folder.rmdir()
+        else:
+            monkeypatch.setattr(proxy.os, "write", full_disk)
+        assert [post(server)[0] for _ in range(5)] == [200] * 5
+        until(lambda: metrics_of(server).get('recordings_total{outcome="failed"}') == 5)
+        monkeypatch.undo()
+        assert len([line for line in log_lines if "recordings" in line]) <= 1
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+def test_a_bug_in_writing_a_recording_ends_nothing(gemini, folder, log_lines, monkeypatch):
+    with recording(gemini, folder) as server:
+        with monkeypatch.context() as patched:
+            patched.setattr(proxy, "masked", None)
+            assert post(server)[0] == 200
+            until(lambda: metrics_of(server).get('recordings_total{outcome="failed"}') == 1)
+        assert post(server)[0] == 200
+    assert len(recordings_in(folder)) == 1
+
+
+def test_without_the_flag_nothing_is_recorded(server, gemini):
+    assert server.recorder is None
+    assert post(server)[0] == 200
+    assert not [thread for thread in threading.enumerate() if thread.name == "recorder"]
+
+
+def test_a_folder_for_recordings_that_cannot_be_made_ends_the_start(gemini, tmp_path):
+    (tmp_path / "file").write_text("")
+    with start(
+        "-listen=127.0.0.1:0", f"-record={tmp_path / 'file' / 'x'}", GEMINI_API_KEY="k"
+    ) as process:
+        (line,) = process.stdout.read().splitlines()
+        assert process.wait(10) == 1
+    assert re.match("proxy-to-gemini: cannot record in .*x: ", line)
+
+
+def test_workers_record_into_one_folder_and_the_end_writes_what_waits(gemini, folder):
+    if WINDOWS:
+        pytest.skip("there is no fork")
+    flags = ["-workers=2", f"-record={folder}"]
+    with running(gemini, *flags, **ENV) as (process, server):
+        for _ in range(10):
+            assert post(server)[0] == 200
+        process.terminate()
+        assert process.wait(15) == 0
+    assert len(recordings_in(folder)) == 10
+
+
+# ---- replays ----
+
+
+@contextlib.contextmanager
+def replayed(one):
+    """(the stand-in that plays this recording, a proxy in front of it, what it tells)"""
+    told = []
+    with Replay(one, tell=told.append) as stand_in, serving(stand_in.url) as server:
+        yield stand_in, server, told
+
+
+def ask_again(stand_in, server, one):
+    """The answer to the recorded request."""
+    with urllib.request.urlopen(stand_in.url + "/request") as answer:
+        body = answer.read()
+    headers = {"Content-Type": one["request"]["headers"].get("content-type")}
+    return post(server, one["request"]["target"], body, **headers)
+
+
+def without_ids(text):
+    return re.sub(r"[0-9a-f]{24}|\"created\":\d+", "", text)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_recording_can_be_run(gemini, folder, stream):
+    gemini.say(
+        gemini_error(503, "busy", "UNAVAILABLE"), [chunk("Oslo "), whole(call("f", {}, "s"))]
+    )
+    (one,) = recorded(gemini, folder, ("/v1/chat/completions", chat(stream=stream), {}))
+    with replayed(one) as (stand_in, server, told):
+        status, _, data = ask_again(stand_in, server, one)
+    assert (status, len(told)) == (200, 2)
+    assert all(line.endswith(": as recorded") for line in told)
+    assert not stand_in.left
+    ids = re.compile("call_[0-9a-f]{24}")
+    assert without_ids(data.decode()) == without_ids(one["answer"]["body"])
+    assert len(ids.findall(data.decode())) == len(ids.findall(one["answer"]["body"])) == 1
+
+
+@pytest.mark.parametrize("kind", ["picture", "form"])
+def test_a_recording_with_media_can_be_run(gemini, folder, kind):
+    picture = {"type": "image_url", "image_url": {"url": PNG_LINK}}
+    request = ("/v1/chat/completions", chat(user([picture])), {})
+    if kind == "form":
+        body, content_type = form(*UPLOAD_PARTS)
+        request = ("/v1/audio/transcriptions", body, {"Content_Type": content_type})
+    (one,) = recorded(gemini, folder, request)
+    with replayed(one) as (stand_in, server, told):
+        assert ask_again(stand_in, server, one)[0] == 200
+    assert told[0].endswith("generateContent: as recorded")
+
+
+def test_a_recorded_answer_that_broke_off_breaks_off_again(gemini, folder):
+    gemini.say(Say(chunk("One"), chunk("two"), cut=1))
+    (one,) = recorded(gemini, folder, ("/v1/chat/completions", chat(stream=True), {}))
+    with replayed(one) as (stand_in, server, _):
+        data = ask_again(stand_in, server, one)[2]
+    assert b"broke off" in data
+    assert without_ids(data.decode()) == without_ids(one["answer"]["body"])
+
+
+def test_a_replay_tells_what_differs(gemini, folder):
+    (one,) = recorded(gemini, folder, ("/v1/chat/completions", chat(user("old")), {}))
+    with replayed(one) as (_, server, told):
+        assert post(server, body=chat(user("new")))[0] == 200
+        assert post(server)[0] == 404
+    path = f"POST /v1beta/models/{FLASH}:generateContent"
+    assert told[0] == f'{path}: contents[0].parts[0].text is "new", and was "old"'
+    assert told[1] == f"{path}: not in the recording, or not so often"
+
+
+# ======================================================================================
+# 17. Server
 # ======================================================================================
 
 
@@ -12112,7 +12767,7 @@ def test_a_server_that_ended_has_closed_its_memory_and_its_connections(gemini):
 
 
 # ======================================================================================
-# 17. Command line
+# 18. Command line
 # ======================================================================================
 
 ENV = {"GEMINI_API_KEY": "AIza-1"}
