@@ -9750,7 +9750,7 @@ MAX_UNWRITTEN_RECORDINGS = 256  # that wait to be written; more are dropped
 RECORDING_NAME = re.compile(r"\d{8}-\d{6}-\d{6}-req_[0-9a-f]{24}\.json")
 READABLE_JSON = json.JSONEncoder(ensure_ascii=False).encode
 RECORDING_FORMAT = 1  # changes when a program that reads recordings must
-NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 RECORDER_PAUSE_SECONDS = 0.1  # for recordings to gather: a thread that wakes for each costs more
 RECORDER_LOG_SECONDS = 600.0  # between two lines in the log about the same trouble
 MIN_KEY_CHARACTERS = 8  # of a client's key that is masked wherever it stands: "any" is a word
@@ -10191,13 +10191,11 @@ class Recorder:
 
     def write_file(self, path: str, data: bytes) -> None:
         """Write a new file that only the user of this process may read, or none."""
-        file = os.open(path, NEW_FILE, 0o600)
+        number = os.open(path, NEW_FILE, 0o600)
         try:
-            try:
+            with io.FileIO(number, "w") as file:  # which sees to binary mode on Windows
                 while data:
-                    data = data[os.write(file, data) :]
-            finally:
-                os.close(file)
+                    data = data[file.write(data) :]
         except OSError:
             with contextlib.suppress(OSError):
                 os.unlink(path)

@@ -15,6 +15,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import gc
 import gzip
@@ -10153,8 +10154,9 @@ def test_recordings_that_come_too_fast_are_dropped(folder, log_lines, monkeypatc
     assert len(recordings_in(folder)) == outcomes["written"] == 2
 
 
-def full_disk(*arguments):
-    raise OSError(28, "No space left on device")
+class FullDisk(io.FileIO):
+    def write(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("trouble", ["a full disk", "no folder"])
@@ -10165,7 +10167,7 @@ def test_answers_go_on_where_nothing_can_be_recorded(
         if trouble == "no folder":
             folder.rmdir()
         else:
-            monkeypatch.setattr(proxy.os, "write", full_disk)
+            monkeypatch.setattr(proxy.io, "FileIO", FullDisk)
         assert [post(server)[0] for _ in range(5)] == [200] * 5
         until(lambda: metrics_of(server).get('recordings_total{outcome="failed"}') == 5)
         monkeypatch.undo()
@@ -14115,6 +14117,10 @@ def limits():
         ("prompts repeated", f"{proxy.MAX_ECHO:,} characters"),
         ("an answer of Gemini's", mib(proxy.MAX_ANSWER_BYTES)),
         ("headers of an answer", f"{proxy.MAX_IGNORED_CHARACTERS} characters"),
+        ("recordings", f"{proxy.MAX_RECORDINGS:,}, or {mib(proxy.MAX_RECORDINGS_BYTES)}"),
+        ("recordings", f"{mib(proxy.MAX_TAPE_BYTES)} of a body"),
+        ("recordings", f"{mib(proxy.MAX_TAPES_BYTES)} of all"),
+        ("recordings", f"{proxy.MAX_UNWRITTEN_RECORDINGS} that wait"),
         ("a client's silence", f"{proxy.CLIENT_SECONDS:g} s"),
         ("a whole request", f"{proxy.CLIENT_SECONDS:g} s"),
         ("a whole request", f"{proxy.BODY_SECONDS:g} s"),
