@@ -138,6 +138,9 @@ class ProxyError(Exception):
         self.listed: bool | None = None  # whether Gemini lists that model; None: not known
         self.request_id = ""  # of the request that failed
 
+    def __str__(self) -> str:
+        return self.message  # to which more may have been added
+
 
 class NoRouteError(ProxyError):
     """Nothing is served under this path."""
@@ -2325,7 +2328,8 @@ REPAIRS = (
     (r"media.?resolution", without("mediaResolution", "media_resolution")),
     (r"mcp.?server", without_mcp),
     # reported after a change of the model or the key: "Corrupted thought signature."
-    (r"(invalid|corrupted) thought.?signature", without_signatures),
+    # Vertex AI's words: https://github.com/RooCodeInc/Roo-Code/issues/11716
+    (r"(invalid|corrupted) thought.?signature|signature is not valid", without_signatures),
     # Vertex AI until September 2026: https://github.com/vercel/ai/issues/15664
     (r"unknown name \"id\" at '[\w.[\]]*function_", without_call_ids),
     # https://github.com/pipecat-ai/pipecat/issues/5821
@@ -8274,7 +8278,8 @@ VERTEX_ADVICE = {
     "insufficient authentication scopes": "set the machine's access scope cloud-platform",
     "API keys are not supported": "unset GOOGLE_API_KEY, and name a project with -vertex",
     "requires a quota project": "gcloud auth application-default set-quota-project {project}",
-    "^Publisher Model": "many models are in one location only: -vertex={project}/global",
+    # https://github.com/prime-radiant-inc/evener/pull/1167
+    "^Publisher Model": "Gemini 3 is in global, us and eu only: -vertex={project}/global",
 }
 
 
@@ -12706,6 +12711,7 @@ class Workers:
 
 # ---- checks ----
 
+MAX_MISSING_MODELS = 4  # that are not there, before the check of an answer fails
 CHECK_SECONDS = 30.0  # seconds that a call of a check may take
 ALL_CHECKS_SECONDS = 60.0  # that all calls of checks may take for the page for people
 CHECK_ERRORS = (ProxyError, OSError, ValueError, sqlite3.Error, http.client.HTTPException)
@@ -12831,8 +12837,19 @@ class Checker:
         if not self.config.key:
             return "every client asks with a key of its own"
         models = self.gemini.list_models(self.waiter, self.config.key)
-        model, began = newest_flash(models), time.monotonic()
-        turns = [user_turn(text_part("Say hello in one word."))]
+        missing: list[str] = []  # what is listed, but not in this location
+        while True:
+            model = newest_flash([entry for entry in models if entry.get("name") not in missing])
+            try:
+                return ", ".join([self.hello(model), *(f"{name} is missing" for name in missing)])
+            except ProxyError as error:
+                if error.code != "model_not_found" or len(missing) == MAX_MISSING_MODELS:
+                    raise
+            missing.append(model.path)
+
+    def hello(self, model: Model) -> str:
+        """What a model says."""
+        began, turns = time.monotonic(), [user_turn(text_part("Say hello in one word."))]
         call = generate_call(model, False, [], turns, {})
         answers = self.gemini.answers((call,), self.waiter, self.config.key, [])
         with contextlib.closing(answers):

@@ -2046,7 +2046,9 @@ def test_the_next_level_takes_the_place_of_a_refused_one(level, next_level):
 
 
 def test_a_refused_signature_becomes_the_placeholder():
-    second, names = proxy.repaired(refused_call(), "Invalid thought signature.")
+    message = "Unable to submit request because Thought signature is not valid."
+    second, names = proxy.repaired(refused_call(), message)
+    assert (second, names) == proxy.repaired(refused_call(), "Invalid thought signature.")
     assert names == ["thoughtSignature"]
     (part,) = second.body["contents"][1]["parts"]
     assert part["thoughtSignature"] == proxy.PLACEHOLDER
@@ -13116,6 +13118,20 @@ def test_the_checks_walk_the_way_to_vertex(vertex_env, user_file, capsys):
     assert f"authorized_user of an account that it does not name, from {user_file}" in output
     assert "project my-project, location us" in output
     assert "ya29" not in output
+
+
+def test_a_model_that_is_listed_and_not_there_fails_no_check(vertex_env, google, capsys):
+    google.say(gemini_error(404, "Publisher Model `x` not found.", "NOT_FOUND"), whole("Hello"))
+    assert proxy.run_checks(configure("-listen=127.0.0.1:0", env=vertex_env)) == 0
+    output = capsys.readouterr().out
+    assert f"said 'Hello' after 0.0 seconds, models/{NEWEST} is missing" in output
+
+
+def test_models_that_are_all_missing_fail_the_check(vertex_env, google, capsys):
+    missing = gemini_error(404, "Publisher Model `x` not found.", "NOT_FOUND")
+    google.say(*[missing] * (proxy.MAX_MISSING_MODELS + 1))
+    assert proxy.run_checks(configure("-listen=127.0.0.1:0", env=vertex_env)) == 1
+    assert "-vertex=my-project/global" in capsys.readouterr().out
 
 
 def test_a_failed_check_of_vertex_says_what_to_mend(vertex_env, google, capsys):
