@@ -8149,35 +8149,37 @@ MAX_PREDICT_TEXTS, MAX_PREDICT_TOKENS = 250, 20_000  # of one call; a token has 
 
 
 def vertex_embed_calls(call: GeminiCall, path: str) -> tuple[GeminiCall, ...]:
-    """The calls for vectors. Older models are asked by `predict`, gemini-embedding-001 for one text
-    at a time; newer ones by methods of the Gemini API's names, with the options elsewhere."""
+    """The calls for vectors: `predict` for older models, else what google-genai asks for. Where
+    there is no such method, as reported, texts are asked for one by one, and then by `predict`:
+    https://github.com/googleapis/python-genai/issues/2165"""
     requests = get_or_empty(call.body, "requests", list) or [call.body or {}]
-    name = path.rpartition("/")[2]
-    if re.match(r"text-|textembedding|gemini-embedding-001", name):
-        most = 1 if name.startswith("gemini") else MAX_PREDICT_TEXTS
-        bodies = list(predict_bodies(requests, most))
-        method = "predict"
+    if re.match(r"text-|textembedding", path.rpartition("/")[2]):
+        calls = predict_calls(path, requests, call.model)
     else:
-        bodies = [embed_body(request) for request in requests]
-        method = "embedContent"
-    calls = [GeminiCall(f"{path}:{method}", body, call.model) for body in bodies]
-    if method == "embedContent" and len(calls) > 1:  # google-genai does so; it is not documented
-        batch = {"requests": bodies}
-        path = f"{path}:batchEmbedContents"
-        calls = [GeminiCall(path, batch, call.model, instead=tuple(calls))]
+        calls = tuple(embed_call(path, request, call.model) for request in requests)
+        if len(calls) > 1:
+            batch = {"requests": [one.body for one in calls]}
+            calls = (GeminiCall(f"{path}:batchEmbedContents", batch, call.model, instead=calls),)
     return (calls[0]._replace(waits=call.waits), *calls[1:])
 
 
-def embed_body(request: JSON) -> JSON:
-    """An EmbedContentRequest of Vertex AI's."""
+def embed_call(path: str, request: JSON, model: Model | None) -> GeminiCall:
+    """The call for one vector. Its options are not where the Gemini API has them."""
     options = {
         key: value for key, value in request.items() if key not in ("content", "model") and value
     }
-    return {"content": request.get("content"), **given(embedContentConfig=options)}
+    body = {"content": request.get("content"), **given(embedContentConfig=options)}
+    instead = predict_calls(path, [request], model)
+    return GeminiCall(f"{path}:embedContent", body, model, instead=instead)
 
 
-def predict_bodies(requests: list[JSON], most: int) -> Iterator[JSON]:
-    """The same for `predict`: as many texts in each as it takes."""
+def predict_calls(path: str, requests: list[JSON], model: Model | None) -> tuple[GeminiCall, ...]:
+    bodies = predict_bodies(requests)
+    return tuple(GeminiCall(f"{path}:predict", body, model) for body in bodies)
+
+
+def predict_bodies(requests: list[JSON]) -> Iterator[JSON]:
+    """Requests for vectors as `predict` takes them, with as many texts in each as it takes."""
     instances: list[JSON] = []
     size, parameters = 0, None
     for request in requests:
@@ -8186,7 +8188,7 @@ def predict_bodies(requests: list[JSON], most: int) -> Iterator[JSON]:
         instance.update(given(task_type=request.get("taskType"), title=request.get("title")))
         options = given(outputDimensionality=request.get("outputDimensionality"))
         length = len(instance["content"].encode(errors="replace"))
-        full = len(instances) == most or size + length > MAX_PREDICT_TOKENS
+        full = len(instances) == MAX_PREDICT_TEXTS or size + length > MAX_PREDICT_TOKENS
         if instances and (full or options != parameters):
             yield {"instances": instances, **given(parameters=parameters)}
             instances, size = [], 0
@@ -8897,6 +8899,13 @@ def transport_error(failure: Exception) -> ProxyError:
     return ProxyError(502, message, upstream=True)
 
 
+def lacks_method(failure: Exception) -> bool:
+    """Whether there is no such method, or not for this model; Google has several words for it."""
+    status = getattr(failure, "status", 0)
+    words = re.search("precondition check failed|not supported", str(failure), re.I)
+    return status == 404 or (status == 400 and words is not None)
+
+
 # Headers of an answer that is passed through.
 ANSWER_HEADERS = re.compile(
     r"content-(type|disposition|encoding)|location|retry-after|x-g(oog-upload|emini)-.*", re.ASCII
@@ -8960,7 +8969,7 @@ class UpstreamCall:
             else:
                 yield from self.answer_chunks()
         except (ProxyError, *TRANSPORT_ERRORS) as failure:
-            if self.call.instead and getattr(failure, "status", 0) == 404:
+            if self.call.instead and lacks_method(failure):
                 yield from self.chunks_instead()
             elif not self.call.optional:
                 raise self.reported(failure) from None  # no local may hold it: it holds this frame

@@ -8554,13 +8554,6 @@ def test_older_models_for_vectors_are_asked_to_predict():
             {"instances": instances, "parameters": parameters},
         )
     ]
-    assert wire("models/gemini-embedding-001:batchEmbedContents", body) == [
-        (
-            GOOGLE + "gemini-embedding-001:predict",
-            {"instances": [instance], "parameters": parameters},
-        )
-        for instance in instances
-    ]
 
 
 def test_no_call_has_more_text_for_vectors_than_vertex_takes():
@@ -8576,6 +8569,9 @@ def test_newer_models_for_vectors_get_their_options_apart():
     (call,) = proxy.vertex_calls(proxy.GeminiCall(path, body), VERTEX)
     assert (call.path, call.body) == (GOOGLE + path[7:], {"requests": requests})
     assert [single.body for single in call.instead] == requests
+    (predict,) = call.instead[1].instead
+    instance, parameters = {"content": "b"}, {"outputDimensionality": 4}
+    assert predict.body == {"instances": [instance], "parameters": parameters}
     assert wire(path, embed_body("a")) == [
         (GOOGLE + "gemini-embedding-2:embedContent", {"content": {"parts": [{"text": "a"}]}})
     ]
@@ -8668,8 +8664,8 @@ def test_vectors_of_geminis_own_api_are_translated_both_ways():
     body = json.dumps(embed_body("a")["requests"][0]).encode()
     path = "/v1beta/models/gemini-embedding-001:embedContent"
     passed, (call,) = passed_on_vertex("POST", path, body)
-    assert call.body == {"instances": [{"content": "a"}]}
-    answer = {"predictions": [{"embeddings": {"values": [1.0], "statistics": {"token_count": 3}}}]}
+    assert call.body == {"content": {"parts": [{"text": "a"}]}}
+    answer = {"embedding": {"values": [1.0]}, "usageMetadata": {"promptTokenCount": 3}}
     head, data = proxy.vertex_chunks(passed, iter([answer]))
     assert head == proxy.AnswerHead(200, {"content-type": "application/json; charset=UTF-8"})
     assert json.loads(data) == {
@@ -9375,6 +9371,7 @@ class Google(StandIn):
         self.trouble = None  # the Say that is given in place of a token
         self.listing = Say({"publisherModels": [{"name": f"publishers/google/models/{NEWEST}"}]})
         self.unauthorized = 0  # requests without a good token
+        self.vector_refusals = []  # what embedContent says before it gives vectors
 
     def give_token(self):
         time.sleep(self.delay)
@@ -9421,7 +9418,7 @@ class GoogleHandler(StandInHandler):
         if method == "predict":
             return Say({"predictions": [{"embeddings": VECTOR} for _ in body["instances"]]})
         if method == "embedContent":
-            return Say({"embedding": VECTOR})
+            return (google.vector_refusals or [Say({"embedding": VECTOR})]).pop()
         return None
 
 
@@ -9642,13 +9639,29 @@ def test_another_credential_takes_the_place_of_the_old_one_and_its_token(google,
     assert google.headers[1]["X-goog-user-project"] == "q-project"
 
 
-def test_vectors_are_asked_for_one_by_one_where_there_is_no_batch(google, on_vertex):
-    calls = proxy.embed_calls(proxy.model_of("gemini-embedding-2"), ["a", "b", "c"], None)
+METHODS = ["batchEmbedContents", "embedContent", "embedContent"]
+NO_METHOD = gemini_error(400, "Precondition check failed.", "FAILED_PRECONDITION")
+
+
+@pytest.mark.parametrize(
+    "refusals, methods",
+    [([], METHODS), ([NO_METHOD], [*METHODS, "predict"])],
+)
+def test_vectors_are_asked_for_otherwise_where_there_is_no_such_method(
+    google, on_vertex, refusals, methods
+):
+    google.vector_refusals = refusals
+    calls = proxy.embed_calls(proxy.model_of("gemini-embedding-2"), ["a", "b"], None)
     ((answer,),) = on_vertex.answers(calls)
-    assert answer["embeddings"] == [VECTOR] * 3
-    assert [path.rpartition(":")[2] for path in google.paths] == ["batchEmbedContents"] + [
-        "embedContent"
-    ] * 3
+    assert answer["embeddings"] == [VECTOR] * 2
+    assert sorted(path.rpartition(":")[2] for path in google.paths) == methods
+
+
+def test_a_text_that_is_refused_is_not_sent_again(google, on_vertex):
+    google.vector_refusals = [gemini_error(400, "The text is too long.")]
+    (call,) = proxy.embed_calls(proxy.model_of("gemini-embedding-2"), ["a"], None)
+    assert on_vertex.error(call).status == 400
+    assert len(google.paths) == 1
 
 
 @pytest.mark.parametrize("status", [None, 401, 403, 404])
