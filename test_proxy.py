@@ -11799,7 +11799,13 @@ def say_by_model(gemini, **answers):
     gemini.answer_to = answer_of_model
 
 
-@pytest.mark.parametrize("stream", [False, True])
+def each_way(server):
+    """Whole answers and streams, each while no model is passed over."""
+    for stream in (False, True):
+        server.gemini.cooldowns.ends.clear()
+        yield stream
+
+
 @pytest.mark.parametrize(
     "path, body, good",
     [
@@ -11816,19 +11822,19 @@ def say_by_model(gemini, **answers):
         ("/api/embed", {"input": "x", "truncate": False}, {"embeddings": [VECTOR]}),
     ],
 )
-def test_the_next_model_answers_in_every_dialect(gemini, log_lines, path, body, good, stream):
+def test_the_next_model_answers_in_every_dialect(gemini, log_lines, path, body, good):
     api = "openai" if path.startswith("/v1/") else "ollama"
-    gemini.say(OVERLOADED, good)
     with serving(gemini.url, api, aliases=FURTHER) as server:
-        if "truncate" in body:
-            gemini.answers.insert(0, Say(raw=json.dumps({"models": MODELS}).encode()))
-        status, headers, data = post(server, path, {"model": "mine", "stream": stream, **body})
-        assert (status, headers["x-proxy-model"]) == (200, FLASH), data
-        assert models_of(gemini) == [NEWEST, FLASH]
-        assert b"error" not in data.replace(b'"error":null', b"")
-        assert metrics_of(server)['fallbacks_total{reason="overloaded"}'] == 1
-    until(lambda: log_lines)
-    assert f" 'mine' ({FLASH}; {NEWEST}: overloaded) " in log_lines[0]
+        with RawClient(server) as client:
+            client.request("GET", "/v1/models")  # is kept for a while
+        for stream in each_way(server):
+            gemini.say(OVERLOADED, good)
+            reply = post(server, path, {"model": "mine", "stream": stream, **body})
+            assert (reply[0], reply[1]["x-proxy-model"]) == (200, FLASH), reply[2]
+            assert b"error" not in reply[2].replace(b'"error":null', b"")
+        assert models_of(gemini) == [NEWEST, FLASH] * 2
+        assert metrics_of(server)['fallbacks_total{reason="overloaded"}'] == 2
+    assert f" 'mine' ({FLASH}; {NEWEST}: overloaded) " in log_lines[-2]
 
 
 def test_the_next_model_gets_the_file_of_a_form(gemini, further):
@@ -11855,28 +11861,26 @@ def test_the_next_model_gets_the_file_of_a_form(gemini, further):
         (Say(whole("late"), delay=30), "silent", 1),
     ],
 )
-@pytest.mark.parametrize("stream", [False, True])
 def test_the_next_model_is_asked_where_it_can_help(
-    gemini, log_lines, monkeypatch, failure, reason, asked, stream
+    gemini, log_lines, monkeypatch, failure, reason, asked
 ):
     monkeypatch.setattr(proxy.random, "uniform", lambda low, high: 0.01)
     say_by_model(gemini, gemini_3_8_flash=failure)
     with serving(gemini.url, aliases=FURTHER, timeout=0.6) as server:
-        reply = post(server, body=chat(model="mine", stream=stream))
-        assert (reply[0], reply[1]["x-proxy-model"]) == (200, FLASH)
-        assert models_of(gemini) == [NEWEST] * asked + [FLASH]
-        assert metrics_of(server)[f'fallbacks_total{{reason="{reason}"}}'] == 1
+        for stream in each_way(server):
+            reply = post(server, body=chat(model="mine", stream=stream))
+            assert (reply[0], reply[1]["x-proxy-model"]) == (200, FLASH)
+        assert models_of(gemini) == ([NEWEST] * asked + [FLASH]) * 2
+        assert metrics_of(server)[f'fallbacks_total{{reason="{reason}"}}'] == 2
     assert f" ({FLASH}; {NEWEST}: {reason}) " in str(log_lines)
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 413, 500, 502])
-def test_the_next_model_is_not_asked_for_what_it_would_refuse_too(
-    gemini, further, monkeypatch, status
-):
+def test_the_next_model_is_not_asked_for_what_it_would_refuse_too(gemini, further, monkeypatch):
     monkeypatch.setattr(proxy.random, "uniform", lambda low, high: 0.01)
-    say_by_model(gemini, gemini_3_8_flash=gemini_error(status, "No."))
-    reply = post(further, body=chat(model="mine"))
-    assert (reply[0], reply[1]["x-proxy-model"]) == (status, NEWEST)
+    for status in (400, 401, 403, 413, 500, 502):
+        gemini.say(*[gemini_error(status, "No.")] * 3)
+        reply = post(further, body=chat(model="mine"))
+        assert (reply[0], reply[1]["x-proxy-model"]) == (status, NEWEST)
     assert set(models_of(gemini)) == {NEWEST}
 
 
@@ -11928,12 +11932,12 @@ def test_a_client_that_leaves_asks_no_further_model(gemini, further):
 
 
 @pytest.mark.parametrize("last", [gemini_error(404, "Gone."), gemini_error(400, "No.")])
-@pytest.mark.parametrize("stream", [False, True])
-def test_if_no_model_answers_the_first_ones_error_is_told(gemini, further, log_lines, stream, last):
-    gemini.say(gemini_error(429, "Slow.", "X", detail("RetryInfo", retryDelay="48s")), last)
-    status, headers, body = post(further, body=chat(model="mine", stream=stream))
-    assert (status, headers["x-proxy-model"], headers["retry-after"]) == (429, NEWEST, "48")
-    assert json.loads(body)["error"]["message"] == "Slow."
+def test_if_no_model_answers_the_first_ones_error_is_told(gemini, further, log_lines, last):
+    for stream in each_way(further):
+        gemini.say(gemini_error(429, "Slow.", "X", detail("RetryInfo", retryDelay="48s")), last)
+        status, headers, body = post(further, body=chat(model="mine", stream=stream))
+        assert (status, headers["x-proxy-model"], headers["retry-after"]) == (429, NEWEST, "48")
+        assert json.loads(body)["error"]["message"] == "Slow."
     until(lambda: any("429" in line for line in log_lines))
     assert f" 'mine' ({NEWEST}; {NEWEST}: quota" in str(log_lines)
 
