@@ -8331,7 +8331,6 @@ MAX_PARALLEL_CALLS = 4  # of one request of a client
 MAX_CALLS_OF_ANSWER = 16  # one after the other, where Gemini wants several for a long answer
 BLOCK_BYTES = 64 << 10  # of a body that are read at a time
 MODEL_LIST_SECONDS = 300.0  # how long a list of Gemini's models is used
-PROBE_SECONDS = 5.0  # that a call has to find out whether a model answers again
 MAX_COOLDOWNS = 1000  # models that are passed over; with -client-keys, for each key
 RETIREMENT_LOG_SECONDS = 86400.0  # between two log lines about a model that goes
 MAX_LISTED_MODELS = 5000  # that are remembered, in all lists together
@@ -9488,23 +9487,25 @@ class Cooldowns:
     """Models that could not answer a moment ago: calls pass them over while there are others."""
 
     def __init__(self) -> None:
-        self.ends: dict[tuple[str, str], float] = {}  # by Gemini key and model
+        # (when it ends, its seconds), by Gemini key and model
+        self.ends: dict[tuple[str, str], tuple[float, float]] = {}
         self.lock = threading.Lock()
 
     def in_turn(self, key: str, models: tuple[str, ...]) -> tuple[str, ...]:
         """The models of an alias, those that cool down last. When such a time ends, one call finds
-        out for all whether the model answers again; the others pass it over meanwhile."""
+        out for all whether the model answers again; the others pass it over for as long again."""
         now = time.monotonic()
         with self.lock:
-            ready = [model for model in models if self.ends.get((key, model), 0.0) <= now]
+            ready = [model for model in models if self.ends.get((key, model), (0.0,))[0] <= now]
             for model in ready[:1]:
                 if (key, model) in self.ends:
-                    self.ends[key, model] = now + PROBE_SECONDS
+                    _, seconds = self.ends[key, model]
+                    self.ends[key, model] = now + seconds, seconds
         return (*ready, *(model for model in models if model not in ready))
 
     def start(self, key: str, model: str, seconds: float) -> None:
         with self.lock:
-            self.ends[key, model] = time.monotonic() + seconds
+            self.ends[key, model] = time.monotonic() + seconds, seconds
             while len(self.ends) > MAX_COOLDOWNS:
                 del self.ends[next(iter(self.ends))]
 

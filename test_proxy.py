@@ -11978,11 +11978,11 @@ def test_a_model_that_is_passed_over_answers_where_no_other_can(gemini, further,
 
 def test_one_call_finds_out_whether_a_model_answers_again(gemini, further):
     cooldowns = further.gemini.cooldowns
-    cooldowns.start("the-key", NEWEST, -1)
+    cooldowns.ends["the-key", NEWEST] = time.monotonic() - 1, 60.0
     assert cooldowns.in_turn("the-key", (NEWEST, FLASH)) == (NEWEST, FLASH)
     assert cooldowns.in_turn("the-key", (NEWEST, FLASH)) == (FLASH, NEWEST)
     assert cooldowns.in_turn("another key", (NEWEST, FLASH)) == (NEWEST, FLASH)
-    cooldowns.start("the-key", NEWEST, -1)
+    cooldowns.ends["the-key", NEWEST] = time.monotonic() - 1, 60.0
     assert post(further, body=chat(model="mine"))[1]["x-proxy-model"] == NEWEST
     until(lambda: not cooldowns.ends)
 
