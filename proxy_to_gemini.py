@@ -5578,7 +5578,7 @@ def openai_compact_request(body: Fields, context: Context) -> Plan:
     """Compact a conversation: https://platform.openai.com/docs/api-reference/responses/compact"""
     content = body.get("input", str, list) or []
     items = [{"role": "user", "content": content}] if isinstance(content, str) else content
-    body.data["input"] = [*items, {"type": COMPACTION_TRIGGER}]
+    body.data = {**body.data, "input": [*items, {"type": COMPACTION_TRIGGER}]}
     if body.get("stream", bool):
         body.ignore("stream")
     return openai_responses_request(body, context)._replace(stream=False)
@@ -11090,12 +11090,13 @@ class RequestCycle:
                 keys += route.keys(body, context)
             if keys:
                 context = context._replace(stored=server.shelf(self.key).look_up(keys))
+            data = body.data
             exchange = self.planned(route, body, context)
         except RecursionError:
             raise nested_too_deeply() from None
         model = exchange.plan.answering
         if model and model.further:
-            self.body = body.data
+            self.body = data
             return self.first_choice(route, exchange, (model.name, *model.further))
         return exchange
 

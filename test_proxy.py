@@ -937,6 +937,7 @@ def plan_and_ignored(body, request=proxy.openai_chat_request, context=NO_CONTEXT
     """(the Plan, the names of what is ignored) of a body."""
     fields = Fields(body)
     plan = request(fields, context)
+    assert request(Fields(body), context) == plan, "further models get plans of the same body"
     return plan, fields.ignored()
 
 
@@ -11812,6 +11813,7 @@ def each_way(server):
         ("/v1/chat/completions", {"messages": [user("Hi")]}, whole("Hello")),
         ("/v1/completions", {"prompt": "Hi"}, whole("Hello")),
         ("/v1/responses", {"input": "Hi"}, whole("Hello")),
+        ("/v1/responses/compact", {"input": "Hi"}, whole("Hello")),
         ("/v1/messages", {"messages": [user("Hi")], "max_tokens": 99}, whole("Hello")),
         ("/v1/images/generations", {"prompt": "x"}, whole(IMAGE)),
         ("/v1/audio/speech", {"input": "x"}, whole(AUDIO)),
