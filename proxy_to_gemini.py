@@ -10468,7 +10468,7 @@ class RecentRequest(NamedTuple):
     model: str  # as the client spelt it
     answered_by: str  # and what did not answer
 
-    def shown(self) -> JSON:
+    def entry(self) -> JSON:
         fields = self._asdict()
         del fields["scope"]
         return fields
@@ -10510,14 +10510,14 @@ class Recent:
     def requests(self) -> list[RecentRequest]:
         """All that are remembered, the newest first."""
         rows = self.rows[:]
-        found = []
+        requests = []
         for start in range(0, len(rows), RECENT_BYTES):
             data = rows[start + 4 : start + RECENT_BYTES]
             if zlib.crc32(data).to_bytes(4, "big") == rows[start : start + 4]:
                 fields = RECENT_FORM.unpack(data)
                 texts = [text.rstrip(b"\0").decode("utf-8", "ignore") for text in fields[6:]]
-                found.append(RecentRequest(*fields[:6], *texts))
-        return sorted(found, reverse=True)
+                requests.append(RecentRequest(*fields[:6], *texts))
+        return sorted(requests, reverse=True)
 
     def sums(self, now: float) -> list[tuple[float, float]]:
         """(requests, tokens) of each of the last minutes, this one last."""
@@ -11708,7 +11708,7 @@ function showClients({clients, other_clients: others, aliases, client_key: key})
       getSelection().selectAllChildren(parts[1]);
       button.textContent = document.execCommand("copy") ? "Copied" : "Selected";
     });
-    return [make("dt", {}, client), make("dd", {}, ...parts, button)];
+    return [make("dt", {}, client), make("dd", {}, ...parts, ...parts[1] ? [button] : [])];
   }));
 }
 
@@ -11779,7 +11779,7 @@ byId("try").addEventListener("submit", async (event) => {
     messages: [{role: "user", content: byId("prompt").value}],
     google: {thinking_config: {include_thoughts: true}}};
   const call = new AbortController();
-  byId("stop").onclick = () => call.abort();
+  byId("stop").onclick = () => call.abort(new Error("Stopped."));
   byId("stop").disabled = !(byId("send").disabled = true);
   ["thoughts", "answer"].forEach((id) => put(id));
   put("usage", "Waiting ...");
@@ -11946,7 +11946,7 @@ class Server(http.server.ThreadingHTTPServer):
             "other_clients": [name for name, api, _ in CLIENTS if api not in served],
             "retirements": [f"{retirement}{source}" for _, retirement in retirements],
             "minutes": self.recent.sums(time.time()),
-            "requests": [request.shown() for request in requests[:RECENT_REQUESTS]],
+            "requests": [request.entry() for request in requests[:RECENT_REQUESTS]],
         }
 
     def run(self, signals: Signals) -> None:
