@@ -10485,6 +10485,7 @@ class Recent:
         self.rows = mmap.mmap(-1, workers * RECENT_REQUESTS * RECENT_BYTES)
         # Of each minute: its number, requests, tokens.
         self.minutes = memoryview(mmap.mmap(-1, workers * RECENT_MINUTES * 3 * 8)).cast("d")
+        self.unshared: collections.deque[RecentRequest] = collections.deque(maxlen=RECENT_REQUESTS)
         self.lock = threading.Lock()
         self.use_part(0)
 
@@ -10493,22 +10494,33 @@ class Recent:
         self.worker, self.count = worker, 0
 
     def add(self, request: RecentRequest) -> None:
-        texts = [text.encode("utf-8", "replace") for text in request[6:]]
-        data = RECENT_FORM.pack(*request[:6], *texts)
-        minute = (request.time + request.total) // 60
-        first = 3 * (self.worker * RECENT_MINUTES + int(minute) % RECENT_MINUTES)
+        """Remember a request, and count it in its minute."""
+        self.unshared.append(request)
+        minute, minutes = (request.time + request.total) // 60, self.minutes
+        start = 3 * (self.worker * RECENT_MINUTES + int(minute) % RECENT_MINUTES)
         with self.lock:
-            row = self.worker * RECENT_REQUESTS + self.count % RECENT_REQUESTS
-            start = row * RECENT_BYTES
-            self.rows[start : start + RECENT_BYTES] = zlib.crc32(data).to_bytes(4, "big") + data
-            self.count += 1
-            if self.minutes[first] != minute:
-                self.minutes[first : first + 3] = array.array("d", (minute, 0, 0))
-            self.minutes[first + 1] += 1
-            self.minutes[first + 2] += request.prompt + request.output
+            if minutes[start] != minute:
+                minutes[start : start + 3] = array.array("d", (minute, 0, 0))
+            minutes[start + 1] += 1
+            minutes[start + 2] += request.prompt + request.output
+
+    def share(self) -> None:
+        """Write the requests that came since the last time to where all workers see them."""
+        with self.lock:
+            while self.unshared:
+                *numbers, scope, route, model, answered_by = self.unshared.popleft()
+                texts = [
+                    text.encode("utf-8", "replace") for text in (scope, route, model, answered_by)
+                ]
+                data = RECENT_FORM.pack(*numbers, *texts)
+                row = self.worker * RECENT_REQUESTS + self.count % RECENT_REQUESTS
+                start = row * RECENT_BYTES
+                self.rows[start : start + RECENT_BYTES] = zlib.crc32(data).to_bytes(4, "big") + data
+                self.count += 1
 
     def requests(self) -> list[RecentRequest]:
         """All that are remembered, the newest first."""
+        self.share()
         rows = self.rows[:]
         requests = []
         for start in range(0, len(rows), RECENT_BYTES):
@@ -11027,7 +11039,7 @@ class RequestCycle:
         check_caller(head, path, server.config, server.loopback)
         if method == "OPTIONS":
             self.connection.client.send(self.answer_head(204, preflight_headers(head)))
-        elif OWN_PAGES.get(path) == method.replace("HEAD", "GET"):
+        elif path in OWN_PAGES and OWN_PAGES[path] == method.replace("HEAD", "GET"):
             self.route_name = f"{OWN_PAGES[path]} {path}"
             self.recording = None  # they are asked for all the time
             self.send_answer(*self.own_page(path))
@@ -11431,8 +11443,9 @@ class RequestCycle:
             if answering and self.exchange.model_status:
                 self.server.gemini.note_status(answering, self.exchange.model_status, self.key)
             tokens = f" {self.exchange.model[:100]!r}"
-            if self.answered_by not in ("", self.exchange.model):
-                tokens += f" ({self.answered_by})"
+            answered_by = self.answered_by()
+            if answered_by not in ("", self.exchange.model):
+                tokens += f" ({answered_by})"
             tokens += f" {usage.prompt}+{usage.output} tokens"
             self.count_tokens(usage)
         method, path = self.head.method or "-", self.head.target.partition("?")[0][:200] or "-"
@@ -11440,7 +11453,6 @@ class RequestCycle:
         if self.route_name not in self.server.own_routes:
             self.remember(now - self.began, f"{method} {path}")
 
-    @property
     def answered_by(self) -> str:
         """The model that answers, and those that did not, each with its reason."""
         models = list(self.fallbacks)
@@ -11450,14 +11462,18 @@ class RequestCycle:
 
     def remember(self, seconds: float, place: str) -> None:
         """Remember the request for the page for people; its place is shown if no route answers."""
-        usage, model = Usage(), ""
+        scope, route, model, tokens = "", self.route_name, "", (0, 0)
+        if self.server.config.client_keys:
+            scope = scope_of(self.key)
+        if route == "other":
+            route = place
         if self.exchange:
             usage, model = self.exchange.usage, self.exchange.model
-        route = place if self.route_name == "other" else self.route_name
+            tokens = usage.prompt, usage.output
         times = time.time() - seconds, self.first_byte - self.began, seconds
-        numbers = *times, self.status, usage.prompt, usage.output
-        texts = scope_of(self.key), route, model, self.answered_by
-        self.server.recent.add(RecentRequest(*numbers, *texts))
+        texts = scope, route, model, self.answered_by()
+        request = RecentRequest(*times, self.status, *tokens, *texts)
+        self.server.recent.add(request)
 
 
 # ---- the page for people ----
@@ -12061,7 +12077,8 @@ class Server(http.server.ThreadingHTTPServer):
         log(f"{BUG}: {traceback.format_exc()}")
 
     def service_actions(self) -> None:
-        """Every few seconds, give back what is not needed any more."""
+        """Share the last requests; every few seconds, give back what is not needed any more."""
+        self.recent.share()
         if time.monotonic() - self.tidied > TIDY_SECONDS:
             self.tidied = time.monotonic()
             self.gemini.pool.tidy()

@@ -10635,14 +10635,15 @@ def request_at(began, model="", **fields):
 def test_the_last_requests_of_all_workers_come_newest_first():
     recent = proxy.Recent(workers=2)
     rows = [request_at(float(i), answered_by=f"gemini-{i}") for i in range(4)]
-    for worker, row in zip((0, 1, 1, 0), rows):
-        recent.worker = worker
-        recent.count = rows.index(row)
-        recent.add(row)
+    for part in (0, 1):
+        recent.use_part(part)
+        for row in rows[part::2]:
+            recent.add(row)
+        recent.share()
     assert recent.requests() == rows[::-1]
 
 
-def test_each_worker_remembers_so_many_requests(monkeypatch):
+def test_each_worker_remembers_so_many_requests():
     recent = proxy.Recent()
     for i in range(proxy.RECENT_REQUESTS + 3):
         recent.add(request_at(float(i)))
@@ -10654,6 +10655,7 @@ def test_a_row_that_is_half_written_is_none():
     recent = proxy.Recent()
     recent.add(request_at(1.0))
     recent.add(request_at(2.0))
+    recent.share()
     recent.rows[20] ^= 1
     assert [row.time for row in recent.requests()] == [2.0]
 
