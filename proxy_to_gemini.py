@@ -9760,6 +9760,8 @@ MAX_RECORDINGS_BYTES = 256 << 20  # of all of them
 MAX_TAPE_BYTES = 16 << 20  # of one body that are held until they are written
 MAX_TAPES_BYTES = 64 << 20  # of all bodies that a process holds for that
 SAMPLE_BYTES = 64 << 10  # of a body that is longer: of the rest there is a length and a digest
+MAX_TEXT_CHARACTERS = 4 << 20  # of a body without its media, and
+MAX_QUOTES = 500_000  # in it: of what has more, a sample is written
 PIECE_BYTES = 250  # of memory that a piece of a body takes besides its own
 MAX_UNWRITTEN_RECORDINGS = 256  # that wait to be written; more are dropped
 RECORDING_NAME = re.compile(r"\d{8}-\d{6}-\d{6}-req_[0-9a-f]{24}\.json")
@@ -9768,7 +9770,7 @@ RECORDING_FORMAT = 1  # changes when a program that reads recordings must
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 RECORDER_PAUSE_SECONDS = 0.1  # for recordings to gather: a thread that wakes for each costs more
 RECORDER_LOG_SECONDS = 600.0  # between two lines in the log about the same trouble
-MIN_KEY_CHARACTERS = 8  # of a client's key that is masked wherever it stands: "any" is a word
+MIN_KEY_CHARACTERS = 8  # of a key that is masked wherever it stands, if it is not this server's
 KEY_HEADERS = ("X-goog-api-key", "Authorization")  # of a call to Gemini, as urllib spells them
 
 # ---- masks and cuts ----
@@ -9779,6 +9781,7 @@ SECRET_HEADER = re.compile(
 )
 SCHEME_AND_KEY = re.compile("(bearer |basic |).+", re.I)
 SECRET_NAMES = {  # of fields, in lower case
+    "headers",  # of an MCP server: any of them may be a secret
     *("authorization", "proxy-authorization", "authorization_token", "authorizationtoken"),
     *("x-api-key", "api-key", "api_key", "apikey", "x-goog-api-key", "x-api-token"),
     *("token", "x-auth-token", "auth_token", "bearer_token", "access_token", "accesstoken"),
@@ -9787,17 +9790,6 @@ SECRET_NAMES = {  # of fields, in lower case
 }
 
 
-def string_fields(names: str) -> Pattern[str]:
-    """The texts in fields with these names, after what stays: in JSON, or in JSON within a text."""
-    plain = rf'({names}"\s*:\s*")(?:[^"\\\n]|\\.)+'
-    quoted = rf'({names}\\+"\s*:\s*\\+")[^"\n]*[^"\\\n]'
-    return re.compile(f"{plain}|{quoted}", re.I)
-
-
-SECRET_FIELD = string_fields(f'"(?:{"|".join(sorted(SECRET_NAMES))})')
-# Of an MCP server: any of them may be a secret.
-HEADER_FIELDS = re.compile(r'"headers\\*"\s*:\s*\{[^{}]*')
-HEADER_FIELD = string_fields("")
 QUERY_NAMES = "key|token|ticket|upload_id|secret|signature|password"
 SECRET_QUERY_NAME = re.compile(f"{QUERY_NAMES}|^sig$", re.I)
 QUERY_SECRET = re.compile(
@@ -9811,7 +9803,7 @@ SECRET_SHAPES = {
     "ya29.": re.compile(r"(ya29\.)[\w.-]{10,}"),
     "AQ.": re.compile(r"(\bAQ\.)[\w-]{20,}"),
     "sk-": re.compile(r"(\bsk-)[\w-]{16,}"),
-    "eyJ": re.compile(r"(\beyJ)[\w-]{8,}\.[\w-]{8,}\.[\w-]*"),
+    "eyJ": re.compile(r"((?<![\w-])eyJ)[\w-]{8,}\.[\w-]{8,}\.[\w-]*"),
     "earer ": re.compile(r"(bearer )[^\s\"\\,;<>]{6,}", re.I),
     "://": re.compile(r"(://)[^\s\"\\/?#@]+(?=@)"),
     "=": QUERY_SECRET,
@@ -9826,11 +9818,45 @@ def masked(text: str, secrets: Iterable[str]) -> str:
         if sign in text:
             text = pattern.sub(rf"\1{MASK}", text)
     names = text.lower().replace("\\", "").split('"')
-    if "headers" in names:
-        text = HEADER_FIELDS.sub(lambda match: HEADER_FIELD.sub(rf"\1\2{MASK}", match[0]), text)
-    if not SECRET_NAMES.isdisjoint(names):
-        text = SECRET_FIELD.sub(rf"\1\2{MASK}", text)
-    return text
+    if SECRET_NAMES.isdisjoint(names):
+        return text
+    pieces, end = text.split('"'), 0
+    for i, name in enumerate(names):
+        if name in SECRET_NAMES and i >= end:
+            end = mask_field(pieces, i)
+    return '"'.join(pieces)
+
+
+BLANKS = " \t\r\n\\"
+
+
+def mask_field(pieces: list[str], i: int) -> int:
+    """Mask the text, or the texts in the object, of the field whose name is this piece of JSON
+    between quotes; the piece after them. In JSON within a text, quotes have backslashes before."""
+    depth, border = backslashes(pieces[i]), "".join(pieces[i + 1 : i + 2]).strip(BLANKS)
+    is_object = re.fullmatch(r":\s*\{", border) and pieces[i].strip("\\").lower() == "headers"
+    if border != ":" and not is_object:
+        return i + 1
+    secret, k = not is_object, i + 2
+    if is_object and {"type", "description"}.intersection(pieces[k : k + 1]):  # of a tool's schema
+        return k
+    while k < len(pieces):
+        end = backslashes(pieces[k])
+        if secret:
+            pieces[k] = MASK + "\\" * end
+        if end > depth:  # the quote after it is a part of the text
+            k += 1
+            continue
+        border = "".join(pieces[k + 1 : k + 2]).strip(BLANKS)
+        if not is_object or "}" in border:
+            break
+        secret, k = not border.endswith(","), k + 2
+    return k + 1
+
+
+def backslashes(piece: str) -> int:
+    """How many are at the end."""
+    return len(piece) - len(piece.rstrip("\\"))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -9868,11 +9894,14 @@ MIN_BASE64_CHARACTERS = 256  # of what is taken for media whatever its field
 MEDIA_FIELDS = {"data", "b64_json", "partial_image_b64", "file_data", "images", "image"}
 KEPT_FIELDS = {"thoughtSignature", "thought_signature", "signature", "encrypted_content"}
 DATA_URL = re.compile(r"(?<=;base64,)[\w+/=%\\-]+", re.ASCII)
-# Base64 in a text of JSON, where "/" and "+" may be escaped, and lines may end.
-BASE64_TEXT = re.compile(
-    r"[A-Za-z0-9+/_=-]*(?:\\+(?:/|[rn]|u00[23][bdfBDF])[A-Za-z0-9+/_=-]*)*", re.ASCII
+# Where a text of JSON has base64, "/" and "+" may be escaped, and lines may end.
+BASE64_ESCAPE = re.compile(r"\\+(?:[rn]|(/)|u00([23][bdf]))", re.I)
+BASE64_HEAD = re.compile(
+    rf"(?:[\w+/=-]|{BASE64_ESCAPE.pattern}){{{MIN_MEDIA_CHARACTERS - 6},}}", re.A | re.I
 )
+BASE64_TEXT = re.compile(r"[\w+/=-]+", re.ASCII)
 BINARY_TYPE = re.compile(r"(image|audio|video)/|application/(pdf|zip|octet-stream)", re.I)
+CUT_OFF = "[cut off; all of it:]"
 CONTROLS = bytes({*range(32)} - set(b"\t\n\r\f\x1b"))  # none of them is in a text
 
 
@@ -9891,10 +9920,13 @@ def held_bytes(content_type: str) -> int:
     return MAX_TAPE_BYTES
 
 
+def unescaped(match: re.Match[str]) -> str:
+    slash, number = match.groups()
+    return slash or chr(int(number or "0", 16)).strip("\0")
+
+
 def cut_base64(text: str) -> str:
     """What stands for base64: the length and the digest of its bytes, or of what is none."""
-    text = re.sub(r"\\+u00([23][bdf])", lambda match: chr(int(match[1], 16)), text, flags=re.I)
-    text = re.sub(r"\\+[rn]|\\", "", urllib.parse.unquote(text))
     if is_base64(text):
         return cut(decode_base64(text))
     return cut(text.encode())
@@ -9908,18 +9940,29 @@ def without_media(text: str) -> str:
             continue
         piece = pieces[i]
         if ";base64," in piece:
-            pieces[i] = DATA_URL.sub(lambda match: cut_base64(match[0]), piece)
-        elif is_media(piece, pieces[i - 2].rstrip("\\")):
-            pieces[i] = cut_base64(piece) + "\\" * (size - len(piece.rstrip("\\")))
+            pieces[i] = DATA_URL.sub(lambda match: cut_base64(plain_base64(match[0])), piece)
+        elif BASE64_HEAD.fullmatch(piece[:MIN_MEDIA_CHARACTERS]):
+            end = len(piece.rstrip("\\"))  # of a text within a text
+            if is_media(plain_base64(piece[:end]), pieces[max(0, i - 2)].rstrip("\\")):
+                pieces[i] = cut_base64(plain_base64(piece[:end])) + piece[end:]
     return '"'.join(pieces)
 
 
+def plain_base64(text: str) -> str:
+    """Base64 as it was before it was put into JSON, or into a URL."""
+    if "%" in text:
+        text = urllib.parse.unquote(text)
+    if "\\" in text:
+        text = BASE64_ESCAPE.sub(unescaped, text)
+    return text
+
+
 def is_media(text: str, field: str) -> bool:
-    """Whether a text within JSON is base64 of media; thought signatures are none."""
-    if field in KEPT_FIELDS or not BASE64_TEXT.fullmatch(text.rstrip("\\")):
+    """Whether a text in this field is base64 of media; thought signatures are none."""
+    if field in KEPT_FIELDS or not BASE64_TEXT.fullmatch(text):
         return False
     long = len(text) >= MIN_BASE64_CHARACTERS
-    return long or field in MEDIA_FIELDS or (is_base64(text[:32]) and sniffed(text) is not None)
+    return long or field in MEDIA_FIELDS or (is_base64(text) and sniffed(text) is not None)
 
 
 def body_text(data: bytes, content_type: str) -> str:
@@ -9930,7 +9973,12 @@ def body_text(data: bytes, content_type: str) -> str:
         return border.decode().join(map(form_part_text, data.split(border)))
     if BINARY_TYPE.match(content_type) or len(data.translate(None, CONTROLS)) < len(data):
         return cut(data)
-    return without_media(data.decode("utf-8", "backslashreplace"))
+    text = data.decode("utf-8", "backslashreplace")
+    if text.count('"') <= MAX_QUOTES:
+        text = without_media(text)
+        if len(text) <= MAX_TEXT_CHARACTERS:
+            return text
+    return f"{text[:SAMPLE_BYTES]} {CUT_OFF} {cut(data)}"
 
 
 def form_part_text(piece: bytes) -> str:
@@ -9989,7 +10037,7 @@ class Tape:
             return text
         if not self.pieces:
             return cut_mark(self.size, self.digest)
-        return f"{text} [cut off; all of it:] {cut_mark(self.size, self.digest)}"
+        return f"{text} {CUT_OFF} {cut_mark(self.size, self.digest)}"
 
     def arrived(self, began: float) -> list[tuple[float, int]]:
         return [(round(when - began, 4), size) for when, size in self.times]
@@ -10080,14 +10128,14 @@ class Recording:
 
     def secrets(self) -> list[str]:
         """What must not stand in the file: keys, tokens, and what lets an upload go on."""
-        words = [self.config.key, self.config.proxy_key]
-        words += [key for key in client_keys(self.head) if len(key) >= MIN_KEY_CHARACTERS]
-        addresses = [self.head.target]
+        words, addresses = [*client_keys(self.head)], [self.head.target]
         for attempt in self.attempts:
             words += [attempt.headers.get(name, "").rpartition(" ")[2] for name in KEY_HEADERS]
             addresses.append(attempt.answer_headers.get("x-goog-upload-url", ""))
         for fields in map(query_fields, filter(None, addresses)):
             words += [fields.get(name, "") for name in ("upload_id", UPLOAD_TICKET)]
+        words = [word for word in words if len(word) >= MIN_KEY_CHARACTERS]
+        words += [self.config.key, self.config.proxy_key]
         every = itertools.chain(*map(spellings, filter(None, words)))
         return sorted(set(every), key=len, reverse=True)  # one may be in another
 

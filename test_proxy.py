@@ -9828,6 +9828,8 @@ JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl"
         (r'{"arguments":"{\"api_key\": \"s3cret\"}"}', "s3cret"),
         ('{"mcpServers":[{"headers":{"X-Team":"s3cret","Y":"t0"}}]}', "s3cret"),
         ('{"authorization_token":"mcp-token"}', "mcp-token"),
+        (r'{"x":"{\"headers\" : {\"A\": \"1\", \"B\": \"s3cret\"}}"}', "s3cret"),
+        ('{"headers":{"A":5,"B":"}","C":"s3cret"}}', "s3cret"),
     ],
 )
 def test_recordings_mask_what_looks_like_a_secret(text, hidden):
@@ -9847,7 +9849,10 @@ def test_recordings_mask_what_looks_like_a_secret(text, hidden):
         "task-force-of-the-disk-desk-with-long-words",
         "the bearer of news",
         "https://example.com/?monkey=1&alt=sse",
-        '{"headers":"none"}',
+        '{"headers":[],"a":{"token":null,"password":1}}',
+        '"token"',
+        '"headers":{',
+        '{"properties":{"headers":{"type":"object","description":"of HTTP"}}}',
     ],
 )
 def test_recordings_keep_what_is_no_secret(text):
@@ -9945,6 +9950,43 @@ def test_recordings_cut_bodies_that_are_no_text(kind):
 
 def test_recordings_show_bytes_that_are_no_utf_8():
     assert proxy.body_text(b'{"a": "\xff"}', "application/json") == r'{"a": "\xff"}'
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "\\",
+        '"',
+        "-eyJ",
+        "://a",
+        "&key",
+        "bearer ",
+        "sk-a",
+        'token\\\\"',
+        '"token":"a"',
+        '"headers":{',
+        '"headers":{\\\\',
+        '"password":"',
+        "\\/",
+        "A\\/",
+        ";base64,",
+    ],
+)
+@pytest.mark.parametrize("start", ["", '"password":"', '"headers":{"'])
+def test_masking_and_cutting_takes_time_in_proportion(start, part):
+    def take(size):
+        data = (start + part * (size // len(part))).encode()
+        return lambda: proxy.masked(proxy.body_text(data, "application/json"), ("the-key",))
+
+    assert cpu_seconds(take(1 << 17)) < 1
+
+
+@pytest.mark.parametrize(
+    "text", ['"' * (proxy.MAX_QUOTES + 1), "ä" * (proxy.MAX_TEXT_CHARACTERS + 1)]
+)
+def test_of_an_endless_text_recordings_have_a_sample(text):
+    end = f" {proxy.CUT_OFF} {media_mark(text.encode())}"
+    assert proxy.body_text(text.encode(), "") == text[: proxy.SAMPLE_BYTES] + end
 
 
 @pytest.fixture
@@ -10050,10 +10092,10 @@ def test_a_recording_has_no_key(gemini, folder):
 
 
 def test_a_recording_has_no_key_of_a_client_that_brings_gemini_its_own(gemini, folder):
-    request = ("/v1/chat/completions", chat(user("k3y")), {"Authorization": "Bearer k3y"})
+    request = ("/v1/chat/completions", chat(user("AIza-own")), {"Authorization": "Bearer AIza-own"})
     (one,) = recorded(gemini, folder, request, client_keys=True)
-    assert key_of(gemini) == "k3y"
-    assert "k3y" not in json.dumps(one)
+    assert key_of(gemini) == "AIza-own"
+    assert "AIza-own" not in json.dumps(one)
 
 
 def test_a_recording_has_no_token(google, folder):
