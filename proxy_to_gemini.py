@@ -8062,7 +8062,7 @@ def vertex_calls(call: GeminiCall, backend: Backend) -> tuple[GeminiCall, ...]:
     path = vertex_path(model, backend)
     if method in VECTOR_METHODS:
         return vertex_embed_calls(call, path)
-    if call.optional:  # Vertex counts the tokens of vectors itself
+    if method == "countTokens" and call.optional:  # the answers with vectors tell their tokens
         return ()
     body = dict(get_or_empty(call.body, "generateContentRequest", dict) or call.body)
     call = vertex_body(call._replace(path=f"{path}:{method}", body=body), backend)
@@ -8255,7 +8255,7 @@ def vertex_models(entries: list[JSON]) -> list[JSON]:
     matches = [
         VERTEX_LISTED.fullmatch(get_or_empty(entry, "name", str))
         for entry in entries
-        if entry.get("launchStage") != "DEPRECATED"
+        if get_or_empty(entry, "launchStage", str) != "DEPRECATED"
         and not SELF_DEPLOYED & get_or_empty(entry, "supportedActions", dict).keys()
     ]
     names = [match.group(1) for match in matches if match]
@@ -8281,7 +8281,8 @@ VERTEX_ADVICE = {
     "API keys are not supported": "unset GOOGLE_API_KEY, and name a project with -vertex",
     "requires a quota project": "gcloud auth application-default set-quota-project {project}",
     # https://github.com/prime-radiant-inc/evener/pull/1167
-    "^Publisher Model": "Gemini 3 is in global, us and eu only: -vertex={project}/global",
+    "^Publisher Model .*/locations/(?!global/|us/|eu/)": "Gemini 3 is in global, us and eu only: "
+    "-vertex={project}/global",
 }
 
 

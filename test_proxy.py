@@ -8627,13 +8627,19 @@ def test_of_what_vertex_lists_gemini_is_left_and_what_is_known_is_added():
         ("Permission 'aiplatform.endpoints.predict' denied", f"--member=serviceAccount:{EMAIL}"),
         ("Request had insufficient authentication scopes.", "cloud-platform"),
         ("API keys are not supported by this API.", "unset GOOGLE_API_KEY"),
-        ("Publisher Model `x` not found.", "-vertex=my-project/global"),
+        (f"Publisher Model `{GOOGLE}x` not found.", "-vertex=my-project/global"),
     ],
 )
 def test_a_refusal_of_vertex_says_what_helps(message, advice):
     error = proxy.vertex_refusal(ProxyError(403, message, upstream=True), VERTEX)
     assert error.message.startswith(message)
     assert advice in error.message
+
+
+def test_no_other_location_is_advised_where_all_models_are():
+    message = "Publisher Model `projects/p/locations/global/publishers/google/models/x` not found."
+    error = proxy.vertex_refusal(ProxyError(404, message, upstream=True), VERTEX)
+    assert error.message == message
 
 
 def test_a_shortage_of_vertex_is_worth_another_try():
@@ -13191,7 +13197,8 @@ def test_a_model_that_is_listed_and_not_there_fails_no_check(vertex_env, google,
 
 
 def test_models_that_are_all_missing_fail_the_check(vertex_env, google, capsys):
-    missing = gemini_error(404, "Publisher Model `x` not found.", "NOT_FOUND")
+    message = f"Publisher Model `{GOOGLE}x` not found."
+    missing = gemini_error(404, message, "NOT_FOUND")
     google.say(*[missing] * (proxy.MAX_MISSING_MODELS + 1))
     assert proxy.run_checks(configure("-listen=127.0.0.1:0", env=vertex_env)) == 1
     assert "-vertex=my-project/global" in capsys.readouterr().out
