@@ -11107,7 +11107,7 @@ class RequestCycle:
             return 200, server.state_for(self.key), NOT_STORED
         if path == "/checks":
             return 200, self.checks(), NOT_STORED
-        if path == "/" and "text/html" in head.headers.get("accept", ""):
+        if path == "/" and accepts_page(head.headers.get("accept", "")):
             return page_for_people(server.config)
         return *server.own_page(path), {}
 
@@ -11602,8 +11602,7 @@ CLIENTS = (
     ),
 )
 NOT_STORED = {"Cache-Control": "no-store"}
-KEY_FIELD = """
-<p><label>{}<br>
+KEY_FIELD = """<p><label>{}<br>
 <input name="{}" type="password" autocomplete="off" required pattern="[!-~]+"></label></p>"""
 # Nothing on it is loaded from elsewhere, and no script can turn text into markup (Trusted Types).
 # NONCE and FIELDS are filled in.
@@ -11682,14 +11681,14 @@ aria-hidden="true"><path></path></svg><figcaption></figcaption></figure>
 <small>Ctrl+Enter sends. Gemini's price applies.</small>
 </form>
 <details open><summary>Thoughts</summary><pre id="thoughts"></pre></details>
-<pre id="answer" role="log" aria-label="Answer"></pre>
-<p id="usage" role="status"></p>
+<pre id="answer" role="log" aria-label="Answer"></pre><p id="usage" role="status"></p>
 <h2>Point your client here</h2>
 <p id="key"></p><dl id="clients"></dl>
 <h2>Models</h2>
 <ul id="going" class="bad"></ul><p id="aliases"></p><p id="models"></p>
 </main><script nonce="NONCE">
 const byId = (id) => document.getElementById(id);
+const base = (location.origin + location.pathname).replace(/\/+$/, "");  // of this server
 const keys = [...byId("keys").elements].filter((input) => input.name);
 
 // Strings become text nodes: nothing that a client or a model wrote can be markup.
@@ -11711,9 +11710,9 @@ async function attempt(id, action) {
 async function ask(path, options) {
   const headers = {"content-type": "application/json"};
   for (const {name} of keys) headers[name] = sessionStorage.getItem(name) ?? "";
-  const answer = await fetch(path, {...options, headers});
+  const answer = await fetch(base + path, {...options, headers});
   if (answer.ok) return answer;
-  if (answer.status === 401) askForKeys();
+  if (answer.status === 401 && path === "/status") askForKeys();
   const {error} = await answer.json();
   throw new Error(`${answer.status}: ${error.message ?? error}`);
 }
@@ -11741,7 +11740,7 @@ function draw(id, numbers) {
 const seconds = (number) => number.toFixed(number < 10 ? 2 : 0) + " s";
 function show({api, backend, version, workers, minutes, requests, retirements, ...rest}) {
   put("about", api === "ollama" ? "Ollama is running, as " : "This is ", `api ${api} at `,
-    `${location.origin}, answered by ${backend}. Version ${version}, workers: ${workers}.`);
+    `${base}, answered by ${backend}. Version ${version}, workers: ${workers}.`);
   ["requests", "tokens"].forEach((id, i) => draw(id, minutes.map((sums) => sums[i])));
   if (!byId("clients").firstChild) showClients(rest);
   put("going", ...retirements.map((text) => make("li", {}, text)));
@@ -11761,7 +11760,7 @@ function show({api, backend, version, workers, minutes, requests, retirements, .
 function showClients({clients, other_clients: others, aliases, client_key: key}) {
   const name = location.hostname, port = location.port || {"http:": 80}[location.protocol] || 443;
   const host = /^(localhost|127\..*|\[::1\])$/.test(name) ? "HOST" : name;
-  const place = {url: location.origin, address: `${name}:${port}`, host, port};
+  const place = {url: base, address: `${name}:${port}`, host, port};
   put("key", `As its API key, a client sends ${key}. `, others.length ?
     `With -api=ollama also: ${others.join(", ")}.` : "");
   put("aliases", ...aliases.map((alias) => make("code", {}, alias)).flatMap((code) => [code, " "]));
@@ -11867,6 +11866,11 @@ PAGE_POLICY = "; ".join(
         *("require-trusted-types-for 'script'", "trusted-types 'none'"),
     )
 )
+
+
+def accepts_page(accept: str) -> bool:
+    """Whether a browser asks. Java's HttpURLConnection says so too unless it is told otherwise."""
+    return "text/html" in accept and not accept.startswith("text/html, image/gif, image/jpeg")
 
 
 def page_for_people(config: Config) -> tuple[int, Payload, Mapping[str, str]]:
