@@ -2814,7 +2814,7 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Event]:
     yield reading.end(bool(calls), usage)
 
 
-GROUNDING = {"groundingMetadata", "citationMetadata"}
+GROUNDING = {"groundingMetadata", "citationMetadata", "urlContextMetadata"}
 
 
 class Reading:
@@ -2960,7 +2960,8 @@ def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Cita
     ]
     spans += [(source, source) for source in get_or_empty(grounding, "citationSources", list)]
     cited = [(span, source) for span, source in spans if get_or_empty(source, "uri", str)]
-    if not cited:
+    pages = dict.fromkeys(pages_read(grounding))
+    if not cited and not pages:
         return []
     text = CitedText(pieces)
     citations: list[Citation] = []
@@ -2968,7 +2969,17 @@ def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Cita
         start, end = map(text.character, text.span_of(span))
         url = source["uri"]
         citations.append(Citation(start, end, url, get_or_empty(source, "title", str) or url))
-    return citations
+        pages.pop(url, None)
+    return citations + [Citation(0, text.length, url, url) for url in pages]
+
+
+def pages_read(grounding: JSON) -> list[str]:
+    """The addresses that Gemini has read for the whole answer: UrlMetadata in types.py of
+    https://github.com/googleapis/python-genai"""
+    pages = get_or_empty(grounding, "urlMetadata", list)
+    status = "urlRetrievalStatus"
+    read = [page for page in pages if get_or_empty(page, status, str).endswith("_SUCCESS")]
+    return [*filter(None, (get_or_empty(page, "retrievedUrl", str) for page in read))]
 
 
 def grounding_source(item: Any) -> JSON:
@@ -3481,8 +3492,11 @@ def chat_tools(body: Fields, *more: Fields) -> Tools:
     later = (entry for fields in more if fields is not body for entry in tool_list(fields))
     finder = next((tool for tool, _, _ in first if searches_tools(tool)), None)
     for tool, namespace, note in first:
+        function = None
         if tool.get("defer_loading", bool) and finder:
-            defer_tool(tool, namespace, note, builder)
+            function = tool_function(tool)
+        if function:
+            defer_tool(function, namespace, note, builder)
         else:
             chat_tool(tool, namespace, note, builder, body)
     for tool, namespace, note in later:
@@ -3499,7 +3513,7 @@ def chat_tools(body: Fields, *more: Fields) -> Tools:
 
 def chat_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder, body: Fields) -> None:
     """Add one tool of any type; what Gemini has nothing for is named as ignored."""
-    kind = tool.get("type", str) or "function"
+    kind = tool.get("type", str)
     if builder.host(tool):
         return
     if kind == "mcp":
@@ -3509,15 +3523,25 @@ def chat_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder, bod
             tool.ignore_whole(f"tools[].{kind}")
     elif searches_tools(tool):
         tool.mark_read(*tool.data)  # chat_tools declares it, once all tools are known
-    elif kind not in ("function", "custom") and "function" not in tool.data:
-        tool.ignore_whole(f"tools[].{kind}")
     else:
-        wrapper = kind if kind == "custom" else "function"
-        if wrapper in tool.data and tool.data[wrapper] is None:
-            raise wrong_type(tool.path_of(wrapper), (dict,), None)
-        function = tool.object(wrapper) or tool
+        function = tool_function(tool)
+        if function is None:
+            tool.ignore_whole(f"tools[].{kind}")
+            return
         chat_function(function, builder, kind == "custom", namespace, note)
         builder.strict |= bool(function.get("strict", bool))
+
+
+def tool_function(tool: Fields) -> Fields | None:
+    """The function or custom tool, which stands in an object of its own in chats; None where this
+    is a tool of another type."""
+    kind = tool.get("type", str) or "function"
+    if kind not in ("function", "custom") and "function" not in tool.data:
+        return None
+    wrapper = kind if kind == "custom" else "function"
+    if wrapper in tool.data and tool.data[wrapper] is None:
+        raise wrong_type(tool.path_of(wrapper), (dict,), None)
+    return tool.object(wrapper) or tool
 
 
 # A search for tools that the client runs (https://developers.openai.com/api/docs/guides/tools-tool-search);
@@ -3530,7 +3554,7 @@ def searches_tools(tool: Fields) -> bool:
 
 
 def defer_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder) -> None:
-    """A tool that is declared only once the client's search has found it: until then the model
+    """A function that is declared only once the client's search has found it: until then the model
     knows its name and what it is for."""
     name = qualified_name(namespace, function_name(tool))
     words = " ".join(filter(None, (note, tool.get("description", str))))
@@ -3579,19 +3603,34 @@ def tool_list(
     for tool in fields.objects("tools"):
         if tool.data.get("type") == "namespace":
             tool.mark_read("type")
-            inner = qualified_name(namespace, tool.require("name", str))
+            inner = namespace_name(namespace, tool)
             yield from tool_list(tool, inner, tool.get("description", str) or "")
         else:
             yield tool, namespace, note
             note = ""
 
 
-def tool_names(tools: Any, namespace: str = "") -> Iterator[str]:
-    """The names under which the tools of such a list are declared."""
-    for tool in tools if isinstance(tools, list) else ():
-        name = qualified_name(namespace, get_or_empty(tool, "name", str))
-        inner = get_or_empty(tool, "tools", list)
-        yield from tool_names(inner, name) if inner else (name,)
+MAX_NAMESPACE_CHARACTERS = 128  # each function repeats those of its namespace
+
+
+def namespace_name(namespace: str, tool: Fields) -> str:
+    """The name of a namespace within another."""
+    name = qualified_name(namespace, function_name(tool))
+    if len(name) > MAX_NAMESPACE_CHARACTERS:
+        path = tool.path_of("name")
+        why = f"with those around it, it may have {MAX_NAMESPACE_CHARACTERS} characters"
+        raise wrong_value(path, f"Invalid value for '{path}': {why}.")
+    return name
+
+
+def tool_names(fields: Fields) -> list[str]:
+    """The names under which the functions in a list of tools are declared."""
+    untracked = Fields(fields.data, fields.path)  # these are read once more, to be declared
+    pairs = [
+        (namespace, get_or_empty(tool.data, "name", str))
+        for tool, namespace, _ in tool_list(untracked)
+    ]
+    return [qualified_name(namespace, name) for namespace, name in pairs if name]
 
 
 def qualified_name(namespace: str | None, name: str) -> str:
@@ -3689,6 +3728,7 @@ class ChatInput(NamedTuple):
     tools: list[Fields]  # further lists of tools
     format: tuple[Fields, str]  # the object and its key that hold the format of the answer
     limit_keys: tuple[str, ...]  # of the limits that count thoughts
+    effort: str | None = None  # to think with from here on, in place of the body's
 
 
 def openai_chat_input(body: Fields, model: Model, context: Context) -> ChatInput:
@@ -3696,10 +3736,12 @@ def openai_chat_input(body: Fields, model: Model, context: Context) -> ChatInput
     if body.data.get("input") and not body.data.get("messages"):
         body.mark_read("messages")
         history = openai_history(body, model, context)
-        text = body.object("text")
+        if is_triggered(body):  # no answer of a chat has a place for a compaction
+            body.ignore(f"input[].{COMPACTION_TRIGGER}")
+        text = history.text or body.object("text")
         form = (text, "format") if text else (body, "response_format")
-        keys = (*LIMIT_KEYS, "max_output_tokens")
-        return ChatInput(history.system, history.contents, history.tools, form, keys)
+        keys, effort = (*LIMIT_KEYS, "max_output_tokens"), history.effort
+        return ChatInput(history.system, history.contents, history.tools, form, keys, effort)
     if not body.require("messages", list):
         problem = f"{EMPTY_ARRAY}, but got an empty array instead."
         raise wrong_value("messages", f"Invalid 'messages': {problem}")
@@ -3798,7 +3840,7 @@ def openai_chosen_name(choice: Fields, tools: Tools) -> str:
     if isinstance(choice.data.get(kind), dict):
         function = choice.require_object(kind)
     name = qualified_name(function.get("namespace", str), function.require("name", str))
-    if name not in tools.names.values():
+    if tools.names.get(gemini_name(name)) != name:
         path = function.path_of("name")
         message = f"Invalid value for '{path}': no function {name[:80]!r} is among the tools."
         raise wrong_value(path, message)
@@ -3834,13 +3876,16 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
     sampling, answer_only = openai_chat_sampling(body, model, context, question.limit_keys)
     settings, wav = openai_modalities(body)
     google = openai_google(body, places)
+    thinking = openai_thinking(body, context, answer_only, google.thinking)
+    if question.effort:
+        thinking = thinking._replace(effort=question.effort, budget=None)
     chat = Chat(
         model,
         question.system,
         question.contents,
         tools=tools,
         choice=choice,
-        thinking=openai_thinking(body, context, answer_only, google.thinking),
+        thinking=thinking,
         sampling=sampling,
         schema=openai_response_format(*question.format),
         settings={**settings, **google.config},
@@ -5137,7 +5182,7 @@ class History:
         call_id = strip_signature(item.get("call_id", str))
         item.mark_read("execution")
         if call_id:
-            content = encode_json({"tools": [*tool_names(item.data.get("tools"))]})
+            content = encode_json({"tools": tool_names(item)})
             self.contents.append(user_turn(result_part(TOOL_SEARCH, content, call_id)))
 
     def add_summary(self, item: Fields) -> None:
@@ -5239,9 +5284,11 @@ def sealed(content: JSON) -> str:
 def unsealed(text: str) -> JSON | None:
     """The same back; None where it is another program's."""
     try:
-        return parsed_object(base64.b64decode(text, validate=True).decode())
-    except ValueError:
+        content = base64.b64decode(text, validate=True).decode()
+        check_density(content)  # parse_body saw base64
+    except (ValueError, ProxyError):
         return None
+    return parsed_object(content)
 
 
 def signatures_in(text: str, model: Model) -> dict[str, str]:
@@ -5332,7 +5379,7 @@ def input_items(content: str | list[JSON], tail: str) -> list[JSON]:
 
 def input_item(item: JSON, tail: str) -> JSON:
     """An item without nulls, with its type and id, and a message's content as parts."""
-    item = {key: value for key, value in item.items() if value is not None}
+    item = {key: value for key, value in without_access(item).items() if value is not None}
     if "role" in item:
         item = {"id": f"msg_{tail}", "type": "message", **item}
     else:
@@ -5491,15 +5538,21 @@ def openai_echoed_format(form: JSON | None) -> JSON:
 
 
 def openai_echoed_tool(tool: JSON) -> JSON:
-    """A tool as a response repeats it: with the keys that every function has there, and without
-    what opens an MCP server, since a response is stored."""
-    if tool.get("type") == "mcp":
-        return {
-            key: value for key, value in tool.items() if key not in ("authorization", "headers")
-        }
+    """A tool as a response repeats it: with the keys that every function has there."""
     if tool.get("type") != "function":
-        return tool
+        return without_access(tool)
     return {"description": None, "parameters": None, "strict": False, **tool}
+
+
+def without_access(tool: JSON) -> JSON:
+    """A tool without what opens an MCP server, since it is stored; also one in a namespace."""
+    hidden = ("authorization", "headers") if tool.get("type") == "mcp" else ()
+    out = {key: value for key, value in tool.items() if key not in hidden}
+    if isinstance(tool.get("tools"), list):
+        out["tools"] = [
+            without_access(inner) if isinstance(inner, dict) else inner for inner in tool["tools"]
+        ]
+    return out
 
 
 # ---- compaction ----
@@ -5522,6 +5575,8 @@ def compacting_calls(chat: Chat, body: Fields) -> tuple[GeminiCall, ...]:
     """The call for an answer, after one for a summary where the conversation has become too long
     for the client; or that one alone, where the client wants nothing else."""
     if is_triggered(body):
+        if not chat.contents:
+            raise wrong_value("input", "Invalid 'input': there is no conversation to compact.")
         return (summary_call(chat, body),)
     call = chat_call(chat, body)
     threshold = compact_threshold(body)

@@ -2623,6 +2623,32 @@ def test_thousands_of_citations_take_time_in_proportion():
     assert cpu_seconds(lambda: proxy.read_citations(pieces, grounding)) < 2
 
 
+READ_PAGE = {
+    "retrievedUrl": "https://a.example/1",
+    "urlRetrievalStatus": "URL_RETRIEVAL_STATUS_SUCCESS",
+}
+
+
+def test_a_page_that_gemini_has_read_is_a_source_of_the_whole_answer():
+    failed = {
+        "retrievedUrl": "https://b.example",
+        "urlRetrievalStatus": "URL_RETRIEVAL_STATUS_ERROR",
+    }
+    pages = {"urlMetadata": [READ_PAGE, failed, READ_PAGE, None]}
+    end = read(chunk("Two "), whole("words", urlContextMetadata=pages))[-1]
+    assert end.citations == [proxy.Citation(0, 9, *[READ_PAGE["retrievedUrl"]] * 2)]
+
+
+def test_a_page_that_is_cited_is_not_named_again():
+    grounding = {
+        "groundingChunks": [{"web": {"uri": READ_PAGE["retrievedUrl"], "title": "One"}}],
+        "groundingSupports": [{"segment": {"endIndex": 3}, "groundingChunkIndices": [0]}],
+    }
+    pages = {"urlMetadata": [READ_PAGE]}
+    end = read(whole("Two words", groundingMetadata=grounding, urlContextMetadata=pages))[-1]
+    assert end.citations == [proxy.Citation(0, 3, READ_PAGE["retrievedUrl"], "One")]
+
+
 # ======================================================================================
 # 5. Conversation
 # ======================================================================================
@@ -5086,6 +5112,19 @@ def test_an_mcp_server_that_gemini_cannot_use_as_the_client_wants_it_is_left_out
     assert ignored == ["tools[].mcp"]
 
 
+@pytest.mark.parametrize("kind", ["additional_tools", "namespace"])
+def test_what_opens_an_mcp_server_is_not_stored_wherever_its_tool_stands(kind):
+    notes = Notes()
+    tools = {"type": kind, "name": "more", "tools": [OPENAIS_MCP, {"type": "web_search"}]}
+    body = {"tools": [tools]}
+    if kind == "additional_tools":
+        body = {"input": [user("Hi"), {**tools, "role": "developer"}]}
+    assert response_plan(body)[0].calls[0].body["tools"][0] == {"mcpServers": [GEMINIS_MCP]}
+    response_to(body, whole("Hi"), notes=notes)
+    assert OPENAIS_MCP["server_url"] in str(notes)
+    assert "authorization" not in str(notes)
+
+
 def test_what_opens_an_mcp_server_is_not_stored():
     notes = Notes()
     tool = {**OPENAIS_MCP, "headers": {"X-Key": "h"}}
@@ -5183,6 +5222,27 @@ def test_a_response_may_choose_among_tools_in_namespaces():
     names = ["weather", "code.apply_patch"]
     config = {"mode": "ANY", "allowedFunctionNames": names}
     assert body["toolConfig"]["functionCallingConfig"] == config
+
+
+@pytest.mark.parametrize("place", ["tools[0]", "input[0].tools[0]"])
+@pytest.mark.parametrize("depth, length", [(0, 129), (43, 2)])
+def test_a_namespace_has_a_short_name_since_each_function_repeats_it(place, depth, length):
+    tool = FLAT
+    for _ in range(depth + 1):
+        tool = {"type": "namespace", "name": "n" * length, "tools": [tool]}
+    body = {"tools": [tool]}
+    if place.startswith("input"):
+        body = {"input": [{**FOUND, "tools": [tool]}]}
+    with pytest.raises(ProxyError) as caught:
+        response_plan(body)
+    assert caught.value.path == f"{place}{'.tools[0]' * depth}.name"
+
+
+def test_thousands_of_allowed_tools_are_found_in_proportion():
+    tools = [{**FLAT, "name": f"f{i}"} for i in range(8000)]
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": tools[-1:] * 8000}
+    alone = cpu_seconds(lambda: response_plan({"tools": tools}))
+    assert cpu_seconds(lambda: response_plan({"tools": tools, "tool_choice": choice})) < 3 * alone
 
 
 PATCH_CALL = {
@@ -5524,6 +5584,20 @@ def test_a_chat_without_messages_is_a_400_with_the_place(path, more):
     assert refused({"model": FLASH, **more}).path == path
 
 
+def test_what_a_chat_in_the_form_of_a_response_cannot_do_is_named_as_ignored():
+    body = {"model": FLASH, "input": [user("Hi"), {"type": "compaction_trigger"}]}
+    assert plan_and_ignored(body)[1] == ["input[].compaction_trigger"]
+
+
+def test_the_last_configuration_of_a_chat_in_the_form_of_a_response_counts():
+    update = {"type": "configuration_update", "reasoning": {"effort": "low"}, "text": JSON_TEXT}
+    body = {"model": NEWEST, "input": [user("Hi"), update], "reasoning_effort": "high"}
+    plan, ignored = plan_and_ignored(body)
+    config = plan.calls[0].body["generationConfig"]
+    assert (config["thinkingConfig"]["thinkingLevel"], ignored) == ("LOW", [])
+    assert config["responseMimeType"] == "application/json"
+
+
 # ---- compaction ----
 
 TRIGGER = {"type": "compaction_trigger"}
@@ -5577,6 +5651,15 @@ def test_a_compaction_trigger_is_the_last_item(place):
     with pytest.raises(ProxyError) as caught:
         response_plan({"input": items})
     assert (caught.value.status, caught.value.path) == (400, f"input[{place}]")
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/responses/compact"])
+def test_nothing_is_not_compacted(path):
+    body = {"model": FLASH, "instructions": "Be brief."}
+    if path == "/v1/responses":
+        body["input"] = [TRIGGER]
+    error = refused(body, openai_route(path).request)
+    assert (error.status, error.path) == (400, "input")
 
 
 @pytest.mark.parametrize(
@@ -5634,6 +5717,15 @@ def test_a_compaction_of_others_is_named_as_ignored(content):
     plan, ignored = response_plan({"input": [assistant("Yes."), item, user("Hi")]})
     assert ignored == ["input[].encrypted_content"]
     assert plan.calls[0].body["contents"][-2:] == [m("Yes."), u("Hi")]
+
+
+def test_what_is_sealed_is_not_unpacked_if_it_would_be_far_larger_in_memory(monkeypatch):
+    monkeypatch.setattr(proxy, "SPARE_BYTES", 1000)
+    text = json.dumps({"summary": "We spoke.", "x": [{}] * 1000})
+    content = base64.b64encode(text.encode()).decode()
+    items = [{**compaction_item(), "encrypted_content": content}, reasoning_item(content)]
+    plan, ignored = response_plan({"input": [*items, user("Hi")]})
+    assert (plan.calls[0].body["contents"], ignored) == ([u("Hi")], ["input[].encrypted_content"])
 
 
 @pytest.mark.parametrize("kind", ["compaction_summary", "context_compaction"])
@@ -5859,6 +5951,23 @@ def test_without_a_search_of_the_clients_deferred_tools_are_declared_at_once(fin
     body = {"tools": [FOUND_TOOL, *finder]}
     assert list(declared(body)) == ["weather"]
     assert response_plan(body)[1] == ["tools[].tool_search" for _ in finder]
+
+
+def test_a_deferred_function_may_stand_in_an_object_as_in_chats():
+    tool = {"type": "function", "function": WEATHER["function"], "defer_loading": True}
+    plan, ignored = plan_and_ignored(chat(tools=[FINDER, tool]))
+    (finder,) = plan.calls[0].body["tools"][0]["functionDeclarations"]
+    assert (finder["name"], ignored) == ("tool_search", [])
+    assert f"weather: {WEATHER['function']['description']}" in finder["description"]
+
+
+@pytest.mark.parametrize(
+    "tool, key", [(OPENAIS_MCP, "mcpServers"), ({"type": "web_search"}, "googleSearch")]
+)
+def test_what_is_no_function_is_not_deferred(tool, key):
+    tools = [FINDER, {**tool, "defer_loading": True}]
+    plan, ignored = response_plan({"model": NEWEST, "tools": tools})
+    assert (key in plan.calls[0].body["tools"][1], ignored) == (True, [])
 
 
 def test_a_search_on_openais_servers_leaves_its_tools():
