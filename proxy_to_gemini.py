@@ -5938,11 +5938,13 @@ def openai_responses_stream(exchange: Exchange, answers: Answers) -> Iterator[An
     """The events of a response, and what to keep of it; nothing before Gemini's first word."""
     builder = exchange.builder = ResponseBuilder(exchange)
     calls: list[ToolCall] = []
-    if builder.options.compacts:
+    if builder.options.compacts and len(exchange.plan.calls) == 1:
         end = yield from builder.compact(next(answers))
-        if len(exchange.plan.calls) == 1:
-            yield from builder.end_compaction(end)
-            return
+        yield from builder.end_compaction(end)
+        return
+    if builder.options.compacts:
+        with contextlib.suppress(ProxyError):  # the answer itself can do without a summary
+            yield from builder.compact(next(answers))
     for event in next(answers):
         if not builder.count:
             yield from builder.begin()
@@ -7460,6 +7462,14 @@ WITHHELD = re.compile(
 )
 
 
+def kept_query(query: str) -> tuple[str, set[str]]:
+    """(the query without the parameters that are withheld, the names of these)."""
+    given_fields = [field for field in query.split("&") if field]
+    fields = [(urllib.parse.unquote_plus(field.partition("=")[0]), field) for field in given_fields]
+    withheld = {name for name, _ in fields if WITHHELD.fullmatch(name)}
+    return "&".join(field for name, field in fields if name not in withheld), withheld
+
+
 def passed_body(raw: bytes, content_type: str) -> Fields:
     """The body as it came, whatever it is: Gemini says what is wrong with it."""
     return Fields({"body": Upload("", content_type, raw)})
@@ -7472,12 +7482,9 @@ def passed_request(body: Fields, context: Context) -> Plan:
     target = re.sub("%3a", ":", match.group(2), flags=re.I) if match else ""
     if not match or not re.fullmatch(PASSED_PATHS[method], target):
         raise NoRouteError(404, f"Gemini's API has nothing here ({method} {path[:200]})")
-    given_fields = [field for field in query.split("&") if field]
-    fields = [(urllib.parse.unquote_plus(field.partition("=")[0]), field) for field in given_fields]
-    withheld = {name for name, _ in fields if WITHHELD.fullmatch(name)}
+    kept, withheld = kept_query(query)
     for name in withheld - {"key", UPLOAD_TICKET}:
         body.ignore(name)
-    kept = "&".join(field for name, field in fields if name not in withheld)
     upload = body.get("body", Upload)
     passed = Passed(
         method,
@@ -8589,12 +8596,19 @@ class UpstreamSocket(io.RawIOBase):
         self.reused = False  # whether it was idle before this call: Gemini may have closed it
         self.received = False  # whether a byte of the answer to this call has come
         self.slow = False  # whether the last bytes had to be waited for: so will the next ones
+        self.early = b""  # of an answer that came while the body was still being sent
+        self.cut = False  # whether the rest of that body was not sent
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         """Wait for bytes; 0 at the end. (TLS may hold bytes that the system knows nothing of.)"""
+        if self.early:
+            size = min(len(buffer), len(self.early))
+            buffer[:size], self.early = self.early[:size], self.early[size:]
+            self.received = True
+            return size
         if self.slow and not (self.tls and self.tls.pending()):
             self.slow = self.waiter.wait(self.sock) > READY_SECONDS
         count: int = self.when_ready(READABLE, self.sock.recv_into, buffer)
@@ -8607,12 +8621,27 @@ class UpstreamSocket(io.RawIOBase):
             view = view[self.when_ready(WRITABLE, self.sock.send, view) :]
 
     def send_stream(self, body: BodyStream) -> None:
-        """Send a body as it comes. If Gemini hangs up meanwhile, its answer may tell why."""
+        """Send a body as it comes, until Gemini answers or hangs up: then its answer tells why."""
         with contextlib.suppress(*BROKEN_ERRORS):
             for block in body.blocks:
-                self.send(block if body.length is not None else chunk_of(block))
+                view = memoryview(block if body.length is not None else chunk_of(block))
+                while view and not self.cut:
+                    view = view[self.when_ready(READABLE | WRITABLE, self.send_unanswered, view) :]
+                if self.cut:
+                    return
             if body.length is None:
                 self.send(LAST_CHUNK)
+
+    def send_unanswered(self, view: memoryview) -> int:
+        """Send some of a body, but nothing more of it once Gemini says anything. (TLS has words of
+        its own, which are not Gemini's.)"""
+        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
+            self.early, self.cut = self.sock.recv(BLOCK_BYTES), True
+            return 0
+        try:
+            return self.sock.send(view)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
 
     def start_tls(self, context: ssl.SSLContext, host: str, session: ssl.SSLSession | None) -> None:
         """Speak TLS; the session of an earlier connection saves half of the handshake."""
@@ -8677,6 +8706,9 @@ def reach(address: Address, waiter: Waiter, seconds: float) -> socket.socket:
     return sock
 
 
+BODILESS = (204, 304)  # answers of these statuses have no body (RFC 9110, section 6.4.1)
+
+
 class Response:
     """Gemini's answer (RFC 9112): begin() reads its head, read() and read1() the body.
 
@@ -8719,7 +8751,7 @@ class Response:
                 raise http.client.HTTPException(message)
             self.left = int(length)
             self.complete = not self.left
-        if self.status == 204:  # "No Content" has no body, whatever else its head says
+        if self.status in BODILESS:  # whatever else its head says
             self.left, self.complete = 0, True
         if "close" not in self.headers.get("connection", "").lower() and version == b"1":
             self.persistent = self.chunked or self.left is not None
@@ -8870,7 +8902,7 @@ class Pool(urllib.request.BaseHandler):
         """Keep the connection of a response for other calls; close it if it cannot carry any."""
         response.file.detach()
         connection = response.connection
-        if not (response.complete and response.persistent):
+        if not response.complete or not response.persistent or connection.cut:
             connection.close()  # this is what stops the bill
             return
         connection.reused = True
@@ -9059,9 +9091,10 @@ class UpstreamCall:
         yield read_chunk(body)
 
     def passed_answer(self, response: Response) -> Iterator[Any]:
-        """The answer as it comes: its head, then its bytes. An error does not quote the key."""
+        """The answer as it comes: its head, then its bytes. Neither a head nor an error quotes the
+        key."""
         headers = {
-            name: value
+            name: self.masked(value.encode("latin-1")).decode("latin-1")
             for name, value in response.headers.items()
             if ANSWER_HEADERS.fullmatch(name)
         }
@@ -11018,9 +11051,15 @@ def with_own_address(answer: AnswerHead, head: RequestHead, config: Config) -> A
     if scheme not in ("http", "https"):
         scheme = "http"
     for name in headers.keys() & {"x-goog-upload-url", "location"}:
-        url = urllib.parse.urlsplit(headers[name])
+        try:
+            url = urllib.parse.urlsplit(headers[name])
+        except ValueError:
+            raise invalid_answer(f"{name} is no address") from None
         if PASSED_TARGET.fullmatch(url.path):
-            upload_id, query = query_fields(headers[name]).get("upload_id"), url.query
+            upload_id, (query, _) = (
+                query_fields(headers[name]).get("upload_id"),
+                kept_query(url.query),
+            )
             if upload_id and config.proxy_key:
                 query += f"&{UPLOAD_TICKET}={ticket_for(upload_id, config)}"
             host = head.headers.get("host", "")
@@ -11427,7 +11466,7 @@ class RequestCycle:
         head = b""
         if not self.streaming:
             head, self.streaming = self.stream_head(), True
-        if self.head.method == "HEAD" or self.status == 204:
+        if self.head.method == "HEAD" or self.status in BODILESS:
             self.connection.client.send(head)
             return
         if self.recording and data:
@@ -11444,7 +11483,7 @@ class RequestCycle:
         headers = [*fields.items(), *STREAM_HEADERS]
         if self.head.http_1_0:
             self.connection.close_connection = True  # which is how this stream ends
-        elif status != 204:
+        elif status not in BODILESS:
             headers.append(("Transfer-Encoding", "chunked"))
         if self.is_decided():
             return self.answer_head(status, headers + self.own_headers())
@@ -11552,7 +11591,8 @@ class RequestCycle:
                 tokens += f" ({answered_by})"
             tokens += f" {usage.prompt}+{usage.output} tokens"
             self.count_tokens(usage)
-        method, path = self.head.method or "-", self.head.target.partition("?")[0][:200] or "-"
+        target = re.sub(r"^\w+://[^/]*@", "", self.head.target.partition("?")[0])
+        method, path = self.head.method or "-", target[:200] or "-"
         log(f"{method} {path} {self.status} {(now - self.began) * 1000:.0f} ms{tokens}")
         if self.route_name not in self.server.own_routes:
             self.remember(now - self.began, f"{method} {path}")

@@ -5786,6 +5786,30 @@ def test_an_answer_needs_no_whole_summary():
     assert response["status"] == "completed"
 
 
+@pytest.mark.parametrize("status", [400, 429])
+def test_an_answer_needs_no_summary_at_all(server, gemini, status):
+    gemini.say(gemini_error(status, "No summary."), whole("Hello"))
+    response = post_json(server, "/v1/responses", {"model": FLASH, **managed(1)})
+    assert [item["type"] for item in response["output"]] == ["message"]
+    assert response["status"] == "completed"
+
+
+def test_a_summary_and_an_answer_that_both_fail_are_the_answers_failure(server, gemini):
+    gemini.say(gemini_error(400, "No summary."), gemini_error(400, "No answer."))
+    status, _, data = post(server, "/v1/responses", {"model": FLASH, **managed(1), "stream": True})
+    assert (status, json.loads(data)["error"]["message"]) == (400, "No answer.")
+
+
+def test_a_summary_that_breaks_off_leaves_a_whole_response(server, gemini):
+    gemini.say(Say(chunk("We"), chunk("spoke"), cut=1), whole("Hello"))
+    data = post(server, "/v1/responses", {"model": FLASH, **managed(1), "stream": True})[2]
+    events = list(proxy.read_sse([data]))
+    kinds = [event["type"] for event in events]
+    assert kinds[:3] == ["response.created", "response.in_progress", "response.output_item.added"]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert [item["type"] for item in events[-1]["response"]["output"]] == ["message"]
+
+
 def test_media_count_by_their_number_in_an_estimate_of_tokens():
     parts = [{"text": "five?"}, IMAGE, {"functionResponse": {"name": "f", "parts": [IMAGE]}}]
     assert proxy.estimated_tokens(u(*parts)) == 1 + 2 + 1 + 2 * proxy.MEDIA_TOKENS
@@ -12404,6 +12428,14 @@ def test_bytes_of_geminis_own_api_go_in_and_come_out(gemini, api):
 CONTENTS = {"contents": [u("Hi")]}
 
 
+def test_a_login_in_the_target_is_not_logged(server, log_lines):
+    address = f"localhost:{server.server_port}"
+    with RawClient(server) as client:
+        client.request("GET", f"http://me:secret@{address}/v1/models", Host=f"me:secret@{address}")
+    until(lambda: log_lines)
+    assert log_lines[0].startswith(f"GET {address}/v1/models 403 ")
+
+
 def test_a_passed_answer_is_logged_with_its_model_and_tokens(server, gemini, log_lines):
     passing(server, "POST", GENERATE_PATH + "?key=secret", CONTENTS)
     until(lambda: log_lines)
@@ -12556,6 +12588,50 @@ def test_an_upload_that_gemini_refuses_early_gets_its_answer(server):
     refusal = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
     with raw_upstream(refusal) as url, serving(url) as server:
         assert passing(server, "POST", UPLOAD, b"x" * 100)[::2] == (413, b"{}")
+
+
+def test_an_upload_that_gemini_does_not_read_any_more_gets_its_answer_at_once():
+    refusal = b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 2\r\n\r\n{}"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with (
+            serving(f"http://127.0.0.1:{port}", timeout=60.0) as server,
+            RawClient(server) as client,
+        ):
+            head = f"POST {UPLOAD} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000\r\n\r\n"
+            client.send(head.encode() + b"x" * 1000)
+            with listener.accept()[0] as gemini:
+                gemini.sendall(refusal)
+                with contextlib.suppress(ConnectionError):  # it sends on, and is not read any more
+                    client.send(b"x" * 50_000_000)
+                assert client.file.readline() == b"HTTP/1.1 429 Too Many Requests\r\n"
+            assert not server.gemini.pool.idle
+
+
+@pytest.mark.parametrize("name", ["X-Goog-Upload-URL", "Location"])
+def test_an_address_of_geminis_that_is_none_is_a_502(server, gemini, name):
+    gemini.say(Say(raw=b"", headers=[(name, "http://[")]))
+    status, _, data = passing(server, "POST", UPLOAD, b"{}")
+    assert (status, json.loads(data)["error"]["status"]) == (502, "UNAVAILABLE")
+
+
+def test_no_address_of_geminis_has_the_key(server, gemini):
+    own = f"{GOOGLES_UPLOAD}&key=the-key&$httpMethod=PUT&upload_protocol=resumable"
+    other = "https://storage.example/a?key=the-key"
+    gemini.say(Say(raw=b"", headers=[("X-Goog-Upload-URL", own), ("Location", other)]))
+    _, headers, _ = passing(server, "POST", UPLOAD, b"{}")
+    query = "upload_id=a-1&upload_protocol=resumable"
+    assert headers["x-goog-upload-url"] == f"http://localhost{UPLOAD}?{query}"
+    assert "the-key" not in headers["location"]
+
+
+def test_an_answer_that_has_no_body_by_its_status_has_none(server, gemini):
+    gemini.say(Say(raw=b"", status=304))
+    with RawClient(server) as client:
+        client.send(b"GET /v1beta/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        client.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        data = client.file.read()
+    assert re.fullmatch(rb"HTTP/1.1 304 .*?\r\n\r\nHTTP/1.1 200 .*\r\n\r\nok", data, re.S)
 
 
 def test_the_bytes_of_an_upload_need_no_key_but_the_ticket_of_its_start(locked, gemini):
