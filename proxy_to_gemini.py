@@ -3441,15 +3441,20 @@ class ToolBuilder:
         kind = tool.get("type", str)
         key = kind and hosted_key(kind)
         if key:
-            self.hosted[key] = (f"tools[].{kind}", {})
+            self.host_with(key, f"tools[].{kind}", {})
             return True
         names = [] if kind or tool.data.keys() & {"name", "function"} else [*tool.data]
         keys = {name: hosted_key(name) for name in names}
         for name, key in keys.items():
             if key:
                 settings = within_depth(tool.get(name, dict) or {}, tool.path_of(name))
-                self.hosted[key] = (f"tools[].{name}", settings)
+                self.host_with(key, f"tools[].{name}", settings)
         return any(keys.values())
+
+    def host_with(self, key: str, words: str, settings: JSON) -> None:
+        """Add one with settings. One that comes twice keeps those of both."""
+        _, others = self.hosted.get(key, (words, {}))
+        self.hosted[key] = words, {**others, **settings}
 
     def host_mcp(self, server: Fields, keys: Sequence[str], words: str) -> None:
         """Add a remote MCP server. Gemini uses all of its tools, so one that restricts them is left
@@ -3871,7 +3876,7 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
     choice = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
     if body.object("web_search_options") is not None and body.data.get("tool_choice") != "none":
-        hosted = {**tools.hosted, "googleSearch": ("web_search_options", {})}
+        hosted = {"googleSearch": ("web_search_options", {}), **tools.hosted}
         tools = tools._replace(hosted=hosted)
     sampling, answer_only = openai_chat_sampling(body, model, context, question.limit_keys)
     settings, wav = openai_modalities(body)
@@ -7627,6 +7632,7 @@ def plain_path(path: str, api: str, headers: Mapping[str, str] = {}) -> str:
     path = re.sub(r"^(/v1(?:alpha|beta)?){2,}(?=/|$)", r"\1", path)
     if GOOGLES_SDK in headers and path.startswith("/v1/"):
         return "/google" + path
+    path = re.sub(r"^/v1(alpha|beta)/openai(?=/|$)", "/v1", path)  # where Google has OpenAI's API
     if api == "ollama" or VERSIONED.match(path) or path in OWN_PAGES:
         return path
     return "/v1" + path

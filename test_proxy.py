@@ -3171,6 +3171,19 @@ def test_the_settings_of_googles_tools_pass_in_its_own_spelling():
     ]
 
 
+@pytest.mark.parametrize("more", [{"tools": [{"type": "web_search"}]}, {"web_search_options": {}}])
+@pytest.mark.parametrize("place", ["first", "google"])
+def test_a_tool_of_googles_that_comes_twice_keeps_its_settings(more, place):
+    settings = {"timeRangeFilter": {"startTime": "2026-01-01T00:00:00Z"}}
+    tool = {"google_search": settings}
+    tools = [tool, *more.get("tools", ())]
+    body = {**more, "tools": tools}
+    if place == "google":
+        body = {**more, "extra_body": {"google": {"tools": [tool]}}}
+    sent = plan_and_ignored(chat(**body))[0].calls[0].body
+    assert sent["tools"] == [{"googleSearch": settings}]
+
+
 @pytest.mark.parametrize(
     "path, tool",
     [("tools[0].name", {"strange": {}}), ("tools[0].googleSearch", {"googleSearch": 7})],
@@ -8170,6 +8183,7 @@ def test_the_paths_below_responses_have_routes_of_their_own(method, path, respon
 @pytest.mark.parametrize(
     "path",
     [
+        "/v1beta/openai/chat/completions",
         "/v1/chat/completions",
         "/chat/completions",
         "/v1/v1/chat/completions",
