@@ -3408,6 +3408,14 @@ OPENAI_MCP = ("server_label", "server_url", "authorization", "allowed_tools")
 ANTHROPIC_MCP = ("name", "url", "authorization_token", "tool_configuration")
 
 
+def restricts(setting: Any) -> bool:
+    """Whether a setting of an MCP server's lets some of its tools be called, and others not."""
+    if not isinstance(setting, dict):
+        return bool(setting)
+    rest = [value for key, value in setting.items() if key != "enabled"]
+    return setting.get("enabled") is False or any(map(restricts, rest))
+
+
 def hosted_key(name: str) -> str | None:
     """Gemini's key of a tool of Google's, which a client calls so; None for other tools."""
     return next((key for start, key in HOSTED_TOOLS if re.match(start, name, re.I)), None)
@@ -3460,7 +3468,7 @@ class ToolBuilder:
         """Add a remote MCP server. Gemini uses all of its tools, so one that restricts them is left
         out, and named as ignored in these words."""
         name_key, url_key, token_key, restriction_key = keys
-        if server.data.get(restriction_key) or not server.data.get(url_key):
+        if restricts(server.peek(restriction_key)) or not server.data.get(url_key):
             server.ignore_whole(words)
             return
         url = server.require(url_key, str)
@@ -7110,7 +7118,8 @@ def anthropic_tools(body: Fields) -> Tools:
             builder.declare(tool, name, function_declaration(name, description, schema))
         elif kind == "mcp_toolset":
             name = tool.require("mcp_server_name", str)
-            if tool.get("configs", dict) or tool.get("default_config", dict):
+            default = tool.get("default_config", dict)
+            if restricts(tool.get("configs", dict)) or restricts(default):
                 restricted.add(name)
         else:
             tool.ignore_whole(f"tools[].{kind}")

@@ -7589,9 +7589,14 @@ GEMINIS_MCP = {
 TOOLSET = {"type": "mcp_toolset", "mcp_server_name": "docs"}
 
 
-@pytest.mark.parametrize("tools", [[], [TOOLSET]])
-def test_gemini_calls_the_remote_mcp_servers_of_anthropics_clients(tools):
-    body = claude_chat(tools=tools, mcp_servers=[CLAUDES_MCP])
+ENABLED = {"enabled": True}
+FULL_TOOLSET = {**TOOLSET, "default_config": ENABLED, "configs": {"a": ENABLED}}
+
+
+@pytest.mark.parametrize("tools", [[], [TOOLSET], [FULL_TOOLSET]])
+@pytest.mark.parametrize("more", [{}, {"tool_configuration": {**ENABLED, "allowed_tools": None}}])
+def test_gemini_calls_the_remote_mcp_servers_of_anthropics_clients(tools, more):
+    body = claude_chat(tools=tools, mcp_servers=[{**CLAUDES_MCP, **more}])
     assert claude_body(body)["tools"] == [{"mcpServers": [GEMINIS_MCP]}]
     assert claude_ignored(body) == []
 
@@ -7600,6 +7605,7 @@ def test_gemini_calls_the_remote_mcp_servers_of_anthropics_clients(tools):
     "more",
     [
         {"mcp_servers": [{**CLAUDES_MCP, "tool_configuration": {"allowed_tools": ["a"]}}]},
+        {"mcp_servers": [{**CLAUDES_MCP, "tool_configuration": {"enabled": False}}]},
         {
             "mcp_servers": [CLAUDES_MCP],
             "tools": [{**TOOLSET, "configs": {"a": {"enabled": False}}}],
