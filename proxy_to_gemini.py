@@ -11440,6 +11440,8 @@ class RequestCycle:
                 self.passed_head = with_own_address(event, self.head, self.server.config)
             else:
                 yield event
+                if self.head.method == "HEAD":
+                    return  # nobody gets the rest
 
     def whole_answer(self, route: Route, exchange: Exchange, answers: Answers) -> Any:
         """The route's answer to a client that wants no stream. What is to be kept is kept."""

@@ -5799,28 +5799,28 @@ def test_an_answer_needs_no_whole_summary():
     assert response["status"] == "completed"
 
 
-@pytest.mark.parametrize("status", [400, 429])
-def test_an_answer_needs_no_summary_at_all(server, gemini, status):
-    gemini.say(gemini_error(status, "No summary."), whole("Hello"))
-    response = post_json(server, "/v1/responses", {"model": FLASH, **managed(1)})
+def failing(message, *chunks):
+    """Chunks of an answer that fails behind them."""
+    yield from chunks
+    raise ProxyError(429, message, upstream=True)
+
+
+@pytest.mark.parametrize("chunks", [(), (chunk("We"),)])
+def test_an_answer_needs_no_summary_at_all(chunks):
+    answers = failing("No summary.", *chunks), [whole("Hello")]
+    events = stream_of(RESPONSES_ROUTE, exchange(response_plan(managed(1))[0]), *answers)
+    kinds = [event["type"] for event in events]
+    assert kinds[:3] == ["response.created", "response.in_progress", "response.output_item.added"]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    response = events[-1]["response"]
     assert [item["type"] for item in response["output"]] == ["message"]
     assert response["status"] == "completed"
 
 
-def test_a_summary_and_an_answer_that_both_fail_are_the_answers_failure(server, gemini):
-    gemini.say(gemini_error(400, "No summary."), gemini_error(400, "No answer."))
-    status, _, data = post(server, "/v1/responses", {"model": FLASH, **managed(1), "stream": True})
-    assert (status, json.loads(data)["error"]["message"]) == (400, "No answer.")
-
-
-def test_a_summary_that_breaks_off_leaves_a_whole_response(server, gemini):
-    gemini.say(Say(chunk("We"), chunk("spoke"), cut=1), whole("Hello"))
-    data = post(server, "/v1/responses", {"model": FLASH, **managed(1), "stream": True})[2]
-    events = list(proxy.read_sse([data]))
-    kinds = [event["type"] for event in events]
-    assert kinds[:3] == ["response.created", "response.in_progress", "response.output_item.added"]
-    assert [event["sequence_number"] for event in events] == list(range(len(events)))
-    assert [item["type"] for item in events[-1]["response"]["output"]] == ["message"]
+def test_a_summary_and_an_answer_that_both_fail_are_the_answers_failure():
+    answers = failing("No summary."), failing("No answer.")
+    with pytest.raises(ProxyError, match="No answer"):
+        stream_of(RESPONSES_ROUTE, exchange(response_plan(managed(1))[0]), *answers)
 
 
 def test_media_count_by_their_number_in_an_estimate_of_tokens():
@@ -12501,6 +12501,15 @@ def test_head_is_a_get_without_a_body(server, gemini):
         assert client.request("HEAD", "/v1beta/models")[0] == 200
         assert client.request("GET", "/healthz")[2] == b"ok"
     assert gemini.passed[-1][0] == "GET"
+
+
+def test_of_an_answer_to_head_no_more_is_read_than_its_beginning():
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\nabc"
+    with raw_upstream(head) as url, serving(url, timeout=60.0) as server:
+        with RawClient(server) as client:
+            assert client.request("HEAD", "/v1beta/files/a:download")[0] == 200
+            assert client.request("GET", "/healthz")[2] == b"ok"
+        assert not server.gemini.pool.idle
 
 
 def test_no_content_has_no_body(server, gemini):
