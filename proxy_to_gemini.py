@@ -11384,7 +11384,8 @@ class RequestCycle:
             if error.upstream and error.code == "invalid_api_key":
                 server.reload_instead_of(self.key)
             self.add_model_to(error, exchange, waiter)
-            return error.with_traceback(None)  # which leads back to this exchange
+            error.__context__ = None  # its frames, and those of the error, lead back to this one
+            return error.with_traceback(None)
         finally:
             waiter.keep_alive = None  # it leads here, and an idle connection keeps its waiter
         return None
