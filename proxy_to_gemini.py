@@ -10290,10 +10290,15 @@ class Recorder:
         self.folder, self.workers, self.count = folder, workers, count
         self.lock, self.held = threading.Lock(), 0  # bytes that recordings hold
         self.queue: queue.SimpleQueue[Recording | None] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self.run, name="recorder", daemon=True)
+        self.thread: threading.Thread | None = None
         self.ended = threading.Event()  # no more recordings come
         self.new_files, self.new_bytes = math.inf, 0  # since old ones were last removed
         self.logged: dict[str, float] = {}  # when there was a line in the log, by outcome
+
+    def start(self) -> None:
+        """Begin; a worker does so after its fork, which no thread outlives."""
+        self.thread = threading.Thread(target=self.run, name="recorder", daemon=True)
+        self.thread.start()
 
     def try_out(self) -> None:
         """Make the folder; an OSError if nothing can be written there."""
@@ -10326,7 +10331,8 @@ class Recorder:
         """Write what waits, for a moment."""
         self.ended.set()
         self.queue.put(None)
-        self.thread.join(FINAL_SECONDS)
+        if self.thread:
+            self.thread.join(FINAL_SECONDS)
 
     def run(self) -> None:
         for recording in iter(self.queue.get, None):
@@ -12137,7 +12143,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping, stop = socket.socketpair()
         poller = Poller(signals.woken)
         if self.recorder:
-            self.recorder.thread.start()
+            self.recorder.start()
         while not signals.should_stop():
             signals.ping_watchdog()
             event, seconds = READABLE, signals.poll_seconds
@@ -12774,7 +12780,8 @@ class Signals:
         """Go on in a fork: systemd hears from the parent alone."""
         self.parent, self.notify_socket, self.watchdog = parent, "", math.inf
         self.pending.discard("SIGCHLD")
-        self.open_sockets()
+        with self.woken, self.wake:  # the parent has them too
+            self.open_sockets()
 
     def clear_woken(self) -> None:
         """Read what signals wrote into the socket."""

@@ -10364,7 +10364,7 @@ def test_recordings_that_come_too_fast_are_dropped(folder, log_lines, monkeypatc
         recorder.put(a_recording(recorder, number))
     assert outcomes == {"dropped": 3}
     assert len(log_lines) == 1
-    recorder.thread.start()
+    recorder.start()
     recorder.close()
     assert len(recordings_in(folder)) == outcomes["written"] == 2
 
