@@ -12364,7 +12364,25 @@ def seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
 
 
+CPU_SHARE_FILE = "/sys/fs/cgroup/cpu.max"  # docs.kernel.org/admin-guide/cgroup-v2.html
+
+
+def usable_cores() -> int:
+    """How many cores this process may use: those it may run on, and its share of their time."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
+        with open(CPU_SHARE_FILE, encoding="ascii") as file:
+            quota, period = map(int, file.read().split())
+        cores = min(cores, math.ceil(quota / period))
+    return cores
+
+
 def worker_count(text: str) -> int:
+    if text == "auto":
+        return usable_cores() if hasattr(os, "fork") else 1
     if not re.fullmatch(r"[1-9]\d{0,2}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes")
     return int(text)
@@ -12418,7 +12436,7 @@ def flag_parser() -> argparse.ArgumentParser:
     text = "browser origins that may call besides this machine's and apps'; * is any"
     flag("origins", text, default="", metavar="ORIGIN,...")
     flag("timeout", "how long Gemini may be silent", type=seconds, default=600.0, metavar="SECONDS")
-    flag("workers", "processes that share the port", type=worker_count, default=1, metavar="N")
+    flag("workers", "processes that share the port", type=worker_count, default=1, metavar="N|auto")
     flag("state", "keeps signatures and responses over a restart", metavar="FILE")
     flag("record", "keeps what passes, without secrets, one file an exchange", metavar="DIR")
     switch = {"action": "store_true"}

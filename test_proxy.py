@@ -13696,6 +13696,19 @@ def test_a_client_that_leaves_is_noticed_elsewhere(silent, elsewhere, gemini):
     assert gemini.gone.wait(5)
 
 
+@pytest.mark.parametrize(
+    "share, cores", [("max 100000", 8), ("150000 100000", 2), ("9000000 1000", 8)]
+)
+def test_there_is_a_worker_for_each_core_that_may_be_used(share, cores, tmp_path, monkeypatch):
+    (tmp_path / "cpu.max").write_text(share)
+    monkeypatch.setattr(proxy, "CPU_SHARE_FILE", str(tmp_path / "cpu.max"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(os, "fork", None, raising=False)
+    assert configure("-workers=auto").workers == cores
+    monkeypatch.delattr(os, "fork")
+    assert configure("-workers=auto").workers == 1
+
+
 @pytest.mark.parametrize("flag, lack", [("-workers=2", "fork"), ("-print-unit", "systemd")])
 def test_what_a_system_lacks_is_a_wrong_flag_there(flag, lack, monkeypatch, capsys):
     monkeypatch.delattr(os, "fork", raising=False)
