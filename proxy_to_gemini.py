@@ -9883,7 +9883,6 @@ MASK = "[masked]"
 SECRET_HEADER = re.compile(
     "auth|key|token|secret|cookie|passw|credential|jwt|assertion|uploadid", re.I
 )
-SCHEME_AND_KEY = re.compile("(bearer |basic |).+", re.I)
 SECRET_NAMES = {  # of fields, in lower case
     "headers",  # of an MCP server: any of them may be a secret
     *("authorization", "proxy-authorization", "authorization_token", "authorizationtoken"),
@@ -9983,7 +9982,10 @@ def masked_headers(headers: Mapping[str, str], secrets: Sequence[str]) -> dict[s
     values = masked("\n".join(headers.values()), secrets).split("\n")
     result = dict(zip(headers, values))
     for name in filter(is_secret_header, headers):
-        result[name] = SCHEME_AND_KEY.sub(rf"\1{MASK}", result[name])
+        scheme, blank, _ = result[name].partition(" ")
+        result[name] = MASK
+        if blank and scheme.lower() in ("bearer", "basic"):
+            result[name] = f"{scheme} {MASK}"
     return result
 
 
@@ -10254,7 +10256,7 @@ class Recording:
         }
 
     def text(self) -> str:
-        """The recording as JSON, a field a line."""
+        """The recording as JSON, in a few lines."""
         words, head = self.secrets(), self.head
         moment = datetime.datetime.fromtimestamp(self.clock, datetime.timezone.utc)
         request = {
@@ -10263,7 +10265,7 @@ class Recording:
             "headers": masked_headers(head.headers, words),
             "body": self.request.text(head.headers.get("content-type", ""), words),
         }
-        fields = {
+        about = {
             "recording": RECORDING_FORMAT,
             "program": f"proxy-to-gemini {VERSION}, Python {sys.version}, {sys.platform}",
             "began": moment.isoformat(),
@@ -10272,12 +10274,11 @@ class Recording:
             **self.facts,
             "ignored": [masked(name, words) for name in self.ignored],
             "notes": [masked(note, words) for note in self.notes],
-            "request": request,
-            "attempts": [attempt.told(self.began, words) for attempt in self.attempts],
-            "answer": self.told_answer(words),
         }
-        texts = [f'"{key}": {READABLE_JSON(value)}' for key, value in fields.items()]
-        return "{\n" + ",\n".join(texts) + "\n}\n"
+        attempts = [attempt.told(self.began, words) for attempt in self.attempts]
+        passed = {"request": request}, {"attempts": attempts}, {"answer": self.told_answer(words)}
+        lines = [READABLE_JSON(line)[1:-1] for line in (about, *passed)]
+        return "{" + ",\n".join(lines) + "}\n"
 
 
 # ---- the folder ----
