@@ -10078,6 +10078,11 @@ def test_recordings_cut_media(text, data):
         json.loads(cut)
 
 
+def test_recordings_cut_large_media_in_slices(monkeypatch):
+    monkeypatch.setattr(proxy, "SLICE_CHARACTERS", 8)
+    assert proxy.without_media(in_json(NOISE_TEXT)) == in_json(media_mark(NOISE))
+
+
 @pytest.mark.parametrize(
     "text",
     [
