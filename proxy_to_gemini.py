@@ -10002,9 +10002,8 @@ KEPT_FIELDS = {"thoughtSignature", "thought_signature", "signature", "encrypted_
 DATA_URL = re.compile(r"(?<=;base64,)[\w+/=%\\-]+", re.ASCII)
 # Where a text of JSON has base64, "/" and "+" may be escaped, and lines may end.
 BASE64_ESCAPE = re.compile(r"\\+(?:[rn]|(/)|u00([23][bdf]))", re.I)
-BASE64_HEAD = re.compile(
-    rf"(?:[\w+/=-]|{BASE64_ESCAPE.pattern}){{{MIN_MEDIA_CHARACTERS - 6},}}", re.A | re.I
-)
+# How it may begin; an escape may be cut in two there.
+BASE64_HEAD = re.compile(rf"(?:[\w+/=-]|{BASE64_ESCAPE.pattern})+(?:\\+\w{{0,4}})?", re.A | re.I)
 BASE64_TEXT = re.compile(r"[\w+/=-]+", re.ASCII)
 BINARY_TYPE = re.compile(r"(image|audio|video)/|application/(pdf|zip|octet-stream)", re.I)
 SLICE_CHARACTERS = 1 << 18  # of base64 that are decoded at once, a multiple of four

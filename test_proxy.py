@@ -10064,6 +10064,8 @@ def in_json(text):
         (f'{{"delta":"{NOISE_TEXT}"}}', NOISE),
         (in_json(NOISE_TEXT.replace("/", r"\/")), NOISE),
         (in_json(NOISE_TEXT.replace("+", r"\u002B")), NOISE),
+        (in_json(r"\u002B" * 400), b"\xfb\xef\xbe" * 100),
+        (in_json(r"\/" * 400), b"\xff" * 300),
         (in_json(re.sub("(.{76})", r"\1\\r\\n", NOISE_TEXT)), NOISE),
         (in_json(rf"{{\"blob\": \"{NOISE_TEXT}\"}}"), NOISE),
         (in_json(base64.urlsafe_b64encode(NOISE).decode().rstrip("=")), NOISE),
