@@ -10170,7 +10170,7 @@ class Attempt:
         self.first_byte, self.status, self.answer_headers = time.monotonic(), status, headers
         self.answer.limit = held_bytes(headers.get("content-type", ""))
 
-    def told(self, began: float, words: Sequence[str]) -> JSON:
+    def as_json(self, began: float, words: Sequence[str]) -> JSON:
         """The attempt as JSON."""
         headers = masked_headers(self.headers, words)
         fields = {
@@ -10250,7 +10250,7 @@ class Recording:
         every = itertools.chain(*map(spellings, filter(None, words)))
         return sorted(set(every), key=len, reverse=True)  # one may be in another
 
-    def told_answer(self, words: Sequence[str]) -> JSON:
+    def answer_json(self, words: Sequence[str]) -> JSON:
         """The client's answer as JSON."""
         lines = self.answer_head.decode("latin-1").split("\r\n")[1:-2]
         headers = masked_headers(dict(line.split(": ", 1) for line in lines), words)
@@ -10280,8 +10280,8 @@ class Recording:
             "ignored": [masked(name, words) for name in self.ignored],
             "notes": [masked(note, words) for note in self.notes],
         }
-        attempts = [attempt.told(self.began, words) for attempt in self.attempts]
-        passed = {"request": request}, {"attempts": attempts}, {"answer": self.told_answer(words)}
+        attempts = [attempt.as_json(self.began, words) for attempt in self.attempts]
+        passed = {"request": request}, {"attempts": attempts}, {"answer": self.answer_json(words)}
         lines = [READABLE_JSON(line)[1:-1] for line in (about, *passed)]
         return "{" + ",\n".join(lines) + "}\n"
 
@@ -10389,9 +10389,9 @@ class Recorder:
         if few and self.new_bytes <= MAX_RECORDINGS_BYTES // share:
             return
         with os.scandir(self.folder) as entries:
-            found = [entry.path for entry in entries if RECORDING_NAME.fullmatch(entry.name)]
+            paths = [entry.path for entry in entries if RECORDING_NAME.fullmatch(entry.name)]
         sizes = {}
-        for path in sorted(found):
+        for path in sorted(paths):
             with contextlib.suppress(FileNotFoundError):  # another worker has removed it
                 sizes[path] = os.stat(path).st_size
         files, total = len(sizes) + 1, sum(sizes.values()) + size
