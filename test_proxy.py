@@ -711,25 +711,27 @@ class Replay(StandIn):
 
     def how_to(self):
         """The commands that run the recording."""
-        aliases = "".join(f" -alias={shlex.quote('='.join(a))}" for a in self.recording["aliases"])
-        request = self.recording["request"]
-        kind = request["headers"].get("content-type", "application/json")
-        url = f"http://127.0.0.1:5555{request['target']}"
+        request, flags = self.recording["request"], [f"-api={self.recording['api']}"]
+        for name, *models in self.recording["aliases"]:
+            flags.append(f"-alias={name}={','.join(models)}")
+        for attempt in self.recording["attempts"][:1]:
+            place = re.search("/projects/([^/]+)/locations/([^/]+)/", attempt["url"])
+            if place:
+                flags += ["-vertex=" + "/".join(place.groups()), "-token-command=echo replay"]
+        start = shlex.join([*flags, f"-upstream={self.url}"])
+        url = shlex.quote(f"http://127.0.0.1:5555{request['target']}")
+        kind = shlex.quote("Content-Type: " + request["headers"].get("content-type", ""))
+        ask = f"curl -sN -X {request['method']} {url} -H {kind} --data-binary @-"
         return (
-            f"Start the proxy:   GEMINI_API_KEY=replay python3 proxy_to_gemini.py "
-            f"-api={self.recording['api']}{aliases} -upstream={self.url}\n"
-            f"Send the request:  curl -s {self.url}/request | curl -sN -X {request['method']} "
-            f"{shlex.quote(url)} -H {shlex.quote('Content-Type: ' + kind)} --data-binary @-\n"
-            f"The answer then:   {request_status(self.recording)}"
+            f"Start the proxy:  GEMINI_API_KEY=replay python3 proxy_to_gemini.py {start}\n"
+            f"Ask it:           curl -s {self.url}/request | {ask}\n"
+            f"Its answer was:   {self.recording['status']} "
+            f"{shortened(self.recording['answer']['body'])}"
         )
 
 
 def path_of(attempt):
     return urllib.parse.urlsplit(attempt["url"]).path
-
-
-def request_status(recording):
-    return f"{recording['status']} {shortened(recording['answer']['body'])}"
 
 
 class ReplayHandler(StandInHandler):
@@ -10494,6 +10496,34 @@ def test_a_recorded_answer_that_broke_off_breaks_off_again(gemini, folder):
         data = ask_again(stand_in, server, one)[2]
     assert b"broke off" in data
     assert without_ids(data.decode()) == without_ids(one["answer"]["body"])
+
+
+def test_a_replay_tells_how_to_run_it(google, folder):
+    request = ("/v1/chat/completions", {**chat(), "model": "a b"}, {"Content_Type": "text/plain"})
+    place = {"backend": vertex_at(google), "key": "", "aliases": (("a b", FLASH, NEWEST),)}
+    (one,) = recorded(google, folder, request, **place)
+    with Replay(one) as stand_in:
+        start, ask, _ = stand_in.how_to().split("\n")
+    flags = shlex.split(start)[6:]
+    assert flags[1:] == [
+        f"-alias=a b={FLASH},{NEWEST}",
+        f"-vertex={place['backend'].project}/{place['backend'].location}",
+        "-token-command=echo replay",
+        f"-upstream={stand_in.url}",
+    ]
+    assert configure(*flags).backend.project == place["backend"].project
+    assert shlex.split(ask)[-4:] == ["-H", "Content-Type: text/plain", "--data-binary", "@-"]
+
+
+@pytest.mark.parametrize(
+    "line", [b"rubbish\r\n", b"GET / HTTP/1.1\r\n\r\n", b"PUT * HTTP/1.1\r\nHost: a\r\n\r\n"]
+)
+def test_requests_that_make_no_sense_are_recorded_too(gemini, folder, line):
+    with recording(gemini, folder) as server, RawClient(server) as client:
+        status, _, data = client.send(line).reply()
+    (one,) = recordings_in(folder)
+    assert (one["status"], one["answer"]["body"]) == (status, data.decode())
+    assert one["attempts"] == []
 
 
 def test_a_replay_tells_what_differs(gemini, folder):
