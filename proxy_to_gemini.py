@@ -10089,7 +10089,12 @@ def body_text(data: bytes, content_type: str) -> str:
         text = without_media(text)
         if len(text) <= MAX_TEXT_CHARACTERS:
             return text
-    return f"{text[:SAMPLE_BYTES]} {CUT_OFF} {cut(data)}"
+    return f"{beginning(text[:SAMPLE_BYTES])} {CUT_OFF} {cut(data)}"
+
+
+def beginning(text: str) -> str:
+    """The text without its last word, which may be a key that is cut in two."""
+    return text[: 1 + max(text.rfind(end) for end in '" \n,')]
 
 
 def form_part_text(piece: bytes) -> str:
@@ -10107,8 +10112,8 @@ def form_part_text(piece: bytes) -> str:
 class Tape:
     """The bytes of a body that pass: when they came, and as many as there is room for."""
 
-    def __init__(self, recorder: Recorder, limit: int = MAX_TAPE_BYTES):
-        self.recorder, self.limit = recorder, limit
+    def __init__(self, recorder: Recorder):
+        self.recorder, self.limit = recorder, MAX_TAPE_BYTES
         self.pieces: list[bytes] = []
         self.times: list[tuple[float, int]] = []  # (when, bytes up to then)
         self.size = self.held = 0
@@ -10143,11 +10148,12 @@ class Tape:
 
     def text(self, content_type: str, words: Sequence[str]) -> str:
         """What is held as text, masked and cut; with the length and digest of what is not."""
-        text = masked(body_text(b"".join(self.pieces), content_type), words)
+        text = body_text(b"".join(self.pieces), content_type)
         if self.digest is None:
-            return text
+            return masked(text, words)
         if not self.pieces:
             return cut_mark(self.size, self.digest)
+        text = masked(beginning(text), words)
         return f"{text} {CUT_OFF} {cut_mark(self.size, self.digest)}"
 
     def arrived(self, began: float) -> list[tuple[float, int]]:
