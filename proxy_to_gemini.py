@@ -9872,6 +9872,8 @@ RECORDING_NAME = re.compile(r"\d{8}-\d{6}-\d{6}-req_[0-9a-f]{24}\.json")
 READABLE_JSON = json.JSONEncoder(ensure_ascii=False).encode
 RECORDING_FORMAT = 1  # changes when a program that reads recordings must
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+if sys.platform == "win32":
+    NEW_FILE |= os.O_BINARY
 RECORDER_PAUSE_SECONDS = 0.1  # for recordings to gather: a thread that wakes for each costs more
 RECORDER_LOG_SECONDS = 600.0  # between two lines in the log about the same trouble
 MIN_KEY_CHARACTERS = 8  # of a key that is masked wherever it stands, if it is not this server's
@@ -10305,6 +10307,7 @@ class Recorder:
         self.thread: threading.Thread | None = None
         self.ended = threading.Event()  # no more recordings come
         self.new_files, self.new_bytes = math.inf, 0  # since old ones were last removed
+        self.sizes: dict[str, int] = {}  # of the files that were there then
         self.logged: dict[str, float] = {}  # when there was a line in the log, by outcome
 
     def start(self) -> None:
@@ -10376,11 +10379,13 @@ class Recorder:
 
     def write_file(self, path: str, data: bytes) -> None:
         """Write a new file that only the user of this process may read, or none."""
-        number = os.open(path, NEW_FILE, 0o600)
+        file = os.open(path, NEW_FILE, 0o600)
         try:
-            with io.FileIO(number, "w") as file:  # which sees to binary mode on Windows
+            try:
                 while data:
-                    data = data[file.write(data) :]
+                    data = data[os.write(file, data) :]
+            finally:
+                os.close(file)
         except OSError:
             with contextlib.suppress(OSError):
                 os.unlink(path)
@@ -10399,7 +10404,7 @@ class Recorder:
         sizes = {}
         for path in sorted(paths):
             with contextlib.suppress(FileNotFoundError):  # another worker has removed it
-                sizes[path] = os.stat(path).st_size
+                sizes[path] = self.sizes.get(path) or os.stat(path).st_size
         files, total = len(sizes) + 1, sum(sizes.values()) + size
         for path, gone in sizes.items():
             if files <= MAX_RECORDINGS * 0.9 and total <= MAX_RECORDINGS_BYTES * 0.9:
@@ -10407,7 +10412,7 @@ class Recorder:
             with contextlib.suppress(OSError):  # the same, or somebody reads it on Windows
                 os.unlink(path)
                 files, total = files - 1, total - gone
-        self.new_files, self.new_bytes = 1, size
+        self.new_files, self.new_bytes, self.sizes = 1, size, sizes
 
 
 # ======================================================================================

@@ -10382,9 +10382,8 @@ def test_recordings_that_come_too_fast_are_dropped(folder, log_lines, monkeypatc
     assert len(recordings_in(folder)) == outcomes["written"] == 2
 
 
-class FullDisk(io.FileIO):
-    def write(self, data):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def write_to_full_disk(file, data):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("trouble", ["a full disk", "no folder"])
@@ -10395,7 +10394,7 @@ def test_answers_go_on_where_nothing_can_be_recorded(
         if trouble == "no folder":
             folder.rmdir()
         else:
-            monkeypatch.setattr(proxy.io, "FileIO", FullDisk)
+            monkeypatch.setattr(proxy.os, "write", write_to_full_disk)
         assert [post(server)[0] for _ in range(5)] == [200] * 5
         until(lambda: metrics_of(server).get('recordings_total{outcome="failed"}') == 5)
         monkeypatch.undo()
