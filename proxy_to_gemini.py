@@ -3461,8 +3461,7 @@ class ToolBuilder:
 
     def host_with(self, key: str, words: str, settings: JSON) -> None:
         """Add one with settings. One that comes twice keeps those of both."""
-        _, others = self.hosted.get(key, (words, {}))
-        self.hosted[key] = words, {**others, **settings}
+        self.hosted.setdefault(key, (words, {}))[1].update(settings)
 
     def host_mcp(self, server: Fields, keys: Sequence[str], words: str) -> None:
         """Add a remote MCP server. Gemini uses all of its tools, so one that restricts them is left
