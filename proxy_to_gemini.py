@@ -1445,6 +1445,8 @@ def nested_deeper(value: JSON, depth: int) -> bool:
     """Whether objects and arrays are in one another at more than this depth."""
     layer: list[Any] = [value]
     for _ in range(depth):
+        if not layer:
+            break
         values = (inner for outer in layer for inner in inner_values(outer))
         layer = [inner for inner in values if isinstance(inner, (dict, list))]
     return bool(layer)

@@ -3186,11 +3186,6 @@ def test_a_tool_of_googles_that_comes_twice_keeps_its_settings(more, place):
     assert sent["tools"] == [{"googleSearch": settings}]
 
 
-def test_a_tool_of_googles_that_comes_thousands_of_times_takes_time_in_proportion():
-    tools = [{"google_search": {f"key{i}": 1}} for i in range(40_000)]
-    assert cpu_seconds(lambda: plan_and_ignored(chat(tools=tools))) < 3
-
-
 @pytest.mark.parametrize(
     "path, tool",
     [("tools[0].name", {"strange": {}}), ("tools[0].googleSearch", {"googleSearch": 7})],
