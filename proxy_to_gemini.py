@@ -11047,8 +11047,11 @@ def check_caller(head: RequestHead, path: str, config: Config, loopback: bool) -
 
 
 def query_fields(target: str) -> dict[str, str]:
-    """The parameters in the target of a request, byte for byte as headers are."""
-    return dict(urllib.parse.parse_qsl(target.partition("?")[2], encoding="latin-1"))
+    """The parameters in the target of a request, byte for byte as headers are. One that comes twice
+    means nothing here: Gemini might take the other for it."""
+    pairs = urllib.parse.parse_qsl(target.partition("?")[2], encoding="latin-1")
+    counts = collections.Counter(name for name, _ in pairs)
+    return {name: value for name, value in pairs if counts[name] == 1}
 
 
 def client_keys(head: RequestHead) -> Iterator[str]:
@@ -11109,6 +11112,8 @@ def with_own_address(answer: AnswerHead, head: RequestHead, config: Config) -> A
 def upstream_key(head: RequestHead, path: str, config: Config) -> str:
     """The key for Gemini: the server's own, or with -client-keys the client's."""
     if not config.client_keys:
+        if config.proxy_key and not any(is_proxy_key(key, config) for key in client_keys(head)):
+            return ""  # a ticket is good for the bytes of one file, with which Gemini wants no key
         return config.key
     keys = [key for key in client_keys(head) if not is_proxy_key(key, config)]
     if keys and re.fullmatch(KEY_PATTERN, keys[0]):

@@ -12734,7 +12734,10 @@ def test_the_bytes_of_an_upload_need_no_key_but_the_ticket_of_its_start(locked, 
     gemini.say(Say(raw=b"{}"))
     assert passing(locked, "POST", path, b"abc")[0] == 200
     assert gemini.passed[-1][1] == f"{UPLOAD}?upload_id=a-1"
+    assert "x-goog-api-key" not in gemini.passed[-1][2]  # or it would be good for other uploads too
     assert passing(locked, "POST", path.replace("a-1", "a-2"), b"abc")[0] == 401
+    assert passing(locked, "POST", path + "&upload_id=a-2", b"abc")[0] == 401
+    assert passing(locked, "POST", path.replace("?", "?upload%5fid=a-2&"), b"abc")[0] == 401
     assert passing(locked, "POST", path.replace("/upload", ""), b"abc")[0] == 401
     assert passing(locked, "POST", path + "\xe9", b"abc")[0] == 401
 
