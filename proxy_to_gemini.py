@@ -11272,7 +11272,7 @@ class RequestCycle:
             raise ProxyError(status, message, headers=dict(headers))
         fields = dict(urllib.parse.parse_qsl(query)) if query else {}
         request = ClientRequest(route.method, path, query, self.head.headers)
-        aliases, ollama, loaded = context.aliases, context.ollama, dict(server.loaded)
+        aliases, ollama, loaded = context.aliases, context.ollama, server.loaded_by(self.key)
         context = Context(aliases, ollama, {}, loaded, match.params, fields, request)
         try:
             sends_body = self.connection.body_left or self.head.method not in ("GET", "HEAD")
@@ -11380,10 +11380,11 @@ class RequestCycle:
             server.gemini.cooldowns.end(self.key, models[0])
         plan = self.exchange.plan
         if plan.loads:
-            server.load(*plan.loads)
+            server.load(self.key, *plan.loads)
         elif plan.chat and exchange.context.ollama:
             model = plan.chat.model
-            server.load(model.name if model.stands_in else plan.model, LOADED_SECONDS)
+            name = model.name if model.stands_in else plan.model
+            server.load(self.key, name, LOADED_SECONDS)
 
     def attempt(self, route: Route, exchange: Exchange, waiter: Waiter) -> ProxyError | None:
         """Answer with what one model says; the error where it cannot."""
@@ -12064,7 +12065,7 @@ class Server(http.server.ThreadingHTTPServer):
         if config.api == "ollama":
             aliases = tuple((plain_name(name, True), *models) for name, *models in config.aliases)
             self.context = Context(aliases, ollama=True)
-        self.loaded: dict[str, float] = {}
+        self.loaded: dict[tuple[str, str], float] = {}  # by the prefix of a Shelf, and the name
         self.handlers: set[Handler] = set()  # one for each connection
         self.unstarted: set[socket.socket] = set()  # connections whose handler has not begun yet
         self.draining, self.tidied = False, -math.inf
@@ -12105,15 +12106,22 @@ class Server(http.server.ThreadingHTTPServer):
         prefix = f"{scope_of(key)}:" if self.config.client_keys else ""
         return Shelf(self.gemini.memory, prefix)
 
-    def load(self, name: str, seconds: float) -> None:
+    def load(self, key: str, name: str, seconds: float) -> None:
         """List a model as loaded for so long; none at all takes it out, whatever its spelling."""
-        for other in list(self.loaded):  # a copy: other threads change it too
+        prefix = self.shelf(key).prefix
+        for other in self.loaded_by(key):
             if plain_name(other, True) == plain_name(name, True):
-                self.loaded.pop(other, None)
+                self.loaded.pop((prefix, other), None)
         if seconds > 0:
-            self.loaded[name] = time.time() + seconds
+            self.loaded[prefix, name] = time.time() + seconds
         for oldest in list(self.loaded)[:-MAX_LOADED_MODELS]:
             self.loaded.pop(oldest, None)
+
+    def loaded_by(self, key: str) -> dict[str, float]:
+        """The models that users of this Gemini key have loaded, and until when."""
+        own = self.shelf(key).prefix
+        models = list(self.loaded.items())  # a copy: other threads change it too
+        return {name: until for (prefix, name), until in models if prefix == own}
 
     @property
     def url(self) -> str:

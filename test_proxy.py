@@ -11540,6 +11540,16 @@ def test_clients_may_bring_their_own_gemini_keys(gemini):
             assert key_of(gemini) == key
 
 
+def test_with_keys_of_clients_each_sees_only_what_runs_for_it(gemini):
+    with serving(gemini.url, api="ollama", client_keys=True) as server, RawClient(server) as client:
+        assert post(server, "/api/chat", Authorization="Bearer AIza-a")[0] == 200
+        running = {
+            key: json.loads(client.request("GET", "/api/ps", x_api_key=key)[2])["models"]
+            for key in ("AIza-a", "AIza-b")
+        }
+    assert [len(models) for models in running.values()] == [1, 0]
+
+
 def test_a_client_without_its_own_gemini_key_is_a_401(gemini):
     with serving(gemini.url, client_keys=True) as server:
         assert error_of(post(server))["code"] == "invalid_api_key"
