@@ -7642,7 +7642,6 @@ def plain_path(path: str, api: str, headers: Mapping[str, str] = {}) -> str:
     path = re.sub(r"^(/v1(?:alpha|beta)?){2,}(?=/|$)", r"\1", path)
     if GOOGLES_SDK in headers and path.startswith("/v1/"):
         return "/google" + path
-    path = re.sub(r"^/v1(alpha|beta)/openai(?=/|$)", "/v1", path)  # where Google has OpenAI's API
     if api == "ollama" or VERSIONED.match(path) or path in OWN_PAGES:
         return path
     return "/v1" + path

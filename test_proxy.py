@@ -8191,7 +8191,6 @@ def test_the_paths_below_responses_have_routes_of_their_own(method, path, respon
 @pytest.mark.parametrize(
     "path",
     [
-        "/v1beta/openai/chat/completions",
         "/v1/chat/completions",
         "/chat/completions",
         "/v1/v1/chat/completions",
