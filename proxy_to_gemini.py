@@ -9870,6 +9870,7 @@ PIECE_BYTES = 250  # of memory that a piece of a body takes besides its own
 MAX_UNWRITTEN_RECORDINGS = 256  # that wait to be written; more are dropped
 RECORDING_NAME = re.compile(r"\d{8}-\d{6}-\d{6}-req_[0-9a-f]{24}\.json")
 READABLE_JSON = json.JSONEncoder(ensure_ascii=False).encode
+PROGRAM = f"proxy-to-gemini {VERSION}, Python {sys.version}, {sys.platform}"
 RECORDING_FORMAT = 1  # changes when a program that reads recordings must
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 if sys.platform == "win32":
@@ -9922,6 +9923,8 @@ def masked(text: str, secrets: Iterable[str]) -> str:
     for sign, pattern in SECRET_SHAPES.items():
         if sign in text:
             text = pattern.sub(rf"\1{MASK}", text)
+    if '"' not in text:
+        return text
     names = text.lower().replace("\\", "").split('"')
     if SECRET_NAMES.isdisjoint(names):
         return text
@@ -10280,7 +10283,7 @@ class Recording:
         }
         about = {
             "recording": RECORDING_FORMAT,
-            "program": f"proxy-to-gemini {VERSION}, Python {sys.version}, {sys.platform}",
+            "program": PROGRAM,
             "began": moment.isoformat(),
             "api": self.config.api,
             "aliases": self.config.aliases,
