@@ -11542,6 +11542,7 @@ def test_clients_may_bring_their_own_gemini_keys(gemini):
 def test_with_keys_of_clients_each_sees_only_what_runs_for_it(gemini):
     with serving(gemini.url, api="ollama", client_keys=True) as server, RawClient(server) as client:
         assert post(server, "/api/chat", Authorization="Bearer AIza-a")[0] == 200
+        until(lambda: server.loaded)
         running = {
             key: json.loads(client.request("GET", "/api/ps", x_api_key=key)[2])["models"]
             for key in ("AIza-a", "AIza-b")
