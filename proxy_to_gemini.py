@@ -8408,6 +8408,7 @@ BROKEN_RETRY_SECONDS = 1.0  # if a connection breaks so early, Gemini has not be
 MAX_PARALLEL_CALLS = 4  # of one request of a client
 MAX_CALLS_OF_ANSWER = 16  # one after the other, where Gemini wants several for a long answer
 BLOCK_BYTES = 64 << 10  # of a body that are read at a time
+SMALL_BODY_BYTES = 1 << 20  # sent without a look at whether Gemini answers meanwhile
 MODEL_LIST_SECONDS = 300.0  # how long a list of Gemini's models is used
 MAX_COOLDOWNS = 1000  # models that are passed over; with -client-keys, for each key
 RETIREMENT_LOG_SECONDS = 86400.0  # between two log lines about a model that goes
@@ -8859,6 +8860,8 @@ class Pool(urllib.request.BaseHandler):
             target = f"http://{self.authority}{target}"
             headers.update(self.proxy[2])
         head = request_head(request.get_method(), target, request.host, headers)
+        if isinstance(body, bytes) and len(body) > SMALL_BODY_BYTES:
+            body = BodyStream([body], len(body))
         try:
             if isinstance(body, BodyStream):
                 connection.send(head)
