@@ -2177,8 +2177,8 @@ def without_resolutions(refused: RefusedCall) -> list[str]:
 
 
 def without_call_ids(refused: RefusedCall) -> list[str]:
-    keys = ("functionCall", "functionResponse")
-    named = [part[key] for part in refused.parts() for key in keys if "id" in part.get(key, ())]
+    parts = refused.parts()
+    named = [part[key] for part in parts for key in CALLS_AND_RESULTS if "id" in part.get(key, ())]
     for item in named:
         del item["id"]
     return ["tool_call_id" for _ in named[:1]]
@@ -2375,9 +2375,8 @@ def canonical(value: Any) -> Any:
 def plain_part(part: Part) -> JSON:
     """A part without what clients drop or rename: ids and signatures."""
     out = {key: value for key, value in part.items() if key != "thoughtSignature"}
-    for key in ("functionCall", "functionResponse"):
-        if key in out:
-            out[key] = {name: value for name, value in out[key].items() if name != "id"}
+    for key in CALLS_AND_RESULTS & out.keys():
+        out[key] = {name: value for name, value in out[key].items() if name != "id"}
     return out
 
 
@@ -7804,7 +7803,7 @@ class Credential(NamedTuple):
     @property
     def account(self) -> str:
         """Whose it is, "" if it does not say."""
-        url = self.text("service_account_impersonation_url")
+        url = self.text(IMPERSONATION)
         match = re.search(r"serviceAccounts/([^/:]+):", url)
         names = (self.text(name) for name in ("client_email", "account", "audience"))
         return match.group(1) if match else next(filter(None, names), "")
@@ -7939,7 +7938,7 @@ def source_grant(credential: Credential, now: float) -> Grant:
 def token_grant(credential: Credential, now: float) -> Grant:
     """All that is to be asked for a token of this credential; `now` is in seconds since 1970."""
     token = yield from CREDENTIAL_KINDS[credential.kind].grant(credential, now)
-    url = credential.text("service_account_impersonation_url")
+    url = credential.text(IMPERSONATION)
     if not url:
         return token
     settings = get_or_empty(credential.fields, "service_account_impersonation", dict)
@@ -9326,9 +9325,8 @@ def ask_for_token(step: TokenStep) -> tuple[int, bytes]:
             response.begin()
             return response.status, response.read(MAX_TOKEN_BYTES)
     except (ProxyError, ValueError, OverflowError, *TRANSPORT_ERRORS) as failure:
-        reason = getattr(failure, "strerror", None) or str(failure)
-        if not reason or isinstance(failure, (ProxyError, TimeoutError)):
-            reason = "it does not answer in time"
+        late = isinstance(failure, (ProxyError, TimeoutError))
+        reason = "it does not answer in time" if late else reason_of(failure)
         message = f"{host_of(step.url)} cannot be reached: {reason}"
         raise UnreachableError(502, message, upstream=True) from None
 
@@ -12548,8 +12546,8 @@ def google_credential(command: str | None, env: Mapping[str, str]) -> Credential
             with open(path, "rb") as file:
                 credential = read_credential(parsed_object(edited_text(file.read())), path)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise CredentialError(f"the credential in {path} cannot be used: {reason}") from None
+            message = f"the credential in {path} cannot be used: {reason_of(error)}"
+            raise CredentialError(message) from None
     else:
         credential = metadata_credential(env)
     quota = env.get("GOOGLE_CLOUD_QUOTA_PROJECT", "").strip() or credential.text("quota_project_id")
@@ -12931,7 +12929,7 @@ class Workers:
         try:
             pid = os.fork()
         except OSError as error:  # too many processes, or no memory: the others go on
-            log(f"worker {number} cannot be started: {error.strerror}")
+            log(f"worker {number} cannot be started: {reason_of(error)}")
             return
         if pid != 0:
             self.running[pid] = number
@@ -13214,7 +13212,7 @@ def shared_state(config: Config) -> Iterator[Config]:
     try:
         folder = tempfile.TemporaryDirectory(prefix=STATE_FOLDER)
     except OSError as error:
-        sys.exit(f"proxy-to-gemini: workers share a file; name one with -state: {error.strerror}")
+        sys.exit(f"proxy-to-gemini: workers share a file; name one with -state: {reason_of(error)}")
     with folder as path:
         yield config._replace(state=os.path.join(path, "state.db"))
 
