@@ -1152,20 +1152,14 @@ def entry_name(entry: JSON) -> str:
     return entry_path(entry).partition("/")[2]
 
 
-def listed_models(answers: Answers) -> list[JSON]:
-    """Gemini's entries for all of its models."""
-    return [entry for chunks in answers for chunk in chunks for entry in chunk["models"]]
-
-
-def usable_models(entries: list[JSON], context: Context) -> dict[str, JSON]:
+def usable_models(answers: Answers, context: Context) -> dict[str, JSON]:
     """Gemini's entries for the models that can chat or embed, by their plain names; then the names
     that stand for one of these."""
     models: dict[str, JSON] = {}
-    for entry in entries:
+    for entry in (entry for chunks in answers for chunk in chunks for entry in chunk["models"]):
         methods = get_or_empty(entry, "supportedGenerationMethods", list)
-        name = get_or_empty(entry, "name", str)
-        if name and ("generateContent" in methods or "embedContent" in methods):
-            models[re.sub("^models/", "", name)] = entry
+        if entry_name(entry) and ("generateContent" in methods or "embedContent" in methods):
+            models[entry_name(entry)] = entry
     names = [name for name, *_ in context.aliases if not re.search(r"[*?\[]", name)]
     for name in names + recipe_names(context):
         model = model_named(name, context)
@@ -4995,7 +4989,7 @@ def openai_model_entry(name: str, gemini_entry: JSON, context: Context) -> JSON:
 def openai_models_response(exchange: Exchange, answers: Answers) -> JSON:
     """All models, or a page as Anthropic's clients ask for it."""
     context = exchange.context
-    models = usable_models(listed_models(answers), context)
+    models = usable_models(answers, context)
     if context.ollama:
         models = {tagged(name): models[name] for name in models if not UNLISTED.search(name)}
     data = [openai_model_entry(name, entry, context) for name, entry in models.items()]
@@ -6521,7 +6515,7 @@ def ollama_embed_request(body: Fields, context: Context) -> Plan:
 def check_lengths(exchange: Exchange, answers: Answers) -> None:
     """Refuse a text that the model would cut off. Gemini's list says how many tokens it takes."""
     options: EmbedOptions = exchange.options
-    models = usable_models(listed_models(itertools.islice(answers, 1)), exchange.context)
+    models = usable_models(itertools.islice(answers, 1), exchange.context)
     entry = models.get(model_named(exchange.model, exchange.context).name)
     limit = get_or_empty(entry, "inputTokenLimit", int) or math.inf
     for chunks in itertools.islice(answers, options.checks - 1):
@@ -6568,7 +6562,7 @@ UNLISTED = re.compile(
 def listed_entry(model_name: str, answers: Answers, context: Context, *uses: str) -> JSON:
     """Gemini's entry for the model that a client means; a 404 if there is none."""
     name = model_named(model_name, context, *uses).name
-    entry = usable_models(listed_models(answers), context).get(name)
+    entry = usable_models(answers, context).get(name)
     if entry is None:
         raise no_such_model(model_name)
     return entry
@@ -6594,8 +6588,8 @@ MODEL_BYTES = 1  # there are no files; some clients take 0 for a size that is mi
 
 def ollama_entry(name: str, entry: JSON, context: Context) -> JSON:
     """A model in a list, from Gemini's entry for it."""
-    full_name, limit = get_or_empty(entry, "name", str), entry.get("inputTokenLimit")
-    capabilities = ollama_capabilities(full_name.rpartition("/")[2] or name, entry)
+    limit = entry.get("inputTokenLimit")
+    capabilities = ollama_capabilities(entry_name(entry), entry)
     # llm-ollama caches the capabilities by the digest.
     identity = json.dumps([plain_name(name, True), capabilities, limit])
     details = {"parent_model": "", "format": "gguf", "family": "gemini", "families": ["gemini"]}
@@ -6615,7 +6609,7 @@ def ollama_entry(name: str, entry: JSON, context: Context) -> JSON:
 
 def ollama_tags_response(exchange: Exchange, answers: Answers) -> JSON:
     context = exchange.context
-    models = usable_models(listed_models(answers), context)
+    models = usable_models(answers, context)
     names = [name for name in models if not UNLISTED.search(name)]
     return {"models": [ollama_entry(name, models[name], context) for name in names]}
 
@@ -6632,7 +6626,7 @@ def ollama_ps_response(exchange: Exchange, answers: Answers) -> JSON:
     loaded = {name: until for name, until in context.loaded.items() if until > now}
     if not loaded:
         return {"models": []}
-    models = usable_models(listed_models(answers), context)
+    models = usable_models(answers, context)
     entries = []
     for name, until in sorted(loaded.items(), key=itemgetter(1), reverse=True):
         gemini_entry = models.get(model_named(name, context).name)
@@ -6736,7 +6730,7 @@ def ollama_pull_request(body: Fields, context: Context) -> Plan:
 
 def ollama_pull_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
     """Nothing is downloaded; `codex --oss` and Home Assistant wait for "success"."""
-    models = usable_models(listed_models(answers), exchange.context)
+    models = usable_models(answers, exchange.context)
     yield {"status": "pulling manifest"}
     if model_named(exchange.model, exchange.context).name not in models:
         raise ProxyError(500, "pull model manifest: file does not exist")
@@ -6774,7 +6768,7 @@ def ollama_copy_request(body: Fields, context: Context) -> Plan:
 def ollama_copy_response(exchange: Exchange, answers: Answers) -> Kept:
     name, context = exchange.model, exchange.context
     source = model_named(name, context).name
-    models = usable_models(listed_models(answers), context)
+    models = usable_models(answers, context)
     if source not in models:
         raise ProxyError(404, f"model {json.dumps(name[:200])} not found")
     recipe = recipe_named(name, context)._replace(source=source)
@@ -6810,7 +6804,7 @@ def ollama_create_request(body: Fields, context: Context) -> Plan:
 
 def ollama_create_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
     recipe: Recipe = exchange.options
-    models = usable_models(listed_models(answers), exchange.context)
+    models = usable_models(answers, exchange.context)
     if recipe.source not in models:
         raise no_such_model(recipe.source)
     yield recipe_to_keep(exchange.model, recipe, exchange, models)
@@ -6822,7 +6816,7 @@ def ollama_delete_response(exchange: Exchange, answers: Answers) -> Kept:
     name, context = exchange.model, exchange.context
     if recipe_named(name, context).source:
         return Kept(Payload(b""), (Keep(recipe_key(name), ""),))
-    if plain_name(name, True) in usable_models(listed_models(answers), context):
+    if plain_name(name, True) in usable_models(answers, context):
         message = f"model '{name[:200]}' is Google's and cannot be deleted from here"
         raise ProxyError(403, message)
     raise no_such_model(name)
@@ -13115,7 +13109,7 @@ class Checker:
 def newest_flash(models: list[JSON]) -> Model:
     """The newest flash model, which is cheap; without one, the newest model that can chat."""
     names = [
-        get_or_empty(entry, "name", str).rpartition("/")[2]
+        entry_name(entry)
         for entry in models
         if "generateContent" in get_or_empty(entry, "supportedGenerationMethods", list)
     ]

@@ -1476,7 +1476,7 @@ IMAGER = "gemini-2.5-flash-image"
 
 def test_an_alias_is_listed_as_long_as_one_of_its_models_is():
     aliases = (("fast", "gemini-gone", FLASH), ("slow", "gemini-gone"))
-    models = proxy.usable_models(MODELS, Context(aliases=aliases))
+    models = proxy.usable_models([[{"models": MODELS}]], Context(aliases=aliases))
     assert models["fast"]["name"] == f"models/{FLASH}"
     assert "slow" not in models
 
