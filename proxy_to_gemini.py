@@ -1726,7 +1726,7 @@ def sampling_config(
     limit: int | None = None,
     seed: int | None = None,
     stops: Sequence[str] = (),
-    **penalties: float | None,
+    **weights: float | None,
 ) -> JSON:
     """The part of a generationConfig about sampling, within what Gemini takes.
 
@@ -1746,9 +1746,9 @@ def sampling_config(
         config["seed"] = seed if -(2**31) <= seed < 2**31 else seed % 2**31
     if stops:
         config["stopSequences"] = list(stops)
-    for name, penalty in penalties.items():
-        if penalty is not None:
-            config[name] = penalty or None
+    for name, weight in weights.items():
+        if weight is not None:
+            config[name] = weight or None
     return config
 
 
@@ -3505,10 +3505,10 @@ def chat_tools(body: Fields, *more: Fields) -> Tools:
         if function:
             defer_tool(function, namespace, note, builder)
         else:
-            chat_tool(tool, namespace, note, builder, body)
+            chat_tool(tool, namespace, note, builder)
     for tool, namespace, note in later:
         tool.mark_read("defer_loading")
-        chat_tool(tool, namespace, note, builder, body)
+        chat_tool(tool, namespace, note, builder)
     if finder:
         declare_finder(finder, builder)
     for function in body.objects("functions"):
@@ -3518,7 +3518,7 @@ def chat_tools(body: Fields, *more: Fields) -> Tools:
     return builder.tools()
 
 
-def chat_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder, body: Fields) -> None:
+def chat_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder) -> None:
     """Add one tool of any type; what Gemini has nothing for is named as ignored."""
     kind = tool.get("type", str)
     if builder.host(tool):
@@ -12376,7 +12376,7 @@ def proxy_key(env: Mapping[str, str]) -> str:
     return (key or "").strip()
 
 
-def alias(text: str) -> tuple[str, ...]:
+def parse_alias(text: str) -> tuple[str, ...]:
     """("gpt-*", "gemini-3.8-flash", "gemini-2.5-flash") from NAME=MODEL,MODEL."""
     name, _, models = text.partition("=")
     names = [re.sub("^models/", "", model.strip()) for model in models.split(",")]
@@ -12385,7 +12385,7 @@ def alias(text: str) -> tuple[str, ...]:
     return (name, *dict.fromkeys(names))
 
 
-def seconds(text: str) -> float:
+def parse_seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) < 1e7:
             return float(text)
@@ -12460,10 +12460,11 @@ def flag_parser() -> argparse.ArgumentParser:
     flag("token-command", text, type=command_line, metavar="COMMAND")
     text = "another name for a model (the next ones are for when it cannot answer); NAME may be "
     more = {"action": "append", "default": [], "metavar": "NAME=MODEL[,MODEL...]"}
-    flag("alias", f"{text}a glob; repeatable", type=alias, **more)
+    flag("alias", f"{text}a glob; repeatable", type=parse_alias, **more)
     text = "browser origins that may call besides this machine's and apps'; * is any"
     flag("origins", text, default="", metavar="ORIGIN,...")
-    flag("timeout", "how long Gemini may be silent", type=seconds, default=600.0, metavar="SECONDS")
+    text = "how long Gemini may be silent"
+    flag("timeout", text, type=parse_seconds, default=600.0, metavar="SECONDS")
     flag("workers", "processes that share the port", type=worker_count, default=1, metavar="N|auto")
     flag("state", "keeps signatures and responses over a restart", metavar="FILE")
     flag("record", "keeps what passes, without secrets, one file an exchange", metavar="DIR")
