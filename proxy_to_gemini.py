@@ -1281,6 +1281,11 @@ def is_base64(text: str) -> bool:
     return match is not None and len(text.rstrip("=")) % 4 != 1
 
 
+def can_sign(text: str) -> bool:
+    """Whether this may be a signature of Gemini's, and no word that stands for one."""
+    return len(text) > 8 and is_base64(text)
+
+
 def decode_base64(text: str) -> bytes:
     """The bytes of base64; the library takes both alphabets here, and too much padding."""
     return base64.urlsafe_b64decode(text + "==")
@@ -1501,6 +1506,7 @@ def gemini_name(name: str) -> str:
 # ---- turns ----
 
 CALLS_AND_RESULTS = {"functionCall", "functionResponse"}
+GO_ON = "Continue."  # the turn after what the model is to carry on, where it does not by itself
 MISSING_RESULT = {"error": "There is no result: the call was interrupted."}
 
 
@@ -1545,11 +1551,15 @@ def valid_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     if turns and turns[0]["role"] == "model":
         turns.insert(0, user_turn(text_part(" ")))
     if turns and turns[-1]["role"] == "model" and not model.prefills:
-        turns.append(user_turn(text_part("Continue.")))
+        turns.append(user_turn(text_part(GO_ON)))
     for turn in turns:
         if len(turn["parts"]) > 1:
             turn["parts"] = with_unique_ids(turn["parts"])
     return turns
+
+
+def without_id(item: JSON) -> JSON:
+    return {name: value for name, value in item.items() if name != "id"}
 
 
 def merged_turns(contents: Iterable[JSON]) -> list[JSON]:
@@ -1574,7 +1584,7 @@ def with_unique_ids(parts: list[Part]) -> list[Part]:
         for key in CALLS_AND_RESULTS & part.keys():
             item = part[key]
             if item.get("id") in used:
-                unique = {**part, key: {name: item[name] for name in item if name != "id"}}
+                unique = {**part, key: without_id(item)}
             used.add(item.get("id") or "")
         out.append(unique)
     return out
@@ -2179,7 +2189,7 @@ def without_call_ids(refused: RefusedCall) -> list[str]:
 
 
 def without_prefill(refused: RefusedCall) -> list[str]:
-    refused.body["contents"].append(user_turn(text_part("Continue.")))
+    refused.body["contents"].append(user_turn(text_part(GO_ON)))
     return ["prefill"]
 
 
@@ -2370,7 +2380,7 @@ def plain_part(part: Part) -> JSON:
     """A part without what clients drop or rename: ids and signatures."""
     out = {key: value for key, value in part.items() if key != "thoughtSignature"}
     for key in CALLS_AND_RESULTS & out.keys():
-        out[key] = {name: value for name, value in out[key].items() if name != "id"}
+        out[key] = without_id(out[key])
     return out
 
 
@@ -2706,6 +2716,9 @@ class ToolCall(NamedTuple):
 class Media(NamedTuple):
     mime: str
     data: str  # base64
+
+    def url(self) -> str:
+        return f"data:{self.mime};base64,{self.data}"
 
 
 class Citation(NamedTuple):
@@ -3382,7 +3395,7 @@ def client_signature(call: Fields, function: Fields) -> str | None:
     signatures: list[str] = [get_or_empty(one, "thought_signature", str) for one in carriers]
     signatures.append(split_signed_id(get_or_empty(call.data, "id", str))[1])
     for signature in signatures:
-        if len(signature) > 8 and is_base64(signature):
+        if can_sign(signature):
             return signature
     return None
 
@@ -4174,8 +4187,7 @@ def openai_annotation(citation: Citation) -> JSON:
 
 def openai_image(media: Media, index: int) -> JSON:
     """An image in the form of OpenRouter and LiteLLM; OpenAI has none for images in a chat."""
-    url = f"data:{media.mime};base64,{media.data}"
-    return {"type": "image_url", "image_url": {"url": url}, "index": index}
+    return {"type": "image_url", "image_url": {"url": media.url()}, "index": index}
 
 
 def openai_base(exchange: Exchange, prefix: str, kind: str) -> JSON:
@@ -4640,7 +4652,7 @@ def openai_images_response(exchange: Exchange, answers: Answers) -> JSON:
     images = [image for image, _ in openai_image_results(answers)]
     data = [{"b64_json": image.data} for image in images]
     if exchange.options.url:
-        data = [{"url": f"data:{image.mime};base64,{image.data}"} for image in images]
+        data = [{"url": image.url()} for image in images]
     form = given(output_format=IMAGE_TYPES.get(images[0].mime))
     usage = openai_image_usage(exchange.usage)
     return {"created": int(exchange.created), "data": data, **form, "usage": usage}
@@ -5906,15 +5918,8 @@ class ResponseBuilder:
 
     def end(self, status: str, fields: JSON) -> Iterator[Any]:
         """The last event. Unless the client forbids it, the response is stored before."""
-        usage = self.exchange.usage
-        counts = {  # cache_write_tokens is for openai-python, whose strict validation wants it
-            "input_tokens": usage.prompt,
-            "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
-            "output_tokens": usage.output,
-            "output_tokens_details": {"reasoning_tokens": usage.thoughts},
-            "total_tokens": usage.prompt + usage.output,
-        }
-        self.response.update(fields, status=status, usage=counts)
+        usage = response_usage(self.exchange.usage)
+        self.response.update(fields, status=status, usage=usage)
         if status == "completed":
             self.response["completed_at"] = int(self.exchange.now)
         if self.response["store"]:
@@ -5927,6 +5932,16 @@ class ResponseBuilder:
             else:
                 self.response["store"] = False  # it would evict what others have stored
         yield self.event(status, response=self.response)
+
+
+def response_usage(usage: Usage) -> JSON:
+    return {  # cache_write_tokens is for openai-python, whose strict validation wants it
+        "input_tokens": usage.prompt,
+        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+        "output_tokens": usage.output,
+        "output_tokens_details": {"reasoning_tokens": usage.thoughts},
+        "total_tokens": usage.prompt + usage.output,
+    }
 
 
 def response_status(end: End) -> tuple[str, JSON]:
@@ -7011,7 +7026,7 @@ def anthropic_parts(message: Fields, key: str, model: Model, role: str = "") -> 
 def thinking_signature(block: Fields) -> str:
     """Gemini's signature in a thinking block; "" where there is none."""
     signature: str = get_or_empty(block.data, "signature", str)
-    return signature if len(signature) > 8 and is_base64(signature) else ""
+    return signature if can_sign(signature) else ""
 
 
 # Claude Code begins its instructions with this line for Anthropic's servers. It is no instruction,
@@ -7760,6 +7775,11 @@ def base64url(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
+def basic_login(login: str) -> str:
+    """The header of "name:password" in HTTP Basic: RFC 7617, section 2."""
+    return "Basic " + base64.b64encode(login.encode()).decode()
+
+
 def signed_jwt(key: RsaKey, key_id: str, claims: JSON) -> str:
     """A JWT, signed RS256 (RFC 7515, section 3.1)."""
     head = {"alg": "RS256", "typ": "JWT", **given(kid=key_id)}
@@ -7849,7 +7869,7 @@ def form_step(url: str, fields: Mapping[str, str], login: str = ":") -> TokenSte
     """A request for a token: RFC 6749, section 4; the client may name itself by HTTP Basic."""
     headers = {"Content-Type": "application/x-www-form-urlencoded"}
     if login != ":":
-        headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+        headers["Authorization"] = basic_login(login)
     return TokenStep(url, urllib.parse.urlencode(fields).encode(), headers)
 
 
@@ -8955,7 +8975,7 @@ def proxy_for(scheme: str, host: str) -> HttpProxy | None:
     headers = {}
     if parts.username:
         login = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
-        headers["Proxy-Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+        headers["Proxy-Authorization"] = basic_login(login)
     return parts.hostname, parts.port or 80, headers
 
 
