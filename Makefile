@@ -51,9 +51,9 @@ lint:
 demo:
 	@echo "Try it from another terminal:"; \
 	if [ $(API) = ollama ]; then \
-	  echo "  curl http://127.0.0.1:$(PORT)/api/chat -d '{\"model\": \"gemini-2.5-flash\", \"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}'"; \
+	  echo "  curl http://127.0.0.1:$(PORT)/api/chat -d '{\"model\": \"gemini-3.8-flash\", \"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}'"; \
 	else \
-	  echo "  curl http://127.0.0.1:$(PORT)/v1/chat/completions -d '{\"model\": \"gemini-2.5-flash\", \"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}'"; \
+	  echo "  curl http://127.0.0.1:$(PORT)/v1/chat/completions -d '{\"model\": \"gemini-3.8-flash\", \"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}'"; \
 	fi; \
 	$(PYTHON) test_proxy.py $(STAND_IN_PORT) & stand_in=$$!; trap "kill $$stand_in 2>/dev/null" EXIT INT TERM; \
 	GEMINI_API_KEY=demo $(PYTHON) proxy_to_gemini.py -api=$(API) -listen=127.0.0.1:$(PORT) -upstream=http://127.0.0.1:$(STAND_IN_PORT)
