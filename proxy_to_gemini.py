@@ -8416,7 +8416,7 @@ KEEP_ALIVE_SECONDS = 10.0  # a stream that is silent for so long sends a keep-al
 MAX_ATTEMPTS = 3  # of a call, the first included
 BACKOFF_SECONDS = 0.2  # before the next attempt; it doubles with each one
 MAX_BACKOFF_SECONDS = 2.0  # a longer wait is left to the client
-RETRY_WINDOW_SECONDS = 30.0  # there is no further attempt later than this
+RETRY_WINDOW_SECONDS = 30.0  # later, the same call is not sent again
 BROKEN_RETRY_SECONDS = 1.0  # if a connection breaks so early, Gemini has not begun to work
 MAX_PARALLEL_CALLS = 4  # of one request of a client
 MAX_CALLS_OF_ANSWER = 16  # one after the other, where Gemini wants several for a long answer
@@ -9042,8 +9042,9 @@ class UpstreamCall:
     """One call to Gemini, in at most MAX_ATTEMPTS attempts: send() it, then read its chunks().
 
     Another attempt is made while no byte of a good answer has come: when Gemini says that it may
-    help (`retry_after`, up to MAX_BACKOFF_SECONDS), when the connection broke within
-    BROKEN_RETRY_SECONDS, and when a repaired call may pass; not after RETRY_WINDOW_SECONDS.
+    help (`retry_after`, up to MAX_BACKOFF_SECONDS) or the connection broke within
+    BROKEN_RETRY_SECONDS, but not after RETRY_WINDOW_SECONDS; and at any time when a repaired call
+    or another token may pass, as a refusal costs nothing, and a large body may take that long.
     """
 
     def __init__(
@@ -10504,7 +10505,10 @@ http_date = functools.lru_cache(maxsize=2)(email.utils.formatdate)  # RFC 9110, 
 # ---- metrics ----
 
 BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # seconds
-STATUSES = (200, 204, 400, 401, 403, 404, 405, 413, 415, 429, 431, 499, 500, 501, 502, 503, 504)
+STATUSES = (
+    *(200, 204, 400, 401, 403, 404, 405, 413, 414, 415, 426, 429, 431, 499),
+    *(500, 501, 502, 503, 504, 529),
+)
 LABELS = {
     "status": tuple(map(str, STATUSES)),
     "kind": ("prompt", "cached", "output", "thoughts"),
@@ -12886,8 +12890,9 @@ class Signals:
 
 STATE_FOLDER = "proxy-to-gemini-"  # begins the name of the temporary one that workers share
 RESTART_SECONDS = 1.0  # seconds between two starts of the same worker
-# Seconds for workers to end by themselves: those of Server.drain, and a little more.
-WORKER_DRAIN_SECONDS = DRAIN_NOTICE_SECONDS + DRAIN_SECONDS + 3 * FINAL_SECONDS
+# Seconds for workers to end by themselves: those of Server.drain (three times FINAL_SECONDS) and of
+# Recorder.close, and a little more. systemd's TimeoutStopSec is longer.
+WORKER_DRAIN_SECONDS = DRAIN_NOTICE_SECONDS + DRAIN_SECONDS + 5 * FINAL_SECONDS
 
 
 class Workers:

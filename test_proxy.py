@@ -9420,6 +9420,17 @@ def test_a_call_is_not_tried_again_after_a_long_time(gemini, service, monkeypatc
     assert len(gemini.bodies) == 1
 
 
+def test_a_repaired_call_is_sent_however_long_the_refusal_took(gemini, service, monkeypatch):
+    """A refusal costs nothing, and a large body may be long on its way."""
+    monkeypatch.setattr(proxy, "RETRY_WINDOW_SECONDS", 0.05)
+    refused = gemini_error(400, "Thinking level LOW is not supported for this model.")
+    refused.delay = 0.2
+    gemini.say(refused, whole("Fine."))
+    settings = {"thinkingConfig": {"thinkingLevel": "LOW"}}
+    call = proxy.generate_call(proxy.model_of(NEWEST), False, [], [u("Hi")], settings)
+    assert service.chunks(call) == [whole("Fine.")]
+
+
 def test_a_setting_that_is_refused_is_left_out_and_named(gemini, service):
     gemini.say(
         gemini_error(400, "Thinking level LOW is not supported for this model."), whole("Fine.")
@@ -10791,6 +10802,25 @@ def test_metrics_count_requests_by_route_and_status(server):
     post(server, "/v1/nonsense")
     until(lambda: requests_counted(server, "other", 404) == 1)
     until(lambda: requests_counted(server, CHAT_ROUTE_NAME, 200) == 2)
+
+
+def test_each_refusal_of_this_program_has_a_number_in_the_metrics():
+    names = [name for name, value in vars(proxy).items() if isinstance(value, type)]
+    errors = {name for name in names if issubclass(getattr(proxy, name), proxy.ProxyError)}
+    calls = [node for node in NODES if isinstance(node, ast.Call) and node.args]
+    made = [node for node in calls if getattr(node.func, "id", "") in {*errors, "Refusal"}]
+    statuses = {getattr(node.args[0], "value", None) for node in made}
+    statuses = {status for status in statuses if type(status) is int} | {414, 499}
+    assert {401, 426, 503} < statuses
+    assert statuses <= set(proxy.STATUSES)
+
+
+@pytest.mark.parametrize("status", sorted(set(proxy.FALLBACK_REASONS) | {500, 502, 504}))
+def test_what_gemini_refuses_with_has_a_number_in_the_metrics(status):
+    metrics = proxy.Metrics(())
+    metrics.add("upstream_errors_total", str(status))
+    page = metrics.page(configure()).data.decode()
+    assert f'upstream_errors_total{{status="{status}"}} 1' in page
 
 
 def test_metrics_measure_the_time_of_answers_and_first_bytes(server):
@@ -13838,6 +13868,12 @@ def two_workers(gemini, **env):
 
 def count_of_chats(server):
     return metrics_of(server).get('requests_total{route="POST /v1/chat/completions",status="200"}')
+
+
+def test_workers_may_write_their_recordings_and_end_before_systemd_kills_them():
+    steps = (proxy.DRAIN_NOTICE_SECONDS, proxy.DRAIN_SECONDS, *4 * [proxy.FINAL_SECONDS])
+    allowed = float(re.search(r"^TimeoutStopSec=(\d+)$", proxy.UNIT, re.M).group(1))
+    assert sum(steps) < proxy.WORKER_DRAIN_SECONDS < allowed
 
 
 def test_workers_share_signatures(gemini):
