@@ -11,9 +11,13 @@ It needs Python 3.9 or newer and nothing else. How a request goes through this f
     client JSON --parse--> Fields --route.request--> Plan(GeminiCall, ...) --Client--> chunks
                               |                        ^                                 |
                               '---> Chat --chat_call---' (chat endpoints)           read_gemini
-                                                                                         v
-    whole answer <--route.response-- Answer <--whole-- Text | ToolCall | Media | End (ids by Server)
+                                                                                         |
+    whole answer <--route.response-- Answer <--whole-- Text | ToolCall | Media | End <---'
     wire events  <--route.stream------------------------'
+
+A back end changes calls before they are sent (Backend.calls) and chunks as they come
+(Backend.chunks). Gemini.remember gives tool calls their ids; then chat_events makes the events of a
+chat what its client asked for.
 
 Where to look
     1. Vocabulary                the nouns everything else is written in
@@ -32,13 +36,14 @@ Where to look
     14. Backends                 where a call goes, and what differs on Vertex AI
     15. Client                   all that talks to Gemini: waiting, connections, attempts, memory
     16. Recording                what passes in an exchange, without secrets, in a file
-    17. Server                   all that talks to clients: metrics, HTTP, who may call, answers
+    17. Server                   all that talks to clients: metrics, HTTP, answers, page for people
     18. Command line             flags, environment, systemd, workers, checks, start and end
 
 Sections 1 to 14 are pure: they get values and give values. Time and ids are given to them; what is
 stored is looked up before (Route.keys); what must be stored, they return as a Keep. Gemini's
 JSON is the form of parts and turns; a Chat is a question to a model in nobody's dialect, and an
-Answer is what a whole answer adds up to. A fifth dialect fills a Chat and reads an Answer.
+Answer is what a whole answer adds up to. A fifth dialect fills a Chat, and reads events or the
+Answer that they add up to.
 
 Words
     body       the client's JSON, as Fields: it knows the path of each value, and which were read
@@ -46,6 +51,8 @@ Words
     chunk      one GenerateContentResponse of Gemini's; a plain answer is a single chunk
     event      what read_gemini makes of chunks, and what a stream sends to the client
     exchange   one request of a client's and its answer
+    further    models of an alias, asked where the first cannot answer: why in 4, for how long the
+               first is passed over in 15, how in 17
     recipe     a model that an Ollama client created: one of Gemini's, with words and options
     turn       one content of Gemini's history: a role and its parts
     signature  Gemini 3's opaque `thoughtSignature`, without which it refuses its own tool calls
@@ -590,7 +597,7 @@ class BodyStream(NamedTuple):
 
 
 class Passed(NamedTuple):
-    """What a call of Gemini's own API has besides its path, as the client sent it."""
+    """What a call has besides its path: as the client sent it, or made of the call's body."""
 
     method: str
     root: str  # what is before the path: "v1beta", "v1", "upload/v1beta" ...
@@ -625,7 +632,7 @@ class GeminiCall(NamedTuple):
 class Plan(NamedTuple):
     """What a client's request comes to."""
 
-    calls: tuple[GeminiCall, ...] = ()  # sent at once, answered in order
+    calls: tuple[GeminiCall, ...] = ()  # sent ahead, a few at a time; answered in order
     stream: bool = False  # whether the client wants events
     options: Any = None  # what only the answer can fulfil; the endpoint knows its type
     model: str = ""  # as the client spelt it
@@ -781,7 +788,7 @@ class Route(NamedTuple):
     # (body, Content-Type); None: the body is not read, but goes on to Gemini as it comes in.
     parse: Callable[[bytes, str], Fields] | None = parse_body
     failure: Callable[[Exchange, ProxyError], list[Any]] | None = None  # last events of a failure
-    keys: Callable[[Fields, Context], list[str]] | None = None  # of stored texts, besides recipes
+    keys: Callable[[Fields, Context], list[str]] | None = None  # of stored texts, recipe_keys aside
     answer: Any = None
 
     @property
@@ -2120,7 +2127,7 @@ def embed_calls(
     return tuple(calls)
 
 
-MODELS_CALL = GeminiCall("models")  # Gemini's whole list, which the client keeps for a few minutes
+MODELS_CALL = GeminiCall("models")  # Gemini's whole list, which section 15 keeps for minutes
 
 # ---- repairs: each changes a request, and returns the names of what it left out ----
 
@@ -2706,7 +2713,7 @@ class Text(NamedTuple):
 class ToolCall(NamedTuple):
     """A function call; its id is ours."""
 
-    name: str  # Gemini's
+    name: str  # Gemini's; from chat_events on, the client's
     args: JSON
     signature: str | None = None
     id: str = ""
@@ -9805,7 +9812,8 @@ class Gemini:
     def known_call(self, call_key: CallKey, key: str, model: Model) -> KnownCall:
         """What is kept of a tool call, unless another generation of models gave it."""
         text = self.memory.get(f"{scope_of(key)}:call:{call_key.id}", call_key.digest) or ""
-        words = [*text.split(" ", 3), "[]"]  # as remember() joined them; version 1.0 without "[]"
+        # As remember() joined them; an old state file may lack the list.
+        words = [*text.split(" ", 3), "[]"]
         if words[:2] == [str(generation_number(model)), call_key.name]:
             return KnownCall(words[2], tuple(json.loads(words[3])))
         if text:
@@ -10435,7 +10443,7 @@ class Recorder:
 
 
 # ======================================================================================
-# 17. Server: all that talks to clients: metrics, HTTP, who may call, answers
+# 17. Server: all that talks to clients: metrics, HTTP, answers, page for people
 # ======================================================================================
 
 MAX_BODY_BYTES = 128 << 20  # of a request; Gemini takes 100 MB
@@ -12477,6 +12485,7 @@ def flag_parser() -> argparse.ArgumentParser:
     address = {"type": listen_address, "default": ("127.0.0.1", 5555), "metavar": "HOST:PORT"}
     flag("listen", ":PORT is every interface", **address)
     text = f"base URL of the Gemini API; {DEFAULT_UPSTREAM} unless $GOOGLE_GEMINI_BASE_URL is set"
+    text += " (of Vertex AI: the location's server, $GOOGLE_VERTEX_BASE_URL)"
     flag("upstream", text, type=base_url, metavar="URL")
     place = {"type": vertex_place, "metavar": "PROJECT[/LOCATION]"}
     flag("vertex", "Vertex AI answers, with Google Cloud credentials", **place)
@@ -12695,7 +12704,7 @@ def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
 
 UNIT = """\
 [Unit]
-Description=proxy-to-gemini: OpenAI's or Ollama's API, answered by Gemini
+Description=proxy-to-gemini: OpenAI's, Ollama's and Anthropic's APIs, answered by Gemini
 Documentation=file://{folder}/README.md
 Wants=network-online.target
 After=network-online.target
