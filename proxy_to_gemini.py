@@ -8852,7 +8852,8 @@ class UpstreamRequest(urllib.request.Request):
 class Pool(urllib.request.BaseHandler):
     """How urllib reaches Gemini: over connections that are used again."""
 
-    def __init__(self, upstream: str):
+    def __init__(self, upstream: str, count: Callable[..., None] = lambda *_: None):
+        self.count = count  # called with the name of a metric
         parts = urllib.parse.urlsplit(upstream)
         self.host = parts.hostname or ""
         self.port = parts.port or {"https": 443, "http": 80}[parts.scheme]
@@ -8865,7 +8866,6 @@ class Pool(urllib.request.BaseHandler):
         if parts.scheme == "https":
             self.context = tls_context()
         self.session: ssl.SSLSession | None = None  # of a TLS connection, for new ones to resume
-        self.opened = self.counted = 0  # connections so far; of these, those in the metrics
 
     def https_open(self, request: UpstreamRequest) -> Response:
         """Send the request: its Response, of which nothing is read yet."""
@@ -8908,7 +8908,7 @@ class Pool(urllib.request.BaseHandler):
 
     def connect(self, waiter: Waiter) -> UpstreamSocket:
         """A new connection, through the proxy if there is one, and with TLS for https."""
-        self.opened += 1
+        self.count("upstream_connections_total")
         deadline = waiter.deadline
         waiter = Waiter(waiter.client, CONNECT_SECONDS, waiter.stopping, waiter.keep_alive)
         waiter.deadline = deadline
@@ -9683,7 +9683,7 @@ class Gemini:
         self.tokens: Tokens | None = None
         if backend.credential:
             self.tokens = Tokens(backend.credential)
-        self.pool, self.memory = Pool(url), Memory(state)
+        self.pool, self.memory = Pool(url, count), Memory(state)
         self.count = count  # called with the name and labels of a metric
         self.opener = urllib.request.OpenerDirector()  # bare: it follows no redirect
         self.opener.add_handler(self.pool)
@@ -12319,12 +12319,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def update_gauges(self) -> None:
         """Measure what there is just now."""
-        handlers, pool = list(self.handlers), self.gemini.pool
+        handlers = list(self.handlers)
         self.metrics.set("clients", len(handlers))
         self.metrics.set("in_flight", sum(handler.answering for handler in handlers))
-        self.metrics.set("upstream_idle_connections", len(pool.idle))
-        new, pool.counted = pool.opened - pool.counted, pool.opened
-        self.metrics.add("upstream_connections_total", amount=new)
+        self.metrics.set("upstream_idle_connections", len(self.gemini.pool.idle))
 
 
 def open_files_limit() -> int:

@@ -9040,21 +9040,21 @@ def test_connections_are_used_again(gemini, service):
     for call in (PLAIN, STREAM) * 5:
         assert "Hello" in json.dumps(service.chunks(call))
     assert len(gemini.bodies) == 10
-    assert service.pool.opened == 1
+    assert gemini.opened == 1
 
 
 def test_a_stale_connection_is_replaced(gemini, service):
     service.chunks(PLAIN)
     gemini.say(Say(cut=0), whole("At last."))
     assert service.chunks(PLAIN) == [whole("At last.")]
-    assert service.pool.opened == 2
+    assert gemini.opened == 2
 
 
-def test_a_connection_that_was_idle_too_long_is_not_used(service, monkeypatch):
+def test_a_connection_that_was_idle_too_long_is_not_used(gemini, service, monkeypatch):
     service.chunks(PLAIN)
     monkeypatch.setattr(proxy, "IDLE_CONNECTION_SECONDS", 0)
     service.chunks(PLAIN)
-    assert service.pool.opened == 2
+    assert gemini.opened == 2
 
 
 def test_connections_that_are_idle_too_long_are_closed(service, monkeypatch):
