@@ -148,6 +148,12 @@ class ProxyError(Exception):
     def __str__(self) -> str:
         return self.message  # to which more may have been added
 
+    @property
+    def status_without_401(self) -> int:
+        """A 403 for a 401 of Gemini's, which is about the server's key and not about the client's:
+        for a 401, Ollama's command line asks to sign in at ollama.com."""
+        return 403 if self.status == 401 and self.upstream else self.status
+
 
 class NoRouteError(ProxyError):
     """Nothing is served under this path."""
@@ -6851,14 +6857,12 @@ def ollama_error(error: ProxyError) -> tuple[int, Any]:
     """Ollama's form of an error, which is a text: https://docs.ollama.com/api/errors"""
     if isinstance(error, NoRouteError):
         return 404, Payload(b"404 page not found")
-    status, message = error.status, error.message
-    if status == 401 and error.upstream:
-        status = 403  # for a 401, Ollama's command line asks to sign in at ollama.com
+    message = error.message
     if error.code == "model_not_found":
         message = f"model '{error.model[:200]}' not found"
         if error.upstream and error.listed is not False:  # Gemini has a reason of its own
             message += ": " + error.message
-    return status, {"error": message}
+    return error.status_without_401, {"error": message}
 
 
 def progress(status: str) -> JSON:
@@ -7431,15 +7435,10 @@ ANTHROPIC_ERROR_TYPES = {
 
 
 def anthropic_error(error: ProxyError) -> tuple[int, JSON]:
-    """Anthropic's form of an error: https://platform.claude.com/docs/en/api/errors
-
-    A 401 of Gemini's becomes a 403: it is about the server's key, not about the client's.
-    """
-    status, message = error.status, error.message
-    if status == 401 and error.upstream:
-        status = 403
+    """Anthropic's form of an error: https://platform.claude.com/docs/en/api/errors"""
+    status = error.status_without_401
     kind = ANTHROPIC_ERROR_TYPES.get(status, "invalid_request_error")
-    body: JSON = {"type": kind, "message": message}
+    body: JSON = {"type": kind, "message": error.message}
     if error.code == "thread_not_found":
         body["details"] = {"error_code": error.code}
     return status, {"type": "error", "error": body, "request_id": error.request_id}
@@ -7590,16 +7589,8 @@ GEMINI = Protocol("gemini", GEMINI_ROUTES, passed_error)
 # ======================================================================================
 
 
-def without_401(protocol: Protocol) -> Protocol:
-    """The protocol for Ollama's clients, to whom a 401 means a missing sign-in at ollama.com."""
-
-    def error_body(error: ProxyError) -> tuple[int, Any]:
-        status, body = protocol.error(error)
-        if status == 401 and error.upstream:
-            status = 403
-        return status, body
-
-    return protocol._replace(error=error_body)
+def shared_openai_error(error: ProxyError) -> tuple[int, JSON]:
+    return error.status_without_401, openai_error(error)[1]
 
 
 # Paths of OpenAI's that a real Ollama server does not mount, and the protocol as it mounts it.
@@ -7608,7 +7599,7 @@ OPENAI_ONLY_PATHS = (
     *("/v1/audio/speech", "/v1/audio/translations"),
 )
 SHARED_ROUTES = tuple(route for route in OPENAI.routes if route.path not in OPENAI_ONLY_PATHS)
-SHARED_OPENAI = without_401(OPENAI._replace(routes=SHARED_ROUTES))
+SHARED_OPENAI = OPENAI._replace(routes=SHARED_ROUTES, error=shared_openai_error)
 
 # What each -api mounts. The first protocol whose pattern fits "METHOD path" writes its errors.
 OWN_PATHS = (
