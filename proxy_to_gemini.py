@@ -861,9 +861,13 @@ class Model(NamedTuple):
     mcp: bool = True  # calls tools of remote MCP servers
     system: bool = True  # takes a systemInstruction
     audio: bool = True  # takes audio
+    chats: bool = True  # is listed for chats; a client can name it all the same
+    tools: bool = True  # is known to call functions
     max_input: int = 1048576  # tokens
     max_output: int = 65536
     task_types: bool = False  # makes other vectors for other tasks
+    counts_vectors: bool = True  # says how many tokens its vectors cost
+    predicts: bool = False  # makes vectors on Vertex AI by `predict` only
     dimensions: int | None = None  # of vectors whose size the client leaves open; None: its own
     stands_in: bool = False  # whether the client named another maker's
     further: tuple[str, ...] = ()  # models to ask where this one cannot answer
@@ -882,6 +886,7 @@ BEFORE_GEMINI_3 = {
     "large_images": False,
     "image_format": "png",
 }
+NO_CHAT = {"chats": False, "tools": False}
 
 # What the name of a model says of it: (below this generation, the beginning of the name, traits).
 # Each row that fits counts, later ones more. A new family is a new row; a name that fits no row is
@@ -906,7 +911,11 @@ TRAITS: tuple[tuple[float, str, dict[str, Any]], ...] = (
     (math.inf, r".*embedding", {"max_input": 2048}),
     (math.inf, r"gemini-embedding-2", {"max_input": 8192}),
     (math.inf, r"gemini-embedding-001", {"task_types": True}),
-    (math.inf, r"gemma", {"system": False, "audio": False}),
+    (math.inf, r".*embedding-00\d$", {"counts_vectors": False}),
+    (math.inf, r"text-|textembedding", {"predicts": True}),
+    (math.inf, r"gemma", {"system": False, "audio": False, "tools": False}),
+    (math.inf, r".*(image|banana|tts|audio|live|lyria|omni)", NO_CHAT),
+    (math.inf, r".*(robotics|computer-use|aqa|deep-research|antigravity)", NO_CHAT),
 )
 
 
@@ -2127,7 +2136,7 @@ def embed_calls(
         contents = [{"parts": [text_part(text)]} for text in texts[i : i + MAX_EMBED_BATCH]]
         requests = [{"model": model.path, "content": content, **settings} for content in contents]
         calls.append(GeminiCall(f"{model.path}:batchEmbedContents", {"requests": requests}, model))
-    if re.search(r"embedding-00\d$", model.path):  # no usage, as seen in recordings
+    if not model.counts_vectors:
         body = {"contents": [user_turn(*map(text_part, texts))]}
         calls.append(GeminiCall(f"{model.path}:countTokens", body, model, optional=True))
     return tuple(calls)
@@ -5016,7 +5025,7 @@ def openai_models_response(exchange: Exchange, answers: Answers) -> JSON:
     context = exchange.context
     models = usable_models(answers, context)
     if context.ollama:
-        models = {tagged(name): models[name] for name in models if not UNLISTED.search(name)}
+        models = {tagged(name): models[name] for name in models if model_of(name).chats}
     data = [openai_model_entry(name, entry, context) for name, entry in models.items()]
     limit = page_limit(context.query, len(data), 1000)
     page = openai_page(data, context.query, "after_id", limit)
@@ -6581,11 +6590,6 @@ def ollama_embeddings_response(exchange: Exchange, answers: Answers) -> JSON:
 
 # ---- models and their management ----
 
-# What Gemini lists and a chat cannot use; a client can name it all the same.
-UNLISTED = re.compile(
-    r"image|banana|tts|audio|live|robotics|computer-use|aqa|deep-research|antigravity|omni|lyria"
-)
-
 
 def listed_entry(model_name: str, answers: Answers, context: Context, *uses: str) -> JSON:
     """Gemini's entry for the model that a client means; a 404 if there is none."""
@@ -6600,9 +6604,9 @@ def ollama_capabilities(name: str, entry: JSON) -> list[str]:
     """What a model can do, in the words of types/model/capability.go, and no other."""
     if "embedContent" in get_or_empty(entry, "supportedGenerationMethods", list):
         return ["embedding"]
-    if name.startswith("gemma") or UNLISTED.search(name):
-        return ["completion", "vision"]
     model = model_of(name)
+    if not model.tools:
+        return ["completion", "vision"]
     capabilities = ["completion", "tools", "insert", "vision"]
     if model.audio:
         capabilities.append("audio")
@@ -6638,7 +6642,7 @@ def ollama_entry(name: str, entry: JSON, context: Context) -> JSON:
 def ollama_tags_response(exchange: Exchange, answers: Answers) -> JSON:
     context = exchange.context
     models = usable_models(answers, context)
-    names = [name for name in models if not UNLISTED.search(name)]
+    names = [name for name in models if model_of(name).chats]
     return {"models": [ollama_entry(name, models[name], context) for name in names]}
 
 
@@ -8241,7 +8245,7 @@ def vertex_embed_calls(call: GeminiCall, path: str) -> tuple[GeminiCall, ...]:
     there is no such method, as reported, texts are asked for one by one, and then by `predict`:
     https://github.com/googleapis/python-genai/issues/2165"""
     requests = get_or_empty(call.body, "requests", list) or [call.body or {}]
-    if re.match(r"text-|textembedding", path.rpartition("/")[2]):
+    if model_of(path.rpartition("/")[2]).predicts:
         calls = predict_calls(path, requests, call.model)
     else:
         calls = tuple(embed_call(path, request, call.model) for request in requests)
@@ -8355,7 +8359,7 @@ def vertex_entry(name: str) -> JSON:
     if "embedding" in name:
         methods = ["embedContent", "batchEmbedContents"]
     entry: JSON = {"name": model.path, "displayName": name, "supportedGenerationMethods": methods}
-    if not UNLISTED.search(name):  # whose limits are others
+    if model.chats:  # the others' limits differ
         entry.update(inputTokenLimit=model.max_input, outputTokenLimit=model.max_output)
     return entry
 
@@ -13132,14 +13136,13 @@ class Checker:
 
 def newest_flash(models: list[JSON]) -> Model:
     """The newest flash model, which is cheap; without one, the newest model that can chat."""
-    names = [
-        entry_name(entry)
+    candidates = [
+        model_of(entry_name(entry))
         for entry in models
         if "generateContent" in get_or_empty(entry, "supportedGenerationMethods", list)
     ]
-    flash = [name for name in names if re.match(r"gemini-[\d.]+-flash", name)]
-    usual = [name for name in flash if not UNLISTED.search(name)]
-    return max(map(model_of, usual or names), key=lambda model: model.generation)
+    flash = [one for one in candidates if one.chats and re.match(r"gemini-[\d.]+-flash", one.name)]
+    return max(flash or candidates, key=lambda model: model.generation)
 
 
 def run_checks(config: Config) -> int:
