@@ -473,9 +473,8 @@ FORM_TYPE = re.compile(
 )
 FORM_DATA = re.compile("form-data", re.I)
 FORM_START = re.compile(r"\s*multipart/", re.I)
-PARAMETER = re.compile(
-    r"""\s*;\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)=(?:"((?:[^"\\\r\n]|\\.)*)"|([^\s;"]+))"""
-)
+HTTP_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2
+PARAMETER = re.compile(rf"""\s*;\s*({HTTP_TOKEN})=(?:"((?:[^"\\\r\n]|\\.)*)"|([^\s;"]+))""")
 
 
 def bad_form(why: str) -> ProxyError:
@@ -602,7 +601,7 @@ class BodyStream(NamedTuple):
     length: int | None  # None where it comes in chunks
 
 
-class Passed(NamedTuple):
+class HttpParts(NamedTuple):
     """What a call has besides its path: as the client sent it, or made of the call's body."""
 
     method: str
@@ -630,7 +629,7 @@ class GeminiCall(NamedTuple):
     unfence: bool = False  # whether JSON was asked for in words, and may come in a code fence
     left_out: tuple[str, ...] = ()  # names of what repairs have left out
     waits: bool = False  # is sent once the answers before it are read, which may refuse it
-    passed: Passed | None = None  # where it goes on as it came: its answer is a head, then bytes
+    passed: HttpParts | None = None  # where it goes on as it came: its answer is a head, then bytes
     headers: tuple[tuple[str, str], ...] = ()  # besides the usual ones
     instead: tuple[GeminiCall, ...] = ()  # what to send where there is no such method
 
@@ -641,7 +640,7 @@ class Plan(NamedTuple):
     calls: tuple[GeminiCall, ...] = ()  # sent ahead, a few at a time; answered in order
     stream: bool = False  # whether the client wants events
     options: Any = None  # what only the answer can fulfil; the endpoint knows its type
-    model: str = ""  # as the client spelt it
+    model_name: str = ""  # as the client spelt it
     framing: Framing | None = None  # of the stream, where it is not the route's
     chat: Chat | None = None  # the question, where it is one to a chat endpoint
     loads: tuple[str, float] | None = None  # (model, seconds) to list in Ollama's ps from now on
@@ -710,12 +709,12 @@ class Exchange:
 
     def __init__(self, plan: Plan, context: Context, seed: str, created: float):
         self.plan, self.context = plan, context
-        self.model, self.options = plan.model, plan.options
+        self.model_name, self.options = plan.model_name, plan.options
         self.seed = seed  # random; every id in the answer is made of it
         self.ids = 0  # how many there are so far
         self.created = self.now = created  # seconds since 1970; the shell moves `now` on
         self.usage = Usage()  # of all that was read so far
-        self.prompt: JSON | None = None  # what Gemini's first chunk says of the tokens
+        self.first_usage: JSON | None = None  # what Gemini's first chunk says of the tokens
         self.model_status: JSON = {}  # what Gemini says of the model's future
         self.builder: ResponseBuilder | None = None  # from which a failed stream goes on
 
@@ -764,7 +763,8 @@ def no_body(raw: bytes, content_type: str) -> Fields:
     return Fields({})
 
 
-Answers = Iterator[Iterator[Any]]  # for each call of a plan: its events, or its chunks of JSON
+# For each call of a plan its events, or its chunks of JSON.
+AnswerStreams = Iterator[Iterator[Any]]
 
 
 class Refusal(NamedTuple):
@@ -786,9 +786,9 @@ class Route(NamedTuple):
     method: str
     path: str
     request: Callable[[Fields, Context], Plan] | None = None
-    response: Callable[[Exchange, Answers], Any] | None = None
+    response: Callable[[Exchange, AnswerStreams], Any] | None = None
     # Of events and Keep; an AnswerHead before them is how the answer begins.
-    stream: Callable[[Exchange, Answers], Iterator[Any]] | None = None
+    stream: Callable[[Exchange, AnswerStreams], Iterator[Any]] | None = None
     framing: Framing = SSE
     keep_alive: Callable[[Exchange], JSON] | None = None  # an event, where framing has no bytes
     # (body, Content-Type); None: the body is not read, but goes on to Gemini as it comes in.
@@ -976,11 +976,11 @@ def plain_name(model_name: str, ollama: bool) -> str:
     return name if name.startswith("tunedModels/") else name.lower()
 
 
-RECIPE = "model:"  # the keys of recipes begin with it
+RECIPE_PREFIX = "model:"  # the keys of recipes begin with it
 
 
 def recipe_key(name: str) -> str:
-    return RECIPE + plain_name(name, True)
+    return RECIPE_PREFIX + plain_name(name, True)
 
 
 RECIPE_NAME = re.compile(r"[\w.:/-]{1,200}", re.A)
@@ -997,7 +997,7 @@ def recipe_keys(body: Fields, context: Context) -> list[str]:
 
 def all_recipe_keys(body: Fields, context: Context) -> list[str]:
     """The key that stands for those of all recipes, for what is about the list of models."""
-    return [RECIPE + "*"] if context.ollama else []
+    return [RECIPE_PREFIX + "*"] if context.ollama else []
 
 
 def recipe_named(name: str, context: Context, head_only: bool = False) -> Recipe:
@@ -1023,7 +1023,10 @@ def recipe_text(recipe: Recipe) -> str:
 
 def recipe_names(context: Context) -> list[str]:
     """The names of all recipes, where all_recipe_keys asked for them."""
-    return [key[len(RECIPE) :] for key in context.stored.get(RECIPE + "*", "").splitlines()]
+    return [
+        key[len(RECIPE_PREFIX) :]
+        for key in context.stored.get(RECIPE_PREFIX + "*", "").splitlines()
+    ]
 
 
 # Tuned models, here and on Vertex AI, which also knows versions (@001) and other projects.
@@ -1174,7 +1177,7 @@ def entry_name(entry: JSON) -> str:
     return entry_path(entry).partition("/")[2]
 
 
-def usable_models(answers: Answers, context: Context) -> dict[str, JSON]:
+def usable_models(answers: AnswerStreams, context: Context) -> dict[str, JSON]:
     """Gemini's entries for the models that can chat or embed, by their plain names; then the names
     that stand for one of these."""
     models: dict[str, JSON] = {}
@@ -2233,7 +2236,7 @@ BOUNDS = (
     *("minContains", "maxContains", "uniqueItems", "pattern", "format"),
 )
 BARE_REFUSAL = "request contains an invalid argument"  # all that Gemini says of many things
-SCHEMA = "schema."  # the names of what a schema lost begin with it
+SCHEMA_PREFIX = "schema."  # the names of what a schema lost begin with it
 
 
 def looser_schemas(refused: RefusedCall) -> list[str]:
@@ -2249,7 +2252,7 @@ def looser_schemas(refused: RefusedCall) -> list[str]:
     owners.append((body.get("generationConfig") or {}, "responseJsonSchema"))
     schemas = [owner[key] for owner, key in owners if isinstance(owner.get(key), dict)]
     names = {name for schema in schemas for name in loosened(schema, refused.message)}
-    before = any(name.startswith(SCHEMA) for name in refused.left_out)
+    before = any(name.startswith(SCHEMA_PREFIX) for name in refused.left_out)
     if names or not schemas or (BARE_REFUSAL in refused.message.lower() and not before):
         return sorted(names)
     for function in functions:
@@ -2270,7 +2273,7 @@ def loosened(schema: JSON, message: str) -> set[str]:
     for inner in every_schema(schema):
         for key in inner.keys() & BOUNDS:
             del inner[key]
-            names.add(SCHEMA + key)
+            names.add(SCHEMA_PREFIX + key)
     return names
 
 
@@ -2299,7 +2302,7 @@ def without_required_loops(schema: JSON) -> set[str]:
             loops = [key for key in required if back & referred_names(properties.get(str(key)))]
             if loops:
                 inner["required"] = [key for key in required if key not in loops]
-                names.add(SCHEMA + "required")
+                names.add(SCHEMA_PREFIX + "required")
     return names
 
 
@@ -2756,7 +2759,7 @@ class End(NamedTuple):
     """How an answer ended; always the last event, and the only one of its kind."""
 
     finish: str  # "stop", "length", "filter" or "failed"
-    calls: bool  # whether functions were called
+    called: bool  # whether functions were called
     reason: str  # Gemini's own word
     message: str  # and what it says about it
     usage: Usage
@@ -2827,8 +2830,8 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Event]:
     reading = Reading()
     for chunk in chunks:
         candidate = reading.absorb(chunk)
-        if exchange.prompt is None:
-            exchange.prompt = reading.usage
+        if exchange.first_usage is None:
+            exchange.first_usage = reading.usage
         for part in expect(expect(candidate, "content", dict), "parts", list):
             event = reading.read_part(part)
             if event is not None:
@@ -2929,7 +2932,7 @@ class Reading:
             self.pieces.append((text, own))
         return Text(text, thought)
 
-    def end(self, calls: bool, usage: Usage) -> End:
+    def end(self, called: bool, usage: Usage) -> End:
         finish = FINISHES.get(self.reason, "stop")
         queries: tuple[str, ...] = ()
         citations: list[Citation] = []
@@ -2939,7 +2942,7 @@ class Reading:
             citations = read_citations(self.pieces, self.grounding)
         reason = self.reason or self.blocked
         message, signature = self.message, self.signature
-        return End(finish, calls, reason, message, usage, citations, queries, signature)
+        return End(finish, called, reason, message, usage, citations, queries, signature)
 
 
 def read_call(part: Part, before: tuple[Part, ...]) -> ToolCall:
@@ -3719,7 +3722,7 @@ class EmbedOptions(NamedTuple):
     checks: int = 0  # how many answers come before those with vectors
 
 
-def read_vectors(answers: Answers, exchange: Exchange) -> list[list[float]]:
+def read_vectors(answers: AnswerStreams, exchange: Exchange) -> list[list[float]]:
     """The vectors of all batches in order, each of unit length; a 502 where one is missing."""
     options: EmbedOptions = exchange.options
     vectors: list[list[float]] = []
@@ -4168,7 +4171,7 @@ OPENAI_FINISH = {"length": "length", "filter": "content_filter"}  # else "stop",
 
 
 def openai_finish(end: End, legacy: bool = False) -> str:
-    if not end.calls or end.finish in OPENAI_FINISH:
+    if not end.called or end.finish in OPENAI_FINISH:
         return OPENAI_FINISH.get(end.finish, "stop")
     if legacy:
         return "function_call"
@@ -4215,13 +4218,13 @@ def openai_image(media: Media, index: int) -> JSON:
 def openai_base(exchange: Exchange, prefix: str, kind: str) -> JSON:
     """The first fields of completions and chunks. Clients know an Ollama by its fingerprint."""
     base = {"id": exchange.new_id(prefix), "object": kind, "created": int(exchange.created)}
-    base["model"] = exchange.model
+    base["model"] = exchange.model_name
     if exchange.context.ollama:
         base["system_fingerprint"] = "fp_ollama"
     return base
 
 
-def openai_chat_response(exchange: Exchange, answers: Answers) -> JSON:
+def openai_chat_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     choices = [openai_choice(i, whole(events), exchange) for i, events in enumerate(answers)]
     base = openai_base(exchange, "chatcmpl-", "chat.completion")
     return {**base, "choices": choices, "usage": openai_usage(exchange.usage)}
@@ -4268,7 +4271,7 @@ def openai_audio(audio: list[Media], exchange: Exchange, transcript: str) -> JSO
     return {"id": audio_id, "data": text, "expires_at": expires_at, "transcript": transcript}
 
 
-def openai_chat_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
+def openai_chat_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[JSON]:
     """Chunks, choice after choice; nothing before Gemini's first event."""
     legacy, usage = exchange.options.legacy, exchange.options.usage
     base = openai_base(exchange, "chatcmpl-", "chat.completion.chunk")
@@ -4388,7 +4391,7 @@ def is_tokens(item: Any) -> bool:
     return type(item) is int or (type(item) is list and all(type(n) is int for n in item))
 
 
-def openai_embeddings_response(exchange: Exchange, answers: Answers) -> JSON:
+def openai_embeddings_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     vectors: list[Any] = read_vectors(answers, exchange)
     if exchange.options.base64:
         vectors = [packed(vector) for vector in vectors]
@@ -4396,7 +4399,7 @@ def openai_embeddings_response(exchange: Exchange, answers: Answers) -> JSON:
         {"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)
     ]
     usage = dict.fromkeys(("prompt_tokens", "total_tokens"), exchange.usage.prompt)
-    return {"object": "list", "data": data, "model": exchange.model, "usage": usage}
+    return {"object": "list", "data": data, "model": exchange.model_name, "usage": usage}
 
 
 def packed(vector: list[float]) -> str:
@@ -4479,7 +4482,7 @@ def completion_text(event: Event) -> str:
     return ""
 
 
-def openai_completions_response(exchange: Exchange, answers: Answers) -> JSON:
+def openai_completions_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     choices: list[JSON] = []
     for index, events in enumerate(answers):
         answer = whole(events)
@@ -4489,7 +4492,7 @@ def openai_completions_response(exchange: Exchange, answers: Answers) -> JSON:
     return {**base, "choices": choices, "usage": openai_usage(exchange.usage)}
 
 
-def openai_completions_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
+def openai_completions_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[JSON]:
     """Chunks, choice after choice, in the form of whole completions."""
     options: ChatOptions = exchange.options
     base = openai_base(exchange, "cmpl-", "text_completion")
@@ -4648,7 +4651,7 @@ def openai_image_config(body: Fields, model: Model) -> JSON:
     return {"imageConfig": config}
 
 
-def openai_image_results(answers: Answers) -> Iterator[tuple[Media, Usage]]:
+def openai_image_results(answers: AnswerStreams) -> Iterator[tuple[Media, Usage]]:
     """(an image, the tokens of its call) for each; a 400 in Gemini's words where there is none."""
     refusal: ProxyError | None = None
     count = 0
@@ -4670,7 +4673,7 @@ def openai_image_usage(usage: Usage) -> JSON:
     return openai_media_usage(usage, input_tokens_details=details)
 
 
-def openai_images_response(exchange: Exchange, answers: Answers) -> JSON:
+def openai_images_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     images = [image for image, _ in openai_image_results(answers)]
     data = [{"b64_json": image.data} for image in images]
     if exchange.options.url:
@@ -4680,7 +4683,7 @@ def openai_images_response(exchange: Exchange, answers: Answers) -> JSON:
     return {"created": int(exchange.created), "data": data, **form, "usage": usage}
 
 
-def openai_images_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
+def openai_images_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[JSON]:
     """Each image when it is there: Gemini sends no partial ones."""
     for image, usage in openai_image_results(answers):
         yield {
@@ -4722,7 +4725,7 @@ def openai_speech_request(body: Fields, context: Context) -> Plan:
     return Plan((call,), events or streaming, options, model_name, SSE if events else PCM)
 
 
-def openai_speech_response(exchange: Exchange, answers: Answers) -> Payload:
+def openai_speech_response(exchange: Exchange, answers: AnswerStreams) -> Payload:
     answer = media_answer(next(answers), "audio/")
     audio = answer.media("audio/")
     if not audio or answer.end.finish != "stop":
@@ -4750,7 +4753,7 @@ def wav_file(samples: bytes, mime: str) -> bytes:
     return out.getvalue()
 
 
-def openai_speech_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
+def openai_speech_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[JSON]:
     """Audio as it comes: events, or the bytes themselves under "audio"."""
     options: MediaOptions = exchange.options
     texts: list[str] = []
@@ -4891,7 +4894,7 @@ def openai_transcript_words(body: Fields, task: str, timed: bool) -> str:
     return "\n".join(words)
 
 
-def openai_transcriptions_response(exchange: Exchange, answers: Answers) -> JSON | Payload:
+def openai_transcriptions_response(exchange: Exchange, answers: AnswerStreams) -> JSON | Payload:
     """A transcript in the form that the client wants: JSON, or a Payload of plain text."""
     answer = whole(next(answers))
     if answer.end.finish != "stop":
@@ -4981,7 +4984,7 @@ def openai_transcript_usage(usage: Usage) -> JSON:
     return {"type": "tokens", **openai_media_usage(usage, input_token_details=details)}
 
 
-def openai_transcriptions_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
+def openai_transcriptions_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[JSON]:
     texts: list[str] = []
     for event in next(answers):
         if isinstance(event, Text) and not event.thought:
@@ -4997,7 +5000,7 @@ def openai_transcriptions_stream(exchange: Exchange, answers: Answers) -> Iterat
 
 
 def openai_models_request(body: Fields, context: Context) -> Plan:
-    return Plan((MODELS_CALL,), model=context.params.get("model", ""))
+    return Plan((MODELS_CALL,), model_name=context.params.get("model", ""))
 
 
 def openai_model_entry(name: str, gemini_entry: JSON, context: Context) -> JSON:
@@ -5020,7 +5023,7 @@ def openai_model_entry(name: str, gemini_entry: JSON, context: Context) -> JSON:
     }
 
 
-def openai_models_response(exchange: Exchange, answers: Answers) -> JSON:
+def openai_models_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     """All models, or a page as Anthropic's clients ask for it."""
     context = exchange.context
     models = usable_models(answers, context)
@@ -5065,8 +5068,8 @@ def page_limit(query: Mapping[str, str], default: int, most: int) -> int:
     raise wrong_value("limit", f"Invalid value for 'limit': it must be between 1 and {most}.")
 
 
-def openai_model_response(exchange: Exchange, answers: Answers) -> JSON:
-    name, context = exchange.model, exchange.context
+def openai_model_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
+    name, context = exchange.model_name, exchange.context
     entry = listed_entry(name, answers, context, *ALL_USES)
     if not context.ollama:
         name = plain_name(name, False)
@@ -5375,9 +5378,9 @@ def reference_keys(items: Any) -> list[str]:
 
 def stored_links(key: str, text: str) -> list[str]:
     """The keys to which a stored text leads: recipes, an earlier response, items referred to."""
-    if key == RECIPE + "*":
+    if key == RECIPE_PREFIX + "*":
         return text.splitlines()
-    if not text or key.startswith((RECIPE, CONTEXT)):
+    if not text or key.startswith((RECIPE_PREFIX, CONTEXT_PREFIX)):
         return []
     value = json.loads(text)
     if isinstance(value, list):
@@ -5608,7 +5611,7 @@ COMPACTION_PROMPT = (
     "function.\n</system>"
 )
 SUMMARY_HEAD = "[A summary of what you said and did before this point, in place of it:]"
-TOKEN_BYTES = 4  # of text: https://ai.google.dev/gemini-api/docs/tokens
+BYTES_PER_TOKEN = 4  # of text: https://ai.google.dev/gemini-api/docs/tokens
 MEDIA_TOKENS = 1120  # of an image: https://ai.google.dev/gemini-api/docs/media-resolution
 
 
@@ -5654,7 +5657,7 @@ def compact_threshold(body: Fields) -> int | None:
 def estimated_tokens(value: Any) -> int:
     """About how many tokens a request has: one of many needs no call to count them."""
     if isinstance(value, str):
-        return -(-len(value.encode("utf-8", "surrogatepass")) // TOKEN_BYTES)
+        return -(-len(value.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN)
     if isinstance(value, dict) and ("inlineData" in value or "fileData" in value):
         return MEDIA_TOKENS
     return sum(map(estimated_tokens, inner_values(value)))
@@ -5680,7 +5683,7 @@ def openai_compact_request(body: Fields, context: Context) -> Plan:
     return openai_responses_request(body, context)._replace(stream=False)
 
 
-def openai_compact_response(exchange: Exchange, answers: Answers) -> JSON:
+def openai_compact_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     """All messages of the user's, and a compaction in place of the rest."""
     response = last_event(openai_responses_stream(exchange, answers)).answer["response"]
     if response["status"] != "completed":
@@ -5978,7 +5981,7 @@ def response_status(end: End) -> tuple[str, JSON]:
     return "completed", native
 
 
-def openai_responses_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
+def openai_responses_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
     """The events of a response, and what to keep of it; nothing before Gemini's first word."""
     builder = exchange.builder = ResponseBuilder(exchange)
     calls: list[ToolCall] = []
@@ -6004,7 +6007,7 @@ def openai_responses_stream(exchange: Exchange, answers: Answers) -> Iterator[An
             yield from builder.add_text(event.text, event.thought)
 
 
-def openai_responses_response(exchange: Exchange, answers: Answers) -> Kept:
+def openai_responses_response(exchange: Exchange, answers: AnswerStreams) -> Kept:
     """The same, as its last event has it."""
     last = last_event(openai_responses_stream(exchange, answers))
     return last._replace(answer=last.answer["response"])
@@ -6031,7 +6034,7 @@ def openai_input_tokens_request(body: Fields, context: Context) -> Plan:
     return count_plan(openai_responses_request(body, context))
 
 
-def openai_input_tokens_response(exchange: Exchange, answers: Answers) -> JSON:
+def openai_input_tokens_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     return {"object": "response.input_tokens", "input_tokens": read_count(answers)}
 
 
@@ -6051,21 +6054,21 @@ def openai_stored_request(body: Fields, context: Context) -> Plan:
     return Plan(options=response)
 
 
-def openai_stored_response(exchange: Exchange, answers: Answers) -> JSON:
+def openai_stored_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     return dict(exchange.options)
 
 
-def openai_delete_response(exchange: Exchange, answers: Answers) -> Kept:
+def openai_delete_response(exchange: Exchange, answers: AnswerStreams) -> Kept:
     response_id = exchange.options["id"]
     keep = tuple(Keep(key, "") for key in stored_keys(response_id))
     return Kept({"id": response_id, "object": "response", "deleted": True}, keep)
 
 
-def openai_cancel_response(exchange: Exchange, answers: Answers) -> JSON:
+def openai_cancel_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     raise ProxyError(400, "Cannot cancel a response that was not made in the background.")
 
 
-def openai_input_items_response(exchange: Exchange, answers: Answers) -> JSON:
+def openai_input_items_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     """A page of a response's own input, the newest first unless the client wants it otherwise."""
     query = exchange.context.query
     items = stored_items(f"input:{exchange.options['id']}", exchange.context)
@@ -6077,7 +6080,9 @@ def openai_input_items_response(exchange: Exchange, answers: Answers) -> JSON:
 # ---- routes ----
 
 
-def stored_route(method: str, path: str, response: Callable[[Exchange, Answers], Any]) -> Route:
+def stored_route(
+    method: str, path: str, response: Callable[[Exchange, AnswerStreams], Any]
+) -> Route:
     """A route about a stored response."""
     return Route(method, path, openai_stored_request, response, parse=no_body, keys=path_keys)
 
@@ -6085,7 +6090,12 @@ def stored_route(method: str, path: str, response: Callable[[Exchange, Answers],
 # (request, response, stream, framing) of each endpoint, as far as it has them.
 CHAT_COMPLETIONS = (openai_chat_request, openai_chat_response, openai_chat_stream)
 COMPLETIONS = (openai_completions_request, openai_completions_response, openai_completions_stream)
-RESPONSE = (openai_responses_request, openai_responses_response, openai_responses_stream, NAMED_SSE)
+RESPONSES = (
+    openai_responses_request,
+    openai_responses_response,
+    openai_responses_stream,
+    NAMED_SSE,
+)
 COMPACTION = (openai_compact_request, openai_compact_response)
 NO_WEB_SOCKET = Refusal(426, "There is no WebSocket here: use POST.", {"Upgrade": "HTTP/1.1"})
 INPUT_TOKENS = (openai_input_tokens_request, openai_input_tokens_response)
@@ -6104,7 +6114,7 @@ MODEL = (openai_models_request, openai_model_response)
 # The README's table needs a line too, and a test says so.
 OPENAI_ROUTES = (
     Route("POST", "/v1/chat/completions", *CHAT_COMPLETIONS, keys=openai_keys),
-    Route("POST", "/v1/responses", *RESPONSE, failure=openai_responses_failure, keys=openai_keys),
+    Route("POST", "/v1/responses", *RESPONSES, failure=openai_responses_failure, keys=openai_keys),
     Route("GET", "/v1/responses", answer=NO_WEB_SOCKET),  # upon a 426 Codex uses POST from then on
     Route("POST", "/v1/responses/compact", *COMPACTION, keys=openai_keys),
     Route("POST", "/v1/responses/input_tokens", *INPUT_TOKENS, keys=openai_keys),
@@ -6183,7 +6193,7 @@ UNIT_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 
 LOADED_SECONDS, FOREVER_SECONDS = 300.0, 1e10  # the default: https://docs.ollama.com/faq
 
 
-def ollama_keep_alive(body: Fields) -> float:
+def ollama_loaded_seconds(body: Fields) -> float:
     """Seconds, from a number of them or a duration in Go's form; a negative one is for ever."""
     value = body.get("keep_alive", float, str)
     if value is None:
@@ -6267,30 +6277,29 @@ def ollama_images(fields: Fields) -> list[Part]:
 
 def ollama_load_plan(body: Fields, model_name: str, generate: bool) -> Plan:
     """Without a question a model is to be loaded, or unloaded if keep_alive is 0. It must exist."""
-    seconds = ollama_keep_alive(body)
+    seconds = ollama_loaded_seconds(body)
     body.mark_read(*body.data)
     options = OllamaOptions(generate, "load" if seconds else "unload")
     return Plan((MODELS_CALL,), False, options, model_name, loads=(model_name, seconds))
 
 
-def ollama_plan(body: Fields, model_name: str, chat: Chat, answer: OllamaOptions) -> Plan:
+def ollama_plan(body: Fields, model_name: str, chat: Chat, options: OllamaOptions) -> Plan:
     """The plan for a chat or a prompt, with all that both may set."""
     top = body.number("top_logprobs", -math.inf, math.inf, int)
     if top is not None and not 0 <= top <= 20:
         raise wrong_value("top_logprobs", "top_logprobs must be between 0 and 20")
     if top or body.get("logprobs", bool):
         body.ignore("logprobs")
-    options = body.object_or_empty("options")
     chat = chat._replace(
         tools=chat_tools(body),
         thinking=ollama_thinking(body, chat.model),
-        sampling=ollama_sampling(options, chat.model),
+        sampling=ollama_sampling(body.object_or_empty("options"), chat.model),
         schema=ollama_format(body),
         stream=body.get("stream", bool) is not False,
     )
-    loads = (model_name, ollama_keep_alive(body))
+    loads = (model_name, ollama_loaded_seconds(body))
     calls = (chat_call(chat, body),)
-    return Plan(calls, chat.stream, answer, model_name, chat=chat, loads=loads)
+    return Plan(calls, chat.stream, options, model_name, chat=chat, loads=loads)
 
 
 def ollama_chat_request(body: Fields, context: Context) -> Plan:
@@ -6348,13 +6357,13 @@ def ollama_generate_request(body: Fields, context: Context) -> Plan:
         prompt = gap_prompt(prompt, suffix)
     contents = [*past_turns(body, context), user_turn(text_part(prompt), *images)]
     chat = Chat(model, [text_part(system)], contents, recipe=recipe)
-    answer = OllamaOptions(generate=True, goes_on=not raw and not suffix)
-    return ollama_plan(body, model_name, chat, answer)
+    options = OllamaOptions(generate=True, goes_on=not raw and not suffix)
+    return ollama_plan(body, model_name, chat, options)
 
 
 # ---- the context of generate: a few numbers that stand for a conversation in the memory ----
 
-CONTEXT = "context:"  # the keys of conversations begin with it
+CONTEXT_PREFIX = "context:"  # the keys of conversations begin with it
 CONTEXT_NUMBERS = 8  # of 16 bits each
 MAX_CONTEXT_CHARACTERS = 1 << 19  # of one conversation
 
@@ -6363,7 +6372,7 @@ def context_key(numbers: Any) -> str:
     """The key of the conversation that these numbers stand for; "" if they are none of ours."""
     if type(numbers) is not list or [type(number) for number in numbers] != [int] * CONTEXT_NUMBERS:
         return ""
-    return CONTEXT + "-".join(map(str, numbers))
+    return CONTEXT_PREFIX + "-".join(map(str, numbers))
 
 
 def generate_keys(body: Fields, context: Context) -> list[str]:
@@ -6409,7 +6418,7 @@ def context_to_keep(exchange: Exchange, answer: str) -> tuple[list[int], tuple[K
 
 
 def ollama_base(exchange: Exchange) -> JSON:
-    return {"model": exchange.model, "created_at": ollama_time(exchange.now)}
+    return {"model": exchange.model_name, "created_at": ollama_time(exchange.now)}
 
 
 def ollama_additions(events: Iterable[Event]) -> Iterator[tuple[JSON, End | None]]:
@@ -6454,11 +6463,11 @@ def ollama_metrics(exchange: Exchange, first: float, end: End) -> JSON:
     }
 
 
-def ollama_response(exchange: Exchange, answers: Answers) -> Any:
+def ollama_response(exchange: Exchange, answers: AnswerStreams) -> Any:
     """The whole answer to a chat or a prompt, or the end of a load or an unload."""
     options: OllamaOptions = exchange.options
     if options.done_reason:
-        listed_entry(exchange.model, answers, exchange.context)
+        listed_entry(exchange.model_name, answers, exchange.context)
         ending = {"done": True, "done_reason": options.done_reason}
         return {**ollama_base(exchange), **ending, **ollama_message(exchange, {})}
     answer = whole(next(answers))
@@ -6474,7 +6483,7 @@ def ollama_response(exchange: Exchange, answers: Answers) -> Any:
     return Kept({**start, "context": numbers, **ending}, keep)
 
 
-def ollama_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
+def ollama_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
     """The chunks of an answer; the last one has the metrics and no text."""
     first, texts = None, []
     for addition, end in ollama_additions(next(answers)):
@@ -6505,7 +6514,7 @@ def ollama_embed_plan(
     calls: tuple[GeminiCall, ...] = ()
     if texts:  # Gemini takes no empty text
         calls = embed_calls(model, [text or " " for text in texts], size)
-    loads = (model_name, ollama_keep_alive(body))
+    loads = (model_name, ollama_loaded_seconds(body))
     return Plan(calls, False, EmbedOptions(len(texts)), model_name, loads=loads)
 
 
@@ -6549,25 +6558,25 @@ def ollama_embed_request(body: Fields, context: Context) -> Plan:
     return plan
 
 
-def check_lengths(exchange: Exchange, answers: Answers) -> None:
+def check_lengths(exchange: Exchange, answers: AnswerStreams) -> None:
     """Refuse a text that the model would cut off. Gemini's list says how many tokens it takes."""
     options: EmbedOptions = exchange.options
     models = usable_models(itertools.islice(answers, 1), exchange.context)
-    entry = models.get(model_named(exchange.model, exchange.context).name)
+    entry = models.get(model_named(exchange.model_name, exchange.context).name)
     limit = get_or_empty(entry, "inputTokenLimit", int) or math.inf
     for chunks in itertools.islice(answers, options.checks - 1):
         if any(get_or_empty(chunk, "totalTokens", int) > limit for chunk in chunks):
             raise wrong_value("input", "the input length exceeds the context length")
 
 
-def ollama_embed_response(exchange: Exchange, answers: Answers) -> JSON:
+def ollama_embed_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     if not exchange.options.vectors:
-        return {"model": exchange.model, "embeddings": []}
+        return {"model": exchange.model_name, "embeddings": []}
     if exchange.options.checks:
         check_lengths(exchange, answers)
     vectors = read_vectors(answers, exchange)
     return {
-        "model": exchange.model,
+        "model": exchange.model_name,
         "embeddings": vectors,
         "total_duration": nanoseconds(exchange.now - exchange.created),
         "load_duration": 1,
@@ -6583,7 +6592,7 @@ def ollama_embeddings_request(body: Fields, context: Context) -> Plan:
     return ollama_embed_plan(body, model_name, model, texts, None)
 
 
-def ollama_embeddings_response(exchange: Exchange, answers: Answers) -> JSON:
+def ollama_embeddings_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     vectors = read_vectors(answers, exchange) or [[]]
     return {"embedding": vectors[0]}
 
@@ -6591,7 +6600,7 @@ def ollama_embeddings_response(exchange: Exchange, answers: Answers) -> JSON:
 # ---- models and their management ----
 
 
-def listed_entry(model_name: str, answers: Answers, context: Context, *uses: str) -> JSON:
+def listed_entry(model_name: str, answers: AnswerStreams, context: Context, *uses: str) -> JSON:
     """Gemini's entry for the model that a client means; a 404 if there is none."""
     name = model_named(model_name, context, *uses).name
     entry = usable_models(answers, context).get(name)
@@ -6639,7 +6648,7 @@ def ollama_entry(name: str, entry: JSON, context: Context) -> JSON:
     }
 
 
-def ollama_tags_response(exchange: Exchange, answers: Answers) -> JSON:
+def ollama_tags_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     context = exchange.context
     models = usable_models(answers, context)
     names = [name for name in models if model_of(name).chats]
@@ -6652,7 +6661,7 @@ def ollama_ps_request(body: Fields, context: Context) -> Plan:
     return Plan((MODELS_CALL,))
 
 
-def ollama_ps_response(exchange: Exchange, answers: Answers) -> JSON:
+def ollama_ps_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     """The models that were used lately, the one that stays longest first."""
     now, context = exchange.now, exchange.context
     loaded = {name: until for name, until in context.loaded.items() if until > now}
@@ -6676,7 +6685,7 @@ def ollama_ps_response(exchange: Exchange, answers: Answers) -> JSON:
 def ollama_manage_request(body: Fields, context: Context) -> Plan:
     """One model and Gemini's list. Ollama's command line and LiteLLM send the older `name`."""
     body.mark_read("verbose", "insecure")
-    return Plan((MODELS_CALL,), model=ollama_name(body, "model", "name"))
+    return Plan((MODELS_CALL,), model_name=ollama_name(body, "model", "name"))
 
 
 # LiteLLM looks into it for the word "tools", Continue for .Suffix, to learn what a model can do.
@@ -6688,9 +6697,9 @@ def ollama_show_request(body: Fields, context: Context) -> Plan:
     return ollama_manage_request(body, context)
 
 
-def ollama_show_response(exchange: Exchange, answers: Answers) -> JSON:
+def ollama_show_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     """What clients decide by: capabilities, and the context length under exactly one key."""
-    model_name, recipe = exchange.model, recipe_named(exchange.model, exchange.context)
+    model_name, recipe = exchange.model_name, recipe_named(exchange.model_name, exchange.context)
     try:
         gemini_entry = listed_entry(model_name, answers, exchange.context)
     except ProxyError as error:
@@ -6760,11 +6769,11 @@ def ollama_pull_request(body: Fields, context: Context) -> Plan:
     return plan._replace(stream=body.get("stream", bool) is not False)
 
 
-def ollama_pull_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
+def ollama_pull_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[JSON]:
     """Nothing is downloaded; `codex --oss` and Home Assistant wait for "success"."""
     models = usable_models(answers, exchange.context)
     yield {"status": "pulling manifest"}
-    if model_named(exchange.model, exchange.context).name not in models:
+    if model_named(exchange.model_name, exchange.context).name not in models:
         raise ProxyError(500, "pull model manifest: file does not exist")
     for status in ("verifying sha256 digest", "writing manifest", "success"):
         yield {"status": status}
@@ -6794,11 +6803,11 @@ def ollama_copy_request(body: Fields, context: Context) -> Plan:
     """Another name for a model; `options` of the plan is that name."""
     body.mark_read("verbose", "insecure")
     source, destination = ollama_name(body, "source"), ollama_name(body, "destination")
-    return Plan((MODELS_CALL,), options=destination, model=source)
+    return Plan((MODELS_CALL,), options=destination, model_name=source)
 
 
-def ollama_copy_response(exchange: Exchange, answers: Answers) -> Kept:
-    name, context = exchange.model, exchange.context
+def ollama_copy_response(exchange: Exchange, answers: AnswerStreams) -> Kept:
+    name, context = exchange.model_name, exchange.context
     source = model_named(name, context).name
     models = usable_models(answers, context)
     if source not in models:
@@ -6834,18 +6843,18 @@ def ollama_create_request(body: Fields, context: Context) -> Plan:
     return plan._replace(stream=body.get("stream", bool) is not False, options=recipe)
 
 
-def ollama_create_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
+def ollama_create_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
     recipe: Recipe = exchange.options
     models = usable_models(answers, exchange.context)
     if recipe.source not in models:
         raise no_such_model(recipe.source)
-    yield recipe_to_keep(exchange.model, recipe, exchange, models)
+    yield recipe_to_keep(exchange.model_name, recipe, exchange, models)
     for status in ("creating new layer", "writing manifest", "success"):
         yield {"status": status}
 
 
-def ollama_delete_response(exchange: Exchange, answers: Answers) -> Kept:
-    name, context = exchange.model, exchange.context
+def ollama_delete_response(exchange: Exchange, answers: AnswerStreams) -> Kept:
+    name, context = exchange.model_name, exchange.context
     if recipe_named(name, context).source:
         return Kept(Payload(b""), (Keep(recipe_key(name), ""),))
     if plain_name(name, True) in usable_models(answers, context):
@@ -6871,15 +6880,15 @@ def ollama_error(error: ProxyError) -> tuple[int, Any]:
 
 def progress(status: str) -> JSON:
     """The rest of the row of a route that streams its progress; a keep-alive repeats `status`."""
-    return {**RECIPES, "framing": NDJSON, "keep_alive": lambda exchange: {"status": status}}
+    return {**RECIPES_ROW, "framing": NDJSON, "keep_alive": lambda exchange: {"status": status}}
 
 
 NDJSON = Framing(
     "application/x-ndjson", lambda event: encode_json(event).encode() + b"\n", keep_alive=b""
 )
-RECIPES: JSON = {"keys": all_recipe_keys}
-CHAT: JSON = {**RECIPES, "framing": NDJSON, "keep_alive": ollama_keep_alive_chunk}
-GENERATE: JSON = {**CHAT, "keys": generate_keys}
+RECIPES_ROW: JSON = {"keys": all_recipe_keys}
+CHAT_ROW: JSON = {**RECIPES_ROW, "framing": NDJSON, "keep_alive": ollama_keep_alive_chunk}
+GENERATE_ROW: JSON = {**CHAT_ROW, "keys": generate_keys}
 PULLING, CREATING = progress("pulling manifest"), progress("creating new layer")
 NO_CLOUD = Refusal(403, "ollama cloud is disabled: remote inference is unavailable")
 NO_BLOBS = Refusal(
@@ -6889,21 +6898,26 @@ NO_PUSH = Refusal(400, "models cannot be pushed from here: they are Google's")
 NOT_SIGNED_IN = Refusal(401, "you are not currently signed in")
 
 OLLAMA_ROUTES = (
-    Route("POST", "/api/chat", ollama_chat_request, ollama_response, ollama_stream, **CHAT),
+    Route("POST", "/api/chat", ollama_chat_request, ollama_response, ollama_stream, **CHAT_ROW),
     Route(
-        "POST", "/api/generate", ollama_generate_request, ollama_response, ollama_stream, **GENERATE
+        "POST",
+        "/api/generate",
+        ollama_generate_request,
+        ollama_response,
+        ollama_stream,
+        **GENERATE_ROW,
     ),
     Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response),
     Route("POST", "/api/embeddings", ollama_embeddings_request, ollama_embeddings_response),
-    Route("GET", "/api/tags", openai_models_request, ollama_tags_response, **RECIPES),
-    Route("POST", "/api/show", ollama_show_request, ollama_show_response, **RECIPES),
-    Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response, **RECIPES),
+    Route("GET", "/api/tags", openai_models_request, ollama_tags_response, **RECIPES_ROW),
+    Route("POST", "/api/show", ollama_show_request, ollama_show_response, **RECIPES_ROW),
+    Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response, **RECIPES_ROW),
     Route("GET", "/api/version", answer={"version": OLLAMA_VERSION}),
     Route("GET", "/api/status", answer={"cloud": {"disabled": True, "source": "env"}}),
     Route("POST", "/api/pull", ollama_pull_request, stream=ollama_pull_stream, **PULLING),
     Route("POST", "/api/create", ollama_create_request, stream=ollama_create_stream, **CREATING),
-    Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response, **RECIPES),
-    Route("DELETE", "/api/delete", ollama_manage_request, ollama_delete_response, **RECIPES),
+    Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response, **RECIPES_ROW),
+    Route("DELETE", "/api/delete", ollama_manage_request, ollama_delete_response, **RECIPES_ROW),
     Route("POST", "/api/push", answer=NO_PUSH),
     Route("GET", "/api/blobs/{digest}", answer=Refusal(404, "there is no such file here")),
     Route("POST", "/api/blobs/{digest}", answer=NO_BLOBS),
@@ -7271,7 +7285,7 @@ def anthropic_usage(usage: Usage, queries: tuple[str, ...] = ()) -> JSON:
 
 def anthropic_ending(end: End) -> JSON:
     """How a message ended. Gemini does not say whether it met a stop sequence, nor which one."""
-    default = "tool_use" if end.calls else "end_turn"
+    default = "tool_use" if end.called else "end_turn"
     reason = ANTHROPIC_STOPS.get(end.finish, default)
     ending: JSON = {"stop_reason": reason, "stop_sequence": None}
     if reason == "refusal":
@@ -7341,7 +7355,7 @@ def anthropic_searches(end: End, text: str, exchange: Exchange) -> Iterator[tupl
         yield "web_search_tool_result", {"tool_use_id": call_id, "content": content, **DIRECT_CALL}
 
 
-def anthropic_start(exchange: Exchange, answers: Answers) -> tuple[JSON, Iterator[Event]]:
+def anthropic_start(exchange: Exchange, answers: AnswerStreams) -> tuple[JSON, Iterator[Event]]:
     """(the message as it begins, the answer's events). It waits for the first, or for a refusal."""
     events = next(answers)
     first = next(events)
@@ -7349,16 +7363,16 @@ def anthropic_start(exchange: Exchange, answers: Answers) -> tuple[JSON, Iterato
         "id": exchange.new_id("msg_"),
         "type": "message",
         "role": "assistant",
-        "model": exchange.model,
+        "model": exchange.model_name,
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
-        "usage": anthropic_usage(read_usage(exchange.prompt or {})),
+        "usage": anthropic_usage(read_usage(exchange.first_usage or {})),
     }
     return message, itertools.chain([first], events)
 
 
-def anthropic_messages_stream(exchange: Exchange, answers: Answers) -> Iterator[JSON]:
+def anthropic_messages_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[JSON]:
     """The events of a message: https://platform.claude.com/docs/en/build-with-claude/streaming"""
     message, events = anthropic_start(exchange, answers)
     yield {"type": "message_start", "message": message}
@@ -7395,7 +7409,7 @@ def anthropic_deltas(fields: JSON) -> Iterator[JSON]:
             yield from ({"type": "citations_delta", "citation": citation} for citation in value)
 
 
-def anthropic_messages_response(exchange: Exchange, answers: Answers) -> JSON:
+def anthropic_messages_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     """The message that the events of the stream would add up to."""
     message, events = anthropic_start(exchange, answers)
     answer = whole(events)
@@ -7420,7 +7434,7 @@ def anthropic_count_request(body: Fields, context: Context) -> Plan:
     return count_plan(anthropic_plan(body, context))
 
 
-def anthropic_count_response(exchange: Exchange, answers: Answers) -> JSON:
+def anthropic_count_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     return {"input_tokens": read_count(answers)}
 
 
@@ -7519,7 +7533,7 @@ def passed_request(body: Fields, context: Context) -> Plan:
     for name in withheld - {"key", UPLOAD_TICKET}:
         body.ignore(name)
     upload = body.get("body", Upload)
-    passed = Passed(
+    passed = HttpParts(
         method,
         match.group(1),
         {name: value for name, value in headers.items() if PASSED_HEADERS.fullmatch(name)},
@@ -7527,14 +7541,14 @@ def passed_request(body: Fields, context: Context) -> Plan:
     )
     call = GeminiCall("?".join(filter(None, (target, kept))), passed=passed)
     model = re.match(r"(?:models/|(?=tunedModels/))([^:]+):", target)
-    return Plan((call,), stream=True, model=model.group(1) if model else "")
+    return Plan((call,), stream=True, model_name=model.group(1) if model else "")
 
 
 TOKEN_COUNT = re.compile(rb'"(\w{1,40}TokenCount)": ?(\d{1,12})')
 MAX_COUNT_BYTES = 80  # that a TOKEN_COUNT has at most
 
 
-def passed_stream(exchange: Exchange, answers: Answers) -> Iterator[Any]:
+def passed_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
     """The head and the bytes of the answer, as they come; its tokens count."""
     counts: JSON = {}
     end = b""  # of what came before: a count may begin in it
@@ -7606,15 +7620,15 @@ SHARED_ROUTES = tuple(route for route in OPENAI.routes if route.path not in OPEN
 SHARED_OPENAI = OPENAI._replace(routes=SHARED_ROUTES, error=shared_openai_error)
 
 # What each -api mounts. The first protocol whose pattern fits "METHOD path" writes its errors.
-OWN_PATHS = (
+GEMINI_PATHS = (
     r"\w+ /(v1alpha|v1beta|google|upload|download|v1/interactions)(/|\Z)"
     r"|POST /v1/models/[^/]+:[A-Za-z]+\Z"
 )
 ANTHROPIC_PATHS = r"\w+ /v1/messages(/|\Z)"
 MOUNTS: dict[str, tuple[tuple[str, Protocol], ...]] = {
-    "openai": ((OWN_PATHS, GEMINI), (ANTHROPIC_PATHS, ANTHROPIC), ("", OPENAI)),
+    "openai": ((GEMINI_PATHS, GEMINI), (ANTHROPIC_PATHS, ANTHROPIC), ("", OPENAI)),
     "ollama": (
-        (OWN_PATHS, GEMINI),
+        (GEMINI_PATHS, GEMINI),
         (ANTHROPIC_PATHS, ANTHROPIC),
         (r"\w+ /v1", SHARED_OPENAI),
         ("", OLLAMA),
@@ -8021,7 +8035,7 @@ def with_subject(credential: Credential) -> Credential:
     return credential
 
 
-class Kind(NamedTuple):
+class CredentialKind(NamedTuple):
     """A kind of credential."""
 
     needs: tuple[str, ...]  # fields that must be there
@@ -8036,18 +8050,26 @@ IMPERSONATION = "service_account_impersonation_url"
 KEY_MEND = "see to this machine's clock, and to gcloud iam service-accounts keys list"
 SOURCE_MEND = "see to the provider of the workload identity pool, and to what it trusts"
 FILE_KINDS = {
-    "authorized_user": Kind(USER_FIELDS, user_grant, LOGIN),
-    "service_account": Kind(("client_email", "private_key"), service_grant, KEY_MEND, with_rsa_key),
-    "impersonated_service_account": Kind((IMPERSONATION,), source_grant, LOGIN, with_source),
-    "external_account": Kind(
+    "authorized_user": CredentialKind(USER_FIELDS, user_grant, LOGIN),
+    "service_account": CredentialKind(
+        ("client_email", "private_key"), service_grant, KEY_MEND, with_rsa_key
+    ),
+    "impersonated_service_account": CredentialKind(
+        (IMPERSONATION,), source_grant, LOGIN, with_source
+    ),
+    "external_account": CredentialKind(
         ("audience", "subject_token_type"), federated_grant, SOURCE_MEND, with_subject
     ),
-    "external_account_authorized_user": Kind((*USER_FIELDS, "token_url"), workforce_grant, LOGIN),
+    "external_account_authorized_user": CredentialKind(
+        (*USER_FIELDS, "token_url"), workforce_grant, LOGIN
+    ),
 }
 CREDENTIAL_KINDS = {
     **FILE_KINDS,
-    "metadata server": Kind(("url",), metadata_grant, "give the machine a service account"),
-    "token command": Kind(("command",), command_grant, "run it by hand, as this user"),
+    "metadata server": CredentialKind(
+        ("url",), metadata_grant, "give the machine a service account"
+    ),
+    "token command": CredentialKind(("command",), command_grant, "run it by hand, as this user"),
 }
 URL_FIELDS = ("token_uri", "token_url", IMPERSONATION)
 CREDENTIAL_URL = r"https?://([\w.-]+|\[[0-9A-Fa-f:]+\])(:[1-9]\d{0,4})?([/?][!-~]*)?"
@@ -8170,7 +8192,7 @@ TRANSLATED_METHODS = (*VECTOR_METHODS, "countTokens")  # the rest of Gemini's ow
 
 
 def vertex_passed_calls(
-    call: GeminiCall, passed: Passed, backend: Backend
+    call: GeminiCall, passed: HttpParts, backend: Backend
 ) -> tuple[GeminiCall, ...]:
     """The calls for one of Gemini's own API; a 404 for what Vertex AI does not have."""
     target = call.path.partition("?")[0]
@@ -8434,8 +8456,7 @@ KEY_MASK = "[the Gemini key]"
 
 # ---- the heads of HTTP messages ----
 
-TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-HEADER_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
+HEADER_LINE = re.compile(rf"({HTTP_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: ([^\r\n]*))?\r\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 MAX_HEAD_BYTES = 64 << 10  # of the first line and the headers of a request or an answer
@@ -8837,7 +8858,7 @@ class UpstreamRequest(urllib.request.Request):
     """A request to Gemini, with what the pool must know; an idle connection is not `fresh`."""
 
     def __init__(
-        self, url: str, headers: Mapping[str, str], passed: Passed, waiter: Waiter, fresh: bool
+        self, url: str, headers: Mapping[str, str], passed: HttpParts, waiter: Waiter, fresh: bool
     ):
         usual = {"User-Agent": f"proxy-to-gemini/{VERSION}", **passed.headers}
         super().__init__(url, headers={**usual, **headers}, method=passed.method)
@@ -9032,12 +9053,12 @@ ANSWER_HEADERS = re.compile(
 )
 
 
-def plain_call(call: GeminiCall, root: str) -> Passed:
+def plain_call(call: GeminiCall, root: str) -> HttpParts:
     """What a call of this server's own has besides its path."""
     headers = {"Content-Type": "application/json", **dict(call.headers)}
     if call.body is None:
-        return Passed("GET", root, headers)
-    return Passed("POST", root, headers, gemini_json(call.body))
+        return HttpParts("GET", root, headers)
+    return HttpParts("POST", root, headers, gemini_json(call.body))
 
 
 class UpstreamCall:
@@ -9050,10 +9071,10 @@ class UpstreamCall:
     """
 
     def __init__(
-        self, gemini: Gemini, call: GeminiCall, waiter: Waiter, key: str, ignored: list[str]
+        self, gemini: Gemini, call: GeminiCall, waiter: Waiter, key: str, left_out: list[str]
     ):
         self.gemini, self.call, self.waiter, self.key = gemini, call, waiter, key
-        self.ignored = ignored  # gets the names of what was left out so that Gemini takes the call
+        self.left_out = left_out  # gets the names of what goes so that Gemini takes the call
         self.response: Response | None = None
         self.send_error: Exception  # begin() returns it in its turn: calls are sent ahead
         self.access: Access | None = None  # with which it was sent
@@ -9148,7 +9169,7 @@ class UpstreamCall:
     def chunks_instead(self) -> Iterator[JSON]:
         """The answers to the calls that stand in for this one."""
         self.release()
-        calls = self.gemini.sent(self.call.instead, self.waiter, self.key, self.ignored)
+        calls = self.gemini.sent(self.call.instead, self.waiter, self.key, self.left_out)
         with contextlib.closing(calls):
             for chunks in calls:
                 yield from chunks
@@ -9227,7 +9248,7 @@ class UpstreamCall:
             call, names = repaired(self.call, error.message)
             if call is not None:
                 self.call = call
-                self.ignored += names
+                self.left_out += names
                 return 0.0
         if error.status == 401 and not self.renewed and self.gemini.refused(self.access):
             self.renewed = True
@@ -9329,9 +9350,9 @@ def ask_for_token(step: TokenStep) -> tuple[int, bytes]:
     waiter.deadline = time.monotonic() + CONNECT_SECONDS + TOKEN_ANSWER_SECONDS
     if step.direct:
         waiter.deadline = time.monotonic() + METADATA_SECONDS
-    passed = Passed("GET", "", step.headers)
+    passed = HttpParts("GET", "", step.headers)
     if step.body is not None:
-        passed = Passed("POST", "", step.headers, step.body)
+        passed = HttpParts("POST", "", step.headers, step.body)
     try:
         pool, opener = Pool(step.url), urllib.request.OpenerDirector()
         if step.direct:
@@ -9584,11 +9605,15 @@ class Memory:
             self.execute("write", self.PRUNE, rows=self.MAX_ROWS, bytes=self.MAX_BYTES)
 
     def pin(self, group: str, key: str, value: str) -> None:
-        """Keep a text that is never evicted, or forget it (""); a 503 if that fails."""
-        statement, alias = self.INSERT, self.PINNED + group
-        if not value:
-            statement = "DELETE FROM memory WHERE key = :key"
-        if self.execute("write", statement, key=key, alias=alias, value=value) is None:
+        """Keep a text that is never evicted; a 503 if that fails."""
+        self.write(self.INSERT, key=key, alias=self.PINNED + group, value=value)
+
+    def forget(self, key: str) -> None:
+        """Forget a text, pinned or not; a 503 if that fails."""
+        self.write("DELETE FROM memory WHERE key = :key", key=key)
+
+    def write(self, statement: str, **values: str) -> None:
+        if self.execute("write", statement, **values) is None:
             raise ProxyError(503, "This server cannot remember anything now; its log tells why.")
 
     def pinned(self, group: str) -> list[tuple[str, str]]:
@@ -9709,21 +9734,21 @@ class Gemini:
         return self.tokens is not None and self.tokens.refuse(access)
 
     def answers(
-        self, calls: Iterable[GeminiCall], waiter: Waiter, key: str, ignored: list[str]
+        self, calls: Iterable[GeminiCall], waiter: Waiter, key: str, left_out: list[str]
     ) -> Generator[Iterator[JSON], None, None]:
         """For each call its chunks, in order; its close() hangs up on what is unread."""
         backend = self.backend
         groups = [(call, backend.calls(self.signed(call, key), backend)) for call in calls]
         for _, group in groups:
-            ignored.extend(name for one in group for name in one.left_out)
-        sent = self.sent([one for _, group in groups for one in group], waiter, key, ignored)
+            left_out.extend(name for one in group for name in one.left_out)
+        sent = self.sent([one for _, group in groups for one in group], waiter, key, left_out)
         with contextlib.closing(sent):
             for call, group in groups:
                 chunks = itertools.chain.from_iterable(itertools.islice(sent, len(group)))
                 yield backend.chunks(call, chunks)
 
     def sent(
-        self, calls: Iterable[GeminiCall], waiter: Waiter, key: str, ignored: list[str]
+        self, calls: Iterable[GeminiCall], waiter: Waiter, key: str, left_out: list[str]
     ) -> Generator[Iterator[JSON], None, None]:
         """The same for calls as they are sent."""
         unsent, pending = collections.deque(calls), collections.deque[UpstreamCall]()
@@ -9733,7 +9758,7 @@ class Gemini:
                     if pending and unsent[0].waits:
                         break
                     call = unsent.popleft()
-                    pending.append(UpstreamCall(self, call, waiter, key, ignored))
+                    pending.append(UpstreamCall(self, call, waiter, key, left_out))
                     if call is not MODELS_CALL:
                         pending[-1].send()
                 if not pending:
@@ -9856,13 +9881,15 @@ class Shelf(NamedTuple):
             keys = [name[len(self.prefix) :] for name, _ in self.memory.pinned(self.prefix)]
             return "\n".join(name for name in keys if name.startswith(key[:-1]))
         text = self.memory.get(self.prefix + key) or ""
-        if text and not key.startswith(RECIPE):
+        if text and not key.startswith(RECIPE_PREFIX):
             self.memory.put(self.prefix + key, None, text)  # what is in use is not evicted next
         return text
 
     def keep(self, item: Keep) -> None:
         key = self.prefix + item.key
-        if item.pinned or not item.text:
+        if not item.text:
+            self.memory.forget(key)
+        elif item.pinned:
             self.memory.pin(self.prefix, key, item.text)
         else:
             self.memory.put(key, None, item.text)
@@ -10464,12 +10491,12 @@ KEY_PATTERN = r"[!-~]{1,1000}"  # what can be sent in a header as a key
 MAX_IGNORED_CHARACTERS = 4000  # of x-proxy-ignored: nginx takes 8 KB of headers in all
 MAX_LOG_CHARACTERS = 4000  # of a log line: a pipe takes 4,096 bytes (PIPE_BUF) in one piece
 
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([^\x00-\x20\x7f]+) HTTP/1\.([0-9])\r\n".encode())
+REQUEST_LINE = re.compile(rf"({HTTP_TOKEN}) ([^\x00-\x20\x7f]+) HTTP/1\.([0-9])\r\n".encode())
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # others are a 501
 # (authority, path, query), of the origin-form, the absolute-form or "*" (RFC 9112, section 3.2).
 TARGET = re.compile(r"(?:https?://([^/?]+)(?![^/?])|(?=/|\*$))([^?]*)\??(.*)", re.I)
 QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
-CHUNK_EXTENSION = rf"[ \t]*;[ \t]*{TOKEN}(?:[ \t]*=[ \t]*(?:{TOKEN}|{QUOTED}))?"
+CHUNK_EXTENSION = rf"[ \t]*;[ \t]*{HTTP_TOKEN}(?:[ \t]*=[ \t]*(?:{HTTP_TOKEN}|{QUOTED}))?"
 REQUEST_CHUNK = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:{CHUNK_EXTENSION})*\r\n".encode("latin-1"))
 APP_ORIGINS = (
     r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:\d+)?|"
@@ -10886,7 +10913,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.client = ClientSocket(self.connection, self.server.ending)
         self.rfile = io.BufferedReader(self.client)
-        self.body_left = False  # whether the client may still be sending a body
+        self.body_pending = False  # whether the client may still be sending a body
         self.body_bytes = 0  # of the body that is read or answered just now
         self.answering = False  # whether a request was read whose answer is not at its end
         self.server.handlers.add(self)
@@ -10912,7 +10939,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head.headers = headers = read_headers(self.rfile, limit)
         self.answering, self.client.deadline = True, math.inf
         length = headers.get("content-length", "0")
-        self.body_left = length != "0" or "transfer-encoding" in headers
+        self.body_pending = length != "0" or "transfer-encoding" in headers
         if "host" not in headers and not head.http_1_0:  # RFC 9112, section 3.2
             raise ProxyError(400, "This HTTP/1.1 request has no Host header.")
         words = headers.get("connection", "").lower().split(",")
@@ -10941,14 +10968,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_blocks(self, head: RequestHead, limit: int) -> Iterator[bytes]:
         """The same, once the first block is asked for."""
         expects = head.headers.get("expect", "").lower() == "100-continue" and not head.http_1_0
-        if self.body_left and expects:  # RFC 9110, section 10.1.1
+        if self.body_pending and expects:  # RFC 9110, section 10.1.1
             self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.client.deadline = time.monotonic() + BODY_SECONDS
         if head.length is None:
             yield from self.read_chunks(limit)
         else:
             yield from self.read_exactly(head.length)
-        self.body_left = False
+        self.body_pending = False
 
     def body_stream(self, head: RequestHead) -> BodyStream:
         """The body as it comes in, which is held nowhere."""
@@ -11005,7 +11032,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def finish(self) -> None:
         """End. A client that still sends can read its refusal before (RFC 9112, section 9.6)."""
         with contextlib.suppress(OSError):
-            if self.body_left:
+            if self.body_pending:
                 self.connection.shutdown(socket.SHUT_WR)
                 self.connection.settimeout(LINGER_SECONDS)
                 deadline = time.monotonic() + LINGER_SECONDS
@@ -11166,7 +11193,7 @@ def cors_headers(head: RequestHead, config: Config, protocol: Protocol) -> list[
 def preflight_headers(head: RequestHead) -> list[tuple[str, str]]:
     """The answer to a web page's question whether it may send these headers."""
     text = head.headers.get("access-control-request-headers", "")[:2000]
-    names = [name.strip() for name in text.split(",") if re.fullmatch(TOKEN, name.strip())]
+    names = [name.strip() for name in text.split(",") if re.fullmatch(HTTP_TOKEN, name.strip())]
     return [
         ("Access-Control-Allow-Methods", "GET, POST, PATCH, DELETE, HEAD, OPTIONS"),
         ("Access-Control-Allow-Headers", ", ".join(names[:100])),
@@ -11258,7 +11285,7 @@ class RequestCycle:
             endpoint = find_route(api, method, path)
             self.protocol, self.route_name = endpoint.protocol, endpoint.route.name
             self.key = upstream_key(head, path, server.config)
-            self.answer(endpoint.route, self.plan(endpoint, path, query))
+            self.answer(endpoint.route, self.exchange_for(endpoint, path, query))
 
     def own_page(self, path: str) -> tuple[int, Any, Mapping[str, str]]:
         """(status, answer, headers) of one of OWN_PAGES."""
@@ -11271,7 +11298,7 @@ class RequestCycle:
             return 200, self.checks(), NOT_STORED
         if path == "/" and accepts_page(head.headers.get("accept", "")):
             return page_for_people(server.config)
-        return *server.own_page(path), {}
+        return *server.text_page(path), {}
 
     def checks(self) -> list[JSON]:
         """What -check tells of the way to Gemini. It costs an answer, so there is one at a time."""
@@ -11288,7 +11315,7 @@ class RequestCycle:
         finally:
             server.metrics.add("checks", amount=-1)
 
-    def plan(self, match: RouteMatch, path: str, query: str) -> Exchange:
+    def exchange_for(self, match: RouteMatch, path: str, query: str) -> Exchange:
         """Read the body, look up what is stored for it, and plan the calls to Gemini."""
         server, route, context = self.server, match.route, self.server.context
         if isinstance(route.answer, Refusal):
@@ -11296,10 +11323,12 @@ class RequestCycle:
             raise ProxyError(status, message, headers=dict(headers))
         fields = dict(urllib.parse.parse_qsl(query)) if query else {}
         request = ClientRequest(route.method, path, query, self.head.headers)
-        aliases, ollama, loaded = context.aliases, context.ollama, server.loaded_by(self.key)
-        context = Context(aliases, ollama, {}, loaded, match.params, fields, request)
+        loaded = server.loaded_by(self.key)
+        context = context._replace(
+            loaded=loaded, params=match.params, query=fields, request=request
+        )
         try:
-            sends_body = self.connection.body_left or self.head.method not in ("GET", "HEAD")
+            sends_body = self.connection.body_pending or self.head.method not in ("GET", "HEAD")
             if route.parse and sends_body:
                 raw = self.connection.read_body(self.head)
                 if self.recording:
@@ -11314,7 +11343,7 @@ class RequestCycle:
             if keys:
                 context = context._replace(stored=server.shelf(self.key).look_up(keys))
             data = body.data
-            exchange = self.planned(route, body, context)
+            exchange = self.new_exchange(route, body, context)
         except RecursionError:
             raise nested_too_deeply() from None
         model = exchange.plan.answering
@@ -11323,8 +11352,8 @@ class RequestCycle:
             return self.first_choice(route, exchange, (model.name, *model.further))
         return exchange
 
-    def planned(self, route: Route, body: Fields, context: Context) -> Exchange:
-        """The plan for the first of the models that the context leaves."""
+    def new_exchange(self, route: Route, body: Fields, context: Context) -> Exchange:
+        """An exchange with the first of the models that the context leaves."""
         plan = route.request(body, context) if route.request else Plan()
         self.ignored, self.left_out = body.ignored(), []
         return Exchange(plan, context, self.seed, time.time())
@@ -11344,11 +11373,11 @@ class RequestCycle:
     def with_model(
         self, route: Route, exchange: Exchange, models: tuple[str, ...]
     ) -> Exchange | None:
-        """The same exchange with the first of these models that can take the request, if any."""
+        """A new exchange, with the first of these models that can take the request, if any."""
         while models:
             with contextlib.suppress(ProxyError):  # the error of the first model is the one to tell
                 context = exchange.context._replace(models=models)
-                other = self.planned(route, Fields(self.body), context)
+                other = self.new_exchange(route, Fields(self.body), context)
                 other.created = exchange.created
                 return other
             models = models[1:]
@@ -11387,13 +11416,13 @@ class RequestCycle:
         self.route, self.exchange = route, exchange
         waiter = Waiter(self.connection.connection, server.config.timeout, server.stopping)
         waiter.recording = self.recording
-        error = first_error = self.attempt(route, exchange, waiter)
+        error = first_error = self.answer_with(route, exchange, waiter)
         while error:
             following = self.next_exchange(route, self.exchange, error)
             if following is None:
                 break
             self.exchange = following
-            error = self.attempt(route, following, waiter)
+            error = self.answer_with(route, following, waiter)
         if error and self.answered:
             raise error
         if error:
@@ -11407,10 +11436,10 @@ class RequestCycle:
             server.load(self.key, *plan.loads)
         elif plan.chat and exchange.context.ollama:
             model = plan.chat.model
-            name = model.name if model.stands_in else plan.model
+            name = model.name if model.stands_in else plan.model_name
             server.load(self.key, name, LOADED_SECONDS)
 
-    def attempt(self, route: Route, exchange: Exchange, waiter: Waiter) -> ProxyError | None:
+    def answer_with(self, route: Route, exchange: Exchange, waiter: Waiter) -> ProxyError | None:
         """Answer with what one model says; the error where it cannot."""
         server, plan, calls = self.server, exchange.plan, exchange.plan.calls
         self.framing = plan.framing or route.framing
@@ -11454,7 +11483,7 @@ class RequestCycle:
 
     def read_answers(
         self, batch: Iterable[Iterator[JSON]], exchange: Exchange, waiter: Waiter
-    ) -> Answers:
+    ) -> AnswerStreams:
         """For each call its events, or its chunks of JSON where it does not generate."""
         for call, untimed in zip(exchange.plan.calls, batch):
             chunks = self.timed(untimed, exchange, waiter)
@@ -11498,7 +11527,7 @@ class RequestCycle:
                 if self.head.method == "HEAD":
                     return  # nobody gets the rest
 
-    def whole_answer(self, route: Route, exchange: Exchange, answers: Answers) -> Any:
+    def whole_answer(self, route: Route, exchange: Exchange, answers: AnswerStreams) -> Any:
         """The route's answer to a client that wants no stream. What is to be kept is kept."""
         answer = route.answer
         if route.response:
@@ -11515,7 +11544,7 @@ class RequestCycle:
         """Add to "no such model" how the client spelt it, and whether Gemini lists it after all."""
         if error.code != "model_not_found" or not error.upstream:
             return
-        error.model = exchange.model
+        error.model = exchange.model_name
         gemini, model = self.server.gemini, exchange.plan.answering
         if model is None:
             return
@@ -11587,7 +11616,7 @@ class RequestCycle:
         cors = cors_headers(self.head, self.server.config, self.protocol)
         lines += [f"{name}: {value}" for name, value in (*ids, *headers, *cors)]
         connection = self.connection
-        if connection.close_connection or connection.body_left or self.server.draining:
+        if connection.close_connection or connection.body_pending or self.server.draining:
             connection.close_connection = True
             lines.append("Connection: close")
         elif self.head.http_1_0:
@@ -11652,14 +11681,14 @@ class RequestCycle:
         metrics.add("requests_total", self.route_name, str(self.status))
         metrics.observe("request_seconds", self.route_name, seconds=now - self.began)
         metrics.observe("first_byte_seconds", self.route_name, seconds=self.first_byte - self.began)
-        if self.exchange and self.exchange.model:
+        if self.exchange and self.exchange.model_name:
             usage = self.exchange.usage
             answering = self.exchange.plan.answering
             if answering and self.exchange.model_status:
                 self.server.gemini.note_status(answering, self.exchange.model_status, self.key)
-            tokens = f" {self.exchange.model[:100]!r}"
+            tokens = f" {self.exchange.model_name[:100]!r}"
             answered_by = self.answered_by()
-            if answered_by not in ("", self.exchange.model):
+            if answered_by not in ("", self.exchange.model_name):
                 tokens += f" ({answered_by})"
             tokens += f" {usage.prompt}+{usage.output} tokens"
             self.count_tokens(usage)
@@ -11684,7 +11713,7 @@ class RequestCycle:
         if route == "other":
             route = place
         if self.exchange:
-            usage, model = self.exchange.usage, self.exchange.model
+            usage, model = self.exchange.usage, self.exchange.model_name
             tokens = usage.prompt, usage.output
         times = time.time() - seconds, self.first_byte - self.began, seconds
         texts = scope, route, model, self.answered_by()
@@ -12152,8 +12181,8 @@ class Server(http.server.ThreadingHTTPServer):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.server_port}"
 
-    def own_page(self, path: str) -> tuple[int, Payload]:
-        """(status, page) of one of OWN_PAGES."""
+    def text_page(self, path: str) -> tuple[int, Payload]:
+        """(status, page) of one of OWN_PAGES that is a text."""
         if path == "/metrics":
             self.update_gauges()
             return 200, self.metrics.page(self.config)

@@ -842,7 +842,7 @@ NO_CONTEXT = Context()
 
 def exchange(plan=None, context=NO_CONTEXT):
     """An exchange whose ids count up, at a time that stands still."""
-    return Exchange(plan or proxy.Plan(model="m"), context, "", 1700000000.5)
+    return Exchange(plan or proxy.Plan(model_name="m"), context, "", 1700000000.5)
 
 
 class Notes(dict):
@@ -853,8 +853,9 @@ class Notes(dict):
 
     def pin(self, shelf, key, text):
         self[key] = text
-        if not text:
-            del self[key]
+
+    def forget(self, key):
+        self.pop(key, None)
 
     def pinned(self, shelf):
         return [(key, text) for key, text in self.items() if key.startswith("model:")]
@@ -2492,7 +2493,7 @@ def test_a_call_that_geminis_servers_answered_is_not_the_clients():
         whole("Done."),
     )
     assert [type(event) for event in events] == [Text, End]
-    assert not events[-1].calls
+    assert not events[-1].called
 
 
 @pytest.mark.parametrize(
@@ -6327,7 +6328,7 @@ def test_a_model_that_cannot_think_gets_no_thinking_config(think):
 def test_ollamas_spellings_of_a_model_all_mean_it(name):
     plan = plan_and_ignored(chat(model=name), proxy.ollama_chat_request, OLLAMA)[0]
     assert plan.calls[0].model.name == FLASH
-    assert plan.model == name
+    assert plan.model_name == name
 
 
 @pytest.mark.parametrize(
@@ -7408,7 +7409,7 @@ def test_a_message_becomes_a_request():
 def test_a_message_goes_to_the_model_behind_the_alias():
     plan = claude_plan(MESSAGE)
     assert plan.calls[0].path == "models/gemini-3.8-flash:generateContent"
-    assert plan.model == "claude-opus-5"
+    assert plan.model_name == "claude-opus-5"
 
 
 def test_what_a_message_loses_is_named_as_ignored():
@@ -8063,8 +8064,8 @@ def test_a_request_of_geminis_own_api_goes_on_as_it_came():
     plan, _ = passed_plan("POST", GENERATE_PATH, "alt=sse&$fields=a%2Fb", body, kind.items())
     (call,) = plan.calls
     assert call.path == f"models/{NEWEST}:generateContent?alt=sse&$fields=a%2Fb"
-    assert call.passed == proxy.Passed("POST", "v1beta", kind, body)
-    assert plan.model == NEWEST
+    assert call.passed == proxy.HttpParts("POST", "v1beta", kind, body)
+    assert plan.model_name == NEWEST
 
 
 def test_credentials_in_headers_and_query_stay_behind():
@@ -9904,7 +9905,7 @@ def test_memory_does_not_evict_what_is_pinned(memory, monkeypatch):
 
 def test_memory_forgets_a_pinned_text(memory):
     memory.pin("recipes", "a", "1")
-    memory.pin("recipes", "a", "")
+    memory.forget("a")
     assert memory.get("a") is None
     assert memory.pinned("recipes") == []
 
