@@ -822,10 +822,24 @@ class Protocol(NamedTuple):
 # ======================================================================================
 
 
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")  # up to Codex's
+# Their budgets in tokens: "low" to "high" as Google's own OpenAI endpoint has them
+# (https://ai.google.dev/gemini-api/docs/openai), and above these the most that any model takes.
+BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768, 32768)))
+
+
 class Levels(NamedTuple):
     """A model that thinks by level."""
 
     names: tuple[str, ...]
+
+    def config(self, effort: str | None, budget: int | None) -> JSON:
+        """The thinkingConfig: the lowest level that is at least the effort."""
+        if effort is None:
+            return {}
+        lowest = EFFORTS.index(effort)
+        enough = (name for name in self.names if EFFORTS.index(name.lower()) >= lowest)
+        return {"thinkingLevel": next(enough, self.names[-1])}
 
 
 class Budget(NamedTuple):
@@ -834,6 +848,13 @@ class Budget(NamedTuple):
     low: int
     high: int
     stops: bool  # whether it can be told not to think
+
+    def config(self, effort: str | None, budget: int | None) -> JSON:
+        """The thinkingConfig: a budget within the model's range."""
+        tokens = budget or BUDGETS.get(effort or "")
+        if tokens is None or (tokens == 0 and self.stops):
+            return given(thinkingBudget=tokens)
+        return {"thinkingBudget": min(max(tokens, self.low), self.high)}
 
 
 NEWEST = 99.0  # the generation of a name that does not say it
@@ -1689,11 +1710,6 @@ def pair_up(matched: dict[int, int], call_keys: list[str], result_keys: dict[int
 
 # ---- thinking and settings ----
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")  # up to Codex's
-# Their budgets in tokens: "low" to "high" as Google's own OpenAI endpoint has them
-# (https://ai.google.dev/gemini-api/docs/openai), and above these the most that any model takes.
-BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768, 32768)))
-
 
 class Thinking(NamedTuple):
     """How a model is to think, as the client asked for it."""
@@ -1709,24 +1725,10 @@ class Thinking(NamedTuple):
 def thinking_config(
     model: Model, effort: str | None, show: bool, budget: int | None = None
 ) -> JSON:
-    """The thinkingConfig for any effort (None: the model's own) on any model.
-
-    It is the lowest level that is at least the effort, or a budget within the model's range.
-    """
-    config: JSON = {}
+    """The thinkingConfig for any effort (None: the model's own) on any model."""
     if model.thinking is None:
-        return config
-    if isinstance(model.thinking, Budget):
-        tokens = budget or BUDGETS.get(effort or "")
-        if tokens == 0 and model.thinking.stops:
-            config["thinkingBudget"] = 0
-        elif tokens is not None:
-            config["thinkingBudget"] = min(max(tokens, model.thinking.low), model.thinking.high)
-    elif effort is not None:
-        names = model.thinking.names
-        lowest = EFFORTS.index(effort)
-        enough = (name for name in names if EFFORTS.index(name.lower()) >= lowest)
-        config["thinkingLevel"] = next(enough, names[-1])
+        return {}
+    config = model.thinking.config(effort, budget)
     if show and effort != "none":
         config["includeThoughts"] = True
     return config
