@@ -7602,6 +7602,8 @@ GEMINI_ROUTES = (
     passed_route("GET", "/download/{path}"),
 )
 GEMINI = Protocol("gemini", GEMINI_ROUTES, passed_error)
+# Of its paths, the beginnings that no other protocol has.
+GEMINI_FOLDERS = "|".join(sorted({route.path.split("/")[1] for route in GEMINI_ROUTES} - {"v1"}))
 
 
 # ======================================================================================
@@ -7623,7 +7625,7 @@ SHARED_OPENAI = OPENAI._replace(routes=SHARED_ROUTES, error=shared_openai_error)
 
 # What each -api mounts. The first protocol whose pattern fits "METHOD path" writes its errors.
 GEMINI_PATHS = (
-    r"\w+ /(v1alpha|v1beta|google|upload|download|v1/interactions)(/|\Z)"
+    rf"\w+ /({GEMINI_FOLDERS}|v1/interactions)(/|\Z)"
     r"|POST /v1/models/[^/]+:[A-Za-z]+\Z"
 )
 ANTHROPIC_PATHS = r"\w+ /v1/messages(/|\Z)"
@@ -7657,7 +7659,7 @@ def path_pattern(path: str) -> Pattern[str]:
 
 # Of the server itself, whatever its -api: path and method.
 OWN_PAGES = {"/": "GET", "/healthz": "GET", "/metrics": "GET", "/status": "GET", "/checks": "POST"}
-VERSIONED = re.compile(r"/v1/|/(v1alpha|v1beta|google|upload|download)(/|\Z)")
+VERSIONED = re.compile(rf"/v1/|/({GEMINI_FOLDERS})(/|\Z)")
 GOOGLES_SDK = "x-goog-api-client"  # a header of its
 
 
