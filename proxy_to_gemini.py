@@ -2603,10 +2603,8 @@ class SilenceError(ProxyError):
     """Gemini was silent for too long."""
 
 
-# Why an alias's next model is asked, by the status of Gemini's refusal; and for how many seconds at
-# most calls pass over a model then.
+# Why an alias's next model is asked, by the status of Gemini's refusal.
 FALLBACK_REASONS = {404: "not_found", 429: "quota", 503: "overloaded", 529: "overloaded"}
-COOLDOWN_SECONDS = {"not_found": 60.0, "quota": 60.0, "overloaded": 5.0, "silent": 60.0}
 
 
 def fallback_reason(error: ProxyError) -> str:
@@ -2614,14 +2612,6 @@ def fallback_reason(error: ProxyError) -> str:
     if isinstance(error, SilenceError):
         return "silent"
     return FALLBACK_REASONS.get(error.status, "") if error.upstream else ""
-
-
-def cooldown_seconds(error: ProxyError, reason: str) -> float:
-    """For how long to pass over a model that failed like this: as Gemini says, within bounds."""
-    longest = COOLDOWN_SECONDS[reason]
-    if error.retry_after is None:
-        return longest
-    return min(longest, max(error.retry_after, COOLDOWN_SECONDS["overloaded"]))
 
 
 def invalid_answer(what: str) -> ProxyError:
@@ -9632,6 +9622,18 @@ class Memory:
 
 
 # ---- the service ----
+
+
+# For how many seconds at most calls pass over a model that could not answer, by the reason.
+COOLDOWN_SECONDS = {"not_found": 60.0, "quota": 60.0, "overloaded": 5.0, "silent": 60.0}
+
+
+def cooldown_seconds(error: ProxyError, reason: str) -> float:
+    """For how long to pass over a model that failed like this: as Gemini says, within bounds."""
+    longest = COOLDOWN_SECONDS[reason]
+    if error.retry_after is None:
+        return longest
+    return min(longest, max(error.retry_after, COOLDOWN_SECONDS["overloaded"]))
 
 
 class Cooldowns:
