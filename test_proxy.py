@@ -12502,6 +12502,7 @@ def test_a_running_model_is_listed_under_its_own_name_where_it_stood_in(gemini, 
     monkeypatch.setattr(proxy, "MODEL_LIST_SECONDS", -1)
     with serving(gemini.url, api="ollama") as server:
         post_json(server, "/v1/chat/completions", chat(model="gpt-oss:20b"))
+        until(lambda: server.loaded)
         gemini.say(Say(raw=json.dumps({"models": [latest]}).encode()))
         with RawClient(server) as client:
             running = json.loads(client.request("GET", "/api/ps")[2])["models"]
