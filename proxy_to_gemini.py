@@ -9513,7 +9513,7 @@ class Memory:
     """The one place that remembers: texts by a key, and by an alias that several may share.
 
     What is put into it may be evicted, the oldest first; what is pinned stays. A file that fails is
-    logged and taken for empty: reads see no error, and a pin is refused with a 503.
+    logged and taken for empty: reads see no error, and pin and forget are refused with a 503.
     """
 
     MAX_ROWS, MAX_BYTES = 20_000, 32 << 20  # exceeded at most by what came since the last pruning
