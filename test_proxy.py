@@ -10159,7 +10159,9 @@ def test_masking_and_cutting_takes_time_in_proportion(start, part):
 
 
 @pytest.mark.parametrize(
-    "text", ['"' * (proxy.MAX_QUOTES + 1), "ä, b " * (proxy.MAX_TEXT_CHARACTERS // 5 + 1)]
+    "text",
+    ['"' * (proxy.MAX_QUOTES + 1), "ä, b " * (proxy.MAX_TEXT_CHARACTERS // 5 + 1)],
+    ids=short_id,
 )
 def test_of_an_endless_text_recordings_have_a_sample(text):
     sample, end = proxy.body_text(text.encode(), "").split(f" {proxy.CUT_OFF} ")
@@ -14200,6 +14202,11 @@ def test_make_uninstall_leaves_nothing(installed):
 # ======================================================================================
 # The file itself
 # ======================================================================================
+
+
+def test_names_of_tests_fit_into_windows_environment(request):
+    assert max(len(item.nodeid) for item in request.session.items) < 2000
+
 
 SOURCE = (HERE / "proxy_to_gemini.py").read_text(encoding="utf-8")
 README = (HERE / "README.md").read_text(encoding="utf-8")
