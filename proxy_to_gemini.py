@@ -11401,7 +11401,7 @@ class RequestCycle:
         cooldowns.start(self.key, model, cooldown_seconds(error, reason))
         self.count_fallback(model, reason)
         self.count_tokens(exchange.usage)
-        exchange.usage, exchange.builder = Usage(), None  # which holds the exchange, as it holds it
+        exchange.usage, exchange.builder = Usage(), None  # the builder holds the exchange, too
         return self.with_model(route, exchange, tuple(further))
 
     def is_decided(self) -> bool:
@@ -11432,6 +11432,7 @@ class RequestCycle:
         if error and self.answered:
             raise error
         if error:
+            self.exchange.builder = None  # which holds the exchange, as it holds it
             self.exchange = exchange
             raise first_error or error
         models = self.exchange.context.models

@@ -12391,6 +12391,14 @@ def test_no_body_stays_in_memory_after_a_further_model(server, gemini):
             until(lambda: nothing_stays(server))
 
 
+def test_no_body_of_a_response_stays_in_memory_after_a_further_models_refusal(gemini):
+    body = {"model": "mine", "input": "Hi", "stream": True}
+    with serving(gemini.url, aliases=FURTHER) as server, without_collector():
+        gemini.say(OVERLOADED, gemini_error(400, "No."))
+        assert post(server, "/v1/responses", body)[0] == 503
+        until(lambda: nothing_stays(server))
+
+
 # ---- models that go ----
 
 
