@@ -3254,65 +3254,7 @@ def native_finish(end: End) -> JSON:
     return {"native_finish_reason": end.reason, **given(finish_message=end.message)}
 
 
-def custom_input(call: ToolCall) -> str:
-    """The text for a custom tool; where a model made up other parameters, all of them as JSON."""
-    text = call.args.get(CUSTOM_INPUT)
-    return text if isinstance(text, str) else encode_json(call.args)
-
-
-# ---- content parts, in the form of OpenAI's that Ollama shares ----
-
-DETAILS = {
-    "low": "MEDIA_RESOLUTION_LOW",
-    "high": "MEDIA_RESOLUTION_HIGH",
-    "original": "MEDIA_RESOLUTION_HIGH",
-}
-
-
-def text_content(part: Fields, model: Model) -> Part:
-    key = "refusal" if part.data["type"] == "refusal" else "text"
-    return text_part(part.require(key, str))
-
-
-def link_content(part: Fields, model: Model) -> Part:
-    """An image or a video: its URL stands bare or in an object, and `detail` beside it."""
-    key = part.data["type"].replace("input_", "").replace("_url", "") + "_url"
-    no_file_store(part)
-    link, url_key = part, key
-    if type(part.data.get(key)) is dict:
-        link, url_key = part.require_object(key), "url"
-    media = source_part(link, url_key)
-    level = DETAILS.get(get_or_empty(link.data, "detail", str))
-    if level and model.resolutions and "text" not in media:
-        link.mark_read("detail")
-        media["mediaResolution"] = {"level": level}
-    return media
-
-
-def audio_content(part: Fields, model: Model) -> Part:
-    if part.data.get("audio_url"):  # Codex's form
-        return source_part(part, "audio_url", "audio.wav")
-    audio = part.object_or_self("input_audio")
-    extension = (audio.get("format", str) or "wav").lower()
-    mime = extension_type("." + extension) or "audio/" + extension
-    return media_part(audio, "data", audio.require("data", str), mime)
-
-
-def file_content(part: Fields, model: Model) -> Part:
-    file = part.object_or_self("file")
-    no_file_store(file)
-    name = file.get("filename", str)
-    if file.get("file_url", str):
-        return source_part(file, "file_url", name)
-    data = file.require("file_data", str)
-    return media_part(file, "file_data", data, extension_type(name), name)
-
-
-def sealed_content(part: Fields, model: Model) -> Part:
-    """What only OpenAI can read, such as a result of its own search in the history of another
-    model."""
-    part.ignore_whole(f"{without_indexes(part.path)}.encrypted_content")
-    return text_part("[sealed content]")
+# ---- messages and calls in histories ----
 
 
 def no_file_store(part: Fields) -> None:
@@ -3323,33 +3265,6 @@ def no_file_store(part: Fields) -> None:
             "file itself, as base64 in a data URL."
         )
         raise wrong_value(path, message)
-
-
-CONTENT_PARTS: dict[str, Callable[[Fields, Model], Part]] = {
-    **dict.fromkeys(("text", "input_text", "output_text", "refusal"), text_content),
-    **dict.fromkeys(("image_url", "input_image", "video_url", "input_video"), link_content),
-    "input_audio": audio_content,
-    **dict.fromkeys(("file", "input_file"), file_content),
-    "encrypted_content": sealed_content,
-}
-
-
-def content_parts(message: Fields, key: str, model: Model) -> list[Part]:
-    """The parts of a content: a string, a list of typed parts, one such part, or nothing."""
-    content = message.get(key, str, list, dict)
-    if not content:
-        return []
-    if type(content) is str:
-        return [text_part(content)]
-    typed = [message.require_object(key)] if type(content) is dict else message.objects(key)
-    parts: list[Part] = []
-    for part in typed:
-        kind = part.require("type", str)
-        if kind not in CONTENT_PARTS:
-            raise part.unknown_choice("type", kind, CONTENT_PARTS)
-        part.mark_read("annotations", "logprobs", "prompt_cache_breakpoint", "cache_control")
-        parts.append(CONTENT_PARTS[kind](part, model))
-    return parts
 
 
 def add_turn(role: str, parts: list[Part], system: list[Part], contents: list[JSON]) -> None:
@@ -3363,21 +3278,6 @@ def add_turn(role: str, parts: list[Part], system: list[Part], contents: list[JS
         contents.append(system_turn(parts))
     else:
         system += parts
-
-
-def tool_message_part(
-    message: Fields, content: str, id_key: str, model: Model, images: Iterable[Part] = ()
-) -> Part:
-    """A tool's result, under these keys: text, JSON in a text, or parts; media go beside the text.
-
-    Many clients do not say which call it belongs to; valid_turns goes by the order then.
-    """
-    name = message.get("tool_name", str) or message.get("name", str)
-    parts = [*content_parts(message, content, model), *images]
-    return result_of_parts(name, parts, strip_signature(message.get(id_key, str)))
-
-
-# ---- tool calls in histories ----
 
 
 # What LiteLLM and Bifrost put between a call's id and its signature, in the histories that they
@@ -3398,25 +3298,6 @@ def strip_signature(signed_id: str | None) -> str | None:
     return split_signed_id(signed_id)[0] if signed_id else signed_id
 
 
-def client_signature(call: Fields, function: Fields) -> str | None:
-    """The thought signature that the client kept for us, in Google's form or in one of other
-    proxies'."""
-    call.mark_read("extra_content", "provider_specific_fields")
-    function.mark_read("thought_signature", "provider_specific_fields")
-    carriers = (
-        get_or_empty(get_or_empty(call.data, "extra_content", dict), "google", dict),
-        function.data,
-        get_or_empty(call.data, "provider_specific_fields", dict),
-        get_or_empty(function.data, "provider_specific_fields", dict),
-    )
-    signatures: list[str] = [get_or_empty(one, "thought_signature", str) for one in carriers]
-    signatures.append(split_signed_id(get_or_empty(call.data, "id", str))[1])
-    for signature in signatures:
-        if can_sign(signature):
-            return signature
-    return None
-
-
 # ---- tools ----
 
 
@@ -3428,9 +3309,6 @@ HOSTED_TOOLS = (
     (r"code_?interpreter|code_?execution", "codeExecution"),
     (r"google_?maps$", "googleMaps"),
 )
-# The keys of a remote MCP server's name, address and token, and of what restricts it.
-OPENAI_MCP = ("server_label", "server_url", "authorization", "allowed_tools")
-ANTHROPIC_MCP = ("name", "url", "authorization_token", "tool_configuration")
 
 
 def restricts(setting: Any) -> bool:
@@ -3521,160 +3399,6 @@ class ToolBuilder:
         )
 
 
-def chat_tools(body: Fields, *more: Fields) -> Tools:
-    """`tools` and the older `functions`, in the form of chats and in the flat one of responses,
-    which some clients send to chats; `more` are other lists of tools."""
-    builder = ToolBuilder()
-    first = [*tool_list(body)]
-    later = (entry for fields in more if fields is not body for entry in tool_list(fields))
-    finder = next((tool for tool, _, _ in first if searches_tools(tool)), None)
-    for tool, namespace, note in first:
-        function = None
-        if tool.get("defer_loading", bool) and finder:
-            function = tool_function(tool)
-        if function:
-            defer_tool(function, namespace, note, builder)
-        else:
-            chat_tool(tool, namespace, note, builder)
-    for tool, namespace, note in later:
-        tool.mark_read("defer_loading")
-        chat_tool(tool, namespace, note, builder)
-    if finder:
-        declare_finder(finder, builder)
-    for function in body.objects("functions"):
-        chat_function(function, builder)
-    if body.data.get("tool_choice") == "none":
-        builder.hosted.clear()
-    return builder.tools()
-
-
-def chat_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder) -> None:
-    """Add one tool of any type; what Gemini has nothing for is named as ignored."""
-    kind = tool.get("type", str)
-    if builder.host(tool):
-        return
-    if kind == "mcp":
-        if tool.get("require_approval", str, dict) == "never":
-            builder.host_mcp(tool, OPENAI_MCP, f"tools[].{kind}")
-        else:  # Gemini calls without asking anybody
-            tool.ignore_whole(f"tools[].{kind}")
-    elif searches_tools(tool):
-        tool.mark_read(*tool.data)  # chat_tools declares it, once all tools are known
-    else:
-        function = tool_function(tool)
-        if function is None:
-            tool.ignore_whole(f"tools[].{kind}")
-            return
-        chat_function(function, builder, kind == "custom", namespace, note)
-        builder.strict |= bool(function.get("strict", bool))
-
-
-def tool_function(tool: Fields) -> Fields | None:
-    """The function or custom tool, which stands in an object of its own in chats; None where this
-    is a tool of another type."""
-    kind = tool.get("type", str) or "function"
-    if kind not in ("function", "custom") and "function" not in tool.data:
-        return None
-    wrapper = kind if kind == "custom" else "function"
-    if wrapper in tool.data and tool.data[wrapper] is None:
-        raise wrong_type(tool.path_of(wrapper), (dict,), None)
-    return tool.object(wrapper) or tool
-
-
-# A search for tools that the client runs (https://developers.openai.com/api/docs/guides/tools-tool-search);
-# without "client", OpenAI's servers would search, and Gemini knows all tools from the start.
-TOOL_SEARCH = "tool_search"
-
-
-def searches_tools(tool: Fields) -> bool:
-    return (tool.data.get("type"), tool.data.get("execution")) == (TOOL_SEARCH, "client")
-
-
-def defer_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder) -> None:
-    """A function that is declared only once the client's search has found it: until then the model
-    knows its name and what it is for."""
-    name = qualified_name(namespace, function_name(tool))
-    words = " ".join(filter(None, (note, tool.get("description", str))))
-    builder.deferred.append(f"{name}: {words}")
-    tool.mark_read(*tool.data)
-
-
-def declare_finder(tool: Fields, builder: ToolBuilder) -> None:
-    """Declare the client's search for tools as a function."""
-    words = [tool.get("description", str), *builder.deferred]
-    if builder.deferred:
-        words.insert(1, "It finds these, among others:")
-    description = "\n".join(filter(None, words))
-    schema = tool.get("parameters", dict)
-    builder.declare(tool, TOOL_SEARCH, function_declaration(TOOL_SEARCH, description, schema))
-    builder.finder = TOOL_SEARCH
-
-
-def chat_function(
-    function: Fields,
-    builder: ToolBuilder,
-    custom: bool = False,
-    namespace: str = "",
-    note: str = "",
-) -> None:
-    """Declare one function; `note` describes its namespace."""
-    name = qualified_name(namespace, function_name(function))
-    description = function.get("description", str)
-    if note:
-        description = f"{note}\n{description or ''}".strip()
-    if custom:
-        function.mark_read("format")
-        declaration = custom_declaration(name, description, grammar_words(function))
-    else:
-        declaration = function_declaration(name, description, function.get("parameters", dict))
-    builder.declare(function, name, declaration, custom)
-    if namespace:
-        builder.namespaces[name] = namespace
-
-
-def tool_list(
-    fields: Fields, namespace: str = "", note: str = ""
-) -> Iterator[tuple[Fields, str, str]]:
-    """The tools of a body's, each with its namespace or "", and with its first one the description
-    of the namespace."""
-    for tool in fields.objects("tools"):
-        if tool.data.get("type") == "namespace":
-            tool.mark_read("type")
-            inner = namespace_name(namespace, tool)
-            yield from tool_list(tool, inner, tool.get("description", str) or "")
-        else:
-            yield tool, namespace, note
-            note = ""
-
-
-MAX_NAMESPACE_CHARACTERS = 128  # each function repeats those of its namespace
-
-
-def namespace_name(namespace: str, tool: Fields) -> str:
-    """The name of a namespace within another."""
-    name = qualified_name(namespace, function_name(tool))
-    if len(name) > MAX_NAMESPACE_CHARACTERS:
-        path = tool.path_of("name")
-        why = f"with those around it, it may have {MAX_NAMESPACE_CHARACTERS} characters"
-        raise wrong_value(path, f"Invalid value for '{path}': {why}.")
-    return name
-
-
-def tool_names(fields: Fields) -> list[str]:
-    """The names under which the functions in a list of tools are declared."""
-    untracked = Fields(fields.data, fields.path)  # these are read once more, to be declared
-    pairs = [
-        (namespace, get_or_empty(tool.data, "name", str))
-        for tool, namespace, _ in tool_list(untracked)
-    ]
-    return [qualified_name(namespace, name) for namespace, name in pairs if name]
-
-
-def qualified_name(namespace: str | None, name: str) -> str:
-    """The name of a function in a namespace, as real Ollama writes it too."""
-    return f"{namespace}.{name}" if namespace else name
-
-
 def function_name(function: Fields) -> str:
     name: str = function.require("name", str)
     if not name:
@@ -3682,26 +3406,6 @@ def function_name(function: Fields) -> str:
         raise wrong_value(path, f"Invalid '{path}': empty string.")
     return name
 
-
-def grammar_words(function: Fields) -> str:
-    """The grammar of a custom tool's text, in words: Gemini cannot be held to it."""
-    grammar = get_or_empty(function.data, "format", dict)
-    grammar = get_or_empty(grammar, "grammar", dict) or grammar
-    definition = get_or_empty(grammar, "definition", str)
-    if not definition:
-        return ""
-    syntax = get_or_empty(grammar, "syntax", str)
-    return f"The text must conform to this {syntax} grammar:\n{definition}"
-
-
-# OpenAI's words for the choice of a tool, and what clients write instead -> Gemini's mode.
-TOOL_CHOICES = {
-    "auto": None,
-    "none": "NONE",
-    "required": "ANY",
-    "any": "ANY",
-    "validated": "VALIDATED",
-}
 
 # ---- vectors ----
 
@@ -3750,7 +3454,89 @@ def unit_vector(values: list[Any]) -> list[float]:
 # 6. OpenAI chat: messages, tools, settings, choices and chunks
 # ======================================================================================
 
-# ---- messages and the choice of tools ----
+# ---- content parts, as in Ollama's messages ----
+
+DETAILS = {
+    "low": "MEDIA_RESOLUTION_LOW",
+    "high": "MEDIA_RESOLUTION_HIGH",
+    "original": "MEDIA_RESOLUTION_HIGH",
+}
+
+
+def openai_text_part(part: Fields, model: Model) -> Part:
+    key = "refusal" if part.data["type"] == "refusal" else "text"
+    return text_part(part.require(key, str))
+
+
+def openai_link_part(part: Fields, model: Model) -> Part:
+    """An image or a video: its URL stands bare or in an object, and `detail` beside it."""
+    key = part.data["type"].replace("input_", "").replace("_url", "") + "_url"
+    no_file_store(part)
+    link, url_key = part, key
+    if type(part.data.get(key)) is dict:
+        link, url_key = part.require_object(key), "url"
+    media = source_part(link, url_key)
+    level = DETAILS.get(get_or_empty(link.data, "detail", str))
+    if level and model.resolutions and "text" not in media:
+        link.mark_read("detail")
+        media["mediaResolution"] = {"level": level}
+    return media
+
+
+def openai_audio_part(part: Fields, model: Model) -> Part:
+    if part.data.get("audio_url"):  # Codex's form
+        return source_part(part, "audio_url", "audio.wav")
+    audio = part.object_or_self("input_audio")
+    extension = (audio.get("format", str) or "wav").lower()
+    mime = extension_type("." + extension) or "audio/" + extension
+    return media_part(audio, "data", audio.require("data", str), mime)
+
+
+def openai_file_part(part: Fields, model: Model) -> Part:
+    file = part.object_or_self("file")
+    no_file_store(file)
+    name = file.get("filename", str)
+    if file.get("file_url", str):
+        return source_part(file, "file_url", name)
+    data = file.require("file_data", str)
+    return media_part(file, "file_data", data, extension_type(name), name)
+
+
+def openai_sealed_part(part: Fields, model: Model) -> Part:
+    """What only OpenAI can read, such as a result of its own search in the history of another
+    model."""
+    part.ignore_whole(f"{without_indexes(part.path)}.encrypted_content")
+    return text_part("[sealed content]")
+
+
+OPENAI_PARTS: dict[str, Callable[[Fields, Model], Part]] = {
+    **dict.fromkeys(("text", "input_text", "output_text", "refusal"), openai_text_part),
+    **dict.fromkeys(("image_url", "input_image", "video_url", "input_video"), openai_link_part),
+    "input_audio": openai_audio_part,
+    **dict.fromkeys(("file", "input_file"), openai_file_part),
+    "encrypted_content": openai_sealed_part,
+}
+
+
+def openai_parts(message: Fields, key: str, model: Model) -> list[Part]:
+    """The parts of a content: a string, a list of typed parts, one such part, or nothing."""
+    content = message.get(key, str, list, dict)
+    if not content:
+        return []
+    if type(content) is str:
+        return [text_part(content)]
+    typed = [message.require_object(key)] if type(content) is dict else message.objects(key)
+    parts: list[Part] = []
+    for part in typed:
+        kind = part.require("type", str)
+        if kind not in OPENAI_PARTS:
+            raise part.unknown_choice("type", kind, OPENAI_PARTS)
+        part.mark_read("annotations", "logprobs", "prompt_cache_breakpoint", "cache_control")
+        parts.append(OPENAI_PARTS[kind](part, model))
+    return parts
+
+
+# ---- messages, calls and results ----
 
 LIMIT_KEYS = ("max_completion_tokens",)
 EMPTY_ARRAY = "empty array. Expected an array with minimum length 1"
@@ -3794,9 +3580,9 @@ def openai_turn(message: Fields, model: Model, system: list[Part], contents: lis
     if role in ("assistant", "model"):
         parts = openai_assistant_parts(message, model)
     elif role in ("tool", "function"):
-        parts = [tool_message_part(message, "content", "tool_call_id", model)]
+        parts = [openai_result_part(message, "content", "tool_call_id", model)]
     elif role in OPENAI_ROLES:
-        parts = content_parts(message, "content", model)
+        parts = openai_parts(message, "content", model)
     else:
         raise message.unknown_choice("role", role, OPENAI_ROLES)
     add_turn(role, parts, system, contents)
@@ -3805,13 +3591,13 @@ def openai_turn(message: Fields, model: Model, system: list[Part], contents: lis
 def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
     """What the model said earlier. Its thoughts do not go back: their signatures stand for them."""
     message.mark_read("reasoning_content", "reasoning", "reasoning_details", "annotations")
-    parts = content_parts(message, "content", model)
+    parts = openai_parts(message, "content", model)
     refusal = message.get("refusal", str)
     if refusal:
         parts.append(text_part(refusal))
     for image in message.objects("images"):
         if image.data.get("type") == "image_url":
-            parts.append(link_content(image, model))
+            parts.append(openai_link_part(image, model))
     parts.extend(map(openai_call_part, message.objects("tool_calls")))
     legacy = message.object("function_call")
     if legacy is not None:
@@ -3830,7 +3616,219 @@ def openai_call_part(call: Fields) -> Part:
         function.mark_read("index")  # where Ollama has it
         args = call_arguments(function)
     name = function.require("name", str)
-    return call_part(name, args, call_id, client_signature(call, function))
+    return call_part(name, args, call_id, openai_signature(call, function))
+
+
+def openai_result_part(
+    message: Fields, content: str, id_key: str, model: Model, images: Iterable[Part] = ()
+) -> Part:
+    """A tool's result, under these keys: text, JSON in a text, or parts; media go beside the text.
+
+    Many clients do not say which call it belongs to; valid_turns goes by the order then.
+    """
+    name = message.get("tool_name", str) or message.get("name", str)
+    parts = [*openai_parts(message, content, model), *images]
+    return result_of_parts(name, parts, strip_signature(message.get(id_key, str)))
+
+
+def openai_signature(call: Fields, function: Fields) -> str | None:
+    """The thought signature that the client kept for us, in Google's form or in one of other
+    proxies'."""
+    call.mark_read("extra_content", "provider_specific_fields")
+    function.mark_read("thought_signature", "provider_specific_fields")
+    carriers = (
+        get_or_empty(get_or_empty(call.data, "extra_content", dict), "google", dict),
+        function.data,
+        get_or_empty(call.data, "provider_specific_fields", dict),
+        get_or_empty(function.data, "provider_specific_fields", dict),
+    )
+    signatures: list[str] = [get_or_empty(one, "thought_signature", str) for one in carriers]
+    signatures.append(split_signed_id(get_or_empty(call.data, "id", str))[1])
+    for signature in signatures:
+        if can_sign(signature):
+            return signature
+    return None
+
+
+# ---- tools and their choice ----
+
+# The keys of a remote MCP server's name, address and token, and of what restricts it.
+OPENAI_MCP = ("server_label", "server_url", "authorization", "allowed_tools")
+
+
+def openai_tools(body: Fields, *more: Fields) -> Tools:
+    """`tools` and the older `functions`, in the form of chats and in the flat one of responses,
+    which some clients send to chats; `more` are other lists of tools."""
+    builder = ToolBuilder()
+    first = [*openai_tool_list(body)]
+    later = (entry for fields in more if fields is not body for entry in openai_tool_list(fields))
+    finder = next((tool for tool, _, _ in first if searches_tools(tool)), None)
+    for tool, namespace, note in first:
+        function = None
+        if tool.get("defer_loading", bool) and finder:
+            function = openai_tool_function(tool)
+        if function:
+            defer_tool(function, namespace, note, builder)
+        else:
+            openai_tool(tool, namespace, note, builder)
+    for tool, namespace, note in later:
+        tool.mark_read("defer_loading")
+        openai_tool(tool, namespace, note, builder)
+    if finder:
+        declare_finder(finder, builder)
+    for function in body.objects("functions"):
+        openai_function(function, builder)
+    if body.data.get("tool_choice") == "none":
+        builder.hosted.clear()
+    return builder.tools()
+
+
+def openai_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder) -> None:
+    """Add one tool of any type; what Gemini has nothing for is named as ignored."""
+    kind = tool.get("type", str)
+    if builder.host(tool):
+        return
+    if kind == "mcp":
+        if tool.get("require_approval", str, dict) == "never":
+            builder.host_mcp(tool, OPENAI_MCP, f"tools[].{kind}")
+        else:  # Gemini calls without asking anybody
+            tool.ignore_whole(f"tools[].{kind}")
+    elif searches_tools(tool):
+        tool.mark_read(*tool.data)  # openai_tools declares it, once all tools are known
+    else:
+        function = openai_tool_function(tool)
+        if function is None:
+            tool.ignore_whole(f"tools[].{kind}")
+            return
+        openai_function(function, builder, kind == "custom", namespace, note)
+        builder.strict |= bool(function.get("strict", bool))
+
+
+def openai_tool_function(tool: Fields) -> Fields | None:
+    """The function or custom tool, which stands in an object of its own in chats; None where this
+    is a tool of another type."""
+    kind = tool.get("type", str) or "function"
+    if kind not in ("function", "custom") and "function" not in tool.data:
+        return None
+    wrapper = kind if kind == "custom" else "function"
+    if wrapper in tool.data and tool.data[wrapper] is None:
+        raise wrong_type(tool.path_of(wrapper), (dict,), None)
+    return tool.object(wrapper) or tool
+
+
+# A search for tools that the client runs (https://developers.openai.com/api/docs/guides/tools-tool-search);
+# without "client", OpenAI's servers would search, and Gemini knows all tools from the start.
+TOOL_SEARCH = "tool_search"
+
+
+def searches_tools(tool: Fields) -> bool:
+    return (tool.data.get("type"), tool.data.get("execution")) == (TOOL_SEARCH, "client")
+
+
+def defer_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder) -> None:
+    """A function that is declared only once the client's search has found it: until then the model
+    knows its name and what it is for."""
+    name = qualified_name(namespace, function_name(tool))
+    words = " ".join(filter(None, (note, tool.get("description", str))))
+    builder.deferred.append(f"{name}: {words}")
+    tool.mark_read(*tool.data)
+
+
+def declare_finder(tool: Fields, builder: ToolBuilder) -> None:
+    """Declare the client's search for tools as a function."""
+    words = [tool.get("description", str), *builder.deferred]
+    if builder.deferred:
+        words.insert(1, "It finds these, among others:")
+    description = "\n".join(filter(None, words))
+    schema = tool.get("parameters", dict)
+    builder.declare(tool, TOOL_SEARCH, function_declaration(TOOL_SEARCH, description, schema))
+    builder.finder = TOOL_SEARCH
+
+
+def openai_function(
+    function: Fields,
+    builder: ToolBuilder,
+    custom: bool = False,
+    namespace: str = "",
+    note: str = "",
+) -> None:
+    """Declare one function; `note` describes its namespace."""
+    name = qualified_name(namespace, function_name(function))
+    description = function.get("description", str)
+    if note:
+        description = f"{note}\n{description or ''}".strip()
+    if custom:
+        function.mark_read("format")
+        declaration = custom_declaration(name, description, grammar_words(function))
+    else:
+        declaration = function_declaration(name, description, function.get("parameters", dict))
+    builder.declare(function, name, declaration, custom)
+    if namespace:
+        builder.namespaces[name] = namespace
+
+
+def openai_tool_list(
+    fields: Fields, namespace: str = "", note: str = ""
+) -> Iterator[tuple[Fields, str, str]]:
+    """The tools of a body's, each with its namespace or "", and with its first one the description
+    of the namespace."""
+    for tool in fields.objects("tools"):
+        if tool.data.get("type") == "namespace":
+            tool.mark_read("type")
+            inner = namespace_name(namespace, tool)
+            yield from openai_tool_list(tool, inner, tool.get("description", str) or "")
+        else:
+            yield tool, namespace, note
+            note = ""
+
+
+MAX_NAMESPACE_CHARACTERS = 128  # each function repeats those of its namespace
+
+
+def namespace_name(namespace: str, tool: Fields) -> str:
+    """The name of a namespace within another."""
+    name = qualified_name(namespace, function_name(tool))
+    if len(name) > MAX_NAMESPACE_CHARACTERS:
+        path = tool.path_of("name")
+        why = f"with those around it, it may have {MAX_NAMESPACE_CHARACTERS} characters"
+        raise wrong_value(path, f"Invalid value for '{path}': {why}.")
+    return name
+
+
+def openai_tool_names(fields: Fields) -> list[str]:
+    """The names under which the functions in a list of tools are declared."""
+    untracked = Fields(fields.data, fields.path)  # these are read once more, to be declared
+    pairs = [
+        (namespace, get_or_empty(tool.data, "name", str))
+        for tool, namespace, _ in openai_tool_list(untracked)
+    ]
+    return [qualified_name(namespace, name) for namespace, name in pairs if name]
+
+
+def qualified_name(namespace: str | None, name: str) -> str:
+    """The name of a function in a namespace, as real Ollama writes it too."""
+    return f"{namespace}.{name}" if namespace else name
+
+
+def grammar_words(function: Fields) -> str:
+    """The grammar of a custom tool's text, in words: Gemini cannot be held to it."""
+    grammar = get_or_empty(function.data, "format", dict)
+    grammar = get_or_empty(grammar, "grammar", dict) or grammar
+    definition = get_or_empty(grammar, "definition", str)
+    if not definition:
+        return ""
+    syntax = get_or_empty(grammar, "syntax", str)
+    return f"The text must conform to this {syntax} grammar:\n{definition}"
+
+
+# OpenAI's words for the choice of a tool, and what clients write instead -> Gemini's mode.
+TOOL_CHOICES = {
+    "auto": None,
+    "none": "NONE",
+    "required": "ANY",
+    "any": "ANY",
+    "validated": "VALIDATED",
+}
 
 
 def openai_tool_choice(body: Fields, key: str, tools: Tools) -> ToolChoice:
@@ -3904,7 +3902,7 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
     model = model_named(model_name, context, "chat")
     question = openai_chat_input(body, model, context)
     places = google_objects(body)
-    tools = chat_tools(body, *question.tools, *places)
+    tools = openai_tools(body, *question.tools, *places)
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
     choice = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
     if body.object("web_search_options") is not None and body.data.get("tool_choice") != "none":
@@ -4182,11 +4180,17 @@ def openai_usage(usage: Usage) -> JSON:
     }
 
 
+def openai_custom_input(call: ToolCall) -> str:
+    """The text for a custom tool; where a model made up other parameters, all of them as JSON."""
+    text = call.args.get(CUSTOM_INPUT)
+    return text if isinstance(text, str) else encode_json(call.args)
+
+
 def openai_call(call: ToolCall, chat: Chat) -> JSON:
     """A tool call. Its signature stands in Google's field, for clients that send back all they get:
     https://ai.google.dev/gemini-api/docs/thought-signatures"""
     if call.name in chat.tools.custom:
-        custom = {"name": call.name, "input": custom_input(call)}
+        custom = {"name": call.name, "input": openai_custom_input(call)}
         entry = {"id": call.id, "type": "custom", "custom": custom}
     else:
         function = {"name": call.name, "arguments": encode_json(call.args)}
@@ -5127,12 +5131,12 @@ class History:
             args = {CUSTOM_INPUT: item.get("input", str) or ""}
         else:
             args = call_arguments(item)
-        signature = client_signature(item, item) or self.signatures.get(call_id) or id_signature
+        signature = openai_signature(item, item) or self.signatures.get(call_id) or id_signature
         self.contents.append(model_turn(call_part(name, args, call_id, signature)))
 
     def add_output(self, item: Fields) -> None:
         """The result of such a call."""
-        part = tool_message_part(item, "output", "call_id", self.model)
+        part = openai_result_part(item, "output", "call_id", self.model)
         self.contents.append(user_turn(part))
 
     def add_local_call(self, item: Fields) -> None:
@@ -5218,7 +5222,7 @@ class History:
         call_id = strip_signature(item.get("call_id", str))
         item.mark_read("execution")
         if call_id:
-            content = encode_json({"tools": tool_names(item)})
+            content = encode_json({"tools": openai_tool_names(item)})
             self.contents.append(user_turn(result_part(TOOL_SEARCH, content, call_id)))
 
     def add_summary(self, item: Fields) -> None:
@@ -5243,7 +5247,7 @@ class History:
         """What another agent of the client's said to this one."""
         names = (item.get("author", str), item.get("recipient", str))
         head = text_part("[Message from {} to {}]\n".format(*(name or "?" for name in names)))
-        self.contents.append(user_turn(head, *content_parts(item, "content", self.model)))
+        self.contents.append(user_turn(head, *openai_parts(item, "content", self.model)))
 
     def add_update(self, item: Fields) -> None:
         """Settings that hold from here on, in place of the request's."""
@@ -5454,7 +5458,7 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     model = model_named(model_name, context, "chat")
     history = openai_history(body, model, context)
     places = google_objects(body)
-    tools = chat_tools(body, *history.tools, *places)
+    tools = openai_tools(body, *history.tools, *places)
     choice = openai_tool_choice(body, "tool_choice", tools)
     text = history.text or body.object_or_empty("text")
     effort, summary = openai_reasoning(body)
@@ -5851,7 +5855,12 @@ class ResponseBuilder:
             yield self.done(status="completed")
             return
         if call.name in self.chat.tools.custom:
-            kind, prefix, key, value = "custom_tool_call", "ctc_", "input", custom_input(call)
+            kind, prefix, key, value = (
+                "custom_tool_call",
+                "ctc_",
+                "input",
+                openai_custom_input(call),
+            )
             last = {key: value}
         else:
             kind, prefix, key, value = "function_call", "fc_", "arguments", encode_json(call.args)
@@ -6283,7 +6292,7 @@ def ollama_plan(body: Fields, model_name: str, chat: Chat, options: OllamaOption
     if top or body.get("logprobs", bool):
         body.ignore("logprobs")
     chat = chat._replace(
-        tools=chat_tools(body),
+        tools=openai_tools(body),
         thinking=ollama_thinking(body, chat.model),
         sampling=ollama_sampling(body.object_or_empty("options"), chat.model),
         schema=ollama_format(body),
@@ -6313,13 +6322,13 @@ def ollama_history(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
         role = (message.get("role", str) or "user").lower()
         if role == "tool":
             images = ollama_images(message)
-            parts = [tool_message_part(message, "content", "tool_call_id", model, images)]
+            parts = [openai_result_part(message, "content", "tool_call_id", model, images)]
         elif role in ("assistant", "model"):
             parts = ollama_assistant_parts(message, model)
         elif role in ("system", "developer"):
-            parts = content_parts(message, "content", model)
+            parts = openai_parts(message, "content", model)
         else:
-            parts = content_parts(message, "content", model) + ollama_images(message)
+            parts = openai_parts(message, "content", model) + ollama_images(message)
         add_turn(role, parts, system, contents)
     return system, contents
 
@@ -6327,7 +6336,7 @@ def ollama_history(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
 def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
     """The parts of a turn of the model's, with its tool calls."""
     message.mark_read("thinking")
-    parts = content_parts(message, "content", model) + ollama_images(message)
+    parts = openai_parts(message, "content", model) + ollama_images(message)
     return [*parts, *map(openai_call_part, message.objects("tool_calls"))]
 
 
@@ -7123,6 +7132,8 @@ ANTHROPIC_TOOLS: dict[str, tuple[str, JSON, list[str]]] = {
     "text_editor": ("View, create and edit text files.", edit_fields(), ["command", "path"]),
     "memory": (MEMORY, MEMORY_FIELDS, ["command"]),
 }
+# As in OPENAI_MCP.
+ANTHROPIC_MCP = ("name", "url", "authorization_token", "tool_configuration")
 
 
 def anthropic_tools(body: Fields) -> Tools:
