@@ -40,10 +40,10 @@ Where to look
     18. Command line             flags, environment, systemd, workers, checks, start and end
 
 Sections 1 to 14 are pure: they get values and give values. Time and ids are given to them; what is
-stored is looked up before (Route.keys); what must be stored, they return as a Keep. Gemini's
-JSON is the form of parts and turns; a Chat is a question to a model in nobody's dialect, and an
-Answer is what a whole answer adds up to. A fifth dialect fills a Chat, and reads events or the
-Answer that they add up to.
+stored is looked up before (Route.keys, Shelf.recipes); what must be stored, they return as a Keep.
+Gemini's JSON is the form of parts and turns; a Chat is a question to a model in nobody's dialect,
+and an Answer is what a whole answer adds up to. A fifth dialect fills a Chat, and reads events or
+the Answer that they add up to.
 
 Words
     body       the client's JSON, as Fields: it knows the path of each value, and which were read
@@ -667,6 +667,7 @@ class Context(NamedTuple):
     aliases: tuple[tuple[str, ...], ...] = ()
     ollama: bool = False  # whether this is to pass for an Ollama server
     stored: Mapping[str, str] = {}  # texts that Route.keys named; "" where there is none
+    recipes: Mapping[str, Recipe] = {}  # all, by plain name; whole where the body names them
     loaded: Mapping[str, float] = {}  # models in use -> until when, in seconds since 1970
     params: Mapping[str, str] = {}  # captured from the path
     query: Mapping[str, str] = {}
@@ -794,7 +795,7 @@ class Route(NamedTuple):
     # (body, Content-Type); None: the body is not read, but goes on to Gemini as it comes in.
     parse: Callable[[bytes, str], Fields] | None = parse_body
     failure: Callable[[Exchange, ProxyError], list[Any]] | None = None  # last events of a failure
-    keys: Callable[[Fields, Context], list[str]] | None = None  # of stored texts, recipe_keys aside
+    keys: Callable[[Fields, Context], list[str]] | None = None  # of stored texts
     answer: Any = None
 
     @property
@@ -863,6 +864,37 @@ ALL_LEVELS = Levels(("MINIMAL", "LOW", "MEDIUM", "HIGH"))
 RESULT_MEDIA = ("image/png", "image/jpeg", "image/webp", "application/pdf", "text/plain")
 
 
+class Recipe(NamedTuple):
+    """A model that a client of Ollama created: one of Gemini's, with words and options of its
+    own."""
+
+    source: str = ""
+    system: str = ""
+    options: Mapping[str, Any] = {}
+    messages: Sequence[JSON] = ()  # before those of each chat, in Ollama's form
+    licenses: Sequence[str] = ()
+    modified: float = 0.0  # seconds since 1970; 0 where it was not kept yet
+
+
+NO_RECIPE = Recipe()
+RECIPE_PREFIX = "model:"  # of the keys under which recipes are stored; their plain names follow
+RECIPE_NAME = re.compile(r"[\w.:/-]{1,200}", re.A)
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as it is stored: a line of JSON for its head, and one for the rest."""
+    fields = recipe._asdict()
+    head = {key: fields.pop(key) for key in ("source", "modified")}
+    return f"{json.dumps(head)}\n{json.dumps(fields)}"
+
+
+def recipe_of(text: str) -> Recipe:
+    """The recipe in a stored text, or what the first line of one says."""
+    head, _, rest = text.partition("\n")
+    recipe = Recipe(**json.loads(head))
+    return recipe._replace(**json.loads(rest)) if rest else recipe
+
+
 class Model(NamedTuple):
     """A Gemini model, and what its name says of it. The defaults are those of the newest kind."""
 
@@ -889,9 +921,11 @@ class Model(NamedTuple):
     task_types: bool = False  # makes other vectors for other tasks
     counts_vectors: bool = True  # says how many tokens its vectors cost
     predicts: bool = False  # makes vectors on Vertex AI by `predict` only
+    # What the client's name adds:
     dimensions: int | None = None  # of vectors whose size the client leaves open; None: its own
-    stands_in: bool = False  # whether the client named another maker's
+    stands_in: bool = False  # whether it is another maker's
     further: tuple[str, ...] = ()  # models to ask where this one cannot answer
+    recipe: Recipe = NO_RECIPE
 
     @property
     def name(self) -> str:
@@ -969,19 +1003,6 @@ def no_such_model(name: str) -> ProxyError:
     return error
 
 
-class Recipe(NamedTuple):
-    """A model that a client of Ollama created: one of Gemini's, with words and options of its
-    own."""
-
-    source: str = ""
-    system: str = ""
-    options: Mapping[str, Any] = {}
-    messages: Sequence[JSON] = ()  # before those of each chat, in Ollama's form
-    licenses: Sequence[str] = ()
-    modified: float = 0.0  # seconds since 1970; 0 where it was not kept yet
-
-
-NO_RECIPE = Recipe()
 OLLAMA_PREFIX = (
     r"^(registry\.ollama\.ai/)?(library|ollama|publishers/google/models|models|google|gemini)/"
 )
@@ -995,59 +1016,6 @@ def plain_name(model_name: str, ollama: bool) -> str:
     name = re.sub(OLLAMA_PREFIX, "", model_name, flags=re.I)
     name = re.sub(r":(latest|local)$", "", name, flags=re.I)
     return name if name.startswith("tunedModels/") else name.lower()
-
-
-RECIPE_PREFIX = "model:"  # the keys of recipes begin with it
-
-
-def recipe_key(name: str) -> str:
-    return RECIPE_PREFIX + plain_name(name, True)
-
-
-RECIPE_NAME = re.compile(r"[\w.:/-]{1,200}", re.A)
-
-
-def recipe_keys(body: Fields, context: Context) -> list[str]:
-    """The keys of the recipes that a body's model may stand for."""
-    if not context.ollama:
-        return []
-    names = [body.data.get(key) for key in ("model", "name", "source", "from", "destination")]
-    words = [name for name in names if isinstance(name, str) and RECIPE_NAME.fullmatch(name)]
-    return [recipe_key(name) for name in words]
-
-
-def all_recipe_keys(body: Fields, context: Context) -> list[str]:
-    """The key that stands for those of all recipes, for what is about the list of models."""
-    return [RECIPE_PREFIX + "*"] if context.ollama else []
-
-
-def recipe_named(name: str, context: Context, head_only: bool = False) -> Recipe:
-    """What a client created under this name; an empty Recipe where the name is Gemini's own.
-
-    A list of models reads only the head of each: `source` and `modified`.
-    """
-    if not context.ollama:
-        return NO_RECIPE
-    head, _, rest = context.stored.get(recipe_key(name), "").partition("\n")
-    if not head:
-        return NO_RECIPE
-    recipe = Recipe(**json.loads(head))
-    return recipe if head_only or not rest else recipe._replace(**json.loads(rest))
-
-
-def recipe_text(recipe: Recipe) -> str:
-    """A recipe as it is stored: a line of JSON for its head, and one for the rest."""
-    fields = recipe._asdict()
-    head = {key: fields.pop(key) for key in ("source", "modified")}
-    return f"{json.dumps(head)}\n{json.dumps(fields)}"
-
-
-def recipe_names(context: Context) -> list[str]:
-    """The names of all recipes, where all_recipe_keys asked for them."""
-    return [
-        key[len(RECIPE_PREFIX) :]
-        for key in context.stored.get(RECIPE_PREFIX + "*", "").splitlines()
-    ]
 
 
 # Tuned models, here and on Vertex AI, which also knows versions (@001) and other projects.
@@ -1095,14 +1063,14 @@ def stand_in_for(name: str, uses: tuple[str, ...]) -> StandIn | None:
 
 def model_named(model_name: str, context: Context, *uses: str) -> Model:
     """The model that a client means: through recipes, aliases (an exact name before a glob) and
-    stand-ins for these uses, and without prefixes. An alias may have further ones.
+    stand-ins for these uses, and without prefixes; with its recipe, or an alias's further models.
 
     A name can never change the URL: whatever is not plain is a model that does not exist.
     """
     plain = plain_name(model_name, context.ollama)
     stand_in = stand_in_for(plain, uses)
-    source = recipe_named(model_name, context, head_only=True).source
-    candidates = [[source] if source else []]
+    recipe = context.recipes.get(plain, NO_RECIPE)
+    candidates = [[recipe.source] if recipe.source else []]
     candidates += [models for name, *models in context.aliases if name in (model_name, plain)]
     globs = [models for glob, *models in context.aliases if fnmatch.fnmatchcase(plain, glob)]
     if stand_in:
@@ -1119,7 +1087,9 @@ def model_named(model_name: str, context: Context, *uses: str) -> Model:
     if len(name) > 128 or not MODEL_NAME.fullmatch(name):
         raise no_such_model(model_name)
     model = model_of(name)
-    return model._replace(further=tuple(further)) if further else model
+    if further or recipe.source:
+        return model._replace(further=tuple(further), recipe=recipe)
+    return model
 
 
 # ---- models that go ----
@@ -1188,6 +1158,12 @@ def family_of(name: str) -> tuple[str, float]:
 GEMINI_OPENED = 1702425600  # 13 December 2023, Gemini's API opened; it gives no dates of its models
 
 
+def model_created(name: str, context: Context) -> float:
+    """When a model of this name was made, in seconds since 1970."""
+    recipe = context.recipes.get(plain_name(name, True), NO_RECIPE)
+    return recipe.modified or GEMINI_OPENED
+
+
 def entry_path(entry: JSON) -> str:
     """The path of a model in Gemini's entry for it: "models/gemini-2.5-flash"."""
     path: str = get_or_empty(entry, "name", str)
@@ -1207,7 +1183,7 @@ def usable_models(answers: AnswerStreams, context: Context) -> dict[str, JSON]:
         if entry_name(entry) and ("generateContent" in methods or "embedContent" in methods):
             models[entry_name(entry)] = entry
     names = [name for name, *_ in context.aliases if not re.search(r"[*?\[]", name)]
-    for name in names + recipe_names(context):
+    for name in (*names, *context.recipes):
         model = model_named(name, context)
         listed = [models[other] for other in (model.name, *model.further) if other in models]
         models.update((name, entry) for entry in listed[:1])
@@ -3088,7 +3064,6 @@ class Chat(NamedTuple):
     schema: JSON | None = None  # of an answer in JSON; ANY_JSON where any will do; None: text
     settings: Mapping[str, Any] = {}  # more of the generationConfig: modalities, speech
     fields: Mapping[str, Any] = {}  # more of the request: Google's own settings
-    recipe: Recipe = NO_RECIPE
     stream: bool = False
 
 
@@ -3097,7 +3072,7 @@ def chat_call(chat: Chat, body: Fields) -> GeminiCall:
 
     What has no effect is named as ignored in `body`.
     """
-    if chat.recipe is not NO_RECIPE:
+    if chat.model.recipe.source:
         chat = with_recipe(chat)
     model, system, tools = chat.model, chat.system, chat.tools
     config = {key: value for key, value in chat.sampling.items() if value is not None}
@@ -3121,7 +3096,7 @@ def chat_call(chat: Chat, body: Fields) -> GeminiCall:
 def with_recipe(chat: Chat) -> Chat:
     """The chat with what the recipe of its model puts before it, or sets where the client does
     not."""
-    model, recipe, own = chat.model, chat.recipe, chat.system
+    model, recipe, own = chat.model, chat.model.recipe, chat.system
     system, contents = ollama_history(Fields({"messages": list(recipe.messages)}), model)
     if recipe.system and not any(map(has_content, own)):
         own = [text_part(recipe.system)]
@@ -3925,7 +3900,6 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
         schema=openai_response_format(*question.format),
         settings={**settings, **google.config},
         fields=google.fields,
-        recipe=recipe_named(model_name, context),
         stream=bool(body.get("stream", bool)),
     )
     calls = (chat_call(chat, body),) * (body.number("n", 1, MAX_CHOICES, int) or 1)
@@ -4457,8 +4431,8 @@ def openai_completion_chat(body: Fields, model_name: str, context: Context) -> C
     thinking = Thinking(effort, field="reasoning_effort")
     if effort is None and sampling.get("maxOutputTokens"):
         thinking = Thinking("none")
-    recipe, stream = recipe_named(model_name, context), bool(body.get("stream", bool))
-    return Chat(model, [], [], thinking=thinking, sampling=sampling, recipe=recipe, stream=stream)
+    stream = bool(body.get("stream", bool))
+    return Chat(model, [], [], thinking=thinking, sampling=sampling, stream=stream)
 
 
 def openai_text_choice(index: int, text: str, event: Event) -> JSON:
@@ -4844,7 +4818,6 @@ def openai_recording_plan(body: Fields, context: Context, task: str, forms: Iter
         thinking=Thinking("none"),
         sampling={"temperature": body.number("temperature", 0, 2) or 0},
         schema=TIMED_SCHEMA if timed else None,
-        recipe=recipe_named(model_name, context),
         stream=stream and not timed,
     )
     call = chat_call(chat, body)
@@ -5003,7 +4976,7 @@ def openai_model_entry(name: str, gemini_entry: JSON, context: Context) -> JSON:
     """A model in OpenAI's form and Anthropic's, in one: no field of theirs has two meanings.
     https://platform.claude.com/docs/en/api/models"""
     owner = "library" if context.ollama else "google"
-    created = int(recipe_named(name, context, head_only=True).modified or GEMINI_OPENED)
+    created = int(model_created(name, context))
     moment = datetime.datetime.fromtimestamp(created, datetime.timezone.utc)
     return {
         "id": name,
@@ -5373,10 +5346,8 @@ def reference_keys(items: Any) -> list[str]:
 
 
 def stored_links(key: str, text: str) -> list[str]:
-    """The keys to which a stored text leads: recipes, an earlier response, items referred to."""
-    if key == RECIPE_PREFIX + "*":
-        return text.splitlines()
-    if not text or key.startswith((RECIPE_PREFIX, CONTEXT_PREFIX)):
+    """The keys to which a stored text leads: an earlier response, items referred to."""
+    if not text or key.startswith(CONTEXT_PREFIX):
         return []
     value = json.loads(text)
     if isinstance(value, list):
@@ -5470,9 +5441,8 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     sampling = openai_sampling(body, model, limit, context)
     schema = openai_response_format(text, "format")
     chat = Chat(model, history.system, history.contents, tools, choice, thinking, sampling, schema)
-    recipe, stream = recipe_named(model_name, context), bool(body.get("stream", bool))
-    chat = chat._replace(settings=google.config, fields=google.fields)
-    chat = chat._replace(recipe=recipe, stream=stream)
+    stream = bool(body.get("stream", bool))
+    chat = chat._replace(settings=google.config, fields=google.fields, stream=stream)
     calls = compacting_calls(chat, body)
     echo = {
         **openai_echo(body, text),
@@ -6136,8 +6106,8 @@ OPENAI_ROUTES = (
     Route("POST", "/v1/audio/speech", *SPEECH),
     Route("POST", "/v1/audio/transcriptions", *TRANSCRIPTIONS, parse=parse_form),
     Route("POST", "/v1/audio/translations", *TRANSLATIONS, parse=parse_form),
-    Route("GET", "/v1/models", *MODELS, keys=all_recipe_keys),
-    Route("GET", "/v1/models/{model}", *MODEL, keys=all_recipe_keys),
+    Route("GET", "/v1/models", *MODELS),
+    Route("GET", "/v1/models/{model}", *MODEL),
 )
 OPENAI = Protocol("openai", OPENAI_ROUTES, openai_error)
 
@@ -6310,7 +6280,7 @@ def ollama_chat_request(body: Fields, context: Context) -> Plan:
     if not body.get("messages", list):
         return ollama_load_plan(body, model_name, False)
     system, contents = ollama_history(body, model)
-    chat = Chat(model, system, contents, recipe=recipe_named(model_name, context))
+    chat = Chat(model, system, contents)
     return ollama_plan(body, model_name, chat, OllamaOptions(generate=False))
 
 
@@ -6343,7 +6313,7 @@ def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
 def ollama_generate_request(body: Fields, context: Context) -> Plan:
     """Generate: https://docs.ollama.com/api/generate"""
     model_name = ollama_name(body, "model", missing=no_such_model(""))
-    model, recipe = model_named(model_name, context), recipe_named(model_name, context)
+    model = model_named(model_name, context)
     prompt, suffix, system = (body.get(key, str) or "" for key in ("prompt", "suffix", "system"))
     raw, images = body.get("raw", bool), ollama_images(body)
     if raw and (system or body.get("template", str) or body.get("context", list)):
@@ -6351,13 +6321,13 @@ def ollama_generate_request(body: Fields, context: Context) -> Plan:
     if not prompt:
         return ollama_load_plan(body, model_name, True)
     if raw:
-        recipe = recipe._replace(system="", messages=())
-    system = system or recipe.system
+        model = model._replace(recipe=model.recipe._replace(system="", messages=()))
+    system = system or model.recipe.system
     if suffix:
         system = "\n\n".join(filter(None, (system, GAP_INSTRUCTION)))
         prompt = gap_prompt(prompt, suffix)
     contents = [*past_turns(body, context), user_turn(text_part(prompt), *images)]
-    chat = Chat(model, [text_part(system)], contents, recipe=recipe)
+    chat = Chat(model, [text_part(system)], contents)
     options = OllamaOptions(generate=True, goes_on=not raw and not suffix)
     return ollama_plan(body, model_name, chat, options)
 
@@ -6377,8 +6347,7 @@ def context_key(numbers: Any) -> str:
 
 
 def generate_keys(body: Fields, context: Context) -> list[str]:
-    key = context_key(body.data.get("context"))
-    return [*all_recipe_keys(body, context), *filter(None, [key])]
+    return [*filter(None, [context_key(body.data.get("context"))])]
 
 
 def past_turns(body: Fields, context: Context) -> list[JSON]:
@@ -6637,11 +6606,10 @@ def ollama_entry(name: str, entry: JSON, context: Context) -> JSON:
     details = {"parent_model": "", "format": "gguf", "family": "gemini", "families": ["gemini"]}
     details.update(parameter_size="unknown", quantization_level="unknown")
     details["context_length"] = get_or_empty(entry, "inputTokenLimit", int)
-    modified = recipe_named(name, context, head_only=True).modified
     return {
         "name": tagged(name),
         "model": tagged(name),
-        "modified_at": ollama_time(modified or GEMINI_OPENED),
+        "modified_at": ollama_time(model_created(name, context)),
         "size": MODEL_BYTES,
         "digest": hashlib.sha256(identity.encode()).hexdigest(),
         "details": details,
@@ -6700,13 +6668,14 @@ def ollama_show_request(body: Fields, context: Context) -> Plan:
 
 def ollama_show_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     """What clients decide by: capabilities, and the context length under exactly one key."""
-    model_name, recipe = exchange.model_name, recipe_named(exchange.model_name, exchange.context)
+    model_name, context = exchange.model_name, exchange.context
     try:
-        gemini_entry = listed_entry(model_name, answers, exchange.context)
+        gemini_entry = listed_entry(model_name, answers, context)
     except ProxyError as error:
         error.model = tagged(model_name)  # as in Ollama's answer
         raise
-    entry = ollama_entry(plain_name(model_name, True), gemini_entry, exchange.context)
+    name = plain_name(model_name, True)
+    entry, recipe = ollama_entry(name, gemini_entry, context), context.recipes.get(name, NO_RECIPE)
     template, embedding_length = OLLAMA_TEMPLATE, 0
     if entry["capabilities"] == ["embedding"]:
         template, embedding_length = "{{ .Prompt }}", 3072
@@ -6788,16 +6757,15 @@ def recipe_to_keep(name: str, recipe: Recipe, exchange: Exchange, models: dict[s
     """A recipe to keep under this name. A name of Gemini's own stays Gemini's."""
     context, recipe = exchange.context, recipe._replace(modified=exchange.now)
     name, text = plain_name(name, True), recipe_text(recipe)
-    key = recipe_key(name)
-    known = context.stored.get(key)
+    known = name in context.recipes
     if (name in models and not known) or not RECIPE_NAME.fullmatch(name):
         message = f"the name {json.dumps(name[:200])} is taken, or is not a valid model name"
         raise ProxyError(400, message)
-    full = len(recipe_names(context)) >= MAX_RECIPES and not known
+    full = len(context.recipes) >= MAX_RECIPES and not known
     if full or len(text) > MAX_RECIPE_CHARACTERS:
         message = "there is no room for this model: what it says is too long, or there are too many"
         raise ProxyError(400, message)
-    return Keep(key, text, pinned=True)
+    return Keep(RECIPE_PREFIX + name, text, pinned=True)
 
 
 def ollama_copy_request(body: Fields, context: Context) -> Plan:
@@ -6809,11 +6777,11 @@ def ollama_copy_request(body: Fields, context: Context) -> Plan:
 
 def ollama_copy_response(exchange: Exchange, answers: AnswerStreams) -> Kept:
     name, context = exchange.model_name, exchange.context
-    source = model_named(name, context).name
+    source = model_named(name, context)
     models = usable_models(answers, context)
-    if source not in models:
+    if source.name not in models:
         raise ProxyError(404, f"model {json.dumps(name[:200])} not found")
-    recipe = recipe_named(name, context)._replace(source=source)
+    recipe = source.recipe._replace(source=source.name)
     keep = recipe_to_keep(exchange.options, recipe, exchange, models)
     return Kept(Payload(b""), (keep,))
 
@@ -6827,8 +6795,8 @@ def ollama_create_request(body: Fields, context: Context) -> Plan:
     if not source or body.get("files", dict) or body.get("adapters", dict):
         message = 'only models "from" one of Gemini\'s can be created here: there are no files'
         raise ProxyError(400, f"{message} to build from", path="from")
-    model, old = model_named(source, context), recipe_named(source, context)
-    system = body.get("system", str)
+    model, system = model_named(source, context), body.get("system", str)
+    old = model.recipe
     if system is None:
         system = old.system
     parameters = body.object_or_empty("parameters")
@@ -6856,9 +6824,10 @@ def ollama_create_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator
 
 def ollama_delete_response(exchange: Exchange, answers: AnswerStreams) -> Kept:
     name, context = exchange.model_name, exchange.context
-    if recipe_named(name, context).source:
-        return Kept(Payload(b""), (Keep(recipe_key(name), ""),))
-    if plain_name(name, True) in usable_models(answers, context):
+    plain = plain_name(name, True)
+    if plain in context.recipes:
+        return Kept(Payload(b""), (Keep(RECIPE_PREFIX + plain, ""),))
+    if plain in usable_models(answers, context):
         message = f"model '{name[:200]}' is Google's and cannot be deleted from here"
         raise ProxyError(403, message)
     raise no_such_model(name)
@@ -6881,14 +6850,13 @@ def ollama_error(error: ProxyError) -> tuple[int, Any]:
 
 def progress(status: str) -> JSON:
     """The rest of the row of a route that streams its progress; a keep-alive repeats `status`."""
-    return {**RECIPES_ROW, "framing": NDJSON, "keep_alive": lambda exchange: {"status": status}}
+    return {"framing": NDJSON, "keep_alive": lambda exchange: {"status": status}}
 
 
 NDJSON = Framing(
     "application/x-ndjson", lambda event: encode_json(event).encode() + b"\n", keep_alive=b""
 )
-RECIPES_ROW: JSON = {"keys": all_recipe_keys}
-CHAT_ROW: JSON = {**RECIPES_ROW, "framing": NDJSON, "keep_alive": ollama_keep_alive_chunk}
+CHAT_ROW: JSON = {"framing": NDJSON, "keep_alive": ollama_keep_alive_chunk}
 GENERATE_ROW: JSON = {**CHAT_ROW, "keys": generate_keys}
 PULLING, CREATING = progress("pulling manifest"), progress("creating new layer")
 NO_CLOUD = Refusal(403, "ollama cloud is disabled: remote inference is unavailable")
@@ -6910,15 +6878,15 @@ OLLAMA_ROUTES = (
     ),
     Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response),
     Route("POST", "/api/embeddings", ollama_embeddings_request, ollama_embeddings_response),
-    Route("GET", "/api/tags", openai_models_request, ollama_tags_response, **RECIPES_ROW),
-    Route("POST", "/api/show", ollama_show_request, ollama_show_response, **RECIPES_ROW),
-    Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response, **RECIPES_ROW),
+    Route("GET", "/api/tags", openai_models_request, ollama_tags_response),
+    Route("POST", "/api/show", ollama_show_request, ollama_show_response),
+    Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response),
     Route("GET", "/api/version", answer={"version": OLLAMA_VERSION}),
     Route("GET", "/api/status", answer={"cloud": {"disabled": True, "source": "env"}}),
     Route("POST", "/api/pull", ollama_pull_request, stream=ollama_pull_stream, **PULLING),
     Route("POST", "/api/create", ollama_create_request, stream=ollama_create_stream, **CREATING),
-    Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response, **RECIPES_ROW),
-    Route("DELETE", "/api/delete", ollama_manage_request, ollama_delete_response, **RECIPES_ROW),
+    Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response),
+    Route("DELETE", "/api/delete", ollama_manage_request, ollama_delete_response),
     Route("POST", "/api/push", answer=NO_PUSH),
     Route("GET", "/api/blobs/{digest}", answer=Refusal(404, "there is no such file here")),
     Route("POST", "/api/blobs/{digest}", answer=NO_BLOBS),
@@ -7227,7 +7195,7 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
     thinking, takes_blocks = anthropic_thinking(body, output)
     schema = anthropic_schema(body, output)
     chat = Chat(model, system, contents, tools, choice, thinking, sampling, schema)
-    chat = chat._replace(recipe=recipe_named(model_name, context), stream=stream)
+    chat = chat._replace(stream=stream)
     return Plan((chat_call(chat, body),), stream, takes_blocks, model_name, chat=chat)
 
 
@@ -9541,7 +9509,10 @@ class Memory:
         "SELECT value FROM memory WHERE key = :key OR alias = :alias "
         "ORDER BY key = :key DESC, rowid DESC LIMIT 1"
     )
-    SELECT_GROUP = "SELECT key, value FROM memory WHERE alias = :alias"
+    SELECT_GROUP = (
+        "SELECT key, substr(value, 1, instr(value || char(10), char(10))) "
+        "FROM memory WHERE alias = :alias"
+    )
     PRUNE = (
         "DELETE FROM memory WHERE rowid IN (SELECT row FROM ("
         "SELECT rowid AS row, ROW_NUMBER() OVER newest AS n, SUM(LENGTH(value)) OVER newest AS size"
@@ -9622,7 +9593,7 @@ class Memory:
             raise ProxyError(503, "This server cannot remember anything now; its log tells why.")
 
     def pinned(self, group: str) -> list[tuple[str, str]]:
-        """(key, text) of all that is pinned in this group."""
+        """(key, first line) of all that is pinned in this group."""
         return self.execute("read", self.SELECT_GROUP, alias=self.PINNED + group) or []
 
     def get(self, key: str | None, alias: str | None = None) -> str | None:
@@ -9893,14 +9864,21 @@ class Shelf(NamedTuple):
         return texts
 
     def get(self, key: str) -> str:
-        """The text under a key; under one that ends in "*" the pinned keys that begin so."""
-        if key.endswith("*"):
-            keys = [name[len(self.prefix) :] for name, _ in self.memory.pinned(self.prefix)]
-            return "\n".join(name for name in keys if name.startswith(key[:-1]))
         text = self.memory.get(self.prefix + key) or ""
-        if text and not key.startswith(RECIPE_PREFIX):
+        if text:
             self.memory.put(self.prefix + key, None, text)  # what is in use is not evicted next
         return text
+
+    def recipes(self, body: Fields) -> dict[str, Recipe]:
+        """All recipes by their plain names: whole where the body names them, else their heads."""
+        prefix = self.prefix + RECIPE_PREFIX
+        heads = self.memory.pinned(self.prefix)
+        recipes = {key[len(prefix) :]: recipe_of(head) for key, head in heads}
+        names = [body.data.get(key) for key in ("model", "name", "source", "from")]
+        plain = {plain_name(name, True) for name in names if isinstance(name, str)}
+        for name in plain & recipes.keys():
+            recipes[name] = recipe_of(self.memory.get(prefix + name) or "{}")
+        return recipes
 
     def keep(self, item: Keep) -> None:
         key = self.prefix + item.key
@@ -11340,10 +11318,7 @@ class RequestCycle:
             raise ProxyError(status, message, headers=dict(headers))
         fields = dict(urllib.parse.parse_qsl(query)) if query else {}
         request = ClientRequest(route.method, path, query, self.head.headers)
-        loaded = server.loaded_by(self.key)
-        context = context._replace(
-            loaded=loaded, params=match.params, query=fields, request=request
-        )
+        context = context._replace(params=match.params, query=fields, request=request)
         try:
             sends_body = self.connection.body_pending or self.head.method not in ("GET", "HEAD")
             if route.parse and sends_body:
@@ -11354,11 +11329,12 @@ class RequestCycle:
                 del raw  # it may be large
             else:
                 body = no_body(b"", "")
-            keys = recipe_keys(body, context)
+            shelf = server.shelf(self.key)
+            if context.ollama:
+                loaded, recipes = server.loaded_by(self.key), shelf.recipes(body)
+                context = context._replace(loaded=loaded, recipes=recipes)
             if route.keys:
-                keys += route.keys(body, context)
-            if keys:
-                context = context._replace(stored=server.shelf(self.key).look_up(keys))
+                context = context._replace(stored=shelf.look_up(route.keys(body, context)))
             data = body.data
             exchange = self.new_exchange(route, body, context)
         except RecursionError:

@@ -858,15 +858,18 @@ class Notes(dict):
         self.pop(key, None)
 
     def pinned(self, shelf):
-        return [(key, text) for key, text in self.items() if key.startswith("model:")]
+        lines = [(key, text.partition("\n")[0]) for key, text in self.items()]
+        return [(key, line) for key, line in lines if key.startswith("model:")]
 
 
 def looked_up(route, body, context, notes):
     """The context with what the route wants to know of what is stored."""
-    keys = proxy.recipe_keys(Fields(body), context)
+    shelf = proxy.Shelf(notes, "")
+    if context.ollama:
+        context = context._replace(recipes=shelf.recipes(Fields(body)))
     if route.keys:
-        keys += route.keys(Fields(body), context)
-    return context._replace(stored=proxy.Shelf(notes, "").look_up(keys))
+        context = context._replace(stored=shelf.look_up(route.keys(Fields(body), context)))
+    return context
 
 
 def kept_by(answer, notes):
@@ -7170,12 +7173,6 @@ def test_openais_list_on_an_ollama_server_has_ollamas_names():
     assert (models[0]["id"], models[0]["owned_by"]) == (FLASH + ":latest", "library")
 
 
-@pytest.mark.parametrize("name", ["*", "pir*", "model:*"])
-def test_a_name_with_a_star_stands_for_no_list_of_recipes(name):
-    notes = Notes({"model:pirate": json.dumps({"source": FLASH})})
-    assert looked_up(CHAT_COMPLETIONS, chat(model=name), OLLAMA, notes).stored == {}
-
-
 PIRATE_RECIPE = {
     "model": "pirate",
     "from": FLASH,
@@ -9901,6 +9898,23 @@ def test_memory_does_not_evict_what_is_pinned(memory, monkeypatch):
         memory.put(f"k{i}", None, str(i))
     assert memory.pinned("recipes") == [("a", "1"), ("b", "2")]
     assert memory.get("k3") is None
+
+
+def test_memory_lists_the_first_lines_of_what_is_pinned(memory):
+    memory.pin("recipes", "a", "head\nrest")
+    assert memory.pinned("recipes") == [("a", "head\n")]
+    assert memory.get("a") == "head\nrest"
+
+
+@pytest.mark.parametrize("key", ["model", "name", "source", "from"])
+def test_a_recipe_is_read_whole_only_where_a_body_names_it(memory, key):
+    shelf = proxy.Shelf(memory, "scope:")
+    recipe = proxy.Recipe(FLASH, "Arr.", {"seed": 1}, [user("Hi")], ["MIT"], 1.5)
+    for name in ("one", "two"):
+        shelf.keep(proxy.Keep(f"model:{name}", proxy.recipe_text(recipe), pinned=True))
+    head = proxy.Recipe(FLASH, modified=1.5)
+    assert shelf.recipes(Fields({key: "One:latest"})) == {"one": recipe, "two": head}
+    assert shelf.recipes(Fields({key: ["one"]})) == {"one": head, "two": head}
 
 
 def test_memory_forgets_a_pinned_text(memory):
