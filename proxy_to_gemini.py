@@ -9913,9 +9913,11 @@ RECORDING_NAME = re.compile(r"\d{8}-\d{6}-\d{6}-req_[0-9a-f]{24}\.json")
 READABLE_JSON = json.JSONEncoder(ensure_ascii=False).encode
 PROGRAM = f"proxy-to-gemini {VERSION}, Python {sys.version}, {sys.platform}"
 RECORDING_FORMAT = 1  # changes when a program that reads recordings must
-NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+WRITING = os.O_WRONLY | os.O_CREAT
 if sys.platform == "win32":
-    NEW_FILE |= os.O_BINARY
+    WRITING |= os.O_BINARY
+else:
+    WRITING |= os.O_NOFOLLOW
 RECORDER_PAUSE_SECONDS = 0.1  # for recordings to gather: a thread that wakes for each costs more
 RECORDER_LOG_SECONDS = 600.0  # between two lines in the log about the same trouble
 MIN_KEY_CHARACTERS = 8  # of a key that is masked wherever it stands, if it is not this server's
@@ -10313,7 +10315,7 @@ class Recording:
         }
 
     def text(self) -> str:
-        """The recording as JSON, in a few lines."""
+        """The recording as JSON."""
         words, head = self.secrets(), self.head
         moment = datetime.datetime.fromtimestamp(self.clock, datetime.timezone.utc)
         request = {
@@ -10333,9 +10335,8 @@ class Recording:
             "notes": [masked(note, words) for note in self.notes],
         }
         attempts = [attempt.as_json(self.began, words) for attempt in self.attempts]
-        passed = {"request": request}, {"attempts": attempts}, {"answer": self.answer_json(words)}
-        lines = [READABLE_JSON(line)[1:-1] for line in (about, *passed)]
-        return "{" + ",\n".join(lines) + "}\n"
+        passed = {"request": request, "attempts": attempts, "answer": self.answer_json(words)}
+        return READABLE_JSON({**about, **passed}) + "\n"
 
 
 # ---- the folder ----
@@ -10350,8 +10351,11 @@ class Recorder:
         self.queue: queue.SimpleQueue[Recording | None] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
         self.ended = threading.Event()  # no more recordings come
-        self.new_files, self.new_bytes = math.inf, 0  # since old ones were last removed
-        self.sizes: dict[str, int] = {}  # of the files that were there then
+        self.part = f".{secrets.token_hex(12)}"  # with the process: a file until it is whole
+        self.new_files, self.new_bytes = 0, 0  # since the last look at the folder
+        self.spare = 0  # files that may be new until the next one
+        self.oldest: list[tuple[str, int]] = []  # those to be written over, last first
+        self.sizes: dict[str, int] = {}  # of files, as far as they are known
         self.logged: dict[str, float] = {}  # when there was a line in the log, by outcome
 
     def start(self) -> None:
@@ -10362,7 +10366,7 @@ class Recorder:
     def try_out(self) -> None:
         """Make the folder; an OSError if nothing can be written there."""
         os.makedirs(self.folder, 0o700, exist_ok=True)
-        path = os.path.join(self.folder, f".{secrets.token_hex(12)}")
+        path = os.path.join(self.folder, self.part)
         self.write_file(path, b"")
         os.unlink(path)
 
@@ -10418,14 +10422,19 @@ class Recorder:
 
     def write(self, recording: Recording) -> None:
         data = recording.text().encode("utf-8", "backslashreplace")
-        self.make_room(len(data))
-        self.write_file(os.path.join(self.folder, recording.name), data)
+        part = os.path.join(self.folder, f"{self.part}-{os.getpid()}")
+        self.write_file(part, data, self.make_room(len(data), part))
+        path = os.path.join(self.folder, recording.name)
+        os.replace(part, path)
+        self.sizes[path] = len(data)
 
-    def write_file(self, path: str, data: bytes) -> None:
-        """Write a new file that only the user of this process may read, or none."""
-        file = os.open(path, NEW_FILE, 0o600)
+    def write_file(self, path: str, data: bytes, size: int = 0) -> None:
+        """Write a file, which may be there with this size, or leave none."""
+        file = os.open(path, WRITING, 0o600)
         try:
             try:
+                if size > len(data):
+                    os.ftruncate(file, len(data))
                 while data:
                     data = data[os.write(file, data) :]
             finally:
@@ -10435,27 +10444,43 @@ class Recorder:
                 os.unlink(path)
             raise
 
-    def make_room(self, size: int) -> None:
-        """Remove the oldest recordings if need be. Between two looks at the folder, all workers
-        together add a tenth of the limits at most, for which there is room."""
+    def make_room(self, size: int, part: str) -> int:
+        """See that one more file is not too many; the size of the one to write over, if any.
+        Between two looks at the folder, all workers together add a tenth of the limits at most."""
         self.new_files, self.new_bytes = self.new_files + 1, self.new_bytes + size
-        share = 10 * self.workers
-        few = self.new_files <= MAX_RECORDINGS // share
-        if few and self.new_bytes <= MAX_RECORDINGS_BYTES // share:
-            return
+        few = self.new_bytes <= MAX_RECORDINGS_BYTES // (10 * self.workers)
+        if few and self.new_files <= self.spare:
+            return 0
+        if not few or not self.oldest:
+            self.look(size)
+        while self.oldest:
+            path, old_size = self.oldest.pop()
+            # Another worker has taken it, or somebody reads it on Windows.
+            with contextlib.suppress(OSError):
+                os.replace(path, part)
+                return old_size
+        return 0
+
+    def look(self, size: int) -> None:
+        """Look what there is, and remove the oldest files if they are too many or too large. To
+        write over a file is less work than to remove it and to make another."""
         with os.scandir(self.folder) as entries:
             paths = [entry.path for entry in entries if RECORDING_NAME.fullmatch(entry.name)]
         sizes = {}
-        for path in sorted(paths):
-            with contextlib.suppress(FileNotFoundError):  # another worker has removed it
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):  # another worker has taken it
                 sizes[path] = self.sizes.get(path) or os.stat(path).st_size
-        files, total = len(sizes) + 1, sum(sizes.values()) + size
-        for path, gone in sizes.items():
-            if files <= MAX_RECORDINGS * 0.9 and total <= MAX_RECORDINGS_BYTES * 0.9:
-                break
+        left, total = sorted(sizes.items(), reverse=True), sum(sizes.values()) + size
+        while len(left) > MAX_RECORDINGS or (left and total > MAX_RECORDINGS_BYTES * 0.9):
+            path, old_size = left.pop()
+            total -= old_size
             with contextlib.suppress(OSError):  # the same, or somebody reads it on Windows
                 os.unlink(path)
-                files, total = files - 1, total - gone
+        tenth = MAX_RECORDINGS // 10
+        if len(left) < MAX_RECORDINGS - tenth:
+            self.oldest, self.spare = [], tenth // self.workers
+        else:
+            self.oldest, self.spare = left[len(left) // 2 :], 0
         self.new_files, self.new_bytes, self.sizes = 1, size, sizes
 
 

@@ -10388,6 +10388,32 @@ def test_the_oldest_recordings_go(folder, monkeypatch, workers):
     assert names[0].endswith(f"req_{200 - len(names) + 1:024x}.json")
 
 
+def test_where_there_are_many_recordings_new_ones_are_written_over_the_oldest(folder, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_RECORDINGS", 20)
+    recorder, _ = recorder_of(folder)
+    for number in range(100):
+        if number == 20:
+            files = {path.stat().st_ino for path in folder.iterdir()}
+        one = a_recording(recorder, number)
+        one.notes = ["a long note " * (100 - number)]
+        recorder.write(one)
+    assert {path.stat().st_ino for path in folder.iterdir()} == files
+    numbers = [int(one["request_id"][4:], 16) for one in recordings_in(folder)]
+    assert numbers == list(range(100 - len(files), 100))
+
+
+def test_a_worker_makes_a_file_where_another_one_took_the_oldest(folder, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_RECORDINGS", 20)
+    first, second = [recorder_of(folder, 2)[0] for _ in range(2)]
+    for number in range(21):
+        second.write(a_recording(second, number))
+    for number in range(21, 60):
+        first.write(a_recording(first, number))
+    for number in range(60, 65):
+        second.write(a_recording(second, number))
+    assert len(recordings_in(folder)) <= 21
+
+
 def test_recordings_have_so_many_bytes_together(folder, monkeypatch):
     monkeypatch.setattr(proxy, "MAX_RECORDINGS_BYTES", 10_000)
     recorder, _ = recorder_of(folder)
