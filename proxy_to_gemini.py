@@ -1696,6 +1696,7 @@ class Thinking(NamedTuple):
     answer_only: bool = False  # whether the client's limit of tokens is meant for the answer alone
     field: str = ""  # what to name as ignored where the effort has no effect
     google: Mapping[str, Any] = {}  # Google's own thinkingConfig, which takes precedence
+    signatures: bool = False  # whether the client takes those of calls, among its thoughts
 
 
 def thinking_config(
@@ -5241,27 +5242,21 @@ def is_users_own(turn: JSON) -> bool:
 # Codex's names for one, old and new (its protocol/src/models.rs).
 COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
 COMPACTION_TRIGGER = "compaction_trigger"
+LOCAL_TOOLS = ("local_shell", "shell", "apply_patch")  # of OpenAI's, run by the client
 INPUT_ITEMS: dict[str, Callable[[History, Fields], None]] = {
     "message": History.add_message,
     "reasoning": History.add_reasoning,
     "item_reference": History.add_reference,
-    "function_call": History.add_call,
-    "function_call_output": History.add_output,
-    "custom_tool_call": History.add_call,
-    "custom_tool_call_output": History.add_output,
-    "local_shell_call": History.add_local_call,
-    "local_shell_call_output": History.add_local_output,
-    "shell_call": History.add_local_call,
-    "shell_call_output": History.add_local_output,
-    "apply_patch_call": History.add_local_call,
-    "apply_patch_call_output": History.add_local_output,
+    **dict.fromkeys(("function_call", "custom_tool_call"), History.add_call),
+    **dict.fromkeys(("function_call_output", "custom_tool_call_output"), History.add_output),
+    **dict.fromkeys((f"{name}_call" for name in LOCAL_TOOLS), History.add_local_call),
+    **dict.fromkeys((f"{name}_call_output" for name in LOCAL_TOOLS), History.add_local_output),
     "image_generation_call": History.add_image,
-    "web_search_call": History.skip,
+    **dict.fromkeys(("web_search_call", COMPACTION_TRIGGER), History.skip),
     "additional_tools": History.add_tools,
     "tool_search_call": History.add_search,
     "tool_search_output": History.add_search_result,
     **dict.fromkeys(COMPACTIONS, History.add_summary),
-    COMPACTION_TRIGGER: History.skip,
     "agent_message": History.add_agent_message,
     "configuration_update": History.add_update,
 }
@@ -5413,10 +5408,8 @@ class ResponseOptions(NamedTuple):
 
     echo: JSON  # what a response repeats of its request
     items: str | list[JSON]  # the input, to be stored
-    thoughts: bool  # whether the client wants to see them
-    signatures: bool  # whether it wants those of calls, in reasoning items
-    sources: bool  # whether it wants those of searches
-    compacts: bool = False  # whether the first answer is a summary of the conversation
+    sources: bool  # whether the client wants those of searches
+    compacts: bool  # whether the first answer is a summary of the conversation
 
 
 # What `include` may name; what else OpenAI has there, Gemini does not have.
@@ -5436,8 +5429,14 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     effort = history.effort or effort
     show = summary is not None or (context.ollama and effort != "none")
     google = openai_google(body, places)
+    show = show or bool(google.thinking.get("includeThoughts"))
+    included = body.strings("include")
+    for name in included:
+        if name not in (SIGNATURES, SOURCES):
+            body.ignore(f"include.{name}")
     limit = openai_limit(body, "max_output_tokens", context)
     thinking = Thinking(effort, show=show, field="reasoning.effort", google=google.thinking)
+    thinking = thinking._replace(signatures=SIGNATURES in included)
     sampling = openai_sampling(body, model, limit, context)
     schema = openai_response_format(text, "format")
     chat = Chat(model, history.system, history.contents, tools, choice, thinking, sampling, schema)
@@ -5452,14 +5451,8 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
         "reasoning": {"effort": effort, "summary": summary},
         "service_tier": google.fields.get("serviceTier", "default"),
     }
-    included = body.strings("include")
-    for name in included:
-        if name not in (SIGNATURES, SOURCES):
-            body.ignore(f"include.{name}")
-    items = body.data.get("input") or []
-    thoughts = show or bool(google.thinking.get("includeThoughts"))
-    options = ResponseOptions(echo, items, thoughts, SIGNATURES in included, SOURCES in included)
-    options = options._replace(compacts=len(calls) > 1 or is_triggered(body))
+    items, compacts = body.data.get("input") or [], len(calls) > 1 or is_triggered(body)
+    options = ResponseOptions(echo, items, SOURCES in included, compacts)
     return Plan(calls, stream, options, model_name, chat=chat)
 
 
@@ -5864,7 +5857,7 @@ class ResponseBuilder:
     def finish(self, end: End, calls: list[ToolCall]) -> Iterator[Any]:
         """The rest: citations, the calls after the signatures that belong to them, and the end."""
         content = ""
-        if self.options.signatures:
+        if self.chat.thinking.signatures:
             content = encrypted_content(calls, end.signature, self.chat.model)
         if content and isinstance(self.open, ReasoningItem):
             yield from self.close(encrypted_content=content)
@@ -5974,7 +5967,7 @@ def openai_responses_stream(exchange: Exchange, answers: AnswerStreams) -> Itera
             yield from builder.add_image(event)
         elif isinstance(event, Media):
             yield from builder.add_text(media_note(event))
-        elif not event.thought or builder.options.thoughts:
+        elif not event.thought or builder.chat.thinking.show:
             yield from builder.add_text(event.text, event.thought)
 
 
@@ -6009,40 +6002,34 @@ def openai_input_tokens_response(exchange: Exchange, answers: AnswerStreams) -> 
     return {"object": "response.input_tokens", "input_tokens": read_count(answers)}
 
 
-def path_keys(body: Fields, context: Context) -> list[str]:
-    return stored_keys(context.params["id"])
-
-
-def openai_stored_request(body: Fields, context: Context) -> Plan:
+def openai_stored_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     """A stored response; a 404 as OpenAI's if it is not there, or not any more."""
+    context = exchange.context
     response_id = context.params["id"]
-    response = stored_value(f"response:{response_id}", context)
+    response: JSON | None = stored_value(f"response:{response_id}", context)
     if response is None:
         raise ProxyError(404, f"Response with id '{response_id[:80]}' not found.")
     if context.query.get("stream") == "true":
         why = "only a response that is under way could be streamed"
         raise wrong_value("stream", f"Invalid value for 'stream': {why}.")
-    return Plan(options=response)
-
-
-def openai_stored_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
-    return dict(exchange.options)
+    return response
 
 
 def openai_delete_response(exchange: Exchange, answers: AnswerStreams) -> Kept:
-    response_id = exchange.options["id"]
+    response_id = openai_stored_response(exchange, answers)["id"]
     keep = tuple(Keep(key, "") for key in stored_keys(response_id))
     return Kept({"id": response_id, "object": "response", "deleted": True}, keep)
 
 
 def openai_cancel_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
+    openai_stored_response(exchange, answers)
     raise ProxyError(400, "Cannot cancel a response that was not made in the background.")
 
 
 def openai_input_items_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     """A page of a response's own input, the newest first unless the client wants it otherwise."""
-    query = exchange.context.query
-    items = stored_items(f"input:{exchange.options['id']}", exchange.context)
+    response_id, query = openai_stored_response(exchange, answers)["id"], exchange.context.query
+    items = stored_items(f"input:{response_id}", exchange.context)
     if query.get("order") != "asc":
         items = items[::-1]
     return openai_page(items, query, "after", page_limit(query, 20, 100))
@@ -6054,8 +6041,12 @@ def openai_input_items_response(exchange: Exchange, answers: AnswerStreams) -> J
 def stored_route(
     method: str, path: str, response: Callable[[Exchange, AnswerStreams], Any]
 ) -> Route:
-    """A route about a stored response."""
-    return Route(method, path, openai_stored_request, response, parse=no_body, keys=path_keys)
+    """A route about a stored response. It asks Gemini nothing."""
+
+    def path_keys(body: Fields, context: Context) -> list[str]:
+        return stored_keys(context.params["id"])
+
+    return Route(method, path, response=response, parse=no_body, keys=path_keys)
 
 
 # (request, response, stream, framing) of each endpoint, as far as it has them.
@@ -7192,11 +7183,10 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
         tools = tools._replace(hosted={})
     output = body.object_or_empty("output_config")
     sampling = anthropic_sampling(body, model)
-    thinking, takes_blocks = anthropic_thinking(body, output)
-    schema = anthropic_schema(body, output)
+    thinking, schema = anthropic_thinking(body, output), anthropic_schema(body, output)
     chat = Chat(model, system, contents, tools, choice, thinking, sampling, schema)
     chat = chat._replace(stream=stream)
-    return Plan((chat_call(chat, body),), stream, takes_blocks, model_name, chat=chat)
+    return Plan((chat_call(chat, body),), stream, model_name=model_name, chat=chat)
 
 
 def anthropic_sampling(body: Fields, model: Model) -> JSON:
@@ -7209,18 +7199,18 @@ def anthropic_sampling(body: Fields, model: Model) -> JSON:
     return sampling_config(temperature, top_p, top_k, limit, stops=stops)
 
 
-def anthropic_thinking(body: Fields, output: Fields) -> tuple[Thinking, bool]:
-    """(how to think, whether the client takes thinking blocks); none without `thinking`."""
+def anthropic_thinking(body: Fields, output: Fields) -> Thinking:
+    """How to think. Without `thinking`, the client takes no thinking blocks."""
     effort = output.choice("effort", *EFFORTS)
     thinking = body.object("thinking")
     if thinking is None:
-        return Thinking(effort, answer_only=True, field="output_config.effort"), False
+        return Thinking(effort, answer_only=True, field="output_config.effort")
     budget = thinking.number("budget_tokens", 1, math.inf, int)
     thinking.require("type", str)
     if thinking.choice("type", "enabled", "adaptive", "disabled") == "disabled":
-        return Thinking("none", answer_only=True, field="thinking"), False
+        return Thinking("none", answer_only=True, field="thinking")
     show = thinking.get("display", str) != "omitted"
-    return Thinking(effort, budget, show, field="thinking"), True
+    return Thinking(effort, budget, show, field="thinking", signatures=True)
 
 
 def anthropic_schema(body: Fields, output: Fields) -> JSON | None:
@@ -7284,7 +7274,7 @@ def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tu
     A signature travels in a thinking block before its call: clients must send such blocks back.
     https://platform.claude.com/docs/en/build-with-claude/extended-thinking
     """
-    takes_thinking: bool = exchange.options
+    signatures = exchange.chat.thinking.signatures
     texts: list[str] = []
     for event in events:
         if isinstance(event, Text) and event.thought:
@@ -7295,7 +7285,7 @@ def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tu
         elif isinstance(event, Media):
             yield "text", {"text": media_note(event)}
         elif isinstance(event, ToolCall):
-            if event.signature and takes_thinking:
+            if event.signature and signatures:
                 yield "thinking", {"signature": event.signature}
             fields = {"id": event.id, "name": event.name, "input": event.args}
             yield "tool_use", {**fields, **DIRECT_CALL}

@@ -4658,11 +4658,11 @@ def without(events, *keys):
     return [{key: event[key] for key in event if key not in keys} for event in events]
 
 
-def stored_exchange(route, notes, response_id="resp_1", **query):
-    """An exchange of a route about a stored response."""
-    context = Context(params={"id": response_id}, query=query)
-    context = looked_up(route, {}, context, notes)
-    return exchange(route.request(Fields({}), context), context)
+def stored_answer(path, notes, method="GET", **query):
+    """What a route about a stored response answers."""
+    route = openai_route(path, method)
+    context = looked_up(route, {}, Context(params={"id": "resp_1"}, query=query), notes)
+    return whole_of(route, exchange(context=context), notes=notes)
 
 
 REASONING_ITEM = {
@@ -5434,28 +5434,26 @@ def test_a_reference_may_leave_out_its_type():
 
 def test_a_stored_response_is_read():
     notes, first = stored_response()
-    route = openai_route("/v1/responses/{id}", "GET")
-    assert whole_of(route, stored_exchange(route, notes)) == first
+    assert stored_answer("/v1/responses/{id}", notes) == first
 
 
 def test_a_stored_response_is_not_streamed():
     notes, _ = stored_response()
     with pytest.raises(ProxyError) as caught:
-        stored_exchange(openai_route("/v1/responses/{id}", "GET"), notes, stream="true")
+        stored_answer("/v1/responses/{id}", notes, stream="true")
     assert caught.value.path == "stream"
 
 
 def test_a_stored_response_is_deleted_with_its_input():
     notes, first = stored_response()
-    route = openai_route("/v1/responses/{id}", "DELETE")
-    answer = whole_of(route, stored_exchange(route, notes), notes=notes)
+    answer = stored_answer("/v1/responses/{id}", notes, "DELETE")
     assert answer == {"id": first["id"], "object": "response", "deleted": True}
     assert not notes
 
 
 def test_a_response_that_is_not_stored_is_not_read():
     with pytest.raises(ProxyError) as caught:
-        stored_exchange(openai_route("/v1/responses/{id}", "GET"), Notes())
+        stored_answer("/v1/responses/{id}", Notes())
     assert caught.value.status == 404
 
 
@@ -5481,9 +5479,8 @@ def test_a_response_is_not_stored_where_the_client_forbids_it():
 
 def test_a_stored_response_cannot_be_cancelled():
     notes, _ = stored_response()
-    route = openai_route("/v1/responses/{id}/cancel")
     with pytest.raises(ProxyError) as caught:
-        whole_of(route, stored_exchange(route, notes))
+        stored_answer("/v1/responses/{id}/cancel", notes, "POST")
     assert caught.value.status == 400
 
 
@@ -5492,8 +5489,7 @@ def item_page(**query):
     notes = Notes()
     items = [user("a"), assistant("b", id=None), user("c")]
     response_to({"input": items}, whole("d"), notes=notes)
-    route = openai_route("/v1/responses/{id}/input_items", "GET")
-    return whole_of(route, stored_exchange(route, notes, **query))
+    return stored_answer("/v1/responses/{id}/input_items", notes, **query)
 
 
 def test_the_input_of_a_stored_response_comes_newest_first():
@@ -7689,7 +7685,7 @@ def test_a_search_can_be_forbidden():
 def test_thinking_by_type_budget_and_effort(model, more, config, takes_blocks):
     body = claude_chat(model=model, **more)
     assert claude_body(body)["generationConfig"].get("thinkingConfig") == config
-    assert claude_plan(body).options is takes_blocks
+    assert claude_plan(body).chat.thinking.signatures is takes_blocks
 
 
 @pytest.mark.parametrize(
