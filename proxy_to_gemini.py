@@ -3514,40 +3514,24 @@ def openai_parts(message: Fields, key: str, model: Model) -> list[Part]:
 
 # ---- messages, calls and results ----
 
-LIMIT_KEYS = ("max_completion_tokens",)
 EMPTY_ARRAY = "empty array. Expected an array with minimum length 1"
 OPENAI_ROLES = ("developer", "system", "user", "assistant", "tool", "function")
 
 
-class ChatInput(NamedTuple):
-    """What a chat's body and a response's body hold in different places."""
-
-    system: list[Part]
-    contents: list[JSON]  # Gemini's turns, in the client's order
-    tools: list[Fields]  # further lists of tools
-    format: tuple[Fields, str]  # the object and its key that hold the format of the answer
-    limit_keys: tuple[str, ...]  # of the limits that count thoughts
-    effort: str | None = None  # to think with from here on, in place of the body's
-
-
-def openai_chat_input(body: Fields, model: Model, context: Context) -> ChatInput:
+def openai_chat_history(body: Fields, model: Model, context: Context) -> History:
     """The messages. Cursor sends the body of a response to chats (BerriAI/litellm#34029)."""
     if body.data.get("input") and not body.data.get("messages"):
         body.mark_read("messages")
-        history = openai_history(body, model, context)
         if is_triggered(body):  # no answer of a chat has a place for a compaction
             body.ignore(f"input[].{COMPACTION_TRIGGER}")
-        text = history.text or body.object("text")
-        form = (text, "format") if text else (body, "response_format")
-        keys, effort = (*LIMIT_KEYS, "max_output_tokens"), history.effort
-        return ChatInput(history.system, history.contents, history.tools, form, keys, effort)
+        return openai_history(body, model, context)
     if not body.require("messages", list):
         problem = f"{EMPTY_ARRAY}, but got an empty array instead."
         raise wrong_value("messages", f"Invalid 'messages': {problem}")
-    chat = ChatInput([], [], [], (body, "response_format"), LIMIT_KEYS)
+    history = History(model, context)
     for message in body.objects("messages"):
-        openai_turn(message, model, chat.system, chat.contents)
-    return chat
+        openai_turn(message, model, history.system, history.contents)
+    return history
 
 
 def openai_turn(message: Fields, model: Model, system: list[Part], contents: list[JSON]) -> None:
@@ -3876,31 +3860,31 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
     """Chat completions: https://platform.openai.com/docs/api-reference/chat/create"""
     model_name = body.require("model", str)
     model = model_named(model_name, context, "chat")
-    question = openai_chat_input(body, model, context)
+    history = openai_chat_history(body, model, context)
     places = google_objects(body)
-    tools = openai_tools(body, *question.tools, *places)
+    tools = openai_tools(body, *history.tools, *places)
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
     choice = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
     if body.object("web_search_options") is not None and body.data.get("tool_choice") != "none":
         hosted = {"googleSearch": ("web_search_options", {}), **tools.hosted}
         tools = tools._replace(hosted=hosted)
-    sampling, answer_only = openai_chat_sampling(body, model, context, question.limit_keys)
+    sampling, answer_only = openai_chat_sampling(body, model, context, history.limit)
     settings, wav = openai_modalities(body)
-    google = openai_google(body, places)
-    thinking = openai_thinking(body, context, answer_only, google.thinking)
-    if question.effort:
-        thinking = thinking._replace(effort=question.effort, budget=None)
+    google_fields, google_config, google_thinking = openai_google(body, places)
+    thinking = openai_thinking(body, context, answer_only, google_thinking)
+    if history.effort:
+        thinking = thinking._replace(effort=history.effort, budget=None)
     chat = Chat(
         model,
-        question.system,
-        question.contents,
+        history.system,
+        history.contents,
         tools=tools,
         choice=choice,
         thinking=thinking,
         sampling=sampling,
-        schema=openai_response_format(*question.format),
-        settings={**settings, **google.config},
-        fields=google.fields,
+        schema=openai_response_format(body, history.text),
+        settings={**settings, **google_config},
+        fields=google_fields,
         stream=bool(body.get("stream", bool)),
     )
     calls = (chat_call(chat, body),) * (body.number("n", 1, MAX_CHOICES, int) or 1)
@@ -3915,12 +3899,11 @@ def openai_counts_tokens(body: Fields) -> bool:
 
 
 def openai_chat_sampling(
-    body: Fields, model: Model, context: Context, keys: Iterable[str]
+    body: Fields, model: Model, context: Context, limit: int | None = None
 ) -> tuple[JSON, bool]:
-    """(the sampling, whether its limit is for the answer without its thoughts): the limits under
-    `keys` count thoughts, and the older `max_tokens` does not (googleapis/python-genai#811)."""
-    limits = [openai_limit(body, key, context) for key in keys]
-    limit = next(filter(None, limits), None)
+    """(the sampling, whether its limit is for the answer without its thoughts): the newer limits
+    count thoughts, and `max_tokens` does not (googleapis/python-genai#811)."""
+    limit = openai_limit(body, "max_completion_tokens", context) or limit
     older = openai_limit(body, "max_tokens", context)
     return openai_sampling(body, model, limit or older, context), not limit
 
@@ -3976,9 +3959,10 @@ def openai_thinking(body: Fields, context: Context, answer_only: bool, google: J
     return Thinking(effort, budget, show, answer_only, field, google)
 
 
-def openai_response_format(body: Fields, key: str) -> JSON | None:
-    """The schema of the answer: ANY_JSON where any JSON will do, None where it is text."""
-    form = body.object(key)
+def openai_response_format(body: Fields, text: Fields | None) -> JSON | None:
+    """The schema of the answer, by the `text` of a response or else by a chat's `response_format`:
+    ANY_JSON where any JSON will do, None where it is text."""
+    form = text.object("format") if text else body.object("response_format")
     if form is None:
         return None
     kind = form.require("type", str)
@@ -3988,7 +3972,7 @@ def openai_response_format(body: Fields, key: str) -> JSON | None:
         return None
     if kind == "json_object":
         return ANY_JSON
-    if key == "response_format":  # a response's `format` is flat
+    if text is None:  # else it is flat
         form = form.require_object("json_schema")
     form.mark_read("name", "strict")
     description = given(description=form.get("description", str))
@@ -4058,16 +4042,10 @@ def speech_config(fields: Fields, key: str) -> JSON:
     return {"responseModalities": ["AUDIO"], "speechConfig": config}
 
 
-class GoogleSettings(NamedTuple):
-    """Google's own settings in a client's body."""
-
-    fields: JSON  # of the request
-    config: JSON  # of its generationConfig
-    thinking: JSON  # the thinkingConfig
-
-
-GOOGLE_FIELDS = {"cachedContent": str, "safetySettings": list}
-GOOGLE_CONFIG = {
+# Google's own settings in a client's body.
+GOOGLE_SETTINGS = {
+    "cachedContent": str,
+    "safetySettings": list,
     "mediaResolution": str,
     "imageConfig": {"aspectRatio": str, "imageSize": str},
     "thinkingConfig": {"thinkingBudget": int, "thinkingLevel": str, "includeThoughts": bool},
@@ -4078,11 +4056,11 @@ def snake_case(name: str) -> str:
     return re.sub("([A-Z])", r"_\1", name).lower()
 
 
-GOOGLE_NAMES = {name for key in (*GOOGLE_FIELDS, *GOOGLE_CONFIG) for name in (key, snake_case(key))}
+GOOGLE_NAMES = {name for key in GOOGLE_SETTINGS for name in (key, snake_case(key))}
 
 
 def google_objects(body: Fields) -> list[Fields]:
-    """Where such settings stand (https://ai.google.dev/gemini-api/docs/openai); the last one
+    """Where they stand (https://ai.google.dev/gemini-api/docs/openai); the last one
     counts. OpenAI's libraries put what is in their `extra_body` at the top level."""
     extra = body.object("extra_body")
     objects = [body.object("google"), extra and extra.object("google")]
@@ -4091,13 +4069,14 @@ def google_objects(body: Fields) -> list[Fields]:
     return [*filter(None, objects)]
 
 
-def openai_google(body: Fields, objects: Sequence[Fields]) -> GoogleSettings:
-    """The settings in these objects, and the service tier."""
-    fields: JSON = {}
+def openai_google(body: Fields, objects: Sequence[Fields]) -> tuple[JSON, JSON, JSON]:
+    """(fields of the request, of its generationConfig, its thinkingConfig), by what stands in these
+    objects and by the service tier."""
     config: JSON = {}
     for place in objects:
-        fields.update(google_settings(place, GOOGLE_FIELDS))
-        config.update(google_settings(place, GOOGLE_CONFIG))
+        config.update(google_settings(place, GOOGLE_SETTINGS))
+    outside = config.keys() & {"cachedContent", "safetySettings"}
+    fields: JSON = {key: config.pop(key) for key in sorted(outside)}
     thinking: JSON = config.pop("thinkingConfig", {})
     if "thinkingLevel" in thinking:
         thinking["thinkingLevel"] = thinking["thinkingLevel"].upper()
@@ -4109,7 +4088,7 @@ def openai_google(body: Fields, objects: Sequence[Fields]) -> GoogleSettings:
         fields["serviceTier"] = SERVICE_TIERS[tier]
     elif tier not in (None, "auto", "default"):
         body.ignore("service_tier")
-    return GoogleSettings(fields, config, thinking)
+    return fields, config, thinking
 
 
 # OpenAI's -> Gemini's. Since 2026 OpenAI calls the faster one by both names.
@@ -4136,11 +4115,9 @@ OPENAI_FINISH = {"length": "length", "filter": "content_filter"}  # else "stop",
 
 
 def openai_finish(end: End, legacy: bool = False) -> str:
-    if not end.called or end.finish in OPENAI_FINISH:
+    if not end.called:
         return OPENAI_FINISH.get(end.finish, "stop")
-    if legacy:
-        return "function_call"
-    return "tool_calls"
+    return OPENAI_FINISH.get(end.finish, "function_call" if legacy else "tool_calls")
 
 
 def openai_usage(usage: Usage) -> JSON:
@@ -4427,7 +4404,7 @@ def openai_completion_chat(body: Fields, model_name: str, context: Context) -> C
     """All of a completion but its prompt. A limit is for the text alone: with one, a model thinks
     as little as it can."""
     model = model_named(model_name, context, "chat")
-    sampling, _ = openai_chat_sampling(body, model, context, LIMIT_KEYS)
+    sampling, _ = openai_chat_sampling(body, model, context)
     effort = openai_effort(body, body.object("reasoning"))
     thinking = Thinking(effort, field="reasoning_effort")
     if effort is None and sampling.get("maxOutputTokens"):
@@ -5082,7 +5059,8 @@ class History:
         self.references: set[str] = set()  # the ids of items referred to
         self.summarized = 0  # turns up to the last summary, the last of them
         self.effort: str | None = None  # of the last configuration_update that has one
-        self.text: Fields | None = None  # likewise
+        self.text: Fields | None = None  # likewise, or the response's own
+        self.limit: int | None = None  # of the response's tokens
 
     def add(self, item: Fields) -> None:
         """Add one item. A type that is not known is named as ignored."""
@@ -5424,24 +5402,30 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     places = google_objects(body)
     tools = openai_tools(body, *history.tools, *places)
     choice = openai_tool_choice(body, "tool_choice", tools)
-    text = history.text or body.object_or_empty("text")
+    text = history.text or Fields({})
     effort, summary = openai_reasoning(body)
     effort = history.effort or effort
-    show = summary is not None or (context.ollama and effort != "none")
-    google = openai_google(body, places)
-    show = show or bool(google.thinking.get("includeThoughts"))
+    fields, settings, google = openai_google(body, places)
+    show = summary is not None or bool(google.get("includeThoughts"))
+    show = show or (context.ollama and effort != "none")
     included = body.strings("include")
     for name in included:
         if name not in (SIGNATURES, SOURCES):
             body.ignore(f"include.{name}")
-    limit = openai_limit(body, "max_output_tokens", context)
-    thinking = Thinking(effort, show=show, field="reasoning.effort", google=google.thinking)
-    thinking = thinking._replace(signatures=SIGNATURES in included)
-    sampling = openai_sampling(body, model, limit, context)
-    schema = openai_response_format(text, "format")
-    chat = Chat(model, history.system, history.contents, tools, choice, thinking, sampling, schema)
-    stream = bool(body.get("stream", bool))
-    chat = chat._replace(settings=google.config, fields=google.fields, stream=stream)
+    signatures, field = SIGNATURES in included, "reasoning.effort"
+    chat = Chat(
+        model,
+        history.system,
+        history.contents,
+        tools,
+        choice,
+        Thinking(effort, show=show, field=field, google=google, signatures=signatures),
+        openai_sampling(body, model, history.limit, context),
+        openai_response_format(body, text),
+        settings,
+        fields,
+        bool(body.get("stream", bool)),
+    )
     calls = compacting_calls(chat, body)
     echo = {
         **openai_echo(body, text),
@@ -5449,11 +5433,11 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
         "model": model_name,
         "parallel_tool_calls": choice.parallel,
         "reasoning": {"effort": effort, "summary": summary},
-        "service_tier": google.fields.get("serviceTier", "default"),
+        "service_tier": fields.get("serviceTier", "default"),
     }
     items, compacts = body.data.get("input") or [], len(calls) > 1 or is_triggered(body)
     options = ResponseOptions(echo, items, SOURCES in included, compacts)
-    return Plan(calls, stream, options, model_name, chat=chat)
+    return Plan(calls, chat.stream, options, model_name, chat=chat)
 
 
 def openai_history(body: Fields, model: Model, context: Context) -> History:
@@ -5478,6 +5462,8 @@ def openai_history(body: Fields, model: Model, context: Context) -> History:
     else:
         for entry in body.objects("input"):
             history.add(entry)
+    history.text = history.text or body.object("text")
+    history.limit = openai_limit(body, "max_output_tokens", context)
     return history
 
 
