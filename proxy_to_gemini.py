@@ -3847,13 +3847,18 @@ def openai_chosen_name(choice: Fields, tools: Tools) -> str:
 MAX_CHOICES = 128  # of one request
 
 
-class ChatOptions(NamedTuple):
-    """What the answer to a chat or a completion depends on."""
+class OpenAIOptions(NamedTuple):
+    """What an answer of OpenAI's depends on, but for vectors and responses."""
 
     legacy: bool = False  # functions in place of tools
     usage: bool = False  # a last chunk with the token counts
-    wav: bool = False  # audio as WAV
+    wav: bool = False  # sound as WAV; else in bare samples
     echoes: tuple[str, ...] = ()  # for each choice of a completion what stands before its text
+    url: bool = False  # images in data URLs; else in bare base64
+    event: str = ""  # what the names of an image's events begin with
+    events: bool = False  # speech in server-sent events; else in bytes
+    form: str = ""  # of a transcript
+    task: str = ""  # "transcribe" or "translate"
 
 
 def openai_chat_request(body: Fields, context: Context) -> Plan:
@@ -3888,7 +3893,7 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
         stream=bool(body.get("stream", bool)),
     )
     calls = (chat_call(chat, body),) * (body.number("n", 1, MAX_CHOICES, int) or 1)
-    options = ChatOptions(legacy, openai_counts_tokens(body), wav)
+    options = OpenAIOptions(legacy, openai_counts_tokens(body), wav)
     return Plan(calls, chat.stream, options, model_name, chat=chat)
 
 
@@ -4152,10 +4157,15 @@ def openai_call(call: ToolCall, chat: Chat) -> JSON:
     return entry
 
 
-def openai_annotation(citation: Citation) -> JSON:
-    start, end, url, title = citation
-    fields = {"start_index": start, "end_index": end, "url": url, "title": title}
-    return {"type": "url_citation", "url_citation": fields}
+def citation_fields(citation: Citation, offset: int = 0) -> JSON:
+    """A citation of the text that begins at this character of the answer."""
+    start, end = max(0, citation.start - offset), max(0, citation.end - offset)
+    return {"start_index": start, "end_index": end, "url": citation.url, "title": citation.title}
+
+
+def openai_annotations(end: End) -> list[JSON]:
+    fields = map(citation_fields, end.citations)
+    return [{"type": "url_citation", "url_citation": one} for one in fields]
 
 
 def openai_image(media: Media, index: int) -> JSON:
@@ -4178,11 +4188,9 @@ def openai_chat_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     return {**base, "choices": choices, "usage": openai_usage(exchange.usage)}
 
 
-def thoughts_key(context: Context) -> str:
-    """The field of thoughts: https://api-docs.deepseek.com/guides/reasoning_model, or Ollama's."""
-    if context.ollama:
-        return "reasoning"
-    return "reasoning_content"
+# The field of thoughts, by Context.ollama: as Ollama has it, or else as clients know it from
+# https://api-docs.deepseek.com/guides/reasoning_model
+THOUGHTS_KEYS = {True: "reasoning", False: "reasoning_content"}
 
 
 def openai_choice(index: int, answer: Answer, exchange: Exchange) -> JSON:
@@ -4195,9 +4203,9 @@ def openai_choice(index: int, answer: Answer, exchange: Exchange) -> JSON:
     message: JSON = {"role": "assistant", "content": text, "refusal": None}
     if not text and (calls or audio):
         message["content"] = None
-    message["annotations"] = [openai_annotation(citation) for citation in end.citations]
+    message["annotations"] = openai_annotations(end)
     if thoughts:
-        message[thoughts_key(exchange.context)] = thoughts
+        message[THOUGHTS_KEYS[exchange.context.ollama]] = thoughts
     if calls and legacy:
         message["function_call"] = calls[0]["function"]
     elif calls:
@@ -4239,18 +4247,16 @@ def openai_deltas(events: Iterable[Event], exchange: Exchange) -> Iterator[tuple
 
     OpenAI's libraries concatenate deltas: the role, each id and the annotations come only once.
     """
-    thoughts, legacy = thoughts_key(exchange.context), exchange.options.legacy
+    text_keys = {False: "content", True: THOUGHTS_KEYS[exchange.context.ollama]}
+    legacy = exchange.options.legacy
     calls = images = audio = 0
     for i, event in enumerate(events):
         if i == 0:
             content = None if isinstance(event, ToolCall) else ""
             yield {"role": "assistant", "content": content}, None
         if isinstance(event, Text):
-            key = "content"
-            if event.thought:
-                key = thoughts
             for piece in delta_pieces(event.text):
-                yield {key: piece}, None
+                yield {text_keys[event.thought]: piece}, None
         elif isinstance(event, ToolCall):
             for entry in openai_call_deltas(openai_call(event, exchange.chat)):
                 if not legacy:
@@ -4262,7 +4268,7 @@ def openai_deltas(events: Iterable[Event], exchange: Exchange) -> Iterator[tuple
             if audio:
                 yield {"audio": {"expires_at": int(exchange.created) + 3600}}, None
             if event.citations:
-                yield {"annotations": [openai_annotation(c) for c in event.citations]}, None
+                yield {"annotations": openai_annotations(event)}, None
             yield {}, event
         elif event.mime.startswith("audio/"):
             delta = {"data": event.data}
@@ -4396,7 +4402,7 @@ def openai_completions_request(body: Fields, context: Context) -> Plan:
         if n > 1 and sum(map(len, echoes)) > MAX_ECHO:
             why = f"{n} choices would repeat more than {MAX_ECHO} characters of the prompt"
             raise wrong_value("echo", f"Invalid value for 'echo': {why}.")
-    options = ChatOptions(usage=openai_counts_tokens(body), echoes=tuple(echoes))
+    options = OpenAIOptions(usage=openai_counts_tokens(body), echoes=tuple(echoes))
     return Plan(tuple(calls), chat.stream, options, model_name, chat=chat)
 
 
@@ -4433,16 +4439,16 @@ def completion_text(event: Event) -> str:
 def openai_completions_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     choices: list[JSON] = []
     for index, events in enumerate(answers):
-        answer = whole(events)
-        text = exchange.options.echoes[index] + "".join(map(completion_text, answer.events))
-        choices.append(openai_text_choice(index, text, answer.end))
+        *rest, end = events
+        text = exchange.options.echoes[index] + "".join(map(completion_text, rest))
+        choices.append(openai_text_choice(index, text, end))
     base = openai_base(exchange, "cmpl-", "text_completion")
     return {**base, "choices": choices, "usage": openai_usage(exchange.usage)}
 
 
 def openai_completions_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[JSON]:
     """Chunks, choice after choice, in the form of whole completions."""
-    options: ChatOptions = exchange.options
+    options: OpenAIOptions = exchange.options
     base = openai_base(exchange, "cmpl-", "text_completion")
     more = {"usage": None} if options.usage else {}
     for index, events in enumerate(answers):
@@ -4458,25 +4464,6 @@ def openai_completions_stream(exchange: Exchange, answers: AnswerStreams) -> Ite
 
 
 # ---- what the media endpoints share ----
-
-
-class MediaOptions(NamedTuple):
-    """What an answer of a media endpoint depends on."""
-
-    url: bool = False  # images in data URLs; else in bare base64
-    pcm: bool = False  # speech in bare samples; else in WAV, all that the library can make
-    events: bool = False  # speech in server-sent events; else in bytes
-    form: str = "json"  # of a transcript
-    event: str = "image_generation"  # what the names of an image's events begin with
-    task: str = "transcribe"  # or "translate"
-
-
-def media_answer(events: Iterable[Event], kind: str) -> Answer:
-    """A whole answer, whose media of this kind, such as "image/", must be base64."""
-    answer = whole(events)
-    if not all(is_base64(media.data) for media in answer.media(kind)):
-        raise invalid_answer("media that are not base64")
-    return answer
 
 
 def no_media_error(what: str, end: End, text: str = "") -> ProxyError:
@@ -4510,18 +4497,16 @@ IMAGE_TYPES = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 IMAGE_FORMATS = (*IMAGE_TYPES.values(), "gif", "svg")
 
 
-def openai_images_request(body: Fields, context: Context) -> Plan:
-    """Images: https://platform.openai.com/docs/api-reference/images/create"""
-    return openai_image_plan(body, context, [], "image_generation")
-
-
 def openai_edits_request(body: Fields, context: Context) -> Plan:
     """Edits: https://platform.openai.com/docs/api-reference/images/createEdit"""
     form_scalars(body, "n", "stream")
-    return openai_image_plan(body, context, openai_source_images(body), "image_edit")
+    return openai_images_request(body, context, openai_source_images(body), "image_edit")
 
 
-def openai_image_plan(body: Fields, context: Context, images: list[Part], event: str) -> Plan:
+def openai_images_request(
+    body: Fields, context: Context, images: Sequence[Part] = (), event: str = "image_generation"
+) -> Plan:
+    """Images: https://platform.openai.com/docs/api-reference/images/create"""
     model_name = body.get("model", str)
     model = model_named(model_name or "gpt-image-1", context, "image")
     prompt, n = openai_nonblank(body, "prompt"), body.number("n", 1, 10, int) or 1
@@ -4534,7 +4519,7 @@ def openai_image_plan(body: Fields, context: Context, images: list[Part], event:
     if stream and form == "url":
         body.ignore("response_format")  # events have no field for one
     by_default = form is None and (model_name or "").startswith("dall-e")
-    options = MediaOptions(form == "url" or by_default, event=event)
+    options = OpenAIOptions(url=form == "url" or by_default, event=event)
     return Plan((call,) * n, stream, options, model_name or model.name)
 
 
@@ -4604,9 +4589,11 @@ def openai_image_results(answers: AnswerStreams) -> Iterator[tuple[Media, Usage]
     refusal: ProxyError | None = None
     count = 0
     for events in answers:
-        answer = media_answer(events, "image/")
+        answer = whole(events)
         images = answer.media("image/")
         for image in images:
+            if not is_base64(image.data):
+                raise invalid_answer("a picture that is not base64")
             count += 1
             yield image, answer.end.usage
         if not images:
@@ -4661,27 +4648,27 @@ def openai_speech_request(body: Fields, context: Context) -> Plan:
     model = model_named(model_name, context, "speech")
     text, manner = openai_nonblank(body, "input"), body.get("instructions", str)
     form = body.choice("response_format", "mp3", "opus", "aac", "flac", "wav", "pcm") or "mp3"
-    events, pcm = body.choice("stream_format", "audio", "sse") == "sse", form == "pcm"
-    if form not in ("pcm", "wav"):
+    events, wav = body.choice("stream_format", "audio", "sse") == "sse", form != "pcm"
+    if form not in ("pcm", "wav"):  # WAV is all that the library can make
         body.ignore("response_format")
     # A bare text is sometimes answered in place of being spoken.
     prompt = "\n\n".join(filter(None, (manner, f"Say: {text}")))
-    streaming = model.streams_speech and (pcm or events)
+    streaming = model.streams_speech and (events or not wav)
     config = speech_config(body, "voice")
     call = generate_call(model, streaming, [], [user_turn(text_part(prompt))], config)
-    options = MediaOptions(pcm=pcm, events=events)
+    options = OpenAIOptions(wav=wav, events=events)
     return Plan((call,), events or streaming, options, model_name, SSE if events else PCM)
 
 
 def openai_speech_response(exchange: Exchange, answers: AnswerStreams) -> Payload:
-    answer = media_answer(next(answers), "audio/")
+    answer = whole(next(answers))
     audio = answer.media("audio/")
     if not audio or answer.end.finish != "stop":
         raise no_media_error("speech", answer.end, answer.text)
     samples = audio_bytes(audio)
-    if exchange.options.pcm:
-        return Payload(samples, "audio/pcm")
-    return Payload(wav_file(samples, audio[0].mime), "audio/wav")
+    if exchange.options.wav:
+        return Payload(wav_file(samples, audio[0].mime), "audio/wav")
+    return Payload(samples, "audio/pcm")
 
 
 def audio_bytes(audio: list[Media]) -> bytes:
@@ -4703,13 +4690,13 @@ def wav_file(samples: bytes, mime: str) -> bytes:
 
 def openai_speech_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[JSON]:
     """Audio as it comes: events, or the bytes themselves under "audio"."""
-    options: MediaOptions = exchange.options
+    options: OpenAIOptions = exchange.options
     texts: list[str] = []
     begun = False
     for event in next(answers):
         if isinstance(event, Media) and event.mime.startswith("audio/"):
             data = audio_bytes([event])
-            if not begun and not options.pcm:  # the greatest length: players read to the end
+            if options.wav and not begun:  # the greatest length: players read to the end
                 head = wav_file(b"", event.mime)
                 data = head[:4] + b"\xff" * 4 + head[8:40] + b"\xff" * 4 + data
             begun = True
@@ -4767,17 +4754,18 @@ class Segment(NamedTuple):
     speaker: str
 
 
-def openai_transcriptions_request(body: Fields, context: Context) -> Plan:
-    """Transcriptions: https://platform.openai.com/docs/api-reference/audio/createTranscription"""
-    return openai_recording_plan(body, context, "transcribe", TRANSCRIPT_FORMS)
-
-
 def openai_translations_request(body: Fields, context: Context) -> Plan:
     """Translations: https://platform.openai.com/docs/api-reference/audio/createTranslation"""
-    return openai_recording_plan(body, context, "translate", TRANSCRIPT_FORMS[:5])
+    return openai_transcriptions_request(body, context, "translate", TRANSCRIPT_FORMS[:5])
 
 
-def openai_recording_plan(body: Fields, context: Context, task: str, forms: Iterable[str]) -> Plan:
+def openai_transcriptions_request(
+    body: Fields,
+    context: Context,
+    task: str = "transcribe",
+    forms: Iterable[str] = TRANSCRIPT_FORMS,
+) -> Plan:
+    """Transcriptions: https://platform.openai.com/docs/api-reference/audio/createTranscription"""
     model_name = body.require("model", str)
     model = model_named(model_name, context, "transcript")
     recording = openai_recording(body)
@@ -4799,7 +4787,7 @@ def openai_recording_plan(body: Fields, context: Context, task: str, forms: Iter
         stream=stream and not timed,
     )
     call = chat_call(chat, body)
-    return Plan((call,), chat.stream, MediaOptions(form=form, task=task), model_name)
+    return Plan((call,), chat.stream, OpenAIOptions(form=form, task=task), model_name)
 
 
 def openai_recording(body: Fields) -> Part:
@@ -5782,13 +5770,7 @@ class ResponseBuilder:
             return
         for citation in citations:
             message = self.messages[bisect.bisect_right(starts, citation.start) - 1]
-            annotation = {
-                "type": "url_citation",
-                "start_index": max(0, citation.start - message.start),
-                "end_index": max(0, citation.end - message.start),
-                "url": citation.url,
-                "title": citation.title,
-            }
+            annotation = {"type": "url_citation", **citation_fields(citation, message.start)}
             message.annotations.append(annotation)
             if message is self.open:
                 place = {**message.place, "annotation_index": len(message.annotations) - 1}
