@@ -916,6 +916,8 @@ class Model(NamedTuple):
     audio: bool = True  # takes audio
     chats: bool = True  # is listed for chats; a client can name it all the same
     tools: bool = True  # is known to call functions
+    cheap: bool = False
+    embeds: bool = False  # makes vectors in place of text
     max_input: int = 1048576  # tokens
     max_output: int = 65536
     task_types: bool = False  # makes other vectors for other tasks
@@ -963,7 +965,8 @@ TRAITS: tuple[tuple[float, str, dict[str, Any]], ...] = (
     (math.inf, r"gemini-2\.5-pro", {"thinking": Budget(128, 32768, stops=False)}),
     (math.inf, r".*(image|banana|tts|embedding|audio)|gemma|learnlm|aqa", {"thinking": None}),
     (math.inf, r".*(image|banana)", {"signs": False, "mcp": False}),
-    (math.inf, r".*embedding", {"max_input": 2048}),
+    (math.inf, r"gemini-[\d.]+-flash", {"cheap": True}),
+    (math.inf, r".*embedding", {"max_input": 2048, "embeds": True}),
     (math.inf, r"gemini-embedding-2", {"max_input": 8192}),
     (math.inf, r"gemini-embedding-001", {"task_types": True}),
     (math.inf, r".*embedding-00\d$", {"counts_vectors": False}),
@@ -8198,7 +8201,7 @@ def vertex_embed_calls(call: GeminiCall, path: str) -> tuple[GeminiCall, ...]:
     there is no such method, as reported, texts are asked for one by one, and then by `predict`:
     https://github.com/googleapis/python-genai/issues/2165"""
     requests = get_or_empty(call.body, "requests", list) or [call.body or {}]
-    if model_of(path.rpartition("/")[2]).predicts:
+    if model_of(path).predicts:
         calls = predict_calls(path, requests, call.model)
     else:
         calls = tuple(embed_call(path, request, call.model) for request in requests)
@@ -8257,7 +8260,7 @@ def passed_chunks(target: str, chunks: Iterator[JSON]) -> Iterator[Any]:
     """The answer to a call that is passed through, where Vertex AI was asked something else."""
     answer: Any = next(chunks)
     if target.startswith("models/") and "models" in answer:
-        entries = [entry for entry in answer["models"] if entry["name"] == target]
+        entries = [entry for entry in answer["models"] if entry_path(entry) == target]
         answer = next(iter(entries), None)
     if answer is None:
         raise ProxyError(404, f"{target} is not listed.", code="model_not_found")
@@ -8298,7 +8301,7 @@ SELF_DEPLOYED = {"deploy", "multiDeployVertex", "deployGke"}
 def vertex_models(entries: list[JSON]) -> list[JSON]:
     """The models that chat or embed, in the Gemini API's form: those listed, and those known."""
     matches = [
-        VERTEX_LISTED.fullmatch(get_or_empty(entry, "name", str))
+        VERTEX_LISTED.fullmatch(entry_path(entry))
         for entry in entries
         if get_or_empty(entry, "launchStage", str) != "DEPRECATED"
         and not SELF_DEPLOYED & get_or_empty(entry, "supportedActions", dict).keys()
@@ -8309,7 +8312,7 @@ def vertex_models(entries: list[JSON]) -> list[JSON]:
 
 def vertex_entry(name: str) -> JSON:
     methods, model = ["generateContent", "countTokens"], model_of(name)
-    if "embedding" in name:
+    if model.embeds:
         methods = ["embedContent", "batchEmbedContents"]
     entry: JSON = {"name": model.path, "displayName": name, "supportedGenerationMethods": methods}
     if model.chats:  # the others' limits differ
@@ -13120,7 +13123,7 @@ class Checker:
         models = self.gemini.list_models(self.waiter, self.config.key)
         missing: list[str] = []  # what is listed, but not in this location
         while True:
-            model = newest_flash([entry for entry in models if entry.get("name") not in missing])
+            model = newest_flash([entry for entry in models if entry_path(entry) not in missing])
             try:
                 return ", ".join([self.hello(model), *(f"{name} is missing" for name in missing)])
             except ProxyError as error:
@@ -13147,7 +13150,7 @@ def newest_flash(models: list[JSON]) -> Model:
         for entry in models
         if "generateContent" in get_or_empty(entry, "supportedGenerationMethods", list)
     ]
-    flash = [one for one in candidates if one.chats and re.match(r"gemini-[\d.]+-flash", one.name)]
+    flash = [model for model in candidates if model.chats and model.cheap]
     return max(flash or candidates, key=lambda model: model.generation)
 
 
