@@ -1158,6 +1158,8 @@ def family_of(name: str) -> tuple[str, float]:
     return family, float(number.group(1)) if number else 0.0
 
 
+# ---- models that are listed ----
+
 GEMINI_OPENED = 1702425600  # 13 December 2023, Gemini's API opened; it gives no dates of its models
 
 
@@ -6541,11 +6543,11 @@ def listed_entry(model_name: str, answers: AnswerStreams, context: Context, *use
     return entry
 
 
-def ollama_capabilities(name: str, entry: JSON) -> list[str]:
+def ollama_capabilities(entry: JSON) -> list[str]:
     """What a model can do, in the words of types/model/capability.go, and no other."""
     if "embedContent" in get_or_empty(entry, "supportedGenerationMethods", list):
         return ["embedding"]
-    model = model_of(name)
+    model = model_of(entry_name(entry))
     if not model.tools:
         return ["completion", "vision"]
     capabilities = ["completion", "tools", "insert", "vision"]
@@ -6562,7 +6564,7 @@ MODEL_BYTES = 1  # there are no files; some clients take 0 for a size that is mi
 def ollama_entry(name: str, entry: JSON, context: Context) -> JSON:
     """A model in a list, from Gemini's entry for it."""
     limit = entry.get("inputTokenLimit")
-    capabilities = ollama_capabilities(entry_name(entry), entry)
+    capabilities = ollama_capabilities(entry)
     # llm-ollama caches the capabilities by the digest.
     identity = json.dumps([plain_name(name, True), capabilities, limit])
     details = {"parent_model": "", "format": "gguf", "family": "gemini", "families": ["gemini"]}

@@ -6794,7 +6794,7 @@ def test_ollamas_list_says_what_each_model_can_do():
 )
 def test_geminis_chat_models_hear_since_1_5(name, hears):
     entry = {"name": f"models/{name}", "supportedGenerationMethods": ["generateContent"]}
-    assert ("audio" in proxy.ollama_capabilities(name, entry)) == hears
+    assert ("audio" in proxy.ollama_capabilities(entry)) == hears
 
 
 def test_the_size_in_ollamas_list_is_plainly_no_files():
