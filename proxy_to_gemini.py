@@ -1992,33 +1992,113 @@ def lone_reference(schema: JSON) -> JSON:
     return {**rest, **reference}
 
 
-class Tools(NamedTuple):
-    """What Gemini may call."""
-
-    declarations: Sequence[JSON] = ()
-    names: Mapping[str, str] = {}  # Gemini's name of each function -> the client's
-    custom: frozenset[str] = frozenset()  # the client's names of functions that take plain text
-    strict: bool = False  # whether a call must keep to its schema
-    hosted: Mapping[str, tuple[str, Any]] = {}  # Google's own -> (the client's words, settings)
-    namespaces: Mapping[str, str] = {}  # the client's name of a function -> its namespace
-    finder: str = ""  # the function with which the client searches for tools
+# What clients call Google's own tools, but for the dates at the end -> Gemini's key. Google's own
+# names are written in either case: https://ai.google.dev/api/caching#Tool
+HOSTED_TOOLS = (
+    (r"web_?search|google_?search$", "googleSearch"),
+    (r"web_?fetch|url_?context$", "urlContext"),
+    (r"code_?interpreter|code_?execution", "codeExecution"),
+    (r"google_?maps$", "googleMaps"),
+)
 
 
-def function_declaration(name: str, description: str | None, schema: JSON | None) -> JSON:
-    """Without parameters where there are none: some models refuse an object without properties."""
-    declaration = {"name": gemini_name(name), **given(description=description)}
-    if schema and (schema.get("properties") or any(schema.get(key) for key in OPEN_ENDED)):
-        declaration["parametersJsonSchema"] = gemini_schema(schema)
-    return declaration
+def restricts(setting: Any) -> bool:
+    """Whether a setting of an MCP server's lets some of its tools be called, and others not."""
+    if not isinstance(setting, dict):
+        return bool(setting)
+    rest = [value for key, value in setting.items() if key != "enabled"]
+    return setting.get("enabled") is False or any(map(restricts, rest))
 
 
-CUSTOM_INPUT = "input"  # the one parameter of a function that takes plain text
+def hosted_key(name: str) -> str | None:
+    """Gemini's key of a tool of Google's, which a client calls so; None for other tools."""
+    return next((key for start, key in HOSTED_TOOLS if re.match(start, name, re.I)), None)
 
 
-def custom_declaration(name: str, description: str | None, grammar: str = "") -> JSON:
-    text = {"type": "string", "description": "The text, and nothing else."}
-    schema = {"type": "object", "required": [CUSTOM_INPUT], "properties": {CUSTOM_INPUT: text}}
-    return function_declaration(name, "\n".join(filter(None, (description, grammar))), schema)
+MCP = "mcpServers"
+
+
+class Tools:
+    """What Gemini may call: functions of the client's, and Google's own tools."""
+
+    def __init__(self) -> None:
+        self.declared: dict[str, JSON] = {}  # Gemini's name of each function -> its declaration
+        self.names: dict[str, str] = {}  # Gemini's name -> the client's
+        self.custom: set[str] = set()  # the client's names of functions that take plain text
+        self.namespaces: dict[str, str] = {}  # the client's name of a function -> its namespace
+        self.finder = ""  # the function with which the client searches for tools
+        self.strict = False  # whether a call must keep to its schema
+        self.hosted: dict[str, tuple[str, Any]] = {}  # Google's own -> (client's words, settings)
+
+    def declare(
+        self,
+        function: Fields,
+        name: str,
+        description: str | None,
+        schema: JSON | None,
+        custom: bool = False,
+    ) -> None:
+        """Add a function under the client's name; of two with the same name the first one
+        counts."""
+        key = gemini_name(name)
+        declaration = {"name": key, **given(description=description)}
+        # Some models refuse an object without properties.
+        if schema and (schema.get("properties") or any(map(schema.get, OPEN_ENDED))):
+            declaration["parametersJsonSchema"] = gemini_schema(schema)
+        if self.declared.setdefault(key, declaration) != declaration:
+            function.ignore(function.path)
+            return
+        self.names[key] = name
+        if custom:
+            self.custom.add(name)
+
+    def host(self, tool: Fields) -> bool:
+        """Add one of Google's own tools, by its type or as Google writes it; whether it is one."""
+        kind = tool.get("type", str)
+        key = kind and hosted_key(kind)
+        if key:
+            self.host_with(key, f"tools[].{kind}", {})
+            return True
+        names = [] if kind or tool.data.keys() & {"name", "function"} else [*tool.data]
+        keys = {name: hosted_key(name) for name in names}
+        for name, key in keys.items():
+            if key:
+                settings = within_depth(tool.get(name, dict) or {}, tool.path_of(name))
+                self.host_with(key, f"tools[].{name}", settings)
+        return any(keys.values())
+
+    def host_with(self, key: str, words: str, settings: JSON) -> None:
+        """Add one with settings. One that comes twice keeps those of both."""
+        self.hosted.setdefault(key, (words, {}))[1].update(settings)
+
+    def host_mcp(self, server: Fields, keys: Sequence[str], words: str) -> None:
+        """Add a remote MCP server. Gemini uses all of its tools, so one that restricts them is left
+        out, and named as ignored in these words."""
+        name_key, url_key, token_key, restriction_key = keys
+        if restricts(server.peek(restriction_key)) or not server.data.get(url_key):
+            server.ignore_whole(words)
+            return
+        url = server.require(url_key, str)
+        public_url(url, server.path_of(url_key), "a public https URL")
+        headers = dict(server.get("headers", dict) or {})
+        for name, value in headers.items():
+            if type(value) is not str:
+                raise wrong_type(server.path_of(f"headers.{name[:80]}"), (str,), value)
+        token = server.get(token_key, str)
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        transport = {"url": url, **given(headers=headers)}
+        entry = {"name": server.require(name_key, str), "streamableHttpTransport": transport}
+        server.mark_read("server_description")
+        self.hosted.setdefault(MCP, (words, []))[1].append(entry)
+
+
+def function_name(function: Fields) -> str:
+    name: str = function.require("name", str)
+    if not name:
+        path = function.path_of("name")
+        raise wrong_value(path, f"Invalid '{path}': empty string.")
+    return name
 
 
 class ToolChoice(NamedTuple):
@@ -2027,25 +2107,25 @@ class ToolChoice(NamedTuple):
     mode: str | None = None  # Gemini's; None leaves it to the model
     names: Sequence[str] = ()  # the client's names of the functions that it may call; (): all
     parallel: bool = True  # whether it may call several at a time
-
-
-MCP = "mcpServers"
+    hosted: bool = True  # whether it may use Google's own
 
 
 def tool_fields(tools: Tools, choice: ToolChoice, model: Model, body: Fields) -> JSON:
     """The request's `tools` and `toolConfig`."""
     listed: list[JSON] = []
     hosted: list[JSON] = []
-    if tools.declarations:
-        listed.append({"functionDeclarations": tools.declarations})
+    if tools.declared:
+        listed.append({"functionDeclarations": list(tools.declared.values())})
     for key, (words, settings) in tools.hosted.items():
+        if not choice.hosted:
+            break
         if (listed and not model.mixes_tools) or (key == MCP and not model.mcp):
             body.ignore(words)
         else:
             hosted.append({key: settings})
     config = given(includeServerSideToolInvocations=bool(hosted and listed))
     listed += hosted
-    if tools.declarations and (choice.mode or tools.strict):
+    if tools.declared and (choice.mode or tools.strict):
         names = [gemini_name(name) for name in choice.names]
         mode = choice.mode or "VALIDATED"
         config["functionCallingConfig"] = given(mode=mode, allowedFunctionNames=names)
@@ -3084,17 +3164,16 @@ def chat_call(chat: Chat, body: Fields) -> GeminiCall:
     config = {key: value for key, value in chat.sampling.items() if value is not None}
     limit = config.get("maxOutputTokens")
     config.update(given(thinkingConfig=chat_thinking(chat.thinking, model, limit, body)))
-    has_tools = bool(tools.declarations or tools.hosted)
-    in_words = chat.schema is not None and has_tools and not model.json_with_tools
+    fields = chat.fields
+    if tools.declared or tools.hosted:
+        fields = {**tool_fields(tools, chat.choice, model, body), **fields}
+    in_words = chat.schema is not None and "tools" in fields and not model.json_with_tools
     if in_words:
         system = [*system, json_words(chat.schema or {})]
     elif chat.schema is not None:
         config["responseMimeType"] = "application/json"
         config.update(given(responseJsonSchema=gemini_schema(chat.schema)))
     config.update(chat.settings)
-    fields = chat.fields
-    if has_tools:
-        fields = {**tool_fields(tools, chat.choice, model, body), **fields}
     call = generate_call(model, chat.stream, system, chat.contents, config, **fields)
     return call._replace(unfence=True) if in_words else call
 
@@ -3277,115 +3356,6 @@ def split_signed_id(signed_id: str) -> tuple[str, str]:
 
 def strip_signature(signed_id: str | None) -> str | None:
     return split_signed_id(signed_id)[0] if signed_id else signed_id
-
-
-# ---- tools ----
-
-
-# What clients call Google's own tools, but for the dates at the end -> Gemini's key. Google's own
-# names are written in either case: https://ai.google.dev/api/caching#Tool
-HOSTED_TOOLS = (
-    (r"web_?search|google_?search$", "googleSearch"),
-    (r"web_?fetch|url_?context$", "urlContext"),
-    (r"code_?interpreter|code_?execution", "codeExecution"),
-    (r"google_?maps$", "googleMaps"),
-)
-
-
-def restricts(setting: Any) -> bool:
-    """Whether a setting of an MCP server's lets some of its tools be called, and others not."""
-    if not isinstance(setting, dict):
-        return bool(setting)
-    rest = [value for key, value in setting.items() if key != "enabled"]
-    return setting.get("enabled") is False or any(map(restricts, rest))
-
-
-def hosted_key(name: str) -> str | None:
-    """Gemini's key of a tool of Google's, which a client calls so; None for other tools."""
-    return next((key for start, key in HOSTED_TOOLS if re.match(start, name, re.I)), None)
-
-
-class ToolBuilder:
-    """The tools of a request while they are read."""
-
-    def __init__(self) -> None:
-        self.declared: dict[str, JSON] = {}  # by Gemini's name
-        self.names: dict[str, str] = {}  # Gemini's name -> the client's
-        self.custom: set[str] = set()
-        self.namespaces: dict[str, str] = {}
-        self.hosted: dict[str, tuple[str, Any]] = {}  # as in Tools
-        self.strict = False
-        self.finder = ""
-        self.deferred: list[str] = []  # (name: description) of tools that wait to be found
-
-    def declare(self, function: Fields, name: str, declaration: JSON, custom: bool = False) -> None:
-        """Add a function under the client's name; of two with the same name the first one
-        counts."""
-        if self.declared.setdefault(declaration["name"], declaration) != declaration:
-            function.ignore(function.path)
-            return
-        self.names[declaration["name"]] = name
-        if custom:
-            self.custom.add(name)
-
-    def host(self, tool: Fields) -> bool:
-        """Add one of Google's own tools, by its type or as Google writes it; whether it is one."""
-        kind = tool.get("type", str)
-        key = kind and hosted_key(kind)
-        if key:
-            self.host_with(key, f"tools[].{kind}", {})
-            return True
-        names = [] if kind or tool.data.keys() & {"name", "function"} else [*tool.data]
-        keys = {name: hosted_key(name) for name in names}
-        for name, key in keys.items():
-            if key:
-                settings = within_depth(tool.get(name, dict) or {}, tool.path_of(name))
-                self.host_with(key, f"tools[].{name}", settings)
-        return any(keys.values())
-
-    def host_with(self, key: str, words: str, settings: JSON) -> None:
-        """Add one with settings. One that comes twice keeps those of both."""
-        self.hosted.setdefault(key, (words, {}))[1].update(settings)
-
-    def host_mcp(self, server: Fields, keys: Sequence[str], words: str) -> None:
-        """Add a remote MCP server. Gemini uses all of its tools, so one that restricts them is left
-        out, and named as ignored in these words."""
-        name_key, url_key, token_key, restriction_key = keys
-        if restricts(server.peek(restriction_key)) or not server.data.get(url_key):
-            server.ignore_whole(words)
-            return
-        url = server.require(url_key, str)
-        public_url(url, server.path_of(url_key), "a public https URL")
-        headers = dict(server.get("headers", dict) or {})
-        for name, value in headers.items():
-            if type(value) is not str:
-                raise wrong_type(server.path_of(f"headers.{name[:80]}"), (str,), value)
-        token = server.get(token_key, str)
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        transport = {"url": url, **given(headers=headers)}
-        entry = {"name": server.require(name_key, str), "streamableHttpTransport": transport}
-        server.mark_read("server_description")
-        self.hosted.setdefault(MCP, (words, []))[1].append(entry)
-
-    def tools(self) -> Tools:
-        return Tools(
-            list(self.declared.values()),
-            self.names,
-            frozenset(self.custom),
-            self.strict,
-            self.hosted,
-            self.namespaces,
-            self.finder,
-        )
-
-
-def function_name(function: Fields) -> str:
-    name: str = function.require("name", str)
-    if not name:
-        path = function.path_of("name")
-        raise wrong_value(path, f"Invalid '{path}': empty string.")
-    return name
 
 
 # ---- vectors ----
@@ -3624,38 +3594,35 @@ OPENAI_MCP = ("server_label", "server_url", "authorization", "allowed_tools")
 def openai_tools(body: Fields, *more: Fields) -> Tools:
     """`tools` and the older `functions`, in the form of chats and in the flat one of responses,
     which some clients send to chats; `more` are other lists of tools."""
-    builder = ToolBuilder()
+    tools = Tools()
+    deferred: list[str] = []  # what the finder finds
     first = [*openai_tool_list(body)]
     later = (entry for fields in more if fields is not body for entry in openai_tool_list(fields))
     finder = next((tool for tool, _, _ in first if searches_tools(tool)), None)
     for tool, namespace, note in first:
-        function = None
-        if tool.get("defer_loading", bool) and finder:
-            function = openai_tool_function(tool)
+        function = tool.get("defer_loading", bool) and finder and openai_tool_function(tool)
         if function:
-            defer_tool(function, namespace, note, builder)
+            deferred.append(deferred_tool(function, namespace, note))
         else:
-            openai_tool(tool, namespace, note, builder)
+            openai_tool(tool, namespace, note, tools)
     for tool, namespace, note in later:
         tool.mark_read("defer_loading")
-        openai_tool(tool, namespace, note, builder)
+        openai_tool(tool, namespace, note, tools)
     if finder:
-        declare_finder(finder, builder)
+        declare_finder(finder, deferred, tools)
     for function in body.objects("functions"):
-        openai_function(function, builder)
-    if body.data.get("tool_choice") == "none":
-        builder.hosted.clear()
-    return builder.tools()
+        openai_function(function, tools)
+    return tools
 
 
-def openai_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder) -> None:
+def openai_tool(tool: Fields, namespace: str, note: str, tools: Tools) -> None:
     """Add one tool of any type; what Gemini has nothing for is named as ignored."""
     kind = tool.get("type", str)
-    if builder.host(tool):
+    if tools.host(tool):
         return
     if kind == "mcp":
         if tool.get("require_approval", str, dict) == "never":
-            builder.host_mcp(tool, OPENAI_MCP, f"tools[].{kind}")
+            tools.host_mcp(tool, OPENAI_MCP, f"tools[].{kind}")
         else:  # Gemini calls without asking anybody
             tool.ignore_whole(f"tools[].{kind}")
     elif searches_tools(tool):
@@ -3665,8 +3632,8 @@ def openai_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder) -
         if function is None:
             tool.ignore_whole(f"tools[].{kind}")
             return
-        openai_function(function, builder, kind == "custom", namespace, note)
-        builder.strict |= bool(function.get("strict", bool))
+        openai_function(function, tools, kind == "custom", namespace, note)
+        tools.strict |= bool(function.get("strict", bool))
 
 
 def openai_tool_function(tool: Fields) -> Fields | None:
@@ -3690,46 +3657,53 @@ def searches_tools(tool: Fields) -> bool:
     return (tool.data.get("type"), tool.data.get("execution")) == (TOOL_SEARCH, "client")
 
 
-def defer_tool(tool: Fields, namespace: str, note: str, builder: ToolBuilder) -> None:
-    """A function that is declared only once the client's search has found it: until then the model
-    knows its name and what it is for."""
+def deferred_tool(tool: Fields, namespace: str, note: str) -> str:
+    """The words about a function that is declared only once the client's search has found it: until
+    then the model knows its name and what it is for."""
     name = qualified_name(namespace, function_name(tool))
     words = " ".join(filter(None, (note, tool.get("description", str))))
-    builder.deferred.append(f"{name}: {words}")
     tool.mark_read(*tool.data)
+    return f"{name}: {words}"
 
 
-def declare_finder(tool: Fields, builder: ToolBuilder) -> None:
+def declare_finder(tool: Fields, deferred: list[str], tools: Tools) -> None:
     """Declare the client's search for tools as a function."""
-    words = [tool.get("description", str), *builder.deferred]
-    if builder.deferred:
+    words = [tool.get("description", str), *deferred]
+    if deferred:
         words.insert(1, "It finds these, among others:")
     description = "\n".join(filter(None, words))
-    schema = tool.get("parameters", dict)
-    builder.declare(tool, TOOL_SEARCH, function_declaration(TOOL_SEARCH, description, schema))
-    builder.finder = TOOL_SEARCH
+    tools.declare(tool, TOOL_SEARCH, description, tool.get("parameters", dict))
+    tools.finder = TOOL_SEARCH
+
+
+CUSTOM_INPUT = "input"  # the one parameter of a function that takes plain text
+CUSTOM_TEXT = {"type": "string", "description": "The text, and nothing else."}
+CUSTOM_SCHEMA = {
+    "type": "object",
+    "required": [CUSTOM_INPUT],
+    "properties": {CUSTOM_INPUT: CUSTOM_TEXT},
+}
 
 
 def openai_function(
     function: Fields,
-    builder: ToolBuilder,
+    tools: Tools,
     custom: bool = False,
     namespace: str = "",
     note: str = "",
 ) -> None:
     """Declare one function; `note` describes its namespace."""
     name = qualified_name(namespace, function_name(function))
-    description = function.get("description", str)
-    if note:
-        description = f"{note}\n{description or ''}".strip()
+    words = [note, function.get("description", str)]
     if custom:
         function.mark_read("format")
-        declaration = custom_declaration(name, description, grammar_words(function))
+        schema = CUSTOM_SCHEMA
+        words.append(grammar_words(function))
     else:
-        declaration = function_declaration(name, description, function.get("parameters", dict))
-    builder.declare(function, name, declaration, custom)
+        schema = function.get("parameters", dict)
+    tools.declare(function, name, "\n".join(filter(None, words)), schema, custom)
     if namespace:
-        builder.namespaces[name] = namespace
+        tools.namespaces[name] = namespace
 
 
 def openai_tool_list(
@@ -3802,14 +3776,14 @@ def openai_tool_choice(body: Fields, key: str, tools: Tools) -> ToolChoice:
     choice = body.get(key, str, dict)
     mode: str | None = None
     names: list[str] = []
-    if choice is None or not tools.declarations:
+    if choice is None or not tools.declared:
         if choice not in (None, "auto", "none"):
             body.ignore(key)
     elif isinstance(choice, str):
         mode = TOOL_CHOICES[body.choice(key, *TOOL_CHOICES) or "auto"]
     else:
         mode, names = openai_chosen_tools(body.require_object(key), key, tools)
-    return ToolChoice(mode, names, parallel)
+    return ToolChoice(mode, names, parallel, hosted=choice != "none")
 
 
 def openai_chosen_tools(choice: Fields, key: str, tools: Tools) -> tuple[str | None, list[str]]:
@@ -3875,9 +3849,8 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
     tools = openai_tools(body, *history.tools, *places)
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
     choice = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
-    if body.object("web_search_options") is not None and body.data.get("tool_choice") != "none":
-        hosted = {"googleSearch": ("web_search_options", {}), **tools.hosted}
-        tools = tools._replace(hosted=hosted)
+    if body.object("web_search_options") is not None:
+        tools.host_with("googleSearch", "web_search_options", {})
     sampling, answer_only = openai_chat_sampling(body, model, context, history.limit)
     settings, wav = openai_modalities(body)
     google_fields, google_config, google_thinking = openai_google(body, places)
@@ -5603,11 +5576,10 @@ def estimated_tokens(value: Any) -> int:
 
 def summary_call(chat: Chat, body: Fields) -> GeminiCall:
     """The call for a summary of a chat. Its tools stay declared: what Gemini caches begins so."""
-    names = ToolChoice("NONE") if chat.tools.declarations else ToolChoice()
-    tools = chat.tools._replace(hosted={})
+    choice = ToolChoice("NONE", hosted=False)
     contents = [*chat.contents, user_turn(text_part(COMPACTION_PROMPT))]
     thinking = chat.thinking._replace(show=False)
-    question = chat._replace(contents=contents, tools=tools, choice=names, thinking=thinking)
+    question = chat._replace(contents=contents, choice=choice, thinking=thinking)
     return chat_call(question._replace(schema=None), body)
 
 
@@ -7070,10 +7042,10 @@ ANTHROPIC_MCP = ("name", "url", "authorization_token", "tool_configuration")
 
 def anthropic_tools(body: Fields) -> Tools:
     """The client's own tools, those with a schema of Anthropic's, and Gemini's for hosted ones."""
-    builder = ToolBuilder()
+    tools = Tools()
     restricted: set[str] = set()  # names of MCP servers, not all of whose tools may be called
     for tool in body.objects("tools"):
-        if builder.host(tool):
+        if tools.host(tool):
             tool.mark_read("name")
             continue
         kind = tool.get("type", str) or "custom"
@@ -7083,12 +7055,12 @@ def anthropic_tools(body: Fields) -> Tools:
         if kind == "custom":
             name, description = function_name(tool), tool.get("description", str)
             schema = tool.get("input_schema", dict)
-            builder.declare(tool, name, function_declaration(name, description, schema))
-            builder.strict |= bool(tool.get("strict", bool))
+            tools.declare(tool, name, description, schema)
+            tools.strict |= bool(tool.get("strict", bool))
         elif known:
             name, (description, fields, required) = tool.require("name", str), known
             schema = {"type": "object", "properties": fields, "required": required}
-            builder.declare(tool, name, function_declaration(name, description, schema))
+            tools.declare(tool, name, description, schema)
         elif kind == "mcp_toolset":
             name = tool.require("mcp_server_name", str)
             default = tool.get("default_config", dict)
@@ -7101,8 +7073,8 @@ def anthropic_tools(body: Fields) -> Tools:
         if server.get("name", str) in restricted:
             server.ignore_whole("mcp_servers[]")
         else:
-            builder.host_mcp(server, ANTHROPIC_MCP, "mcp_servers[]")
-    return builder.tools()
+            tools.host_mcp(server, ANTHROPIC_MCP, "mcp_servers[]")
+    return tools
 
 
 def anthropic_tool_choice(body: Fields, tools: Tools) -> ToolChoice:
@@ -7113,8 +7085,8 @@ def anthropic_tool_choice(body: Fields, tools: Tools) -> ToolChoice:
     kind = choice.choice("type", "auto", "any", "tool", "none") or ""
     parallel = not choice.get("disable_parallel_tool_use", bool)
     if kind in ("auto", "none"):
-        return ToolChoice(TOOL_CHOICES[kind], (), parallel)
-    if kind == "any" and tools.declarations:
+        return ToolChoice(TOOL_CHOICES[kind], (), parallel, hosted=kind == "auto")
+    if kind == "any" and tools.declared:
         return ToolChoice("ANY", (), parallel)
     if kind == "tool":
         name = choice.require("name", str)
@@ -7152,8 +7124,6 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
     system, contents = anthropic_turns(body, model)
     tools = anthropic_tools(body)
     choice = anthropic_tool_choice(body, tools)
-    if choice.mode == "NONE":
-        tools = tools._replace(hosted={})
     output = body.object_or_empty("output_config")
     sampling = anthropic_sampling(body, model)
     thinking, schema = anthropic_thinking(body, output), anthropic_schema(body, output)
