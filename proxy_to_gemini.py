@@ -842,6 +842,10 @@ class Levels(NamedTuple):
         enough = (name for name in self.names if EFFORTS.index(name.lower()) >= lowest)
         return {"thinkingLevel": next(enough, self.names[-1])}
 
+    def disabled(self, config: JSON) -> bool:
+        """Whether the model does not think with this: at each level it does."""
+        return False
+
 
 class Budget(NamedTuple):
     """A model that thinks by budget, in tokens."""
@@ -856,6 +860,9 @@ class Budget(NamedTuple):
         if tokens is None or (tokens == 0 and self.stops):
             return given(thinkingBudget=tokens)
         return {"thinkingBudget": min(max(tokens, self.low), self.high)}
+
+    def disabled(self, config: JSON) -> bool:
+        return config.get("thinkingBudget") == 0
 
 
 NEWEST = 99.0  # the generation of a name that does not say it
@@ -1424,20 +1431,18 @@ def call_part(
 
 
 def result_part(
-    name: str | None,
-    content: str,
-    call_id: str | None = None,
-    media: Sequence[Part] = (),
-    failed: bool = False,
+    name: str | None, parts: list[Part], call_id: str | None = None, failed: bool = False
 ) -> Part:
-    """A functionResponse of a text and media: the object that is in the text, or itself.
+    """A functionResponse of a tool's result in parts: its texts, and the media beside them.
 
-    valid_turns finds its call, and moves the media beside it where need be.
+    valid_turns finds its call, and moves the media where need be.
     """
+    content = "\n".join(part["text"] for part in parts if "text" in part)
+    media = [part for part in parts if "text" not in part]
     response = {"error": content}
     if not failed:
         response = result_response(content)
-    result = {**given(id=call_id), "name": "", "response": response, **given(parts=list(media))}
+    result = {**given(id=call_id), "name": "", "response": response, **given(parts=media)}
     if name:
         result["name"] = gemini_name(name)
     return {"functionResponse": result}
@@ -1447,7 +1452,7 @@ def result_response(content: str) -> JSON:
     """The `response` for a tool's result: its JSON, but as text where Gemini would read something
     else in it, and wrapped where it would read only some of it."""
     parsed = parsed_object(content)
-    if parsed is None or nested_deeper(parsed, MAX_DEPTH) or is_misread(parsed):
+    if parsed is None or nested_too_deep(parsed) or is_misread(parsed):
         return {"output": content}
     if len(parsed) > 1 and RESULT_KEYS & parsed.keys():
         return {"output": parsed}
@@ -1467,24 +1472,15 @@ def inner_values(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def nested_deeper(value: JSON, depth: int) -> bool:
-    """Whether objects and arrays are in one another at more than this depth."""
+def nested_too_deep(value: JSON) -> bool:
+    """Whether objects and arrays are in one another deeper than Gemini takes it."""
     layer: list[Any] = [value]
-    for _ in range(depth):
+    for _ in range(MAX_DEPTH):
         if not layer:
             break
         values = (inner for outer in layer for inner in inner_values(outer))
         layer = [inner for inner in values if isinstance(inner, (dict, list))]
     return bool(layer)
-
-
-def result_of_parts(
-    name: str | None, parts: list[Part], call_id: str | None, failed: bool = False
-) -> Part:
-    """A functionResponse of a tool's result in parts: its texts, and the media beside them."""
-    text = "\n".join(part["text"] for part in parts if "text" in part)
-    media = [part for part in parts if "text" not in part]
-    return result_part(name, text, call_id, media, failed)
 
 
 def is_misread(value: Any) -> bool:
@@ -1497,18 +1493,18 @@ def is_misread(value: Any) -> bool:
     return any(map(is_misread, inner_values(value)))
 
 
-def call_arguments(fields: Fields, key: str = "arguments") -> JSON:
+def call_arguments(call: Fields) -> JSON:
     """The arguments of a tool call in a history: an object, or JSON in a string, or nearly so."""
-    value = fields.get(key, str, dict)
+    value, path = call.get("arguments", str, dict), call.path_of("arguments")
     if not value or (isinstance(value, str) and value.strip() in ("", "null")):
         return {}
     try:
         arguments: JSON | None = decode_object(value) if isinstance(value, str) else value
     except RecursionError:
-        raise too_deep(fields.path_of(key)) from None
+        raise too_deep(path) from None
     if arguments is None:
         return {"_raw": value}
-    return within_depth(arguments, fields.path_of(key))
+    return within_depth(arguments, path)
 
 
 def too_deep(path: str) -> ProxyError:
@@ -1517,7 +1513,7 @@ def too_deep(path: str) -> ProxyError:
 
 def within_depth(arguments: JSON, path: str) -> JSON:
     """The arguments under this path; a 400 where they are nested too deeply for Gemini."""
-    if nested_deeper(arguments, MAX_DEPTH):
+    if nested_too_deep(arguments):
         raise too_deep(path)
     return arguments
 
@@ -1658,35 +1654,28 @@ def tool_result(call: JSON, result: JSON, model: Model) -> tuple[Part, list[Part
 def match_results(calls: list[JSON], results: list[JSON]) -> dict[int, JSON]:
     """The index of each call -> its result, if it has one: by id, else by name, else by order."""
     call_ids = {call["id"] for call in calls if "id" in call}
-    with_id: dict[int, str] = {}
-    with_name: dict[int, str] = {}
-    others: dict[int, str] = {}
-    for i, result in enumerate(results):
+    waiting: dict[tuple[str, str], collections.deque[JSON]]
+    waiting = collections.defaultdict(collections.deque)
+    for result in results:
+        key = ("", "")  # for calls in their order, where the result says nothing
         if result.get("id") in call_ids:
-            with_id[i] = result["id"]
+            key = ("id", result["id"])
         elif result["name"]:
-            with_name[i] = result["name"]
-        elif "id" not in result:
-            others[i] = ""
-    matched: dict[int, int] = {}
-    pair_up(matched, [call.get("id", "") for call in calls], with_id)
-    pair_up(matched, [call["name"] for call in calls], with_name)
-    pair_up(matched, [""] * len(calls), others)
-    used = set(matched.values())
-    strays = {i: "" for i, result in enumerate(results) if i not in used and not result["name"]}
-    if len(strays) == len(calls) - len(matched):  # their ids are unknown, but each call has one
-        pair_up(matched, [""] * len(calls), strays)
-    return {i: results[k] for i, k in matched.items()}
-
-
-def pair_up(matched: dict[int, int], call_keys: list[str], result_keys: dict[int, str]) -> None:
-    """Match each call that has no result yet with the next result of the same key."""
-    waiting: dict[str, collections.deque[int]] = collections.defaultdict(collections.deque)
-    for i, key in result_keys.items():
-        waiting[key].append(i)
-    for i, key in enumerate(call_keys):
-        if i not in matched and waiting[key]:
-            matched[i] = waiting[key].popleft()
+            key = ("name", result["name"])
+        elif "id" in result:
+            key = ("unknown id", "")
+        waiting[key].append(result)
+    matched: dict[int, JSON] = {}
+    for kind in ("id", "name", ""):
+        for i, call in enumerate(calls):
+            queue = waiting[kind, call.get(kind, "")]
+            if queue and i not in matched:
+                matched[i] = queue.popleft()
+    strays = [result for queue in waiting.values() for result in queue if not result["name"]]
+    rest = [i for i in range(len(calls)) if i not in matched]
+    if len(strays) == len(rest):  # their ids are unknown, but each call has one
+        matched.update(zip(rest, strays))
+    return matched
 
 
 # ---- thinking and settings ----
@@ -1704,22 +1693,10 @@ class Thinking(NamedTuple):
     signatures: bool = False  # whether the client takes those of calls, among its thoughts
 
 
-def thinking_config(
-    model: Model, effort: str | None, show: bool, budget: int | None = None
-) -> JSON:
-    """The thinkingConfig for any effort (None: the model's own) on any model."""
-    if model.thinking is None:
-        return {}
-    config = model.thinking.config(effort, budget)
-    if show and effort != "none":
-        config["includeThoughts"] = True
-    return config
-
-
 SMALL_OUTPUT_TOKENS = 1024  # left to itself, a model can think for so long before it answers
 
 
-def chat_thinking(thinking: Thinking, model: Model, limit: int | None, body: Fields) -> JSON:
+def thinking_config(thinking: Thinking, model: Model, limit: int | None, body: Fields) -> JSON:
     """The thinkingConfig of a chat; names the client's field as ignored where it has no effect."""
     client_effort = thinking.effort
     if client_effort is None and thinking.budget:
@@ -1728,10 +1705,14 @@ def chat_thinking(thinking: Thinking, model: Model, limit: int | None, body: Fie
     effort = client_effort
     if effort is None and thinking.answer_only and limit and limit < SMALL_OUTPUT_TOKENS:
         effort = "none"
-    config = thinking_config(model, effort, thinking.show, thinking.budget)
-    no_effect = client_effort is not None and not config
-    thinks_anyway = client_effort == "none" and config.get("thinkingBudget") != 0
-    if thinking.field and (no_effect or thinks_anyway):
+    config: JSON = {}
+    no_effect = client_effort is not None
+    if model.thinking is not None:
+        config = model.thinking.config(effort, thinking.budget)
+        no_effect = client_effort == "none" and not model.thinking.disabled(config)
+        if thinking.show and effort != "none":
+            config["includeThoughts"] = True
+    if thinking.field and no_effect:
         body.ignore(thinking.field)
     if thinking.google.keys() - {"includeThoughts"}:  # a level or a budget of the client's own
         return dict(thinking.google)
@@ -2137,17 +2118,13 @@ def tool_fields(tools: Tools, choice: ToolChoice, model: Model, body: Fields) ->
 ANY_JSON: JSON = {}  # the schema of an answer that may be any JSON
 
 
-JSON_ALONE = (
-    "\n\nWhen you answer without calling a function, answer with nothing but JSON, "
-    "without a code fence"
-)
-
-
 def json_words(schema: JSON) -> Part:
     """The same in words for the system, for models that do not take the settings beside tools."""
+    words = "\n\nWhen you answer without calling a function, answer with nothing but JSON, "
+    words += "without a code fence"
     if not schema:
-        return text_part(f"{JSON_ALONE}.")
-    return text_part(f"{JSON_ALONE}, that conforms to this JSON Schema:\n{encode_json(schema)}")
+        return text_part(f"{words}.")
+    return text_part(f"{words}, that conforms to this JSON Schema:\n{encode_json(schema)}")
 
 
 def generate_call(
@@ -2174,16 +2151,14 @@ MAX_EMBED_BATCH = 100  # inputs in one call, as https://github.com/vercel/ai has
 
 # https://ai.google.dev/gemini-api/docs/embeddings#supported-task-types, and what other makers'
 # clients say for them (https://docs.cohere.com/reference/embed, NVIDIA's and Voyage's).
+TASK_NAMES = (
+    "RETRIEVAL_QUERY RETRIEVAL_DOCUMENT SEMANTIC_SIMILARITY CLASSIFICATION CLUSTERING "
+    "QUESTION_ANSWERING FACT_VERIFICATION CODE_RETRIEVAL_QUERY"
+)
 TASK_TYPES = {
     **dict.fromkeys(("query", "search_query"), "RETRIEVAL_QUERY"),
     **dict.fromkeys(("document", "passage", "search_document"), "RETRIEVAL_DOCUMENT"),
-    **{
-        name.lower(): name
-        for name in (
-            *("RETRIEVAL_QUERY", "RETRIEVAL_DOCUMENT", "SEMANTIC_SIMILARITY", "CLASSIFICATION"),
-            *("CLUSTERING", "QUESTION_ANSWERING", "FACT_VERIFICATION", "CODE_RETRIEVAL_QUERY"),
-        )
-    },
+    **{name.lower(): name for name in TASK_NAMES.split()},
 }
 
 
@@ -2218,6 +2193,7 @@ class RefusedCall(NamedTuple):
     """A call that Gemini refused, while it is repaired."""
 
     body: JSON
+    config: JSON  # its generationConfig
     message: str
     left_out: tuple[str, ...]  # by earlier repairs
 
@@ -2225,15 +2201,17 @@ class RefusedCall(NamedTuple):
         return [part for content in self.body["contents"] for part in content["parts"]]
 
 
+def drop_field(owners: Iterable[JSON], key: str, name: str) -> list[str]:
+    """Take a field from all that have it; its name for clients, where any has it."""
+    found = [owner for owner in owners if key in owner]
+    for owner in found:
+        del owner[key]
+    return [name for _ in found[:1]]
+
+
 def without(key: str, name: str = "") -> Callable[[RefusedCall], list[str]]:
-    """The repair that leaves out this field, which clients know by that name."""
-
-    def repair(refused: RefusedCall) -> list[str]:
-        config = refused.body.get("generationConfig") or {}
-        values = (refused.body.pop(key, None), config.pop(key, None))
-        return [name or key for value in values if value is not None]
-
-    return repair
+    """The repair that leaves out this setting, which clients know by that name."""
+    return lambda refused: drop_field((refused.body, refused.config), key, name or key)
 
 
 # What to try in place of a level that a model does not have, which its name does not always tell.
@@ -2242,8 +2220,7 @@ NEXT_LEVELS = {"XHIGH": "HIGH", "MEDIUM": "HIGH", "MINIMAL": "LOW"}
 
 def other_thinking(refused: RefusedCall) -> list[str]:
     """The level that comes next, where it is about a level; else the model's own way."""
-    config = refused.body.get("generationConfig") or {}
-    thinking = config.get("thinkingConfig") or {}
+    thinking = refused.config.get("thinkingConfig", {})
     level = thinking.get("thinkingLevel", "")
     if level in NEXT_LEVELS and f"level {level} " in refused.message:
         thinking["thinkingLevel"] = NEXT_LEVELS[level]
@@ -2263,18 +2240,12 @@ def without_signatures(refused: RefusedCall) -> list[str]:
 
 
 def without_resolutions(refused: RefusedCall) -> list[str]:
-    sized = [part for part in refused.parts() if "mediaResolution" in part]
-    for part in sized:
-        del part["mediaResolution"]
-    return ["detail" for _ in sized[:1]]
+    return drop_field(refused.parts(), "mediaResolution", "detail")
 
 
 def without_call_ids(refused: RefusedCall) -> list[str]:
-    parts = refused.parts()
-    named = [part[key] for part in parts for key in CALLS_AND_RESULTS if "id" in part.get(key, ())]
-    for item in named:
-        del item["id"]
-    return ["tool_call_id" for _ in named[:1]]
+    items = [part[key] for part in refused.parts() for key in CALLS_AND_RESULTS & part.keys()]
+    return drop_field(items, "id", "tool_call_id")
 
 
 def without_prefill(refused: RefusedCall) -> list[str]:
@@ -2313,7 +2284,7 @@ def looser_schemas(refused: RefusedCall) -> list[str]:
         entry for tool in body.get("tools", ()) for entry in tool.get("functionDeclarations", ())
     ]
     owners = [(function, "parametersJsonSchema") for function in functions]
-    owners.append((body.get("generationConfig") or {}, "responseJsonSchema"))
+    owners.append((refused.config, "responseJsonSchema"))
     schemas = [owner[key] for owner, key in owners if isinstance(owner.get(key), dict)]
     names = {name for schema in schemas for name in loosened(schema, refused.message)}
     before = any(name.startswith(SCHEMA_PREFIX) for name in refused.left_out)
@@ -2321,10 +2292,9 @@ def looser_schemas(refused: RefusedCall) -> list[str]:
         return sorted(names)
     for function in functions:
         describe_parameters(function)
-    config = body.get("generationConfig") or {}
-    if "responseJsonSchema" in config:
+    if "responseJsonSchema" in refused.config:
         system = body.setdefault("systemInstruction", {"parts": []})
-        system["parts"].append(json_words(config.pop("responseJsonSchema")))
+        system["parts"].append(json_words(refused.config.pop("responseJsonSchema")))
     return ["schema"]
 
 
@@ -2440,7 +2410,7 @@ REPAIRS = (
 def repaired(call: GeminiCall, message: str) -> tuple[GeminiCall | None, list[str]]:
     """(the call without what Gemini's message complains of, the names of that), or (None, [])."""
     body = json.loads(encode_json(call.body or {}))
-    refused = RefusedCall(body, message, call.left_out)
+    refused = RefusedCall(body, body.get("generationConfig", {}), message, call.left_out)
     names: list[str] = []
     if "contents" in body:
         for pattern, repair in REPAIRS:
@@ -2832,11 +2802,9 @@ CONTINUES = "CONTINUATION"
 def continuation_token(chunk: JSON) -> str:
     """With which the next call goes on from this chunk; "" where the answer ends, or goes on by
     itself."""
-    candidates = get_or_empty(chunk, "candidates", list)
-    if not candidates or get_or_empty(candidates[0], "finishReason", str) != CONTINUES:
-        return ""
-    token: str = get_or_empty(candidates[0], "continuationToken", str)
-    return token
+    candidate = first_candidate(chunk)
+    token: str = expect(candidate, "continuationToken", str)
+    return token if candidate.get("finishReason") == CONTINUES else ""
 
 
 # Gemini's finish reasons in four words; what is not here is "stop", since the list grows every few
@@ -3163,7 +3131,7 @@ def chat_call(chat: Chat, body: Fields) -> GeminiCall:
     model, system, tools = chat.model, chat.system, chat.tools
     config = {key: value for key, value in chat.sampling.items() if value is not None}
     limit = config.get("maxOutputTokens")
-    config.update(given(thinkingConfig=chat_thinking(chat.thinking, model, limit, body)))
+    config.update(given(thinkingConfig=thinking_config(chat.thinking, model, limit, body)))
     fields = chat.fields
     if tools.declared or tools.hosted:
         fields = {**tool_fields(tools, chat.choice, model, body), **fields}
@@ -3267,18 +3235,14 @@ def whole(events: Iterable[Event]) -> Answer:
     *rest, end = events
     assert isinstance(end, End)
     items: list[Text | ToolCall | Media] = []
-    for thought, group in itertools.groupby(rest, key=text_kind):
-        run = list(group)
-        texts = [event.text for event in run if isinstance(event, Text)]
-        if texts:
-            items.append(Text("".join(texts), bool(thought)))
-        items += [event for event in run if isinstance(event, (ToolCall, Media))]
+    runs: Iterator[tuple[bool | None, Iterator[Any]]]  # of thoughts, of text, of what is neither
+    runs = itertools.groupby(rest, key=lambda event: getattr(event, "thought", None))
+    for thought, run in runs:
+        if thought is None:
+            items += run
+        else:
+            items.append(Text("".join(event.text for event in run), thought))
     return Answer(items, end)
-
-
-def text_kind(event: Event) -> bool | None:
-    """Whether a text is a thought; None where the event is no text."""
-    return event.thought if isinstance(event, Text) else None
 
 
 def unfenced(text: str) -> str:
@@ -3563,7 +3527,7 @@ def openai_result_part(
     """
     name = message.get("tool_name", str) or message.get("name", str)
     parts = [*openai_parts(message, content, model), *images]
-    return result_of_parts(name, parts, strip_signature(message.get(id_key, str)))
+    return result_part(name, parts, strip_signature(message.get(id_key, str)))
 
 
 def openai_signature(call: Fields, function: Fields) -> str | None:
@@ -5073,7 +5037,7 @@ class History:
         item.mark_read("max_output_length")
         if not isinstance(content, str):
             content = encode_json({"output": content or item.data.get("status")})
-        self.contents.append(user_turn(result_part(None, content, call_id)))
+        self.contents.append(user_turn(result_part(None, [text_part(content)], call_id)))
 
     def add_reasoning(self, item: Fields) -> None:
         """The signatures in it. Its words do not go back to the model."""
@@ -5140,8 +5104,8 @@ class History:
         call_id = strip_signature(item.get("call_id", str))
         item.mark_read("execution")
         if call_id:
-            content = encode_json({"tools": openai_tool_names(item)})
-            self.contents.append(user_turn(result_part(TOOL_SEARCH, content, call_id)))
+            content = text_part(encode_json({"tools": openai_tool_names(item)}))
+            self.contents.append(user_turn(result_part(TOOL_SEARCH, [content], call_id)))
 
     def add_summary(self, item: Fields) -> None:
         """The summary in a compaction, in place of all before it but what the user said.
@@ -6905,7 +6869,7 @@ def anthropic_call_part(block: Fields, model: Model) -> list[Part]:
 def anthropic_result_part(block: Fields, model: Model) -> list[Part]:
     parts = anthropic_parts(block, "content", model, "tool")
     call_id = strip_signature(block.require("tool_use_id", str))
-    return [result_of_parts(None, parts, call_id, bool(block.get("is_error", bool)))]
+    return [result_part(None, parts, call_id, bool(block.get("is_error", bool)))]
 
 
 def anthropic_thought(block: Fields, model: Model) -> list[Part]:

@@ -1397,11 +1397,15 @@ THINKERS = {
 }
 
 
+def thinking_config(model, effort, show=False):
+    return proxy.thinking_config(proxy.Thinking(effort, show=show), model, None, Fields({}))
+
+
 @pytest.mark.parametrize("name", THINKERS)
 def test_every_effort_is_legal_on_every_model_and_more_is_never_less(name):
     allowed, amounts = THINKERS[name], []
     for effort in proxy.EFFORTS:
-        config = proxy.thinking_config(proxy.model_of(name), effort, False)
+        config = thinking_config(proxy.model_of(name), effort)
         ((key, value),) = config.items()
         if isinstance(allowed[0], int):
             assert key == "thinkingBudget"
@@ -1418,17 +1422,17 @@ def test_a_model_with_a_level_above_high_gets_it_for_efforts_above_high():
     levels = proxy.Levels(("LOW", "MEDIUM", "HIGH", "XHIGH"))
     model = proxy.model_of("gemini-9")._replace(thinking=levels)
     efforts = ("high", "xhigh", "max", "ultra")
-    configs = [proxy.thinking_config(model, effort, False)["thinkingLevel"] for effort in efforts]
+    configs = [thinking_config(model, effort)["thinkingLevel"] for effort in efforts]
     assert configs == ["HIGH", "XHIGH", "XHIGH", "XHIGH"]
 
 
 @pytest.mark.parametrize("name", THINKERS)
 def test_thoughts_are_included_unless_the_effort_is_none(name):
     model = proxy.model_of(name)
-    configs = {effort: proxy.thinking_config(model, effort, True) for effort in proxy.EFFORTS}
+    configs = {effort: thinking_config(model, effort, show=True) for effort in proxy.EFFORTS}
     silent = [effort for effort, config in configs.items() if "includeThoughts" not in config]
     assert silent == ["none"]
-    assert proxy.thinking_config(model, None, True) == {"includeThoughts": True}
+    assert thinking_config(model, None, show=True) == {"includeThoughts": True}
 
 
 @pytest.mark.parametrize(
@@ -1442,7 +1446,7 @@ def test_thoughts_are_included_unless_the_effort_is_none(name):
     ],
 )
 def test_models_that_do_not_think_get_no_thinking_config(name):
-    assert proxy.thinking_config(proxy.model_of(name), "high", True) == {}
+    assert thinking_config(proxy.model_of(name), "high", show=True) == {}
 
 
 @pytest.mark.parametrize(
@@ -1689,7 +1693,7 @@ def fc(name, call_id=None):
 
 
 def fr(name, result, call_id=None):
-    return proxy.result_part(name, result, call_id)
+    return proxy.result_part(name, [{"text": result}], call_id)
 
 
 def answer_to(name, output, call_id=None):
@@ -1838,7 +1842,7 @@ NESTED = '{"a":' * 101 + "1" + "}" * 101
     ],
 )
 def test_results_become_objects_of_which_nothing_is_lost_or_misread(content, response):
-    assert proxy.result_part("f", content)["functionResponse"]["response"] == response
+    assert proxy.result_response(content) == response
 
 
 @pytest.mark.parametrize(
@@ -7209,7 +7213,7 @@ def test_a_recipes_words_come_before_those_that_ask_for_json(gemini):
         post(server, "/api/create", PIRATE_RECIPE)
         post(server, body=body)
     parts = gemini.bodies[-1]["systemInstruction"]["parts"]
-    assert [part["text"][:8] for part in parts] == ["Say arr.", proxy.JSON_ALONE[:8]]
+    assert [part["text"][:8] for part in parts] == ["Say arr.", proxy.json_words({})["text"][:8]]
 
 
 def test_a_recipes_parameters_are_listed_as_ollama_lists_them(gemini):
