@@ -645,11 +645,6 @@ class Plan(NamedTuple):
     chat: Chat | None = None  # the question, where it is one to a chat endpoint
     loads: tuple[str, float] | None = None  # (model, seconds) to list in Ollama's ps from now on
 
-    @property
-    def answering(self) -> Model | None:
-        """The model that answers, where one does."""
-        return next((call.model for call in self.calls if call.model), None)
-
 
 class ClientRequest(NamedTuple):
     """A client's request but for its body."""
@@ -683,13 +678,6 @@ class Keep(NamedTuple):
     pinned: bool = False  # whether it stays until it is deleted; else newer texts evict it
 
 
-class Kept(NamedTuple):
-    """A whole answer, and what is to be kept before it is sent."""
-
-    answer: Any
-    keep: tuple[Keep, ...]
-
-
 class Usage(NamedTuple):
     """Tokens, of one call or of several."""
 
@@ -711,6 +699,7 @@ class Exchange:
     def __init__(self, plan: Plan, context: Context, seed: str, created: float):
         self.plan, self.context = plan, context
         self.model_name, self.options = plan.model_name, plan.options
+        self.model = next((call.model for call in plan.calls if call.model), None)  # that answers
         self.seed = seed  # random; every id in the answer is made of it
         self.ids = 0  # how many there are so far
         self.created = self.now = created  # seconds since 1970; the shell moves `now` on
@@ -743,7 +732,8 @@ class Framing(NamedTuple):
     content_type: str
     encode: Callable[[Any], bytes]
     end: bytes = b""  # after the last event of a stream that went well
-    keep_alive: bytes = b": keep-alive\n\n"  # b"" where there is none
+    # What shows that a silent stream is alive, where there is such a thing.
+    keep_alive: Callable[[Exchange], bytes] | None = lambda exchange: b": keep-alive\n\n"
     carries_errors: bool = True  # whether an error can be an event
 
 
@@ -780,18 +770,18 @@ class Route(NamedTuple):
     """One endpoint. Path segments in braces are captured; the last one may hold slashes.
 
     A route either has an `answer`, which is always the same (JSON or a Refusal), or a `request` and
-    a `response`. Where it has no `response`, a whole answer is the last event of its stream.
-    `response` and `stream` pull what Gemini answers, so each step of theirs may wait.
+    a `response`, which returns the whole answer, or yields it as the last event. Where it has no
+    `response`, the whole answer is the last event of its stream. Both pull what Gemini answers, so
+    each step of theirs may wait.
     """
 
     method: str
     path: str
     request: Callable[[Fields, Context], Plan] | None = None
     response: Callable[[Exchange, AnswerStreams], Any] | None = None
-    # Of events and Keep; an AnswerHead before them is how the answer begins.
+    # Events, and a Keep before the event that needs it; an AnswerHead is how the answer begins.
     stream: Callable[[Exchange, AnswerStreams], Iterator[Any]] | None = None
     framing: Framing = SSE
-    keep_alive: Callable[[Exchange], JSON] | None = None  # an event, where framing has no bytes
     # (body, Content-Type); None: the body is not read, but goes on to Gemini as it comes in.
     parse: Callable[[bytes, str], Fields] | None = parse_body
     failure: Callable[[Exchange, ProxyError], list[Any]] | None = None  # last events of a failure
@@ -801,12 +791,6 @@ class Route(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.method} {self.path}"
-
-
-def last_event(events: Iterable[Any]) -> Kept:
-    """The whole answer that a stream comes to, and what it wants to be kept."""
-    items = list(events)
-    return Kept(items[-1], tuple(item for item in items if isinstance(item, Keep)))
 
 
 class Protocol(NamedTuple):
@@ -4581,7 +4565,7 @@ def openai_images_failure(exchange: Exchange, error: ProxyError) -> list[JSON]:
 # ---- speech ----
 
 # Bare samples as they come. No error can stand among them, so a failure breaks the answer off.
-PCM = Framing("audio/pcm", itemgetter("audio"), keep_alive=b"", carries_errors=False)
+PCM = Framing("audio/pcm", itemgetter("audio"), keep_alive=None, carries_errors=False)
 
 
 def openai_speech_request(body: Fields, context: Context) -> Plan:
@@ -5559,7 +5543,7 @@ def openai_compact_request(body: Fields, context: Context) -> Plan:
 
 def openai_compact_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     """All messages of the user's, and a compaction in place of the rest."""
-    response = last_event(openai_responses_stream(exchange, answers)).answer["response"]
+    *_, response = openai_responses_response(exchange, answers)
     if response["status"] != "completed":
         reason = (response["error"] or response["incomplete_details"]).get("message")
         words = reason or f"Gemini's summary is {response['status']}."
@@ -5880,10 +5864,13 @@ def openai_responses_stream(exchange: Exchange, answers: AnswerStreams) -> Itera
             yield from builder.add_text(event.text, event.thought)
 
 
-def openai_responses_response(exchange: Exchange, answers: AnswerStreams) -> Kept:
-    """The same, as its last event has it."""
-    last = last_event(openai_responses_stream(exchange, answers))
-    return last._replace(answer=last.answer["response"])
+def openai_responses_response(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
+    """The response as its last event has it, and what to keep of it before."""
+    for event in openai_responses_stream(exchange, answers):
+        if isinstance(event, Keep):
+            yield event
+        elif "response" in event:
+            yield event["response"]
 
 
 def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[Any]:
@@ -5924,10 +5911,11 @@ def openai_stored_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     return response
 
 
-def openai_delete_response(exchange: Exchange, answers: AnswerStreams) -> Kept:
+def openai_delete_response(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
     response_id = openai_stored_response(exchange, answers)["id"]
-    keep = tuple(Keep(key, "") for key in stored_keys(response_id))
-    return Kept({"id": response_id, "object": "response", "deleted": True}, keep)
+    for key in stored_keys(response_id):
+        yield Keep(key, "")
+    yield {"id": response_id, "object": "response", "deleted": True}
 
 
 def openai_cancel_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
@@ -6333,13 +6321,14 @@ def ollama_metrics(exchange: Exchange, first: float, end: End) -> JSON:
     }
 
 
-def ollama_response(exchange: Exchange, answers: AnswerStreams) -> Any:
+def ollama_response(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
     """The whole answer to a chat or a prompt, or the end of a load or an unload."""
     options: OllamaOptions = exchange.options
     if options.done_reason:
         listed_entry(exchange.model_name, answers, exchange.context)
         ending = {"done": True, "done_reason": options.done_reason}
-        return {**ollama_base(exchange), **ending, **ollama_message(exchange, {})}
+        yield {**ollama_base(exchange), **ending, **ollama_message(exchange, {})}
+        return
     answer = whole(next(answers))
     message: JSON = {}
     for addition, _ in ollama_additions(answer.events):
@@ -6347,10 +6336,10 @@ def ollama_response(exchange: Exchange, answers: AnswerStreams) -> Any:
             message[key] = message[key] + value if key in message else value
     ending = ollama_metrics(exchange, exchange.created, answer.end)
     start = {**ollama_base(exchange), **ollama_message(exchange, message)}
-    if not options.generate:
-        return {**start, **ending}
-    numbers, keep = context_to_keep(exchange, message.get("content", ""))
-    return Kept({**start, "context": numbers, **ending}, keep)
+    if options.generate:
+        start["context"], keep = context_to_keep(exchange, message.get("content", ""))
+        yield from keep
+    yield {**start, **ending}
 
 
 def ollama_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
@@ -6370,7 +6359,7 @@ def ollama_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
 
 
 def ollama_keep_alive_chunk(exchange: Exchange) -> JSON:
-    """A chunk without text: NDJSON has no comments."""
+    """A chunk without text."""
     return {**ollama_base(exchange), **ollama_message(exchange, {}), "done": False}
 
 
@@ -6675,15 +6664,15 @@ def ollama_copy_request(body: Fields, context: Context) -> Plan:
     return Plan((MODELS_CALL,), options=destination, model_name=source)
 
 
-def ollama_copy_response(exchange: Exchange, answers: AnswerStreams) -> Kept:
+def ollama_copy_response(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
     name, context = exchange.model_name, exchange.context
     source = model_named(name, context)
     models = usable_models(answers, context)
     if source.name not in models:
         raise ProxyError(404, f"model {json.dumps(name[:200])} not found")
     recipe = source.recipe._replace(source=source.name)
-    keep = recipe_to_keep(exchange.options, recipe, exchange, models)
-    return Kept(Payload(b""), (keep,))
+    yield recipe_to_keep(exchange.options, recipe, exchange, models)
+    yield Payload(b"")
 
 
 def ollama_create_request(body: Fields, context: Context) -> Plan:
@@ -6722,11 +6711,13 @@ def ollama_create_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator
         yield {"status": status}
 
 
-def ollama_delete_response(exchange: Exchange, answers: AnswerStreams) -> Kept:
+def ollama_delete_response(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
     name, context = exchange.model_name, exchange.context
     plain = plain_name(name, True)
     if plain in context.recipes:
-        return Kept(Payload(b""), (Keep(RECIPE_PREFIX + plain, ""),))
+        yield Keep(RECIPE_PREFIX + plain, "")
+        yield Payload(b"")
+        return
     if plain in usable_models(answers, context):
         message = f"model '{name[:200]}' is Google's and cannot be deleted from here"
         raise ProxyError(403, message)
@@ -6748,15 +6739,25 @@ def ollama_error(error: ProxyError) -> tuple[int, Any]:
     return error.status_without_401, {"error": message}
 
 
+def encode_line(event: JSON) -> bytes:
+    return encode_json(event).encode() + b"\n"
+
+
+def ndjson(keep_alive: Callable[[Exchange], JSON]) -> Framing:
+    """Events in lines. There are no comments, so one of them must show that a stream is alive."""
+    return Framing(
+        "application/x-ndjson",
+        encode_line,
+        keep_alive=lambda exchange: encode_line(keep_alive(exchange)),
+    )
+
+
 def progress(status: str) -> JSON:
     """The rest of the row of a route that streams its progress; a keep-alive repeats `status`."""
-    return {"framing": NDJSON, "keep_alive": lambda exchange: {"status": status}}
+    return {"framing": ndjson(lambda exchange: {"status": status})}
 
 
-NDJSON = Framing(
-    "application/x-ndjson", lambda event: encode_json(event).encode() + b"\n", keep_alive=b""
-)
-CHAT_ROW: JSON = {"framing": NDJSON, "keep_alive": ollama_keep_alive_chunk}
+CHAT_ROW: JSON = {"framing": ndjson(ollama_keep_alive_chunk)}
 GENERATE_ROW: JSON = {**CHAT_ROW, "keys": generate_keys}
 PULLING, CREATING = progress("pulling manifest"), progress("creating new layer")
 NO_CLOUD = Refusal(403, "ollama cloud is disabled: remote inference is unavailable")
@@ -7330,6 +7331,7 @@ def anthropic_error(error: ProxyError) -> tuple[int, JSON]:
     return status, {"type": "error", "error": body, "request_id": error.request_id}
 
 
+PINGED_SSE = NAMED_SSE._replace(keep_alive=lambda exchange: encode_named_sse({"type": "ping"}))
 ANTHROPIC_ROUTES = (
     Route(
         "POST",
@@ -7337,8 +7339,7 @@ ANTHROPIC_ROUTES = (
         anthropic_messages_request,
         anthropic_messages_response,
         anthropic_messages_stream,
-        NAMED_SSE,
-        lambda exchange: {"type": "ping"},
+        PINGED_SSE,
     ),
     Route("POST", "/v1/messages/count_tokens", anthropic_count_request, anthropic_count_response),
 )
@@ -7456,7 +7457,7 @@ def passed_route(method: str, path: str, parse: Any = passed_body) -> Route:
     return Route(method, path, passed_request, stream=passed_stream, framing=AS_IT_IS, parse=parse)
 
 
-AS_IT_IS = Framing("application/octet-stream", bytes, keep_alive=b"", carries_errors=False)
+AS_IT_IS = Framing("application/octet-stream", bytes, keep_alive=None, carries_errors=False)
 GEMINI_ROUTES = (
     *(passed_route(method, "/v1beta/{path}") for method in PASSED_PATHS),
     *(passed_route(method, "/v1alpha/{path}") for method in PASSED_PATHS),
@@ -9006,14 +9007,13 @@ class UpstreamCall:
             self.call = self.call._replace(body=body)
             self.attempts, self.began = 0, time.monotonic()
 
-    def response_chunks(self, response: Response) -> Iterator[JSON]:
+    def response_chunks(self, response: Response) -> Iterable[JSON]:
         if self.call.streaming:
-            yield from read_sse(iter(functools.partial(response.read1, BLOCK_BYTES), b""))
-            return
+            return read_sse(iter(functools.partial(response.read1, BLOCK_BYTES), b""))
         body = response.read()
         if len(body) > MAX_ANSWER_BYTES:
             raise too_long_answer()
-        yield read_chunk(body)
+        return (read_chunk(body),)
 
     def passed_answer(self, response: Response) -> Iterator[Any]:
         """The answer as it comes: its head, then its bytes. Neither a head nor an error quotes the
@@ -11143,7 +11143,6 @@ class RequestCycle:
         self.passed_head: AnswerHead | None = None  # of an answer that is passed through
         self.framing, self.streaming = SSE, False  # whether the answer is a stream that has begun
         self.answered = False  # whether the client was sent some of what a model says
-        self.body: JSON = {}  # where several models may answer it
         self.fallbacks: list[str] = []  # which of them did not, and why
         self.recording: Recording | None = None
         if self.server.recorder:
@@ -11202,7 +11201,7 @@ class RequestCycle:
             endpoint = find_route(api, method, path)
             self.protocol, self.route_name = endpoint.protocol, endpoint.route.name
             self.key = upstream_key(head, path, server.config)
-            self.answer(endpoint.route, self.exchange_for(endpoint, path, query))
+            self.answer(endpoint.route, self.exchanges(endpoint, path, query))
 
     def own_page(self, path: str) -> tuple[int, Any, Mapping[str, str]]:
         """(status, answer, headers) of one of OWN_PAGES."""
@@ -11232,8 +11231,37 @@ class RequestCycle:
         finally:
             server.metrics.add("checks", amount=-1)
 
-    def exchange_for(self, match: RouteMatch, path: str, query: str) -> Exchange:
-        """Read the body, look up what is stored for it, and plan the calls to Gemini."""
+    def exchanges(self, match: RouteMatch, path: str, query: str) -> Iterator[Exchange]:
+        """Read the body, and plan the calls to Gemini; then the same for each of an alias's further
+        models, for when the one before cannot answer."""
+        route, created = match.route, time.time()
+        try:
+            body, context = self.read_request(match, path, query)
+            data = body.data
+            exchange = self.new_exchange(route, body, context, created)
+        except RecursionError:
+            raise nested_too_deeply() from None
+        del body
+        model = exchange.model
+        if model is None or not model.further:
+            del data  # it may be large
+            yield exchange
+            return
+        models = self.server.gemini.cooldowns.in_turn(self.key, (model.name, *model.further))
+        if models[0] == model.name:
+            exchange.context = context._replace(models=models)
+            yield exchange
+            models = models[1:]
+        else:
+            self.count_fallback(model.name, "cooldown")
+        while models:
+            with contextlib.suppress(ProxyError):  # the error of the first model is the one to tell
+                context = context._replace(models=models)
+                yield self.new_exchange(route, Fields(data), context, created)
+            models = models[1:]
+
+    def read_request(self, match: RouteMatch, path: str, query: str) -> tuple[Fields, Context]:
+        """The body, and all else that the plan may depend on."""
         server, route, context = self.server, match.route, self.server.context
         if isinstance(route.answer, Refusal):
             status, message, headers = route.answer
@@ -11241,77 +11269,48 @@ class RequestCycle:
         fields = dict(urllib.parse.parse_qsl(query)) if query else {}
         request = ClientRequest(route.method, path, query, self.head.headers)
         context = context._replace(params=match.params, query=fields, request=request)
-        try:
-            sends_body = self.connection.body_pending or self.head.method not in ("GET", "HEAD")
-            if route.parse and sends_body:
-                raw = self.connection.read_body(self.head)
-                if self.recording:
-                    self.recording.request.feed(raw)
-                body = route.parse(raw, self.head.headers.get("content-type", ""))
-                del raw  # it may be large
-            else:
-                body = no_body(b"", "")
-            shelf = server.shelf(self.key)
-            if context.ollama:
-                loaded, recipes = server.loaded_by(self.key), shelf.recipes(body)
-                context = context._replace(loaded=loaded, recipes=recipes)
-            if route.keys:
-                context = context._replace(stored=shelf.look_up(route.keys(body, context)))
-            data = body.data
-            exchange = self.new_exchange(route, body, context)
-        except RecursionError:
-            raise nested_too_deeply() from None
-        model = exchange.plan.answering
-        if model and model.further:
-            self.body = data
-            return self.first_choice(route, exchange, (model.name, *model.further))
-        return exchange
+        body = no_body(b"", "")
+        if route.parse and (
+            self.connection.body_pending or self.head.method not in ("GET", "HEAD")
+        ):
+            raw = self.connection.read_body(self.head)
+            if self.recording:
+                self.recording.request.feed(raw)
+            body = route.parse(raw, self.head.headers.get("content-type", ""))
+            del raw  # it may be large
+        shelf = server.shelf(self.key)
+        if context.ollama:
+            loaded, recipes = server.loaded_by(self.key), shelf.recipes(body)
+            context = context._replace(loaded=loaded, recipes=recipes)
+        if route.keys:
+            context = context._replace(stored=shelf.look_up(route.keys(body, context)))
+        return body, context
 
-    def new_exchange(self, route: Route, body: Fields, context: Context) -> Exchange:
+    def new_exchange(
+        self, route: Route, body: Fields, context: Context, created: float
+    ) -> Exchange:
         """An exchange with the first of the models that the context leaves."""
         plan = route.request(body, context) if route.request else Plan()
         self.ignored, self.left_out = body.ignored(), []
-        return Exchange(plan, context, self.seed, time.time())
+        return Exchange(plan, context, self.seed, created)
 
-    # ---- several models ----
-
-    def first_choice(self, route: Route, exchange: Exchange, models: tuple[str, ...]) -> Exchange:
-        """The exchange with the first of these models that does not cool down."""
-        in_turn = self.server.gemini.cooldowns.in_turn(self.key, models)
-        if in_turn[0] != models[0]:
-            self.count_fallback(models[0], "cooldown")
-        exchange.context = exchange.context._replace(models=in_turn)
-        if in_turn[0] == models[0]:
-            return exchange
-        return self.with_model(route, exchange, in_turn) or exchange
-
-    def with_model(
-        self, route: Route, exchange: Exchange, models: tuple[str, ...]
-    ) -> Exchange | None:
-        """A new exchange, with the first of these models that can take the request, if any."""
-        while models:
-            with contextlib.suppress(ProxyError):  # the error of the first model is the one to tell
-                context = exchange.context._replace(models=models)
-                other = self.new_exchange(route, Fields(self.body), context)
-                other.created = exchange.created
-                return other
-            models = models[1:]
-        return None
-
-    def next_exchange(self, route: Route, exchange: Exchange, error: ProxyError) -> Exchange | None:
-        """The exchange with the alias's next model, if this failure is one that it may cure."""
-        cooldowns, reason = self.server.gemini.cooldowns, fallback_reason(error)
-        if not exchange.context.models or self.answered:
-            return None
-        model, *further = exchange.context.models
+    def passes_on(self, exchange: Exchange, error: ProxyError) -> bool:
+        """Whether this failure is one that the alias's next model may cure."""
+        if not exchange.context.models:
+            return False
+        cooldowns, model, reason = (
+            self.server.gemini.cooldowns,
+            exchange.context.models[0],
+            fallback_reason(error),
+        )
         if not reason:
             cooldowns.end(self.key, model)
-            return None
+            return False
         cooldowns.start(self.key, model, cooldown_seconds(error, reason))
         self.count_fallback(model, reason)
         self.count_tokens(exchange.usage)
-        exchange.usage, exchange.builder = Usage(), None  # the builder holds the exchange, too
-        return self.with_model(route, exchange, tuple(further))
+        exchange.usage = Usage()
+        return True
 
     def is_decided(self) -> bool:
         """Whether no other model can answer any more than the one that is asked now."""
@@ -11323,31 +11322,35 @@ class RequestCycle:
 
     # ---- what Gemini says ----
 
-    def answer(self, route: Route, exchange: Exchange) -> None:
-        """Answer with what the route makes of what Gemini says to the plan. Where one model cannot
-        answer, the alias's next one is asked; if none can, the client gets the first one's error.
-        """
+    def answer(self, route: Route, exchanges: Iterator[Exchange]) -> None:
+        """Answer with what the route makes of what Gemini says to the first plan; where it cannot
+        answer, to the next one. If none can, the client gets the first one's error."""
         server = self.server
-        self.route, self.exchange = route, exchange
         waiter = Waiter(self.connection.connection, server.config.timeout, server.stopping)
         waiter.recording = self.recording
-        error = first_error = self.answer_with(route, exchange, waiter)
-        while error:
-            following = self.next_exchange(route, self.exchange, error)
-            if following is None:
+        first_error: ProxyError | None = None
+        for exchange in exchanges:
+            self.route, self.exchange = route, exchange
+            error = self.answer_with(route, exchange, waiter)
+            if error is None:
+                self.note_answer(exchange)
+                return
+            if self.answered:
+                raise error
+            exchange.builder = None  # which holds the exchange, as it holds it
+            if first_error is None:
+                first, first_error = exchange, error
+            if not self.passes_on(exchange, error):
                 break
-            self.exchange = following
-            error = self.answer_with(route, following, waiter)
-        if error and self.answered:
-            raise error
-        if error:
-            self.exchange.builder = None  # which holds the exchange, as it holds it
-            self.exchange = exchange
-            raise first_error or error
-        models = self.exchange.context.models
+        assert first_error is not None  # there is one plan at least
+        self.exchange = first
+        raise first_error
+
+    def note_answer(self, exchange: Exchange) -> None:
+        """Note that a model has answered, and is in use now."""
+        server, plan, models = self.server, exchange.plan, exchange.context.models
         if models:
             server.gemini.cooldowns.end(self.key, models[0])
-        plan = self.exchange.plan
         if plan.loads:
             server.load(self.key, *plan.loads)
         elif plan.chat and exchange.context.ollama:
@@ -11364,8 +11367,10 @@ class RequestCycle:
         waiter.silence = server.config.timeout
         if not self.is_decided():
             waiter.silence /= 2  # before the first chunk
-        if plan.stream and (route.keep_alive or self.framing.keep_alive):
-            waiter.keep_alive = functools.partial(self.keep_alive, route, exchange)
+        if plan.stream and self.framing.keep_alive:
+            waiter.keep_alive = functools.partial(
+                self.keep_alive, self.framing.keep_alive, exchange
+            )
         try:
             batch = server.gemini.answers(calls, waiter, self.key, self.left_out)
             with contextlib.closing(batch):
@@ -11401,35 +11406,32 @@ class RequestCycle:
         self, batch: Iterable[Iterator[JSON]], exchange: Exchange, waiter: Waiter
     ) -> AnswerStreams:
         """For each call its events, or its chunks of JSON where it does not generate."""
-        for call, untimed in zip(exchange.plan.calls, batch):
-            chunks = self.timed(untimed, exchange, waiter)
-            if not call.generates:
-                yield chunks
-                continue
-            events = self.identified(call, read_gemini(chunks, exchange))
-            if exchange.plan.chat:
-                events = chat_events(events, call, exchange.plan.chat)
-            yield events
+        for call, chunks in zip(exchange.plan.calls, batch):
+            items: Iterator[Any] = chunks
+            if call.generates:
+                items = read_gemini(chunks, exchange)
+            items = self.arriving(items, call, exchange, waiter)
+            if call.generates and exchange.plan.chat:
+                items = chat_events(items, call, exchange.plan.chat)
+            yield items
 
-    def timed(self, chunks: Iterable[JSON], exchange: Exchange, waiter: Waiter) -> Iterator[JSON]:
-        """The chunks; the exchange learns when each of them came."""
-        for chunk in chunks:
+    def arriving(
+        self, items: Iterable[Any], call: GeminiCall, exchange: Exchange, waiter: Waiter
+    ) -> Iterator[Any]:
+        """The events or chunks; the exchange learns when each of them came. Tool calls get ids,
+        under which their signatures are kept."""
+        tool_calls: list[ToolCall] = []
+        for item in items:
             exchange.now = time.time()
             waiter.silence = self.server.config.timeout
-            yield chunk
-
-    def identified(self, call: GeminiCall, events: Iterable[Event]) -> Iterator[Event]:
-        """The events, with ids for the tool calls, under which their signatures are kept."""
-        tool_calls: list[ToolCall] = []
-        for event in events:
-            if isinstance(event, ToolCall):
-                tool_calls.append(event)
+            if isinstance(item, ToolCall):
+                tool_calls.append(item)
                 continue
             if tool_calls:
                 ids = self.server.gemini.remember(call, self.key, tool_calls)
-                yield from (item._replace(id=new_id) for item, new_id in zip(tool_calls, ids))
+                yield from (one._replace(id=new_id) for one, new_id in zip(tool_calls, ids))
                 tool_calls = []
-            yield event
+            yield item
 
     def kept(self, events: Iterable[Any]) -> Iterator[JSON]:
         """The events for the client. A Keep among them is kept instead, a head becomes its own."""
@@ -11445,15 +11447,11 @@ class RequestCycle:
 
     def whole_answer(self, route: Route, exchange: Exchange, answers: AnswerStreams) -> Any:
         """The route's answer to a client that wants no stream. What is to be kept is kept."""
-        answer = route.answer
-        if route.response:
-            answer = route.response(exchange, answers)
-        elif route.stream:
-            answer = last_event(route.stream(exchange, answers))
-        if isinstance(answer, Kept):
-            answer, items = answer
-            for item in items:
-                self.server.shelf(self.key).keep(item)
+        answer, make = route.answer, route.response or route.stream
+        if make:
+            answer = make(exchange, answers)
+        if isinstance(answer, Iterator):
+            (answer,) = collections.deque(self.kept(answer), maxlen=1)
         return answer
 
     def add_model_to(self, error: ProxyError, exchange: Exchange, waiter: Waiter) -> None:
@@ -11461,7 +11459,7 @@ class RequestCycle:
         if error.code != "model_not_found" or not error.upstream:
             return
         error.model = exchange.model_name
-        gemini, model = self.server.gemini, exchange.plan.answering
+        gemini, model = self.server.gemini, exchange.model
         if model is None:
             return
         with contextlib.suppress(ProxyError):
@@ -11470,13 +11468,12 @@ class RequestCycle:
 
     # ---- its answer ----
 
-    def keep_alive(self, route: Route, exchange: Exchange) -> None:
+    def keep_alive(
+        self, framing_keep_alive: Callable[[Exchange], bytes], exchange: Exchange
+    ) -> None:
         """Show in the stream that it is alive."""
         exchange.now = time.time()
-        if route.keep_alive:
-            self.emit(route.framing.encode(route.keep_alive(exchange)))
-        else:
-            self.emit(self.framing.keep_alive)
+        self.emit(framing_keep_alive(exchange))
 
     def emit(self, data: bytes, last: bool = False) -> None:
         """Write an event of a stream, with the head before the first one, in one write."""
@@ -11545,7 +11542,7 @@ class RequestCycle:
     def own_headers(self) -> list[tuple[str, str]]:
         """The headers that tell which model answers, and what was ignored of the request."""
         headers: list[tuple[str, str]] = []
-        answering = self.exchange and self.exchange.plan.answering
+        answering = self.exchange and self.exchange.model
         if answering:
             headers.append(("x-proxy-model", answering.name))
         names = [re.sub(r"[^!-+\--~]", "?", name)[:200] for name in self.ignored + self.left_out]
@@ -11599,7 +11596,7 @@ class RequestCycle:
         metrics.observe("first_byte_seconds", self.route_name, seconds=self.first_byte - self.began)
         if self.exchange and self.exchange.model_name:
             usage = self.exchange.usage
-            answering = self.exchange.plan.answering
+            answering = self.exchange.model
             if answering and self.exchange.model_status:
                 self.server.gemini.note_status(answering, self.exchange.model_status, self.key)
             tokens = f" {self.exchange.model_name[:100]!r}"
@@ -11617,8 +11614,8 @@ class RequestCycle:
     def answered_by(self) -> str:
         """The model that answers, and those that did not, each with its reason."""
         models = list(self.fallbacks)
-        if self.exchange and self.exchange.plan.answering:
-            models.insert(0, self.exchange.plan.answering.name)
+        if self.exchange and self.exchange.model:
+            models.insert(0, self.exchange.model.name)
         return "; ".join(models)
 
     def remember(self, seconds: float, place: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import base64
 import collections
+import collections.abc
 import concurrent.futures
 import contextlib
 import errno
@@ -872,36 +873,27 @@ def looked_up(route, body, context, notes):
     return context
 
 
-def kept_by(answer, notes):
-    """A whole answer, or a list of events, without what they want to be kept; that is in the notes then."""
-    if isinstance(answer, list):
-        items = [item for item in answer if isinstance(item, proxy.Keep)]
-        rest = [item for item in answer if not isinstance(item, proxy.Keep)]
-    elif isinstance(answer, proxy.Kept):
-        items, rest = answer.keep, answer.answer
-    else:
-        return answer
-    for item in items:
-        proxy.Shelf(notes, "").keep(item)
-    return rest
+def kept_by(events, notes):
+    """Events without those that are to be kept; they are in the notes then."""
+    shelf = proxy.Shelf(Notes() if notes is None else notes, "")
+    for event in events:
+        if isinstance(event, proxy.Keep):
+            shelf.keep(event)
+        else:
+            yield event
 
 
 def whole_of(route, one, *answers, notes=None):
     """The whole answer of a route, when Gemini says these lists of chunks to its calls."""
-    events = events_of(one, answers)
-    answer = (
-        route.response(one, events)
-        if route.response
-        else proxy.last_event(route.stream(one, events))
-    )
-    return kept_by(answer, Notes() if notes is None else notes)
+    answer = (route.response or route.stream)(one, events_of(one, answers))
+    if isinstance(answer, collections.abc.Iterator):
+        *_, answer = kept_by(answer, notes)
+    return answer
 
 
 def stream_of(route, one, *answers, notes=None):
     """The same, as events."""
-    return kept_by(
-        list(route.stream(one, events_of(one, answers))), Notes() if notes is None else notes
-    )
+    return list(kept_by(route.stream(one, events_of(one, answers)), notes))
 
 
 def openai_route(path, method="POST"):
@@ -4934,7 +4926,7 @@ def test_a_response_that_breaks_off_ends_with_what_came():
 
 def test_a_failure_before_the_first_event_has_the_first_events_too():
     one, error = exchange(response_plan({})[0]), ProxyError(400, "No.")
-    events = kept_by(proxy.openai_responses_failure(one, error), Notes())
+    events = list(kept_by(proxy.openai_responses_failure(one, error), Notes()))
     kinds = ["response.created", "response.in_progress", "response.failed"]
     assert [event["type"] for event in events] == kinds
     assert [event["sequence_number"] for event in events] == [0, 1, 2]
@@ -6096,7 +6088,7 @@ def test_a_response_that_fails_before_its_first_word_begins_all_the_same():
         plan_and_ignored({"model": FLASH, "input": "Hi"}, proxy.openai_responses_request)[0]
     )
     failure = proxy.openai_responses_failure(one, ProxyError(429, "slow down", retry_after=7.0))
-    events = kept_by(failure, Notes())
+    events = list(kept_by(failure, Notes()))
     kinds = ["response.created", "response.in_progress", "response.failed"]
     assert [event["type"] for event in events] == kinds
     assert [event["sequence_number"] for event in events] == [0, 1, 2]
@@ -6566,7 +6558,9 @@ def test_a_context_does_not_repeat_a_recipes_messages():
 def test_ollamas_keep_alive_is_a_chunk_without_text(path, form):
     route = ollama_route(path)
     plan = plan_and_ignored(chat(prompt="Hi"), route.request, OLLAMA)[0]
-    assert route.keep_alive(exchange(plan, OLLAMA)) == {**STAMP, **form, "done": False}
+    line = route.framing.keep_alive(exchange(plan, OLLAMA))
+    assert json.loads(line) == {**STAMP, **form, "done": False}
+    assert line.endswith(b"\n")
 
 
 # ---- errors ----
