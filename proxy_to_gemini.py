@@ -197,6 +197,10 @@ def wrong_value(path: str, message: str) -> ProxyError:
     return ProxyError(400, message, code="invalid_value", path=path)
 
 
+def invalid_value(path: str, why: str) -> ProxyError:
+    return wrong_value(path, f"Invalid value for '{path}': {why}.")
+
+
 # What an unread field may hold without anything being lost: these, and the defaults of OpenAI's and
 # Ollama's API references, by the path of the field without its indexes.
 EMPTY_VALUES: tuple[Any, ...] = (None, False, "", [], {})
@@ -303,10 +307,9 @@ class Fields:
         return value.lower()
 
     def unknown_choice(self, key: str, value: str, allowed: Iterable[str]) -> ProxyError:
-        path = self.path_of(key)
         names = ", ".join(f"'{word}'" for word in allowed)
-        message = f"Invalid value for '{path}': {value[:80]!r}. Supported values are: {names}."
-        return wrong_value(path, message)
+        why = f"{value[:80]!r}. Supported values are: {names}"
+        return invalid_value(self.path_of(key), why)
 
     def object(self, key: str) -> Fields | None:
         """The object under this key, or None."""
@@ -1229,13 +1232,6 @@ MAGIC = (
 )
 ARCHIVES = ("application/zip", "application/x-ole-storage")  # labels say what is in them
 UNKNOWN_TYPE = "application/octet-stream"
-MIME_SPELLINGS = {
-    **dict.fromkeys(("audio/x-wav", "audio/wave"), "audio/wav"),
-    "audio/m4a": "audio/mp4",
-    **dict.fromkeys(("image/jpg", "image/pjpeg"), "image/jpeg"),
-    "image/x-png": "image/png",
-    "application/x-pdf": "application/pdf",
-}
 TEXT_TYPES = re.compile(r"text/|application/(?!pdf$)|.*\+(json|xml)$")  # where they are UTF-8
 # What Gemini reads: https://ai.google.dev/gemini-api/docs/image-understanding#supported-formats
 # and its neighbours. It refuses GIF, BMP, TIFF, SVG and office files, as reported:
@@ -1244,7 +1240,8 @@ READABLE_TYPES = re.compile(
     r"image/(png|jpeg|webp|heic|heif)$|(audio|video|text)/[^*]|application/pdf$"
 )
 OFFICE = "application/vnd.openxmlformats-officedocument"
-EXTENSIONS = {
+# By the endings of files' names, which are labels too, and by other spellings.
+MIME_TYPES = {
     **{name: f"image/{name}" for name in ("png", "jpeg", "webp", "heic", "gif", "bmp", "tiff")},
     **{name: f"audio/{name}" for name in ("mp3", "wav", "flac", "ogg", "aac")},
     **{name: f"video/{name}" for name in ("mp4", "webm", "mov")},
@@ -1263,6 +1260,11 @@ EXTENSIONS = {
     "docx": f"{OFFICE}.wordprocessingml.document",
     "xlsx": f"{OFFICE}.spreadsheetml.sheet",
     "pptx": f"{OFFICE}.presentationml.presentation",
+    **dict.fromkeys(("audio/x-wav", "audio/wave"), "audio/wav"),
+    "audio/m4a": "audio/mp4",
+    **dict.fromkeys(("image/jpg", "image/pjpeg"), "image/jpeg"),
+    "image/x-png": "image/png",
+    "application/x-pdf": "application/pdf",
 }
 
 
@@ -1273,14 +1275,14 @@ def sniffed(data: str) -> str | None:
 
 
 def extension_type(name: str | None) -> str | None:
-    return EXTENSIONS.get((name or "").rpartition(".")[2].lower())
+    return MIME_TYPES.get((name or "").rpartition(".")[2].lower())
 
 
 def media_type(data: str, label: str | None, name: str | None) -> str:
     """The MIME type of base64 data: by its bytes where they are known, else by its label, which may
     be a bare "png", else by the name of its file."""
     label = (label or "").partition(";")[0].strip().lower()
-    label = MIME_SPELLINGS.get(label, EXTENSIONS.get(label, label))
+    label = MIME_TYPES.get(label, label)
     if not label or label == UNKNOWN_TYPE:
         label = extension_type(name) or UNKNOWN_TYPE
     known = sniffed(data)
@@ -1313,8 +1315,7 @@ def base64_data(text: str, path: str) -> str:
     """Base64 as Gemini takes it: padded, without line breaks; a 400 where it is none."""
     data = "".join(text.split())
     if not is_base64(data):
-        message = f"Invalid value for '{path}': it must be valid base64-encoded data."
-        raise wrong_value(path, message)
+        raise invalid_value(path, "it must be valid base64-encoded data")
     data = data.rstrip("=")
     return data + "=" * (-len(data) % 4)
 
@@ -1330,8 +1331,7 @@ def media_part(
     if data[:5].lower() == "data:":  # RFC 2397
         head, comma, data = data[5:].partition(",")
         if not comma:
-            message = f"Invalid value for '{path}': expected a base64-encoded data URL."
-            raise wrong_value(path, message)
+            raise invalid_value(path, "expected a base64-encoded data URL")
         mime, *parameters = [word.strip().lower() for word in head.split(";")]
         label = mime or label
         if "base64" not in parameters:
@@ -1380,23 +1380,20 @@ def local_host(host: str) -> bool:
 
 def public_url(text: str, path: str, what: str) -> urllib.parse.SplitResult:
     """The address that is under this path; a 400 where Gemini cannot reach it."""
-    message = f"Invalid value for '{path}': expected {what}."
     try:
         url = urllib.parse.urlsplit(text)
         host = url.hostname
     except ValueError:
-        raise wrong_value(path, message) from None
+        raise invalid_value(path, f"expected {what}") from None
     if not host or url.scheme not in ("https", "http", "gs"):
-        raise wrong_value(path, message)
+        raise invalid_value(path, f"expected {what}")
     if url.scheme != "gs" and (local_host(host) or "@" in url.netloc):
-        why = f"Gemini fetches this URL, and cannot reach {host[:80]!r}."
-        raise wrong_value(path, f"Invalid value for '{path}': {why}")
+        raise invalid_value(path, f"Gemini fetches this URL, and cannot reach {host[:80]!r}")
     return url
 
 
 def source_part(fields: Fields, key: str, name: str | None = None) -> Part:
-    """The part for the data: URL under this key, or for an address, which Gemini fetches: this
-    proxy must not."""
+    """The part for a data: URL, or for an address, which Gemini fetches: this proxy must not."""
     source, path = fields.require(key, str), fields.path_of(key)
     if source[:5].lower() == "data:":
         return media_part(fields, key, source, None, name)
@@ -1423,12 +1420,12 @@ def result_part(
     """
     content = "\n".join(part["text"] for part in parts if "text" in part)
     media = [part for part in parts if "text" not in part]
-    response = {"error": content}
-    if not failed:
-        response = result_response(content)
-    result = {**given(id=call_id), "name": "", "response": response, **given(parts=media)}
-    if name:
-        result["name"] = gemini_name(name)
+    result = {
+        **given(id=call_id),
+        "name": gemini_name(name) if name else "",
+        "response": {"error": content} if failed else result_response(content),
+        **given(parts=media),
+    }
     return {"functionResponse": result}
 
 
@@ -1492,7 +1489,7 @@ def call_arguments(call: Fields) -> JSON:
 
 
 def too_deep(path: str) -> ProxyError:
-    return wrong_value(path, f"Invalid value for '{path}': it is nested too deeply.")
+    return invalid_value(path, "it is nested too deeply")
 
 
 def within_depth(arguments: JSON, path: str) -> JSON:
@@ -1514,7 +1511,7 @@ def gemini_name(name: str) -> str:
 
 CALLS_AND_RESULTS = {"functionCall", "functionResponse"}
 GO_ON = "Continue."  # the turn after what the model is to carry on, where it does not by itself
-MISSING_RESULT = {"error": "There is no result: the call was interrupted."}
+NO_RESULT = {"response": {"error": "There is no result: the call was interrupted."}}
 
 
 def user_turn(*parts: Part) -> JSON:
@@ -1606,7 +1603,10 @@ def tool_result_turns(before: list[JSON], turn: JSON, model: Model) -> list[JSON
     if not calls and not results:
         return [turn] if parts else []
     matched = match_results(calls, results)
-    used = {id(result) for result in matched.values()}
+    used = set(map(id, matched))
+    media: list[Part] = []
+    for result in matched:
+        media += [part for part in result.get("parts", ()) if not fits_result(part, model)]
     rest: list[Part] = []
     for part in parts:
         result = part.get("functionResponse")
@@ -1615,28 +1615,25 @@ def tool_result_turns(before: list[JSON], turn: JSON, model: Model) -> list[JSON
         elif id(result) not in used:
             text = f"Result of {result['name'] or 'a function'}: {encode_json(result['response'])}"
             rest += [text_part(text), *result.get("parts", ())]
-    missing = {"response": MISSING_RESULT}
-    pairs = [tool_result(call, matched.get(i, missing), model) for i, call in enumerate(calls)]
-    answers = [answer for answer, _ in pairs]
-    media = [part for _, outside in pairs for part in outside]
+    answers = [tool_result(call, result, model) for call, result in zip(calls, matched)]
     return [user_turn(*group) for group in (answers, media + rest) if group]
 
 
-def tool_result(call: JSON, result: JSON, model: Model) -> tuple[Part, list[Part]]:
-    """(the functionResponse to a call, the media that this model does not take inside of one)."""
-    inside: list[Part] = []
-    outside: list[Part] = []
-    for part in result.get("parts", ()):
-        if part.get("inlineData", {}).get("mimeType") in model.result_media:
-            inside.append({"inlineData": part["inlineData"]})
-        else:
-            outside.append(part)
+def fits_result(part: Part, model: Model) -> bool:
+    """Whether the model takes these media inside of a functionResponse, not just beside it."""
+    return part.get("inlineData", {}).get("mimeType") in model.result_media
+
+
+def tool_result(call: JSON, result: JSON, model: Model) -> Part:
+    """The functionResponse to a call."""
+    parts = [part for part in result.get("parts", ()) if fits_result(part, model)]
+    media = [{"inlineData": part["inlineData"]} for part in parts]
     answer = {**given(id=call.get("id")), "name": call["name"], "response": result["response"]}
-    return {"functionResponse": {**answer, **given(parts=inside)}}, outside
+    return {"functionResponse": {**answer, **given(parts=media)}}
 
 
-def match_results(calls: list[JSON], results: list[JSON]) -> dict[int, JSON]:
-    """The index of each call -> its result, if it has one: by id, else by name, else by order."""
+def match_results(calls: list[JSON], results: list[JSON]) -> list[JSON]:
+    """The result of each call, or NO_RESULT: by id, else by name, else by order."""
     call_ids = {call["id"] for call in calls if "id" in call}
     waiting: dict[tuple[str, str], collections.deque[JSON]]
     waiting = collections.defaultdict(collections.deque)
@@ -1659,7 +1656,7 @@ def match_results(calls: list[JSON], results: list[JSON]) -> dict[int, JSON]:
     rest = [i for i in range(len(calls)) if i not in matched]
     if len(strays) == len(rest):  # their ids are unknown, but each call has one
         matched.update(zip(rest, strays))
-    return matched
+    return [matched.get(i, NO_RESULT) for i in range(len(calls))]
 
 
 # ---- thinking and settings ----
@@ -1777,22 +1774,13 @@ def gemini_schema(schema: Any) -> Any:
 
 def adapted_schema(schema: Any, references: list[str]) -> Any:
     """The same for each subschema; adds its references to the list."""
-    if isinstance(schema, list):
-        return [adapted_schema(item, references) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    out: JSON = {}
-    for keyword, value in schema.items():
-        key = str({"definitions": "$defs"}.get(keyword, keyword))
-        if key in NAMED_SUBSCHEMAS and isinstance(value, dict):
-            inner = {name: adapted_schema(entry, references) for name, entry in value.items()}
-            out[key] = {**out.get(key, {}), **inner}
-        elif key in SUBSCHEMAS:
-            out[key] = adapted_schema(value, references)
-        elif key not in ("$schema", "strict", *NAMED_SUBSCHEMAS):
-            out[key] = value
+    out = mapped_schema(schema, lambda inner: adapted_schema(inner, references))
+    for key in ("$schema", "strict", "definitions"):
+        out.pop(key, None)
     if reference_in(out):
-        references.append(reference_in(out).replace("#/definitions/", "#/$defs/", 1))
+        references.append(reference_in(out))
     if "const" in out:
         out["enum"] = [out.pop("const")]
     if isinstance(out.get("enum"), list) and None in out["enum"]:
@@ -1800,9 +1788,24 @@ def adapted_schema(schema: Any, references: list[str]) -> Any:
     return lone_reference(out) if isinstance(out.get("$ref"), str) else out
 
 
+def mapped_schema(schema: JSON, change: Callable[[Any], Any]) -> JSON:
+    """A schema with each one changed that is directly in it."""
+    out: JSON = {}
+    for key, value in schema.items():
+        if key in NAMED_SUBSCHEMAS and isinstance(value, dict):
+            out[key] = {name: change(inner) for name, inner in value.items()}
+        elif key in SUBSCHEMAS:
+            out[key] = [*map(change, value)] if isinstance(value, list) else change(value)
+        elif key not in NAMED_SUBSCHEMAS:
+            out[key] = value
+    return out
+
+
 REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 SCHEMA_LABELS = (("$id", ""), ("id", ""), ("$anchor", "#"), ("$dynamicAnchor", "#"))
 DEFINITIONS = {"$defs": "definitions", "definitions": "$defs"}
+# Whose values may be objects.
+DICT_KEYWORDS = (*SUBSCHEMAS, *NAMED_SUBSCHEMAS, "const", "default", "example")
 
 
 def reference_in(schema: JSON) -> str:
@@ -1845,8 +1848,6 @@ class SchemaReferences:
         stack: list[tuple[Any, tuple[JSON, ...]]] = [(start, ())]
         while stack:
             schema, around = stack.pop()
-            if isinstance(schema, list):
-                stack += [(item, around) for item in schema]
             if not isinstance(schema, dict) or id(schema) in self.known:
                 continue
             self.known.add(id(schema))
@@ -1882,35 +1883,28 @@ class SchemaReferences:
 
     def rewritten(self, schema: Any, whole: bool = False) -> Any:
         """A subschema in the form of localized(): by its name if it has one, unless whole."""
-        if isinstance(schema, list):
-            return [self.rewritten(item) for item in schema]
         if not isinstance(schema, dict):
             return schema
         if id(schema) in self.names and not whole:
             return {"$ref": f"#/$defs/{self.names[id(schema)]}"}
         out: JSON = {}
-        for key, value in schema.items():
-            if key in DEFINITIONS:
-                continue
-            if key in NAMED_SUBSCHEMAS and isinstance(value, dict):
-                out[key] = {name: self.rewritten(inner) for name, inner in value.items()}
-            elif key in SUBSCHEMAS:
-                out[key] = self.rewritten(value)
-            elif key not in REFERENCES:
-                if not isinstance(value, dict) or key in ("const", "default", "example"):
-                    out[key] = value  # other objects held definitions, such as `components`
-            elif id(schema) in self.targets:
+        for key, value in mapped_schema(schema, self.rewritten).items():
+            if key in REFERENCES and id(schema) in self.targets:
                 out["$ref"] = f"#/$defs/{self.targets[id(schema)]}"
-            elif str(value).startswith("#/$defs/"):
+            elif key in REFERENCES and str(value).startswith("#/$defs/"):
                 out["$ref"] = value  # Gemini complains, and the schema is put in words
-            else:
+            elif key in REFERENCES:
                 out.setdefault("description", f"See {value}")
+            elif key not in DEFINITIONS and (not isinstance(value, dict) or key in DICT_KEYWORDS):
+                out[key] = value  # other objects held definitions, such as `components`
         return out
 
 
 def subschemas(schema: JSON) -> Iterator[Any]:
-    """What is directly below a schema: schemas, and lists of them."""
-    yield from (schema[key] for key in SUBSCHEMAS if key in schema)
+    """What is directly in a schema under a keyword of JSON Schema's."""
+    for key in SUBSCHEMAS:
+        value = schema.get(key)
+        yield from value if isinstance(value, list) else [value]
     for key in (*NAMED_SUBSCHEMAS, "definitions"):
         yield from get_or_empty(schema, key, dict).values()
 
@@ -1949,7 +1943,7 @@ def nullable_enum(schema: JSON) -> JSON:
 def lone_reference(schema: JSON) -> JSON:
     """A $ref without neighbours: they go outside of a choice of one."""
     rest = {key: value for key, value in schema.items() if key != "$ref"}
-    reference = {"$ref": schema["$ref"].replace("#/definitions/", "#/$defs/", 1)}
+    reference = {"$ref": schema["$ref"]}
     if "anyOf" in rest:
         return {"allOf": [reference, rest]}
     if any(not key.startswith("$") for key in rest):
@@ -2003,8 +1997,7 @@ class Tools:
         schema: JSON | None,
         custom: bool = False,
     ) -> None:
-        """Add a function under the client's name; of two with the same name the first one
-        counts."""
+        """Add a function under the client's name; the first one of that name counts."""
         key = gemini_name(name)
         declaration = {"name": key, **given(description=description)}
         # Some models refuse an object without properties.
@@ -2283,8 +2276,7 @@ def looser_schemas(refused: RefusedCall) -> list[str]:
 
 
 def loosened(schema: JSON, message: str) -> set[str]:
-    """Take from a schema what Gemini complains of: its bounds, or what requires a loop. The names
-    of that."""
+    """Take bounds from a schema, or what requires a loop if that is it; the names of those."""
     if "ref loop" in message:
         return without_required_loops(schema)
     names: set[str] = set()
@@ -2300,9 +2292,7 @@ def every_schema(schema: Any) -> Iterator[JSON]:
     stack = [schema]
     while stack:
         value = stack.pop()
-        if isinstance(value, list):
-            stack += value
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             yield value
             stack += subschemas(value)
 
@@ -2784,8 +2774,7 @@ CONTINUES = "CONTINUATION"
 
 
 def continuation_token(chunk: JSON) -> str:
-    """With which the next call goes on from this chunk; "" where the answer ends, or goes on by
-    itself."""
+    """With which the next call goes on from this chunk; "" where none must."""
     candidate = first_candidate(chunk)
     token: str = expect(candidate, "continuationToken", str)
     return token if candidate.get("finishReason") == CONTINUES else ""
@@ -3267,12 +3256,8 @@ def native_finish(end: End) -> JSON:
 
 def no_file_store(part: Fields) -> None:
     if part.get("file_id", str):
-        path = part.path_of("file_id")
-        message = (
-            f"Invalid value for '{path}': there is no file store behind this server; send the "
-            "file itself, as base64 in a data URL."
-        )
-        raise wrong_value(path, message)
+        why = "there is no file store behind this server; send the file itself, as base64 in a "
+        raise invalid_value(part.path_of("file_id"), why + "data URL")
 
 
 def add_turn(role: str, parts: list[Part], system: list[Part], contents: list[JSON]) -> None:
@@ -3676,9 +3661,8 @@ def namespace_name(namespace: str, tool: Fields) -> str:
     """The name of a namespace within another."""
     name = qualified_name(namespace, function_name(tool))
     if len(name) > MAX_NAMESPACE_CHARACTERS:
-        path = tool.path_of("name")
         why = f"with those around it, it may have {MAX_NAMESPACE_CHARACTERS} characters"
-        raise wrong_value(path, f"Invalid value for '{path}': {why}.")
+        raise invalid_value(tool.path_of("name"), why)
     return name
 
 
@@ -3763,9 +3747,8 @@ def openai_chosen_name(choice: Fields, tools: Tools) -> str:
         function = choice.require_object(kind)
     name = qualified_name(function.get("namespace", str), function.require("name", str))
     if tools.names.get(gemini_name(name)) != name:
-        path = function.path_of("name")
-        message = f"Invalid value for '{path}': no function {name[:80]!r} is among the tools."
-        raise wrong_value(path, message)
+        why = f"no function {name[:80]!r} is among the tools"
+        raise invalid_value(function.path_of("name"), why)
     return name
 
 
@@ -4310,7 +4293,7 @@ def openai_completions_request(body: Fields, context: Context) -> Plan:
     best = body.number("best_of", 0, 20, int)
     if len(prompts) * n > MAX_CHOICES:
         count = f"{len(prompts)} prompts with {n} choices each are more than {MAX_CHOICES} choices"
-        raise wrong_value("prompt", f"Invalid value for 'prompt': {count}.")
+        raise invalid_value("prompt", count)
     if best and best > n:
         body.ignore("best_of")  # there are no probabilities to choose by
     chat = openai_completion_chat(body, model_name, context)
@@ -4327,7 +4310,7 @@ def openai_completions_request(body: Fields, context: Context) -> Plan:
         echoes = [prompt for prompt in prompts for _ in range(n)]
         if n > 1 and sum(map(len, echoes)) > MAX_ECHO:
             why = f"{n} choices would repeat more than {MAX_ECHO} characters of the prompt"
-            raise wrong_value("echo", f"Invalid value for 'echo': {why}.")
+            raise invalid_value("echo", why)
     options = OpenAIOptions(usage=openai_counts_tokens(body), echoes=tuple(echoes))
     return Plan(tuple(calls), chat.stream, options, model_name, chat=chat)
 
@@ -4496,8 +4479,7 @@ def openai_image_config(body: Fields, model: Model) -> JSON:
     if size == "auto":
         return {}
     if not match:
-        message = f"Invalid value for 'size': {size[:80]!r}. Expected 'auto' or WIDTHxHEIGHT."
-        raise wrong_value("size", message)
+        raise invalid_value("size", f"{size[:80]!r}. Expected 'auto' or WIDTHxHEIGHT")
     width, height = map(int, match.groups())
     target = math.log(width / height)
     ratio = min(RATIOS, key=lambda ratio: abs(target - math.log(ratio[0] / ratio[1])))
@@ -4722,11 +4704,9 @@ def openai_recording(body: Fields) -> Part:
     if not upload.data:
         raise wrong_value("file", "Invalid 'file': the file is empty.")
     data = base64.b64encode(upload.data).decode()
-    label = MIME_SPELLINGS.get(upload.mime, upload.mime)
-    by_name = extension_type(upload.name) or ""
-    mime = sniffed(data) or by_name or label
-    if mime.startswith("video/") and any(name.startswith("audio/") for name in (label, by_name)):
-        mime = mime.replace("video", "audio")  # browsers record audio into containers for both
+    by_name = extension_type(upload.name) or upload.mime
+    labels = (label for label in (upload.mime, by_name) if label.startswith("audio/"))
+    mime = media_type(data, next(labels, by_name), None)
     if not mime.startswith(("audio/", "video/")):
         formats = "flac, m4a, mp3, mp4, mpeg, mpga, oga, ogg, wav and webm"
         raise wrong_value("file", f"Invalid file format. Supported formats: {formats}.")
@@ -4926,7 +4906,7 @@ def page_limit(query: Mapping[str, str], default: int, most: int) -> int:
         return default
     if re.fullmatch(r"[1-9]\d{0,3}", text, re.ASCII) and int(text) <= most:
         return int(text)
-    raise wrong_value("limit", f"Invalid value for 'limit': it must be between 1 and {most}.")
+    raise invalid_value("limit", f"it must be between 1 and {most}")
 
 
 def openai_model_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
@@ -5358,8 +5338,7 @@ def openai_history(body: Fields, model: Model, context: Context) -> History:
     """The conversation: the earlier responses without their instructions, and then the input."""
     for key, kinds in (("conversation", (str, dict)), ("prompt", (dict,))):
         if body.data.get(key) and type(body.data[key]) in kinds:
-            why = "it is kept at OpenAI; send the items themselves"
-            raise wrong_value(key, f"Invalid value for '{key}': {why}.")
+            raise invalid_value(key, "it is kept at OpenAI; send the items themselves")
     instructions = body.get("instructions", str)
     previous = body.get("previous_response_id", str)
     content = body.get("input", str, list)
@@ -5906,8 +5885,7 @@ def openai_stored_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     if response is None:
         raise ProxyError(404, f"Response with id '{response_id[:80]}' not found.")
     if context.query.get("stream") == "true":
-        why = "only a response that is under way could be streamed"
-        raise wrong_value("stream", f"Invalid value for 'stream': {why}.")
+        raise invalid_value("stream", "only a response that is under way could be streamed")
     return response
 
 
@@ -6907,9 +6885,8 @@ def anthropic_parts(message: Fields, key: str, model: Model, role: str = "") -> 
             block.ignore_whole(f"{without_indexes(block.path)}.{kind}")
             continue
         if BLOCK_ROLES.get(kind, role) != role:
-            path, home = block.path_of("type"), BLOCK_ROLES[kind]
-            problem = f"{kind} blocks can only stand in messages of role '{home}'."
-            raise wrong_value(path, f"Invalid value for '{path}': {problem}")
+            why = f"{kind} blocks can only stand in messages of role '{BLOCK_ROLES[kind]}'"
+            raise invalid_value(block.path_of("type"), why)
         if block.data.get("citations") == {"enabled": False}:
             block.mark_read("citations")
         block_parts = ANTHROPIC_BLOCKS[kind](block, model)
@@ -7059,9 +7036,8 @@ def anthropic_tool_choice(body: Fields, tools: Tools) -> ToolChoice:
             return ToolChoice("ANY", (name,), parallel)
         listed = [get_or_empty(tool, "name", str) for tool in body.data.get("tools") or ()]
         if name and name not in listed:
-            path = choice.path_of("name")
-            problem = f"no tool {name[:80]!r} is among the tools."
-            raise wrong_value(path, f"Invalid value for '{path}': {problem}")
+            why = f"no tool {name[:80]!r} is among the tools"
+            raise invalid_value(choice.path_of("name"), why)
     body.ignore("tool_choice")  # Gemini cannot be made to use its own tools
     return ToolChoice(parallel=parallel)
 

@@ -1692,6 +1692,7 @@ def answer_to(name, output, call_id=None):
     return {"functionResponse": {**proxy.given(id=call_id), "name": name, "response": output}}
 
 
+MISSING_RESULT = proxy.NO_RESULT["response"]
 HISTORIES = {
     "neighbours are one turn": (
         [u("a"), u("b"), m("c"), m("d"), u("e")],
@@ -1725,11 +1726,11 @@ HISTORIES = {
     ),
     "a missing result": (
         [u("q"), m(fc("f")), u("never mind")],
-        [u("q"), m(fc("f")), u(answer_to("f", proxy.MISSING_RESULT)), u("never mind")],
+        [u("q"), m(fc("f")), u(answer_to("f", MISSING_RESULT)), u("never mind")],
     ),
     "no results at all": (
         [u("q"), m("look", fc("f"))],
-        [u("q"), m("look", fc("f")), u(answer_to("f", proxy.MISSING_RESULT))],
+        [u("q"), m("look", fc("f")), u(answer_to("f", MISSING_RESULT))],
     ),
     "text among results": (
         [u("q"), m(fc("f", "1")), u("and"), u(fr(None, "F", "1"))],
@@ -1748,7 +1749,7 @@ HISTORIES = {
         [
             u("q"),
             m(fc("f", "a"), fc("g", "b")),
-            u(answer_to("f", proxy.MISSING_RESULT, "a"), answer_to("g", proxy.MISSING_RESULT, "b")),
+            u(answer_to("f", MISSING_RESULT, "a"), answer_to("g", MISSING_RESULT, "b")),
             u('Result of a function: {"output":"F"}'),
         ],
     ),
