@@ -3512,10 +3512,7 @@ def openai_signature(call: Fields, function: Fields) -> str | None:
     )
     signatures: list[str] = [get_or_empty(one, "thought_signature", str) for one in carriers]
     signatures.append(split_signed_id(get_or_empty(call.data, "id", str))[1])
-    for signature in signatures:
-        if can_sign(signature):
-            return signature
-    return None
+    return next(filter(can_sign, signatures), None)
 
 
 # ---- tools and their choice ----
@@ -3533,13 +3530,9 @@ def openai_tools(body: Fields, *more: Fields) -> Tools:
     later = (entry for fields in more if fields is not body for entry in openai_tool_list(fields))
     finder = next((tool for tool, _, _ in first if searches_tools(tool)), None)
     for tool, namespace, note in first:
-        function = tool.get("defer_loading", bool) and finder and openai_tool_function(tool)
-        if function:
-            deferred.append(deferred_tool(function, namespace, note))
-        else:
-            openai_tool(tool, namespace, note, tools)
+        if tool is not finder:
+            openai_tool(tool, namespace, note, tools, deferred if finder else None)
     for tool, namespace, note in later:
-        tool.mark_read("defer_loading")
         openai_tool(tool, namespace, note, tools)
     if finder:
         declare_finder(finder, deferred, tools)
@@ -3548,25 +3541,27 @@ def openai_tools(body: Fields, *more: Fields) -> Tools:
     return tools
 
 
-def openai_tool(tool: Fields, namespace: str, note: str, tools: Tools) -> None:
-    """Add one tool of any type; what Gemini has nothing for is named as ignored."""
-    kind = tool.get("type", str)
+def openai_tool(
+    tool: Fields, namespace: str, note: str, tools: Tools, deferred: list[str] | None = None
+) -> None:
+    """Add one tool of any type; what Gemini has nothing for is named as ignored. Until the client's
+    search has found a deferred one, the model knows its name and what it is for."""
+    kind, defers = tool.get("type", str), tool.get("defer_loading", bool)
     if tools.host(tool):
         return
-    if kind == "mcp":
-        if tool.get("require_approval", str, dict) == "never":
-            tools.host_mcp(tool, OPENAI_MCP, f"tools[].{kind}")
-        else:  # Gemini calls without asking anybody
-            tool.ignore_whole(f"tools[].{kind}")
-    elif searches_tools(tool):
-        tool.mark_read(*tool.data)  # openai_tools declares it, once all tools are known
-    else:
-        function = openai_tool_function(tool)
-        if function is None:
-            tool.ignore_whole(f"tools[].{kind}")
-            return
+    function = openai_tool_function(tool)
+    if function and defers and deferred is not None:
+        name = qualified_name(namespace, function_name(function))
+        words = " ".join(filter(None, (note, function.get("description", str))))
+        deferred.append(f"{name}: {words}")
+        function.mark_read(*function.data)
+    elif function:
         openai_function(function, tools, kind == "custom", namespace, note)
         tools.strict |= bool(function.get("strict", bool))
+    elif kind == "mcp" and tool.get("require_approval", str, dict) == "never":
+        tools.host_mcp(tool, OPENAI_MCP, f"tools[].{kind}")
+    else:  # such as a server whose tools need approval: Gemini calls without asking anybody
+        tool.ignore_whole(f"tools[].{kind}")
 
 
 def openai_tool_function(tool: Fields) -> Fields | None:
@@ -3575,10 +3570,7 @@ def openai_tool_function(tool: Fields) -> Fields | None:
     kind = tool.get("type", str) or "function"
     if kind not in ("function", "custom") and "function" not in tool.data:
         return None
-    wrapper = kind if kind == "custom" else "function"
-    if wrapper in tool.data and tool.data[wrapper] is None:
-        raise wrong_type(tool.path_of(wrapper), (dict,), None)
-    return tool.object(wrapper) or tool
+    return tool.object_or_self("custom" if kind == "custom" else "function")
 
 
 # A search for tools that the client runs (https://developers.openai.com/api/docs/guides/tools-tool-search);
@@ -3590,15 +3582,6 @@ def searches_tools(tool: Fields) -> bool:
     return (tool.data.get("type"), tool.data.get("execution")) == (TOOL_SEARCH, "client")
 
 
-def deferred_tool(tool: Fields, namespace: str, note: str) -> str:
-    """The words about a function that is declared only once the client's search has found it: until
-    then the model knows its name and what it is for."""
-    name = qualified_name(namespace, function_name(tool))
-    words = " ".join(filter(None, (note, tool.get("description", str))))
-    tool.mark_read(*tool.data)
-    return f"{name}: {words}"
-
-
 def declare_finder(tool: Fields, deferred: list[str], tools: Tools) -> None:
     """Declare the client's search for tools as a function."""
     words = [tool.get("description", str), *deferred]
@@ -3607,6 +3590,7 @@ def declare_finder(tool: Fields, deferred: list[str], tools: Tools) -> None:
     description = "\n".join(filter(None, words))
     tools.declare(tool, TOOL_SEARCH, description, tool.get("parameters", dict))
     tools.finder = TOOL_SEARCH
+    tool.mark_read(*tool.data)
 
 
 CUSTOM_INPUT = "input"  # the one parameter of a function that takes plain text
@@ -3639,40 +3623,31 @@ def openai_function(
         tools.namespaces[name] = namespace
 
 
+MAX_NAMESPACE_CHARACTERS = 128  # each function repeats those of its namespace
+
+
 def openai_tool_list(
     fields: Fields, namespace: str = "", note: str = ""
 ) -> Iterator[tuple[Fields, str, str]]:
     """The tools of a body's, each with its namespace or "", and with its first one the description
     of the namespace."""
     for tool in fields.objects("tools"):
-        if tool.data.get("type") == "namespace":
-            tool.mark_read("type")
-            inner = namespace_name(namespace, tool)
-            yield from openai_tool_list(tool, inner, tool.get("description", str) or "")
-        else:
+        if tool.data.get("type") != "namespace":
             yield tool, namespace, note
             note = ""
-
-
-MAX_NAMESPACE_CHARACTERS = 128  # each function repeats those of its namespace
-
-
-def namespace_name(namespace: str, tool: Fields) -> str:
-    """The name of a namespace within another."""
-    name = qualified_name(namespace, function_name(tool))
-    if len(name) > MAX_NAMESPACE_CHARACTERS:
-        why = f"with those around it, it may have {MAX_NAMESPACE_CHARACTERS} characters"
-        raise invalid_value(tool.path_of("name"), why)
-    return name
+            continue
+        tool.mark_read("type")
+        inner = qualified_name(namespace, function_name(tool))
+        if len(inner) > MAX_NAMESPACE_CHARACTERS:
+            why = f"with those around it, it may have {MAX_NAMESPACE_CHARACTERS} characters"
+            raise invalid_value(tool.path_of("name"), why)
+        yield from openai_tool_list(tool, inner, tool.get("description", str) or "")
 
 
 def openai_tool_names(fields: Fields) -> list[str]:
-    """The names under which the functions in a list of tools are declared."""
-    untracked = Fields(fields.data, fields.path)  # these are read once more, to be declared
-    pairs = [
-        (namespace, get_or_empty(tool.data, "name", str))
-        for tool, namespace, _ in openai_tool_list(untracked)
-    ]
+    """The names of the functions in a list of tools, which are read once more to be declared."""
+    listed = openai_tool_list(Fields(fields.data, fields.path))
+    pairs = [(namespace, get_or_empty(tool.data, "name", str)) for tool, namespace, _ in listed]
     return [qualified_name(namespace, name) for namespace, name in pairs if name]
 
 
@@ -3741,10 +3716,7 @@ def openai_chosen_tools(choice: Fields, key: str, tools: Tools) -> tuple[str | N
 
 def openai_chosen_name(choice: Fields, tools: Tools) -> str:
     """The name of a function, nested or flat, that must be among the tools."""
-    kind = choice.get("type", str) or "function"
-    function = choice
-    if isinstance(choice.data.get(kind), dict):
-        function = choice.require_object(kind)
+    function = choice.object(choice.get("type", str) or "function") or choice
     name = qualified_name(function.get("namespace", str), function.require("name", str))
     if tools.names.get(gemini_name(name)) != name:
         why = f"no function {name[:80]!r} is among the tools"
@@ -5049,10 +5021,6 @@ class History:
             raise ProxyError(404, f"Item with id '{item_id[:80]}' not found: {why}", path="input")
         self.add(Fields(entry, item.path))
 
-    def add_tools(self, item: Fields) -> None:
-        item.mark_read("role")
-        self.tools.append(item)
-
     def add_search(self, item: Fields) -> None:
         """A call of the client's search for tools."""
         call_id = strip_signature(item.get("call_id", str))
@@ -5062,11 +5030,11 @@ class History:
             part = call_part(TOOL_SEARCH, call_arguments(item), call_id, signature)
             self.contents.append(model_turn(part))
 
-    def add_search_result(self, item: Fields) -> None:
-        """The tools that such a search has found; they are declared from now on."""
-        self.add_tools(item)
+    def add_tools(self, item: Fields) -> None:
+        """More tools, to be declared; those that such a search has found are its result."""
+        self.tools.append(item)
         call_id = strip_signature(item.get("call_id", str))
-        item.mark_read("execution")
+        item.mark_read("role", "execution")
         if call_id:
             content = text_part(encode_json({"tools": openai_tool_names(item)}))
             self.contents.append(user_turn(result_part(TOOL_SEARCH, [content], call_id)))
@@ -5125,9 +5093,8 @@ INPUT_ITEMS: dict[str, Callable[[History, Fields], None]] = {
     **dict.fromkeys((f"{name}_call_output" for name in LOCAL_TOOLS), History.add_local_output),
     "image_generation_call": History.add_image,
     **dict.fromkeys(("web_search_call", COMPACTION_TRIGGER), History.skip),
-    "additional_tools": History.add_tools,
+    **dict.fromkeys(("additional_tools", "tool_search_output"), History.add_tools),
     "tool_search_call": History.add_search,
-    "tool_search_output": History.add_search_result,
     **dict.fromkeys(COMPACTIONS, History.add_summary),
     "agent_message": History.add_agent_message,
     "configuration_update": History.add_update,
