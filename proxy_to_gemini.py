@@ -285,6 +285,14 @@ class Fields:
             raise ProxyError(400, f"Missing required parameter: '{path}'.", code=code, path=path)
         return value
 
+    def require_text(self, key: str) -> str:
+        """A text that must say something."""
+        text: str = self.require(key, str)
+        if not text.strip():
+            path = self.path_of(key)
+            raise wrong_value(path, f"Invalid '{path}': empty string.")
+        return text
+
     def number(self, key: str, low: float, high: float, kind: type = float) -> Any:
         """A number within these bounds, or None."""
         value = self.get(key, kind)
@@ -2051,14 +2059,6 @@ class Tools:
         self.hosted.setdefault(MCP, (words, []))[1].append(entry)
 
 
-def function_name(function: Fields) -> str:
-    name: str = function.require("name", str)
-    if not name:
-        path = function.path_of("name")
-        raise wrong_value(path, f"Invalid '{path}': empty string.")
-    return name
-
-
 class ToolChoice(NamedTuple):
     """Which tools a model may call, and how."""
 
@@ -3551,7 +3551,7 @@ def openai_tool(
         return
     function = openai_tool_function(tool)
     if function and defers and deferred is not None:
-        name = qualified_name(namespace, function_name(function))
+        name = qualified_name(namespace, function.require_text("name"))
         words = " ".join(filter(None, (note, function.get("description", str))))
         deferred.append(f"{name}: {words}")
         function.mark_read(*function.data)
@@ -3610,7 +3610,7 @@ def openai_function(
     note: str = "",
 ) -> None:
     """Declare one function; `note` describes its namespace."""
-    name = qualified_name(namespace, function_name(function))
+    name = qualified_name(namespace, function.require_text("name"))
     words = [note, function.get("description", str)]
     if custom:
         function.mark_read("format")
@@ -3637,7 +3637,7 @@ def openai_tool_list(
             note = ""
             continue
         tool.mark_read("type")
-        inner = qualified_name(namespace, function_name(tool))
+        inner = qualified_name(namespace, tool.require_text("name"))
         if len(inner) > MAX_NAMESPACE_CHARACTERS:
             why = f"with those around it, it may have {MAX_NAMESPACE_CHARACTERS} characters"
             raise invalid_value(tool.path_of("name"), why)
@@ -4356,14 +4356,6 @@ def no_media_error(what: str, end: End, text: str = "") -> ProxyError:
     return ProxyError(400, message, code=code, upstream=True)
 
 
-def openai_nonblank(body: Fields, key: str) -> str:
-    """A text that must say something."""
-    text: str = body.require(key, str)
-    if not text.strip():
-        raise wrong_value(key, f"Invalid '{key}': empty string.")
-    return text
-
-
 def openai_media_usage(usage: Usage, **details: JSON) -> JSON:
     total = usage.prompt + usage.output
     output = {"output_tokens": usage.output, "total_tokens": total}
@@ -4390,7 +4382,7 @@ def openai_images_request(
     """Images: https://platform.openai.com/docs/api-reference/images/create"""
     model_name = body.get("model", str)
     model = model_named(model_name or "gpt-image-1", context, "image")
-    prompt, n = openai_nonblank(body, "prompt"), body.number("n", 1, 10, int) or 1
+    prompt, n = body.require_text("prompt"), body.number("n", 1, 10, int) or 1
     form = body.choice("response_format", "url", "b64_json")
     if body.choice("output_format", *IMAGE_FORMATS) not in (None, model.image_format):
         body.ignore("output_format")
@@ -4408,15 +4400,11 @@ def openai_source_images(body: Fields) -> list[Part]:
     """The images to edit: files of a form, or in JSON addresses, bare or in objects."""
     key = "images" if "images" in body.data else "image"
     sources = body.require(key, Upload, str, dict, list)
-    if isinstance(sources, list):
-        images = [
-            openai_source_image(source, f"{key}[{i}]", body) for i, source in enumerate(sources)
-        ]
-    else:
-        images = [openai_source_image(sources, key, body)]
-    if not images:
+    if not isinstance(sources, list):
+        return [openai_source_image(sources, key, body)]
+    if not sources:
         raise wrong_value(key, f"Invalid '{key}': {EMPTY_ARRAY}.")
-    return images
+    return [openai_source_image(source, f"{key}[{i}]", body) for i, source in enumerate(sources)]
 
 
 def openai_source_image(source: Any, path: str, body: Fields) -> Part:
@@ -4526,7 +4514,7 @@ def openai_speech_request(body: Fields, context: Context) -> Plan:
     """Speech: https://platform.openai.com/docs/api-reference/audio/createSpeech"""
     model_name = body.require("model", str)
     model = model_named(model_name, context, "speech")
-    text, manner = openai_nonblank(body, "input"), body.get("instructions", str)
+    text, manner = body.require_text("input"), body.get("instructions", str)
     form = body.choice("response_format", "mp3", "opus", "aac", "flac", "wav", "pcm") or "mp3"
     events, wav = body.choice("stream_format", "audio", "sse") == "sse", form != "pcm"
     if form not in ("pcm", "wav"):  # WAV is all that the library can make
@@ -6962,7 +6950,7 @@ def anthropic_tools(body: Fields) -> Tools:
         known = ANTHROPIC_TOOLS.get(kind) or ANTHROPIC_TOOLS.get(family)
         tool.mark_read("eager_input_streaming", "defer_loading")  # about when Claude sees it
         if kind == "custom":
-            name, description = function_name(tool), tool.get("description", str)
+            name, description = tool.require_text("name"), tool.get("description", str)
             schema = tool.get("input_schema", dict)
             tools.declare(tool, name, description, schema)
             tools.strict |= bool(tool.get("strict", bool))
