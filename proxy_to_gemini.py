@@ -4831,16 +4831,21 @@ def openai_models_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     if context.ollama:
         models = {tagged(name): models[name] for name in models if model_of(name).chats}
     data = [openai_model_entry(name, entry, context) for name, entry in models.items()]
-    limit = page_limit(context.query, len(data), 1000)
-    page = openai_page(data, context.query, "after_id", limit)
+    page = openai_page(data, context.query, "after_id", len(data), 1000)
     if "client_version" in context.query:  # Codex wants a list of its own (openai/codex#35758)
         page["models"] = []  # of models with prompts, which would replace Codex's
     return page
 
 
-def openai_page(items: list[JSON], query: Mapping[str, str], after: str, limit: int) -> JSON:
-    """A page of a list: so many items behind the one that `after` names in the query, or before
-    that of `before_id`."""
+def openai_page(
+    items: list[JSON], query: Mapping[str, str], after: str, default: int, most: int
+) -> JSON:
+    """A page of a list: as many items as `limit` says in the query, behind the one that `after`
+    names there, or before that of `before_id`."""
+    text = query.get("limit", "")
+    if text and not (re.fullmatch(r"[1-9]\d{0,3}", text, re.ASCII) and int(text) <= most):
+        raise invalid_value("limit", f"it must be between 1 and {most}")
+    limit = int(text or default)
     ids = [item["id"] for item in items]
     start, end, more_before = 0, len(items), False
     if query.get(after) in ids:
@@ -4857,16 +4862,6 @@ def openai_page(items: list[JSON], query: Mapping[str, str], after: str, limit: 
         "last_id": page_ids[-1],
         "has_more": more_before or end - start > limit,
     }
-
-
-def page_limit(query: Mapping[str, str], default: int, most: int) -> int:
-    """How many items a page may have, by the query."""
-    text = query.get("limit", "")
-    if not text:
-        return default
-    if re.fullmatch(r"[1-9]\d{0,3}", text, re.ASCII) and int(text) <= most:
-        return int(text)
-    raise invalid_value("limit", f"it must be between 1 and {most}")
 
 
 def openai_model_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
@@ -4909,7 +4904,7 @@ class History:
         self.contents: list[JSON] = []
         self.tools: list[Fields] = []  # the items that bring more tools
         self.signatures: dict[str, str] = {}  # call id -> signature, from our own reasoning items
-        self.stored: dict[str, dict[str, JSON]] = {}  # key of a stored text -> its items by id
+        self.stored: dict[str, dict[str, JSON]] = {}  # key of a response -> its items by id
         self.references: set[str] = set()  # the ids of items referred to
         self.summarized = 0  # turns up to the last summary, the last of them
         self.effort: str | None = None  # of the last configuration_update that has one
@@ -5002,7 +4997,9 @@ class History:
         self.references.add(item_id)
         key = reference_key(item_id)
         if key not in self.stored:
-            self.stored[key] = {entry["id"]: entry for entry in stored_items(key, self.context)}
+            response = stored_response(key, self.context) or {"input": [], "output": []}
+            items = response["input"] + response["output"]
+            self.stored[key] = {entry["id"]: entry for entry in items}
         entry = self.stored[key].get(item_id)
         if entry is None or entry.get("type") == "item_reference":
             why = "it was not stored, or is forgotten. Send the item itself, or leave it out."
@@ -5138,67 +5135,49 @@ def signatures_in(text: str, model: Model) -> dict[str, str]:
 # ---- what is stored ----
 
 
+RESPONSE_PREFIX = "responses:"  # of the keys under which responses are stored; their ids follow
+
+
 def reference_key(item_id: str) -> str:
-    """The key of the stored text that holds the item with this id, such as "msg_TAIL_i0"."""
-    tail, _, position = item_id.partition("_")[2].rpartition("_")
-    return f"{'input' if position[:1] == 'i' else 'response'}:resp_{tail}"
-
-
-def stored_keys(response_id: str) -> list[str]:
-    """The keys of a response and of its input, which is stored apart because it is larger."""
-    return [f"response:{response_id}", f"input:{response_id}"]
+    """The key of the response that holds the item with this id, such as "msg_TAIL_i0"."""
+    return f"{RESPONSE_PREFIX}resp_{item_id.partition('_')[2].rpartition('_')[0]}"
 
 
 def openai_keys(body: Fields, context: Context) -> list[str]:
-    """The keys of the stored texts that a request builds on; stored_links names the next ones."""
-    keys = reference_keys(body.data.get("input"))
-    previous = body.data.get("previous_response_id")
-    if isinstance(previous, str):
-        keys += stored_keys(previous)
-    return keys
+    """The keys of the stored responses that a request builds on, or that its path names."""
+    return response_keys({"previous_response_id": context.params.get("id"), **body.data})
 
 
-def reference_keys(items: Any) -> list[str]:
-    """The keys of the items that these input items refer to."""
-    if not isinstance(items, list):
-        return []
-    objects = [item for item in items if isinstance(item, dict)]
+def response_keys(request: JSON) -> list[str]:
+    """The same of a request, itself stored or not."""
+    items, previous = request.get("input"), request.get("previous_response_id")
+    objects = [item for item in items if type(item) is dict] if type(items) is list else []
     ids = [item.get("id") for item in objects if item.get("type") in (None, "item_reference")]
-    return [reference_key(item_id) for item_id in ids if isinstance(item_id, str)]
+    keys = [reference_key(item_id) for item_id in ids if type(item_id) is str]
+    return [*keys, RESPONSE_PREFIX + previous] if type(previous) is str else keys
 
 
 def stored_links(key: str, text: str) -> list[str]:
-    """The keys to which a stored text leads: an earlier response, items referred to."""
-    if not text or key.startswith(CONTEXT_PREFIX):
-        return []
-    value = json.loads(text)
-    if isinstance(value, list):
-        return reference_keys(value)
-    previous = value["previous_response_id"]
-    return stored_keys(previous) if previous else []
+    """The keys to which a stored text leads: those of other responses."""
+    return response_keys(json.loads(text)) if text and key.startswith(RESPONSE_PREFIX) else []
 
 
-def stored_value(key: str, context: Context) -> Any:
-    """The response or the input stored under a key, or None."""
-    return json.loads(context.stored.get(key) or "null")
-
-
-def stored_items(key: str, context: Context) -> list[JSON]:
-    """The items of the response or of the input stored under a key."""
-    value = stored_value(key, context) or []
-    return list(value["output"] if isinstance(value, dict) else value)
+def stored_response(key: str, context: Context) -> JSON | None:
+    """The response that is stored under this key, and the `input` that it answers; or None."""
+    response: JSON | None = json.loads(context.stored.get(key) or "null")
+    return response
 
 
 def past_items(response_id: str | None, context: Context) -> list[JSON]:
     """The items of all responses up to this one, oldest first; OpenAI's 404 if one is missing."""
     past: list[list[JSON]] = []
     while response_id:
-        response, items = (stored_value(key, context) for key in stored_keys(response_id))
-        if response is None or items is None:
+        response = stored_response(RESPONSE_PREFIX + response_id, context)
+        if response is None:
             message = f"Previous response with id '{response_id[:80]}' not found."
             code, path = "previous_response_not_found", "previous_response_id"
             raise ProxyError(404, message, code=code, path=path)
-        past.append(items + response["output"])
+        past.append(response["input"] + response["output"])
         response_id = response["previous_response_id"]
     return [item for items in reversed(past) for item in items]
 
@@ -5739,12 +5718,10 @@ class ResponseBuilder:
         if status == "completed":
             self.response["completed_at"] = int(self.exchange.now)
         if self.response["store"]:
-            items = encode_json(input_items(self.options.items, self.tail))
-            response = encode_json(self.response)
-            response_key, input_key = stored_keys(self.response["id"])
-            if len(items) + len(response) <= MAX_STORED_CHARACTERS:
-                yield Keep(input_key, items)
-                yield Keep(response_key, response)
+            items = input_items(self.options.items, self.tail)
+            text = encode_json({**self.response, "input": items})
+            if len(text) <= MAX_STORED_CHARACTERS:
+                yield Keep(RESPONSE_PREFIX + self.response["id"], text)
             else:
                 self.response["store"] = False  # it would evict what others have stored
         yield self.event(status, response=self.response)
@@ -5832,11 +5809,10 @@ def openai_input_tokens_response(exchange: Exchange, answers: AnswerStreams) -> 
     return {"object": "response.input_tokens", "input_tokens": read_count(answers)}
 
 
-def openai_stored_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
-    """A stored response; a 404 as OpenAI's if it is not there, or not any more."""
-    context = exchange.context
+def response_in_path(context: Context) -> JSON:
+    """The stored response that the path names; a 404 as OpenAI's if it is not there any more."""
     response_id = context.params["id"]
-    response: JSON | None = stored_value(f"response:{response_id}", context)
+    response = stored_response(RESPONSE_PREFIX + response_id, context)
     if response is None:
         raise ProxyError(404, f"Response with id '{response_id[:80]}' not found.")
     if context.query.get("stream") == "true":
@@ -5844,40 +5820,31 @@ def openai_stored_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     return response
 
 
+def openai_stored_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
+    response = response_in_path(exchange.context)
+    return {key: value for key, value in response.items() if key != "input"}
+
+
 def openai_delete_response(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
-    response_id = openai_stored_response(exchange, answers)["id"]
-    for key in stored_keys(response_id):
-        yield Keep(key, "")
+    response_id = response_in_path(exchange.context)["id"]
+    yield Keep(RESPONSE_PREFIX + response_id, "")
     yield {"id": response_id, "object": "response", "deleted": True}
 
 
 def openai_cancel_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
-    openai_stored_response(exchange, answers)
+    response_in_path(exchange.context)
     raise ProxyError(400, "Cannot cancel a response that was not made in the background.")
 
 
 def openai_input_items_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     """A page of a response's own input, the newest first unless the client wants it otherwise."""
-    response_id, query = openai_stored_response(exchange, answers)["id"], exchange.context.query
-    items = stored_items(f"input:{response_id}", exchange.context)
+    items, query = response_in_path(exchange.context)["input"], exchange.context.query
     if query.get("order") != "asc":
         items = items[::-1]
-    return openai_page(items, query, "after", page_limit(query, 20, 100))
+    return openai_page(items, query, "after", 20, 100)
 
 
 # ---- routes ----
-
-
-def stored_route(
-    method: str, path: str, response: Callable[[Exchange, AnswerStreams], Any]
-) -> Route:
-    """A route about a stored response. It asks Gemini nothing."""
-
-    def path_keys(body: Fields, context: Context) -> list[str]:
-        return stored_keys(context.params["id"])
-
-    return Route(method, path, response=response, parse=no_body, keys=path_keys)
-
 
 # (request, response, stream, framing) of each endpoint, as far as it has them.
 CHAT_COMPLETIONS = (openai_chat_request, openai_chat_response, openai_chat_stream)
@@ -5899,6 +5866,7 @@ SPEECH = (openai_speech_request, openai_speech_response, openai_speech_stream)
 TRANSCRIPTS = (openai_transcriptions_response, openai_transcriptions_stream)
 TRANSCRIPTIONS = (openai_transcriptions_request, *TRANSCRIPTS)
 TRANSLATIONS = (openai_translations_request, *TRANSCRIPTS)
+STORED: JSON = {"parse": no_body, "keys": openai_keys}
 MODELS = (openai_models_request, openai_models_response)
 MODEL = (openai_models_request, openai_model_response)
 
@@ -5910,19 +5878,15 @@ OPENAI_ROUTES = (
     Route("GET", "/v1/responses", answer=NO_WEB_SOCKET),  # upon a 426 Codex uses POST from then on
     Route("POST", "/v1/responses/compact", *COMPACTION, keys=openai_keys),
     Route("POST", "/v1/responses/input_tokens", *INPUT_TOKENS, keys=openai_keys),
-    stored_route("GET", "/v1/responses/{id}/input_items", openai_input_items_response),
-    stored_route("POST", "/v1/responses/{id}/cancel", openai_cancel_response),
-    stored_route("GET", "/v1/responses/{id}", openai_stored_response),
-    stored_route("DELETE", "/v1/responses/{id}", openai_delete_response),
+    Route("GET", "/v1/responses/{id}/input_items", None, openai_input_items_response, **STORED),
+    Route("POST", "/v1/responses/{id}/cancel", None, openai_cancel_response, **STORED),
+    Route("GET", "/v1/responses/{id}", None, openai_stored_response, **STORED),
+    Route("DELETE", "/v1/responses/{id}", None, openai_delete_response, **STORED),
     Route("POST", "/v1/embeddings", *EMBEDDINGS),
     Route("POST", "/v1/completions", *COMPLETIONS),
     Route("POST", "/v1/images/generations", *IMAGES, failure=openai_images_failure),
     Route(
-        "POST",
-        "/v1/images/edits",
-        *EDITS,
-        parse=parse_form_or_body,
-        failure=openai_images_failure,
+        "POST", "/v1/images/edits", *EDITS, parse=parse_form_or_body, failure=openai_images_failure
     ),
     Route("POST", "/v1/audio/speech", *SPEECH),
     Route("POST", "/v1/audio/transcriptions", *TRANSCRIPTIONS, parse=parse_form),

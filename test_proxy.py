@@ -12974,7 +12974,8 @@ def test_a_response_is_continued_with_its_own_key_only(with_client_keys):
 
 def test_a_call_with_the_id_of_a_response_gets_none_of_it(with_client_keys, gemini):
     key = {"Authorization": "Bearer AIza-a"}
-    response_id = "response:" + post_json(with_client_keys, "/v1/responses", QUESTION, **key)["id"]
+    answer = post_json(with_client_keys, "/v1/responses", QUESTION, **key)
+    response_id = proxy.RESPONSE_PREFIX + answer["id"]
     history = [
         assistant(None, tool_calls=[tool_call(response_id, "weather", "{}")]),
         tool_result(response_id, "3"),
@@ -14876,8 +14877,8 @@ def test_the_readme_says_which_parameters_of_responses_are_ignored():
     kinds = kinds_of("Parameters of responses")
     assert set(kinds) == set(RESPONSE_SAMPLES)
     previous = RESPONSE_SAMPLES["previous_response_id"]
-    response = json.dumps({"output": [], "previous_response_id": None})
-    context = Context(stored={f"input:{previous}": "[]", f"response:{previous}": response})
+    response = json.dumps({"input": [], "output": [], "previous_response_id": None})
+    context = Context(stored={proxy.RESPONSE_PREFIX + previous: response})
     for name, kind in kinds.items():
         body = {"model": FLASH, "input": "Hi", name: RESPONSE_SAMPLES[name]}
         ignored = ignored_names(body, proxy.openai_responses_request, context)
