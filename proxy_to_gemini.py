@@ -3149,6 +3149,10 @@ GAP_INSTRUCTION = (
 )
 
 
+# Before a summary that stands in a history.
+SUMMARY_HEAD = "[A summary of what you said and did before this point, in place of it:]\n"
+
+
 def gap_prompt(before: str, after: str) -> str:
     return f"<before>{before}</before><gap/><after>{after}</after>"
 
@@ -4732,11 +4736,26 @@ def openai_timed_transcript(exchange: Exchange, text: str) -> JSON | Payload:
     fields["language"] = "english"
     if task == "transcribe":
         fields["language"] = expect(transcript, "language", str)
-    fields["segments"] = [
-        {"id": i, "start": segment.start, "end": segment.end, "text": segment.text}
-        for i, segment in enumerate(segments)
-    ]
+    fields["segments"] = [openai_segment(i, segment) for i, segment in enumerate(segments)]
     return fields
+
+
+# What Whisper says of a segment that it is sure of; Gemini says no such thing. Clients in Rust
+# cannot read a segment that lacks a field (async-openai's TranscriptionSegment), and others drop
+# those that seem to be silence.
+WHISPERS_FIELDS: JSON = {
+    "seek": 0,
+    "tokens": [],
+    "temperature": 0.0,
+    "avg_logprob": 0.0,
+    "compression_ratio": 1.0,
+    "no_speech_prob": 0.0,
+}
+
+
+def openai_segment(index: int, segment: Segment) -> JSON:
+    times = {"start": segment.start, "end": segment.end}
+    return {"id": index, **times, "text": segment.text, **WHISPERS_FIELDS}
 
 
 def read_segment(segment: Any) -> Segment:
@@ -5036,7 +5055,7 @@ class History:
             if self.summarized:
                 self.contents[self.summarized - 1]["parts"].clear()  # the earlier summary
             rest = [turn for turn in self.contents[self.summarized :] if is_users_own(turn)]
-            rest.append(user_turn(text_part(f"{SUMMARY_HEAD}\n{summary}")))
+            rest.append(user_turn(text_part(SUMMARY_HEAD + summary)))
             self.contents[self.summarized :] = rest
             self.summarized = len(self.contents)
         elif text:
@@ -5382,7 +5401,6 @@ COMPACTION_PROMPT = (
     "next. Leave out what nobody needs any more. Answer with the summary alone, and call no "
     "function.\n</system>"
 )
-SUMMARY_HEAD = "[A summary of what you said and did before this point, in place of it:]"
 BYTES_PER_TOKEN = 4  # of text: https://ai.google.dev/gemini-api/docs/tokens
 MEDIA_TOKENS = 1120  # of an image: https://ai.google.dev/gemini-api/docs/media-resolution
 
@@ -5699,8 +5717,8 @@ class ResponseBuilder:
         """The end of a response that is nothing but that item."""
         status, fields = response_status(end)
         if status == "completed" and not self.output:
-            error = {"code": "server_error", "message": "Gemini wrote no summary."}
-            status, fields = "failed", {"error": error}
+            error = ProxyError(500, "Gemini wrote no summary.")
+            status, fields = "failed", {"error": response_error(error)}
         yield from self.end(status, fields)
 
     def fail(self, error: JSON) -> Iterator[Any]:
@@ -5737,12 +5755,19 @@ def response_usage(usage: Usage) -> JSON:
     }
 
 
+def response_error(error: ProxyError) -> JSON:
+    """The error of a response that failed: its newer fields too, since @ai-sdk/openai wants a
+    type."""
+    body = openai_error(error)[1]["error"]
+    return {**body, "code": body["code"] or "invalid_prompt"}
+
+
 def response_status(end: End) -> tuple[str, JSON]:
     """(the status of a response, the fields about it), with Gemini's own words."""
     native = native_finish(end)
     if end.finish == "failed":
         message = end.message or f"Gemini ended its answer with {end.reason}."
-        return "failed", {"error": {"code": "server_error", "message": message}, **native}
+        return "failed", {"error": response_error(ProxyError(500, message)), **native}
     reason = {"length": "max_output_tokens", "filter": "content_filter"}.get(end.finish)
     if reason:
         return "incomplete", {"incomplete_details": {"reason": reason}, **native}
@@ -5789,12 +5814,11 @@ def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[Any]
 
     Codex reads from the message when to try again (its codex-api/src/sse/responses.rs).
     """
-    body = openai_error(error)[1]["error"]
-    message = body["message"]
+    body = response_error(error)
     if error.retry_after and error.status == 429:
-        message += f" Please try again in {error.retry_after:g}s."
+        body["message"] += f" Please try again in {error.retry_after:g}s."
     builder = exchange.builder or ResponseBuilder(exchange)
-    return list(builder.fail({"code": body["code"] or "invalid_prompt", "message": message}))
+    return list(builder.fail(body))
 
 
 # ---- tokens of a request, and stored responses ----
@@ -6776,6 +6800,12 @@ def anthropic_thought(block: Fields, model: Model) -> list[Part]:
     return []
 
 
+def anthropic_summary_parts(block: Fields, model: Model) -> list[Part]:
+    """The summary that Anthropic's servers wrote of all that was before; null where they failed."""
+    block.mark_read("encrypted_content", "signature")
+    return [text_part(SUMMARY_HEAD + text) for text in filter(None, [block.get("content", str)])]
+
+
 ANTHROPIC_BLOCKS: dict[str, Callable[[Fields, Model], list[Part]]] = {
     "text": anthropic_text_part,
     "image": anthropic_source_parts,
@@ -6786,6 +6816,7 @@ ANTHROPIC_BLOCKS: dict[str, Callable[[Fields, Model], list[Part]]] = {
     "tool_result": anthropic_result_part,
     "thinking": anthropic_thought,
     "redacted_thinking": anthropic_thought,
+    "compaction": anthropic_summary_parts,
 }
 
 
@@ -6964,10 +6995,20 @@ def anthropic_tool_choice(body: Fields, tools: Tools) -> ToolChoice:
 # ---- the request ----
 
 
+# A message of at most 0 tokens is to fill Anthropic's cache; Gemini fills its own by itself.
+# https://platform.claude.com/docs/en/build-with-claude/prompt-caching#pre-warming-the-cache
+WARMS = "warms"
+
+
 def anthropic_messages_request(body: Fields, context: Context) -> Plan:
     """Messages: https://platform.claude.com/docs/en/api/messages"""
-    body.require("max_tokens", int)
-    return anthropic_plan(body, context, bool(body.get("stream", bool)))
+    limit, stream = body.require("max_tokens", int), bool(body.get("stream", bool))
+    plan = anthropic_plan(body, context, stream)
+    if limit:
+        return plan
+    if stream:
+        raise wrong_value("max_tokens", "Invalid value for 'max_tokens': with 0, nothing streams.")
+    return count_plan(plan)._replace(options=WARMS)
 
 
 def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan:
@@ -6993,7 +7034,7 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
 
 
 def anthropic_sampling(body: Fields, model: Model) -> JSON:
-    limit = body.number("max_tokens", 1, math.inf, int)
+    limit = body.number("max_tokens", 0, math.inf, int)
     if limit and limit > model.max_output:
         body.ignore(f"max_tokens>{model.max_output}")
         limit = model.max_output
@@ -7010,7 +7051,9 @@ def anthropic_thinking(body: Fields, output: Fields) -> Thinking:
         return Thinking(effort, answer_only=True, field="output_config.effort")
     budget = thinking.number("budget_tokens", 1, math.inf, int)
     thinking.require("type", str)
-    if thinking.choice("type", "enabled", "adaptive", "disabled") == "disabled":
+    # between_tools: none either, as where a model of Anthropic's does not take it (BetaFallback).
+    kinds = ("enabled", "adaptive", "disabled", "between_tools")
+    if thinking.choice("type", *kinds) in kinds[2:]:
         return Thinking("none", answer_only=True, field="thinking")
     show = thinking.get("display", str) != "omitted"
     return Thinking(effort, budget, show, field="thinking", signatures=True)
@@ -7119,11 +7162,9 @@ def anthropic_searches(end: End, text: str, exchange: Exchange) -> Iterator[tupl
         yield "web_search_tool_result", {"tool_use_id": call_id, "content": content, **DIRECT_CALL}
 
 
-def anthropic_start(exchange: Exchange, answers: AnswerStreams) -> tuple[JSON, Iterator[Event]]:
-    """(the message as it begins, the answer's events). It waits for the first, or for a refusal."""
-    events = next(answers)
-    first = next(events)
-    message: JSON = {
+def anthropic_message(exchange: Exchange, usage: Usage) -> JSON:
+    """A message as it begins."""
+    return {
         "id": exchange.new_id("msg_"),
         "type": "message",
         "role": "assistant",
@@ -7131,8 +7172,15 @@ def anthropic_start(exchange: Exchange, answers: AnswerStreams) -> tuple[JSON, I
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
-        "usage": anthropic_usage(read_usage(exchange.first_usage or {})),
+        "usage": anthropic_usage(usage),
     }
+
+
+def anthropic_start(exchange: Exchange, answers: AnswerStreams) -> tuple[JSON, Iterator[Event]]:
+    """(the message as it begins, the answer's events). It waits for the first, or for a refusal."""
+    events = next(answers)
+    first = next(events)
+    message = anthropic_message(exchange, read_usage(exchange.first_usage or {}))
     return message, itertools.chain([first], events)
 
 
@@ -7174,7 +7222,10 @@ def anthropic_deltas(fields: JSON) -> Iterator[JSON]:
 
 
 def anthropic_messages_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
-    """The message that the events of the stream would add up to."""
+    """The message that the events of the stream would add up to; an empty one if none may come."""
+    if exchange.options == WARMS:
+        message = anthropic_message(exchange, Usage(prompt=read_count(answers)))
+        return {**message, "stop_reason": ANTHROPIC_STOPS["length"]}
     message, events = anthropic_start(exchange, answers)
     answer = whole(events)
     *pieces, (_, ending) = anthropic_pieces([*answer.events, answer.end], exchange)

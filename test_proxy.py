@@ -4290,14 +4290,24 @@ def test_a_transcript_as_subtitles(form):
 TIMED_BASE = {"task": "transcribe", "duration": 3661.25, "text": "Hello --> there. Bye."}
 
 
+SURE = {
+    "seek": 0,
+    "tokens": [],
+    "temperature": 0.0,
+    "avg_logprob": 0.0,
+    "compression_ratio": 1.0,
+    "no_speech_prob": 0.0,
+}
+
+
 def test_a_transcript_with_segments_is_never_streamed():
     answer, events = transcribe([whole(TIMED)], response_format="verbose_json", stream="true")
     assert answer == {
         **TIMED_BASE,
         "language": "english",
         "segments": [
-            {"id": 0, "start": 1.5, "end": 2.0, "text": "Hello --> there."},
-            {"id": 1, "start": 3661.25, "end": 3661.25, "text": "Bye."},
+            {"id": 0, "start": 1.5, "end": 2.0, "text": "Hello --> there.", **SURE},
+            {"id": 1, "start": 3661.25, "end": 3661.25, "text": "Bye.", **SURE},
         ],
     }
     assert events == []
@@ -4866,6 +4876,8 @@ def test_a_response_tells_the_sampling_that_was_used(model, penalty):
 NO_CALL = {
     "code": "server_error",
     "message": "Gemini ended its answer with MALFORMED_FUNCTION_CALL.",
+    "type": "server_error",
+    "param": None,
 }
 
 
@@ -4920,7 +4932,7 @@ def test_a_response_that_breaks_off_ends_with_what_came():
     assert last["sequence_number"] == len(events)
     response = last["response"]
     assert response["id"] == events[0]["response"]["id"]
-    assert response["error"] == {"code": "server_error", "message": caught.value.message}
+    assert response["error"] == {**NO_CALL, "message": caught.value.message}
     assert response["output"][0]["status"] == "incomplete"
     assert response["output"][0]["content"][0]["text"] == "Hel"
 
@@ -5629,7 +5641,7 @@ def compaction_item(summary="We spoke."):
     return {"type": "compaction", "encrypted_content": content}
 
 
-SUMMARY = u(f"{proxy.SUMMARY_HEAD}\nWe spoke.")
+SUMMARY = u(f"{proxy.SUMMARY_HEAD}We spoke.")
 OSLO_OUTPUT = {"type": "function_call_output", "call_id": "call_9", "output": "3"}
 OSLO_TURNS = [user("Hi"), OSLO_CALL, OSLO_OUTPUT]
 
@@ -7484,6 +7496,15 @@ def test_blocks_of_anthropics_servers_are_ignored_by_name():
     ]
 
 
+def test_the_summary_of_a_compaction_stays_in_its_place():
+    summary = {"type": "compaction", "content": "We spoke.", "encrypted_content": "e"}
+    failed = {"type": "compaction", "content": None}
+    body = claude_chat(assistant([summary, failed, text_block("Hello")]), user("Bye"))
+    parts = [{"text": f"{proxy.SUMMARY_HEAD}We spoke."}, {"text": "Hello"}]
+    assert claude_body(body)["contents"][-2] == {"role": "model", "parts": parts}
+    assert claude_ignored(body) == []
+
+
 TOOL_HISTORY = claude_chat(
     user("Hi"),
     assistant(
@@ -7687,6 +7708,7 @@ def test_a_search_can_be_forbidden():
             True,
         ),
         (FLASH, {"thinking": {"type": "disabled"}}, {"thinkingBudget": 0}, False),
+        (FLASH, {"thinking": {"type": "between_tools"}}, {"thinkingBudget": 0}, False),
     ],
 )
 def test_thinking_by_type_budget_and_effort(model, more, config, takes_blocks):
@@ -7700,7 +7722,8 @@ def test_thinking_by_type_budget_and_effort(model, more, config, takes_blocks):
     [
         ("model", {"max_tokens": 9}),
         ("max_tokens", {**claude_chat(), "max_tokens": None}),
-        ("max_tokens", claude_chat(max_tokens=0)),
+        ("max_tokens", claude_chat(max_tokens=-1)),
+        ("max_tokens", claude_chat(max_tokens=0, stream=True)),
         ("messages", {**claude_chat(), "messages": []}),
         ("messages[0].role", claude_chat({"role": "wizard", "content": "Hi"})),
         ("messages[0].content", claude_chat(user(7))),
@@ -8029,6 +8052,13 @@ def test_an_unknown_path_below_messages_is_a_404_in_anthropics_form(claude_serve
 def test_tokens_are_counted_on_the_wire(claude_server):
     path = "/v1/messages/count_tokens?beta=true"
     assert json.loads(post(claude_server, path, claude_chat())[2]) == {"input_tokens": 7}
+
+
+def test_a_message_of_no_tokens_is_counted_and_empty(claude_server, gemini):
+    message = post_json(claude_server, "/v1/messages", claude_chat(max_tokens=0))
+    assert (message["content"], message["stop_reason"]) == ([], "max_tokens")
+    assert (message["usage"]["input_tokens"], message["usage"]["output_tokens"]) == (7, 0)
+    assert gemini.bodies == []
 
 
 def test_claudes_signatures_are_remembered_by_id_where_no_thinking_is_visible(
