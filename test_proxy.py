@@ -4949,7 +4949,8 @@ def test_a_failure_says_in_codexs_words_when_to_try_again():
     error = ProxyError(429, "Slow.", code="rate_limit_exceeded", retry_after=1.5)
     *_, last = proxy.openai_responses_failure(exchange(response_plan({})[0]), error)
     message = "Slow. Please try again in 1.5s."
-    assert last["response"]["error"] == {"code": "rate_limit_exceeded", "message": message}
+    fields = {"code": "rate_limit_exceeded", "type": "requests", "param": None}
+    assert last["response"]["error"] == {**fields, "message": message}
 
 
 def test_instructions_and_developer_messages_are_the_system_instruction():
