@@ -1081,14 +1081,13 @@ def model_named(model_name: str, context: Context, *uses: str) -> Model:
     if stand_in:
         able = MEDIA_MODELS.get(stand_in.use, "")
         globs = [[model for model in models if re.match(able, model)] for models in globs]
-    names = next(filter(None, candidates + globs), [""])
-    if context.models and set(context.models) <= set(names):
-        names = [*context.models]
-    name, *further = names
-    if stand_in and not name:
+    names = next(filter(None, candidates + globs), [])
+    if stand_in and not names:
         model = model_of(stand_in.model)
         return model._replace(dimensions=stand_in.dimensions, stands_in=True)
-    name = name or plain
+    if context.models and set(context.models) <= set(names):
+        names = [*context.models]
+    name, *further = names or [plain]
     if len(name) > 128 or not MODEL_NAME.fullmatch(name):
         raise no_such_model(model_name)
     model = model_of(name)
