@@ -2179,10 +2179,10 @@ class RefusedCall(NamedTuple):
 
 def drop_field(owners: Iterable[JSON], key: str, name: str) -> list[str]:
     """Take a field from all that have it; its name for clients, where any has it."""
-    found = [owner for owner in owners if key in owner]
-    for owner in found:
+    holders = [owner for owner in owners if key in owner]
+    for owner in holders:
         del owner[key]
-    return [name for _ in found[:1]]
+    return [name for _ in holders[:1]]
 
 
 def without(key: str, name: str = "") -> Callable[[RefusedCall], list[str]]:
