@@ -2955,25 +2955,31 @@ def fenced(text: str, language: str = "") -> str:
 def read_usage(usage: JSON) -> Usage:
     """The token counts of a usageMetadata: thoughts are output, tools' results are prompt."""
 
-    def count(key: str, fields: JSON = usage) -> int:
-        number = fields.get(key)
-        return max(0, number) if type(number) is int else 0
-
-    def tokens_of(modality: str, key: str) -> int:
-        details = get_or_empty(usage, key, list)
-        items = [item for item in details if get_or_empty(item, "modality", str) == modality]
-        return sum(count("tokenCount", item) for item in items)
-
-    thoughts = count("thoughtsTokenCount")
+    counts = token_counts(usage).get
+    prompt, output = modality_tokens(usage, "prompt"), modality_tokens(usage, "candidates")
+    thoughts = counts("thoughtsTokenCount", 0)
     return Usage(
-        prompt=count("promptTokenCount") + count("toolUsePromptTokenCount"),
-        cached=count("cachedContentTokenCount"),
-        output=count("candidatesTokenCount") + thoughts,
+        prompt=counts("promptTokenCount", 0) + counts("toolUsePromptTokenCount", 0),
+        cached=counts("cachedContentTokenCount", 0),
+        output=counts("candidatesTokenCount", 0) + thoughts,
         thoughts=thoughts,
-        audio_input=tokens_of("AUDIO", "promptTokensDetails"),
-        audio_output=tokens_of("AUDIO", "candidatesTokensDetails"),
-        image_input=tokens_of("IMAGE", "promptTokensDetails"),
+        audio_input=prompt.get("AUDIO", 0),
+        audio_output=output.get("AUDIO", 0),
+        image_input=prompt.get("IMAGE", 0),
     )
+
+
+def token_counts(fields: JSON) -> dict[str, int]:
+    return {key: max(0, number) for key, number in fields.items() if type(number) is int}
+
+
+def modality_tokens(usage: JSON, name: str) -> dict[str, int]:
+    """The tokens of the prompt, or of the candidates, by modality."""
+    tokens: dict[str, int] = {}
+    for item in get_or_empty(usage, f"{name}TokensDetails", list):
+        kind = get_or_empty(item, "modality", str)
+        tokens[kind] = tokens.get(kind, 0) + token_counts(item).get("tokenCount", 0)
+    return tokens
 
 
 def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Citation]:
@@ -7436,19 +7442,15 @@ SHARED_ROUTES = tuple(route for route in OPENAI.routes if route.path not in OPEN
 SHARED_OPENAI = OPENAI._replace(routes=SHARED_ROUTES, error=shared_openai_error)
 
 # What each -api mounts. The first protocol whose pattern fits "METHOD path" writes its errors.
-GEMINI_PATHS = (
+GEMINI_PATHS = re.compile(
     rf"\w+ /({GEMINI_FOLDERS}|v1/interactions)(/|\Z)"
     r"|POST /v1/models/[^/]+:[A-Za-z]+\Z"
 )
-ANTHROPIC_PATHS = r"\w+ /v1/messages(/|\Z)"
-MOUNTS: dict[str, tuple[tuple[str, Protocol], ...]] = {
-    "openai": ((GEMINI_PATHS, GEMINI), (ANTHROPIC_PATHS, ANTHROPIC), ("", OPENAI)),
-    "ollama": (
-        (GEMINI_PATHS, GEMINI),
-        (ANTHROPIC_PATHS, ANTHROPIC),
-        (r"\w+ /v1", SHARED_OPENAI),
-        ("", OLLAMA),
-    ),
+FOR_ALL = (GEMINI_PATHS, GEMINI), (re.compile(r"\w+ /v1/messages(/|\Z)"), ANTHROPIC)
+ANY_PATH = re.compile("")
+MOUNTS: dict[str, tuple[tuple[Pattern[str], Protocol], ...]] = {
+    "openai": (*FOR_ALL, (ANY_PATH, OPENAI)),
+    "ollama": (*FOR_ALL, (re.compile(r"\w+ /v1"), SHARED_OPENAI), (ANY_PATH, OLLAMA)),
 }
 
 
@@ -7471,6 +7473,7 @@ def path_pattern(path: str) -> Pattern[str]:
 
 # Of the server itself, whatever its -api: path and method.
 OWN_PAGES = {"/": "GET", "/healthz": "GET", "/metrics": "GET", "/status": "GET", "/checks": "POST"}
+SLASHES, VERSIONS = re.compile("/{2,}"), re.compile(r"^(/v1(?:alpha|beta)?){2,}(?=/|$)")
 VERSIONED = re.compile(rf"/v1/|/({GEMINI_FOLDERS})(/|\Z)")
 GOOGLES_SDK = "x-goog-api-client"  # a header of its
 
@@ -7478,8 +7481,8 @@ GOOGLES_SDK = "x-goog-api-client"  # a header of its
 def plain_path(path: str, api: str, headers: Mapping[str, str] = {}) -> str:
     """The path as routes spell it: users write the version twice or never in base URLs, or add
     slashes; version 3 of Google's SDK asks below /v1/, as clients of OpenAI do."""
-    path = re.sub(r"/{2,}", "/", "/" + path).rstrip("/") or "/"
-    path = re.sub(r"^(/v1(?:alpha|beta)?){2,}(?=/|$)", r"\1", path)
+    path = SLASHES.sub("/", "/" + path).rstrip("/") or "/"
+    path = VERSIONS.sub(r"\1", path)
     if GOOGLES_SDK in headers and path.startswith("/v1/"):
         return "/google" + path
     if api == "ollama" or VERSIONED.match(path) or path in OWN_PAGES:
@@ -7490,7 +7493,7 @@ def plain_path(path: str, api: str, headers: Mapping[str, str] = {}) -> str:
 def protocol_of(api: str, method: str, path: str) -> Protocol:
     """The protocol that writes the errors at this path."""
     request = f"{method} {path}"
-    return next(protocol for pattern, protocol in MOUNTS[api] if re.match(pattern, request))
+    return next(protocol for pattern, protocol in MOUNTS[api] if pattern.match(request))
 
 
 @functools.cache
@@ -8677,7 +8680,8 @@ class UpstreamRequest(urllib.request.Request):
         self, url: str, headers: Mapping[str, str], passed: HttpParts, waiter: Waiter, fresh: bool
     ):
         usual = {"User-Agent": f"proxy-to-gemini/{VERSION}", **passed.headers}
-        super().__init__(url, headers={**usual, **headers}, method=passed.method)
+        # The last one is for cookies, which there are none of.
+        super().__init__(url, None, {**usual, **headers}, "", method=passed.method)
         self.body, self.waiter, self.fresh = passed.body, waiter, fresh
 
 
@@ -11066,6 +11070,7 @@ def preflight_headers(head: RequestHead) -> list[tuple[str, str]]:
 # ---- one request ----
 
 # nginx.org/en/docs/http/ngx_http_proxy_module.html: a stream is not to be gathered on its way.
+TARGET_LOGIN = re.compile(r"^\w+://[^/]*@")  # in the target of a request, which no log is to have
 STREAM_HEADERS = (("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
 
 
@@ -11514,7 +11519,9 @@ class RequestCycle:
 
     def count_tokens(self, usage: Usage) -> None:
         for kind in LABELS["kind"]:
-            self.server.metrics.add("tokens_total", kind, amount=getattr(usage, kind))
+            amount = getattr(usage, kind)
+            if amount:
+                self.server.metrics.add("tokens_total", kind, amount=amount)
 
     def note(self, text: str) -> None:
         """Have the recording tell this too."""
@@ -11539,22 +11546,21 @@ class RequestCycle:
         metrics.add("requests_total", self.route_name, str(self.status))
         metrics.observe("request_seconds", self.route_name, seconds=now - self.began)
         metrics.observe("first_byte_seconds", self.route_name, seconds=self.first_byte - self.began)
-        if self.exchange and self.exchange.model_name:
-            usage = self.exchange.usage
-            answering = self.exchange.model
-            if answering and self.exchange.model_status:
-                self.server.gemini.note_status(answering, self.exchange.model_status, self.key)
-            tokens = f" {self.exchange.model_name[:100]!r}"
-            answered_by = self.answered_by()
-            if answered_by not in ("", self.exchange.model_name):
+        exchange, answered_by = self.exchange, self.answered_by()
+        if exchange and exchange.model_name:
+            usage = exchange.usage
+            if exchange.model and exchange.model_status:
+                self.server.gemini.note_status(exchange.model, exchange.model_status, self.key)
+            tokens = f" {exchange.model_name[:100]!r}"
+            if answered_by not in ("", exchange.model_name):
                 tokens += f" ({answered_by})"
             tokens += f" {usage.prompt}+{usage.output} tokens"
             self.count_tokens(usage)
-        target = re.sub(r"^\w+://[^/]*@", "", self.head.target.partition("?")[0])
+        target = TARGET_LOGIN.sub("", self.head.target.partition("?")[0])
         method, path = self.head.method or "-", target[:200] or "-"
         log(f"{method} {path} {self.status} {(now - self.began) * 1000:.0f} ms{tokens}")
         if self.route_name not in self.server.own_routes:
-            self.remember(now - self.began, f"{method} {path}")
+            self.remember(now - self.began, f"{method} {path}", answered_by)
 
     def answered_by(self) -> str:
         """The model that answers, and those that did not, each with its reason."""
@@ -11563,7 +11569,7 @@ class RequestCycle:
             models.insert(0, self.exchange.model.name)
         return "; ".join(models)
 
-    def remember(self, seconds: float, place: str) -> None:
+    def remember(self, seconds: float, place: str, answered_by: str) -> None:
         """Remember the request for the page for people; its place is shown if no route answers."""
         scope, route, model, tokens = "", self.route_name, "", (0, 0)
         if self.server.config.client_keys:
@@ -11574,7 +11580,7 @@ class RequestCycle:
             usage, model = self.exchange.usage, self.exchange.model_name
             tokens = usage.prompt, usage.output
         times = time.time() - seconds, self.first_byte - self.began, seconds
-        texts = scope, route, model, self.answered_by()
+        texts = scope, route, model, answered_by
         request = RecentRequest(*times, self.status, *tokens, *texts)
         self.server.recent.add(request)
 
