@@ -148,12 +148,6 @@ class ProxyError(Exception):
     def __str__(self) -> str:
         return self.message  # to which more may have been added
 
-    @property
-    def status_without_401(self) -> int:
-        """A 403 for a 401 of Gemini's, which is about the server's key and not about the client's:
-        for a 401, Ollama's command line asks to sign in at ollama.com."""
-        return 403 if self.status == 401 and self.upstream else self.status
-
 
 class NoRouteError(ProxyError):
     """Nothing is served under this path."""
@@ -811,6 +805,9 @@ class Protocol(NamedTuple):
     routes: tuple[Route, ...]
     error: Callable[[ProxyError], tuple[int, Any]]  # (status, body: JSON or a Payload)
     id_headers: tuple[str, ...] = ()  # in which its clients look for the request's id
+    # Whether a 401 of Gemini's, which is about the server's key and not about the client's, is a
+    # 403 here: for a 401, Ollama's command line asks to sign in at ollama.com.
+    hides_401: bool = True
 
 
 # ======================================================================================
@@ -5923,7 +5920,7 @@ OPENAI_ROUTES = (
     Route("GET", "/v1/models", *MODELS),
     Route("GET", "/v1/models/{model}", *MODEL),
 )
-OPENAI = Protocol("openai", OPENAI_ROUTES, openai_error)
+OPENAI = Protocol("openai", OPENAI_ROUTES, openai_error, hides_401=False)
 
 
 # ======================================================================================
@@ -6662,7 +6659,7 @@ def ollama_error(error: ProxyError) -> tuple[int, Any]:
         message = f"model '{error.model[:200]}' not found"
         if error.upstream and error.listed is not False:  # Gemini has a reason of its own
             message += ": " + error.message
-    return error.status_without_401, {"error": message}
+    return error.status, {"error": message}
 
 
 def encode_line(event: JSON) -> bytes:
@@ -7274,12 +7271,11 @@ ANTHROPIC_ERROR_TYPES = {
 
 def anthropic_error(error: ProxyError) -> tuple[int, JSON]:
     """Anthropic's form of an error: https://platform.claude.com/docs/en/api/errors"""
-    status = error.status_without_401
-    kind = ANTHROPIC_ERROR_TYPES.get(status, "invalid_request_error")
+    kind = ANTHROPIC_ERROR_TYPES.get(error.status, "invalid_request_error")
     body: JSON = {"type": kind, "message": error.message}
     if error.code == "thread_not_found":
         body["details"] = {"error_code": error.code}
-    return status, {"type": "error", "error": body, "request_id": error.request_id}
+    return error.status, {"type": "error", "error": body, "request_id": error.request_id}
 
 
 PINGED_SSE = NAMED_SSE._replace(keep_alive=lambda exchange: encode_named_sse({"type": "ping"}))
@@ -7419,7 +7415,7 @@ GEMINI_ROUTES = (
     passed_route("POST", "/upload/{path}", parse=None),
     passed_route("GET", "/download/{path}"),
 )
-GEMINI = Protocol("gemini", GEMINI_ROUTES, passed_error)
+GEMINI = Protocol("gemini", GEMINI_ROUTES, passed_error, hides_401=False)
 # Of its paths, the beginnings that no other protocol has.
 GEMINI_FOLDERS = "|".join(sorted({route.path.split("/")[1] for route in GEMINI_ROUTES} - {"v1"}))
 
@@ -7428,18 +7424,13 @@ GEMINI_FOLDERS = "|".join(sorted({route.path.split("/")[1] for route in GEMINI_R
 # 12. Routing: which route answers a path, and the protocol of its errors
 # ======================================================================================
 
-
-def shared_openai_error(error: ProxyError) -> tuple[int, JSON]:
-    return error.status_without_401, openai_error(error)[1]
-
-
 # Paths of OpenAI's that a real Ollama server does not mount, and the protocol as it mounts it.
 OPENAI_ONLY_PATHS = (
     *("/v1/images/generations", "/v1/images/edits"),
     *("/v1/audio/speech", "/v1/audio/translations"),
 )
 SHARED_ROUTES = tuple(route for route in OPENAI.routes if route.path not in OPENAI_ONLY_PATHS)
-SHARED_OPENAI = OPENAI._replace(routes=SHARED_ROUTES, error=shared_openai_error)
+SHARED_OPENAI = OPENAI._replace(routes=SHARED_ROUTES, hides_401=True)
 
 # What each -api mounts. The first protocol whose pattern fits "METHOD path" writes its errors.
 GEMINI_PATHS = re.compile(
@@ -11506,6 +11497,8 @@ class RequestCycle:
     def fail(self, error: ProxyError) -> None:
         """Answer with an error; in mid-stream it is the last event."""
         error.request_id = self.request_id
+        if error.status == 401 and error.upstream and self.protocol.hides_401:
+            error.status = 403
         if not self.status:
             status, answer = self.protocol.error(error)
             self.send_answer(status, answer, error.headers)

@@ -6673,13 +6673,6 @@ def test_a_model_that_gemini_refuses_is_not_found_in_ollamas_words(listed, words
     assert proxy.ollama_error(error) == (404, {"error": words})
 
 
-def test_a_bad_gemini_key_is_no_401_at_ollama():
-    bad_key = ProxyError(401, "bad key", upstream=True)
-    assert proxy.ollama_error(bad_key)[0] == 403
-    assert proxy.MOUNTS["ollama"][-2][1].error(bad_key)[0] == 403
-    assert proxy.ollama_error(ProxyError(401, "no key"))[0] == 401
-
-
 def test_an_unknown_path_is_a_404_in_ollamas_words():
     error = proxy.NoRouteError(404, "x")
     assert proxy.ollama_error(error) == (404, proxy.Payload(b"404 page not found"))
@@ -7999,26 +7992,26 @@ def test_tokens_are_counted_by_gemini():
 
 
 @pytest.mark.parametrize(
-    "status, upstream, client_status, kind",
+    "status, kind",
     [
-        (400, True, 400, "invalid_request_error"),
-        (401, False, 401, "authentication_error"),
-        (401, True, 403, "permission_error"),
-        (404, True, 404, "not_found_error"),
-        (405, False, 405, "invalid_request_error"),
-        (413, False, 413, "request_too_large"),
-        (429, True, 429, "rate_limit_error"),
-        (500, True, 500, "api_error"),
-        (502, True, 502, "api_error"),
-        (503, True, 503, "overloaded_error"),
-        (504, True, 504, "timeout_error"),
+        (400, "invalid_request_error"),
+        (401, "authentication_error"),
+        (403, "permission_error"),
+        (404, "not_found_error"),
+        (405, "invalid_request_error"),
+        (413, "request_too_large"),
+        (429, "rate_limit_error"),
+        (500, "api_error"),
+        (502, "api_error"),
+        (503, "overloaded_error"),
+        (504, "timeout_error"),
     ],
 )
-def test_an_error_in_anthropics_form(status, upstream, client_status, kind):
-    error = ProxyError(status, "No.", upstream=upstream)
+def test_an_error_in_anthropics_form(status, kind):
+    error = ProxyError(status, "No.")
     error.request_id = "req_1"
     body = {"type": "error", "error": {"type": kind, "message": "No."}, "request_id": "req_1"}
-    assert proxy.anthropic_error(error) == (client_status, body)
+    assert proxy.anthropic_error(error) == (status, body)
 
 
 def test_a_stream_of_messages_is_kept_alive_by_pings(claude_server, gemini, monkeypatch):
@@ -13116,9 +13109,25 @@ def test_a_model_that_gemini_lacks_is_ollamas_404(ollama_client, gemini):
     assert body == b'{"error":"model \'gemini-9\' not found"}'
 
 
-def test_a_bad_gemini_key_is_no_401_of_an_ollama_server(ollama_client, gemini):
+@pytest.mark.parametrize(
+    "api, path, status",
+    [
+        ("ollama", "/api/chat", 403),
+        ("ollama", "/v1/chat/completions", 403),
+        ("ollama", "/v1/messages", 403),
+        ("openai", "/v1/messages", 403),
+        ("openai", "/v1/chat/completions", 401),
+    ],
+)
+def test_a_bad_gemini_key_is_a_401_for_openais_clients_alone(gemini, api, path, status):
     gemini.say(gemini_error(400, "API key not valid. Please pass a valid API key."))
-    assert ollama_client.request("POST", "/v1/chat/completions", chat())[0] == 403
+    with serving(gemini.url, api) as server:
+        assert post(server, path, chat(max_tokens=5))[0] == status
+
+
+def test_a_missing_key_is_a_401_for_ollamas_clients_too(gemini):
+    with serving(gemini.url, "ollama", proxy_key="px-1") as server:
+        assert post(server, "/api/chat", chat())[0] == 401
 
 
 def test_an_ollama_stream_that_fails_ends_in_an_error(ollama_client, gemini):
