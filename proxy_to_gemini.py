@@ -8262,7 +8262,7 @@ RETIREMENT_LOG_SECONDS = 86400.0  # between two log lines about a model that goe
 MAX_LISTED_MODELS = 5000  # that are remembered, in all lists together
 MAX_RETIREMENTS = 100  # models that are remembered as going
 STATE_LOCK_SECONDS = 1.0  # how long to wait for a state file that another process has locked
-KEY_MASK = "[the Gemini key]"
+MASK = "[masked]"
 
 # ---- the heads of HTTP messages ----
 
@@ -8839,6 +8839,13 @@ def reason_of(failure: Exception) -> str:
     return own or getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
 
 
+def without_secrets(text: str, secrets: Iterable[str]) -> str:
+    """The text with a mask in place of each of these secrets."""
+    for secret in filter(None, secrets):
+        text = text.replace(secret, MASK)
+    return text
+
+
 def transport_error(failure: Exception) -> ProxyError:
     """What it means to the client that Gemini could not be reached, or broke off."""
     if isinstance(failure, ProxyError):
@@ -8972,9 +8979,8 @@ class UpstreamCall:
 
     def masked(self, data: bytes) -> bytes:
         """The bytes without the key or the token, where there is one."""
-        if self.access is None or not self.access.secret:
-            return data
-        return data.replace(self.access.secret.encode(), KEY_MASK.encode())
+        secrets = [self.access.secret] if self.access else []
+        return without_secrets(data.decode("latin-1"), secrets).encode("latin-1")
 
     def chunks_instead(self) -> Iterator[JSON]:
         """The answers to the calls that stand in for this one."""
@@ -9150,7 +9156,7 @@ def token_refusal(step: TokenStep, status: int, body: bytes) -> ProxyError:
         gemini_refusal(status, answer, body).message,
         get_or_empty(answer, "error_description", str),
     )
-    message = without_secrets(": ".join(filter(None, words)), step)
+    message = without_secrets(": ".join(filter(None, words)), step_secrets(step))
     return ProxyError(502, message[:1000], upstream=True)
 
 
@@ -9186,14 +9192,11 @@ def host_of(url: str) -> str:
 SECRET_FIELDS = ("client_secret", "refresh_token", "assertion", "subject_token")
 
 
-def without_secrets(text: str, step: TokenStep) -> str:
-    """The text, without what was sent in this step and is nobody else's business."""
+def step_secrets(step: TokenStep) -> list[str]:
+    """What is sent in this step and is nobody else's business."""
     form = dict(urllib.parse.parse_qsl((step.body or b"").decode()))
-    words = [form.get(name) for name in SECRET_FIELDS]
-    words += step.headers.get("Authorization", "").split()[1:]
-    for word in filter(None, words):
-        text = text.replace(word, "[secret]")
-    return text
+    sent = [form[name] for name in SECRET_FIELDS if name in form]
+    return sent + step.headers.get("Authorization", "").split()[1:]
 
 
 def command_output(command: str) -> str:
@@ -9762,7 +9765,6 @@ KEY_HEADERS = ("X-goog-api-key", "Authorization")  # of a call to Gemini, as url
 
 # ---- masks and cuts ----
 
-MASK = "[masked]"
 SECRET_HEADER = re.compile(
     "auth|key|token|secret|cookie|passw|credential|jwt|assertion|uploadid", re.I
 )
@@ -9798,8 +9800,7 @@ SECRET_SHAPES = {
 
 def masked(text: str, secrets: Iterable[str]) -> str:
     """The text without these secrets, and without what looks like one."""
-    for secret in secrets:
-        text = text.replace(secret, MASK)
+    text = without_secrets(text, secrets)
     for sign, pattern in SECRET_SHAPES.items():
         if sign in text:
             text = pattern.sub(rf"\1{MASK}", text)
