@@ -7937,6 +7937,10 @@ class Backend(NamedTuple):
     models: Callable[[list[JSON]], list[JSON]] = lambda entries: entries
     refusal: Callable[[ProxyError, Backend], ProxyError] = lambda error, backend: error
 
+    def __str__(self) -> str:
+        place = f" (project {self.project}, location {self.location})" if self.project else ""
+        return f"{self.name}{place} at {self.url}"
+
     @property
     def place(self) -> str:
         """What Vertex AI's paths begin with."""
@@ -8904,8 +8908,9 @@ class UpstreamCall:
     def send(self, fresh: bool = False) -> None:
         """Make an attempt; on a fresh connection where an idle one has just failed."""
         self.attempts += 1
-        passed = self.call.passed or plain_call(self.call, self.gemini.backend.root)
-        url = f"{self.gemini.base}{passed.root}/{self.call.path}"
+        backend = self.gemini.backend
+        passed = self.call.passed or plain_call(self.call, backend.root)
+        url = f"{backend.url}/{passed.root}/{self.call.path}"
         fresh = fresh or isinstance(passed.body, BodyStream)  # which cannot be sent again
         try:
             self.access = self.gemini.access(self.key, self.waiter)
@@ -9521,17 +9526,15 @@ class Gemini:
 
     def __init__(
         self,
-        url: str,
+        backend: Backend,
         state: str = ":memory:",
         count: Callable[..., None] = lambda *_: None,
-        backend: Backend = GEMINI_API,
     ):
-        self.base = url.rstrip("/") + "/"
         self.backend = backend
         self.tokens: Tokens | None = None
         if backend.credential:
             self.tokens = Tokens(backend.credential)
-        self.pool, self.memory = Pool(url, count), Memory(state)
+        self.pool, self.memory = Pool(backend.url, count), Memory(state)
         self.count = count  # called with the name and labels of a metric
         self.opener = urllib.request.OpenerDirector()  # bare: it follows no redirect
         self.opener.add_handler(self.pool)
@@ -11968,7 +11971,7 @@ class Server(http.server.ThreadingHTTPServer):
         pages = [f"{method} {path}" for path, method in OWN_PAGES.items()]
         self.metrics = Metrics([*dict.fromkeys(routes), *pages], config.workers)
         self.recent, self.own_routes = Recent(config.workers), set(pages)
-        self.gemini = Gemini(config.upstream, config.state, self.metrics.add, config.backend)
+        self.gemini = Gemini(config.backend, config.state, self.metrics.add)
         self.recorder: Recorder | None = None
         if config.record:
             self.recorder = Recorder(config.record, config.workers, self.metrics.add)
@@ -12068,7 +12071,7 @@ class Server(http.server.ThreadingHTTPServer):
         return {
             "version": VERSION,
             "api": config.api,
-            "backend": backend_line(config),
+            "backend": str(config.backend),
             "workers": config.workers,
             "aliases": [f"{name}={','.join(models)}" for name, *models in config.aliases],
             "client_key": client_key,
@@ -12139,22 +12142,21 @@ class Server(http.server.ThreadingHTTPServer):
 
     def reload(self) -> None:
         """Read the Gemini key again, or the credential."""
-        config = self.config
         try:
-            key, backend = find_backend(config.vertex, config.token_command, os.environ)
+            config = with_backend(self.config, os.environ)
         except CredentialError as error:
             log(f"{error}; the old credential stays")
             return
-        if backend is GEMINI_API and not re.fullmatch(KEY_PATTERN, key):
-            log("there is no usable Gemini key; the old one stays")
+        if not config.key:
+            log("there is no Gemini key; the old one stays")
             return
-        self.config = config._replace(key=key, backend=backend)
-        self.gemini.use(backend)
-        log(f"what opens {backend.name} was read again")
+        self.config = config
+        self.gemini.use(config.backend)
+        log(f"what opens {config.backend.name} was read again")
 
     def reload_instead_of(self, refused: str) -> None:
         """Read the key's file again when Gemini refuses the key: Windows has no SIGHUP."""
-        if self.config.backend is not GEMINI_API:  # whose tokens are renewed anyway
+        if self.config.backend.name != GEMINI_API.name:  # its tokens are renewed anyway
             return
         if refused == self.config.key and gemini_key(os.environ) not in ("", refused):
             self.reload()
@@ -12244,8 +12246,8 @@ class Config(NamedTuple):
 
     api: str
     listen: tuple[str, int]  # an empty host is every interface
-    upstream: str
-    key: str  # Gemini's; where an account pays, what tells it from others
+    backend: Backend = GEMINI_API
+    key: str = ""  # Gemini's; where an account pays, what tells it from others
     aliases: tuple[tuple[str, ...], ...] = ()  # (name or glob, Gemini's model, further ones)
     origins: tuple[str, ...] = ()
     timeout: float = 600.0  # seconds that Gemini may be silent
@@ -12253,10 +12255,10 @@ class Config(NamedTuple):
     workers: int = 1  # processes
     state: str = ":memory:"  # the file with signatures and responses, as SQLite names it
     client_keys: bool = False  # whether each client brings its own Gemini key
-    vertex: tuple[str, str] | None = None  # project and location for Vertex AI, in the flags
-    token_command: str | None = None  # prints an access token
-    backend: Backend = GEMINI_API
     record: str = ""  # the folder for recordings
+    upstream: str | None = None  # what the flags say of the back end: its URL,
+    vertex: tuple[str, str] | None = None  # project and location for Vertex AI,
+    token_command: str | None = None  # and what prints an access token
 
 
 def listen_address(text: str) -> tuple[str, int]:
@@ -12502,19 +12504,15 @@ VERTEX_HOSTS = {
 }
 
 
-def vertex_backend(
-    vertex: tuple[str, str] | None, command: str | None, env: Mapping[str, str]
-) -> tuple[str, Backend]:
+def vertex_backend(config: Config, env: Mapping[str, str]) -> tuple[str, Backend]:
     """(what stands for a key, Vertex AI) as flags and environment have it, or a CredentialError."""
-    project, location = vertex or ("", "")
+    project, location = config.vertex or ("", "")
     project = project or env.get("GOOGLE_CLOUD_PROJECT", "").strip()
     location = location or env.get("GOOGLE_CLOUD_LOCATION", "").strip()
     key = env.get("GOOGLE_API_KEY", "").strip()
-    if key and not (project or location or command):
-        if not re.fullmatch(KEY_PATTERN, key):
-            raise CredentialError("the key in GOOGLE_API_KEY cannot be sent")
+    if key and not (project or location or config.token_command):
         return key, VERTEX
-    credential = google_credential(command, env)
+    credential = google_credential(config.token_command, env)
     project = project or credential.project
     location = location or "global"
     if not project:
@@ -12523,49 +12521,39 @@ def vertex_backend(
         raise CredentialError(f"the project {project!r:.60} is no name of one")
     if not re.fullmatch(LOCATION, location, re.ASCII):
         raise CredentialError(f"the location {location!r:.60} is no name of one")
-    backend = VERTEX._replace(project=project, location=location, credential=credential)
-    backend = backend._replace(url="https://" + VERTEX_HOSTS.get(location, VERTEX_HOST % location))
+    url = "https://" + VERTEX_HOSTS.get(location, VERTEX_HOST % location)
+    backend = VERTEX._replace(url=url, project=project, location=location, credential=credential)
     return backend.identity, backend
 
 
-def find_backend(
-    vertex: tuple[str, str] | None, command: str | None, env: Mapping[str, str]
-) -> tuple[str, Backend]:
-    """(the key, the back end) that flags and environment choose."""
-    if uses_vertex(vertex, env):
-        return vertex_backend(vertex, command, env)
-    return gemini_key(env), GEMINI_API
+def with_backend(config: Config, env: Mapping[str, str]) -> Config:
+    """The configuration with the key and the back end that flags and environment choose; a
+    CredentialError where these cannot be used. Exits with 2 if the URL is wrong."""
+    key, backend = gemini_key(env), GEMINI_API
+    if uses_vertex(config.vertex, env):
+        key, backend = vertex_backend(config, env)
+    if key and not backend.credential and not re.fullmatch(KEY_PATTERN, key):
+        names = "GEMINI_API_KEY or GOOGLE_API_KEY"
+        raise CredentialError(f"the key in {names} has characters that no key has")
+    try:
+        url = config.upstream or base_url(env.get(backend.url_variable, "").strip() or backend.url)
+    except argparse.ArgumentTypeError as error:
+        flag_parser().error(f"{backend.url_variable}: {error}")
+    return config._replace(key=key, backend=backend._replace(url=url))
 
 
 def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
-    """The configuration; exits with 2 if a URL is wrong, with 1 if there is no usable key."""
+    """The configuration; exits with 2 if flags are wrong, with 1 if there is no usable key."""
     if flags.client_keys and uses_vertex(flags.vertex, env):
         flag_parser().error("with Vertex AI, clients have no keys of their own (-client-keys)")
     if flags.token_command and not uses_vertex(flags.vertex, env):
         flag_parser().error("-token-command is for Vertex AI: -vertex=PROJECT")
-    try:
-        key, backend = find_backend(flags.vertex, flags.token_command, env)
-    except CredentialError as error:
-        sys.exit(f"proxy-to-gemini: {error}")
-    try:
-        default = env.get(backend.url_variable, "").strip() or backend.url
-        upstream = flags.upstream or base_url(default)
-    except argparse.ArgumentTypeError as error:
-        flag_parser().error(f"{backend.url_variable}: {error}")
-    if not key and not flags.client_keys:
-        advice = "GEMINI_API_KEY=<your key> python3 proxy_to_gemini.py"
-        sys.exit(NO_KEY.format(WITH_KEY.get(sys.platform, advice)))
-    if backend is GEMINI_API and key and not re.fullmatch(KEY_PATTERN, key):
-        problem = "has characters that no key has; it cannot be sent."
-        sys.exit(f"proxy-to-gemini: the key in GEMINI_API_KEY {problem}")
     state, folder = flags.state, env.get("STATE_DIRECTORY", "").partition(":")[0]
     if folder and not state:
         state = os.path.join(folder, "proxy-to-gemini.db")
-    return Config(
+    config = Config(
         api=flags.api,
         listen=flags.listen,
-        upstream=upstream,
-        key=key,
         aliases=tuple(flags.alias),
         origins=tuple(filter(None, (item.strip(" /") for item in flags.origins.split(",")))),
         timeout=flags.timeout,
@@ -12573,11 +12561,19 @@ def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
         workers=flags.workers,
         state=state or ":memory:",
         client_keys=flags.client_keys,
+        record=flags.record or "",
+        upstream=flags.upstream,
         vertex=flags.vertex,
         token_command=flags.token_command,
-        backend=backend,
-        record=flags.record or "",
     )
+    try:
+        config = with_backend(config, env)
+    except CredentialError as error:
+        sys.exit(f"proxy-to-gemini: {error}")
+    if not config.key and not config.client_keys:
+        advice = "GEMINI_API_KEY=<your key> python3 proxy_to_gemini.py"
+        sys.exit(NO_KEY.format(WITH_KEY.get(sys.platform, advice)))
+    return config
 
 
 # ---- systemd ----
@@ -12913,14 +12909,15 @@ def check_results(
                 check: Callable[[], str] = getattr(checker, "check_" + name)
                 yield CheckResult(name, True, check())
     except CHECK_ERRORS as error:
-        yield CheckResult(name, False, f"{config.upstream}: {reason_of(error)}", CHECKS[name])
+        text = f"{config.backend.url}: {reason_of(error)}"
+        yield CheckResult(name, False, text, CHECKS[name])
 
 
 class Checker:
     """A method for each of CHECKS: it returns what it learned in a few words, or raises."""
 
     def __init__(self, config: Config, waiter: Waiter | None = None):
-        self.config, self.gemini = config, Gemini(config.upstream, backend=config.backend)
+        self.config, self.gemini = config, Gemini(config.backend)
         self.waiter = waiter or Waiter(None, CHECK_SECONDS)
 
     def check_port(self) -> str:
@@ -12949,14 +12946,14 @@ class Checker:
         with contextlib.closing(self.gemini.pool.connect(self.waiter)) as connection:
             sock = connection.sock
             if not isinstance(sock, ssl.SSLSocket):
-                return f"{self.config.upstream}, without TLS"
+                return f"{self.config.backend.url}, without TLS"
             certificate: JSON = sock.getpeercert() or {}
             issuer = dict(pair for name in certificate["issuer"] for pair in name)
             organization = issuer.get("organizationName") or issuer.get("commonName")
             names = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")  # as in tls_context()
             store = next((f"${name}" for name in names if os.environ.get(name)), "the system")
             trust = f"certificate of {organization}, trusted by {store}"
-            return f"{self.config.upstream}, {sock.version()}, {trust}"
+            return f"{self.config.backend.url}, {sock.version()}, {trust}"
 
     def check_credential(self) -> str:
         backend, credential = self.config.backend, self.config.backend.credential
@@ -13083,14 +13080,6 @@ def open_server(config: Config) -> Server:
     return server
 
 
-def backend_line(config: Config) -> str:
-    """Who answers, and where."""
-    backend, place = config.backend, ""
-    if backend.project:
-        place = f" (project {backend.project}, location {backend.location})"
-    return f"{backend.name}{place} at {config.upstream}"
-
-
 def serve(config: Config) -> None:
     """Serve until a signal says stop."""
     signals = Signals(os.environ)
@@ -13098,7 +13087,7 @@ def serve(config: Config) -> None:
     if hasattr(gc, "freeze"):  # PyPy has another collector
         gc.freeze()  # what is there by now stays for good, and need not be looked through
     address = f"api {config.api} at {server.url}"
-    log(f"proxy-to-gemini {VERSION}: {address}, answered by {backend_line(config)}")
+    log(f"proxy-to-gemini {VERSION}: {address}, answered by {config.backend}")
     if not server.loopback and not config.proxy_key and not config.client_keys:
         risk = "whoever reaches this port can spend the Gemini key"
         log(f"warning: {risk}; set PROXY_API_KEY, or listen on 127.0.0.1")

@@ -8910,7 +8910,7 @@ class Service:
     """The client side of the Gemini at a URL, and a client that its answers are for."""
 
     def __init__(self, url):
-        self.gemini = proxy.Gemini(url)
+        self.gemini = proxy.Gemini(proxy.Backend(url=url))
         self.pool = self.gemini.pool
         self.client, self.far_end = socket.socketpair()
 
@@ -9629,7 +9629,7 @@ def google():
 def vertex_at(google, **fields):
     """Vertex AI with a user's file whose tokens come from this stand-in."""
     credential = credential_of({**USER_FILE, "token_uri": google.url + "/token", **fields})
-    return VERTEX._replace(credential=credential)
+    return VERTEX._replace(url=google.url, credential=credential)
 
 
 @pytest.fixture
@@ -9637,7 +9637,7 @@ def on_vertex(google):
     """The client side of Vertex AI."""
     with Service(google.url) as service:
         service.gemini.close()
-        service.gemini = proxy.Gemini(google.url, backend=vertex_at(google))
+        service.gemini = proxy.Gemini(vertex_at(google))
         service.tokens = service.gemini.tokens
         yield service
 
@@ -9655,7 +9655,7 @@ def test_the_quota_project_is_named(google):
     backend = vertex_at(google, quota_project_id="q-project")
     with Service(google.url) as service:
         service.gemini.close()
-        service.gemini = proxy.Gemini(google.url, backend=backend)
+        service.gemini = proxy.Gemini(backend)
         service.chunks(PLAIN)
     assert google.headers[0]["X-goog-user-project"] == "q-project"
 
@@ -10393,7 +10393,7 @@ def recorder_of(folder, workers=1):
 
 
 def a_recording(recorder, number=0):
-    one = proxy.Recording(recorder, proxy.Config("openai", ("", 0), "http://x", "the-key"))
+    one = proxy.Recording(recorder, config_for("http://x"))
     one.clock = 1e9 + number
     one.facts = {"request_id": f"req_{number:024x}"}
     return one
@@ -10670,10 +10670,15 @@ def in_thread(server):
     assert not thread.is_alive()
 
 
+def config_for(url, api="openai", host="127.0.0.1"):
+    """The configuration of a proxy in front of the Gemini at that URL."""
+    return proxy.Config(api, (host, 0), proxy.Backend(url=url), "the-key")
+
+
 @contextlib.contextmanager
 def serving(url, api="openai", **fields):
     """A proxy in this process, in front of the Gemini at that URL."""
-    config = proxy.Config(api, ("127.0.0.1", 0), url, "the-key", timeout=5.0)
+    config = config_for(url, api)._replace(timeout=5.0)
     server = proxy.Server(config._replace(**fields))
     with in_thread(server):
         yield server
@@ -10944,7 +10949,7 @@ def three_rows():
         metrics.set("in_flight", 5)
         metrics.observe("request_seconds", "GET /x", seconds=0.05 * 3**worker)
     metrics.use_row(1)
-    return metrics.page(proxy.Config("openai", ("", 1), "", "k")).data.decode()
+    return metrics.page(proxy.Config("openai", ("", 1))).data.decode()
 
 
 @pytest.mark.parametrize(
@@ -11683,8 +11688,7 @@ def test_clients_may_need_the_servers_key_and_one_of_their_own(gemini):
 def test_the_servers_own_page_may_call_it_unless_its_name_may_be_rebound(
     gemini, host, origin, fields, status
 ):
-    config = proxy.Config("openai", ("", 0), gemini.url, "the-key")._replace(**fields)
-    server = proxy.Server(config)
+    server = proxy.Server(config_for(gemini.url, host="")._replace(**fields))
     with in_thread(server):
         headers = {"Host": host, "Origin": origin, "Sec-Fetch-Site": "same-origin"}
         assert post(server, "/checks", b"", X_API_Key="px-1", **headers)[0] == status
@@ -13199,7 +13203,7 @@ def test_a_silent_ollama_stream_is_kept_alive_with_empty_chunks(
 @pytest.fixture
 def ending(gemini):
     """(a server, a function that lets it begin to end)"""
-    server = proxy.Server(proxy.Config("openai", ("127.0.0.1", 0), gemini.url, "the-key"))
+    server = proxy.Server(config_for(gemini.url))
     with in_thread(server) as stop:
         yield server, stop
 
@@ -13285,7 +13289,6 @@ def test_flags_take_one_dash_or_two_and_their_value_in_the_same_word_or_the_next
     assert config == proxy.Config(
         api="openai",
         listen=("", 8080),
-        upstream=proxy.DEFAULT_UPSTREAM,
         key="AIza-1",
         aliases=(("gpt-*", NEWEST), ("a", "b")),
         origins=("x", "y"),
@@ -13299,7 +13302,7 @@ def test_listen_takes_an_ipv6_address():
 
 def test_the_environment_may_name_the_upstream():
     env = {**ENV, "GOOGLE_GEMINI_BASE_URL": "http://h:1/"}
-    assert configure(env=env).upstream == "http://h:1"
+    assert configure(env=env).backend.url == "http://h:1"
 
 
 def test_the_environment_names_the_key_of_clients():
@@ -13499,14 +13502,14 @@ def test_the_flag_wins_over_the_environment(vertex_env, flags, location, place):
 def test_each_location_has_its_server(vertex_env, location, host):
     del vertex_env["GOOGLE_VERTEX_BASE_URL"]
     config = configure(env={**vertex_env, "GOOGLE_CLOUD_LOCATION": location, **GEMINI_URL})
-    assert config.upstream == f"https://{host}"
+    assert config.backend.url == f"https://{host}"
 
 
 GEMINI_URL = {"GOOGLE_GEMINI_BASE_URL": "http://gemini.example"}  # which is not for Vertex AI
 
 
 def test_an_upstream_in_the_flags_is_for_vertex_too(vertex_env):
-    assert configure("-upstream=http://h:1/x", env=vertex_env).upstream == "http://h:1/x"
+    assert configure("-upstream=http://h:1/x", env=vertex_env).backend.url == "http://h:1/x"
 
 
 @pytest.mark.parametrize(
@@ -13589,11 +13592,11 @@ def test_a_machine_at_google_needs_no_file(google):
     assert proxy.fetch_token(backend.credential).value == "ya29.secret-0"
 
 
-def test_a_key_alone_is_express_mode(vertex_env):
+def test_a_key_alone_is_express_mode(vertex_env, google):
     key = {"GOOGLE_API_KEY": "AQ.1", "GEMINI_API_KEY": "AIza-1"}
     assert configure(env={**vertex_env, **key}).backend.project == "my-project"
     config = configure(env={**vertex_env, **key, "GOOGLE_CLOUD_PROJECT": ""})
-    assert (config.key, config.backend) == ("AQ.1", proxy.VERTEX)
+    assert (config.key, config.backend) == ("AQ.1", proxy.VERTEX._replace(url=google.url))
 
 
 def test_the_unit_loads_the_credential_for_vertex():
@@ -14046,7 +14049,7 @@ def test_only_the_workers_own_folder_is_kept_young(tmp_path, name, touched):
     (folder / "state.db").touch()
     os.utime(folder, (1, 1))
     server = types.SimpleNamespace(
-        config=proxy.Config("openai", ("", 0), "", "", state=str(folder / "state.db"))
+        config=proxy.Config("openai", ("", 0), state=str(folder / "state.db"))
     )
     proxy.Workers(server, None).touch_state()
     assert (folder.stat().st_mtime > 1) is touched
@@ -14064,26 +14067,22 @@ def test_workers_without_a_file_to_share_end_with_advice(monkeypatch):
 # ---- checks ----
 
 
-def check_config(gemini, **fields):
-    return proxy.Config("openai", ("127.0.0.1", 0), gemini.url, "the-key")._replace(**fields)
-
-
 def test_the_checks_pass_in_the_order_in_which_they_need_each_other(gemini, capsys):
-    assert proxy.run_checks(check_config(gemini)) == 0
+    assert proxy.run_checks(config_for(gemini.url)) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     names = ["port:", "memory:", "name:", "connection:", "key:", "clock:", "answer:"]
     assert [line[:2] for line in lines] == [["ok", name] for name in names]
 
 
 def test_the_checks_print_a_models_answer_but_not_the_key(gemini, capsys):
-    proxy.run_checks(check_config(gemini))
+    proxy.run_checks(config_for(gemini.url))
     output = capsys.readouterr().out
     assert "gemini-3.8-flash said 'Hello from the stand-in" in output
     assert "the-key" not in output
 
 
 def test_the_checks_ask_no_question_where_clients_bring_their_keys(gemini, capsys):
-    checker = proxy.Checker(check_config(gemini, key=""))
+    checker = proxy.Checker(config_for(gemini.url)._replace(key=""))
     assert checker.check_answer() == "every client asks with a key of its own"
     assert gemini.bodies == []
 
@@ -14091,13 +14090,13 @@ def test_the_checks_ask_no_question_where_clients_bring_their_keys(gemini, capsy
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"upstream": "http://127.0.0.1:1"}, "refused"),
+        ({"backend": proxy.Backend(url="http://127.0.0.1:1")}, "refused"),
         ({"state": "/nonexistent/file"}, "No such file"),
-        ({"upstream": "http://nowhere.invalid"}, "FAIL  name"),
+        ({"backend": proxy.Backend(url="http://nowhere.invalid")}, "FAIL  name"),
     ],
 )
 def test_a_failed_check_says_what_failed_and_what_to_mend(gemini, capsys, fields, words):
-    assert proxy.run_checks(check_config(gemini, **fields)) == 1
+    assert proxy.run_checks(config_for(gemini.url)._replace(**fields)) == 1
     failure, advice = capsys.readouterr().out.splitlines()[-2:]
     assert failure.startswith("FAIL")
     assert words in failure
@@ -14106,7 +14105,7 @@ def test_a_failed_check_says_what_failed_and_what_to_mend(gemini, capsys, fields
 
 def test_a_taken_port_fails_the_first_check(gemini, capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
-        assert proxy.run_checks(check_config(gemini, listen=other.getsockname())) == 1
+        assert proxy.run_checks(config_for(gemini.url)._replace(listen=other.getsockname())) == 1
     failure, advice = capsys.readouterr().out.splitlines()
     assert failure.startswith("FAIL  port: ")
     assert "in use" in failure
