@@ -7536,7 +7536,6 @@ class CredentialError(ValueError):
 
 RsaKey = tuple[int, ...]  # n, e, d, p, q, dp, dq, qi: RFC 8017, section 3.2
 PEM = re.compile(r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----(.+?)-----END \1-----", re.S)
-RSA_OID = bytes.fromhex("2a864886f70d010101")  # 1.2.840.113549.1.1.1
 SHA256_INFO = bytes.fromhex("3031300d060960864801650304020105000420")  # RFC 8017, section 9.2
 
 
@@ -7558,7 +7557,7 @@ def der_items(data: bytes) -> list[bytes]:
 
 
 def rsa_key(pem: str) -> RsaKey:
-    """The key in PKCS#8 or PKCS#1; a CredentialError that tells what it is instead."""
+    """The key in PKCS#8 or PKCS#1, or a CredentialError."""
     match = PEM.search(pem)
     if not match:
         raise CredentialError("private_key is no private key in PEM")
@@ -7567,19 +7566,12 @@ def rsa_key(pem: str) -> RsaKey:
         raise CredentialError("private_key is encrypted; it is taken in the clear only")
     try:
         items = der_items(der_items(base64.b64decode("".join(text.split()), validate=True))[0])
-        if label == "PRIVATE KEY":  # PKCS#8, for keys of all kinds
-            _, algorithm, inner = items[:3]
-            if der_items(algorithm)[0] != RSA_OID:
-                label = "another"
-            items = der_items(der_items(inner)[0])
+        if label == "PRIVATE KEY":  # PKCS#8, for keys of all kinds; an RSA one is PKCS#1 inside
+            items = der_items(der_items(items[2])[0])
         key = tuple(int.from_bytes(item, "big") for item in items[1:9])
-        fits = rsa_signature(key, b"") != b""
+        rsa_signature(key, b"")
     except (ValueError, IndexError):
-        fits = False
-    if label not in ("PRIVATE KEY", "RSA PRIVATE KEY"):
-        raise CredentialError("private_key is no RSA key")
-    if not fits:
-        raise CredentialError("private_key is cut short or damaged")
+        raise CredentialError("private_key is no RSA key, or is cut short or damaged") from None
     return key
 
 
@@ -7656,11 +7648,6 @@ class Credential(NamedTuple):
     @property
     def login(self) -> str:
         return f"{self.text('client_id')}:{self.text('client_secret')}"
-
-    @property
-    def identity(self) -> str:
-        """What stays the same while tokens come and go."""
-        return f"{self.kind} {self.account or self.text('refresh_token')}"
 
 
 class TokenStep(NamedTuple):
@@ -7771,8 +7758,7 @@ def command_grant(credential: Credential, now: float) -> Grant:
 
 def source_grant(credential: Credential, now: float) -> Grant:
     assert credential.source is not None
-    token = yield from CREDENTIAL_KINDS[credential.source.kind].grant(credential.source, now)
-    return token
+    return (yield from CREDENTIAL_KINDS[credential.source.kind].grant(credential.source, now))
 
 
 def token_grant(credential: Credential, now: float) -> Grant:
@@ -7946,18 +7932,6 @@ class Backend(NamedTuple):
         """What Vertex AI's paths begin with."""
         return f"projects/{self.project}/locations/{self.location}/" if self.project else ""
 
-    @property
-    def member(self) -> str:
-        """The account as gcloud's flag."""
-        account = (self.credential and self.credential.account) or "ACCOUNT"
-        kind = "serviceAccount" if account.endswith("gserviceaccount.com") else "user"
-        return f"--member={kind}:{account}"
-
-    @property
-    def identity(self) -> str:
-        """Whom signatures belong to, while tokens come and go."""
-        return f"{self.project} {self.credential and self.credential.identity}"
-
 
 GEMINI_API = Backend()
 
@@ -8025,15 +7999,14 @@ def passed_json(method: str, raw: bytes) -> JSON:
     """The body of one of TRANSLATED_METHODS, in which what is read here has the right types."""
     body = parse_body(raw)
     counted = body.object("generateContentRequest") or body
+    contents = [*counted.objects("contents")]
+    if method in VECTOR_METHODS:
+        requests = [*body.objects("requests")] or [body]
+        contents = [request.require_object("content") for request in requests]
+    for part in (part for content in contents for part in content.objects("parts")):
+        part.get("text", str)
     for _ in counted.objects("tools"):
         pass
-    requests: list[Fields] = []
-    if method in VECTOR_METHODS:
-        requests = list(body.objects("requests")) or [body]
-    contents = [request.require_object("content") for request in requests]
-    for content in itertools.chain(contents, counted.objects("contents")):
-        for part in content.objects("parts"):
-            part.get("text", str)
     return body.data
 
 
@@ -8203,8 +8176,8 @@ def vertex_entry(name: str) -> JSON:
 # What Google says when it refuses, and what helps.
 VERTEX_ADVICE = {
     "not been used in project|it is disabled": "gcloud services enable aiplatform.googleapis.com",
-    "Permission '?aiplatform": "gcloud projects add-iam-policy-binding {project} {member} "
-    "--role=roles/aiplatform.user",
+    "Permission '?aiplatform": "gcloud projects add-iam-policy-binding {project} "
+    "--member={member} --role=roles/aiplatform.user",
     "insufficient authentication scopes": "set the machine's access scope cloud-platform",
     "API keys are not supported": "unset GOOGLE_API_KEY, and name a project with -vertex",
     "requires a quota project": "gcloud auth application-default set-quota-project {project}",
@@ -8216,9 +8189,11 @@ VERTEX_ADVICE = {
 
 def vertex_refusal(error: ProxyError, backend: Backend) -> ProxyError:
     """A refusal, with what helps. A 429 is about capacity that all share, and soon over."""
+    account = (backend.credential and backend.credential.account) or "ACCOUNT"
+    kind = "serviceAccount" if account.endswith("gserviceaccount.com") else "user"
     for pattern, advice in VERTEX_ADVICE.items():
         if re.search(pattern, error.message):
-            words = advice.format(project=backend.project, member=backend.member)
+            words = advice.format(project=backend.project, member=f"{kind}:{account}")
             error.message = f"{error.message} What helps: {words}"
             break
     if error.code == "rate_limit_exceeded" and error.retry_after is None:
@@ -9200,8 +9175,8 @@ SECRET_FIELDS = ("client_secret", "refresh_token", "assertion", "subject_token")
 def step_secrets(step: TokenStep) -> list[str]:
     """What is sent in this step and is nobody else's business."""
     form = dict(urllib.parse.parse_qsl((step.body or b"").decode()))
-    sent = [form[name] for name in SECRET_FIELDS if name in form]
-    return sent + step.headers.get("Authorization", "").split()[1:]
+    words = [form[name] for name in SECRET_FIELDS if name in form]
+    return words + step.headers.get("Authorization", "").split()[1:]
 
 
 def command_output(command: str) -> str:
@@ -12523,7 +12498,8 @@ def vertex_backend(config: Config, env: Mapping[str, str]) -> tuple[str, Backend
         raise CredentialError(f"the location {location!r:.60} is no name of one")
     url = "https://" + VERTEX_HOSTS.get(location, VERTEX_HOST % location)
     backend = VERTEX._replace(url=url, project=project, location=location, credential=credential)
-    return backend.identity, backend
+    payer = credential.account or credential.text("refresh_token")  # while tokens come and go
+    return f"{project} {credential.kind} {payer}", backend
 
 
 def with_backend(config: Config, env: Mapping[str, str]) -> Config:
