@@ -2017,15 +2017,12 @@ class Tools:
     def host(self, tool: Fields) -> bool:
         """Add one of Google's own tools, by its type or as Google writes it; whether it is one."""
         kind = tool.get("type", str)
-        key = kind and hosted_key(kind)
-        if key:
-            self.host_with(key, f"tools[].{kind}", {})
-            return True
-        names = [] if kind or tool.data.keys() & {"name", "function"} else [*tool.data]
-        keys = {name: hosted_key(name) for name in names}
+        named = kind or tool.data.keys() & {"name", "function"}
+        keys = {name: hosted_key(name) for name in ([kind or ""] if named else tool.data)}
         for name, key in keys.items():
             if key:
-                settings = within_depth(tool.get(name, dict) or {}, tool.path_of(name))
+                settings = {} if named else tool.get(name, dict) or {}
+                within_depth(settings, tool.path_of(name))
                 self.host_with(key, f"tools[].{name}", settings)
         return any(keys.values())
 
@@ -2205,11 +2202,11 @@ def without_signatures(refused: RefusedCall) -> list[str]:
     """Tool calls get the placeholder in place of their signatures, other parts get nothing."""
     name = "thoughtSignature"
     signed = [part for part in refused.parts() if part.get(name, PLACEHOLDER) != PLACEHOLDER]
+    names = drop_field(signed, name, name)
     for part in signed:
-        part[name] = PLACEHOLDER
-        if "functionCall" not in part:
-            del part[name]
-    return [name for _ in signed[:1]]
+        if "functionCall" in part:
+            part[name] = PLACEHOLDER
+    return names
 
 
 def without_resolutions(refused: RefusedCall) -> list[str]:
@@ -2543,10 +2540,8 @@ def gemini_refusal(status: int, answer: Any, raw: bytes = b"") -> ProxyError:
     )
     code = refusal_code(status, details, message)
     headers: dict[str, str] = {}
-    retry_after = None
-    if status in (500, 502, 503, 504, 529):
-        retry_after = 0.0
-    elif status == 429:
+    retry_after = 0.0 if status in (500, 502, 503, 504, 529) else None
+    if status == 429:
         retry_after = retry_delay(details, message)
     if status == 429 and retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
@@ -2577,11 +2572,10 @@ def refusal_code(status: int, details: list[JSON], message: str) -> str | None:
     if status == 404:
         return "model_not_found"
     if status == 429:
-        violations = [
-            item for detail in details for item in get_or_empty(detail, "violations", list)
-        ]
-        daily = ["PerDay" in get_or_empty(violation, "quotaId", str) for violation in violations]
-        if any(daily) or re.search(r"limit: 0\b", message):  # waiting does not help
+        violations = (get_or_empty(detail, "violations", list) for detail in details)
+        quotas = [get_or_empty(item, "quotaId", str) for items in violations for item in items]
+        daily = any("PerDay" in quota for quota in quotas)
+        if daily or re.search(r"limit: 0\b", message):  # waiting does not help
             return "insufficient_quota"
         return "rate_limit_exceeded"
     if 400 <= status <= 599 and "exceeds the maximum number of tokens" in message:
@@ -2989,17 +2983,15 @@ def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Cita
         if type(i) is int and 0 <= i < len(sources)
     ]
     spans += [(source, source) for source in get_or_empty(grounding, "citationSources", list)]
-    cited = [(span, source) for span, source in spans if get_or_empty(source, "uri", str)]
     pages = dict.fromkeys(pages_read(grounding))
-    if not cited and not pages:
-        return []
     text = CitedText(pieces)
     citations: list[Citation] = []
-    for span, source in cited:
-        start, end = map(text.character, text.span_of(span))
-        url = source["uri"]
-        citations.append(Citation(start, end, url, get_or_empty(source, "title", str) or url))
-        pages.pop(url, None)
+    for span, source in spans:
+        url = get_or_empty(source, "uri", str)
+        if url:
+            start, end = map(text.character, text.span_of(span))
+            citations.append(Citation(start, end, url, get_or_empty(source, "title", str) or url))
+            pages.pop(url, None)
     return citations + [Citation(0, text.length, url, url) for url in pages]
 
 
