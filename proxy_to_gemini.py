@@ -2230,8 +2230,8 @@ def without_mcp(refused: RefusedCall) -> list[str]:
     if len(rest) == len(tools):
         return []
     refused.body["tools"] = rest
-    if len(rest) == 1 and "toolConfig" in refused.body:  # functions alone
-        refused.body["toolConfig"].pop("includeServerSideToolInvocations", None)
+    if len(rest) == 1:  # functions alone
+        refused.body.get("toolConfig", {}).pop("includeServerSideToolInvocations", None)
     return ["mcp"]
 
 
@@ -2433,14 +2433,6 @@ class ConversationDigest:
         return digest.hexdigest()
 
 
-class CallKey(NamedTuple):
-    """What to look for in the memory of signatures, for a tool call in a history."""
-
-    id: str | None
-    digest: str  # where its id is not known
-    name: str
-
-
 class KnownCall(NamedTuple):
     """What the memory knows of a tool call."""
 
@@ -2448,22 +2440,21 @@ class KnownCall(NamedTuple):
     before: tuple[Part, ...] = ()  # the parts of Gemini's own tools that came before it
 
 
-def signature_keys(call: GeminiCall, scope: str) -> list[CallKey]:
-    """The key of each tool call in a history, in order."""
+def digested_calls(call: GeminiCall, scope: str) -> list[tuple[JSON, str]]:
+    """(the functionCall, its digest) for each tool call in a history, in order."""
     body = call.body or {}
     contents = body.get("contents", ())
-    keys: list[CallKey] = []
+    calls: list[tuple[JSON, str]] = []
     if not any("functionCall" in part for content in contents for part in content["parts"]):
-        return keys
+        return calls
     conversation = ConversationDigest(body, scope)
     for content in contents:
         for part in content["parts"]:
             if "functionCall" in part:
                 item = part["functionCall"]
-                digest = conversation.call(item["name"], item["args"])
-                keys.append(CallKey(item.get("id"), digest, item["name"]))
+                calls.append((item, conversation.call(item["name"], item["args"])))
         conversation.turn(content)
-    return keys
+    return calls
 
 
 def restore_signatures(
@@ -2636,12 +2627,11 @@ def read_json(data: bytes) -> Any:
 def read_chunk(data: bytes) -> JSON:
     """A GenerateContentResponse, or the answer of another method; raises an error in its place."""
     chunk = read_json(data)
-    if isinstance(chunk, list) and get_or_empty(chunk and chunk[0], "error", dict):
-        raise in_stream_refusal(chunk[0])
+    first = chunk[0] if isinstance(chunk, list) and chunk else chunk
+    if isinstance(first, dict) and "error" in first:
+        raise in_stream_refusal(first)
     if not isinstance(chunk, dict):
         raise invalid_answer(f"expected a JSON object, but got {len(data)} bytes of something else")
-    if "error" in chunk:
-        raise in_stream_refusal(chunk)
     return chunk
 
 
@@ -3381,7 +3371,7 @@ def openai_file_part(part: Fields, model: Model) -> Part:
     if file.get("file_url", str):
         return source_part(file, "file_url", name)
     data = file.require("file_data", str)
-    return media_part(file, "file_data", data, extension_type(name), name)
+    return media_part(file, "file_data", data, name=name)
 
 
 def openai_sealed_part(part: Fields, model: Model) -> Part:
@@ -9618,21 +9608,21 @@ class Gemini:
 
     def signed(self, call: GeminiCall, key: str) -> GeminiCall:
         """The call with what its history lost."""
-        keys = signature_keys(call, scope_of(key))
-        if call.model is None or not keys:
+        calls = digested_calls(call, scope_of(key))
+        if call.model is None or not calls:
             return call
-        known = [self.known_call(call_key, key, call.model) for call_key in keys]
+        known = [self.known_call(item, digest, key, call.model) for item, digest in calls]
         signed, origins = restore_signatures(call, known)
         for origin in origins:
             self.count("signatures_total", origin)
         return signed
 
-    def known_call(self, call_key: CallKey, key: str, model: Model) -> KnownCall:
+    def known_call(self, item: JSON, digest: str, key: str, model: Model) -> KnownCall:
         """What is kept of a tool call, unless another generation of models gave it."""
-        text = self.memory.get(f"{scope_of(key)}:call:{call_key.id}", call_key.digest) or ""
+        text = self.memory.get(f"{scope_of(key)}:call:{item.get('id')}", digest) or ""
         # As remember() joined them; an old state file may lack the list.
         words = [*text.split(" ", 3), "[]"]
-        if words[:2] == [str(generation_number(model)), call_key.name]:
+        if words[:2] == [str(generation_number(model)), item["name"]]:
             return KnownCall(words[2], tuple(json.loads(words[3])))
         if text:
             self.count("signatures_total", "foreign")

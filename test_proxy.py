@@ -2251,15 +2251,19 @@ def history_call(*contents, model=NEWEST, **fields):
     return proxy.GeminiCall("x", {"contents": list(contents), **fields}, proxy.model_of(model))
 
 
-def test_a_history_has_a_signature_key_for_each_of_its_tool_calls_in_order():
-    keys = proxy.signature_keys(
+def test_a_history_has_a_digest_for_each_of_its_tool_calls_in_order():
+    calls = proxy.digested_calls(
         history_call(
             u("q"), m(fc("f", "1"), fc("g")), u(fr("f", ""), fr("g", "")), m(fc("f", "2"))
         ),
         "",
     )
-    assert [(key.id, key.name) for key in keys] == [("1", "f"), (None, "g"), ("2", "f")]
-    assert len({key.digest for key in keys}) == 3
+    assert [(item.get("id"), item["name"]) for item, _ in calls] == [
+        ("1", "f"),
+        (None, "g"),
+        ("2", "f"),
+    ]
+    assert len({digest for _, digest in calls}) == 3
 
 
 @pytest.mark.parametrize(
@@ -2997,9 +3001,9 @@ def test_a_history_with_tools():
     )
     (call,) = plan_and_ignored(body)[0].calls
     known = {"b": proxy.KnownCall(sign("known"))}
-    keys = proxy.signature_keys(call, "")
+    calls = proxy.digested_calls(call, "")
     signed, origins = proxy.restore_signatures(
-        call, [known.get(key.id, proxy.KnownCall()) for key in keys]
+        call, [known.get(item.get("id"), proxy.KnownCall()) for item, _ in calls]
     )
     assert origins == ["placeholder", "memory"]
     assert signed.body["contents"][1:] == [
