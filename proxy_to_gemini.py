@@ -3328,11 +3328,7 @@ def unit_vector(values: list[Any]) -> list[float]:
 
 # ---- content parts, as in Ollama's messages ----
 
-DETAILS = {
-    "low": "MEDIA_RESOLUTION_LOW",
-    "high": "MEDIA_RESOLUTION_HIGH",
-    "original": "MEDIA_RESOLUTION_HIGH",
-}
+DETAILS = {"low": "LOW", "high": "HIGH", "original": "HIGH"}
 
 
 def openai_text_part(part: Fields, model: Model) -> Part:
@@ -3351,7 +3347,7 @@ def openai_link_part(part: Fields, model: Model) -> Part:
     level = DETAILS.get(get_or_empty(link.data, "detail", str))
     if level and model.resolutions and "text" not in media:
         link.mark_read("detail")
-        media["mediaResolution"] = {"level": level}
+        media["mediaResolution"] = {"level": f"MEDIA_RESOLUTION_{level}"}
     return media
 
 
@@ -3736,34 +3732,39 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
     model_name = body.require("model", str)
     model = model_named(model_name, context, "chat")
     history = openai_chat_history(body, model, context)
-    places = google_objects(body)
-    tools = openai_tools(body, *history.tools, *places)
     legacy = not body.data.get("tools") and bool(body.data.get("functions"))
-    choice = openai_tool_choice(body, "function_call" if legacy else "tool_choice", tools)
+    chat = openai_question(body, history, "function_call" if legacy else "tool_choice")
     if body.object("web_search_options") is not None:
-        tools.host_with("googleSearch", "web_search_options", {})
+        chat.tools.host_with("googleSearch", "web_search_options", {})
     sampling, answer_only = openai_chat_sampling(body, model, context, history.limit)
-    settings, wav = openai_modalities(body)
-    google_fields, google_config, google_thinking = openai_google(body, places)
-    thinking = openai_thinking(body, context, answer_only, google_thinking)
+    modes, wav = openai_modalities(body)
+    thinking = openai_thinking(body, context, answer_only, chat.thinking.google)
     if history.effort:
         thinking = thinking._replace(effort=history.effort, budget=None)
-    chat = Chat(
-        model,
-        history.system,
-        history.contents,
-        tools=tools,
-        choice=choice,
-        thinking=thinking,
-        sampling=sampling,
-        schema=openai_response_format(body, history.text),
-        settings={**settings, **google_config},
-        fields=google_fields,
-        stream=bool(body.get("stream", bool)),
-    )
+    settings = {**modes, **chat.settings}
+    chat = chat._replace(thinking=thinking, sampling=sampling, settings=settings)
     calls = (chat_call(chat, body),) * (body.number("n", 1, MAX_CHOICES, int) or 1)
     options = OpenAIOptions(legacy, openai_counts_tokens(body), wav)
     return Plan(calls, chat.stream, options, model_name, chat=chat)
+
+
+def openai_question(body: Fields, history: History, choice_key: str) -> Chat:
+    """What is alike in chats and responses; the choice of tools is under this key."""
+    places = google_objects(body)
+    fields, settings, thinking = openai_google(body, places)
+    tools = openai_tools(body, *history.tools, *places)
+    return Chat(
+        history.model,
+        history.system,
+        history.contents,
+        tools,
+        openai_tool_choice(body, choice_key, tools),
+        Thinking(google=thinking),
+        schema=openai_response_format(body, history.text),
+        settings=settings,
+        fields=fields,
+        stream=bool(body.get("stream", bool)),
+    )
 
 
 def openai_counts_tokens(body: Fields) -> bool:
@@ -3812,7 +3813,9 @@ def openai_effort(body: Fields, reasoning: Fields | None) -> str | None:
     return reasoning.choice("effort", *EFFORTS) or enabled.get(reasoning.get("enabled", bool))
 
 
-def openai_thinking(body: Fields, context: Context, answer_only: bool, google: JSON) -> Thinking:
+def openai_thinking(
+    body: Fields, context: Context, answer_only: bool, google: Mapping[str, Any]
+) -> Thinking:
     """How to think: as `reasoning_effort` or OpenRouter's `reasoning` say, or Anthropic's
     `thinking`, which LiteLLM has for all models. Who says so gets to see the thoughts."""
     reasoning = body.object("reasoning")
@@ -3839,9 +3842,8 @@ def openai_response_format(body: Fields, text: Fields | None) -> JSON | None:
     form = text.object("format") if text else body.object("response_format")
     if form is None:
         return None
-    kind = form.require("type", str)
-    if kind not in ("text", "json_object", "json_schema"):
-        raise form.unknown_choice("type", kind, ("text", "json_object", "json_schema"))
+    form.require("type", str)
+    kind = form.choice("type", "text", "json_object", "json_schema")
     if kind == "text":
         return None
     if kind == "json_object":
@@ -4203,15 +4205,10 @@ def openai_texts(body: Fields, key: str, participle: str, hint: str = "") -> lis
     items = body.get(key, str, list)
     if items == []:
         raise wrong_value(key, f"Invalid '{key}': {EMPTY_ARRAY}.")
-    if isinstance(items, list) and any(map(is_tokens, items)):
+    if isinstance(items, list) and any(type(item) in (int, list) for item in items):
         reason = f"cannot be {participle} here, since the numbers are OpenAI's; send strings{hint}"
         raise wrong_value(key, f"Invalid '{key}': arrays of tokens {reason}.")
     return body.strings(key)
-
-
-def is_tokens(item: Any) -> bool:
-    """Whether this is a token's number, or a list of them."""
-    return type(item) is int or (type(item) is list and all(type(n) is int for n in item))
 
 
 def openai_embeddings_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
@@ -4915,8 +4912,15 @@ class History:
         self.limit: int | None = None  # of the response's tokens
 
     def add(self, item: Fields) -> None:
-        """Add one item. A type that is not known is named as ignored."""
-        kind = input_item_type(item)
+        """Add one item, by its type, which messages and references may leave out. One of a type
+        that is not known is named as ignored."""
+        data = item.data
+        if data.get("type") is None and "role" in data:
+            kind = "message"
+        elif data.get("type") is None and data.get("id") and data.keys() <= {"id", "type"}:
+            kind = "item_reference"
+        else:
+            kind = item.require("type", str)
         if kind in INPUT_ITEMS:
             item.mark_read("type", "id", "status")
             INPUT_ITEMS[kind](self, item)
@@ -5089,15 +5093,6 @@ INPUT_ITEMS: dict[str, Callable[[History, Fields], None]] = {
 }
 
 
-def input_item_type(item: Fields) -> str:
-    """The type of an item. Messages and references may leave it out."""
-    if item.data.get("type") is None and "role" in item.data:
-        return "message"
-    if item.data.get("type") is None and item.data.get("id") and item.data.keys() <= {"id", "type"}:
-        return "item_reference"
-    return str(item.require("type", str))
-
-
 TEXT_SIGNATURE = ""  # the id of a text among those of the calls
 
 
@@ -5230,13 +5225,11 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     model_name = body.require("model", str)
     model = model_named(model_name, context, "chat")
     history = openai_history(body, model, context)
-    places = google_objects(body)
-    tools = openai_tools(body, *history.tools, *places)
-    choice = openai_tool_choice(body, "tool_choice", tools)
-    text = history.text or Fields({})
+    history.text = history.text or Fields({})
+    chat = openai_question(body, history, "tool_choice")
     effort, summary = openai_reasoning(body)
     effort = history.effort or effort
-    fields, settings, google = openai_google(body, places)
+    google = chat.thinking.google
     show = summary is not None or bool(google.get("includeThoughts"))
     show = show or (context.ollama and effort != "none")
     included = body.strings("include")
@@ -5244,27 +5237,16 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
         if name not in (SIGNATURES, SOURCES):
             body.ignore(f"include.{name}")
     signatures, field = SIGNATURES in included, "reasoning.effort"
-    chat = Chat(
-        model,
-        history.system,
-        history.contents,
-        tools,
-        choice,
-        Thinking(effort, show=show, field=field, google=google, signatures=signatures),
-        openai_sampling(body, model, history.limit, context),
-        openai_response_format(body, text),
-        settings,
-        fields,
-        bool(body.get("stream", bool)),
-    )
+    thinking = Thinking(effort, show=show, field=field, google=google, signatures=signatures)
+    sampling = openai_sampling(body, model, history.limit, context)
+    chat = chat._replace(thinking=thinking, sampling=sampling)
     calls = compacting_calls(chat, body)
     echo = {
-        **openai_echo(body, text),
-        **openai_echoed_sampling(calls[-1]),
+        **openai_echo(body, history.text, calls[-1]),
         "model": model_name,
-        "parallel_tool_calls": choice.parallel,
+        "parallel_tool_calls": chat.choice.parallel,
         "reasoning": {"effort": effort, "summary": summary},
-        "service_tier": fields.get("serviceTier", "default"),
+        "service_tier": chat.fields.get("serviceTier", "default"),
     }
     items, compacts = body.data.get("input") or [], len(calls) > 1 or is_triggered(body)
     options = ResponseOptions(echo, items, SOURCES in included, compacts)
@@ -5310,9 +5292,21 @@ def openai_reasoning(body: Fields) -> tuple[str | None, str | None]:
     return reasoning.choice("effort", *EFFORTS), summary
 
 
-def openai_echo(body: Fields, text: Fields) -> JSON:
-    """What a response repeats of its request. What is only repeated stays unread, thus ignored."""
+# Where no setting is sent, those of Gemini's list of models. A response must tell each of them as a
+# number: ResponseResource in https://github.com/openresponses/openresponses
+SAMPLING_DEFAULTS = {
+    "temperature": ("temperature", 1.0),
+    "top_p": ("topP", 0.95),
+    "presence_penalty": ("presencePenalty", 0.0),
+    "frequency_penalty": ("frequencyPenalty", 0.0),
+}
+
+
+def openai_echo(body: Fields, text: Fields, call: GeminiCall) -> JSON:
+    """What a response repeats of its request: what is only repeated stays unread, thus ignored; and
+    the sampling of its call."""
     data, store = body.data, body.get("store", bool)
+    config = get_or_empty(call.body, "generationConfig", dict)
     return {
         "background": False,
         "instructions": data.get("instructions"),
@@ -5329,27 +5323,12 @@ def openai_echo(body: Fields, text: Fields) -> JSON:
         "top_logprobs": get_or_empty(data, "top_logprobs", int),
         "truncation": body.choice("truncation", "auto", "disabled") or "disabled",
         "user": get_or_empty(data, "user", str) or None,
+        **{name: config.get(key, default) for name, (key, default) in SAMPLING_DEFAULTS.items()},
     }
 
 
-# Where no setting is sent, those of Gemini's list of models. A response must tell each of them as a
-# number: ResponseResource in https://github.com/openresponses/openresponses
-SAMPLING_DEFAULTS = {
-    "temperature": ("temperature", 1.0),
-    "top_p": ("topP", 0.95),
-    "presence_penalty": ("presencePenalty", 0.0),
-    "frequency_penalty": ("frequencyPenalty", 0.0),
-}
-
-
-def openai_echoed_sampling(call: GeminiCall) -> JSON:
-    """The sampling that is used: what the call has of it, else Gemini's defaults."""
-    config = get_or_empty(call.body, "generationConfig", dict)
-    return {name: config.get(key, default) for name, (key, default) in SAMPLING_DEFAULTS.items()}
-
-
 def openai_echoed_format(form: JSON | None) -> JSON:
-    """The format of the answer, likewise."""
+    """The format of the answer, as a response repeats it."""
     if form and form.get("type") == "json_schema":
         strict = bool(form.get("strict"))
         return {**form, "description": form.get("description"), "strict": strict}
