@@ -3785,9 +3785,8 @@ def openai_chat_sampling(
 
 def openai_limit(body: Fields, key: str, context: Context) -> int | None:
     """The most tokens that may come out; in Ollama, a number below 1 is no limit."""
-    if not context.ollama:
-        body.number(key, 1, math.inf, int)
-    return max(body.get(key, int) or 0, 0) or None
+    limit = body.number(key, -math.inf if context.ollama else 1, math.inf, int)
+    return max(limit or 0, 0) or None
 
 
 def openai_sampling(body: Fields, model: Model, limit: int | None, context: Context) -> JSON:
