@@ -3371,8 +3371,7 @@ def openai_file_part(part: Fields, model: Model) -> Part:
 
 
 def openai_sealed_part(part: Fields, model: Model) -> Part:
-    """What only OpenAI can read, such as a result of its own search in the history of another
-    model."""
+    """What only OpenAI can read, such as a result of its own search."""
     part.ignore_whole(f"{without_indexes(part.path)}.encrypted_content")
     return text_part("[sealed content]")
 
@@ -3474,18 +3473,15 @@ def openai_call_part(call: Fields) -> Part:
 def openai_result_part(
     message: Fields, content: str, id_key: str, model: Model, images: Iterable[Part] = ()
 ) -> Part:
-    """A tool's result, under these keys: text, JSON in a text, or parts; media go beside the text.
-
-    Many clients do not say which call it belongs to; valid_turns goes by the order then.
-    """
+    """A tool's result, under these keys: text, JSON in a text, or parts. Many clients do not say
+    which call it belongs to; valid_turns goes by the order then."""
     name = message.get("tool_name", str) or message.get("name", str)
     parts = [*openai_parts(message, content, model), *images]
     return result_part(name, parts, strip_signature(message.get(id_key, str)))
 
 
 def openai_signature(call: Fields, function: Fields) -> str | None:
-    """The thought signature that the client kept for us, in Google's form or in one of other
-    proxies'."""
+    """The thought signature that the client kept for us, in Google's form or other proxies'."""
     call.mark_read("extra_content", "provider_specific_fields")
     function.mark_read("thought_signature", "provider_specific_fields")
     carriers = (
@@ -3613,8 +3609,7 @@ MAX_NAMESPACE_CHARACTERS = 128  # each function repeats those of its namespace
 def openai_tool_list(
     fields: Fields, namespace: str = "", note: str = ""
 ) -> Iterator[tuple[Fields, str, str]]:
-    """The tools of a body's, each with its namespace or "", and with its first one the description
-    of the namespace."""
+    """The tools, each with its namespace or "", and the first of one with its description."""
     for tool in fields.objects("tools"):
         if tool.data.get("type") != "namespace":
             yield tool, namespace, note
@@ -4113,10 +4108,8 @@ def openai_chat_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[J
 
 
 def openai_deltas(events: Iterable[Event], exchange: Exchange) -> Iterator[tuple[JSON, End | None]]:
-    """(delta, the End beside the last one) for the events of one answer.
-
-    OpenAI's libraries concatenate deltas: the role, each id and the annotations come only once.
-    """
+    """(delta, the End beside the last one) for the events of one answer. OpenAI's libraries
+    concatenate deltas: the role, each id and the annotations come only once."""
     text_keys = {False: "content", True: THOUGHTS_KEYS[exchange.context.ollama]}
     legacy = exchange.options.legacy
     calls = images = audio = 0
@@ -4990,11 +4983,8 @@ class History:
             self.contents.append(model_turn(media_part(item, "result", data)))
 
     def add_reference(self, item: Fields) -> None:
-        """The stored item with this id, which names its response; a 404 if it is not stored.
-
-        A second one is a 400, as OpenAI's (continuedev/continue#10723): a short request could
-        otherwise repeat a large item without end.
-        """
+        """The stored item with this id, which names its response. A second one is a 400, as with
+        OpenAI (continuedev/continue#10723): a short request could repeat a large item endlessly."""
         item_id = item.require("id", str)
         if item_id in self.references:
             why = f"Duplicate item found with id {item_id[:80]}."
@@ -5031,11 +5021,8 @@ class History:
             self.contents.append(user_turn(result_part(TOOL_SEARCH, [content], call_id)))
 
     def add_summary(self, item: Fields) -> None:
-        """The summary in a compaction, in place of all before it but what the user said.
-
-        A client may drop the rest, and need not: one that goes on from a stored response cannot.
-        https://developers.openai.com/api/docs/guides/compaction
-        """
+        """The summary in a compaction, in place of all before it but what the user said. A client
+        may drop the rest, or leave it: https://developers.openai.com/api/docs/guides/compaction"""
         text = item.get("encrypted_content", str)
         summary: str = get_or_empty(text and unsealed(text), "summary", str)
         if summary:
@@ -5456,66 +5443,56 @@ def openai_compact_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
 # ---- the answer ----
 
 
-class MessageItem:
-    """A message while its text comes, in a single part; and what its events have in common."""
+# Of messages, and of summaries of thoughts: how their ids begin, the names of events about the part
+# of such an item and about its text, the part's place in these, and what else is said of the text.
+TEXT_FORMS: dict[bool, tuple[str, str, str, JSON, JSON]] = {
+    False: ("msg_", "content_part", "output_text", {"content_index": 0}, {"logprobs": []}),
+    True: ("rs_", "reasoning_summary_part", "reasoning_summary_text", {"summary_index": 0}, {}),
+}
 
-    prefix, part_event, text_event = "msg_", "content_part", "output_text"
 
-    def __init__(self, start: int):
-        self.start = start  # of its text in the text of the whole answer
+class TextItem:
+    """A message, or a summary of thoughts, while its text comes, in a single part."""
+
+    def __init__(self, thought: bool, start: int):
+        self.thought, self.start = thought, start  # in the text of the whole answer
         self.pieces: list[str] = []
         self.annotations: list[JSON] = []  # some are known only after the message has ended
-        self.place: JSON = {"content_index": 0}  # of the part, in events
-        self.more: JSON = {"logprobs": []}  # in events about text
+        names = TEXT_FORMS[thought]
+        self.prefix, self.part_event, self.text_event, self.place, self.more = names
 
     def item(self) -> JSON:
+        if self.thought:
+            return {"type": "reasoning", "summary": []}
         return {"type": "message", "status": "in_progress", "role": "assistant", "content": []}
 
     def part(self) -> JSON:
-        text = {"type": "output_text", "text": "".join(self.pieces)}
-        return {**text, "annotations": self.annotations, "logprobs": []}
+        text = "".join(self.pieces)
+        if self.thought:
+            return {"type": "summary_text", "text": text}
+        more = {"annotations": self.annotations, "logprobs": []}
+        return {"type": "output_text", "text": text, **more}
 
     def final(self, status: str) -> JSON:
+        if self.thought:
+            return {"summary": [self.part()]}
         return {"content": [self.part()], "status": status}
-
-
-class ReasoningItem:
-    """A summary of thoughts while its text comes, likewise."""
-
-    prefix, part_event, text_event = "rs_", "reasoning_summary_part", "reasoning_summary_text"
-
-    def __init__(self) -> None:
-        self.pieces: list[str] = []
-        self.place: JSON = {"summary_index": 0}
-        self.more: JSON = {}
-
-    def item(self) -> JSON:
-        return {"type": "reasoning", "summary": []}
-
-    def part(self) -> JSON:
-        return {"type": "summary_text", "text": "".join(self.pieces)}
-
-    def final(self, status: str) -> JSON:
-        return {"summary": [self.part()]}
 
 
 MAX_STORED_CHARACTERS = 8 << 20  # of a response and its input: a quarter of the memory
 
 
 class ResponseBuilder:
-    """A response as it grows, and its events: one item after the other, each ended before the next.
-
-    Client libraries insist on this order: openai-python's lib/streaming/responses, and openai-node,
-    which takes output_index for the order in which the items came.
-    """
+    """A response as it grows, and its events. One item ends before the next begins: openai-python
+    insists on it (lib/streaming/responses), and openai-node takes output_index for their order."""
 
     def __init__(self, exchange: Exchange):
         self.exchange, self.chat = exchange, exchange.chat
         self.options: ResponseOptions = exchange.options
         self.count = 0  # events so far
         self.length = 0  # characters of the answer's text so far
-        self.open: MessageItem | ReasoningItem | None = None  # the item that has not ended
-        self.messages: list[MessageItem] = []
+        self.open: TextItem | None = None  # the item that has not ended
+        self.messages: list[TextItem] = []
         self.output: list[JSON] = []
         response_id = exchange.new_id("resp_")
         self.tail = response_id.partition("_")[2]  # of the id of every item
@@ -5549,18 +5526,18 @@ class ResponseBuilder:
         self.output[index] = {**self.output[index], **fields}
         return self.event("output_item.done", output_index=index, item=self.output[index])
 
-    def start(self, item: MessageItem | ReasoningItem) -> Iterator[JSON]:
+    def start(self, item: TextItem) -> Iterator[JSON]:
         self.open = item
-        if isinstance(item, MessageItem):
+        if not item.thought:
             self.messages.append(item)
         yield self.add(item.prefix, item.item())
         yield self.item_event(f"{item.part_event}.added", **item.place, part=item.part())
 
     def add_text(self, text: str, thought: bool = False) -> Iterator[JSON]:
         item = self.open
-        if item is None or thought != isinstance(item, ReasoningItem):
+        if item is None or item.thought != thought:
             yield from self.close()
-            item = ReasoningItem() if thought else MessageItem(self.length)
+            item = TextItem(thought, self.length)
             yield from self.start(item)
         if not thought:
             self.length += len(text)
@@ -5604,12 +5581,8 @@ class ResponseBuilder:
             yield self.done(status="completed")
             return
         if call.name in self.chat.tools.custom:
-            kind, prefix, key, value = (
-                "custom_tool_call",
-                "ctc_",
-                "input",
-                openai_custom_input(call),
-            )
+            kind, prefix, key = "custom_tool_call", "ctc_", "input"
+            value = openai_custom_input(call)
             last = {key: value}
         else:
             kind, prefix, key, value = "function_call", "fc_", "arguments", encode_json(call.args)
@@ -5645,7 +5618,7 @@ class ResponseBuilder:
         content = ""
         if self.chat.thinking.signatures:
             content = encrypted_content(calls, end.signature, self.chat.model)
-        if content and isinstance(self.open, ReasoningItem):
+        if content and self.open and self.open.thought:
             yield from self.close(encrypted_content=content)
             content = ""
         status, fields = response_status(end)
@@ -5660,12 +5633,13 @@ class ResponseBuilder:
         for call in calls:
             yield from self.add_call(call)
         if not self.output and status == "completed":
-            yield from self.start(MessageItem(self.length))
+            yield from self.start(TextItem(False, self.length))
             yield from self.close()
         yield from self.end(status, fields)
 
-    def compact(self, events: Iterator[Event]) -> Generator[Any, None, End]:
-        """The item with a summary of the conversation, if it was written to its end."""
+    def compact(self, events: Iterator[Event], alone: bool) -> Iterator[Any]:
+        """The item with a summary of the conversation, if it was written to its end; and the end of
+        a response that is nothing but that item."""
         first = next(events)
         yield from self.begin()
         answer = whole(itertools.chain([first], events))
@@ -5673,15 +5647,12 @@ class ResponseBuilder:
             content = sealed({"summary": answer.text})
             yield self.add("cmp_", {"type": "compaction", "encrypted_content": content})
             yield self.done()
-        return answer.end
-
-    def end_compaction(self, end: End) -> Iterator[Any]:
-        """The end of a response that is nothing but that item."""
-        status, fields = response_status(end)
+        status, fields = response_status(answer.end)
         if status == "completed" and not self.output:
             error = ProxyError(500, "Gemini wrote no summary.")
             status, fields = "failed", {"error": response_error(error)}
-        yield from self.end(status, fields)
+        if alone:
+            yield from self.end(status, fields)
 
     def fail(self, error: JSON) -> Iterator[Any]:
         """The last event of a response that failed; the open item stays as far as it came."""
@@ -5741,12 +5712,11 @@ def openai_responses_stream(exchange: Exchange, answers: AnswerStreams) -> Itera
     builder = exchange.builder = ResponseBuilder(exchange)
     calls: list[ToolCall] = []
     if builder.options.compacts and len(exchange.plan.calls) == 1:
-        end = yield from builder.compact(next(answers))
-        yield from builder.end_compaction(end)
+        yield from builder.compact(next(answers), alone=True)
         return
     if builder.options.compacts:
         with contextlib.suppress(ProxyError):  # the answer itself can do without a summary
-            yield from builder.compact(next(answers))
+            yield from builder.compact(next(answers), alone=False)
     for event in next(answers):
         if not builder.count:
             yield from builder.begin()
@@ -5772,10 +5742,8 @@ def openai_responses_response(exchange: Exchange, answers: AnswerStreams) -> Ite
 
 
 def openai_responses_failure(exchange: Exchange, error: ProxyError) -> list[Any]:
-    """The last event of a stream that failed, after the first ones, which clients insist on.
-
-    Codex reads from the message when to try again (its codex-api/src/sse/responses.rs).
-    """
+    """The last event of a stream that failed, after the first ones, which clients insist on. Codex
+    reads in the message when to try again (its codex-api/src/sse/responses.rs)."""
     body = response_error(error)
     if error.retry_after and error.status == 429:
         body["message"] += f" Please try again in {error.retry_after:g}s."
