@@ -10253,7 +10253,8 @@ MAX_LOADED_MODELS = 100  # that are listed as loaded
 LINGER_SECONDS = 1.0  # for a client to read a refusal of what it is still sending
 KEY_PATTERN = r"[!-~]{1,1000}"  # what can be sent in a header as a key
 MAX_IGNORED_CHARACTERS = 4000  # of x-proxy-ignored: nginx takes 8 KB of headers in all
-MAX_LOG_CHARACTERS = 4000  # of a log line: a pipe takes 4,096 bytes (PIPE_BUF) in one piece
+PIPE_BYTES = 4096  # that a pipe takes in one piece, if it takes anything (PIPE_BUF)
+MAX_LOG_CHARACTERS = 4000  # of a log line, which is such a piece
 
 REQUEST_LINE = re.compile(rf"({HTTP_TOKEN}) ([^\x00-\x20\x7f]+) HTTP/1\.([0-9])\r\n".encode())
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # others are a 501
@@ -10274,6 +10275,7 @@ ADDRESS_HOSTS = re.compile(r"(\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\])(:\d{1,5})?"
 NEARBY_HOSTS = re.compile(r"([\w.-]+\.(?:local|internal))(:\d{1,5})?", re.I | re.A)
 BROWSER_HEADERS = ("sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")  # w3.org/TR/fetch-metadata
 BUG = "this is a bug in proxy-to-gemini; please report it"
+LOG_LINES: collections.deque[bytes] = collections.deque()  # that are not written yet
 LOG_LOCK = threading.Lock()
 
 
@@ -10285,12 +10287,26 @@ def log(line: str) -> None:
 
 
 def write_log(line: str) -> None:
-    """Write to standard error. If it is closed, or a full pipe, the line is lost: nobody waits."""
-    with contextlib.suppress(OSError, ValueError, AttributeError), LOG_LOCK:
-        file = sys.stderr.fileno()
-        # A pipe has room for PIPE_BUF bytes then. On Windows, open_standard_streams sees to it.
-        if sys.platform == "win32" or select.select([], [file], [], 0)[1]:
-            os.write(file, line.encode())
+    """Write to standard error. If it is closed, or a full pipe, the line is lost: nobody waits. Nor
+    does a thread wait for another: the one that writes takes what comes meanwhile."""
+    LOG_LINES.append(line.encode())
+    while LOG_LINES and LOG_LOCK.acquire(blocking=False):
+        try:
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                write_lines()
+        finally:
+            LOG_LOCK.release()
+
+
+def write_lines() -> None:
+    """Write the first lines of those that wait, as many as a pipe takes in one piece."""
+    data = LOG_LINES.popleft()
+    while LOG_LINES and len(data) + len(LOG_LINES[0]) <= PIPE_BYTES:
+        data += LOG_LINES.popleft()
+    file = sys.stderr.fileno()
+    # On Windows, open_standard_streams sees to a full pipe.
+    if sys.platform == "win32" or select.select([], [file], [], 0)[1]:
+        os.write(file, data)
 
 
 http_date = functools.lru_cache(maxsize=2)(email.utils.formatdate)  # RFC 9110, section 5.6.7

@@ -10628,6 +10628,9 @@ def test_a_replay_tells_what_differs(gemini, folder):
 # ======================================================================================
 
 
+WRITE_LOG = proxy.write_log
+
+
 @pytest.fixture(autouse=True)
 def log_lines(monkeypatch):
     """The lines that servers in this process log; pytest's output has none of them."""
@@ -10803,6 +10806,31 @@ def until(condition):
 
 
 # ---- the log ----
+
+
+def test_lines_that_come_while_the_log_is_written_wait_for_nobody(monkeypatch):
+    pieces, writing, go_on = [], threading.Event(), threading.Event()
+
+    def write(file, data):
+        pieces.append(data)
+        writing.set()
+        assert go_on.wait(10)
+
+    lines = [f"line {number}\n" for number in range(900)]
+    with open(os.devnull, "w") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        monkeypatch.setattr(proxy.os, "write", write)
+        writer = threading.Thread(target=WRITE_LOG, args=(lines[0],))
+        writer.start()
+        assert writing.wait(10)
+        for line in lines[1:]:
+            WRITE_LOG(line)
+        assert len(pieces) == 1
+        go_on.set()
+        writer.join()
+    assert b"".join(pieces).decode() == "".join(lines)
+    assert max(map(len, pieces)) <= 4096
+    assert len(pieces) == 3
 
 
 def test_a_long_line_of_the_log_keeps_its_end(log_lines):
