@@ -1783,13 +1783,14 @@ def adapted_schema(schema: Any, references: list[str]) -> Any:
     out = mapped_schema(schema, lambda inner: adapted_schema(inner, references))
     for key in ("$schema", "strict", "definitions"):
         out.pop(key, None)
-    if reference_in(out):
-        references.append(reference_in(out))
     if "const" in out:
         out["enum"] = [out.pop("const")]
     if isinstance(out.get("enum"), list) and None in out["enum"]:
         out = nullable_enum(out)
-    return lone_reference(out) if isinstance(out.get("$ref"), str) else out
+    if isinstance(out.get("$ref"), str):
+        references.append(out["$ref"])
+        out = lone_reference(out)
+    return out
 
 
 def mapped_schema(schema: JSON, change: Callable[[Any], Any]) -> JSON:
@@ -1805,17 +1806,9 @@ def mapped_schema(schema: JSON, change: Callable[[Any], Any]) -> JSON:
     return out
 
 
-REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
-SCHEMA_LABELS = (("$id", ""), ("id", ""), ("$anchor", "#"), ("$dynamicAnchor", "#"))
 DEFINITIONS = {"$defs": "definitions", "definitions": "$defs"}
-# Whose values may be objects.
-DICT_KEYWORDS = (*SUBSCHEMAS, *NAMED_SUBSCHEMAS, "const", "default", "example")
-
-
-def reference_in(schema: JSON) -> str:
-    """The reference of a schema, "" where it has none."""
-    references = (get_or_empty(schema, key, str) for key in REFERENCES)
-    return next(filter(None, references), "")
+# Whose values may be objects; others that are, such as `components`, held definitions.
+OBJECT_KEYWORDS = (*SUBSCHEMAS, *NAMED_SUBSCHEMAS, "const", "default", "example")
 
 
 class SchemaReferences:
@@ -1836,12 +1829,11 @@ class SchemaReferences:
         self.collect(self.root)
         while self.unresolved:
             schema, around = self.unresolved.pop()
-            reference = reference_in(schema)
-            target = self.target(reference, around)
+            target = self.target(schema["$ref"], around)
             if isinstance(target, dict):
                 self.collect(target)
                 if id(target) not in self.names:
-                    self.define(target, reference)
+                    self.define(target, schema["$ref"])
                 self.targets[id(schema)] = self.names[id(target)]
         definitions = self.definitions.items()
         names = {name: self.rewritten(schema, whole=True) for name, schema in definitions}
@@ -1857,10 +1849,9 @@ class SchemaReferences:
             self.known.add(id(schema))
             if DEFINITIONS.keys() & schema.keys():
                 around = (schema, *around)
-            for key, mark in SCHEMA_LABELS:
-                label = get_or_empty(schema, key, str)
-                self.labels.setdefault(mark + label, schema)
-            if reference_in(schema):
+            self.labels.setdefault(get_or_empty(schema, "$id", str), schema)
+            self.labels.setdefault("#" + get_or_empty(schema, "$anchor", str), schema)
+            if isinstance(schema.get("$ref"), str):
                 self.unresolved.append((schema, around))
             stack += [(inner, around) for inner in subschemas(schema)]
 
@@ -1893,14 +1884,13 @@ class SchemaReferences:
             return {"$ref": f"#/$defs/{self.names[id(schema)]}"}
         out: JSON = {}
         for key, value in mapped_schema(schema, self.rewritten).items():
-            if key in REFERENCES and id(schema) in self.targets:
-                out["$ref"] = f"#/$defs/{self.targets[id(schema)]}"
-            elif key in REFERENCES and str(value).startswith("#/$defs/"):
-                out["$ref"] = value  # Gemini complains, and the schema is put in words
-            elif key in REFERENCES:
-                out.setdefault("description", f"See {value}")
-            elif key not in DEFINITIONS and (not isinstance(value, dict) or key in DICT_KEYWORDS):
-                out[key] = value  # other objects held definitions, such as `components`
+            if key not in DEFINITIONS and (not isinstance(value, dict) or key in OBJECT_KEYWORDS):
+                out[key] = value
+        if id(schema) in self.targets:
+            out["$ref"] = f"#/$defs/{self.targets[id(schema)]}"
+        elif "$ref" in out and not str(out["$ref"]).startswith("#/$defs/"):
+            # One below `$defs` stays: Gemini complains of it, and the schema is put in words.
+            out.setdefault("description", f"See {out.pop('$ref')}")
         return out
 
 
