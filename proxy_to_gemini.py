@@ -2423,41 +2423,33 @@ class ConversationDigest:
         return digest.hexdigest()
 
 
-class KnownCall(NamedTuple):
-    """What the memory knows of a tool call."""
-
-    signature: str | None = None
-    before: tuple[Part, ...] = ()  # the parts of Gemini's own tools that came before it
-
-
-def digested_calls(call: GeminiCall, scope: str) -> list[tuple[JSON, str]]:
-    """(the functionCall, its digest) for each tool call in a history, in order."""
+def digested_calls(call: GeminiCall, scope: str) -> list[tuple[ToolCall, str]]:
+    """(a tool call, its digest) for each one in a history, in order."""
     body = call.body or {}
     contents = body.get("contents", ())
-    calls: list[tuple[JSON, str]] = []
+    calls: list[tuple[ToolCall, str]] = []
     if not any("functionCall" in part for content in contents for part in content["parts"]):
         return calls
     conversation = ConversationDigest(body, scope)
     for content in contents:
-        for part in content["parts"]:
-            if "functionCall" in part:
-                item = part["functionCall"]
-                calls.append((item, conversation.call(item["name"], item["args"])))
+        for item in (part["functionCall"] for part in content["parts"] if "functionCall" in part):
+            tool_call = ToolCall(item["name"], item["args"], id=item.get("id", ""))
+            calls.append((tool_call, conversation.call(tool_call.name, tool_call.args)))
         conversation.turn(content)
     return calls
 
 
 def restore_signatures(
-    call: GeminiCall, known_calls: Sequence[KnownCall] = ()
+    call: GeminiCall, known_calls: Iterable[ToolCall] = ()
 ) -> tuple[GeminiCall, list[str]]:
     """(the call with the signatures and hosted parts that its history lost, their origins).
 
-    `known_calls` has what is known of each of its tool calls. On Gemini 3 the first one of a turn
-    needs a signature: https://ai.google.dev/gemini-api/docs/thought-signatures
+    `known_calls` are its tool calls as Gemini made them, as far as that is known. On Gemini 3 the
+    first one of a turn needs a signature: https://ai.google.dev/gemini-api/docs/thought-signatures
     """
     body = call.body or {}
     mixed = body.get("toolConfig", {}).get("includeServerSideToolInvocations")
-    every_known = itertools.chain(known_calls, itertools.repeat(KnownCall()))
+    every_known = itertools.chain(known_calls, itertools.repeat(ToolCall("", {})))
     contents: list[JSON] = []
     origins: list[str] = []
     for content in body.get("contents", ()):
@@ -2478,7 +2470,7 @@ def restore_signatures(
     return signed, [origin for origin in origins if origin]
 
 
-def signed_part(part: Part, known: KnownCall, required: bool) -> tuple[Part, str]:
+def signed_part(part: Part, known: ToolCall, required: bool) -> tuple[Part, str]:
     """(a tool call with its signature, the origin of that); "" where it needs none."""
     if part.get("thoughtSignature"):
         return part, "client"
@@ -9547,22 +9539,22 @@ class Gemini:
         calls = digested_calls(call, scope_of(key))
         if call.model is None or not calls:
             return call
-        known = [self.known_call(item, digest, key, call.model) for item, digest in calls]
+        known = [self.known_call(made, digest, key, call.model) for made, digest in calls]
         signed, origins = restore_signatures(call, known)
         for origin in origins:
             self.count("signatures_total", origin)
         return signed
 
-    def known_call(self, item: JSON, digest: str, key: str, model: Model) -> KnownCall:
-        """What is kept of a tool call, unless another generation of models gave it."""
-        text = self.memory.get(f"{scope_of(key)}:call:{item.get('id')}", digest) or ""
+    def known_call(self, call: ToolCall, digest: str, key: str, model: Model) -> ToolCall:
+        """A tool call with what is kept of it, unless another generation of models made it."""
+        text = self.memory.get(f"{scope_of(key)}:call:{call.id}", digest) or ""
         # As remember() joined them; an old state file may lack the list.
         words = [*text.split(" ", 3), "[]"]
-        if words[:2] == [str(generation_number(model)), item["name"]]:
-            return KnownCall(words[2], tuple(json.loads(words[3])))
+        if words[:2] == [str(generation_number(model)), call.name]:
+            return call._replace(signature=words[2], before=tuple(json.loads(words[3])))
         if text:
             self.count("signatures_total", "foreign")
-        return KnownCall()
+        return call
 
     def remember(self, call: GeminiCall, key: str, calls: list[ToolCall]) -> list[str]:
         """New ids for the tool calls in an answer; what Gemini wants back is put under them."""

@@ -2251,6 +2251,10 @@ def history_call(*contents, model=NEWEST, **fields):
     return proxy.GeminiCall("x", {"contents": list(contents), **fields}, proxy.model_of(model))
 
 
+def known_call(signature, *before):
+    return proxy.ToolCall("f", {}, signature, before=before)
+
+
 def test_a_history_has_a_digest_for_each_of_its_tool_calls_in_order():
     calls = proxy.digested_calls(
         history_call(
@@ -2258,9 +2262,9 @@ def test_a_history_has_a_digest_for_each_of_its_tool_calls_in_order():
         ),
         "",
     )
-    assert [(item.get("id"), item["name"]) for item, _ in calls] == [
+    assert [(made.id, made.name) for made, _ in calls] == [
         ("1", "f"),
-        (None, "g"),
+        ("", "g"),
         ("2", "f"),
     ]
     assert len({digest for _, digest in calls}) == 3
@@ -2269,8 +2273,8 @@ def test_a_history_has_a_digest_for_each_of_its_tool_calls_in_order():
 @pytest.mark.parametrize(
     "known, signature, origin",
     [
-        (proxy.KnownCall(sign("known")), sign("known"), "memory"),
-        (proxy.KnownCall(), proxy.PLACEHOLDER, "placeholder"),
+        (known_call(sign("known")), sign("known"), "memory"),
+        (known_call(None), proxy.PLACEHOLDER, "placeholder"),
     ],
 )
 def test_a_tool_call_without_signature_gets_the_known_one_or_the_placeholder(
@@ -2283,7 +2287,7 @@ def test_a_tool_call_without_signature_gets_the_known_one_or_the_placeholder(
 
 def test_a_signature_of_the_clients_goes_before_a_known_one():
     call = history_call(u("q"), m(call_with("mine")))
-    restored, origins = proxy.restore_signatures(call, [proxy.KnownCall(sign("known"))])
+    restored, origins = proxy.restore_signatures(call, [known_call(sign("known"))])
     assert restored.body == call.body
     assert origins == ["client"]
 
@@ -2302,7 +2306,7 @@ def test_a_model_that_signs_nothing_needs_no_placeholder():
 
 @pytest.mark.parametrize("mixed, parts", [(True, 2), (False, 1)])
 def test_parts_of_geminis_own_tools_come_back_where_the_request_has_such_tools(mixed, parts):
-    known = proxy.KnownCall(sign("s"), ({"toolCall": {"id": "t"}},))
+    known = known_call(sign("s"), {"toolCall": {"id": "t"}})
     config = {"includeServerSideToolInvocations": mixed}
     call, _ = proxy.restore_signatures(history_call(u("q"), m(fc("f")), toolConfig=config), [known])
     assert len(call.body["contents"][1]["parts"]) == parts
@@ -3000,10 +3004,9 @@ def test_a_history_with_tools():
         tools=[WEATHER],
     )
     (call,) = plan_and_ignored(body)[0].calls
-    known = {"b": proxy.KnownCall(sign("known"))}
     calls = proxy.digested_calls(call, "")
     signed, origins = proxy.restore_signatures(
-        call, [known.get(item.get("id"), proxy.KnownCall()) for item, _ in calls]
+        call, [known_call(sign("known") if made.id == "b" else None) for made, _ in calls]
     )
     assert origins == ["placeholder", "memory"]
     assert signed.body["contents"][1:] == [
