@@ -5903,6 +5903,7 @@ def ollama_loaded_seconds(body: Fields) -> float:
 
 
 THINK_VALUES = '"high", "medium", "low", "max", true, or false'
+THINK_EFFORTS: dict[Any, Any] = {True: None, False: "none"}  # the texts are efforts themselves
 
 
 def ollama_thinking(body: Fields, model: Model) -> Thinking:
@@ -5918,11 +5919,7 @@ def ollama_thinking(body: Fields, model: Model) -> Thinking:
             name = json.dumps(body.data["model"][:200])
             raise ProxyError(400, f"{name} does not support thinking", path="think")
         return Thinking()
-    effort = None
-    if think is False:
-        effort = "none"
-    elif isinstance(think, str):
-        effort = think
+    effort = THINK_EFFORTS.get(think, think)
     return Thinking(effort, None, think is not False, not think, "think")
 
 
@@ -6014,21 +6011,15 @@ def ollama_history(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
         if role == "tool":
             images = ollama_images(message)
             parts = [openai_result_part(message, "content", "tool_call_id", model, images)]
-        elif role in ("assistant", "model"):
-            parts = ollama_assistant_parts(message, model)
-        elif role in ("system", "developer"):
-            parts = openai_parts(message, "content", model)
         else:
-            parts = openai_parts(message, "content", model) + ollama_images(message)
+            parts = openai_parts(message, "content", model)
+        if role not in ("tool", "system", "developer"):
+            parts += ollama_images(message)
+        if role in ("assistant", "model"):
+            message.mark_read("thinking")
+            parts += map(openai_call_part, message.objects("tool_calls"))
         add_turn(role, parts, system, contents)
     return system, contents
-
-
-def ollama_assistant_parts(message: Fields, model: Model) -> list[Part]:
-    """The parts of a turn of the model's, with its tool calls."""
-    message.mark_read("thinking")
-    parts = openai_parts(message, "content", model) + ollama_images(message)
-    return [*parts, *map(openai_call_part, message.objects("tool_calls"))]
 
 
 def ollama_generate_request(body: Fields, context: Context) -> Plan:
@@ -6099,8 +6090,7 @@ def context_to_keep(exchange: Exchange, answer: str) -> tuple[list[int], tuple[K
         text = encode_json(turns)
         if len(text) <= MAX_CONTEXT_CHARACTERS:
             digest = hashlib.sha256(text.encode()).digest()
-            pairs = [digest[i : i + 2] for i in range(0, 2 * CONTEXT_NUMBERS, 2)]
-            numbers = [int.from_bytes(pair, "big") for pair in pairs]
+            numbers = [*struct.unpack_from(f">{CONTEXT_NUMBERS}H", digest)]
             return numbers, (Keep(context_key(numbers), text),)
     return [], ()
 
@@ -6391,11 +6381,7 @@ def ollama_show_request(body: Fields, context: Context) -> Plan:
 def ollama_show_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     """What clients decide by: capabilities, and the context length under exactly one key."""
     model_name, context = exchange.model_name, exchange.context
-    try:
-        gemini_entry = listed_entry(model_name, answers, context)
-    except ProxyError as error:
-        error.model = tagged(model_name)  # as in Ollama's answer
-        raise
+    gemini_entry = listed_entry(tagged(model_name), answers, context)  # Ollama's 404 has the tag
     name = plain_name(model_name, True)
     entry, recipe = ollama_entry(name, gemini_entry, context), context.recipes.get(name, NO_RECIPE)
     template, embedding_length = OLLAMA_TEMPLATE, 0
@@ -6585,14 +6571,13 @@ def ndjson(keep_alive: Callable[[Exchange], JSON]) -> Framing:
     )
 
 
-def progress(status: str) -> JSON:
-    """The rest of the row of a route that streams its progress; a keep-alive repeats `status`."""
-    return {"framing": ndjson(lambda exchange: {"status": status})}
-
-
-CHAT_ROW: JSON = {"framing": ndjson(ollama_keep_alive_chunk)}
-GENERATE_ROW: JSON = {**CHAT_ROW, "keys": generate_keys}
-PULLING, CREATING = progress("pulling manifest"), progress("creating new layer")
+CHAT_ROW: JSON = {
+    "response": ollama_response,
+    "stream": ollama_stream,
+    "framing": ndjson(ollama_keep_alive_chunk),
+}
+PULLING = ndjson(lambda exchange: {"status": "pulling manifest"})
+CREATING = ndjson(lambda exchange: {"status": "creating new layer"})
 NO_CLOUD = Refusal(403, "ollama cloud is disabled: remote inference is unavailable")
 NO_BLOBS = Refusal(
     400, "there are no files behind this server, and none can be put there: its models are Gemini's"
@@ -6601,15 +6586,8 @@ NO_PUSH = Refusal(400, "models cannot be pushed from here: they are Google's")
 NOT_SIGNED_IN = Refusal(401, "you are not currently signed in")
 
 OLLAMA_ROUTES = (
-    Route("POST", "/api/chat", ollama_chat_request, ollama_response, ollama_stream, **CHAT_ROW),
-    Route(
-        "POST",
-        "/api/generate",
-        ollama_generate_request,
-        ollama_response,
-        ollama_stream,
-        **GENERATE_ROW,
-    ),
+    Route("POST", "/api/chat", ollama_chat_request, **CHAT_ROW),
+    Route("POST", "/api/generate", ollama_generate_request, keys=generate_keys, **CHAT_ROW),
     Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response),
     Route("POST", "/api/embeddings", ollama_embeddings_request, ollama_embeddings_response),
     Route("GET", "/api/tags", openai_models_request, ollama_tags_response),
@@ -6617,8 +6595,8 @@ OLLAMA_ROUTES = (
     Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response),
     Route("GET", "/api/version", answer={"version": OLLAMA_VERSION}),
     Route("GET", "/api/status", answer={"cloud": {"disabled": True, "source": "env"}}),
-    Route("POST", "/api/pull", ollama_pull_request, stream=ollama_pull_stream, **PULLING),
-    Route("POST", "/api/create", ollama_create_request, stream=ollama_create_stream, **CREATING),
+    Route("POST", "/api/pull", ollama_pull_request, None, ollama_pull_stream, PULLING),
+    Route("POST", "/api/create", ollama_create_request, None, ollama_create_stream, CREATING),
     Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response),
     Route("DELETE", "/api/delete", ollama_manage_request, ollama_delete_response),
     Route("POST", "/api/push", answer=NO_PUSH),
