@@ -6730,19 +6730,13 @@ def anthropic_parts(message: Fields, key: str, model: Model, role: str = "") -> 
         if block.data.get("citations") == {"enabled": False}:
             block.mark_read("citations")
         block_parts = ANTHROPIC_BLOCKS[kind](block, model)
-        if kind == "thinking":
-            signature = thinking_signature(block) or signature
+        if kind == "thinking" and can_sign(get_or_empty(block.data, "signature", str)):
+            signature = block.data["signature"]
         elif kind == "tool_use" and signature:  # which came before the message's next call
             block_parts[0]["thoughtSignature"] = signature
             signature = ""
         parts += block_parts
     return parts
-
-
-def thinking_signature(block: Fields) -> str:
-    """Gemini's signature in a thinking block; "" where there is none."""
-    signature: str = get_or_empty(block.data, "signature", str)
-    return signature if can_sign(signature) else ""
 
 
 # Claude Code begins its instructions with this line for Anthropic's servers. It is no instruction,
@@ -7963,27 +7957,23 @@ def embed_call(path: str, request: JSON, model: Model | None) -> GeminiCall:
 
 
 def predict_calls(path: str, requests: list[JSON], model: Model | None) -> tuple[GeminiCall, ...]:
-    bodies = predict_bodies(requests)
-    return tuple(GeminiCall(f"{path}:predict", body, model) for body in bodies)
-
-
-def predict_bodies(requests: list[JSON]) -> Iterator[JSON]:
-    """Requests for vectors as `predict` takes them, with as many texts in each as it takes."""
-    instances: list[JSON] = []
-    size, parameters = 0, None
+    """Calls of `predict` for these requests, with as many texts in each as it takes."""
+    bodies: list[JSON] = []
+    instances: list[JSON] = []  # of the last one
+    size, options = 0, None
     for request in requests:
         parts = get_or_empty(request.get("content"), "parts", list)
         instance = {"content": "".join(get_or_empty(part, "text", str) for part in parts)}
         instance.update(given(task_type=request.get("taskType"), title=request.get("title")))
-        options = given(outputDimensionality=request.get("outputDimensionality"))
+        own_options = given(outputDimensionality=request.get("outputDimensionality"))
         length = len(instance["content"].encode(errors="replace"))
         full = len(instances) == MAX_PREDICT_TEXTS or size + length > MAX_PREDICT_TOKENS
-        if instances and (full or options != parameters):
-            yield {"instances": instances, **given(parameters=parameters)}
-            instances, size = [], 0
+        if full or options != own_options:
+            instances, options, size = [], own_options, 0
+            bodies.append({"instances": instances, **given(parameters=options)})
         instances.append(instance)
-        size, parameters = size + length, options
-    yield {"instances": instances, **given(parameters=parameters)}
+        size += length
+    return tuple(GeminiCall(f"{path}:predict", body, model) for body in bodies)
 
 
 def vertex_chunks(call: GeminiCall, chunks: Iterator[Any]) -> Iterator[Any]:
@@ -12121,7 +12111,7 @@ WITH_KEY = {"win32": "setx GEMINI_API_KEY <your key>, and start it in a new cons
 
 
 class Config(NamedTuple):
-    """What the command line and the environment decide."""
+    """What the command line and the environment decide; flags under their own names."""
 
     api: str
     listen: tuple[str, int]  # an empty host is every interface
@@ -12176,6 +12166,10 @@ def parse_alias(text: str) -> tuple[str, ...]:
     if not name or not all(names):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MODEL or NAME=MODEL,MODEL...")
     return (name, *dict.fromkeys(names))
+
+
+def parse_origins(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, (item.strip(" /") for item in text.split(","))))
 
 
 def parse_seconds(text: str) -> float:
@@ -12256,12 +12250,13 @@ def flag_parser() -> argparse.ArgumentParser:
     more = {"action": "append", "default": [], "metavar": "NAME=MODEL[,MODEL...]"}
     flag("alias", f"{text}a glob; repeatable", type=parse_alias, **more)
     text = "browser origins that may call besides this machine's and apps'; * is any"
-    flag("origins", text, default="", metavar="ORIGIN,...")
+    flag("origins", text, type=parse_origins, default="", metavar="ORIGIN,...")
     text = "how long Gemini may be silent"
     flag("timeout", text, type=parse_seconds, default=600.0, metavar="SECONDS")
     flag("workers", "processes that share the port", type=worker_count, default=1, metavar="N|auto")
     flag("state", "keeps signatures and responses over a restart", metavar="FILE")
-    flag("record", "keeps what passes, without secrets, one file an exchange", metavar="DIR")
+    text = "keeps what passes, without secrets, one file an exchange"
+    flag("record", text, default="", metavar="DIR")
     switch = {"action": "store_true"}
     flag("client-keys", "every client brings its own Gemini key as its API key", **switch)
     flag("check", "tell what works on the way to Gemini, and what to mend", **switch)
@@ -12428,26 +12423,12 @@ def configure(flags: argparse.Namespace, env: Mapping[str, str]) -> Config:
         flag_parser().error("with Vertex AI, clients have no keys of their own (-client-keys)")
     if flags.token_command and not uses_vertex(flags.vertex, env):
         flag_parser().error("-token-command is for Vertex AI: -vertex=PROJECT")
-    state, folder = flags.state, env.get("STATE_DIRECTORY", "").partition(":")[0]
-    if folder and not state:
-        state = os.path.join(folder, "proxy-to-gemini.db")
-    config = Config(
-        api=flags.api,
-        listen=flags.listen,
-        aliases=tuple(flags.alias),
-        origins=tuple(filter(None, (item.strip(" /") for item in flags.origins.split(",")))),
-        timeout=flags.timeout,
-        proxy_key=proxy_key(env),
-        workers=flags.workers,
-        state=state or ":memory:",
-        client_keys=flags.client_keys,
-        record=flags.record or "",
-        upstream=flags.upstream,
-        vertex=flags.vertex,
-        token_command=flags.token_command,
-    )
+    folder = env.get("STATE_DIRECTORY", "").partition(":")[0]
+    state = flags.state or (folder and os.path.join(folder, "proxy-to-gemini.db")) or ":memory:"
+    settings = {name: value for name, value in vars(flags).items() if name in Config._fields}
+    settings.update(aliases=tuple(flags.alias), proxy_key=proxy_key(env), state=state)
     try:
-        config = with_backend(config, env)
+        config = with_backend(Config(**settings), env)
     except CredentialError as error:
         sys.exit(f"proxy-to-gemini: {error}")
     if not config.key and not config.client_keys:
