@@ -5958,10 +5958,8 @@ def ollama_format(body: Fields) -> JSON | None:
 def ollama_images(fields: Fields) -> list[Part]:
     """Images, or audio in their place: base64 that does not say what it is."""
     fields.get("images", list)  # a single text is an error
-    images = fields.strings("images")
-    return [
-        media_part(fields, f"images[{i}]", image, "image/jpeg") for i, image in enumerate(images)
-    ]
+    texts = fields.strings("images")
+    return [media_part(fields, f"images[{i}]", text, "image/jpeg") for i, text in enumerate(texts)]
 
 
 def ollama_load_plan(body: Fields, model_name: str, generate: bool) -> Plan:
@@ -6098,10 +6096,6 @@ def context_to_keep(exchange: Exchange, answer: str) -> tuple[list[int], tuple[K
 # ---- answers to chat and generate ----
 
 
-def ollama_base(exchange: Exchange) -> JSON:
-    return {"model": exchange.model_name, "created_at": ollama_time(exchange.now)}
-
-
 def ollama_additions(events: Iterable[Event]) -> Iterator[tuple[JSON, End | None]]:
     """(what an event adds to a message, the End) for each event. Zed reads one call a chunk."""
     calls = 0
@@ -6120,18 +6114,22 @@ def ollama_additions(events: Iterable[Event]) -> Iterator[tuple[JSON, End | None
             yield {"content": media_note(event)}, None
 
 
-def ollama_message(exchange: Exchange, message: JSON) -> JSON:
+def ollama_chunk(exchange: Exchange, message: JSON) -> JSON:
     """A message, or what is added to it, in the form of chat or of generate."""
+    base = {"model": exchange.model_name, "created_at": ollama_time(exchange.now)}
     message = {"content": "", **message}  # Zed wants a role and a content in every chunk
     if not exchange.options.generate:
-        return {"message": {"role": "assistant", **message}}
+        return {**base, "message": {"role": "assistant", **message}}
     response = message.pop("content")
-    return {"response": response, **message}
+    return {**base, "response": response, **message}
 
 
-def ollama_metrics(exchange: Exchange, first: float, end: End) -> JSON:
-    """The end of an answer whose first event came at `first`. Durations are measured here."""
-    return {
+def ollama_ending(
+    exchange: Exchange, first: float, end: End, text: str
+) -> tuple[JSON, tuple[Keep, ...]]:
+    """(the end of an answer with this text, whose first event came at `first`, and what to keep of
+    it). Durations are measured here."""
+    metrics = {
         "done": True,
         "done_reason": "length" if end.finish == "length" else "stop",
         **native_finish(end),
@@ -6142,6 +6140,10 @@ def ollama_metrics(exchange: Exchange, first: float, end: End) -> JSON:
         "eval_count": end.usage.output,
         "eval_duration": nanoseconds(exchange.now - first),
     }
+    if not exchange.options.generate:
+        return metrics, ()
+    numbers, keep = context_to_keep(exchange, text)
+    return {"context": numbers, **metrics}, keep
 
 
 def ollama_response(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
@@ -6149,20 +6151,17 @@ def ollama_response(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]
     options: OllamaOptions = exchange.options
     if options.done_reason:
         listed_entry(exchange.model_name, answers, exchange.context)
-        ending = {"done": True, "done_reason": options.done_reason}
-        yield {**ollama_base(exchange), **ending, **ollama_message(exchange, {})}
+        yield {**ollama_chunk(exchange, {}), "done": True, "done_reason": options.done_reason}
         return
     answer = whole(next(answers))
     message: JSON = {}
     for addition, _ in ollama_additions(answer.events):
         for key, value in addition.items():
             message[key] = message[key] + value if key in message else value
-    ending = ollama_metrics(exchange, exchange.created, answer.end)
-    start = {**ollama_base(exchange), **ollama_message(exchange, message)}
-    if options.generate:
-        start["context"], keep = context_to_keep(exchange, message.get("content", ""))
-        yield from keep
-    yield {**start, **ending}
+    text = message.get("content", "")
+    ending, keep = ollama_ending(exchange, exchange.created, answer.end, text)
+    yield from keep
+    yield {**ollama_chunk(exchange, message), **ending}
 
 
 def ollama_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
@@ -6173,17 +6172,9 @@ def ollama_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
         texts.append(addition.get("content", ""))
         ending: JSON = {"done": False}
         if end:
-            ending = ollama_metrics(exchange, first, end)
-            if exchange.options.generate:
-                numbers, keep = context_to_keep(exchange, "".join(texts))
-                ending = {"context": numbers, **ending}
-                yield from keep
-        yield {**ollama_base(exchange), **ollama_message(exchange, addition), **ending}
-
-
-def ollama_keep_alive_chunk(exchange: Exchange) -> JSON:
-    """A chunk without text."""
-    return {**ollama_base(exchange), **ollama_message(exchange, {}), "done": False}
+            ending, keep = ollama_ending(exchange, first, end, "".join(texts))
+            yield from keep
+        yield {**ollama_chunk(exchange, addition), **ending}
 
 
 # ---- embeddings ----
@@ -6574,7 +6565,7 @@ def ndjson(keep_alive: Callable[[Exchange], JSON]) -> Framing:
 CHAT_ROW: JSON = {
     "response": ollama_response,
     "stream": ollama_stream,
-    "framing": ndjson(ollama_keep_alive_chunk),
+    "framing": ndjson(lambda exchange: {**ollama_chunk(exchange, {}), "done": False}),
 }
 PULLING = ndjson(lambda exchange: {"status": "pulling manifest"})
 CREATING = ndjson(lambda exchange: {"status": "creating new layer"})
@@ -7231,12 +7222,8 @@ def passed_request(body: Fields, context: Context) -> Plan:
     for name in withheld - {"key", UPLOAD_TICKET}:
         body.ignore(name)
     upload = body.get("body", Upload)
-    passed = HttpParts(
-        method,
-        match.group(1),
-        {name: value for name, value in headers.items() if PASSED_HEADERS.fullmatch(name)},
-        upload and upload.data,
-    )
+    headers = {name: value for name, value in headers.items() if PASSED_HEADERS.fullmatch(name)}
+    passed = HttpParts(method, match.group(1), headers, upload and upload.data)
     call = GeminiCall("?".join(filter(None, (target, kept))), passed=passed)
     model = re.match(r"(?:models/|(?=tunedModels/))([^:]+):", target)
     return Plan((call,), stream=True, model_name=model.group(1) if model else "")
@@ -7770,9 +7757,7 @@ def read_credential(fields: Any, origin: str) -> Credential:
             raise CredentialError(f"{name} is no http or https URL")
     universe = credential.text("universe_domain", "googleapis.com")
     if universe != "googleapis.com":
-        raise CredentialError(
-            f"universe_domain is {universe!r:.60}; only googleapis.com is supported"
-        )
+        raise CredentialError(f"universe_domain is {universe!r:.60}, which is not supported")
     return FILE_KINDS[kind].complete(credential)
 
 
@@ -7948,10 +7933,8 @@ def vertex_embed_calls(call: GeminiCall, path: str) -> tuple[GeminiCall, ...]:
 
 def embed_call(path: str, request: JSON, model: Model | None) -> GeminiCall:
     """The call for one vector. Its options are not where the Gemini API has them."""
-    options = {
-        key: value for key, value in request.items() if key not in ("content", "model") and value
-    }
-    body = {"content": request.get("content"), **given(embedContentConfig=options)}
+    rest = {key: value for key, value in request.items() if key not in ("content", "model")}
+    body = {"content": request.get("content"), **given(embedContentConfig=given(**rest))}
     instead = predict_calls(path, [request], model)
     return GeminiCall(f"{path}:embedContent", body, model, instead=instead)
 

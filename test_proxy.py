@@ -14387,7 +14387,7 @@ PURE_MODULES = {
         "fnmatch",
     ),
     *("functools", "hashlib", "io", "ipaddress", "itertools", "json", "math", "operator", "re"),
-    *("sys", "typing", "urllib.parse", "wave"),
+    *("struct", "sys", "typing", "urllib.parse", "wave"),
 }
 PURE_ATTRIBUTES = {
     "datetime": {"datetime", "fromisoformat", "fromtimestamp", "timezone"},  # and not now()
