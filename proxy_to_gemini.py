@@ -9531,14 +9531,18 @@ class Shelf(NamedTuple):
     memory: Memory
     prefix: str
 
-    def look_up(self, keys: list[str]) -> dict[str, str]:
-        """The texts under these keys and under those that they lead to; "" where there is none."""
+    def look_up(self, keys: list[str], reserve: Callable[[int], None]) -> dict[str, str]:
+        """The texts under these keys and under those that they lead to; "" where there is none.
+
+        They count as the body does: a short one can name a long conversation.
+        """
         texts: dict[str, str] = {}
         pending = list(keys)
         while pending:
             key = pending.pop()
             if key not in texts:
                 texts[key] = self.get(key)
+                reserve(len(texts[key]))
                 pending += stored_links(key, texts[key])
         return texts
 
@@ -11080,7 +11084,8 @@ class RequestCycle:
             loaded, recipes = server.loaded_by(self.key), shelf.recipes(body)
             context = context._replace(loaded=loaded, recipes=recipes)
         if route.keys:
-            context = context._replace(stored=shelf.look_up(route.keys(body, context)))
+            keys = route.keys(body, context)
+            context = context._replace(stored=shelf.look_up(keys, self.connection.reserve))
         return body, context
 
     def new_exchange(

@@ -869,7 +869,8 @@ def looked_up(route, body, context, notes):
     if context.ollama:
         context = context._replace(recipes=shelf.recipes(Fields(body)))
     if route.keys:
-        context = context._replace(stored=shelf.look_up(route.keys(Fields(body), context)))
+        keys = route.keys(Fields(body), context)
+        context = context._replace(stored=shelf.look_up(keys, lambda size: None))
     return context
 
 
@@ -11400,6 +11401,15 @@ def test_bodies_that_are_too_large_together_are_a_503(half_body, body, headers):
     assert reply[1]["retry-after"] == "5"
     assert "too many large requests" in error_of(reply)["message"]
     assert first.send(first.rest).reply()[0] == 200, "the first one goes on"
+
+
+def test_what_a_body_goes_on_from_counts_with_it(half_body):
+    server, first = half_body
+    assert first.send(first.rest).reply()[0] == 200
+    stored = post_json(server, "/v1/responses", {"model": FLASH, "input": "x" * 300})
+    body = {"model": FLASH, "input": "y", "previous_response_id": stored["id"]}
+    assert post(server, "/v1/responses", body)[0] == 503
+    until(lambda: metrics_of(server)["body_bytes"] == 0)
 
 
 def test_a_body_counts_until_its_answer_ends(half_body):
