@@ -6336,14 +6336,11 @@ def ollama_ps_request(body: Fields, context: Context) -> Plan:
 def ollama_ps_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     """The models that were used lately, the one that stays longest first."""
     now, context = exchange.now, exchange.context
-    loaded = {name: until for name, until in context.loaded.items() if until > now}
-    if not loaded:
-        return {"models": []}
     models = usable_models(answers, context)
     entries = []
-    for name, until in sorted(loaded.items(), key=itemgetter(1), reverse=True):
+    for name, until in sorted(context.loaded.items(), key=itemgetter(1), reverse=True):
         gemini_entry = models.get(model_named(name, context).name)
-        if gemini_entry is None:
+        if gemini_entry is None or until <= now:
             continue
         entry = ollama_entry(name, gemini_entry, context)
         running = {key: entry[key] for key in ("name", "model", "size", "digest", "details")}
@@ -6983,10 +6980,7 @@ DIRECT_CALL: JSON = {"caller": {"type": "direct"}}
 MAX_CITED_TEXT = 150
 
 # Blocks that grow, as they begin. Neighbours of one such type are one block; calls never join.
-GROWING_BLOCKS: dict[str, JSON] = {
-    "text": {"text": ""},
-    "thinking": {"thinking": "", "signature": ""},
-}
+GROWING_BLOCKS: JSON = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}}
 
 
 def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tuple[str, JSON]]:
@@ -7497,11 +7491,6 @@ class Credential(NamedTuple):
         return get_or_empty(self.fields, name, str) or default
 
     @property
-    def project(self) -> str:
-        """The project that it comes from, "" if it does not say."""
-        return self.text("project_id") or self.text("quota_project_id")
-
-    @property
     def account(self) -> str:
         """Whose it is, "" if it does not say."""
         url = self.text(IMPERSONATION)
@@ -7731,9 +7720,7 @@ FILE_KINDS = {
 }
 CREDENTIAL_KINDS = {
     **FILE_KINDS,
-    "metadata server": CredentialKind(
-        ("url",), metadata_grant, "give the machine a service account"
-    ),
+    "metadata server": CredentialKind(("url",), metadata_grant, "give the host a service account"),
     "token command": CredentialKind(("command",), command_grant, "run it by hand, as this user"),
 }
 URL_FIELDS = ("token_uri", "token_url", IMPERSONATION)
@@ -12268,22 +12255,17 @@ def gemini_key(env: Mapping[str, str]) -> str:
         return key
     with contextlib.suppress(OSError, KeyError, UnicodeDecodeError):
         path = os.path.join(env["CREDENTIALS_DIRECTORY"], "gemini_api_key")
-        with open(path, "rb") as file:
-            return edited_text(file.read()).strip()
+        return edited_text(path).strip()
     return ""
 
 
-def edited_text(data: bytes) -> str:
+def edited_text(path: str) -> str:
     """The text of a file that a person made: PowerShell's > writes UTF-16, Notepad a BOM."""
+    with open(path, "rb") as file:
+        data = file.read()
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16")
     return data.decode("utf-8-sig")
-
-
-NO_CREDENTIAL = (
-    "there is no credential for Vertex AI: set GOOGLE_APPLICATION_CREDENTIALS to a file, "
-    f"or run: {LOGIN}"
-)
 
 
 def uses_vertex(vertex: tuple[str, str] | None, env: Mapping[str, str]) -> bool:
@@ -12315,8 +12297,7 @@ def google_credential(command: str | None, env: Mapping[str, str]) -> Credential
         credential = Credential("token command", {"command": command}, "-token-command")
     elif path:
         try:
-            with open(path, "rb") as file:
-                credential = read_credential(parsed_object(edited_text(file.read())), path)
+            credential = read_credential(parsed_object(edited_text(path)), path)
         except (OSError, ValueError) as error:
             message = f"the credential in {path} cannot be used: {reason_of(error)}"
             raise CredentialError(message) from None
@@ -12354,16 +12335,12 @@ def metadata_credential(env: Mapping[str, str]) -> Credential:
             if project or account:
                 fields = {"url": url, "account": account, "project_id": project}
                 return Credential("metadata server", fields, url)
-    raise CredentialError(NO_CREDENTIAL)
+    advice = f"set GOOGLE_APPLICATION_CREDENTIALS to a file, or run: {LOGIN}"
+    raise CredentialError(f"there is no credential for Vertex AI: {advice}")
 
 
 # By location: google/genai/_api_client.py
-VERTEX_HOST = "%s-aiplatform.googleapis.com"
-VERTEX_HOSTS = {
-    "global": "aiplatform.googleapis.com",
-    "us": "aiplatform.us.rep.googleapis.com",
-    "eu": "aiplatform.eu.rep.googleapis.com",
-}
+VERTEX_HOSTS = {"global": "aiplatform", "us": "aiplatform.us.rep", "eu": "aiplatform.eu.rep"}
 
 
 def vertex_backend(config: Config, env: Mapping[str, str]) -> tuple[str, Backend]:
@@ -12375,7 +12352,7 @@ def vertex_backend(config: Config, env: Mapping[str, str]) -> tuple[str, Backend
     if key and not (project or location or config.token_command):
         return key, VERTEX
     credential = google_credential(config.token_command, env)
-    project = project or credential.project
+    project = project or credential.text("project_id") or credential.text("quota_project_id")
     location = location or "global"
     if not project:
         raise CredentialError("there is no project: use -vertex, or set GOOGLE_CLOUD_PROJECT")
@@ -12383,7 +12360,7 @@ def vertex_backend(config: Config, env: Mapping[str, str]) -> tuple[str, Backend
         raise CredentialError(f"the project {project!r:.60} is no name of one")
     if not re.fullmatch(LOCATION, location, re.ASCII):
         raise CredentialError(f"the location {location!r:.60} is no name of one")
-    url = "https://" + VERTEX_HOSTS.get(location, VERTEX_HOST % location)
+    url = f"https://{VERTEX_HOSTS.get(location, location + '-aiplatform')}.googleapis.com"
     backend = VERTEX._replace(url=url, project=project, location=location, credential=credential)
     payer = credential.account or credential.text("refresh_token")  # while tokens come and go
     return f"{project} {credential.kind} {payer}", backend
