@@ -6372,13 +6372,13 @@ def ollama_show_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     gemini_entry = listed_entry(tagged(model_name), answers, context)  # Ollama's 404 has the tag
     name = plain_name(model_name, True)
     entry, recipe = ollama_entry(name, gemini_entry, context), context.recipes.get(name, NO_RECIPE)
-    template, embedding_length = OLLAMA_TEMPLATE, 0
+    options, template, embedding_length = option_values(recipe.options), OLLAMA_TEMPLATE, 0
     if entry["capabilities"] == ["embedding"]:
         template, embedding_length = "{{ .Prompt }}", 3072
     return {
         "license": "\n".join(recipe.licenses),
         "modelfile": modelfile(recipe, entry["name"]),
-        "parameters": parameter_lines(recipe.options),
+        "parameters": "\n".join(f"{key} {encode_json(value)}" for key, value in options),
         "template": template,
         "system": recipe.system,
         "details": {**entry["details"], "parent_model": recipe.source},
@@ -6401,10 +6401,6 @@ def option_values(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         values = value if isinstance(value, list) else [value]
         for item in values:
             yield key, item
-
-
-def parameter_lines(options: Mapping[str, Any]) -> str:
-    return "\n".join(f"{key} {encode_json(value)}" for key, value in option_values(options))
 
 
 def modelfile(recipe: Recipe, model_name: str) -> str:
@@ -6900,8 +6896,7 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
     output = body.object_or_empty("output_config")
     sampling = anthropic_sampling(body, model)
     thinking, schema = anthropic_thinking(body, output), anthropic_schema(body, output)
-    chat = Chat(model, system, contents, tools, choice, thinking, sampling, schema)
-    chat = chat._replace(stream=stream)
+    chat = Chat(model, system, contents, tools, choice, thinking, sampling, schema, stream=stream)
     return Plan((chat_call(chat, body),), stream, model_name=model_name, chat=chat)
 
 
