@@ -6328,9 +6328,7 @@ def ollama_tags_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
 
 
 def ollama_ps_request(body: Fields, context: Context) -> Plan:
-    if not context.loaded:
-        return Plan()
-    return Plan((MODELS_CALL,))
+    return Plan((MODELS_CALL,) if context.loaded else ())
 
 
 def ollama_ps_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
@@ -12317,10 +12315,9 @@ def metadata_page(url: str, page: str) -> str:
 
 def metadata_credential(env: Mapping[str, str]) -> Credential:
     """The account of this machine at Google, whose metadata server tells it."""
-    hosts = ["metadata.google.internal", env.get("GCE_METADATA_IP", "") or "169.254.169.254"]
-    named = env.get("GCE_METADATA_HOST", "") or env.get("GCE_METADATA_ROOT", "")
-    if named:
-        hosts = [named]
+    known = ("metadata.google.internal", env.get("GCE_METADATA_IP") or "169.254.169.254")
+    named = env.get("GCE_METADATA_HOST") or env.get("GCE_METADATA_ROOT")
+    hosts = [named] if named else [*known]
     if env.get("NO_GCE_CHECK", "").strip().lower() == "true":
         hosts = []
     for url in (f"http://{host}" for host in hosts):
