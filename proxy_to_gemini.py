@@ -1408,11 +1408,27 @@ def source_part(fields: Fields, key: str, name: str | None = None) -> Part:
     return {"fileData": {**given(mimeType=mime_type), "fileUri": source}}
 
 
+# What LiteLLM and Bifrost put between a call's id and its signature, in the histories that they
+# leave (LiteLLM: THOUGHT_SIGNATURE_SEPARATOR in litellm/constants.py; both seen in recordings).
+SIGNED_ID_MARKS = ("__thought__", "_ts_")
+
+
+def split_signed_id(signed_id: str) -> tuple[str, str]:
+    """(the id itself, the signature that rides behind it or "")."""
+    for mark in SIGNED_ID_MARKS:
+        call_id, _, tail = signed_id.rpartition(mark)
+        if len(tail) >= 40 and call_id and is_base64(tail):
+            return call_id, tail
+    return signed_id, ""
+
+
 def call_part(
     name: str, args: JSON, call_id: str | None = None, signature: str | None = None
 ) -> Part:
+    """A functionCall; without a signature it has the one behind its id."""
+    call_id, id_signature = split_signed_id(call_id or "")
     call = {**given(id=call_id), "name": gemini_name(name), "args": args}
-    return {"functionCall": call, **given(thoughtSignature=signature)}
+    return {"functionCall": call, **given(thoughtSignature=signature or id_signature)}
 
 
 def result_part(
@@ -1425,7 +1441,7 @@ def result_part(
     content = "\n".join(part["text"] for part in parts if "text" in part)
     media = [part for part in parts if "text" not in part]
     result = {
-        **given(id=call_id),
+        **given(id=split_signed_id(call_id or "")[0]),
         "name": gemini_name(name) if name else "",
         "response": {"error": content} if failed else result_response(content),
         **given(parts=media),
@@ -3221,7 +3237,7 @@ def native_finish(end: End) -> JSON:
     return {"native_finish_reason": end.reason, **given(finish_message=end.message)}
 
 
-# ---- messages and calls in histories ----
+# ---- messages in histories ----
 
 
 def no_file_store(part: Fields) -> None:
@@ -3241,24 +3257,6 @@ def add_turn(role: str, parts: list[Part], system: list[Part], contents: list[JS
         contents.append(system_turn(parts))
     else:
         system += parts
-
-
-# What LiteLLM and Bifrost put between a call's id and its signature, in the histories that they
-# leave (LiteLLM: THOUGHT_SIGNATURE_SEPARATOR in litellm/constants.py; both seen in recordings).
-SIGNED_ID_MARKS = ("__thought__", "_ts_")
-
-
-def split_signed_id(signed_id: str) -> tuple[str, str]:
-    """(the id itself, the signature that rides behind it or "")."""
-    for mark in SIGNED_ID_MARKS:
-        call_id, _, tail = signed_id.rpartition(mark)
-        if len(tail) >= 40 and call_id and is_base64(tail):
-            return call_id, tail
-    return signed_id, ""
-
-
-def strip_signature(signed_id: str | None) -> str | None:
-    return split_signed_id(signed_id)[0] if signed_id else signed_id
 
 
 # ---- vectors ----
@@ -3440,7 +3438,6 @@ def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
 
 def openai_call_part(call: Fields) -> Part:
     call.mark_read("type", "index")
-    call_id = strip_signature(call.get("id", str))
     function = call.object("custom")
     if function is not None:
         args = {CUSTOM_INPUT: function.get("input", str) or ""}
@@ -3448,8 +3445,8 @@ def openai_call_part(call: Fields) -> Part:
         function = call.require_object("function")
         function.mark_read("index")  # where Ollama has it
         args = call_arguments(function)
-    name = function.require("name", str)
-    return call_part(name, args, call_id, openai_signature(call, function))
+    signature = openai_signature(call, function)
+    return call_part(function.require("name", str), args, call.get("id", str), signature)
 
 
 def openai_result_part(
@@ -3459,7 +3456,7 @@ def openai_result_part(
     which call it belongs to; valid_turns goes by the order then."""
     name = message.get("tool_name", str) or message.get("name", str)
     parts = [*openai_parts(message, content, model), *images]
-    return result_part(name, parts, strip_signature(message.get(id_key, str)))
+    return result_part(name, parts, message.get(id_key, str))
 
 
 def openai_signature(call: Fields, function: Fields) -> str | None:
@@ -3472,8 +3469,7 @@ def openai_signature(call: Fields, function: Fields) -> str | None:
         get_or_empty(call.data, "provider_specific_fields", dict),
         get_or_empty(function.data, "provider_specific_fields", dict),
     )
-    signatures: list[str] = [get_or_empty(one, "thought_signature", str) for one in carriers]
-    signatures.append(split_signed_id(get_or_empty(call.data, "id", str))[1])
+    signatures = (get_or_empty(one, "thought_signature", str) for one in carriers)
     return next(filter(can_sign, signatures), None)
 
 
@@ -4907,13 +4903,13 @@ class History:
 
     def add_call(self, item: Fields) -> None:
         """A call of a function or of a custom tool."""
-        call_id, id_signature = split_signed_id(item.require("call_id", str))
+        call_id = item.require("call_id", str)
         name = qualified_name(item.get("namespace", str), item.require("name", str))
         if item.data["type"] == "custom_tool_call":
             args = {CUSTOM_INPUT: item.get("input", str) or ""}
         else:
             args = call_arguments(item)
-        signature = openai_signature(item, item) or self.signatures.get(call_id) or id_signature
+        signature = openai_signature(item, item) or self.signatures.get(call_id)
         self.contents.append(model_turn(call_part(name, args, call_id, signature)))
 
     def add_output(self, item: Fields) -> None:
@@ -4986,7 +4982,7 @@ class History:
 
     def add_search(self, item: Fields) -> None:
         """A call of the client's search for tools."""
-        call_id = strip_signature(item.get("call_id", str))
+        call_id = item.get("call_id", str)
         item.mark_read("execution")
         if call_id:  # else OpenAI's servers searched
             signature = self.signatures.get(call_id)
@@ -4996,7 +4992,7 @@ class History:
     def add_tools(self, item: Fields) -> None:
         """More tools, to be declared; those that such a search has found are its result."""
         self.tools.append(item)
-        call_id = strip_signature(item.get("call_id", str))
+        call_id = item.get("call_id", str)
         item.mark_read("role", "execution")
         if call_id:
             content = text_part(encode_json({"tools": openai_tool_names(item)}))
@@ -6654,15 +6650,14 @@ def anthropic_reference_part(block: Fields, model: Model) -> list[Part]:
 
 def anthropic_call_part(block: Fields, model: Model) -> list[Part]:
     block.mark_read("caller")
-    call_id, signature = split_signed_id(block.require("id", str))
-    name = block.require("name", str)
+    call_id, name = block.require("id", str), block.require("name", str)
     args = within_depth(block.get("input", dict) or {}, block.path_of("input"))
-    return [call_part(name, args, call_id, signature)]
+    return [call_part(name, args, call_id)]
 
 
 def anthropic_result_part(block: Fields, model: Model) -> list[Part]:
     parts = anthropic_parts(block, "content", model, "tool")
-    call_id = strip_signature(block.require("tool_use_id", str))
+    call_id = block.require("tool_use_id", str)
     return [result_part(None, parts, call_id, bool(block.get("is_error", bool)))]
 
 
