@@ -9465,7 +9465,7 @@ class Gemini:
         calls = digested_calls(call, scope_of(key))
         if call.model is None or not calls:
             return call
-        known = [self.known_call(made, digest, key, call.model) for made, digest in calls]
+        known = [self.known_call(tool_call, digest, key, call.model) for tool_call, digest in calls]
         signed, origins = restore_signatures(call, known)
         for origin in origins:
             self.count("signatures_total", origin)

@@ -2263,7 +2263,7 @@ def test_a_history_has_a_digest_for_each_of_its_tool_calls_in_order():
         ),
         "",
     )
-    assert [(made.id, made.name) for made, _ in calls] == [
+    assert [(item.id, item.name) for item, _ in calls] == [
         ("1", "f"),
         ("", "g"),
         ("2", "f"),
@@ -3007,7 +3007,7 @@ def test_a_history_with_tools():
     (call,) = plan_and_ignored(body)[0].calls
     calls = proxy.digested_calls(call, "")
     signed, origins = proxy.restore_signatures(
-        call, [known_call(sign("known") if made.id == "b" else None) for made, _ in calls]
+        call, [known_call(sign("known") if item.id == "b" else None) for item, _ in calls]
     )
     assert origins == ["placeholder", "memory"]
     assert signed.body["contents"][1:] == [
