@@ -4568,31 +4568,18 @@ TIMED_SCHEMA = {
 }
 
 
-class Segment(NamedTuple):
-    """A piece of a transcript; its times are in seconds from the beginning."""
-
-    start: float
-    end: float
-    text: str
-    speaker: str
-
-
 def openai_translations_request(body: Fields, context: Context) -> Plan:
     """Translations: https://platform.openai.com/docs/api-reference/audio/createTranslation"""
-    return openai_transcriptions_request(body, context, "translate", TRANSCRIPT_FORMS[:5])
+    return openai_transcriptions_request(body, context, "translate")
 
 
-def openai_transcriptions_request(
-    body: Fields,
-    context: Context,
-    task: str = "transcribe",
-    forms: Iterable[str] = TRANSCRIPT_FORMS,
-) -> Plan:
+def openai_transcriptions_request(body: Fields, context: Context, task: str = "transcribe") -> Plan:
     """Transcriptions: https://platform.openai.com/docs/api-reference/audio/createTranscription"""
     model_name = body.require("model", str)
     model = model_named(model_name, context, "transcript")
     recording = openai_recording(body)
-    form = body.choice("response_format", *forms) or "json"
+    forms = {"transcribe": TRANSCRIPT_FORMS, "translate": TRANSCRIPT_FORMS[:5]}
+    form = body.choice("response_format", *forms[task]) or "json"
     form_scalars(body, "temperature", "stream")
     stream, timed = bool(body.get("stream", bool)), form in TIMED_FORMS
     if stream and timed:
@@ -4674,14 +4661,13 @@ def openai_timed_transcript(exchange: Exchange, text: str) -> JSON | Payload:
         return Payload(subtitles(segments, form).encode("utf-8", "replace"))
     fields: JSON = {
         "task": task,
-        "duration": max((segment.end for segment in segments), default=0.0),
-        "text": " ".join(segment.text for segment in segments),
+        "duration": max((segment["end"] for segment in segments), default=0.0),
+        "text": " ".join(segment["text"] for segment in segments),
     }
     if form == "diarized_json":
         kind = "transcript.text.segment"
         fields["segments"] = [
-            {"type": kind, "id": f"seg_{i}", **segment._asdict()}
-            for i, segment in enumerate(segments)
+            {"type": kind, "id": f"seg_{i}", **segment} for i, segment in enumerate(segments)
         ]
         return {**fields, "usage": openai_transcript_usage(exchange.usage)}
     fields["language"] = "english"
@@ -4704,18 +4690,18 @@ WHISPERS_FIELDS: JSON = {
 }
 
 
-def openai_segment(index: int, segment: Segment) -> JSON:
-    times = {"start": segment.start, "end": segment.end}
-    return {"id": index, **times, "text": segment.text, **WHISPERS_FIELDS}
+def openai_segment(index: int, segment: JSON) -> JSON:
+    fields = {key: segment[key] for key in ("start", "end", "text")}
+    return {"id": index, **fields, **WHISPERS_FIELDS}
 
 
-def read_segment(segment: Any) -> Segment:
-    """One of Gemini's segments; a 502 where its times make no sense."""
+def read_segment(segment: Any) -> JSON:
+    """One of Gemini's segments, its times in seconds; a 502 where they make no sense."""
     if not isinstance(segment, dict):
         raise invalid_answer("a segment of the transcript is no object")
     start, end = (read_time(expect(segment, key, str)) for key in ("start", "end"))
     text, speaker = expect(segment, "text", str).strip(), expect(segment, "speaker", str)
-    return Segment(start, max(start, end), text, speaker or "A")
+    return {"start": start, "end": max(start, end), "text": text, "speaker": speaker or "A"}
 
 
 def read_time(text: str) -> float:
@@ -4728,13 +4714,13 @@ def read_time(text: str) -> float:
     return round(int(hours) * 3600 + int(minutes) * 60 + float(seconds.replace(",", ".")), 3)
 
 
-def subtitles(segments: list[Segment], form: str) -> str:
+def subtitles(segments: list[JSON], form: str) -> str:
     """The segments as SubRip or WebVTT, where no text may hold an empty line or an arrow:
     https://www.w3.org/TR/webvtt1/"""
     blocks = []
     for i, segment in enumerate(segments, 1):
-        text = " ".join(segment.text.split()).replace("-->", "->")
-        times = f"{clock(segment.start)} --> {clock(segment.end)}"
+        text = " ".join(segment["text"].split()).replace("-->", "->")
+        times = f"{clock(segment['start'])} --> {clock(segment['end'])}"
         if form == "srt":
             times = f"{i}\n{times.replace('.', ',')}"
         blocks.append(f"{times}\n{text}\n")
