@@ -3401,12 +3401,13 @@ def openai_chat_history(body: Fields, model: Model, context: Context) -> History
         raise wrong_value("messages", f"Invalid 'messages': {problem}")
     history = History(model, context)
     for message in body.objects("messages"):
-        openai_turn(message, model, history.system, history.contents)
+        openai_turn(message, history)
     return history
 
 
-def openai_turn(message: Fields, model: Model, system: list[Part], contents: list[JSON]) -> None:
+def openai_turn(message: Fields, history: History) -> None:
     """Add what one message says."""
+    model = history.model
     role = message.require("role", str).lower()
     if role in ("assistant", "model"):
         parts = openai_assistant_parts(message, model)
@@ -3416,7 +3417,7 @@ def openai_turn(message: Fields, model: Model, system: list[Part], contents: lis
         parts = openai_parts(message, "content", model)
     else:
         raise message.unknown_choice("role", role, OPENAI_ROLES)
-    add_turn(role, parts, system, contents)
+    add_turn(role, parts, history.system, history.contents)
 
 
 def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
@@ -3777,7 +3778,8 @@ def openai_sampling(body: Fields, model: Model, limit: int | None, context: Cont
 
 
 def openai_effort(body: Fields, reasoning: Fields | None) -> str | None:
-    """The effort to think with: `reasoning_effort`, or OpenRouter's and Ollama's `reasoning`."""
+    """The effort to think with: a chat's `reasoning_effort`, or `reasoning` of responses, and of
+    OpenRouter's and Ollama's chats."""
     effort = body.choice("reasoning_effort", *EFFORTS)
     if effort is not None or reasoning is None:
         return effort
@@ -4207,8 +4209,6 @@ COMPLETION_INSTRUCTION = (
     "if it is an instruction or a question, with what it asks for. Do not repeat the text, and add "
     "nothing about it."
 )
-
-
 MAX_ECHO = 2**22  # characters of prompts that several choices repeat
 
 
@@ -4885,7 +4885,7 @@ class History:
 
     def add_message(self, item: Fields) -> None:
         item.mark_read("phase")
-        openai_turn(item, self.model, self.system, self.contents)
+        openai_turn(item, self)
 
     def add_call(self, item: Fields) -> None:
         """A call of a function or of a custom tool."""
@@ -5041,8 +5041,6 @@ INPUT_ITEMS: dict[str, Callable[[History, Fields], None]] = {
     "agent_message": History.add_agent_message,
     "configuration_update": History.add_update,
 }
-
-
 TEXT_SIGNATURE = ""  # the id of a text among those of the calls
 
 
@@ -5081,7 +5079,6 @@ def signatures_in(text: str, model: Model) -> dict[str, str]:
 
 
 # ---- what is stored ----
-
 
 RESPONSE_PREFIX = "responses:"  # of the keys under which responses are stored; their ids follow
 
@@ -5177,9 +5174,9 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     history = openai_history(body, model, context)
     history.text = history.text or Fields({})
     chat = openai_question(body, history, "tool_choice")
-    effort, summary = openai_reasoning(body)
-    effort = history.effort or effort
-    google = chat.thinking.google
+    reasoning, google = body.object_or_empty("reasoning"), chat.thinking.google
+    effort = history.effort or openai_effort(body, reasoning)
+    summary = openai_summary(reasoning)
     show = summary is not None or bool(google.get("includeThoughts"))
     show = show or (context.ollama and effort != "none")
     included = body.strings("include")
@@ -5229,17 +5226,12 @@ def openai_history(body: Fields, model: Model, context: Context) -> History:
     return history
 
 
-def openai_reasoning(body: Fields) -> tuple[str | None, str | None]:
-    """(the effort to think with, the kind of summary); None where the request does not say."""
-    reasoning = body.object("reasoning")
-    if reasoning is None:
-        return body.choice("reasoning_effort", *EFFORTS), None
+def openai_summary(reasoning: Fields) -> str | None:
+    """The kind of summary of its thoughts that the client wants, if any."""
     kinds = ("auto", "concise", "detailed", "none")
-    summary, older = (reasoning.choice(key, *kinds) for key in ("summary", "generate_summary"))
-    summary = summary or older
-    if summary == "none":
-        summary = None
-    return reasoning.choice("effort", *EFFORTS), summary
+    words = [reasoning.choice(key, *kinds) for key in ("summary", "generate_summary")]
+    kind = next(filter(None, words), "none")
+    return None if kind == "none" else kind
 
 
 # Where no setting is sent, those of Gemini's list of models. A response must tell each of them as a
@@ -5405,7 +5397,6 @@ def openai_compact_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
 
 
 # ---- the answer ----
-
 
 # Of messages, and of summaries of thoughts: how their ids begin, the names of events about the part
 # of such an item and about its text, the part's place in these, and what else is said of the text.
