@@ -3694,10 +3694,10 @@ class OpenAIOptions(NamedTuple):
     usage: bool = False  # a last chunk with the token counts
     wav: bool = False  # sound as WAV; else in bare samples
     echoes: tuple[str, ...] = ()  # for each choice of a completion what stands before its text
-    url: bool = False  # images in data URLs; else in bare base64
-    event: str = ""  # what the names of an image's events begin with
-    events: bool = False  # speech in server-sent events; else in bytes
-    form: str = ""  # of a transcript
+    image_urls: bool = False  # images in data URLs; else in bare base64
+    image_event: str = ""  # what the names of an image's events begin with
+    speech_events: bool = False  # speech in server-sent events; else in bytes
+    transcript_form: str = ""  # such as "json"
     task: str = ""  # "transcribe" or "translate"
 
 
@@ -4347,7 +4347,7 @@ def openai_images_request(
     if stream and form == "url":
         body.ignore("response_format")  # events have no field for one
     by_default = form is None and (model_name or "").startswith("dall-e")
-    options = OpenAIOptions(url=form == "url" or by_default, event=event)
+    options = OpenAIOptions(image_urls=form == "url" or by_default, image_event=event)
     return Plan((call,) * n, stream, options, model_name or model.name)
 
 
@@ -4434,7 +4434,7 @@ def openai_image_usage(usage: Usage) -> JSON:
 def openai_images_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     images = [image for image, _ in openai_image_results(answers)]
     data = [{"b64_json": image.data} for image in images]
-    if exchange.options.url:
+    if exchange.options.image_urls:
         data = [{"url": image.url()} for image in images]
     form = given(output_format=IMAGE_TYPES.get(images[0].mime))
     usage = openai_image_usage(exchange.usage)
@@ -4445,7 +4445,7 @@ def openai_images_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator
     """Each image when it is there: Gemini sends no partial ones."""
     for image, usage in openai_image_results(answers):
         yield {
-            "type": f"{exchange.options.event}.completed",
+            "type": f"{exchange.options.image_event}.completed",
             "b64_json": image.data,
             "created_at": int(exchange.created),
             **dict.fromkeys(("size", "quality", "background"), "auto"),
@@ -4479,7 +4479,7 @@ def openai_speech_request(body: Fields, context: Context) -> Plan:
     streaming = model.streams_speech and (events or not wav)
     config = speech_config(body, "voice")
     call = generate_call(model, streaming, [], [user_turn(text_part(prompt))], config)
-    options = OpenAIOptions(wav=wav, events=events)
+    options = OpenAIOptions(wav=wav, speech_events=events)
     return Plan((call,), events or streaming, options, model_name, SSE if events else PCM)
 
 
@@ -4523,7 +4523,7 @@ def openai_speech_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator
                 head = wav_file(b"", event.mime)
                 data = head[:4] + b"\xff" * 4 + head[8:40] + b"\xff" * 4 + data
             begun = True
-            if options.events:
+            if options.speech_events:
                 yield {"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()}
             else:
                 yield {"audio": data}
@@ -4531,7 +4531,7 @@ def openai_speech_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator
             texts.append(event.text)
         elif isinstance(event, End) and (not begun or event.finish != "stop"):
             raise no_media_error("speech", event, "".join(texts))
-    if options.events:
+    if options.speech_events:
         yield {"type": "speech.audio.done", "usage": openai_media_usage(exchange.usage)}
 
 
@@ -4596,8 +4596,8 @@ def openai_transcriptions_request(body: Fields, context: Context, task: str = "t
         schema=TIMED_SCHEMA if timed else None,
         stream=stream and not timed,
     )
-    call = chat_call(chat, body)
-    return Plan((call,), chat.stream, OpenAIOptions(form=form, task=task), model_name)
+    options = OpenAIOptions(transcript_form=form, task=task)
+    return Plan((chat_call(chat, body),), chat.stream, options, model_name)
 
 
 def openai_recording(body: Fields) -> Part:
@@ -4642,17 +4642,18 @@ def openai_transcriptions_response(exchange: Exchange, answers: AnswerStreams) -
     answer = whole(next(answers))
     if answer.end.finish != "stop":
         raise no_media_error("transcript", answer.end, answer.text)
-    if exchange.options.form in TIMED_FORMS:
+    form = exchange.options.transcript_form
+    if form in TIMED_FORMS:
         return openai_timed_transcript(exchange, answer.text)
     text = answer.text.strip()
-    if exchange.options.form == "text":
+    if form == "text":
         return Payload(text.encode("utf-8", "replace") + b"\n")
     return {"text": text, "usage": openai_transcript_usage(exchange.usage)}
 
 
 def openai_timed_transcript(exchange: Exchange, text: str) -> JSON | Payload:
     """A transcript with times, from Gemini's JSON, which has no probabilities."""
-    form, task = exchange.options.form, exchange.options.task
+    form, task = exchange.options.transcript_form, exchange.options.task
     transcript = parsed_object(unfenced(text))
     if transcript is None:
         raise invalid_answer("the transcript is no JSON")
