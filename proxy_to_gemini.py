@@ -3982,21 +3982,20 @@ def openai_usage(usage: Usage) -> JSON:
     }
 
 
-def openai_custom_input(call: ToolCall) -> str:
-    """The text for a custom tool; where a model made up other parameters, all of them as JSON."""
+def openai_call_text(call: ToolCall, tools: Tools) -> tuple[str, str, str]:
+    """(type, key of the text, text) of a tool call; where a model made up parameters of a custom
+    tool, all of them as JSON."""
+    if call.name not in tools.custom:
+        return "function", "arguments", encode_json(call.args)
     text = call.args.get(CUSTOM_INPUT)
-    return text if isinstance(text, str) else encode_json(call.args)
+    return "custom", "input", text if isinstance(text, str) else encode_json(call.args)
 
 
 def openai_call(call: ToolCall, chat: Chat) -> JSON:
     """A tool call. Its signature stands in Google's field, for clients that send back all they get:
     https://ai.google.dev/gemini-api/docs/thought-signatures"""
-    if call.name in chat.tools.custom:
-        custom = {"name": call.name, "input": openai_custom_input(call)}
-        entry = {"id": call.id, "type": "custom", "custom": custom}
-    else:
-        function = {"name": call.name, "arguments": encode_json(call.args)}
-        entry = {"id": call.id, "type": "function", "function": function}
+    kind, key, text = openai_call_text(call, chat.tools)
+    entry = {"id": call.id, "type": kind, kind: {"name": call.name, key: text}}
     if call.signature:
         entry["extra_content"] = {"google": {"thought_signature": call.signature}}
     return entry
@@ -4126,9 +4125,8 @@ def openai_deltas(events: Iterable[Event], exchange: Exchange) -> Iterator[tuple
 
 def openai_call_deltas(entry: JSON) -> Iterator[JSON]:
     """A tool call in deltas, each with a piece of its arguments, or of its input."""
-    key, text_key = "function", "arguments"
-    if "custom" in entry:
-        key, text_key = "custom", "input"
+    key = entry["type"]
+    text_key = {"function": "arguments", "custom": "input"}[key]
     first, *rest = delta_pieces(entry[key][text_key])
     yield {**entry, key: {**entry[key], text_key: first}}
     for piece in rest:
@@ -5536,13 +5534,11 @@ class ResponseBuilder:
             yield self.add("tsc_", {**search, "status": "in_progress", "arguments": call.args})
             yield self.done(status="completed")
             return
-        if call.name in self.chat.tools.custom:
-            kind, prefix, key = "custom_tool_call", "ctc_", "input"
-            value = openai_custom_input(call)
-            last = {key: value}
-        else:
-            kind, prefix, key, value = "function_call", "fc_", "arguments", encode_json(call.args)
-            last = {key: value, "name": name}  # which OpenAI specifies, but leaves out itself
+        kind, key, value = openai_call_text(call, self.chat.tools)
+        if kind == "custom":
+            kind, prefix, last = "custom_tool_call", "ctc_", {key: value}
+        else:  # OpenAI specifies the name, but leaves it out itself
+            kind, prefix, last = "function_call", "fc_", {key: value, "name": name}
         fields = {"call_id": call.id, "name": name, **given(namespace=namespace), key: ""}
         yield self.add(prefix, {"type": kind, "status": "in_progress", **fields})
         for piece in delta_pieces(value):
