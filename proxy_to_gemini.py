@@ -10951,7 +10951,8 @@ class RequestCycle:
             endpoint = find_route(api, method, path)
             self.protocol, self.route_name = endpoint.protocol, endpoint.route.name
             self.key = upstream_key(head, path, server.config)
-            self.answer(endpoint.route, self.exchanges(endpoint, path, query))
+            with contextlib.closing(self.exchanges(endpoint, path, query)) as exchanges:
+                self.answer(endpoint.route, exchanges)
 
     def own_page(self, path: str) -> tuple[int, Any, Mapping[str, str]]:
         """(status, answer, headers) of one of OWN_PAGES."""
@@ -10981,7 +10982,9 @@ class RequestCycle:
         finally:
             server.metrics.add("checks", amount=-1)
 
-    def exchanges(self, match: RouteMatch, path: str, query: str) -> Iterator[Exchange]:
+    def exchanges(
+        self, match: RouteMatch, path: str, query: str
+    ) -> Generator[Exchange, None, None]:
         """Read the body, and plan the calls to Gemini; then the same for each of an alias's further
         models, for when the one before cannot answer."""
         route, created = match.route, time.time()
