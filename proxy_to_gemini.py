@@ -2020,6 +2020,14 @@ class Tools:
         if custom:
             self.custom.add(name)
 
+    def withdraw(self, name: str) -> None:
+        """Take out the function, else the tool of Google's, that the client calls so."""
+        key = gemini_name(name)
+        if self.names.get(key) == name:
+            del self.declared[key], self.names[key]
+        else:
+            self.hosted.pop(hosted_key(name) or "", None)
+
     def host(self, tool: Fields) -> bool:
         """Add one of Google's own tools, by its type or as Google writes it; whether it is one."""
         kind = tool.get("type", str)
@@ -6571,7 +6579,12 @@ OLLAMA = Protocol("ollama", OLLAMA_ROUTES, ollama_error)
 
 # ---- content blocks ----
 
-BLOCK_ROLES = {"tool_use": "assistant", "tool_result": "user"}  # who may send them
+BLOCK_ROLES = {  # who may send them
+    "tool_use": "assistant",
+    "tool_result": "user",
+    "tool_addition": "system",
+    "tool_removal": "system",
+}
 
 
 def anthropic_text_part(block: Fields, model: Model) -> list[Part]:
@@ -6647,6 +6660,12 @@ def anthropic_summary_parts(block: Fields, model: Model) -> list[Part]:
     return [text_part(SUMMARY_HEAD + text) for text in filter(None, [block.get("content", str)])]
 
 
+def anthropic_change(block: Fields, model: Model) -> list[Part]:
+    """A change of the tools, which anthropic_tools reads."""
+    block.mark_read("tool")
+    return []
+
+
 ANTHROPIC_BLOCKS: dict[str, Callable[[Fields, Model], list[Part]]] = {
     "text": anthropic_text_part,
     "image": anthropic_source_parts,
@@ -6658,6 +6677,8 @@ ANTHROPIC_BLOCKS: dict[str, Callable[[Fields, Model], list[Part]]] = {
     "thinking": anthropic_thought,
     "redacted_thinking": anthropic_thought,
     "compaction": anthropic_summary_parts,
+    "tool_addition": anthropic_change,
+    "tool_removal": anthropic_change,
 }
 
 
@@ -6696,8 +6717,12 @@ BILLING_HEADER = "x-anthropic-billing-header:"
 ANTHROPIC_ROLES = ("user", "assistant", "system")
 
 
-def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
-    """(the system's parts, the turns)."""
+def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON], str | None]:
+    """(the system's parts, the turns, the effort that the last of the system's messages asks for).
+
+    https://platform.claude.com/docs/en/build-with-claude/effort-per-message
+    """
+    effort: str | None = None
     parts = anthropic_parts(body, "system", model, "system")
     system = [part for part in parts if not part.get("text", "").startswith(BILLING_HEADER)]
     if len(system) < len(parts):
@@ -6707,10 +6732,14 @@ def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]
         role = message.require("role", str)
         if role not in ANTHROPIC_ROLES:
             raise message.unknown_choice("role", role, ANTHROPIC_ROLES)
-        message.require("content", str, list)
+        output = message.object("output_config") if role == "system" else None
+        if output:
+            effort = output.choice("effort", *EFFORTS) or effort
+        else:
+            message.require("content", str, list)
         parts = anthropic_parts(message, "content", model, role)
         add_turn(role, parts, system, contents)
-    return system, contents
+    return system, contents, effort
 
 
 # ---- tools ----
@@ -6772,29 +6801,8 @@ def anthropic_tools(body: Fields) -> Tools:
     tools = Tools()
     restricted: set[str] = set()  # names of MCP servers, not all of whose tools may be called
     for tool in body.objects("tools"):
-        if tools.host(tool):
-            tool.mark_read("name")
-            continue
-        kind = tool.get("type", str) or "custom"
-        family = re.sub(r"_\d{8}$", "", kind)  # types end in a date
-        known = ANTHROPIC_TOOLS.get(kind) or ANTHROPIC_TOOLS.get(family)
-        tool.mark_read("eager_input_streaming", "defer_loading")  # about when Claude sees it
-        if kind == "custom":
-            name, description = tool.require_text("name"), tool.get("description", str)
-            schema = tool.get("input_schema", dict)
-            tools.declare(tool, name, description, schema)
-            tools.strict |= bool(tool.get("strict", bool))
-        elif known:
-            name, (description, fields, required) = tool.require("name", str), known
-            schema = {"type": "object", "properties": fields, "required": required}
-            tools.declare(tool, name, description, schema)
-        elif kind == "mcp_toolset":
-            name = tool.require("mcp_server_name", str)
-            default = tool.get("default_config", dict)
-            if restricts(tool.get("configs", dict)) or restricts(default):
-                restricted.add(name)
-        else:
-            tool.ignore_whole(f"tools[].{kind}")
+        anthropic_tool(tool, tools, restricted)
+    change_tools(body, tools, restricted)
     for server in body.objects("mcp_servers"):
         server.mark_read("type")
         if server.get("name", str) in restricted:
@@ -6802,6 +6810,61 @@ def anthropic_tools(body: Fields) -> Tools:
         else:
             tools.host_mcp(server, ANTHROPIC_MCP, "mcp_servers[]")
     return tools
+
+
+def anthropic_tool(tool: Fields, tools: Tools, restricted: set[str]) -> None:
+    """Add one tool; what Gemini has nothing for is named as ignored."""
+    if tools.host(tool):
+        tool.mark_read("name")
+        return
+    kind = tool.get("type", str) or "custom"
+    family = re.sub(r"_\d{8}$", "", kind)  # types end in a date
+    known = ANTHROPIC_TOOLS.get(kind) or ANTHROPIC_TOOLS.get(family)
+    tool.mark_read("eager_input_streaming", "defer_loading")  # about when Claude sees it
+    if kind == "custom":
+        name, description = tool.require_text("name"), tool.get("description", str)
+        tools.declare(tool, name, description, tool.get("input_schema", dict))
+        tools.strict |= bool(tool.get("strict", bool))
+    elif known:
+        name, (description, fields, required) = tool.require("name", str), known
+        schema = {"type": "object", "properties": fields, "required": required}
+        tools.declare(tool, name, description, schema)
+    elif kind == "mcp_toolset":
+        name = tool.require("mcp_server_name", str)
+        default = tool.get("default_config", dict)
+        if restricts(tool.get("configs", dict)) or restricts(default):
+            restricted.add(name)
+    else:
+        tool.ignore_whole(f"tools[].{kind}")
+
+
+def change_tools(body: Fields, tools: Tools, restricted: set[str]) -> None:
+    """Add the tools that messages of the system's define, and take out those that they withdraw.
+    https://platform.claude.com/docs/en/build-with-claude/mid-conversation-system-messages"""
+    last_words: dict[str, bool] = {}
+    for block in tool_changes(body):
+        change = Fields(block.peek("tool"), block.path_of("tool"), body.tracked)
+        kind, adds = change.require("type", str), block.data["type"] == "tool_addition"
+        definition = change.object("definition")
+        if definition:
+            anthropic_tool(definition, tools, restricted)
+        if kind in ("tool_definition", "tool_reference"):
+            last_words[(definition or change).require("name", str)] = adds
+        elif not adds:  # of an MCP server, Gemini uses all tools or none
+            restricted.add(change.require("server_name", str))
+        change.mark_read("name", "server_name")
+    for name, adds in last_words.items():
+        if not adds:
+            tools.withdraw(name)
+
+
+def tool_changes(body: Fields) -> Iterator[Fields]:
+    """The blocks of the system's messages that change the tools. All blocks were read before."""
+    for i, message in enumerate(body.data["messages"]):
+        if message["role"] == "system" and isinstance(message.get("content"), list):
+            for block in Fields(message, f"messages[{i}]").objects("content"):
+                if ANTHROPIC_BLOCKS.get(block.data["type"]) is anthropic_change:
+                    yield block
 
 
 def anthropic_tool_choice(body: Fields, tools: Tools) -> ToolChoice:
@@ -6857,12 +6920,13 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
         hint = 'send all of its messages, with thread {"type": "create"}.'
         message = f"No conversation is kept on this server: {hint}"
         raise ProxyError(404, message, code="thread_not_found", path="thread")
-    system, contents = anthropic_turns(body, model)
+    system, contents, effort = anthropic_turns(body, model)
     tools = anthropic_tools(body)
     choice = anthropic_tool_choice(body, tools)
     output = body.object_or_empty("output_config")
     sampling = anthropic_sampling(body, model)
-    thinking, schema = anthropic_thinking(body, output), anthropic_schema(body, output)
+    first_effort, schema = output.choice("effort", *EFFORTS), anthropic_schema(body, output)
+    thinking = anthropic_thinking(body, effort or first_effort)
     chat = Chat(model, system, contents, tools, choice, thinking, sampling, schema, stream=stream)
     return Plan((chat_call(chat, body),), stream, model_name=model_name, chat=chat)
 
@@ -6877,9 +6941,8 @@ def anthropic_sampling(body: Fields, model: Model) -> JSON:
     return sampling_config(temperature, top_p, top_k, limit, stops=stops)
 
 
-def anthropic_thinking(body: Fields, output: Fields) -> Thinking:
+def anthropic_thinking(body: Fields, effort: str | None) -> Thinking:
     """How to think. Without `thinking`, the client takes no thinking blocks."""
-    effort = output.choice("effort", *EFFORTS)
     thinking = body.object("thinking")
     if thinking is None:
         return Thinking(effort, answer_only=True, field="output_config.effort")

@@ -7662,6 +7662,47 @@ def test_a_tool_choice_becomes_geminis_mode(choice, config):
     assert body.get("toolConfig", {}).get("functionCallingConfig") == config
 
 
+def change(kind, tool):
+    return {"type": f"tool_{kind}", "tool": tool}
+
+
+def reference(name):
+    return {"type": "tool_reference", "name": name}
+
+
+CLOCK_TOOL = {"name": "clock", "input_schema": {"type": "object"}}
+
+
+def system_message(*content, **more):
+    return {"role": "system", "content": list(content), **more}
+
+
+def test_tools_come_and_go_in_mid_conversation():
+    messages = [
+        user("Hi"),
+        system_message(change("addition", {"type": "tool_definition", "definition": CLOCK_TOOL})),
+        system_message(
+            change("removal", reference("weather")), change("removal", reference("clock"))
+        ),
+        user("What time is it?"),
+        system_message(
+            change("addition", reference("clock")), change("removal", reference("web_search"))
+        ),
+    ]
+    body = claude_chat(*messages, tools=[ASK_CITY, WEB_SEARCH])
+    assert claude_body(body)["tools"] == [{"functionDeclarations": [{"name": "clock"}]}]
+    assert claude_body(body)["contents"] == [u("Hi", "What time is it?")]
+    assert claude_ignored(body) == []
+
+
+def test_an_mcp_server_of_which_a_tool_goes_is_left_out():
+    gone = {"type": "mcp_tool_reference", "server_name": "s", "name": "t"}
+    servers = [{"type": "url", "name": "s", "url": "https://example.com/mcp"}]
+    body = claude_chat(user("Hi"), system_message(change("removal", gone)), mcp_servers=servers)
+    assert "tools" not in claude_body(body)
+    assert claude_ignored(body) == ["mcp_servers[]"]
+
+
 def test_a_search_can_be_chosen_but_not_forced():
     choice = {"type": "tool", "name": "web_search"}
     body = claude_chat(tools=[WEB_SEARCH], tool_choice=choice)
@@ -7719,6 +7760,16 @@ def test_thinking_by_type_budget_and_effort(model, more, config, takes_blocks):
     assert claude_plan(body).chat.thinking.signatures is takes_blocks
 
 
+def test_the_last_message_about_effort_counts():
+    low, high = ({"output_config": {"effort": effort}} for effort in ("low", "high"))
+    body = claude_chat(
+        user("Hi"), system_message(**high), user("So?"), {"role": "system", **low}, **high
+    )
+    assert claude_body(body)["generationConfig"]["thinkingConfig"] == {"thinkingLevel": "LOW"}
+    assert claude_body(body)["contents"] == [u("Hi", "So?")]
+    assert claude_ignored(body) == []
+
+
 @pytest.mark.parametrize(
     "path, body",
     [
@@ -7756,6 +7807,8 @@ def test_thinking_by_type_budget_and_effort(model, more, config, takes_blocks):
             claude_chat(tools=[ASK_CITY], tool_choice={"type": "tool", "name": "clock"}),
         ),
         ("tools[0].name", claude_chat(tools=[{"input_schema": {}}])),
+        ("messages[0].content[0].tool", claude_chat(system_message({"type": "tool_removal"}))),
+        ("messages[0].content[0].type", claude_chat(user([change("removal", reference("a"))]))),
         ("thinking.type", claude_chat(thinking={})),
         ("thinking.type", claude_chat(thinking={"type": "x"})),
     ],
