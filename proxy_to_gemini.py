@@ -6845,11 +6845,12 @@ def change_tools(body: Fields, tools: Tools, restricted: set[str]) -> None:
     for block in tool_changes(body):
         change = Fields(block.peek("tool"), block.path_of("tool"), body.tracked)
         kind, adds = change.require("type", str), block.data["type"] == "tool_addition"
-        definition = change.object("definition")
-        if definition:
+        if kind == "tool_definition":
+            definition = change.require_object("definition")
             anthropic_tool(definition, tools, restricted)
-        if kind in ("tool_definition", "tool_reference"):
-            last_words[(definition or change).require("name", str)] = adds
+            last_words[definition.get("name", str) or ""] = True
+        elif kind == "tool_reference":
+            last_words[change.require("name", str)] = adds
         elif not adds:  # of an MCP server, Gemini uses all tools or none
             restricted.add(change.require("server_name", str))
         change.mark_read("name", "server_name")

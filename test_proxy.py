@@ -7695,10 +7695,26 @@ def test_tools_come_and_go_in_mid_conversation():
     assert claude_ignored(body) == []
 
 
-def test_an_mcp_server_of_which_a_tool_goes_is_left_out():
-    gone = {"type": "mcp_tool_reference", "server_name": "s", "name": "t"}
+@pytest.mark.parametrize(
+    "kind, tool",
+    [
+        ("removal", {"type": "mcp_tool_reference", "server_name": "s", "name": "t"}),
+        (
+            "addition",
+            {
+                "type": "tool_definition",
+                "definition": {
+                    "type": "mcp_toolset",
+                    "mcp_server_name": "s",
+                    "default_config": {"enabled": False},
+                },
+            },
+        ),
+    ],
+)
+def test_an_mcp_server_that_a_change_restricts_is_left_out(kind, tool):
     servers = [{"type": "url", "name": "s", "url": "https://example.com/mcp"}]
-    body = claude_chat(user("Hi"), system_message(change("removal", gone)), mcp_servers=servers)
+    body = claude_chat(user("Hi"), system_message(change(kind, tool)), mcp_servers=servers)
     assert "tools" not in claude_body(body)
     assert claude_ignored(body) == ["mcp_servers[]"]
 
