@@ -11475,7 +11475,9 @@ def test_bodies_that_are_too_large_together_are_a_503(half_body, body, headers):
 def test_what_a_body_goes_on_from_counts_with_it(half_body):
     server, first = half_body
     assert first.send(first.rest).reply()[0] == 200
+    until(lambda: metrics_of(server)["body_bytes"] == 0)
     stored = post_json(server, "/v1/responses", {"model": FLASH, "input": "x" * 300})
+    until(lambda: metrics_of(server)["body_bytes"] == 0)
     body = {"model": FLASH, "input": "y", "previous_response_id": stored["id"]}
     assert post(server, "/v1/responses", body)[0] == 503
     until(lambda: metrics_of(server)["body_bytes"] == 0)
