@@ -7416,7 +7416,7 @@ def find_route(api: str, method: str, path: str) -> RouteMatch:
 
 # What is said of them here is from google-auth 2.63 (google/auth, google/oauth2).
 
-# ---- RSA keys and JWTs ----
+# ---- RSA keys ----
 
 
 class CredentialError(ValueError):
@@ -7487,13 +7487,6 @@ def basic_login(login: str) -> str:
     return "Basic " + base64.b64encode(login.encode()).decode()
 
 
-def signed_jwt(key: RsaKey, key_id: str, claims: JSON) -> str:
-    """A JWT, signed RS256 (RFC 7515, section 3.1)."""
-    head = {"alg": "RS256", "typ": "JWT", **given(kid=key_id)}
-    text = ".".join(base64url(encode_json(part).encode()) for part in (head, claims))
-    return f"{text}.{base64url(rsa_signature(key, text.encode()))}"
-
-
 # ---- credentials ----
 
 TOKEN_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
@@ -7559,7 +7552,7 @@ class UnreachableError(ProxyError):
     """What gives tokens cannot be reached, or says nothing."""
 
 
-Grant = Generator[TokenStep, str, Token]  # what is to be asked; it is sent the answers
+Grant = Generator[TokenStep, Any, Token]  # what is to be asked; it is sent the answers' texts
 
 
 def form_step(url: str, fields: Mapping[str, str], login: str = ":") -> TokenStep:
@@ -7581,20 +7574,27 @@ def workforce_grant(credential: Credential, now: float) -> Grant:
     return read_token((yield form_step(credential.text("token_url"), fields, credential.login)))
 
 
-def service_grant(credential: Credential, now: float) -> Grant:
-    """A signed JWT for a token; where that cannot be had, a JWT is the token: AIP-4111."""
+def service_jwt(credential: Credential, now: float, **claims: str) -> str:
+    """A JWT of a service account's, signed RS256 (RFC 7515, section 3.1)."""
     assert credential.key is not None
-    key_id, url = credential.text("private_key_id"), credential.text("token_uri", OAUTH_URL)
-    claims = {"iss": credential.text("client_email"), "iat": int(now), "exp": int(now) + 3600}
-    exchanged = {**claims, "scope": TOKEN_SCOPE, "aud": url}
-    assertion = signed_jwt(credential.key, key_id, exchanged)
-    try:
-        fields = {"grant_type": GRANT_TYPE + "jwt-bearer", "assertion": assertion}
-        answer = yield form_step(url, fields)
-    except UnreachableError:
-        claims.update(sub=claims["iss"], aud=VERTEX_AUDIENCE)
-        return Token(signed_jwt(credential.key, key_id, claims), 3600.0)
-    return read_token(answer)
+    head = {"alg": "RS256", "typ": "JWT", **given(kid=credential.text("private_key_id"))}
+    issuer = {"iss": credential.text("client_email"), "iat": int(now), "exp": int(now) + 3600}
+    parts = (head, {**issuer, **claims})
+    text = ".".join(base64url(encode_json(part).encode()) for part in parts)
+    return f"{text}.{base64url(rsa_signature(credential.key, text.encode()))}"
+
+
+def service_grant(credential: Credential, now: float) -> Grant:
+    url = credential.text("token_uri", OAUTH_URL)
+    assertion = service_jwt(credential, now, scope=TOKEN_SCOPE, aud=url)
+    fields = {"grant_type": GRANT_TYPE + "jwt-bearer", "assertion": assertion}
+    return read_token((yield form_step(url, fields)))
+
+
+def self_signed_token(credential: Credential, now: float) -> Token:
+    """What stands for a token of a service account's where none can be had: AIP-4111."""
+    account = credential.text("client_email")
+    return Token(service_jwt(credential, now, sub=account, aud=VERTEX_AUDIENCE), 3600.0)
 
 
 def federated_grant(credential: Credential, now: float) -> Grant:
@@ -8962,19 +8962,18 @@ class Access(NamedTuple):
 
 def fetch_token(credential: Credential) -> Token:
     """A new token; a ProxyError that tells why there is none."""
-    grant = token_grant(credential, time.time())
-    resume: Callable[[Any], TokenStep] = grant.send
-    result: Any = None
+    now = time.time()
+    grant, answer = token_grant(credential, now), None
     try:
         while True:
-            step = resume(result)
-            try:
-                resume, result = grant.send, token_answer(step)
-            except UnreachableError as error:
-                resume, result = grant.throw, error
+            answer = token_answer(grant.send(answer))
     except StopIteration as end:
         token: Token = end.value
         return token
+    except UnreachableError:
+        if credential.key is None:
+            raise
+        return self_signed_token(credential, now)
 
 
 def token_answer(step: TokenStep) -> str:

@@ -8480,14 +8480,6 @@ def decoded_jwt(token):
     return tuple(json.loads(proxy.decode_base64(text)) for text in token.split(".")[:2])
 
 
-def test_a_jwt_is_signed_over_its_head_and_claims():
-    key = proxy.rsa_key(pem(PKCS8))
-    token = proxy.signed_jwt(key, "k1", {"iss": "a"})
-    assert decoded_jwt(token) == ({"alg": "RS256", "typ": "JWT", "kid": "k1"}, {"iss": "a"})
-    text, _, signature = token.rpartition(".")
-    assert proxy.decode_base64(signature) == proxy.rsa_signature(key, text.encode())
-
-
 # ---- credentials ----
 
 EMAIL = "bot@my-project.iam.gserviceaccount.com"
@@ -8587,13 +8579,13 @@ TOKEN_ANSWER = json.dumps({"access_token": "ya29.a", "expires_in": 1800})
 
 
 def granted(fields, *answers):
-    """(the token, the steps to it) that these answers lead to; an exception is one, too."""
+    """(the token, the steps to it) that these answers lead to."""
     grant = proxy.token_grant(credential_of(fields), NOW)
     steps = [next(grant)]
     with pytest.raises(StopIteration) as caught:
         for answer in answers:
-            resume = grant.throw if isinstance(answer, Exception) else grant.send
-            steps.append(resume(answer))
+            step = grant.send(answer)
+            steps.append(step)
     return caught.value.value, steps
 
 
@@ -8627,7 +8619,7 @@ def test_a_service_account_gives_a_jwt_for_an_access_token():
     form = form_of(step)
     assert form["grant_type"] == "urn:ietf:params:oauth:grant-type:jwt-bearer"
     head, claims = decoded_jwt(form["assertion"])
-    assert head["kid"] == "k1"
+    assert head == {"alg": "RS256", "typ": "JWT", "kid": "k1"}
     assert claims == {
         "iss": EMAIL,
         "iat": 1700000000,
@@ -8637,8 +8629,14 @@ def test_a_service_account_gives_a_jwt_for_an_access_token():
     }
 
 
+def test_a_jwt_is_signed_over_its_head_and_claims():
+    credential = credential_of(SERVICE_FILE)
+    text, _, signature = proxy.service_jwt(credential, NOW).rpartition(".")
+    assert proxy.decode_base64(signature) == proxy.rsa_signature(credential.key, text.encode())
+
+
 def test_where_no_token_can_be_had_a_service_account_signs_one():
-    token, _ = granted(SERVICE_FILE, proxy.UnreachableError(502, "no way"))
+    token = proxy.self_signed_token(credential_of(SERVICE_FILE), NOW)
     assert token.seconds == 3600.0
     assert decoded_jwt(token.value)[1] == {
         "iss": EMAIL,
@@ -9834,6 +9832,14 @@ def test_an_office_that_is_busy_is_asked_again_and_one_that_refuses_is_not(googl
         proxy.token_answer(step)
     assert len(google.tokens) == proxy.MAX_TOKEN_ATTEMPTS + 1
     assert caught.value.message.endswith("says: bad: [masked]")
+
+
+def test_a_service_account_does_without_an_office_that_cannot_be_reached():
+    fields = {"token_uri": "http://127.0.0.1:1/token"}
+    token = proxy.fetch_token(credential_of({**SERVICE_FILE, **fields}))
+    assert decoded_jwt(token.value)[1]["aud"] == "https://aiplatform.googleapis.com/"
+    with pytest.raises(proxy.UnreachableError):
+        proxy.fetch_token(credential_of({**USER_FILE, **fields}))
 
 
 def test_a_redirect_of_the_office_is_not_followed(google):
