@@ -3007,8 +3007,8 @@ def grounding_source(item: Any) -> JSON:
     return next((source for source in item.values() if get_or_empty(source, "uri", str)), {})
 
 
-CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8: all of a character but its first byte
-MARK_BYTES = 1024  # so far apart are the bytes of a CitedText whose characters are known
+# Of UTF-8: 1 where a character begins.
+FIRST_BYTES = bytes(not 0x80 <= byte < 0xC0 for byte in range(256))
 
 
 class CitedText:
@@ -3016,11 +3016,10 @@ class CitedText:
 
     def __init__(self, pieces: list[tuple[str, bool]]):
         self.data = "".join(text for text, own in pieces if own).encode("utf-8", "surrogatepass")
-        self.marks = [0]  # the characters before each of the bytes 0, MARK_BYTES, ...
-        for i in range(0, len(self.data), MARK_BYTES):
-            self.marks.append(self.marks[-1] + characters_in(self.data[i : i + MARK_BYTES]))
+        # The characters that have begun by each byte of it, and by its end.
+        self.counts = array.array("I", itertools.accumulate(self.data.translate(FIRST_BYTES)))
         self.ends: list[int] = []  # of our pieces, in characters of Gemini's text
-        self.shifts: list[int] = []  # of each of these: what is ours before it
+        self.shifts: list[int] = []  # of each of these, and of the end: what is ours before it
         own_length = shift = 0
         for text, own in pieces:
             if own:
@@ -3029,6 +3028,8 @@ class CitedText:
                 self.shifts.append(shift)
             else:
                 shift += len(text)
+        self.counts.append(own_length + 1)
+        self.shifts.append(shift)
         self.length = own_length + shift
         self.patience = 64 * len(self.data)  # bytes to search for words
 
@@ -3045,20 +3046,8 @@ class CitedText:
 
     def character(self, offset: int) -> int:
         """The character of the answer that stands at a byte of Gemini's own text."""
-        offset = min(offset, len(self.data))
-        while 0 < offset < len(self.data) and self.data[offset] in CONTINUATION_BYTES:
-            offset -= 1
-        mark = offset // MARK_BYTES
-        own = self.marks[mark] + characters_in(self.data[mark * MARK_BYTES : offset])
-        piece = bisect.bisect_left(self.ends, own)
-        if piece == len(self.ends):
-            return self.length
-        return own + self.shifts[piece]
-
-
-def characters_in(data: bytes) -> int:
-    """The characters of UTF-8 that begin in these bytes."""
-    return len(data.translate(None, CONTINUATION_BYTES))
+        own = self.counts[min(offset, len(self.data))] - 1
+        return own + self.shifts[bisect.bisect_left(self.ends, own)]
 
 
 # ======================================================================================
