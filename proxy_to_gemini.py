@@ -1200,8 +1200,6 @@ def usable_models(answers: AnswerStreams, context: Context) -> dict[str, JSON]:
 # ---- parts ----
 
 Part = JSON
-# Of Gemini's own tools beside functions: https://ai.google.dev/gemini-api/docs/tool-combination
-HOSTED_PARTS = {"toolCall", "toolResponse"}
 # For an unknown signature, in base64 as seen in recordings; Google documents it:
 # https://ai.google.dev/gemini-api/docs/thought-signatures
 PLACEHOLDER = base64.b64encode(b"skip_thought_signature_validator").decode()
@@ -2209,7 +2207,7 @@ def other_thinking(refused: RefusedCall) -> list[str]:
     if level in NEXT_LEVELS and f"level {level} " in refused.message:
         thinking["thinkingLevel"] = NEXT_LEVELS[level]
         return ["thinkingLevel"]
-    return without("thinkingConfig")(refused)
+    return drop_field((refused.config,), "thinkingConfig", "thinkingConfig")
 
 
 def without_signatures(refused: RefusedCall) -> list[str]:
@@ -2221,10 +2219,6 @@ def without_signatures(refused: RefusedCall) -> list[str]:
         if "functionCall" in part:
             part[name] = PLACEHOLDER
     return names
-
-
-def without_resolutions(refused: RefusedCall) -> list[str]:
-    return drop_field(refused.parts(), "mediaResolution", "detail")
 
 
 def without_call_ids(refused: RefusedCall) -> list[str]:
@@ -2370,7 +2364,7 @@ REPAIRS = (
     (r"\bseed\b", without("seed")),
     (r"\bstop(_?sequences?| sequences?)?\b", without("stopSequences", "stop")),
     (r"service.?tier", without("serviceTier")),
-    (r"media.?resolution", without_resolutions),
+    (r"media.?resolution", lambda call: drop_field(call.parts(), "mediaResolution", "detail")),
     (r"media.?resolution", without("mediaResolution", "media_resolution")),
     (r"mcp.?server", without_mcp),
     # reported after a change of the model or the key: "Corrupted thought signature."
@@ -2842,7 +2836,9 @@ class Reading:
         self.reason = self.message = self.blocked = self.signature = ""
         self.pieces: list[tuple[str, bool]] = []  # (text, whether it is Gemini's own, not ours)
         self.calls: list[ToolCall] = []
-        self.hosted: list[Part] = []  # parts of Gemini's own tools, for the call that comes next
+        # Parts of Gemini's own tools, for the call that comes next:
+        # https://ai.google.dev/gemini-api/docs/tool-combination
+        self.hosted: list[Part] = []
         self.answered: set[str] = set()  # functions that Gemini's servers have answered
 
     def absorb(self, chunk: JSON) -> JSON:
@@ -2879,7 +2875,7 @@ class Reading:
         elif "functionResponse" in part:
             response = expect(part, "functionResponse", dict)
             self.answered.add(expect(response, "name", str))
-        elif HOSTED_PARTS & part.keys():
+        elif "toolCall" in part or "toolResponse" in part:
             self.hosted.append(part)
         elif not part.get("thought"):
             return self.read_output(part)
@@ -2901,8 +2897,7 @@ class Reading:
         """The tokens of all calls of this answer. They have one prompt."""
         first, *others = map(read_usage, (*self.earlier, self.usage))
         for usage in others:
-            own = Usage(output=usage.output, thoughts=usage.thoughts)
-            first = first.plus(own._replace(audio_output=usage.audio_output))
+            first = first.plus(usage._replace(prompt=0, cached=0, audio_input=0, image_input=0))
         return first
 
     def text(self, text: str, thought: bool = False, own: bool = True) -> Text | None:
