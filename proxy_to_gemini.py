@@ -16,8 +16,9 @@ It needs Python 3.9 or newer and nothing else. How a request goes through this f
     wire events  <--route.stream------------------------'
 
 A back end changes calls before they are sent (Backend.calls) and chunks as they come
-(Backend.chunks). Gemini.remember gives tool calls their ids; then chat_events makes the events of a
-chat what its client asked for.
+(Backend.chunks). RequestCycle.exchanges plans, again for each model of an alias that is asked.
+chat_events makes the events of a chat what its client asked for; Gemini.remember keeps what Gemini
+wants back of its tool calls.
 
 Where to look
     1. Vocabulary                the nouns everything else is written in
@@ -39,7 +40,8 @@ Where to look
     17. Server                   all that talks to clients: metrics, HTTP, answers, page for people
     18. Command line             flags, environment, systemd, workers, checks, start and end
 
-Sections 1 to 14 are pure: they get values and give values. Time and ids are given to them; what is
+Sections 1 to 14 are pure: they know no clock, socket or store. Time and ids are given to them,
+Gemini's answers as iterators, and what these say of tokens they note in the Exchange. What is
 stored is looked up before (Route.keys, Shelf.recipes); what must be stored, they return as a Keep.
 Gemini's JSON is the form of parts and turns; a Chat is a question to a model in nobody's dialect,
 and an Answer is what a whole answer adds up to. A fifth dialect fills a Chat, and reads events or
@@ -50,7 +52,7 @@ Words
     call       one HTTP request to Gemini, not yet sent; a tool call is one that Gemini makes
     chunk      one GenerateContentResponse of Gemini's; a plain answer is a single chunk
     event      what read_gemini makes of chunks, and what a stream sends to the client
-    exchange   one request of a client's and its answer
+    exchange   the plan for one request of a client's, and its answer
     further    models of an alias, asked where the first cannot answer: why in 4, for how long the
                first is passed over in 15, how in 17
     recipe     a model that an Ollama client created: one of Gemini's, with words and options
@@ -623,7 +625,7 @@ class AnswerHead(NamedTuple):
 
 
 class GeminiCall(NamedTuple):
-    """One HTTP request to Gemini, not yet sent: a POST where it has a body."""
+    """One HTTP request to Gemini, not yet sent: a POST where it has a body, if it is not passed."""
 
     path: str  # below /v1beta/, such as "models/gemini-2.5-flash:generateContent"
     body: JSON | None = None
@@ -672,7 +674,7 @@ class Context(NamedTuple):
     params: Mapping[str, str] = {}  # captured from the path
     query: Mapping[str, str] = {}
     request: ClientRequest = ClientRequest()
-    models: tuple[str, ...] = ()  # of an alias, those still to be asked; none: all of them
+    models: tuple[str, ...] = ()  # where an alias has several: the one that is asked, and the rest
 
 
 class Keep(NamedTuple):
@@ -699,7 +701,7 @@ class Usage(NamedTuple):
 
 
 class Exchange:
-    """One request of a client's and its answer, as far as they have come."""
+    """A plan, and what has become of it: how far its answer has come, and what Gemini said."""
 
     def __init__(self, plan: Plan, context: Context, seed: str, created: float):
         self.plan, self.context = plan, context
@@ -774,10 +776,10 @@ class Refusal(NamedTuple):
 class Route(NamedTuple):
     """One endpoint. Path segments in braces are captured; the last one may hold slashes.
 
-    A route either has an `answer`, which is always the same (JSON or a Refusal), or a `request` and
-    a `response`, which returns the whole answer, or yields it as the last event. Where it has no
-    `response`, the whole answer is the last event of its stream. Both pull what Gemini answers, so
-    each step of theirs may wait.
+    A route has an `answer`, which is always the same (JSON or a Refusal), or a `response` or a
+    `stream`, mostly with a `request` before. A `response` returns the whole answer, or yields it as
+    the last event; without it, it is the last event of the stream. Both pull what Gemini answers,
+    so each step of theirs may wait.
     """
 
     method: str
@@ -2818,7 +2820,7 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Event]:
         message = "Gemini's answer broke off: it has no finish reason."
         raise ProxyError(502, message, upstream=True)
     calls = [call for call in reading.calls if call.name not in reading.answered]
-    yield from calls
+    yield from (call._replace(id=exchange.new_id("call_")) for call in calls)
     yield reading.end(bool(calls), usage)
 
 
@@ -7318,14 +7320,6 @@ MOUNTS: dict[str, tuple[tuple[Pattern[str], Protocol], ...]] = {
 }
 
 
-class RouteMatch(NamedTuple):
-    """A route for a path, and the values of the segments that it captures."""
-
-    protocol: Protocol
-    route: Route
-    params: dict[str, str]
-
-
 @functools.cache
 def path_pattern(path: str) -> Pattern[str]:
     """A route's path as a pattern. Its last segment may hold slashes, as model names do; a verb of
@@ -7361,28 +7355,28 @@ def protocol_of(api: str, method: str, path: str) -> Protocol:
 
 
 @functools.cache
-def exact_routes(api: str) -> dict[tuple[str, str], tuple[Protocol, Route]]:
+def exact_routes(api: str) -> dict[tuple[str, str], Route]:
     return {
-        (route.method, route.path): (protocol, route)
+        (route.method, route.path): route
         for _, protocol in reversed(MOUNTS[api])
         for route in protocol.routes
     }
 
 
-def find_route(api: str, method: str, path: str) -> RouteMatch:
-    """The route for a method and a plain_path; else a 404 or a 405 with Allow. HEAD is like GET."""
+def find_route(api: str, method: str, path: str) -> tuple[Route, dict[str, str]]:
+    """(the route for a method and a plain_path, the segments that it captures); else a 404 or a 405
+    with Allow. HEAD is like GET."""
     if method == "HEAD":
         method = "GET"
     exact = exact_routes(api).get((method, path))
     if exact:
-        return RouteMatch(*exact, {})
+        return exact, {}
     allowed: list[str] = []
-    routes = [(protocol, route) for _, protocol in MOUNTS[api] for route in protocol.routes]
-    for protocol, route in routes:
+    for route in (route for _, protocol in MOUNTS[api] for route in protocol.routes):
         match = path_pattern(route.path).match(path)
         if match and route.method == method:
             params = {key: urllib.parse.unquote(text) for key, text in match.groupdict().items()}
-            return RouteMatch(protocol, route, params)
+            return route, params
         if match:
             allowed.append(route.method)
     if not allowed:
@@ -8739,7 +8733,7 @@ class UpstreamCall:
         self.began = self.sent = time.monotonic()
 
     def send(self, fresh: bool = False) -> None:
-        """Make an attempt; on a fresh connection where an idle one has just failed."""
+        """Make an attempt; on a fresh connection where the last one got no byte."""
         self.attempts += 1
         backend = self.gemini.backend
         passed = self.call.passed or plain_call(self.call, backend.root)
@@ -8862,7 +8856,7 @@ class UpstreamCall:
                     raise error
                 finally:
                     del error  # its traceback holds this frame: a cycle, and the body in it
-            if backoff and not stale:
+            if backoff and not stale:  # which says nothing of Gemini
                 self.waiter.wait(None, seconds=backoff)
             self.gemini.count("upstream_retries_total")
             self.send(fresh=unanswered)
@@ -9413,7 +9407,7 @@ class Gemini:
     def sent(
         self, calls: Iterable[GeminiCall], waiter: Waiter, key: str, left_out: list[str]
     ) -> Generator[Iterator[JSON], None, None]:
-        """The same for calls as they are sent."""
+        """For each call its chunks, in order; MAX_PARALLEL_CALLS at most are sent ahead."""
         unsent, pending = collections.deque(calls), collections.deque[UpstreamCall]()
         try:
             while True:
@@ -9503,22 +9497,20 @@ class Gemini:
             self.count("signatures_total", "foreign")
         return call
 
-    def remember(self, call: GeminiCall, key: str, calls: list[ToolCall]) -> list[str]:
-        """New ids for the tool calls in an answer; what Gemini wants back is put under them."""
-        ids = ["call_" + secrets.token_hex(12) for _ in calls]
+    def remember(self, call: GeminiCall, key: str, calls: list[ToolCall]) -> None:
+        """Keep what Gemini wants back with the tool calls in an answer, by their ids."""
         if not (call.model and call.body and any(item.signature or item.before for item in calls)):
-            return ids
+            return
         scope, generation = scope_of(key), str(generation_number(call.model))
         conversation = ConversationDigest(call.body, scope)
         for content in call.body["contents"]:
             conversation.turn(content)
-        for call_id, tool_call in zip(ids, calls):
+        for tool_call in calls:
             name = gemini_name(tool_call.name)  # as it comes back, whatever the model called it
             digest = conversation.call(name, tool_call.args)
             if tool_call.signature or tool_call.before:
                 words = (generation, name, tool_call.signature or "", json.dumps(tool_call.before))
-                self.memory.put(f"{scope}:call:{call_id}", digest, " ".join(words))
-        return ids
+                self.memory.put(f"{scope}:call:{tool_call.id}", digest, " ".join(words))
 
 
 class Shelf(NamedTuple):
@@ -10526,7 +10518,7 @@ class ClientSocket(io.RawIOBase):
         return bool(self.busy_poller.wait(grace))
 
     def is_sending(self) -> bool:
-        """Whether a head is coming in that began less than FINAL_SECONDS ago."""
+        """Whether a request may be coming in: not where its head has taken FINAL_SECONDS."""
         return self.deadline - CLIENT_SECONDS > time.monotonic() - FINAL_SECONDS
 
     def send(self, data: bytes) -> None:
@@ -10916,8 +10908,8 @@ def preflight_headers(head: RequestHead) -> list[tuple[str, str]]:
 
 # ---- one request ----
 
-# nginx.org/en/docs/http/ngx_http_proxy_module.html: a stream is not to be gathered on its way.
 TARGET_LOGIN = re.compile(r"^\w+://[^/]*@")  # in the target of a request, which no log is to have
+# nginx.org/en/docs/http/ngx_http_proxy_module.html: a stream is not to be gathered on its way.
 STREAM_HEADERS = (("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
 
 
@@ -10934,13 +10926,12 @@ class RequestCycle:
         self.route: Route | None = None
         self.route_name = "other"  # for the metrics
         self.exchange: Exchange | None = None
-        self.ignored: list[str] = []  # what nobody read of the request, by name
-        self.left_out: list[str] = []  # what Gemini would not take; grows while it is called
+        self.ignored: list[str] = []  # names of what has no effect; grows while Gemini is called
         self.status = 0  # of the answer; 0 until its head is written
         self.passed_head: AnswerHead | None = None  # of an answer that is passed through
         self.framing, self.streaming = SSE, False  # whether the answer is a stream that has begun
         self.answered = False  # whether the client was sent some of what a model says
-        self.fallbacks: list[str] = []  # which of them did not, and why
+        self.fallbacks: list[str] = []  # models that could not answer, and why
         self.recording: Recording | None = None
         if self.server.recorder:
             self.recording = Recording(self.server.recorder, self.server.config)
@@ -10955,7 +10946,10 @@ class RequestCycle:
             self.fail(error)
             error.__traceback__ = None  # its frames hold the body, and one may hold the error
         except RecursionError:
-            self.fail(invalid_answer("it is nested too deeply"))
+            if self.exchange:
+                self.fail(invalid_answer("it is nested too deeply"))
+            else:
+                self.fail(nested_too_deeply())
         except (ClientGoneError, OSError):
             self.status = self.status or 499  # nginx's number for a client that left
             self.note("the client left")
@@ -10995,11 +10989,13 @@ class RequestCycle:
             self.recording = None  # they are asked for all the time
             self.send_answer(*self.own_page(path))
         else:
-            endpoint = find_route(api, method, path)
-            self.protocol, self.route_name = endpoint.protocol, endpoint.route.name
-            self.key = upstream_key(head, path, server.config)
-            with contextlib.closing(self.exchanges(endpoint, path, query)) as exchanges:
-                self.answer(endpoint.route, exchanges)
+            route, params = find_route(api, method, path)
+            self.route_name, self.key = route.name, upstream_key(head, path, server.config)
+            request = ClientRequest(route.method, path, query, head.headers)
+            context = server.context._replace(params=params, request=request)
+            exchanges = self.exchanges(route, *self.read_request(route, context))
+            with contextlib.closing(exchanges):
+                self.answer(route, exchanges)
 
     def own_page(self, path: str) -> tuple[int, Any, Mapping[str, str]]:
         """(status, answer, headers) of one of OWN_PAGES."""
@@ -11030,17 +11026,12 @@ class RequestCycle:
             server.metrics.add("checks", amount=-1)
 
     def exchanges(
-        self, match: RouteMatch, path: str, query: str
+        self, route: Route, body: Fields, context: Context
     ) -> Generator[Exchange, None, None]:
-        """Read the body, and plan the calls to Gemini; then the same for each of an alias's further
-        models, for when the one before cannot answer."""
-        route, created = match.route, time.time()
-        try:
-            body, context = self.read_request(match, path, query)
-            data = body.data
-            exchange = self.new_exchange(route, body, context, created)
-        except RecursionError:
-            raise nested_too_deeply() from None
+        """Plan the calls to Gemini; then the same for each of an alias's further models, for when
+        the one before cannot answer."""
+        data, created = body.data, time.time()
+        exchange = self.new_exchange(route, body, context, created)
         del body
         model = exchange.model
         if model is None or not model.further:
@@ -11060,15 +11051,14 @@ class RequestCycle:
                 yield self.new_exchange(route, Fields(data), context, created)
             models = models[1:]
 
-    def read_request(self, match: RouteMatch, path: str, query: str) -> tuple[Fields, Context]:
+    def read_request(self, route: Route, context: Context) -> tuple[Fields, Context]:
         """The body, and all else that the plan may depend on."""
-        server, route, context = self.server, match.route, self.server.context
+        server, query = self.server, context.request.query
         if isinstance(route.answer, Refusal):
             status, message, headers = route.answer
             raise ProxyError(status, message, headers=dict(headers))
         fields = dict(urllib.parse.parse_qsl(query)) if query else {}
-        request = ClientRequest(route.method, path, query, self.head.headers)
-        context = context._replace(params=match.params, query=fields, request=request)
+        context = context._replace(query=fields)
         body = no_body(b"", "")
         if route.parse and (
             self.connection.body_pending or self.head.method not in ("GET", "HEAD")
@@ -11092,18 +11082,15 @@ class RequestCycle:
     ) -> Exchange:
         """An exchange with the first of the models that the context leaves."""
         plan = route.request(body, context) if route.request else Plan()
-        self.ignored, self.left_out = body.ignored(), []
+        self.ignored = body.ignored()
         return Exchange(plan, context, self.seed, created)
 
     def passes_on(self, exchange: Exchange, error: ProxyError) -> bool:
         """Whether this failure is one that the alias's next model may cure."""
         if not exchange.context.models:
             return False
-        cooldowns, model, reason = (
-            self.server.gemini.cooldowns,
-            exchange.context.models[0],
-            fallback_reason(error),
-        )
+        cooldowns, model = self.server.gemini.cooldowns, exchange.context.models[0]
+        reason = fallback_reason(error)
         if not reason:
             cooldowns.end(self.key, model)
             return False
@@ -11162,22 +11149,20 @@ class RequestCycle:
     def answer_with(self, route: Route, exchange: Exchange, waiter: Waiter) -> ProxyError | None:
         """Answer with what one model says; the error where it cannot."""
         server, plan, calls = self.server, exchange.plan, exchange.plan.calls
-        self.framing = plan.framing or route.framing
+        self.framing, stream = plan.framing or route.framing, plan.stream and route.stream
         if not route.parse:
             calls = tuple(map(self.with_body, calls))
         waiter.silence = server.config.timeout
         if not self.is_decided():
-            waiter.silence /= 2  # before the first chunk
-        if plan.stream and self.framing.keep_alive:
-            waiter.keep_alive = functools.partial(
-                self.keep_alive, self.framing.keep_alive, exchange
-            )
+            waiter.silence /= 2  # until the first event
+        if stream and self.framing.keep_alive:
+            waiter.keep_alive = self.keep_alive
         try:
-            batch = server.gemini.answers(calls, waiter, self.key, self.left_out)
+            batch = server.gemini.answers(calls, waiter, self.key, self.ignored)
             with contextlib.closing(batch):
                 answers = self.read_answers(batch, exchange, waiter)
-                if plan.stream and route.stream:
-                    for event in self.kept(route.stream(exchange, answers)):
+                if stream:
+                    for event in self.kept(stream(exchange, answers)):
                         self.answered = True
                         self.emit(self.framing.encode(event))
                         waiter.quiet_since = time.monotonic()
@@ -11219,19 +11204,16 @@ class RequestCycle:
     def arriving(
         self, items: Iterable[Any], call: GeminiCall, exchange: Exchange, waiter: Waiter
     ) -> Iterator[Any]:
-        """The events or chunks; the exchange learns when each of them came. Tool calls get ids,
-        under which their signatures are kept."""
+        """The events or chunks; the exchange learns when each of them came. What Gemini wants back
+        with its tool calls is remembered before the client gets the end of the answer."""
         tool_calls: list[ToolCall] = []
         for item in items:
             exchange.now = time.time()
             waiter.silence = self.server.config.timeout
             if isinstance(item, ToolCall):
                 tool_calls.append(item)
-                continue
-            if tool_calls:
-                ids = self.server.gemini.remember(call, self.key, tool_calls)
-                yield from (one._replace(id=new_id) for one, new_id in zip(tool_calls, ids))
-                tool_calls = []
+            elif isinstance(item, End):
+                self.server.gemini.remember(call, self.key, tool_calls)
             yield item
 
     def kept(self, events: Iterable[Any]) -> Iterator[JSON]:
@@ -11269,12 +11251,11 @@ class RequestCycle:
 
     # ---- its answer ----
 
-    def keep_alive(
-        self, framing_keep_alive: Callable[[Exchange], bytes], exchange: Exchange
-    ) -> None:
+    def keep_alive(self) -> None:
         """Show in the stream that it is alive."""
-        exchange.now = time.time()
-        self.emit(framing_keep_alive(exchange))
+        assert self.exchange is not None and self.framing.keep_alive is not None
+        self.exchange.now = time.time()
+        self.emit(self.framing.keep_alive(self.exchange))
 
     def emit(self, data: bytes, last: bool = False) -> None:
         """Write an event of a stream, with the head before the first one, in one write."""
@@ -11346,7 +11327,7 @@ class RequestCycle:
         answering = self.exchange and self.exchange.model
         if answering:
             headers.append(("x-proxy-model", answering.name))
-        names = [re.sub(r"[^!-+\--~]", "?", name)[:200] for name in self.ignored + self.left_out]
+        names = [re.sub(r"[^!-+\--~]", "?", name)[:200] for name in self.ignored]
         text = ", ".join(dict.fromkeys(names))
         if len(text) > MAX_IGNORED_CHARACTERS:
             text = text[:MAX_IGNORED_CHARACTERS].rpartition(", ")[0] + ", ..."
@@ -11383,7 +11364,7 @@ class RequestCycle:
 
     def end_recording(self, recording: Recording) -> None:
         """Have what was recorded written, by a thread that this one does not wait for."""
-        recording.head, recording.ignored = self.head, self.ignored + self.left_out
+        recording.head, recording.ignored = self.head, self.ignored
         recording.facts = {
             "seconds": round(time.monotonic() - self.began, 4),
             "request_id": self.request_id,

@@ -915,16 +915,8 @@ def events_of(one, answers):
         if not call.generates:
             yield iter(chunks)
             continue
-        events = with_ids(proxy.read_gemini(iter(chunks), one), one)
+        events = proxy.read_gemini(iter(chunks), one)
         yield proxy.chat_events(events, call, one.plan.chat) if one.plan.chat else events
-
-
-def with_ids(events, one):
-    for event in events:
-        if isinstance(event, ToolCall):
-            yield event._replace(id=one.new_id("call_"))
-        else:
-            yield event
 
 
 def chat(*messages, model=FLASH, **more):
@@ -2488,7 +2480,7 @@ def test_text_and_thoughts_come_in_order_and_calls_last():
         Text("Hm", True),
         Text("A"),
         Text("B"),
-        ToolCall("f", {"a": 1}, sign("s")),
+        ToolCall("f", {"a": 1}, sign("s"), "call_1"),
         End("stop", True, "STOP", "", Usage(prompt=4, output=7, thoughts=2), []),
     ]
 
@@ -7067,7 +7059,7 @@ def test_a_wrong_message_of_a_recipe_is_refused_when_it_is_created():
 )
 def test_a_recipes_messages_come_before_those_of_the_client(path, body):
     notes = saved({**SAVED, "messages": [user("Hi"), assistant("Arr!")]})
-    route = proxy.find_route("ollama", "POST", path).route
+    route, _ = proxy.find_route("ollama", "POST", path)
     request = asked_with(body, OLLAMA, notes, route).calls[0].body
     contents = request.get("generateContentRequest", request)["contents"]
     assert contents[:2] == [u("Hi"), m("Arr!")]
@@ -7168,7 +7160,7 @@ def test_a_wrong_parameter_of_a_recipe_is_refused_when_it_is_created():
 def test_a_recipe_for_a_model_without_a_system_instruction_begins_the_chat():
     recipe = {"source": "gemma-3-27b-it", "system": "Say arr.", "options": {}}
     notes = Notes({"model:pirate": json.dumps(recipe)})
-    route = proxy.find_route("ollama", "POST", "/v1/chat/completions").route
+    route, _ = proxy.find_route("ollama", "POST", "/v1/chat/completions")
     (gemini_call,) = asked_with(chat(model="pirate"), OLLAMA, notes, route).calls
     assert gemini_call.body["contents"][0] == u("Say arr.")
     assert "systemInstruction" not in gemini_call.body
@@ -7287,7 +7279,7 @@ def test_a_text_that_is_too_long_is_never_embedded(gemini, monkeypatch):
 def test_a_recipes_words_are_counted_with_the_message():
     recipe = {"source": FLASH, "system": "Say arr.", "options": {"temperature": 0.1}}
     notes = Notes({"model:pirate": json.dumps(recipe)})
-    route = proxy.find_route("ollama", "POST", "/v1/messages/count_tokens").route
+    route, _ = proxy.find_route("ollama", "POST", "/v1/messages/count_tokens")
     plan = asked_with(chat(model="pirate"), OLLAMA, notes, route)
     counted = plan.calls[0].body["generateContentRequest"]
     assert counted["systemInstruction"]["parts"][0]["text"] == "Say arr."
@@ -8287,7 +8279,7 @@ def test_our_own_errors_have_googles_form(status, word):
     ],
 )
 def test_the_paths_below_responses_have_routes_of_their_own(method, path, response):
-    assert proxy.find_route("ollama", method, path).route.response is response
+    assert proxy.find_route("ollama", method, path)[0].response is response
 
 
 @pytest.mark.parametrize(
@@ -8302,14 +8294,14 @@ def test_the_paths_below_responses_have_routes_of_their_own(method, path, respon
     ],
 )
 def test_the_usual_misspellings_of_a_base_url_work(path):
-    match = proxy.find_route("openai", "POST", proxy.plain_path(path, "openai"))
-    assert match.route.request is proxy.openai_chat_request
+    route, _ = proxy.find_route("openai", "POST", proxy.plain_path(path, "openai"))
+    assert route.request is proxy.openai_chat_request
 
 
 @pytest.mark.parametrize("path", ["/v1/models/models%2Fgemini-x", "/v1/models/models/gemini-x"])
 def test_a_captured_segment_is_unquoted_after_the_match(path):
-    match = proxy.find_route("openai", "HEAD", proxy.plain_path(path, "openai"))
-    assert match.params == {"model": "models/gemini-x"}
+    _, params = proxy.find_route("openai", "HEAD", proxy.plain_path(path, "openai"))
+    assert params == {"model": "models/gemini-x"}
 
 
 def test_a_wrong_method_is_a_405_that_names_the_right_ones():
@@ -8327,8 +8319,9 @@ def test_an_unknown_path_is_a_404():
 @pytest.mark.parametrize("path", ["/v1beta/models", "/v1/v1beta/models", "/v1beta/v1beta/models/"])
 def test_the_version_of_geminis_api_may_come_twice(path):
     for api in proxy.MOUNTS:
-        match = proxy.find_route(api, "GET", proxy.plain_path(path, api))
-        assert (match.protocol, match.params) == (proxy.GEMINI, {"path": "models"})
+        route, params = proxy.find_route(api, "GET", proxy.plain_path(path, api))
+        assert route in proxy.GEMINI_ROUTES
+        assert params == {"path": "models"}
 
 
 @pytest.mark.parametrize(
@@ -8348,6 +8341,17 @@ def test_the_version_of_geminis_api_may_come_twice(path):
 def test_errors_of_geminis_own_paths_are_googles(method, path, protocol):
     for api in proxy.MOUNTS:
         assert proxy.protocol_of(api, method, proxy.plain_path(path, api)).name == protocol
+
+
+def test_each_route_belongs_to_the_protocol_that_writes_the_errors_of_its_path():
+    for api, mounts in proxy.MOUNTS.items():
+        for _, protocol in mounts:
+            for route in protocol.routes:
+                path = re.sub(r"\{\w+\}", "a", route.path)
+                owner = proxy.protocol_of(api, route.method, path)
+                found, _ = proxy.find_route(api, route.method, path)
+                assert found in owner.routes
+                assert owner is protocol
 
 
 def all_routes():
@@ -12160,6 +12164,16 @@ def test_a_refusal_after_a_keep_alive_is_the_last_event(server, gemini, monkeypa
     assert status == 200
     assert b'data: {"error":{"message":"Slow"' in body
     assert not body.endswith(b"[DONE]\n\n")
+
+
+def test_a_body_that_is_slow_to_come_makes_no_keep_alive_due(server, gemini, monkeypatch):
+    monkeypatch.setattr(proxy, "KEEP_ALIVE_SECONDS", 1.0)
+    gemini.say(Say({"error": {"code": 400, "message": "No"}}, delay=0.1, status=400))
+    data = json.dumps(chat(stream=True)).encode()
+    with RawClient(server) as client:
+        client.send(CHAT_HEAD + b"Content-Length: %d\r\n\r\n" % len(data) + data[:9])
+        time.sleep(1.1)  # longer than a stream may be silent
+        assert client.send(data[9:]).reply()[0] == 400
 
 
 @pytest.mark.parametrize("stream", [False, True])
