@@ -1994,6 +1994,7 @@ class Tools:
         self.declared: dict[str, JSON] = {}  # Gemini's name of each function -> its declaration
         self.names: dict[str, str] = {}  # Gemini's name -> the client's
         self.custom: set[str] = set()  # the client's names of functions that take plain text
+        self.local: set[str] = set()  # functions that stand for LOCAL_TOOLS
         self.namespaces: dict[str, str] = {}  # the client's name of a function -> its namespace
         self.finder = ""  # the function with which the client searches for tools
         self.strict = False  # whether a call must keep to its schema
@@ -3513,6 +3514,9 @@ def openai_tool(
         tools.strict |= bool(function.get("strict", bool))
     elif kind == "mcp" and tool.get("require_approval", str, dict) == "never":
         tools.host_mcp(tool, OPENAI_MCP, f"tools[].{kind}")
+    elif kind in LOCAL_TOOLS and is_local(tool) and kind not in tools.names:
+        tools.declare(tool, kind, LOCAL_TOOLS[kind].description, LOCAL_TOOLS[kind].schema)
+        tools.local.add(kind)
     else:  # such as a server whose tools need approval: Gemini calls without asking anybody
         tool.ignore_whole(f"tools[].{kind}")
 
@@ -3524,6 +3528,59 @@ def openai_tool_function(tool: Fields) -> Fields | None:
     if kind not in ("function", "custom") and "function" not in tool.data:
         return None
     return tool.object_or_self("custom" if kind == "custom" else "function")
+
+
+class LocalTool(NamedTuple):
+    """One of OpenAI's tools that the client runs; to Gemini it is a function."""
+
+    description: str
+    schema: JSON  # of its parameters
+    key: str  # under which an item of a response has the arguments
+    rest: Mapping[str, Any] = {}  # what stands beside them there
+
+
+def object_schema(required: Sequence[str], **fields: Any) -> JSON:
+    return {"type": "object", "properties": fields, "required": [*required]}
+
+
+TEXT_SCHEMA: JSON = {"type": "string"}
+TEXTS_SCHEMA: JSON = {"type": "array", "items": TEXT_SCHEMA}
+TIMEOUT: JSON = {"type": "integer", "description": "Milliseconds after which it is stopped"}
+OPERATIONS: JSON = {"type": "string", "enum": ["create_file", "update_file", "delete_file"]}
+DIFF: JSON = {
+    "type": "string",
+    "description": "Of a new file, all lines, each after a '+'. Of an update, hunks: a line '@@', "
+    "which may name a line above the change such as a function's head, then lines of the file: "
+    "after a blank those that stay, some of them around each change, after a '-' those that go, "
+    "after a '+' those that come. Without line numbers and names of files",
+}
+# https://platform.openai.com/docs/guides/tools-shell, tools-local-shell and tools-apply-patch
+LOCAL_TOOLS = {
+    "shell": LocalTool(
+        "Run commands in the user's shell; several run beside each other.",
+        object_schema(["commands"], commands=TEXTS_SCHEMA, timeout_ms=TIMEOUT),
+        "action",
+    ),
+    "local_shell": LocalTool(
+        "Run a program on the user's machine: its name and its arguments.",
+        object_schema(
+            ["command"], command=TEXTS_SCHEMA, working_directory=TEXT_SCHEMA, timeout_ms=TIMEOUT
+        ),
+        "action",
+        {"type": "exec", "env": {}},
+    ),
+    "apply_patch": LocalTool(
+        "Create, update or delete a file of the user's.",
+        object_schema(["type", "path"], type=OPERATIONS, path=TEXT_SCHEMA, diff=DIFF),
+        "operation",
+    ),
+}
+
+
+def is_local(tool: Fields) -> bool:
+    """Whether such a tool runs on the client's machine, and not in a container of OpenAI's."""
+    environment = tool.get("environment", dict) or {}
+    return environment.get("type") in (None, "local")
 
 
 # A search for tools that the client runs (https://developers.openai.com/api/docs/guides/tools-tool-search);
@@ -3648,7 +3705,8 @@ def openai_tool_choice(body: Fields, key: str, tools: Tools) -> ToolChoice:
 def openai_chosen_tools(choice: Fields, key: str, tools: Tools) -> tuple[str | None, list[str]]:
     """(Gemini's mode, the client's names of the functions) of a choice of one tool or of some."""
     kind = choice.get("type", str) or "function"
-    if kind in ("function", "custom"):
+    callable_kinds = ("function", "custom", *tools.local)
+    if kind in callable_kinds:
         return "ANY", [openai_chosen_name(choice, tools)]
     if kind != "allowed_tools":
         choice.ignore_whole(key)
@@ -3657,7 +3715,7 @@ def openai_chosen_tools(choice: Fields, key: str, tools: Tools) -> tuple[str | N
     mode = allowed.choice("mode", "auto", "required")
     names: list[str] = []
     for tool in allowed.objects("tools"):
-        if tool.data.get("type", "function") in ("function", "custom"):
+        if tool.data.get("type", "function") in callable_kinds:
             names.append(openai_chosen_name(tool, tools))
         else:
             tool.ignore(key)
@@ -3668,6 +3726,8 @@ def openai_chosen_tools(choice: Fields, key: str, tools: Tools) -> tuple[str | N
 
 def openai_chosen_name(choice: Fields, tools: Tools) -> str:
     """The name of a function, nested or flat, that must be among the tools."""
+    if choice.data.get("type") in tools.local:
+        return str(choice.require("type", str))
     function = choice.object(choice.get("type", str) or "function") or choice
     name = qualified_name(function.get("namespace", str), function.require("name", str))
     if tools.names.get(gemini_name(name)) != name:
@@ -4903,7 +4963,8 @@ class History:
         within_depth(args, item.path)
         item.mark_read("environment", "max_output_length")
         name = item.data["type"][: -len("_call")]
-        self.contents.append(model_turn(call_part(name, args, call_id)))
+        signature = self.signatures.get(call_id or "")
+        self.contents.append(model_turn(call_part(name, args, call_id, signature)))
 
     def add_local_output(self, item: Fields) -> None:
         """What such a tool printed: a text, or a list of streams and outcomes."""
@@ -5017,7 +5078,6 @@ def is_users_own(turn: JSON) -> bool:
 # Codex's names for one, old and new (its protocol/src/models.rs).
 COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
 COMPACTION_TRIGGER = "compaction_trigger"
-LOCAL_TOOLS = ("local_shell", "shell", "apply_patch")  # of OpenAI's, run by the client
 INPUT_ITEMS: dict[str, Callable[[History, Fields], None]] = {
     "message": History.add_message,
     "reasoning": History.add_reasoning,
@@ -5523,10 +5583,8 @@ class ResponseBuilder:
     def add_call(self, call: ToolCall) -> Iterator[JSON]:
         namespace = self.chat.tools.namespaces.get(call.name)
         name = call.name.removeprefix(qualified_name(namespace, ""))
-        if call.name == self.chat.tools.finder:
-            search = {"type": "tool_search_call", "execution": "client", "call_id": call.id}
-            yield self.add("tsc_", {**search, "status": "in_progress", "arguments": call.args})
-            yield self.done(status="completed")
+        if call.name == self.chat.tools.finder or call.name in self.chat.tools.local:
+            yield from self.add_whole_call(call)
             return
         kind, key, value = openai_call_text(call, self.chat.tools)
         if kind == "custom":
@@ -5539,6 +5597,16 @@ class ResponseBuilder:
             yield self.item_event(f"{kind}_{key}.delta", delta=piece)
         yield self.item_event(f"{kind}_{key}.done", **last)
         yield self.done(status="completed", **{key: value})
+
+    def add_whole_call(self, call: ToolCall) -> Iterator[JSON]:
+        """A call whose arguments are no text, and have no deltas."""
+        prefix, item = "tsc_", {"execution": "client", "arguments": call.args}
+        if call.name in self.chat.tools.local:
+            tool = LOCAL_TOOLS[call.name]
+            prefix, item = "lc_", {tool.key: {**tool.rest, **call.args}}
+        item.update(type=f"{call.name}_call", call_id=call.id, status="in_progress")
+        yield self.add(prefix, item)
+        yield self.done(status="completed")
 
     def add_image(self, image: Media) -> Iterator[JSON]:
         """An image, as OpenAI's own tool for them has it."""
@@ -6730,7 +6798,6 @@ def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON],
 
 # ---- tools ----
 
-TEXT_SCHEMA: JSON = {"type": "string"}
 EDIT_FIELDS: JSON = {
     "path": TEXT_SCHEMA,
     "file_text": {"type": "string", "description": "The whole text of a file to create"},
@@ -6813,8 +6880,7 @@ def anthropic_tool(tool: Fields, tools: Tools, restricted: set[str]) -> None:
         tools.strict |= bool(tool.get("strict", bool))
     elif known:
         name, (description, fields, required) = tool.require("name", str), known
-        schema = {"type": "object", "properties": fields, "required": required}
-        tools.declare(tool, name, description, schema)
+        tools.declare(tool, name, description, object_schema(required, **fields))
     elif kind == "mcp_toolset":
         name = tool.require("mcp_server_name", str)
         default = tool.get("default_config", dict)

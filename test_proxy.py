@@ -5065,12 +5065,17 @@ def test_the_summary_of_a_reasoning_item_does_not_go_back():
 def test_calls_of_openais_local_tools_are_functions(name, action, output):
     contents = contents_of(
         user("ls"),
-        {"type": f"{name}_call", "id": "lsh_1", "call_id": "call_1", "action": action},
-        {"type": f"{name}_call_output", "id": "call_1", "output": output},
+        reasoning_item(signatures("call_9")),
+        {"type": f"{name}_call", "id": "lsh_1", "call_id": "call_9", "action": action},
+        {"type": f"{name}_call_output", "id": "call_9", "output": output},
+        model=NEWEST,
     )
-    function_call = {"id": "call_1", "name": name, "args": action}
-    result = {"id": "call_1", "name": name, "response": {"output": output}}
-    assert contents[1:] == [m({"functionCall": function_call}), u({"functionResponse": result})]
+    function_call = {"id": "call_9", "name": name, "args": action}
+    result = {"id": "call_9", "name": name, "response": {"output": output}}
+    assert contents[1:] == [
+        m({"functionCall": function_call, "thoughtSignature": sign("s")}),
+        u({"functionResponse": result}),
+    ]
 
 
 def test_unknown_items_of_a_response_are_named_as_ignored():
@@ -5975,6 +5980,56 @@ def test_a_search_for_tools_is_a_function_and_its_call_an_item():
         },
         {"type": "response.output_item.done", "output_index": 0, "item": item},
     ]
+
+
+LOCAL_CALLS = {
+    "shell": ({"commands": ["ls"]}, {"action": {"commands": ["ls"]}}),
+    "local_shell": (
+        {"command": ["ls", "-l"]},
+        {"action": {"type": "exec", "env": {}, "command": ["ls", "-l"]}},
+    ),
+    "apply_patch": (
+        {"type": "create_file", "path": "a", "diff": "+a"},
+        {"operation": {"type": "create_file", "path": "a", "diff": "+a"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOCAL_CALLS)
+def test_openais_local_tools_are_functions_and_their_calls_items(name):
+    body, (args, fields) = {"tools": [{"type": name}]}, LOCAL_CALLS[name]
+    (sent,) = response_to_gemini(body)["tools"][0]["functionDeclarations"]
+    assert sent["name"] == name
+    assert set(sent["parametersJsonSchema"]["required"]) <= set(args)
+    events = response_events(body, whole(call(name, args)))
+    item = {"id": "lc_1_0", "type": f"{name}_call", "call_id": "call_2", **fields}
+    assert [(event["type"], event["item"]) for event in events[2:4]] == [
+        ("response.output_item.added", {**item, "status": "in_progress"}),
+        ("response.output_item.done", {**item, "status": "completed"}),
+    ]
+
+
+def test_a_local_tool_can_be_chosen():
+    tools = [{"type": "shell", "environment": {"type": "local"}}, FLAT]
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "shell"}]}
+    for choice in ({"type": "shell"}, allowed):
+        body = {"tools": tools, "tool_choice": choice}
+        config = response_to_gemini(body)["toolConfig"]["functionCallingConfig"]
+        assert config == {"mode": "ANY", "allowedFunctionNames": ["shell"]}
+        assert response_plan(body)[1] == []
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [{"type": "shell", "environment": {"type": "container_auto"}}],
+        [{**FLAT, "name": "shell"}, {"type": "shell"}],
+    ],
+    ids=["in a container of OpenAI's", "beside a function of its name"],
+)
+def test_other_local_tools_are_ignored(tools):
+    plan, ignored = response_plan({"tools": tools})
+    assert (plan.chat.tools.local, ignored) == (set(), ["tools[].shell"])
 
 
 def test_tools_that_were_found_are_declared_and_called_by_their_names():
