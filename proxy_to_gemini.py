@@ -6946,20 +6946,10 @@ def anthropic_tool_choice(body: Fields, tools: Tools) -> ToolChoice:
 # ---- the request ----
 
 
-# A message of at most 0 tokens is to fill Anthropic's cache; Gemini fills its own by itself.
-# https://platform.claude.com/docs/en/build-with-claude/prompt-caching#pre-warming-the-cache
-WARMS = "warms"
-
-
 def anthropic_messages_request(body: Fields, context: Context) -> Plan:
     """Messages: https://platform.claude.com/docs/en/api/messages"""
-    limit, stream = body.require("max_tokens", int), bool(body.get("stream", bool))
-    plan = anthropic_plan(body, context, stream)
-    if limit:
-        return plan
-    if stream:
-        raise wrong_value("max_tokens", "Invalid value for 'max_tokens': with 0, nothing streams.")
-    return count_plan(plan)._replace(options=WARMS)
+    body.require("max_tokens", int)
+    return anthropic_plan(body, context, bool(body.get("stream", bool)))
 
 
 def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan:
@@ -6985,7 +6975,7 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
 
 
 def anthropic_sampling(body: Fields, model: Model) -> JSON:
-    limit = body.number("max_tokens", 0, math.inf, int)
+    limit = body.number("max_tokens", 1, math.inf, int)
     if limit and limit > model.max_output:
         body.ignore(f"max_tokens>{model.max_output}")
         limit = model.max_output
@@ -7109,9 +7099,11 @@ def anthropic_searches(end: End, text: str, exchange: Exchange) -> Iterator[tupl
         yield "web_search_tool_result", {"tool_use_id": call_id, "content": content, **DIRECT_CALL}
 
 
-def anthropic_message(exchange: Exchange, usage: Usage) -> JSON:
-    """A message as it begins."""
-    return {
+def anthropic_start(exchange: Exchange, answers: AnswerStreams) -> tuple[JSON, Iterator[Event]]:
+    """(the message as it begins, the answer's events). It waits for the first, or for a refusal."""
+    events = next(answers)
+    first = next(events)
+    message: JSON = {
         "id": exchange.new_id("msg_"),
         "type": "message",
         "role": "assistant",
@@ -7119,15 +7111,8 @@ def anthropic_message(exchange: Exchange, usage: Usage) -> JSON:
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
-        "usage": anthropic_usage(usage),
+        "usage": anthropic_usage(read_usage(exchange.first_usage or {})),
     }
-
-
-def anthropic_start(exchange: Exchange, answers: AnswerStreams) -> tuple[JSON, Iterator[Event]]:
-    """(the message as it begins, the answer's events). It waits for the first, or for a refusal."""
-    events = next(answers)
-    first = next(events)
-    message = anthropic_message(exchange, read_usage(exchange.first_usage or {}))
     return message, itertools.chain([first], events)
 
 
@@ -7169,10 +7154,7 @@ def anthropic_deltas(fields: JSON) -> Iterator[JSON]:
 
 
 def anthropic_messages_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
-    """The message that the events of the stream would add up to; an empty one if none may come."""
-    if exchange.options == WARMS:
-        message = anthropic_message(exchange, Usage(prompt=read_count(answers)))
-        return {**message, "stop_reason": ANTHROPIC_STOPS["length"]}
+    """The message that the events of the stream would add up to."""
     message, events = anthropic_start(exchange, answers)
     answer = whole(events)
     *pieces, (_, ending) = anthropic_pieces([*answer.events, answer.end], exchange)
