@@ -2413,7 +2413,7 @@ def canonical(value: Any) -> Any:
     return value
 
 
-def plain_part(part: Part) -> JSON:
+def unsigned_part(part: Part) -> JSON:
     """A part without what clients drop or rename: ids and signatures."""
     out = {key: value for key, value in part.items() if key != "thoughtSignature"}
     for key in CALLS_AND_RESULTS & out.keys():
@@ -2425,13 +2425,15 @@ class ConversationDigest:
     """Digests that tie a tool call to what led to it: system and turns before, name, arguments."""
 
     def __init__(self, body: JSON, scope: str):
-        system = [plain_part(part) for part in body.get("systemInstruction", {}).get("parts", ())]
+        system = [
+            unsigned_part(part) for part in body.get("systemInstruction", {}).get("parts", ())
+        ]
         self.hash = hashlib.sha256(json.dumps([scope, system]).encode())
         self.seen: dict[str, int] = {}
 
     def turn(self, content: JSON) -> None:
         """Go on past a turn."""
-        parts = [plain_part(part) for part in content["parts"]]
+        parts = [unsigned_part(part) for part in content["parts"]]
         self.hash.update(json.dumps([content["role"], canonical(parts)], sort_keys=True).encode())
         self.seen = {}
 
@@ -7384,7 +7386,7 @@ VERSIONED = re.compile(rf"/v1/|/({GEMINI_FOLDERS})(/|\Z)")
 GOOGLES_SDK = "x-goog-api-client"  # a header of its
 
 
-def plain_path(path: str, api: str, headers: Mapping[str, str] = {}) -> str:
+def route_path(path: str, api: str, headers: Mapping[str, str] = {}) -> str:
     """The path as routes spell it: users write the version twice or never in base URLs, or add
     slashes; version 3 of Google's SDK asks below /v1/, as clients of OpenAI do."""
     path = SLASHES.sub("/", "/" + path).rstrip("/") or "/"
@@ -7412,7 +7414,7 @@ def exact_routes(api: str) -> dict[tuple[str, str], Route]:
 
 
 def find_route(api: str, method: str, path: str) -> tuple[Route, dict[str, str]]:
-    """(the route for a method and a plain_path, the segments that it captures); else a 404 or a 405
+    """(the route for a method and a route_path, the segments that it captures); else a 404 or a 405
     with Allow. HEAD is like GET."""
     if method == "HEAD":
         method = "GET"
@@ -8451,7 +8453,7 @@ BODILESS = (204, 304)  # answers of these statuses have no body (RFC 9110, secti
 
 
 class Response:
-    """Gemini's answer (RFC 9112): begin() reads its head, read() and read1() the body.
+    """Gemini's answer (RFC 9112): read_head() reads its head, read() and read1() the body.
 
     What breaks the rules is an HTTPException; a body that ends too early is an IncompleteRead. A
     response that is lost closes its connection, unless its file was detached.
@@ -8466,7 +8468,7 @@ class Response:
         self.persistent = False  # whether the connection stays open then
         self.attempt: Attempt | None = None  # that is recorded
 
-    def begin(self) -> None:
+    def read_head(self) -> None:
         """Read the head, past those of interim answers (1xx), which count as silence."""
         deadline = time.monotonic() + self.connection.waiter.silence
         while self.status < 200:
@@ -8487,9 +8489,8 @@ class Response:
         self.chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
         length = self.headers.get("content-length")
         if length is not None and not self.chunked:
-            if not length.isdecimal():  # int() takes more than HTTP does; the error is its own
-                message = f"invalid literal for int() with base 10: {length!r}"
-                raise http.client.HTTPException(message)
+            if not length.isdecimal():  # int() takes more than HTTP does
+                raise http.client.HTTPException("its Content-Length is no number")
             self.left = int(length)
             self.complete = not self.left
         if self.status in BODILESS:  # whatever else its head says
@@ -8497,7 +8498,7 @@ class Response:
         if "close" not in self.headers.get("connection", "").lower() and version == b"1":
             self.persistent = self.chunked or self.left is not None
         if self.attempt:
-            self.attempt.begin(self.status, self.headers)
+            self.attempt.begin_answer(self.status, self.headers)
 
     def read1(self, limit: int) -> bytes:
         """The next bytes of the body, as soon as there are some; none at its end."""
@@ -8636,7 +8637,7 @@ class Pool(urllib.request.BaseHandler):
         host, port, headers = proxy
         connection.send(request_head("CONNECT", self.authority, self.authority, headers))
         response = Response(connection)
-        response.begin()
+        response.read_head()
         if not 200 <= response.status < 300:
             answer = f"{response.status} {response.reason}".rstrip()
             raise OSError(f"the proxy {host}:{port} says {answer}")
@@ -8750,7 +8751,7 @@ ANSWER_HEADERS = re.compile(
 )
 
 
-def plain_call(call: GeminiCall, root: str) -> HttpParts:
+def json_parts(call: GeminiCall, root: str) -> HttpParts:
     """What a call of this server's own has besides its path."""
     headers = {"Content-Type": "application/json", **dict(call.headers)}
     if call.body is None:
@@ -8773,7 +8774,7 @@ class UpstreamCall:
         self.gemini, self.call, self.waiter, self.key = gemini, call, waiter, key
         self.left_out = left_out  # gets the names of what goes so that Gemini takes the call
         self.response: Response | None = None
-        self.send_error: Exception  # begin() returns it in its turn: calls are sent ahead
+        self.send_error: Exception  # outcome() returns it in its turn: calls are sent ahead
         self.access: Access | None = None  # with which it was sent
         self.renewed = False  # whether that was renewed after a 401
         self.attempt: Attempt | None = None  # the last one, where it is recorded
@@ -8784,7 +8785,7 @@ class UpstreamCall:
         """Make an attempt; on a fresh connection where the last one got no byte."""
         self.attempts += 1
         backend = self.gemini.backend
-        passed = self.call.passed or plain_call(self.call, backend.root)
+        passed = self.call.passed or json_parts(self.call, backend.root)
         url = f"{backend.url}/{passed.root}/{self.call.path}"
         fresh = fresh or isinstance(passed.body, BodyStream)  # which cannot be sent again
         try:
@@ -8886,7 +8887,7 @@ class UpstreamCall:
     def good_response(self) -> Response:
         """The response with status 200, after further attempts if need be; else the refusal."""
         while True:
-            outcome = self.begin()
+            outcome = self.outcome()
             if isinstance(outcome, Response):
                 return outcome
             error = self.error_of(outcome)
@@ -8909,7 +8910,7 @@ class UpstreamCall:
             self.gemini.count("upstream_retries_total")
             self.send(fresh=unanswered)
 
-    def begin(self) -> Response | Exception:
+    def outcome(self) -> Response | Exception:
         """Read the head of the answer to an attempt: the response if it is a 200, else an error."""
         if not self.attempts:
             self.send()
@@ -8919,7 +8920,7 @@ class UpstreamCall:
             return error
         response = self.response
         try:
-            response.begin()
+            response.read_head()
             renewable = response.status == 401 and self.gemini.tokens and not self.renewed
             if response.status == 200 or (self.call.passed and not renewable):
                 tls = response.connection.tls
@@ -9055,7 +9056,7 @@ def ask_for_token(step: TokenStep) -> tuple[int, bytes]:
         opener.add_handler(pool)
         response = opener.open(UpstreamRequest(step.url, {}, passed, waiter, True))
         with contextlib.closing(response.connection):
-            response.begin()
+            response.read_head()
             return response.status, response.read(MAX_TOKEN_BYTES)
     except (ProxyError, ValueError, OverflowError, *TRANSPORT_ERRORS) as failure:
         late = isinstance(failure, (ProxyError, TimeoutError))
@@ -9136,7 +9137,7 @@ class Tokens:
                 access, now = self.access, time.monotonic()
                 due = access is None or now >= access.due
                 if due and not self.renewing and now >= self.not_before:
-                    self.begin()
+                    self.begin_renewal()
                 if access is not None and now < access.ends:
                     return access
                 if not self.renewing:
@@ -9146,7 +9147,7 @@ class Tokens:
             with ready, waker:
                 waiter.wait(ready)
 
-    def begin(self) -> None:
+    def begin_renewal(self) -> None:
         """Begin a renewal."""
         self.renewing = True
         try:
@@ -9936,7 +9937,7 @@ class Attempt:
         self.status, self.error = 0, ""
         self.answer_headers: Mapping[str, str] = {}
 
-    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+    def begin_answer(self, status: int, headers: Mapping[str, str]) -> None:
         """The answer begins."""
         self.first_byte, self.status, self.answer_headers = time.monotonic(), status, headers
         self.answer.limit = held_bytes(headers.get("content-type", ""))
@@ -9964,7 +9965,7 @@ class Attempt:
 
 
 class Recording:
-    """What passes in one exchange, until it is written."""
+    """What passes while one request is answered, until it is written."""
 
     def __init__(self, recorder: Recorder, config: Config):
         self.recorder, self.config = recorder, config
@@ -10561,8 +10562,9 @@ class ClientSocket(io.RawIOBase):
             raise socket.timeout("the client is silent")  # before Python 3.10 no TimeoutError
         if self.sock.fileno() in ready:
             return True
-        # The first request of a connection may be on its way.
-        grace = self.unused and self.opened + FINAL_SECONDS - time.monotonic()
+        grace = 0.0
+        if self.unused:  # its first request may be on its way
+            grace = self.opened + FINAL_SECONDS - time.monotonic()
         return bool(self.busy_poller.wait(grace))
 
     def is_sending(self) -> bool:
@@ -11024,7 +11026,7 @@ class RequestCycle:
         if not match:
             raise ProxyError(400, "The target of this request is no path.")
         authority, target, query = match.groups()
-        path = plain_path(target, api, head.headers)
+        path = route_path(target, api, head.headers)
         self.protocol = protocol_of(api, method, path)
         if authority and head.headers.setdefault("host", authority).lower() != authority.lower():
             raise ProxyError(400, "The target of this request names another server than its Host.")
@@ -12844,7 +12846,7 @@ class Checker:
     def check_clock(self) -> str:
         models = GeminiCall(self.config.backend.listing[0])
         call = UpstreamCall(self.gemini, models, self.waiter, self.config.key, [])
-        outcome = call.begin()
+        outcome = call.outcome()
         if call.response is None and isinstance(outcome, Exception):
             raise outcome
         date = call.response and email.utils.parsedate_tz(call.response.headers.get("date", ""))

@@ -8342,13 +8342,13 @@ def test_the_paths_below_responses_have_routes_of_their_own(method, path, respon
     ],
 )
 def test_the_usual_misspellings_of_a_base_url_work(path):
-    route, _ = proxy.find_route("openai", "POST", proxy.plain_path(path, "openai"))
+    route, _ = proxy.find_route("openai", "POST", proxy.route_path(path, "openai"))
     assert route.request is proxy.openai_chat_request
 
 
 @pytest.mark.parametrize("path", ["/v1/models/models%2Fgemini-x", "/v1/models/models/gemini-x"])
 def test_a_captured_segment_is_unquoted_after_the_match(path):
-    _, params = proxy.find_route("openai", "HEAD", proxy.plain_path(path, "openai"))
+    _, params = proxy.find_route("openai", "HEAD", proxy.route_path(path, "openai"))
     assert params == {"model": "models/gemini-x"}
 
 
@@ -8367,7 +8367,7 @@ def test_an_unknown_path_is_a_404():
 @pytest.mark.parametrize("path", ["/v1beta/models", "/v1/v1beta/models", "/v1beta/v1beta/models/"])
 def test_the_version_of_geminis_api_may_come_twice(path):
     for api in proxy.MOUNTS:
-        route, params = proxy.find_route(api, "GET", proxy.plain_path(path, api))
+        route, params = proxy.find_route(api, "GET", proxy.route_path(path, api))
         assert route in proxy.GEMINI_ROUTES
         assert params == {"path": "models"}
 
@@ -8388,7 +8388,7 @@ def test_the_version_of_geminis_api_may_come_twice(path):
 )
 def test_errors_of_geminis_own_paths_are_googles(method, path, protocol):
     for api in proxy.MOUNTS:
-        assert proxy.protocol_of(api, method, proxy.plain_path(path, api)).name == protocol
+        assert proxy.protocol_of(api, method, proxy.route_path(path, api)).name == protocol
 
 
 def test_each_route_belongs_to_the_protocol_that_writes_the_errors_of_its_path():
@@ -9405,7 +9405,7 @@ CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 )
 def test_a_body_is_read_to_its_end(wire, body, persistent):
     with response_of(wire) as response:
-        response.begin()
+        response.read_head()
         assert response.read() == body
         assert response.complete
         assert response.persistent is persistent
@@ -9426,7 +9426,7 @@ def test_a_body_is_read_to_its_end(wire, body, persistent):
 )
 def test_a_body_that_is_cut_off_is_an_incomplete_read(wire, partial):
     with response_of(wire) as response:
-        response.begin()
+        response.read_head()
         with pytest.raises(http.client.IncompleteRead) as caught:
             response.read()
     assert caught.value.partial == partial
@@ -9452,12 +9452,12 @@ def test_a_body_that_is_cut_off_is_an_incomplete_read(wire, partial):
 )
 def test_a_head_that_breaks_the_rules_is_an_error(wire):
     with response_of(wire) as response, pytest.raises(http.client.HTTPException):
-        response.begin()
+        response.read_head()
 
 
 def test_read1_gives_what_has_come():
     with response_of(CHUNKED, b"2\r\nHe\r\n3\r\nllo\r\n0\r\n\r\n") as response:
-        response.begin()
+        response.read_head()
         blocks = iter(lambda: response.read1(100), b"")
         assert list(blocks) == [b"He", b"llo"]
         assert response.complete
@@ -9465,7 +9465,7 @@ def test_read1_gives_what_has_come():
 
 def test_read_takes_no_more_than_its_limit():
     with response_of(CHUNKED, b"5\r\nHello\r\n0\r\n\r\n") as response:
-        response.begin()
+        response.read_head()
         assert response.read(4) == b"Hell"
         assert not response.complete
         assert response.read() == b"o"
@@ -9473,7 +9473,7 @@ def test_read_takes_no_more_than_its_limit():
 
 def test_a_body_is_not_waited_for_beyond_its_end():
     with response_of(LENGTH_5, b"Hello", ends=False) as response:
-        response.begin()
+        response.read_head()
         assert response.read() == b"Hello"
 
 
