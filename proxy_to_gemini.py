@@ -7627,8 +7627,7 @@ def self_signed_token(credential: Credential, now: float) -> Token:
 
 def federated_grant(credential: Credential, now: float) -> Grant:
     """The token of another provider's for one of Google's (RFC 8693)."""
-    fields = credential.fields
-    source = fields["credential_source"]
+    source = credential.fields["credential_source"]
     places = {key: source[key] for key in ("file", "url", "headers") if key in source}
     subject = (yield TokenStep(**places)).strip()
     form = get_or_empty(source, "format", dict)
@@ -8015,8 +8014,7 @@ def passed_chunks(target: str, chunks: Iterator[JSON]) -> Iterator[Any]:
     """The answer to a call that is passed through, where Vertex AI was asked something else."""
     answer: Any = next(chunks)
     if target.startswith("models/") and "models" in answer:
-        entries = [entry for entry in answer["models"] if entry_path(entry) == target]
-        answer = next(iter(entries), None)
+        answer = next((entry for entry in answer["models"] if entry_path(entry) == target), None)
     if answer is None:
         raise ProxyError(404, f"{target} is not listed.", code="model_not_found")
     yield AnswerHead(200, {"content-type": "application/json; charset=UTF-8"})
