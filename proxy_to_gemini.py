@@ -4926,6 +4926,7 @@ class History:
         """Add one item, by its type, which messages and references may leave out. One of a type
         that is not known is named as ignored."""
         data = item.data
+        item.get("id", str)  # it is stored, and looked up
         if data.get("type") is None and "role" in data:
             kind = "message"
         elif data.get("type") is None and data.get("id") and data.keys() <= {"id", "type"}:
@@ -4933,7 +4934,7 @@ class History:
         else:
             kind = item.require("type", str)
         if kind in INPUT_ITEMS:
-            item.mark_read("type", "id", "status")
+            item.mark_read("type", "status")
             INPUT_ITEMS[kind](self, item)
         else:
             item.ignore_whole(f"input[].{kind}")

@@ -5211,6 +5211,7 @@ def test_fields_without_effect_on_a_response_are_named_as_ignored(more, ignored)
         ("input", {"input": 7}),
         ("input[0]", {"input": [7]}),
         ("input[0].type", {"input": [{}]}),
+        ("input[0].id", {"input": [{"type": "mcp_call", "id": {}}]}),
         ("input[0].role", {"input": [{"role": "x"}]}),
         ("input[0].call_id", {"input": [{"type": "function_call", "name": "x"}]}),
         ("text.format.type", {"text": {"format": {"type": "x"}}}),
