@@ -3484,7 +3484,8 @@ def openai_tools(body: Fields, *more: Fields) -> Tools:
     deferred: list[str] = []  # what the finder finds
     first = [*openai_tool_list(body)]
     later = (entry for fields in more if fields is not body for entry in openai_tool_list(fields))
-    finder = next((tool for tool, _, _ in first if searches_tools(tool)), None)
+    finders = (tool for tool, _, _ in first if tool.data.get("type") == TOOL_SEARCH)
+    finder = next((tool for tool in finders if tool.data.get("execution") == "client"), None)
     for tool, namespace, note in first:
         if tool is not finder:
             openai_tool(tool, namespace, note, tools, deferred if finder else None)
@@ -3505,7 +3506,10 @@ def openai_tool(
     kind, defers = tool.get("type", str), tool.get("defer_loading", bool)
     if tools.host(tool):
         return
-    function = openai_tool_function(tool)
+    function = None
+    if kind in (None, "", "function", "custom") or "function" in tool.data:
+        wrapper = "custom" if kind == "custom" else "function"  # which only chats have
+        function = tool.object_or_self(wrapper)
     if function and defers and deferred is not None:
         name = qualified_name(namespace, function.require_text("name"))
         words = " ".join(filter(None, (note, function.get("description", str))))
@@ -3521,15 +3525,6 @@ def openai_tool(
         tools.local.add(kind)
     else:  # such as a server whose tools need approval: Gemini calls without asking anybody
         tool.ignore_whole(f"tools[].{kind}")
-
-
-def openai_tool_function(tool: Fields) -> Fields | None:
-    """The function or custom tool, which stands in an object of its own in chats; None where this
-    is a tool of another type."""
-    kind = tool.get("type", str) or "function"
-    if kind not in ("function", "custom") and "function" not in tool.data:
-        return None
-    return tool.object_or_self("custom" if kind == "custom" else "function")
 
 
 class LocalTool(NamedTuple):
@@ -3588,10 +3583,6 @@ def is_local(tool: Fields) -> bool:
 # A search for tools that the client runs (https://developers.openai.com/api/docs/guides/tools-tool-search);
 # without "client", OpenAI's servers would search, and Gemini knows all tools from the start.
 TOOL_SEARCH = "tool_search"
-
-
-def searches_tools(tool: Fields) -> bool:
-    return (tool.data.get("type"), tool.data.get("execution")) == (TOOL_SEARCH, "client")
 
 
 def declare_finder(tool: Fields, deferred: list[str], tools: Tools) -> None:
@@ -4020,7 +4011,7 @@ def google_settings(fields: Fields, kinds: Mapping[str, Any]) -> JSON:
 OPENAI_FINISH = {"length": "length", "filter": "content_filter"}  # else "stop", or "tool_calls"
 
 
-def openai_finish(end: End, legacy: bool = False) -> str:
+def openai_finish(end: End, legacy: bool) -> str:
     if not end.called:
         return OPENAI_FINISH.get(end.finish, "stop")
     return OPENAI_FINISH.get(end.finish, "function_call" if legacy else "tool_calls")
@@ -5829,7 +5820,6 @@ RESPONSES = (
 COMPACTION = (openai_compact_request, openai_compact_response)
 NO_WEB_SOCKET = Refusal(426, "There is no WebSocket here: use POST.", {"Upgrade": "HTTP/1.1"})
 INPUT_TOKENS = (openai_input_tokens_request, openai_input_tokens_response)
-EMBEDDINGS = (openai_embeddings_request, openai_embeddings_response)
 IMAGE_ANSWERS = (openai_images_response, openai_images_stream, NAMED_SSE)
 IMAGES = (openai_images_request, *IMAGE_ANSWERS)
 EDITS = (openai_edits_request, *IMAGE_ANSWERS)
@@ -5838,8 +5828,6 @@ TRANSCRIPTS = (openai_transcriptions_response, openai_transcriptions_stream)
 TRANSCRIPTIONS = (openai_transcriptions_request, *TRANSCRIPTS)
 TRANSLATIONS = (openai_translations_request, *TRANSCRIPTS)
 STORED: JSON = {"parse": no_body, "keys": openai_keys}
-MODELS = (openai_models_request, openai_models_response)
-MODEL = (openai_models_request, openai_model_response)
 
 # To add an endpoint: a request, a response and perhaps a stream function above, and a row here.
 # The README's table needs a line too, and a test says so.
@@ -5853,7 +5841,7 @@ OPENAI_ROUTES = (
     Route("POST", "/v1/responses/{id}/cancel", None, openai_cancel_response, **STORED),
     Route("GET", "/v1/responses/{id}", None, openai_stored_response, **STORED),
     Route("DELETE", "/v1/responses/{id}", None, openai_delete_response, **STORED),
-    Route("POST", "/v1/embeddings", *EMBEDDINGS),
+    Route("POST", "/v1/embeddings", openai_embeddings_request, openai_embeddings_response),
     Route("POST", "/v1/completions", *COMPLETIONS),
     Route("POST", "/v1/images/generations", *IMAGES, failure=openai_images_failure),
     Route(
@@ -5862,8 +5850,8 @@ OPENAI_ROUTES = (
     Route("POST", "/v1/audio/speech", *SPEECH),
     Route("POST", "/v1/audio/transcriptions", *TRANSCRIPTIONS, parse=parse_form),
     Route("POST", "/v1/audio/translations", *TRANSLATIONS, parse=parse_form),
-    Route("GET", "/v1/models", *MODELS),
-    Route("GET", "/v1/models/{model}", *MODEL),
+    Route("GET", "/v1/models", openai_models_request, openai_models_response),
+    Route("GET", "/v1/models/{model}", openai_models_request, openai_model_response),
 )
 OPENAI = Protocol("openai", OPENAI_ROUTES, openai_error, hides_401=False)
 
