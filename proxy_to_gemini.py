@@ -3877,7 +3877,6 @@ def openai_response_format(body: Fields, text: Fields | None) -> JSON | None:
 
 
 MODALITIES = ("text", "audio", "image")
-AUDIO_FORMATS = ("wav", "aac", "mp3", "flac", "opus", "pcm16", "pcm")
 
 
 def openai_modalities(body: Fields) -> tuple[JSON, bool]:
@@ -3888,7 +3887,7 @@ def openai_modalities(body: Fields) -> tuple[JSON, bool]:
             raise body.unknown_choice("modalities", word, MODALITIES)
     if "audio" in modalities:
         audio = body.object_or_empty("audio")
-        form = audio.choice("format", *AUDIO_FORMATS) or "wav"
+        form = audio.choice("format", "wav", "aac", "mp3", "flac", "opus", "pcm16", "pcm") or "wav"
         pcm = form in ("pcm16", "pcm")
         wav = not pcm and not body.data.get("stream")  # a stream is in pcm16, as OpenAI's
         if not pcm and not (wav and form == "wav"):
@@ -4367,7 +4366,6 @@ def openai_media_usage(usage: Usage, **details: JSON) -> JSON:
 # Those that all models take: https://ai.google.dev/gemini-api/docs/image-generation
 RATIOS = ((1, 1), (2, 3), (3, 2), (3, 4), (4, 3), (4, 5), (5, 4), (9, 16), (16, 9), (21, 9))
 IMAGE_TYPES = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
-IMAGE_FORMATS = (*IMAGE_TYPES.values(), "gif", "svg")
 
 
 def openai_edits_request(body: Fields, context: Context) -> Plan:
@@ -4384,7 +4382,8 @@ def openai_images_request(
     model = model_named(model_name or "gpt-image-1", context, "image")
     prompt, n = body.require_text("prompt"), body.number("n", 1, 10, int) or 1
     form = body.choice("response_format", "url", "b64_json")
-    if body.choice("output_format", *IMAGE_FORMATS) not in (None, model.image_format):
+    output_form = body.choice("output_format", *IMAGE_TYPES.values(), "gif", "svg")
+    if output_form not in (None, model.image_format):
         body.ignore("output_format")
     config = {"responseModalities": ["IMAGE"], **openai_image_config(body, model)}
     call = generate_call(model, False, [], [user_turn(*images, text_part(prompt))], config)
