@@ -3598,11 +3598,7 @@ def declare_finder(tool: Fields, deferred: list[str], tools: Tools) -> None:
 
 CUSTOM_INPUT = "input"  # the one parameter of a function that takes plain text
 CUSTOM_TEXT = {"type": "string", "description": "The text, and nothing else."}
-CUSTOM_SCHEMA = {
-    "type": "object",
-    "required": [CUSTOM_INPUT],
-    "properties": {CUSTOM_INPUT: CUSTOM_TEXT},
-}
+CUSTOM_SCHEMA = object_schema([CUSTOM_INPUT], **{CUSTOM_INPUT: CUSTOM_TEXT})
 
 
 def openai_function(
@@ -4592,24 +4588,18 @@ TASKS = {
 LANGUAGE_WORDS = "the language that is spoken, in English and lower case"
 SPEAKER_WORDS = "A for the first speaker, B for the second, and so on"
 TIME = {"type": "string", "description": "HH:MM:SS.mmm from the beginning of the recording"}
-SEGMENT_SCHEMA = {
-    "type": "object",
-    "required": ["start", "end", "speaker", "text"],
-    "properties": {
-        "start": TIME,
-        "end": TIME,
-        "text": {"type": "string", "description": "a sentence, or a part of one"},
-        "speaker": {"type": "string", "description": SPEAKER_WORDS},
-    },
-}
-TIMED_SCHEMA = {
-    "type": "object",
-    "required": ["language", "segments"],
-    "properties": {
-        "language": {"type": "string", "description": LANGUAGE_WORDS},
-        "segments": {"type": "array", "items": SEGMENT_SCHEMA},
-    },
-}
+SEGMENT_SCHEMA = object_schema(
+    ["start", "end", "speaker", "text"],
+    start=TIME,
+    end=TIME,
+    text={"type": "string", "description": "a sentence, or a part of one"},
+    speaker={"type": "string", "description": SPEAKER_WORDS},
+)
+TIMED_SCHEMA = object_schema(
+    ["language", "segments"],
+    language={"type": "string", "description": LANGUAGE_WORDS},
+    segments={"type": "array", "items": SEGMENT_SCHEMA},
+)
 
 
 def openai_translations_request(body: Fields, context: Context) -> Plan:
