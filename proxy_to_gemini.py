@@ -7083,6 +7083,7 @@ def anthropic_start(exchange: Exchange, answers: AnswerStreams) -> tuple[JSON, I
     """(the message as it begins, the answer's events). It waits for the first, or for a refusal."""
     events = next(answers)
     first = next(events)
+    usage = read_usage(exchange.first_usage or {})
     message: JSON = {
         "id": exchange.new_id("msg_"),
         "type": "message",
@@ -7091,7 +7092,8 @@ def anthropic_start(exchange: Exchange, answers: AnswerStreams) -> tuple[JSON, I
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
-        "usage": anthropic_usage(read_usage(exchange.first_usage or {})),
+        # Nothing has come out yet; LangChain for JavaScript adds the end's count to this one.
+        "usage": anthropic_usage(usage._replace(output=0, thoughts=0)),
     }
     return message, itertools.chain([first], events)
 

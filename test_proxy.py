@@ -7913,6 +7913,13 @@ def test_an_answer_in_json_comes_without_a_code_fence():
     assert message["content"] == [text_block("{}")]
 
 
+def test_the_beginning_of_a_message_counts_no_output():
+    _, events = claude_answer(claude_chat(), whole("Hello"))
+    usage = events[0]["message"]["usage"]
+    assert (usage["input_tokens"], usage["output_tokens"]) == (4, 0)
+    assert events[-2]["usage"]["output_tokens"] == 7
+
+
 STREAMED = b"".join(
     b"event: %b\ndata: %b\n\n" % (json.loads(line)["type"].encode(), line)
     for line in b"""
