@@ -317,8 +317,7 @@ class Fields:
 
     def object(self, key: str) -> Fields | None:
         """The object under this key, or None."""
-        value = self.get(key, dict)
-        return None if value is None else Fields(value, self.path_of(key), self.tracked)
+        return None if self.data.get(key) is None else self.require_object(key)
 
     def require_object(self, key: str) -> Fields:
         """The object under this key; a 400 where there is none."""
@@ -328,8 +327,7 @@ class Fields:
         return self.object(key) or Fields({}, self.path_of(key), self.tracked)
 
     def object_or_self(self, key: str) -> Fields:
-        """The object under this key; where there is no such key, this one, which clients send
-        flat."""
+        """The object under this key; without such a key this one, which clients send flat."""
         return self.require_object(key) if key in self.data else self
 
     def peek(self, key: str) -> Any:
@@ -338,8 +336,7 @@ class Fields:
         return self.data.get(key)
 
     def objects(self, key: str) -> Iterator[Fields]:
-        """The objects of the list under this key, each made when it is read: a bad one may be the
-        first of millions."""
+        """The objects of the list under this key, each made when read: the first may be bad."""
         items = self.get(key, list)
         if items:
             path = self.path_of(key)
@@ -557,8 +554,7 @@ def form_parameters(disposition: str) -> dict[str, str] | None:
 
 
 def form_headers(head: bytes) -> dict[str, str]:
-    """The headers of a part, from the end of its delimiter's line; empty where they are no
-    headers."""
+    """The headers of a part, from the end of its delimiter's line; empty where they are none."""
     try:
         rest, *lines = head.decode().split("\r\n")
     except UnicodeDecodeError:
@@ -574,8 +570,7 @@ FORM_SCALAR = re.compile(r"true|false|null|-?(0|[1-9]\d{0,8})(\.\d{1,17})?", re.
 
 
 def form_scalars(body: Fields, *keys: str) -> None:
-    """Read these texts of a form as the numbers and booleans that they are in JSON, where they
-    are."""
+    """Read these texts of a form as the numbers and booleans that they would be in JSON."""
     for key in keys:
         text = body.data.get(key)
         if type(text) is str and FORM_SCALAR.fullmatch(text):
@@ -1290,9 +1285,8 @@ def media_type(data: str, label: str | None, name: str | None) -> str:
     if not label or label == UNKNOWN_TYPE:
         label = extension_type(name) or UNKNOWN_TYPE
     known = sniffed(data)
-    if not known or (
-        known in ARCHIVES and label != UNKNOWN_TYPE and not READABLE_TYPES.match(label)
-    ):
+    vague = known in ARCHIVES and label != UNKNOWN_TYPE and not READABLE_TYPES.match(label)
+    if vague or not known:
         return label
     if known.startswith("video/") and label.startswith("audio/"):
         return known.replace("video", "audio")  # the containers are the same
@@ -2264,12 +2258,11 @@ def looser_schemas(refused: RefusedCall) -> list[str]:
     functions = [
         entry for tool in body.get("tools", ()) for entry in tool.get("functionDeclarations", ())
     ]
-    owners = [(function, "parametersJsonSchema") for function in functions]
-    owners.append((refused.config, "responseJsonSchema"))
-    schemas = [owner[key] for owner, key in owners if isinstance(owner.get(key), dict)]
+    schemas = [get_or_empty(function, "parametersJsonSchema", dict) for function in functions]
+    schemas.append(get_or_empty(refused.config, "responseJsonSchema", dict))
     names = {name for schema in schemas for name in loosened(schema, refused.message)}
     before = any(name.startswith(SCHEMA_PREFIX) for name in refused.left_out)
-    if names or not schemas or (BARE_REFUSAL in refused.message.lower() and not before):
+    if names or not any(schemas) or (BARE_REFUSAL in refused.message.lower() and not before):
         return sorted(names)
     for function in functions:
         describe_parameters(function)
@@ -3099,8 +3092,7 @@ def chat_call(chat: Chat, body: Fields) -> GeminiCall:
 
 
 def with_recipe(chat: Chat) -> Chat:
-    """The chat with what the recipe of its model puts before it, or sets where the client does
-    not."""
+    """The chat with what its model's recipe puts before it, or sets where the client does not."""
     model, recipe, own = chat.model, chat.model.recipe, chat.system
     system, contents = ollama_history(Fields({"messages": list(recipe.messages)}), model)
     if recipe.system and not any(map(has_content, own)):
@@ -3286,8 +3278,7 @@ def read_vectors(answers: AnswerStreams, exchange: Exchange) -> list[list[float]
 
 
 def unit_vector(values: list[Any]) -> list[float]:
-    """The same direction with length 1: OpenAI's vectors have it, Gemini's do not when they are cut
-    to fewer dimensions."""
+    """The same direction with length 1, as OpenAI's have it: Gemini's do not once they are cut."""
     try:
         length = math.hypot(*values)
     except (TypeError, OverflowError):
