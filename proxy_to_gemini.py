@@ -1458,6 +1458,7 @@ def result_response(content: str) -> JSON:
 # model: https://ai.google.dev/api/caching#FunctionResponse
 RESULT_KEYS = {"output", "error"}
 MAX_DEPTH = 100  # at which protobuf's JSON parsers stop
+TOO_DEEP = "it is nested too deeply"
 
 
 def inner_values(value: Any) -> Iterable[Any]:
@@ -1496,20 +1497,16 @@ def call_arguments(call: Fields) -> JSON:
     try:
         arguments: JSON | None = decode_object(value) if isinstance(value, str) else value
     except RecursionError:
-        raise too_deep(path) from None
+        raise invalid_value(path, TOO_DEEP) from None
     if arguments is None:
         return {"_raw": value}
     return within_depth(arguments, path)
 
 
-def too_deep(path: str) -> ProxyError:
-    return invalid_value(path, "it is nested too deeply")
-
-
 def within_depth(arguments: JSON, path: str) -> JSON:
     """The arguments under this path; a 400 where they are nested too deeply for Gemini."""
     if nested_too_deep(arguments):
-        raise too_deep(path)
+        raise invalid_value(path, TOO_DEEP)
     return arguments
 
 
@@ -2627,23 +2624,15 @@ def read_chunk(data: bytes) -> JSON:
     chunk = read_json(data)
     first = chunk[0] if isinstance(chunk, list) and chunk else chunk
     if isinstance(first, dict) and "error" in first:
-        raise in_stream_refusal(first)
+        code = get_or_empty(get_or_empty(first, "error", dict), "code", int)
+        raise gemini_refusal(code if 400 <= code <= 599 else 502, first)  # the 200 does not count
     if not isinstance(chunk, dict):
         raise invalid_answer(f"expected a JSON object, but got {len(data)} bytes of something else")
     return chunk
 
 
-def in_stream_refusal(answer: JSON) -> ProxyError:
-    """A refusal inside of a 200: its status is in the error itself."""
-    code = get_or_empty(get_or_empty(answer, "error", dict), "code", int)
-    return gemini_refusal(code if 400 <= code <= 599 else 502, answer)
-
-
 MAX_ANSWER_BYTES = 64 << 20  # of a whole answer, or of one event of a stream
-
-
-def too_long_answer() -> ProxyError:
-    return invalid_answer(f"it has more than {MAX_ANSWER_BYTES >> 20} MiB")
+TOO_LONG = f"it has more than {MAX_ANSWER_BYTES >> 20} MiB"
 
 
 def read_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -2660,7 +2649,7 @@ def read_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         pieces += lines[:1]
         length += len(lines[0])
         if length > MAX_ANSWER_BYTES:
-            raise too_long_answer()
+            raise invalid_answer(TOO_LONG)
         if len(lines) > 1:
             yield b"".join(pieces)
             yield from lines[1:-1]
@@ -2682,7 +2671,7 @@ def read_sse(blocks: Iterable[bytes]) -> Iterator[JSON]:
         line = raw_line.removeprefix(codecs.BOM_UTF8)
         size += len(line)
         if size > MAX_ANSWER_BYTES:
-            raise too_long_answer()
+            raise invalid_answer(TOO_LONG)
         if line[:5] == b"data:":
             data.append(line[5:])
         elif not line and data:
@@ -2693,7 +2682,8 @@ def read_sse(blocks: Iterable[bytes]) -> Iterator[JSON]:
     if data:
         yield read_chunk(b"\n".join(data))
     if stray:
-        raise in_stream_refusal(read_chunk(b"\n".join(stray)))
+        read_chunk(b"\n".join(stray))
+        raise invalid_answer("it has lines outside of any event")
 
 
 # ---- events ----
@@ -3118,15 +3108,9 @@ GAP_INSTRUCTION = (
     "and what stands after it. Answer with what belongs into the gap and with nothing else: no "
     "explanation, no code fence, and nothing that is there already."
 )
-
-
+gap_prompt = "<before>{}</before><gap/><after>{}</after>".format
 # Before a summary that stands in a history.
 SUMMARY_HEAD = "[A summary of what you said and did before this point, in place of it:]\n"
-
-
-def gap_prompt(before: str, after: str) -> str:
-    return f"<before>{before}</before><gap/><after>{after}</after>"
-
 
 # ---- answers ----
 
@@ -3159,10 +3143,6 @@ class Answer(NamedTuple):
     @property
     def text(self) -> str:
         return self.joined(thought=False)
-
-    @property
-    def thoughts(self) -> str:
-        return self.joined(thought=True)
 
     @property
     def calls(self) -> list[ToolCall]:
@@ -4076,7 +4056,7 @@ def openai_choice(index: int, answer: Answer, exchange: Exchange) -> JSON:
     calls = [openai_call(call, exchange.chat) for call in answer.calls]
     audio = answer.media("audio/")
     images = [media for media in answer.media("") if media not in audio]
-    text, thoughts = answer.text, answer.thoughts
+    text, thoughts = answer.text, answer.joined(thought=True)
     message: JSON = {"role": "assistant", "content": text, "refusal": None}
     if not text and (calls or audio):
         message["content"] = None
@@ -8809,7 +8789,7 @@ class UpstreamCall:
             return read_sse(iter(functools.partial(response.read1, BLOCK_BYTES), b""))
         body = response.read()
         if len(body) > MAX_ANSWER_BYTES:
-            raise too_long_answer()
+            raise invalid_answer(TOO_LONG)
         return (read_chunk(body),)
 
     def passed_answer(self, response: Response) -> Iterator[Any]:
