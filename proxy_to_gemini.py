@@ -4680,7 +4680,7 @@ def openai_timed_transcript(exchange: Exchange, text: str) -> JSON | Payload:
     if task == "transcribe":
         fields["language"] = expect(transcript, "language", str)
     fields["segments"] = [openai_segment(i, segment) for i, segment in enumerate(segments)]
-    return fields
+    return {**fields, "usage": {"type": "duration", "seconds": math.ceil(fields["duration"])}}
 
 
 # What Whisper says of a segment that it is sure of; Gemini says no such thing. Clients in Rust
@@ -5284,11 +5284,16 @@ def openai_echoed_format(form: JSON | None) -> JSON:
     return form or {"type": "text"}
 
 
+# The keys that a tool of a type has in every response, for clients in Rust (async-openai) too.
+ECHOED_KEYS: dict[Any, JSON] = {
+    "function": {"description": None, "parameters": None, "strict": False},
+    "custom": {"description": None, "format": {"type": "text"}},
+}
+
+
 def openai_echoed_tool(tool: JSON) -> JSON:
-    """A tool as a response repeats it: with the keys that every function has there."""
-    if tool.get("type") != "function":
-        return without_access(tool)
-    return {"description": None, "parameters": None, "strict": False, **tool}
+    """A tool as a response repeats it."""
+    return {**ECHOED_KEYS.get(tool.get("type"), {}), **without_access(tool)}
 
 
 def without_access(tool: JSON) -> JSON:

@@ -4309,6 +4309,7 @@ def test_a_transcript_with_segments_is_never_streamed():
             {"id": 0, "start": 1.5, "end": 2.0, "text": "Hello --> there.", **SURE},
             {"id": 1, "start": 3661.25, "end": 3661.25, "text": "Bye.", **SURE},
         ],
+        "usage": {"type": "duration", "seconds": 3662},
     }
     assert events == []
 
@@ -5583,6 +5584,14 @@ def test_json_beside_tools_loses_its_code_fence():
 def test_a_response_repeats_its_format_with_all_keys(form, echo):
     response = response_to({"text": {"format": form}}, whole('{"a":"b"}'))
     assert response["text"]["format"] == echo
+
+
+def test_a_response_repeats_its_tools_with_all_keys():
+    tools = [{"type": "function", "name": "f"}, {"type": "custom", "name": "g"}]
+    assert response_to({"tools": tools}, whole("Hi"))["tools"] == [
+        {**tools[0], "description": None, "parameters": None, "strict": False},
+        {**tools[1], "description": None, "format": {"type": "text"}},
+    ]
 
 
 @pytest.mark.parametrize(
