@@ -7154,10 +7154,21 @@ ANTHROPIC_ERROR_TYPES = {
 }  # else "invalid_request_error"
 
 
+def prompt_too_long(message: str) -> str:
+    """Gemini's words for that, after Anthropic's, upon which Claude Code compacts (its 2.1.197)."""
+    numbers = re.findall(r"\d{4,}", message)
+    words = "prompt is too long"
+    if len(numbers) == 2:
+        words += ": {} tokens > {} maximum".format(*numbers)
+    return f"{words} ({message})"
+
+
 def anthropic_error(error: ProxyError) -> tuple[int, JSON]:
     """Anthropic's form of an error: https://platform.claude.com/docs/en/api/errors"""
     kind = ANTHROPIC_ERROR_TYPES.get(error.status, "invalid_request_error")
     body: JSON = {"type": kind, "message": error.message}
+    if error.code == "context_length_exceeded":
+        body["message"] = prompt_too_long(error.message)
     if error.code == "thread_not_found":
         body["details"] = {"error_code": error.code}
     return error.status, {"type": "error", "error": body, "request_id": error.request_id}

@@ -8155,6 +8155,24 @@ def test_an_error_in_anthropics_form(status, kind):
     assert proxy.anthropic_error(error) == (status, body)
 
 
+@pytest.mark.parametrize(
+    "message, words",
+    [
+        (
+            "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
+            "prompt is too long: 1200000 tokens > 1048576 maximum",
+        ),
+        (
+            "The input token count exceeds the maximum number of tokens allowed 1048576.",
+            "prompt is too long",
+        ),
+    ],
+)
+def test_a_prompt_that_is_too_long_is_said_in_anthropics_words(message, words):
+    error = ProxyError(400, message, code="context_length_exceeded")
+    assert proxy.anthropic_error(error)[1]["error"]["message"] == f"{words} ({message})"
+
+
 def test_a_stream_of_messages_is_kept_alive_by_pings(claude_server, gemini, monkeypatch):
     monkeypatch.setattr(proxy, "KEEP_ALIVE_SECONDS", 0.05)
     gemini.say(Say(whole("Hi"), delay=0.12))
