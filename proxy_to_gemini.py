@@ -2948,7 +2948,7 @@ def modality_tokens(usage: JSON, name: str) -> dict[str, int]:
     tokens: dict[str, int] = {}
     for item in get_or_empty(usage, f"{name}TokensDetails", list):
         kind = get_or_empty(item, "modality", str)
-        tokens[kind] = tokens.get(kind, 0) + token_counts(item).get("tokenCount", 0)
+        tokens[kind] = tokens.get(kind, 0) + max(0, get_or_empty(item, "tokenCount", int))
     return tokens
 
 

@@ -2559,6 +2559,12 @@ def test_usage_counts_thoughts_as_output_and_tool_results_as_prompt():
     assert usage == Usage(prompt=105, cached=60, output=37, thoughts=30, audio_input=9)
 
 
+@pytest.mark.parametrize("detail", [None, 7, "AUDIO", [], {"modality": "AUDIO", "tokenCount": "x"}])
+def test_counts_by_modality_that_make_no_sense_count_nothing(detail):
+    usage = {"promptTokenCount": 3, "promptTokensDetails": [detail]}
+    assert proxy.read_usage(usage) == Usage(prompt=3)
+
+
 def test_citations_count_characters_and_not_bytes():
     text, cited = "Blåbær er blå. Røde roser også. Å ja!", "Røde roser også."
     begin = len(text[: text.index(cited)].encode())
