@@ -11007,7 +11007,8 @@ class RequestCycle:
             route, params = find_route(api, method, path)
             self.route_name, self.key = route.name, upstream_key(head, path, server.config)
             request = ClientRequest(route.method, path, query, head.headers)
-            context = server.context._replace(params=params, request=request)
+            fields = dict(urllib.parse.parse_qsl(query))
+            context = server.context._replace(params=params, query=fields, request=request)
             exchanges = self.exchanges(route, *self.read_request(route, context))
             with contextlib.closing(exchanges):
                 self.answer(route, exchanges)
@@ -11068,12 +11069,9 @@ class RequestCycle:
 
     def read_request(self, route: Route, context: Context) -> tuple[Fields, Context]:
         """The body, and all else that the plan may depend on."""
-        server, query = self.server, context.request.query
         if isinstance(route.answer, Refusal):
             status, message, headers = route.answer
             raise ProxyError(status, message, headers=dict(headers))
-        fields = dict(urllib.parse.parse_qsl(query)) if query else {}
-        context = context._replace(query=fields)
         body = no_body(b"", "")
         if route.parse and (
             self.connection.body_pending or self.head.method not in ("GET", "HEAD")
@@ -11083,9 +11081,9 @@ class RequestCycle:
                 self.recording.request.feed(raw)
             body = route.parse(raw, self.head.headers.get("content-type", ""))
             del raw  # it may be large
-        shelf = server.shelf(self.key)
+        shelf = self.server.shelf(self.key)
         if context.ollama:
-            loaded, recipes = server.loaded_by(self.key), shelf.recipes(body)
+            loaded, recipes = self.server.loaded_by(self.key), shelf.recipes(body)
             context = context._replace(loaded=loaded, recipes=recipes)
         if route.keys:
             keys = route.keys(body, context)
