@@ -10037,7 +10037,7 @@ class Recorder:
         self.part = f".{secrets.token_hex(12)}"  # with the process: a file until it is whole
         self.new_files, self.new_bytes = 0, 0  # since the last look at the folder
         self.spare = 0  # files that may be new until the next one
-        self.oldest: list[tuple[str, int]] = []  # those to be written over, last first
+        self.oldest: list[str] = []  # those to be written over, last first
         self.sizes: dict[str, int] = {}  # of files, as far as they are known
         self.logged: dict[str, float] = {}  # when there was a line in the log, by outcome
 
@@ -10105,44 +10105,42 @@ class Recorder:
 
     def write(self, recording: Recording) -> None:
         data = recording.text().encode("utf-8", "backslashreplace")
-        part = os.path.join(self.folder, f"{self.part}-{os.getpid()}")
-        self.write_file(part, data, self.make_room(len(data), part))
         path = os.path.join(self.folder, recording.name)
-        os.replace(part, path)
-        self.sizes[path] = len(data)
-
-    def write_file(self, path: str, data: bytes, size: int = 0) -> None:
-        """Write a file, which may be there with this size, or leave none."""
-        file = os.open(path, WRITING, 0o600)
+        part = os.path.join(self.folder, f"{self.part}-{os.getpid()}")
+        self.make_room(len(data), part)
         try:
-            try:
-                if size > len(data):
-                    os.ftruncate(file, len(data))
-                while data:
-                    data = data[os.write(file, data) :]
-            finally:
-                os.close(file)
+            self.write_file(part, data)
+            os.replace(part, path)
         except OSError:
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                os.unlink(part)
             raise
+        self.sizes[path] = len(data)
 
-    def make_room(self, size: int, part: str) -> int:
-        """See that one more file is not too many; the size of the one to write over, if any.
+    def write_file(self, path: str, data: bytes) -> None:
+        """Write a file, over what it holds if it is there."""
+        file, size = os.open(path, WRITING, 0o600), len(data)
+        try:
+            while data:
+                data = data[os.write(file, data) :]
+            os.ftruncate(file, size)
+        finally:
+            os.close(file)
+
+    def make_room(self, size: int, part: str) -> None:
+        """See that one more file is not too many; if it would be, `part` becomes the oldest one.
         Between two looks at the folder, all workers together add a tenth of the limits at most."""
         self.new_files, self.new_bytes = self.new_files + 1, self.new_bytes + size
         few = self.new_bytes <= MAX_RECORDINGS_BYTES // (10 * self.workers)
         if few and self.new_files <= self.spare:
-            return 0
+            return
         if not few or not self.oldest:
             self.look(size)
         while self.oldest:
-            path, old_size = self.oldest.pop()
             # Another worker has taken it, or somebody reads it on Windows.
             with contextlib.suppress(OSError):
-                os.replace(path, part)
-                return old_size
-        return 0
+                os.replace(self.oldest.pop(), part)
+                return
 
     def look(self, size: int) -> None:
         """Look what there is, and remove the oldest files if they are too many or too large. To
@@ -10153,12 +10151,11 @@ class Recorder:
         for path in paths:
             with contextlib.suppress(FileNotFoundError):  # another worker has taken it
                 sizes[path] = self.sizes.get(path) or os.stat(path).st_size
-        left, total = sorted(sizes.items(), reverse=True), sum(sizes.values()) + size
+        left, total = sorted(sizes, reverse=True), sum(sizes.values()) + size
         while len(left) > MAX_RECORDINGS or (left and total > MAX_RECORDINGS_BYTES * 0.9):
-            path, old_size = left.pop()
-            total -= old_size
+            total -= sizes[left[-1]]
             with contextlib.suppress(OSError):  # the same, or somebody reads it on Windows
-                os.unlink(path)
+                os.unlink(left.pop())
         tenth = MAX_RECORDINGS // 10
         if len(left) < MAX_RECORDINGS - tenth:
             self.oldest, self.spare = [], tenth // self.workers
@@ -10214,7 +10211,8 @@ ADDRESS_HOSTS = re.compile(r"(\d{1,3}(\.\d{1,3}){3}|\[[0-9a-f:.]+\])(:\d{1,5})?"
 NEARBY_HOSTS = re.compile(r"([\w.-]+\.(?:local|internal))(:\d{1,5})?", re.I | re.A)
 BROWSER_HEADERS = ("sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")  # w3.org/TR/fetch-metadata
 BUG = "this is a bug in proxy-to-gemini; please report it"
-LOG_LINES: collections.deque[bytes] = collections.deque()  # that are not written yet
+# That are not written yet. The oldest are lost where a write takes so long.
+LOG_LINES: collections.deque[bytes] = collections.deque(maxlen=10_000)
 LOG_LOCK = threading.Lock()
 
 
@@ -10231,7 +10229,8 @@ def write_log(line: str) -> None:
     LOG_LINES.append(line.encode())
     while LOG_LINES and LOG_LOCK.acquire(blocking=False):
         try:
-            with contextlib.suppress(OSError, ValueError, AttributeError):
+            # An IndexError: the one that wrote has just taken them all.
+            with contextlib.suppress(OSError, ValueError, AttributeError, IndexError):
                 write_lines()
         finally:
             LOG_LOCK.release()

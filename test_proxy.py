@@ -10658,6 +10658,19 @@ def test_answers_go_on_where_nothing_can_be_recorded(
     assert not folder.exists() or not list(folder.iterdir())
 
 
+def test_a_recording_that_cannot_get_its_name_leaves_nothing_to_the_next_one(folder):
+    recorder, _ = recorder_of(folder)
+    long, short = a_recording(recorder, 0), a_recording(recorder, 1)
+    long.notes = ["a long note " * 100]
+    (folder / long.name).mkdir()
+    with pytest.raises(OSError):
+        recorder.write(long)
+    assert [path.name for path in folder.iterdir()] == [long.name]
+    (folder / long.name).rmdir()
+    recorder.write(short)
+    assert len(recordings_in(folder)) == 1
+
+
 def test_a_bug_in_writing_a_recording_ends_nothing(gemini, folder, log_lines, monkeypatch):
     with recording(gemini, folder) as server:
         with monkeypatch.context() as patched:
@@ -11003,6 +11016,30 @@ def test_lines_that_come_while_the_log_is_written_wait_for_nobody(monkeypatch):
     assert b"".join(pieces).decode() == "".join(lines)
     assert max(map(len, pieces)) <= 4096
     assert len(pieces) == 3
+
+
+def test_a_line_of_the_log_that_another_thread_has_just_written_is_no_trouble(monkeypatch):
+    class LateLock:
+        def acquire(self, blocking):
+            proxy.LOG_LINES.clear()
+            return True
+
+        def release(self):
+            pass
+
+    monkeypatch.setattr(proxy, "LOG_LOCK", LateLock())
+    WRITE_LOG("a line\n")
+    assert not proxy.LOG_LINES
+
+
+def test_of_lines_of_the_log_that_cannot_be_written_so_many_are_held(monkeypatch):
+    lines = collections.deque(maxlen=proxy.LOG_LINES.maxlen)
+    monkeypatch.setattr(proxy, "LOG_LINES", lines)
+    with proxy.LOG_LOCK:
+        for number in range(30_000):
+            WRITE_LOG(f"{number}\n")
+    assert len(lines) <= 10_000
+    assert lines[-1] == b"29999\n"
 
 
 def test_a_long_line_of_the_log_keeps_its_end(log_lines):
