@@ -1987,7 +1987,7 @@ class Tools:
         self.custom: set[str] = set()  # the client's names of functions that take plain text
         self.local: set[str] = set()  # functions that stand for LOCAL_TOOLS
         self.namespaces: dict[str, str] = {}  # the client's name of a function -> its namespace
-        self.finder = ""  # the function with which the client searches for tools
+        self.finder: str | None = None  # the function with which the client searches for tools
         self.strict = False  # whether a call must keep to its schema
         self.hosted: dict[str, tuple[str, Any]] = {}  # Google's own -> (client's words, settings)
 

@@ -5998,6 +5998,11 @@ def test_a_search_for_tools_is_a_function_and_its_call_an_item():
     ]
 
 
+def test_a_call_without_a_name_is_no_search_for_tools():
+    events = response_events({}, whole(call("", {"a": 1})))
+    assert events[2]["item"]["type"] == "function_call"
+
+
 LOCAL_CALLS = {
     "shell": ({"commands": ["ls"]}, {"action": {"commands": ["ls"]}}),
     "local_shell": (
