@@ -2294,16 +2294,16 @@ def every_schema(schema: Any) -> Iterator[JSON]:
 def without_required_loops(schema: JSON) -> set[str]:
     """Let properties be left out through which a definition leads back to itself."""
     definitions = get_or_empty(schema, "$defs", dict)
-    targets = {name: referred_names(definition) for name, definition in definitions.items()}
+    groups = loops_of({name: referred_names(inner) for name, inner in definitions.items()})
     names: set[str] = set()
     for name, definition in definitions.items():
-        back = {other for other in targets if name in reachable(other, targets)}
         for inner in every_schema(definition):
-            properties = get_or_empty(inner, "properties", dict)
+            properties = get_or_empty(inner, "properties", dict).items()
             required = get_or_empty(inner, "required", list)
-            loops = [key for key in required if back & referred_names(properties.get(str(key)))]
-            if loops:
-                inner["required"] = [key for key in required if key not in loops]
+            loops = {key for key, value in properties if groups[name] & referred_names(value)}
+            rest = [key for key in required if str(key) not in loops]
+            if rest != required:
+                inner["required"] = rest
                 names.add(SCHEMA_PREFIX + "required")
     return names
 
@@ -2314,16 +2314,36 @@ def referred_names(schema: Any) -> set[str]:
     return {reference[len("#/$defs/") :] for reference in references}
 
 
-def reachable(name: str, targets: Mapping[str, set[str]]) -> set[str]:
-    """A definition and all that it leads to."""
-    names: set[str] = set()
-    stack = [name]
+def loops_of(targets: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """For each definition all those that it leads to and that lead back to it, and itself.
+
+    In proportion to the references: Kosaraju's algorithm.
+    """
+    sources: dict[str, list[str]] = {name: [] for name in targets}
+    for name, others in targets.items():
+        for other in others & targets.keys():
+            sources[other].append(name)
+    left: list[str] = []  # in the order in which a walk in depth leaves them
+    seen: set[str] = set()
+    stack = [(name, False) for name in targets]
     while stack:
-        name = stack.pop()
-        if name not in names:
-            names.add(name)
-            stack += targets.get(name, ())
-    return names
+        name, leaving = stack.pop()
+        if leaving:
+            left.append(name)
+        elif name not in seen:
+            seen.add(name)
+            stack += [(name, True), *((other, False) for other in sources[name])]
+    groups: dict[str, set[str]] = {}
+    for name in reversed(left):
+        group: set[str] = set()
+        pending = [name]
+        while pending:
+            other = pending.pop()
+            if other not in groups:
+                groups[other] = group
+                group.add(other)
+                pending += targets[other] & targets.keys()
+    return groups
 
 
 def describe_parameters(function: JSON) -> None:
@@ -2963,6 +2983,8 @@ def read_citations(pieces: list[tuple[str, bool]], grounding: JSON) -> list[Cita
     ]
     spans += [(source, source) for source in get_or_empty(grounding, "citationSources", list)]
     pages = dict.fromkeys(pages_read(grounding))
+    if not spans and not pages:
+        return []
     text = CitedText(pieces)
     citations: list[Citation] = []
     for span, source in spans:

@@ -2198,6 +2198,33 @@ def test_a_schema_that_requires_a_loop_no_longer_requires_it():
     assert answer == {**schema, "$defs": {"node": {**node, "required": ["value"]}}}
 
 
+def definitions_that_require(edges):
+    """A schema whose definitions require one another, and the repaired one's requirements."""
+    definitions = {
+        name: {
+            "properties": {other: {"$ref": f"#/$defs/{other}"} for other in others},
+            "required": [*others],
+        }
+        for name, others in edges.items()
+    }
+    call = call_with_schemas(answer={"$ref": "#/$defs/a", "$defs": definitions})
+    second, _ = proxy.repaired(call, LOOPS)
+    repaired = second.body["generationConfig"]["responseJsonSchema"]["$defs"]
+    return {name: repaired[name]["required"] for name in edges}
+
+
+def test_only_what_leads_back_is_no_longer_required():
+    edges = {"a": "bd", "b": "ce", "c": "af", "d": "e", "e": "", "f": "fg", "g": "e"}
+    left = {"a": ["d"], "b": ["e"], "c": ["f"], "d": ["e"], "e": [], "f": ["g"], "g": ["e"]}
+    assert definitions_that_require(edges) == left
+
+
+def test_thousands_of_definitions_that_loop_take_time_in_proportion():
+    names = ["a", *map(str, range(3000))]
+    edges = {name: [names[i * 7 % 3001], names[i - 1]] for i, name in enumerate(names)}
+    assert cpu_seconds(lambda: definitions_that_require(edges)) < 2
+
+
 def call_with(signature):
     return proxy.call_part("f", {}, None, sign(signature))
 
