@@ -10159,9 +10159,10 @@ class Recorder:
         if not few or not self.oldest:
             self.look(size)
         while self.oldest:
+            path = self.oldest.pop()
             # Another worker has taken it, or somebody reads it on Windows.
             with contextlib.suppress(OSError):
-                os.replace(self.oldest.pop(), part)
+                os.replace(path, part)
                 return
 
     def look(self, size: int) -> None:
@@ -10175,9 +10176,10 @@ class Recorder:
                 sizes[path] = self.sizes.get(path) or os.stat(path).st_size
         left, total = sorted(sizes, reverse=True), sum(sizes.values()) + size
         while len(left) > MAX_RECORDINGS or (left and total > MAX_RECORDINGS_BYTES * 0.9):
-            total -= sizes[left[-1]]
+            path = left.pop()
+            total -= sizes[path]
             with contextlib.suppress(OSError):  # the same, or somebody reads it on Windows
-                os.unlink(left.pop())
+                os.unlink(path)
         tenth = MAX_RECORDINGS // 10
         if len(left) < MAX_RECORDINGS - tenth:
             self.oldest, self.spare = [], tenth // self.workers
