@@ -10214,6 +10214,7 @@ LINGER_SECONDS = 1.0  # for a client to read a refusal of what it is still sendi
 KEY_PATTERN = r"[!-~]{1,1000}"  # what can be sent in a header as a key
 MAX_IGNORED_CHARACTERS = 4000  # of x-proxy-ignored: nginx takes 8 KB of headers in all
 PIPE_BYTES = 4096  # that a pipe takes in one piece, if it takes anything (PIPE_BUF)
+MAX_LOG_PIECES = 4  # that one thread writes for others
 MAX_LOG_CHARACTERS = 4000  # of a log line, which is such a piece
 
 REQUEST_LINE = re.compile(rf"({HTTP_TOKEN}) ([^\x00-\x20\x7f]+) HTTP/1\.([0-9])\r\n".encode())
@@ -10251,7 +10252,15 @@ def write_log(line: str) -> None:
     """Write to standard error. If it is closed, or a full pipe, the line is lost: nobody waits. Nor
     does a thread wait for another: the one that writes takes what comes meanwhile."""
     LOG_LINES.append(line.encode())
-    while LOG_LINES and LOG_LOCK.acquire(blocking=False):
+    write_waiting_lines()
+
+
+def write_waiting_lines() -> None:
+    """Write what waits for the log, in a few pieces: whoever does so has clients of its own. What
+    comes even then waits for the next line, or for Server.service_actions."""
+    for _ in range(MAX_LOG_PIECES):
+        if not LOG_LINES or not LOG_LOCK.acquire(blocking=False):
+            return
         try:
             # An IndexError: the one that wrote has just taken them all.
             with contextlib.suppress(OSError, ValueError, AttributeError, IndexError):
@@ -11983,6 +11992,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.gemini.close()
         if self.recorder:
             self.recorder.close()
+        write_waiting_lines()
 
     def drain(self, end: socket.socket, stop: socket.socket) -> None:
         """Go on while connections are used again; then give answers DRAIN_SECONDS to end.
@@ -12068,6 +12078,7 @@ class Server(http.server.ThreadingHTTPServer):
     def service_actions(self) -> None:
         """Share the last requests; every few seconds, give back what is not needed any more."""
         self.recent.share()
+        write_waiting_lines()
         if time.monotonic() - self.tidied > TIDY_SECONDS:
             self.tidied = time.monotonic()
             self.gemini.pool.tidy()

@@ -11074,6 +11074,19 @@ def test_of_lines_of_the_log_that_cannot_be_written_so_many_are_held(monkeypatch
     assert lines[-1] == b"29999\n"
 
 
+def test_a_thread_writes_only_so_many_pieces_of_the_log_for_others(monkeypatch):
+    pieces = []
+    monkeypatch.setattr(proxy.os, "write", lambda file, data: pieces.append(data))
+    with open(os.devnull, "w") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        proxy.LOG_LINES.extend([b"x" * 3000 + b"\n"] * 6)
+        WRITE_LOG("own\n")
+        assert len(pieces) == proxy.MAX_LOG_PIECES == 4
+        proxy.write_waiting_lines()
+    assert b"".join(pieces) == (b"x" * 3000 + b"\n") * 6 + b"own\n"
+    assert not proxy.LOG_LINES
+
+
 def test_a_long_line_of_the_log_keeps_its_end(log_lines):
     proxy.log("why: " + "x" * 9000 + "\nthe cause")
     (line,) = log_lines
