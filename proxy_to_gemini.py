@@ -9616,6 +9616,8 @@ MAX_TEXT_CHARACTERS = 4 << 20  # of a body without its media, and
 MAX_QUOTES = 500_000  # in it: of what has more, a sample is written
 PIECE_BYTES = 250  # of memory that a piece of a body takes besides its own
 MAX_UNWRITTEN_RECORDINGS = 256  # that wait to be written; more are dropped
+MAX_RECORDER_BATCH = 32  # recordings that are written in a row, if they have
+MAX_BATCH_CHARACTERS = 256 << 10  # no more together
 RECORDING_NAME = re.compile(r"\d{8}-\d{6}-\d{6}-req_[0-9a-f]{24}\.json")
 READABLE_JSON = json.JSONEncoder(ensure_ascii=False).encode
 PROGRAM = f"proxy-to-gemini {VERSION}, Python {sys.version}, {sys.platform}"
@@ -9720,26 +9722,38 @@ def is_secret_header(name: str) -> bool:
     return SECRET_HEADER.search(name) is not None
 
 
-def masked_url(url: str, secrets: Iterable[str]) -> str:
+def masked_query(url: str) -> str:
     """A URL without secrets in its query, whose names may be encoded."""
     path, mark, query = url.partition("?")
+    if not mark:
+        return url
     fields = query.split("&")
     for i, field in enumerate(fields):
         if SECRET_QUERY_NAME.search(urllib.parse.unquote_plus(field.partition("=")[0])):
             fields[i] = f"{field.partition('=')[0]}={MASK}"
-    return masked(path + mark + "&".join(fields), secrets)
+    return path + mark + "&".join(fields)
 
 
-def masked_headers(headers: Mapping[str, str], secrets: Sequence[str]) -> dict[str, str]:
-    """The headers without secrets, by their values and by their names."""
-    values = masked("\n".join(headers.values()), secrets).split("\n")
-    result = dict(zip(headers, values))
+def masked_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers; in place of a value a mask, where the name tells that it is a secret."""
+    result = dict(headers)
     for name in filter(is_secret_header, headers):
         scheme, blank, _ = result[name].partition(" ")
         result[name] = MASK
         if blank and scheme.lower() in ("bearer", "basic"):
             result[name] = f"{scheme} {MASK}"
     return result
+
+
+def masked_lines(several: Sequence[Mapping[str, str]], secrets: Iterable[str]) -> list[JSON]:
+    """These without secrets in their values, each of which is one line. They are masked together:
+    a call costs more than their length."""
+    values = [value for fields in several for value in fields.values()]
+    lines = masked("\n".join(values), secrets).split("\n")
+    if len(lines) != len(values):  # a quote has no partner in its line
+        lines = [masked(value, secrets) for value in values]
+    left = iter(lines)
+    return [dict(zip(fields, left)) for fields in several]
 
 
 @functools.lru_cache(maxsize=256)
@@ -9799,6 +9813,8 @@ def cut_base64(text: str) -> str:
 def without_media(text: str) -> str:
     """The text with its media cut: base64 in data URLs, in fields for media, and long base64."""
     pieces = text.split('"')
+    if max(map(len, pieces)) < MIN_MEDIA_CHARACTERS:
+        return text
     for i, size in enumerate(map(len, pieces)):
         if size < MIN_MEDIA_CHARACTERS:
             continue
@@ -9929,26 +9945,32 @@ class Attempt:
         self.first_byte, self.status, self.answer_headers = time.monotonic(), status, headers
         self.answer.limit = held_bytes(headers.get("content-type", ""))
 
-    def as_json(self, began: float, words: Sequence[str]) -> JSON:
-        """The attempt as JSON."""
-        headers = masked_headers(self.headers, words)
+    def lines(self) -> list[dict[str, str]]:
+        """Its address and headers, and the headers of its answer."""
+        headers = masked_headers(self.headers), masked_headers(self.answer_headers)
+        return [{"url": masked_query(self.url)}, *headers]
+
+    def as_json(self, began: float, words: Sequence[str], lines: Iterator[JSON]) -> JSON:
+        """The attempt as JSON; its lines() come next among these, which are masked."""
         fields = {
             "after": round(self.began - began, 4),
             "method": self.method,
-            "url": masked_url(self.url, words),
-            "headers": headers,
-            "body": self.body.text(headers.get("Content-type", ""), words),
+            **next(lines),
+            "headers": next(lines),
+            "body": self.body.text(self.headers.get("Content-type", ""), words),
         }
+        answer_headers = next(lines)
         if self.status:
-            headers = masked_headers(self.answer_headers, words)
             fields["answer"] = {
                 "after": round(self.first_byte - began, 4),
                 "status": self.status,
-                "headers": headers,
-                "body": self.answer.text(headers.get("content-type", ""), words),
+                "headers": answer_headers,
+                "body": self.answer.text(self.answer_headers.get("content-type", ""), words),
                 "arrived": self.answer.arrived(began),
             }
-        return {**fields, **given(error=masked(self.error, words))}
+        if self.error:
+            fields["error"] = masked(self.error, words)
+        return fields
 
 
 class Recording:
@@ -10009,24 +10031,23 @@ class Recording:
         every = itertools.chain(*map(spellings, filter(None, words)))
         return sorted(set(every), key=len, reverse=True)  # one may be in another
 
-    def answer_json(self, words: Sequence[str]) -> JSON:
-        """The client's answer as JSON."""
-        lines = self.answer_head.decode("latin-1").split("\r\n")[1:-2]
-        headers = masked_headers(dict(line.split(": ", 1) for line in lines), words)
-        return {
-            "headers": headers,
-            "body": self.answer.text(headers.get("Content-Type", ""), words),
-            "sent": self.answer.arrived(self.began),
-        }
+    def lines(self) -> list[dict[str, str]]:
+        """The addresses and headers of all that passed, in the order of text()."""
+        lines = [{"target": masked_query(self.head.target)}, masked_headers(self.head.headers)]
+        for attempt in self.attempts:
+            lines += attempt.lines()
+        answer_lines = self.answer_head.decode("latin-1").split("\r\n")[1:-2]
+        return [*lines, masked_headers(dict(line.split(": ", 1) for line in answer_lines))]
 
     def text(self) -> str:
         """The recording as JSON."""
         words, head = self.secrets(), self.head
+        lines = iter(masked_lines(self.lines(), words))
         moment = datetime.datetime.fromtimestamp(self.clock, datetime.timezone.utc)
         request = {
             "method": head.method,
-            "target": masked_url(head.target, words),
-            "headers": masked_headers(head.headers, words),
+            **next(lines),
+            "headers": next(lines),
             "body": self.request.text(head.headers.get("content-type", ""), words),
         }
         about = {
@@ -10039,8 +10060,14 @@ class Recording:
             "ignored": [masked(name, words) for name in self.ignored],
             "notes": [masked(note, words) for note in self.notes],
         }
-        attempts = [attempt.as_json(self.began, words) for attempt in self.attempts]
-        passed = {"request": request, "attempts": attempts, "answer": self.answer_json(words)}
+        attempts = [attempt.as_json(self.began, words, lines) for attempt in self.attempts]
+        headers = next(lines)
+        answer = {
+            "headers": headers,
+            "body": self.answer.text(headers.get("Content-Type", ""), words),
+            "sent": self.answer.arrived(self.began),
+        }
+        passed = {"request": request, "attempts": attempts, "answer": answer}
         return READABLE_JSON({**about, **passed}) + "\n"
 
 
@@ -10056,7 +10083,6 @@ class Recorder:
         self.queue: queue.SimpleQueue[Recording | None] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
         self.ended = threading.Event()  # no more recordings come
-        self.part = f".{secrets.token_hex(12)}"  # with the process: a file until it is whole
         self.new_files, self.new_bytes = 0, 0  # since the last look at the folder
         self.spare = 0  # files that may be new until the next one
         self.oldest: list[str] = []  # those to be written over, last first
@@ -10071,7 +10097,7 @@ class Recorder:
     def try_out(self) -> None:
         """Make the folder; an OSError if nothing can be written there."""
         os.makedirs(self.folder, 0o700, exist_ok=True)
-        path = os.path.join(self.folder, self.part)
+        path = os.path.join(self.folder, f".{secrets.token_hex(12)}")
         self.write_file(path, b"")
         os.unlink(path)
 
@@ -10103,19 +10129,33 @@ class Recorder:
             self.thread.join(FINAL_SECONDS)
 
     def run(self) -> None:
-        for recording in iter(self.queue.get, None):
-            try:
-                self.write(recording)
-                self.count("recordings_total", "written")
-            except OSError as error:
-                line = f"recordings cannot be written to {self.folder}: {reason_of(error)}"
-                self.complain("failed", line)
-            except Exception:
-                self.complain("failed", f"{BUG}: {traceback.format_exc()}")
-            self.release(recording)
-            del recording  # the next one may be long in coming
+        while not self.ended.is_set() or not self.queue.empty():
+            self.write_batch()
             if self.queue.empty():
                 self.ended.wait(RECORDER_PAUSE_SECONDS)
+
+    def write_batch(self) -> None:
+        """Make the texts of a few recordings, then their files: in a row, each takes less time."""
+        files: list[tuple[str, str]] = []
+        for recording in itertools.islice(iter(self.queue.get, None), MAX_RECORDER_BATCH):
+            text = self.attempt(recording.text)
+            self.release(recording)
+            if text is not None:
+                files.append((recording.name, text))
+            if self.queue.empty() or sum(len(text) for _, text in files) > MAX_BATCH_CHARACTERS:
+                break
+        for name, text in files:
+            self.attempt(self.write, name, text)
+
+    def attempt(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        """What this step returns, or None: of what fails, the log tells."""
+        try:
+            return step(*arguments)
+        except OSError as error:
+            line = f"recordings cannot be written to {self.folder}: {reason_of(error)}"
+            self.complain("failed", line)
+        except Exception:
+            self.complain("failed", f"{BUG}: {traceback.format_exc()}")
 
     def complain(self, outcome: str, line: str) -> None:
         """Count recordings that are lost; the log tells so once in a while."""
@@ -10125,19 +10165,18 @@ class Recorder:
             self.logged[outcome] = now
             log(line)
 
-    def write(self, recording: Recording) -> None:
-        data = recording.text().encode("utf-8", "backslashreplace")
-        path = os.path.join(self.folder, recording.name)
-        part = os.path.join(self.folder, f"{self.part}-{os.getpid()}")
-        self.make_room(len(data), part)
+    def write(self, name: str, text: str) -> None:
+        data = text.encode("utf-8", "backslashreplace")
+        path = os.path.join(self.folder, name)
+        self.make_room(len(data), path)
         try:
-            self.write_file(part, data)
-            os.replace(part, path)
+            self.write_file(path, data)
         except OSError:
             with contextlib.suppress(OSError):
-                os.unlink(part)
+                os.unlink(path)
             raise
         self.sizes[path] = len(data)
+        self.count("recordings_total", "written")
 
     def write_file(self, path: str, data: bytes) -> None:
         """Write a file, over what it holds if it is there."""
@@ -10149,8 +10188,8 @@ class Recorder:
         finally:
             os.close(file)
 
-    def make_room(self, size: int, part: str) -> None:
-        """See that one more file is not too many; if it would be, `part` becomes the oldest one.
+    def make_room(self, size: int, path: str) -> None:
+        """See that one more file is not too many; if it would be, the oldest one gets this path.
         Between two looks at the folder, all workers together add a tenth of the limits at most."""
         self.new_files, self.new_bytes = self.new_files + 1, self.new_bytes + size
         few = self.new_bytes <= MAX_RECORDINGS_BYTES // (10 * self.workers)
@@ -10159,10 +10198,9 @@ class Recorder:
         if not few or not self.oldest:
             self.look(size)
         while self.oldest:
-            path = self.oldest.pop()
-            # Another worker has taken it, or somebody reads it on Windows.
+            # Another worker may have taken it, or somebody may read it on Windows.
             with contextlib.suppress(OSError):
-                os.replace(path, part)
+                os.replace(self.oldest.pop(), path)
                 return
 
     def look(self, size: int) -> None:

@@ -10286,7 +10286,7 @@ def test_recordings_mask_a_secret_in_any_spelling():
 
 def test_recordings_mask_headers_by_their_names_and_keep_the_scheme():
     headers = {"authorization": "Bearer abc", "Cookie": "a=b", "x-api-key": "k", "accept": "*/*"}
-    assert proxy.masked_headers(headers, ()) == {
+    assert proxy.masked_headers(headers) == {
         "authorization": f"Bearer {proxy.MASK}",
         "Cookie": proxy.MASK,
         "x-api-key": proxy.MASK,
@@ -10295,8 +10295,16 @@ def test_recordings_mask_headers_by_their_names_and_keep_the_scheme():
 
 
 def test_recordings_mask_parameters_whose_names_are_encoded():
-    masked = proxy.masked_url("/v1beta/models?alt=sse&%6bey=px%2D1", ())
+    masked = proxy.masked_query("/v1beta/models?alt=sse&%6bey=px%2D1")
     assert masked == f"/v1beta/models?alt=sse&%6bey={proxy.MASK}"
+
+
+@pytest.mark.parametrize("first", ["plain", '"token":"', '"token":"a'])
+def test_recordings_mask_headers_in_their_places(first):
+    several = [{"x": first, "y": "my-key"}, {}, {"z": "sk-0123456789abcdefg"}]
+    lines = proxy.masked_lines(several, ("my-key",))
+    assert [list(fields) for fields in lines] == [["x", "y"], [], ["z"]]
+    assert (lines[0]["y"], lines[2]["z"]) == (proxy.MASK, f"sk-{proxy.MASK}")
 
 
 def media_mark(data):
@@ -10607,6 +10615,10 @@ def a_recording(recorder, number=0):
     return one
 
 
+def write(recorder, one):
+    recorder.write(one.name, one.text())
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_oldest_recordings_go(folder, monkeypatch, workers):
     monkeypatch.setattr(proxy, "MAX_RECORDINGS", 60)
@@ -10614,7 +10626,7 @@ def test_the_oldest_recordings_go(folder, monkeypatch, workers):
     (folder / "notes.txt").write_text("mine")
     for number in range(200):
         recorder = recorders[number % workers]
-        recorder.write(a_recording(recorder, number))
+        write(recorder, a_recording(recorder, number))
         assert len(list(folder.iterdir())) <= 61
     names = sorted(path.name for path in folder.iterdir())
     assert names[-1] == "notes.txt"
@@ -10631,7 +10643,7 @@ def test_where_there_are_many_recordings_new_ones_are_written_over_the_oldest(fo
             files = {path.stat().st_ino for path in folder.iterdir()}
         one = a_recording(recorder, number)
         one.notes = ["a long note " * (100 - number)]
-        recorder.write(one)
+        write(recorder, one)
     assert {path.stat().st_ino for path in folder.iterdir()} == files
     numbers = [int(one["request_id"][4:], 16) for one in recordings_in(folder)]
     assert numbers == list(range(100 - len(files), 100))
@@ -10641,11 +10653,11 @@ def test_a_worker_makes_a_file_where_another_one_took_the_oldest(folder, monkeyp
     monkeypatch.setattr(proxy, "MAX_RECORDINGS", 20)
     first, second = [recorder_of(folder, 2)[0] for _ in range(2)]
     for number in range(21):
-        second.write(a_recording(second, number))
+        write(second, a_recording(second, number))
     for number in range(21, 60):
-        first.write(a_recording(first, number))
+        write(first, a_recording(first, number))
     for number in range(60, 65):
-        second.write(a_recording(second, number))
+        write(second, a_recording(second, number))
     assert len(recordings_in(folder)) <= 21
 
 
@@ -10653,7 +10665,7 @@ def test_recordings_have_so_many_bytes_together(folder, monkeypatch):
     monkeypatch.setattr(proxy, "MAX_RECORDINGS_BYTES", 10_000)
     recorder, _ = recorder_of(folder)
     for number in range(40):
-        recorder.write(a_recording(recorder, number))
+        write(recorder, a_recording(recorder, number))
         assert sum(path.stat().st_size for path in folder.iterdir()) <= 10_000
     assert len(list(folder.iterdir())) > 5
 
@@ -10696,10 +10708,10 @@ def test_a_recording_that_cannot_get_its_name_leaves_nothing_to_the_next_one(fol
     long.notes = ["a long note " * 100]
     (folder / long.name).mkdir()
     with pytest.raises(OSError):
-        recorder.write(long)
+        write(recorder, long)
     assert [path.name for path in folder.iterdir()] == [long.name]
     (folder / long.name).rmdir()
-    recorder.write(short)
+    write(recorder, short)
     assert len(recordings_in(folder)) == 1
 
 
