@@ -2589,6 +2589,20 @@ def refusal_code(status: int, details: list[JSON], message: str) -> str | None:
     return None
 
 
+def in_known_words(error: ProxyError, too_long: str, counted: str) -> str:
+    """What an error says. That a prompt is too long comes in the words of the client's API, upon
+    which clients compact (OVERFLOW_MESSAGES in strands-agents 1.62), and then in Gemini's.
+
+    `counted` says it with the tokens, their maximum and the excess.
+    """
+    if error.code != "context_length_exceeded":
+        return error.message
+    numbers = [*map(int, re.findall(r"\d{4,}", error.message))]
+    if len(numbers) == 2:
+        too_long = counted.format(*numbers, numbers[0] - numbers[1])
+    return f"{too_long} ({error.message})"
+
+
 def retry_delay(details: list[JSON], message: str) -> float | None:
     """The seconds to wait by RetryInfo, else by Gemini's words; None if it does not say."""
     for detail in details:
@@ -4868,7 +4882,10 @@ def openai_error(error: ProxyError) -> tuple[int, JSON]:
         kind = code
     elif error.status >= 500:
         kind, code = "server_error", code or "server_error"
-    body = {"message": error.message, "type": kind, "param": error.path, "code": code}
+    words = "This model's maximum context length is"
+    counted = words + " {1} tokens. However, your messages resulted in {0} tokens."
+    message = in_known_words(error, f"{words} exceeded.", counted)
+    body = {"message": message, "type": kind, "param": error.path, "code": code}
     return error.status, {"error": body}
 
 
@@ -6542,7 +6559,8 @@ def ollama_error(error: ProxyError) -> tuple[int, Any]:
     """Ollama's form of an error, which is a text: https://docs.ollama.com/api/errors"""
     if isinstance(error, NoRouteError):
         return 404, Payload(b"404 page not found")
-    message = error.message
+    words = "prompt too long; exceeded max context length"
+    message = in_known_words(error, words, words + " by {2} tokens")
     if error.code == "model_not_found":
         message = f"model '{error.model[:200]}' not found"
         if error.upstream and error.listed is not False:  # Gemini has a reason of its own
@@ -7027,6 +7045,9 @@ MAX_CITED_TEXT = 150
 
 # Blocks that grow, as they begin. Neighbours of one such type are one block; calls never join.
 GROWING_BLOCKS: JSON = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}}
+# The signature of thoughts that have none of Gemini's: @genkit-ai/anthropic 0.3 takes no block back
+# without one. It is too short to be taken for one (can_sign).
+UNSIGNED = "unsigned"
 
 
 def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tuple[str, JSON]]:
@@ -7037,7 +7058,12 @@ def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tu
     """
     signatures = exchange.chat.thinking.signatures
     texts: list[str] = []
+    thinks = False  # whether the last event was a thought
     for event in events:
+        signature = isinstance(event, ToolCall) and signatures and event.signature
+        ended, thinks = thinks, isinstance(event, Text) and event.thought
+        if signature or (ended and not thinks):
+            yield "thinking", {"signature": signature or UNSIGNED}
         if isinstance(event, Text) and event.thought:
             yield "thinking", {"thinking": event.text}
         elif isinstance(event, Text):
@@ -7046,8 +7072,6 @@ def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tu
         elif isinstance(event, Media):
             yield "text", {"text": media_note(event)}
         elif isinstance(event, ToolCall):
-            if event.signature and signatures:
-                yield "thinking", {"signature": event.signature}
             fields = {"id": event.id, "name": event.name, "input": event.args}
             yield "tool_use", {**fields, **DIRECT_CALL}
         else:
@@ -7176,21 +7200,11 @@ ANTHROPIC_ERROR_TYPES = {
 }  # else "invalid_request_error"
 
 
-def prompt_too_long(message: str) -> str:
-    """Gemini's words for that, after Anthropic's, upon which Claude Code compacts (its 2.1.197)."""
-    numbers = re.findall(r"\d{4,}", message)
-    words = "prompt is too long"
-    if len(numbers) == 2:
-        words += ": {} tokens > {} maximum".format(*numbers)
-    return f"{words} ({message})"
-
-
 def anthropic_error(error: ProxyError) -> tuple[int, JSON]:
     """Anthropic's form of an error: https://platform.claude.com/docs/en/api/errors"""
     kind = ANTHROPIC_ERROR_TYPES.get(error.status, "invalid_request_error")
-    body: JSON = {"type": kind, "message": error.message}
-    if error.code == "context_length_exceeded":
-        body["message"] = prompt_too_long(error.message)
+    counted = "prompt is too long: {0} tokens > {1} maximum"  # Claude Code 2.1.197 reads both
+    body: JSON = {"type": kind, "message": in_known_words(error, "prompt is too long", counted)}
     if error.code == "thread_not_found":
         body["details"] = {"error_code": error.code}
     return error.status, {"type": "error", "error": body, "request_id": error.request_id}

@@ -2484,6 +2484,39 @@ def test_a_refusal_keeps_its_class_and_gets_openais_word_and_a_time_to_wait(stat
 
 
 @pytest.mark.parametrize(
+    "form, counted, words",
+    [
+        (
+            proxy.openai_error,
+            (
+                "This model's maximum context length is 1048576 tokens. "
+                "However, your messages resulted in 1200000 tokens."
+            ),
+            "This model's maximum context length is exceeded.",
+        ),
+        (
+            proxy.ollama_error,
+            "prompt too long; exceeded max context length by 151424 tokens",
+            "prompt too long; exceeded max context length",
+        ),
+        (
+            proxy.anthropic_error,
+            "prompt is too long: 1200000 tokens > 1048576 maximum",
+            "prompt is too long",
+        ),
+    ],
+)
+def test_a_prompt_that_is_too_long_is_said_in_the_words_that_clients_look_for(form, counted, words):
+    maximum = "exceeds the maximum number of tokens allowed"
+    with_numbers = f"The input token count (1200000) {maximum} (1048576)."
+    without = f"The input token count {maximum} 1048576."
+    for message, seen in ((with_numbers, counted), (without, words)):
+        _, body = form(ProxyError(400, message, code="context_length_exceeded"))
+        error = body["error"]
+        assert (error if isinstance(error, str) else error["message"]) == f"{seen} ({message})"
+
+
+@pytest.mark.parametrize(
     "status, answer, retry_after",
     [
         (503, error_body(503, "busy"), 0.0),
@@ -7960,6 +7993,14 @@ def test_an_answer_in_json_comes_without_a_code_fence():
     assert message["content"] == [text_block("{}")]
 
 
+def test_thoughts_without_a_signature_say_so_and_the_word_signs_nothing_when_it_comes_back():
+    body = claude_chat(tools=[ASK_CITY], thinking={"type": "adaptive"})
+    message, _ = claude_answer(body, whole({"text": "Hm.", "thought": True}, call("weather")))
+    assert message["content"][0] == {"type": "thinking", "thinking": "Hm.", "signature": "unsigned"}
+    history = [user("Hi"), assistant(message["content"])]
+    assert "thoughtSignature" not in claude_body(claude_chat(*history))["contents"][1]["parts"][0]
+
+
 def test_the_beginning_of_a_message_counts_no_output():
     _, events = claude_answer(claude_chat(), whole("Hello"))
     usage = events[0]["message"]["usage"]
@@ -7974,6 +8015,7 @@ STREAMED = b"".join(
 "usage":{"input_tokens":3,"cache_creation_input_tokens":0,"cache_read_input_tokens":1,"output_tokens":0,"output_tokens_details":{"thinking_tokens":0}}}}
 {"type":"content_block_start","index":0,"content_block":{"type":"thinking","thinking":"","signature":""}}
 {"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":"Hm."}}
+{"type":"content_block_delta","index":0,"delta":{"type":"signature_delta","signature":"unsigned"}}
 {"type":"content_block_stop","index":0}
 {"type":"content_block_start","index":1,"content_block":{"type":"text","text":""}}
 {"type":"content_block_delta","index":1,"delta":{"type":"text_delta","text":"Let me "}}
@@ -8017,7 +8059,7 @@ def test_a_whole_message():
     body = claude_chat(tools=[ASK_CITY], thinking={"type": "adaptive"})
     message, _ = claude_answer(body, *TOOL_CHUNKS)
     assert message["content"] == [
-        {"type": "thinking", "thinking": "Hm.", "signature": ""},
+        {"type": "thinking", "thinking": "Hm.", "signature": "unsigned"},
         text_block("Let me see."),
         {"type": "thinking", "thinking": "", "signature": sign("a")},
         use_block("call_2", city="Oslo"),
@@ -8191,24 +8233,6 @@ def test_an_error_in_anthropics_form(status, kind):
     error.request_id = "req_1"
     body = {"type": "error", "error": {"type": kind, "message": "No."}, "request_id": "req_1"}
     assert proxy.anthropic_error(error) == (status, body)
-
-
-@pytest.mark.parametrize(
-    "message, words",
-    [
-        (
-            "The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
-            "prompt is too long: 1200000 tokens > 1048576 maximum",
-        ),
-        (
-            "The input token count exceeds the maximum number of tokens allowed 1048576.",
-            "prompt is too long",
-        ),
-    ],
-)
-def test_a_prompt_that_is_too_long_is_said_in_anthropics_words(message, words):
-    error = ProxyError(400, message, code="context_length_exceeded")
-    assert proxy.anthropic_error(error)[1]["error"]["message"] == f"{words} ({message})"
 
 
 def test_a_stream_of_messages_is_kept_alive_by_pings(claude_server, gemini, monkeypatch):
