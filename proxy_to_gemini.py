@@ -667,9 +667,13 @@ class Context(NamedTuple):
     recipes: Mapping[str, Recipe] = {}  # all, by plain name; whole where the body names them
     loaded: Mapping[str, float] = {}  # models in use -> until when, in seconds since 1970
     params: Mapping[str, str] = {}  # captured from the path
-    query: Mapping[str, str] = {}
     request: ClientRequest = ClientRequest()
     models: tuple[str, ...] = ()  # where an alias has several: the one that is asked, and the rest
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The fields of the query."""
+        return dict(urllib.parse.parse_qsl(self.request.query))
 
 
 class Keep(NamedTuple):
@@ -2777,9 +2781,10 @@ CONTINUES = "CONTINUATION"
 
 def continuation_token(chunk: JSON) -> str:
     """With which the next call goes on from this chunk; "" where none must."""
-    candidate = first_candidate(chunk)
-    token: str = expect(candidate, "continuationToken", str)
-    return token if candidate.get("finishReason") == CONTINUES else ""
+    for candidate in get_or_empty(chunk, "candidates", list):
+        if get_or_empty(candidate, "finishReason", str) == CONTINUES:
+            return str(get_or_empty(candidate, "continuationToken", str))
+    return ""
 
 
 # Gemini's finish reasons in four words; what is not here is "stop", since the list grows every few
@@ -2958,8 +2963,7 @@ def fenced(text: str, language: str = "") -> str:
 
 def read_usage(usage: JSON) -> Usage:
     """The token counts of a usageMetadata: thoughts are output, tools' results are prompt."""
-
-    counts = token_counts(usage).get
+    counts = {key: max(0, number) for key, number in usage.items() if type(number) is int}.get
     prompt, output = modality_tokens(usage, "prompt"), modality_tokens(usage, "candidates")
     thoughts = counts("thoughtsTokenCount", 0)
     return Usage(
@@ -2971,10 +2975,6 @@ def read_usage(usage: JSON) -> Usage:
         audio_output=output.get("AUDIO", 0),
         image_input=prompt.get("IMAGE", 0),
     )
-
-
-def token_counts(fields: JSON) -> dict[str, int]:
-    return {key: max(0, number) for key, number in fields.items() if type(number) is int}
 
 
 def modality_tokens(usage: JSON, name: str) -> dict[str, int]:
@@ -5836,7 +5836,7 @@ STORED: JSON = {"parse": no_body, "keys": openai_keys}
 # To add an endpoint: a request, a response and perhaps a stream function above, and a row here.
 # The README's table needs a line too, and a test says so.
 OPENAI_ROUTES = (
-    Route("POST", "/v1/chat/completions", *CHAT_COMPLETIONS, keys=openai_keys),
+    Route("POST", "/v1/chat/completions", *CHAT_COMPLETIONS),
     Route("POST", "/v1/responses", *RESPONSES, failure=openai_responses_failure, keys=openai_keys),
     Route("GET", "/v1/responses", answer=NO_WEB_SOCKET),  # upon a 426 Codex uses POST from then on
     Route("POST", "/v1/responses/compact", *COMPACTION, keys=openai_keys),
@@ -8335,7 +8335,7 @@ class UpstreamSocket(io.RawIOBase):
     """A connection to Gemini as a raw file. Its socket never blocks: its waiter waits."""
 
     def __init__(self, sock: socket.socket, waiter: Waiter):
-        self.sock, self.waiter = sock, waiter
+        self.sock, self.waiter, self.poller = sock, waiter, Poller(sock)
         self.tls: ssl.SSLSocket | None = None  # the same socket, once it speaks TLS
         self.reused = False  # whether it was idle before this call: Gemini may have closed it
         self.received = False  # whether a byte of the answer to this call has come
@@ -8606,12 +8606,14 @@ class Pool(urllib.request.BaseHandler):
     def acquire(self, request: UpstreamRequest) -> UpstreamSocket:
         """The connection that was used last of those that are idle and still open, or a new one."""
         while self.idle and not request.fresh:
-            with contextlib.suppress(IndexError):  # another thread may be faster
+            try:
                 since, connection = self.idle.pop()
-                readable = Poller(connection.sock).wait(0)  # it is closed, or out of step
-                if not readable and time.monotonic() - since < IDLE_CONNECTION_SECONDS:
-                    return connection
-                connection.close()
+            except IndexError:  # another thread was faster
+                break
+            readable = connection.poller.wait(0)  # it is closed, or out of step
+            if not readable and time.monotonic() - since < IDLE_CONNECTION_SECONDS:
+                return connection
+            connection.close()
         return self.connect(request.waiter)
 
     def connect(self, waiter: Waiter) -> UpstreamSocket:
@@ -10269,6 +10271,7 @@ PIPE_BYTES = 4096  # that a pipe takes in one piece, if it takes anything (PIPE_
 MAX_LOG_PIECES = 4  # that one thread writes for others
 MAX_LOG_CHARACTERS = 4000  # of a log line, which is such a piece
 
+CONTENT_LENGTH = re.compile("[0-9]{1,15}")
 REQUEST_LINE = re.compile(rf"({HTTP_TOKEN}) ([^\x00-\x20\x7f]+) HTTP/1\.([0-9])\r\n".encode())
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # others are a 501
 # (authority, path, query), of the origin-form, the absolute-form or "*" (RFC 9112, section 3.2).
@@ -10314,9 +10317,10 @@ def write_waiting_lines() -> None:
         if not LOG_LINES or not LOG_LOCK.acquire(blocking=False):
             return
         try:
-            # An IndexError: the one that wrote has just taken them all.
-            with contextlib.suppress(OSError, ValueError, AttributeError, IndexError):
-                write_lines()
+            write_lines()
+        # An IndexError: the one that wrote has just taken them all.
+        except (OSError, ValueError, AttributeError, IndexError):
+            pass
         finally:
             LOG_LOCK.release()
 
@@ -10676,7 +10680,7 @@ def body_length(head: RequestHead) -> int | None:
         return None
     if length is None:
         return 0
-    if not re.fullmatch(r"[0-9]{1,15}", length):
+    if not CONTENT_LENGTH.fullmatch(length):
         raise ProxyError(400, "Content-Length is not a number.")
     return int(length)
 
@@ -11018,7 +11022,7 @@ class RequestCycle:
     def __init__(self, connection: Handler):
         self.connection, self.server = connection, connection.server
         self.began = self.first_byte = time.monotonic()  # first_byte: of the answer
-        self.seed = secrets.token_hex(12)  # of all ids in the answer
+        self.seed = os.urandom(12).hex()  # of all ids in the answer
         self.request_id = "req_" + self.seed
         self.head, self.key = RequestHead(), ""  # the key for Gemini
         _, self.protocol = MOUNTS[self.server.config.api][-1]  # until the path is known
@@ -11091,8 +11095,7 @@ class RequestCycle:
             route, params = find_route(api, method, path)
             self.route_name, self.key = route.name, upstream_key(head, path, server.config)
             request = ClientRequest(route.method, path, query, head.headers)
-            fields = dict(urllib.parse.parse_qsl(query))
-            context = server.context._replace(params=params, query=fields, request=request)
+            context = server.context._replace(params=params, request=request)
             exchanges = self.exchanges(route, *self.read_request(route, context))
             with contextlib.closing(exchanges):
                 self.answer(route, exchanges)
@@ -11156,7 +11159,6 @@ class RequestCycle:
         if isinstance(route.answer, Refusal):
             status, message, headers = route.answer
             raise ProxyError(status, message, headers=dict(headers))
-        body = no_body(b"", "")
         if route.parse and (
             self.connection.body_pending or self.head.method not in ("GET", "HEAD")
         ):
@@ -11165,6 +11167,8 @@ class RequestCycle:
                 self.recording.request.feed(raw)
             body = route.parse(raw, self.head.headers.get("content-type", ""))
             del raw  # it may be large
+        else:
+            body = Fields({})
         shelf = self.server.shelf(self.key)
         if context.ollama:
             loaded, recipes = self.server.loaded_by(self.key), shelf.recipes(body)

@@ -841,6 +841,11 @@ WEATHER, CLOCK = function("weather", city="string"), function("clock", city="str
 NO_CONTEXT = Context()
 
 
+def queried(query):
+    """A request with these fields in its query."""
+    return proxy.ClientRequest(query=urllib.parse.urlencode(query))
+
+
 def exchange(plan=None, context=NO_CONTEXT):
     """An exchange whose ids count up, at a time that stands still."""
     return Exchange(plan or proxy.Plan(model_name="m"), context, "", 1700000000.5)
@@ -4590,7 +4595,7 @@ def test_a_model_has_the_fields_of_openai_and_of_anthropic():
     ],
 )
 def test_the_list_of_models_has_pages_for_anthropics_clients(query, names, has_more):
-    one = models_exchange(MODEL_CONTEXT._replace(query=query))
+    one = models_exchange(MODEL_CONTEXT._replace(request=queried(query)))
     page = proxy.openai_models_response(one, map(iter, MODEL_ANSWERS))
     assert [entry["id"] for entry in page["data"]] == names
     ends = [None, None]
@@ -4602,7 +4607,7 @@ def test_the_list_of_models_has_pages_for_anthropics_clients(query, names, has_m
 @pytest.mark.parametrize("limit", ["0", "1001", "-1", "x", "9" * 5000])
 def test_a_page_has_between_one_and_a_thousand_models(limit):
     with pytest.raises(ProxyError) as caught:
-        one = models_exchange(MODEL_CONTEXT._replace(query={"limit": limit}))
+        one = models_exchange(MODEL_CONTEXT._replace(request=queried({"limit": limit})))
         proxy.openai_models_response(one, map(iter, MODEL_ANSWERS))
     assert (caught.value.status, caught.value.path) == (400, "limit")
 
@@ -4743,7 +4748,8 @@ def without(events, *keys):
 def stored_answer(path, notes, method="GET", **query):
     """What a route about a stored response answers."""
     route = openai_route(path, method)
-    context = looked_up(route, {}, Context(params={"id": "resp_1"}, query=query), notes)
+    context = Context(params={"id": "resp_1"}, request=queried(query))
+    context = looked_up(route, {}, context, notes)
     return whole_of(route, exchange(context=context), notes=notes)
 
 
@@ -6215,7 +6221,7 @@ def test_a_web_socket_is_refused_with_a_426_at_once(server):
 
 
 def test_codex_gets_a_list_of_models_of_its_own():
-    context = Context(query={"client_version": "0.171.0"})
+    context = Context(request=queried({"client_version": "0.171.0"}))
     answers = iter([iter([{"models": MODELS}])])
     listed = proxy.openai_models_response(exchange(proxy.Plan(), context), answers)
     assert listed["models"] == []
