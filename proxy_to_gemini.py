@@ -1767,7 +1767,10 @@ def stop_sequences(body: Fields, key: str = "stop") -> list[str]:
 # ---- functions and schemas ----
 
 COMBINATIONS = ("anyOf", "oneOf", "allOf", "additionalProperties")
-SUBSCHEMAS = (*COMBINATIONS, "items", "prefixItems", "contains", "not", "if", "then", "else")
+SUBSCHEMAS = (
+    *(*COMBINATIONS, "items", "prefixItems", "additionalItems", "contains"),
+    *("not", "if", "then", "else"),
+)
 NAMED_SUBSCHEMAS = ("properties", "$defs", "patternProperties", "dependentSchemas")
 OPEN_ENDED = ("$ref", *COMBINATIONS, "patternProperties")  # need no `properties` beside them
 
@@ -1778,6 +1781,7 @@ def gemini_schema(schema: Any) -> Any:
     Gemini has no `const`, no null in `enum`, allows nothing beside a `$ref`, and follows it only
     below `#/$defs/`; what it does not know it passes over:
     https://ai.google.dev/gemini-api/docs/structured-output#json-schema-support, recordings.
+    It refuses a list in `items`: https://github.com/fazer-ai/agents/pull/67
     """
     references: list[str] = []
     out = adapted_schema(schema, references)
@@ -1794,6 +1798,10 @@ def adapted_schema(schema: Any, references: list[str]) -> Any:
     out = mapped_schema(schema, lambda inner: adapted_schema(inner, references))
     for key in ("$schema", "strict", "definitions"):
         out.pop(key, None)
+    if isinstance(out.get("items"), list):  # a tuple, as drafts before 2020-12 spell it
+        out.update(given(prefixItems=out.pop("items")))
+        if "additionalItems" in out:
+            out["items"] = out.pop("additionalItems")
     if "const" in out:
         out["enum"] = [out.pop("const")]
     if isinstance(out.get("enum"), list) and None in out["enum"]:

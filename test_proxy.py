@@ -1915,6 +1915,15 @@ def test_empty_system_text_in_mid_conversation_says_nothing():
             {"anyOf": [{"const": "x"}, True], "additionalProperties": False},
             {"anyOf": [{"enum": ["x"]}, True], "additionalProperties": False},
         ),
+        (
+            {"items": [{"const": 1}, {}], "additionalItems": False, "minItems": 2},
+            {"prefixItems": [{"enum": [1]}, {}], "items": False, "minItems": 2},
+        ),
+        (
+            {"items": [{"type": "string"}], "additionalItems": {"const": 2}},
+            {"prefixItems": [{"type": "string"}], "items": {"enum": [2]}},
+        ),
+        ({"type": "array", "items": []}, {"type": "array"}),
     ],
 )
 def test_a_schema_keeps_its_meaning_and_is_not_changed_in_place(schema, geminis):
