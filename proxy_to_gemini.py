@@ -972,6 +972,7 @@ TRAITS: tuple[tuple[float, str, dict[str, Any]], ...] = (
     (math.inf, r".*embedding-00\d$", {"counts_vectors": False}),
     (math.inf, r"text-|textembedding", {"predicts": True}),
     (math.inf, r"gemma", {"system": False, "audio": False, "tools": False}),
+    (math.inf, r"gemma-[4-9]", {"max_output": 32768}),
     (math.inf, r".*(image|banana|tts|audio|live|lyria|omni)", NO_CHAT),
     (math.inf, r".*(robotics|computer-use|aqa|deep-research|antigravity)", NO_CHAT),
 )
@@ -3109,7 +3110,10 @@ def chat_call(chat: Chat, body: Fields) -> GeminiCall:
         chat = with_recipe(chat)
     model, system, tools = chat.model, chat.system, chat.tools
     config = {key: value for key, value in chat.sampling.items() if value is not None}
-    limit = config.get("maxOutputTokens")
+    limit = config.get("maxOutputTokens", 0)
+    if limit > model.max_output:  # a 400: https://github.com/stackblitz-labs/bolt.diy/issues/955
+        body.ignore(f"maxOutputTokens>{model.max_output}")
+        limit = config["maxOutputTokens"] = model.max_output
     config.update(given(thinkingConfig=thinking_config(chat.thinking, model, limit, body)))
     fields = chat.fields
     if tools.declared or tools.hosted:
@@ -6971,18 +6975,15 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
     tools = anthropic_tools(body)
     choice = anthropic_tool_choice(body, tools)
     output = body.object_or_empty("output_config")
-    sampling = anthropic_sampling(body, model)
+    sampling = anthropic_sampling(body)
     first_effort, schema = output.choice("effort", *EFFORTS), anthropic_schema(body, output)
     thinking = anthropic_thinking(body, effort or first_effort)
     chat = Chat(model, system, contents, tools, choice, thinking, sampling, schema, stream=stream)
     return Plan((chat_call(chat, body),), stream, model_name=model_name, chat=chat)
 
 
-def anthropic_sampling(body: Fields, model: Model) -> JSON:
+def anthropic_sampling(body: Fields) -> JSON:
     limit = body.number("max_tokens", 1, math.inf, int)
-    if limit and limit > model.max_output:
-        body.ignore(f"max_tokens>{model.max_output}")
-        limit = model.max_output
     temperature, top_p = body.number("temperature", 0, 2), body.number("top_p", 0, 1)
     top_k, stops = body.get("top_k", int), stop_sequences(body, "stop_sequences")
     return sampling_config(temperature, top_p, top_k, limit, stops=stops)

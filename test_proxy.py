@@ -287,6 +287,10 @@ def refused_sampling(model, config):
             "Multiple candidates is not enabled for this model",
         ),
         (config.get("maxOutputTokens", 1) < 1, "max_output_tokens must be positive."),
+        (
+            config.get("maxOutputTokens", 1) > (65536 if version >= 2.5 else 8192),
+            "Unable to submit request because it has a maxOutputTokens value that is too large.",
+        ),
         (not 0 <= config.get("temperature", 0) <= 2, "temperature must be within [0, 2]."),
         (
             not -(2**31) <= config.get("seed", 0) < 2**31,
@@ -2888,6 +2892,27 @@ def test_signatures_that_clients_and_other_proxies_kept_are_restored(signature, 
     part = body["contents"][1]["parts"][0]
     assert part["thoughtSignature"] == sign(signature)
     assert part["functionCall"]["id"] == "call_1"
+
+
+@pytest.mark.parametrize(
+    "model, most", [(NEWEST, 65536), ("gemini-2.0-flash", 8192), ("gemma-4-31b-it", 32768)]
+)
+@pytest.mark.parametrize(
+    "request_of, body",
+    [
+        (proxy.openai_chat_request, chat(max_tokens=128000)),
+        (proxy.openai_chat_request, chat(max_completion_tokens=128000)),
+        (proxy.openai_responses_request, {"input": "q", "max_output_tokens": 128000}),
+        (proxy.openai_completions_request, {"prompt": "q", "max_tokens": 128000}),
+        (proxy.ollama_chat_request, chat(options={"num_predict": 128000})),
+        (proxy.anthropic_messages_request, chat(max_tokens=128000)),
+    ],
+)
+def test_a_limit_above_a_models_own_is_the_models_own_and_named(request_of, body, model, most):
+    body = {**body, "model": model}
+    config = gemini_body(body, request=request_of)["generationConfig"]
+    assert config["maxOutputTokens"] == most
+    assert f"maxOutputTokens>{most}" in plan_and_ignored(body, request_of)[1]
 
 
 def test_tools_of_all_forms_become_declarations_once_each():
@@ -7571,7 +7596,7 @@ def test_a_message_goes_to_the_model_behind_the_alias():
 
 def test_what_a_message_loses_is_named_as_ignored():
     assert claude_ignored(MESSAGE) == [
-        "max_tokens>65536",
+        "maxOutputTokens>65536",
         "metadata",
         "system[].x-anthropic-billing-header",
     ]
