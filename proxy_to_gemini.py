@@ -3132,11 +3132,11 @@ def chat_call(chat: Chat, body: Fields) -> GeminiCall:
 def with_recipe(chat: Chat) -> Chat:
     """The chat with what its model's recipe puts before it, or sets where the client does not."""
     model, recipe, own = chat.model, chat.model.recipe, chat.system
-    system, contents = ollama_history(Fields({"messages": list(recipe.messages)}), model)
+    history = ollama_history(Fields({"messages": list(recipe.messages)}), model)
     if recipe.system and not any(map(has_content, own)):
         own = [text_part(recipe.system)]
     sampling = {**ollama_sampling(Fields(dict(recipe.options)), model), **chat.sampling}
-    system, contents = [*system, *own], [*contents, *chat.contents]
+    system, contents = [*history.system, *own], [*history.contents, *chat.contents]
     return chat._replace(system=system, contents=contents, sampling=sampling)
 
 
@@ -3263,17 +3263,29 @@ def no_file_store(part: Fields) -> None:
         raise invalid_value(part.path_of("file_id"), why + "data URL")
 
 
-def add_turn(role: str, parts: list[Part], system: list[Part], contents: list[JSON]) -> None:
-    """Add what one message says. What the system says after the first turn stays in its place: a
-    model obeys it there, and the beginning of the conversation does not change."""
-    if role in ("assistant", "model"):
-        contents.append(model_turn(*parts))
-    elif role not in ("system", "developer"):
-        contents.append(user_turn(*parts))
-    elif contents:
-        contents.append(system_turn(parts))
-    else:
-        system += parts
+class History:
+    """A conversation as a client's messages tell it, and what they set besides."""
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.system: list[Part] = []
+        self.contents: list[JSON] = []  # Gemini's turns
+        self.effort: str | None = None  # that the last message asks for which has one
+        self.tools: list[Fields] = []  # a response's input: the items that bring more tools
+        self.text: Fields | None = None  # the same, or the response itself: how to answer
+        self.limit: int | None = None  # of a response's tokens
+
+    def add(self, role: str, parts: list[Part]) -> None:
+        """Add what one message says. What the system says after the first turn stays in its place:
+        a model obeys it there, and the beginning of the conversation does not change."""
+        if role in ("assistant", "model"):
+            self.contents.append(model_turn(*parts))
+        elif role not in ("system", "developer"):
+            self.contents.append(user_turn(*parts))
+        elif self.contents:
+            self.contents.append(system_turn(parts))
+        else:
+            self.system += parts
 
 
 # ---- vectors ----
@@ -3415,7 +3427,7 @@ def openai_chat_history(body: Fields, model: Model, context: Context) -> History
     if not body.require("messages", list):
         problem = f"{EMPTY_ARRAY}, but got an empty array instead."
         raise wrong_value("messages", f"Invalid 'messages': {problem}")
-    history = History(model, context)
+    history = History(model)
     for message in body.objects("messages"):
         openai_turn(message, history)
     return history
@@ -3433,7 +3445,7 @@ def openai_turn(message: Fields, history: History) -> None:
         parts = openai_parts(message, "content", model)
     else:
         raise message.unknown_choice("role", role, OPENAI_ROLES)
-    add_turn(role, parts, history.system, history.contents)
+    history.add(role, parts)
 
 
 def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
@@ -4908,23 +4920,18 @@ def openai_error(error: ProxyError) -> tuple[int, JSON]:
 # ---- input items ----
 
 
-class History:
-    """A conversation as it grows: each input item adds what it says to these lists."""
+class ResponseHistory(History):
+    """A conversation as it grows: each input item adds what it says."""
 
     def __init__(self, model: Model, context: Context):
-        self.model, self.context = model, context
-        self.system: list[Part] = []
-        self.contents: list[JSON] = []
-        self.tools: list[Fields] = []  # the items that bring more tools
+        super().__init__(model)
+        self.context = context
         self.signatures: dict[str, str] = {}  # call id -> signature, from our own reasoning items
         self.stored: dict[str, dict[str, JSON]] = {}  # key of a response -> its items by id
         self.references: set[str] = set()  # the ids of items referred to
         self.summarized = 0  # turns up to the last summary, the last of them
-        self.effort: str | None = None  # of the last configuration_update that has one
-        self.text: Fields | None = None  # likewise, or the response's own
-        self.limit: int | None = None  # of the response's tokens
 
-    def add(self, item: Fields) -> None:
+    def add_item(self, item: Fields) -> None:
         """Add one item, by its type, which messages and references may leave out. One of a type
         that is not known is named as ignored."""
         data = item.data
@@ -5023,7 +5030,7 @@ class History:
         if entry is None or entry.get("type") == "item_reference":
             why = "it was not stored, or is forgotten. Send the item itself, or leave it out."
             raise ProxyError(404, f"Item with id '{item_id[:80]}' not found: {why}", path="input")
-        self.add(Fields(entry, item.path))
+        self.add_item(Fields(entry, item.path))
 
     def add_search(self, item: Fields) -> None:
         """A call of the client's search for tools."""
@@ -5083,21 +5090,25 @@ def is_users_own(turn: JSON) -> bool:
 # Codex's names for one, old and new (its protocol/src/models.rs).
 COMPACTIONS = ("compaction", "compaction_summary", "context_compaction")
 COMPACTION_TRIGGER = "compaction_trigger"
-INPUT_ITEMS: dict[str, Callable[[History, Fields], None]] = {
-    "message": History.add_message,
-    "reasoning": History.add_reasoning,
-    "item_reference": History.add_reference,
-    **dict.fromkeys(("function_call", "custom_tool_call"), History.add_call),
-    **dict.fromkeys(("function_call_output", "custom_tool_call_output"), History.add_output),
-    **dict.fromkeys((f"{name}_call" for name in LOCAL_TOOLS), History.add_local_call),
-    **dict.fromkeys((f"{name}_call_output" for name in LOCAL_TOOLS), History.add_local_output),
-    "image_generation_call": History.add_image,
-    **dict.fromkeys(("web_search_call", COMPACTION_TRIGGER), History.skip),
-    **dict.fromkeys(("additional_tools", "tool_search_output"), History.add_tools),
-    "tool_search_call": History.add_search,
-    **dict.fromkeys(COMPACTIONS, History.add_summary),
-    "agent_message": History.add_agent_message,
-    "configuration_update": History.add_update,
+INPUT_ITEMS: dict[str, Callable[[ResponseHistory, Fields], None]] = {
+    "message": ResponseHistory.add_message,
+    "reasoning": ResponseHistory.add_reasoning,
+    "item_reference": ResponseHistory.add_reference,
+    **dict.fromkeys(("function_call", "custom_tool_call"), ResponseHistory.add_call),
+    **dict.fromkeys(
+        ("function_call_output", "custom_tool_call_output"), ResponseHistory.add_output
+    ),
+    **dict.fromkeys((f"{name}_call" for name in LOCAL_TOOLS), ResponseHistory.add_local_call),
+    **dict.fromkeys(
+        (f"{name}_call_output" for name in LOCAL_TOOLS), ResponseHistory.add_local_output
+    ),
+    "image_generation_call": ResponseHistory.add_image,
+    **dict.fromkeys(("web_search_call", COMPACTION_TRIGGER), ResponseHistory.skip),
+    **dict.fromkeys(("additional_tools", "tool_search_output"), ResponseHistory.add_tools),
+    "tool_search_call": ResponseHistory.add_search,
+    **dict.fromkeys(COMPACTIONS, ResponseHistory.add_summary),
+    "agent_message": ResponseHistory.add_agent_message,
+    "configuration_update": ResponseHistory.add_update,
 }
 TEXT_SIGNATURE = ""  # the id of a text among those of the calls
 
@@ -5258,7 +5269,7 @@ def openai_responses_request(body: Fields, context: Context) -> Plan:
     return Plan(calls, chat.stream, options, model_name, chat=chat)
 
 
-def openai_history(body: Fields, model: Model, context: Context) -> History:
+def openai_history(body: Fields, model: Model, context: Context) -> ResponseHistory:
     """The conversation: the earlier responses without their instructions, and then the input."""
     for key, kinds in (("conversation", (str, dict)), ("prompt", (dict,))):
         if body.data.get(key) and type(body.data[key]) in kinds:
@@ -5269,16 +5280,16 @@ def openai_history(body: Fields, model: Model, context: Context) -> History:
     if not (content or instructions or previous):
         message = "Missing required parameter: 'input'."
         raise ProxyError(400, message, code="missing_required_parameter", path="input")
-    history = History(model, context)
+    history = ResponseHistory(model, context)
     if instructions:
         history.system.append(text_part(instructions))
     for i, item in enumerate(past_items(previous, context)):
-        history.add(Fields(item, f"previous_response_id[{i}]"))
+        history.add_item(Fields(item, f"previous_response_id[{i}]"))
     if isinstance(content, str):
         history.contents.append(user_turn(text_part(content)))
     else:
         for entry in body.objects("input"):
-            history.add(entry)
+            history.add_item(entry)
     history.text = history.text or body.object("text")
     history.limit = openai_limit(body, "max_output_tokens", context)
     return history
@@ -6034,15 +6045,13 @@ def ollama_chat_request(body: Fields, context: Context) -> Plan:
     model = model_named(model_name, context)
     if not body.get("messages", list):
         return ollama_load_plan(body, model_name, False)
-    system, contents = ollama_history(body, model)
-    chat = Chat(model, system, contents)
+    history = ollama_history(body, model)
+    chat = Chat(model, history.system, history.contents)
     return ollama_plan(body, model_name, chat, OllamaOptions(generate=False))
 
 
-def ollama_history(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
-    """(the system's parts, the turns)."""
-    system: list[Part] = []
-    contents: list[JSON] = []
+def ollama_history(body: Fields, model: Model) -> History:
+    history = History(model)
     for message in body.objects("messages"):
         role = (message.get("role", str) or "user").lower()
         if role == "tool":
@@ -6055,8 +6064,8 @@ def ollama_history(body: Fields, model: Model) -> tuple[list[Part], list[JSON]]:
         if role in ("assistant", "model"):
             message.mark_read("thinking")
             parts += map(openai_call_part, message.objects("tool_calls"))
-        add_turn(role, parts, system, contents)
-    return system, contents
+        history.add(role, parts)
+    return history
 
 
 def ollama_generate_request(body: Fields, context: Context) -> Plan:
@@ -6779,29 +6788,27 @@ BILLING_HEADER = "x-anthropic-billing-header:"
 ANTHROPIC_ROLES = ("user", "assistant", "system")
 
 
-def anthropic_turns(body: Fields, model: Model) -> tuple[list[Part], list[JSON], str | None]:
-    """(the system's parts, the turns, the effort that the last of the system's messages asks for).
-
-    https://platform.claude.com/docs/en/build-with-claude/effort-per-message
-    """
-    effort: str | None = None
+def anthropic_history(body: Fields, model: Model) -> History:
+    """The messages. One of the system's may set the effort of those that follow:
+    https://platform.claude.com/docs/en/build-with-claude/effort-per-message"""
+    history = History(model)
     parts = anthropic_parts(body, "system", model, "system")
     system = [part for part in parts if not part.get("text", "").startswith(BILLING_HEADER)]
+    history.add("system", system)
     if len(system) < len(parts):
         body.ignore("system[]." + BILLING_HEADER[:-1])
-    contents: list[JSON] = []
     for message in body.objects("messages"):
         role = message.require("role", str)
         if role not in ANTHROPIC_ROLES:
             raise message.unknown_choice("role", role, ANTHROPIC_ROLES)
         output = message.object("output_config") if role == "system" else None
         if output:
-            effort = output.choice("effort", *EFFORTS) or effort
+            history.effort = output.choice("effort", *EFFORTS) or history.effort
         else:
             message.require("content", str, list)
         parts = anthropic_parts(message, "content", model, role)
-        add_turn(role, parts, system, contents)
-    return system, contents, effort
+        history.add(role, parts)
+    return history
 
 
 # ---- tools ----
@@ -6971,14 +6978,15 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
         hint = 'send all of its messages, with thread {"type": "create"}.'
         message = f"No conversation is kept on this server: {hint}"
         raise ProxyError(404, message, code="thread_not_found", path="thread")
-    system, contents, effort = anthropic_turns(body, model)
+    history = anthropic_history(body, model)
     tools = anthropic_tools(body)
     choice = anthropic_tool_choice(body, tools)
     output = body.object_or_empty("output_config")
     sampling = anthropic_sampling(body)
     first_effort, schema = output.choice("effort", *EFFORTS), anthropic_schema(body, output)
-    thinking = anthropic_thinking(body, effort or first_effort)
-    chat = Chat(model, system, contents, tools, choice, thinking, sampling, schema, stream=stream)
+    thinking = anthropic_thinking(body, history.effort or first_effort)
+    question = model, history.system, history.contents, tools, choice, thinking, sampling, schema
+    chat = Chat(*question, stream=stream)
     return Plan((chat_call(chat, body),), stream, model_name=model_name, chat=chat)
 
 
