@@ -1561,7 +1561,7 @@ def valid_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     of Gemini's; most are in https://ai.google.dev/gemini-api/docs/function-calling.
     """
     turns: list[JSON] = []
-    for turn in merged_turns(contents):
+    for turn in merged_turns(reunited(merged_turns(contents))):
         if turn["role"] == "model":
             turns.append(turn)
         else:
@@ -1592,6 +1592,29 @@ def merged_turns(contents: Iterable[JSON]) -> list[JSON]:
         elif parts:
             turns.append({"role": content["role"], "parts": parts})
     return turns
+
+
+def reunited(turns: list[JSON]) -> list[JSON]:
+    """The turns with each call, by its id, in the last turn before its result: what goes on from a
+    stored response may repeat messages in between (semantic-kernel 1.45), or the calls themselves
+    (strands-agents 1.62). OpenAI takes both."""
+    waiting: dict[str, tuple[JSON, Part]] = {}  # by id, in these turns
+    moved: set[int] = set()
+    for before, turn in zip([user_turn(), *turns], turns):
+        for part in turn["parts"]:
+            call_id = part.get("functionCall", {}).get("id")
+            if call_id:
+                home, made = waiting.get(call_id, (turn, part))
+                if home is not turn and made["functionCall"] == part["functionCall"]:
+                    moved.add(id(made))
+                waiting[call_id] = turn, part
+            elif part.get("functionResponse", {}).get("id") in waiting:
+                home, made = waiting.pop(part["functionResponse"]["id"])
+                if home is not before:
+                    before["parts"].append({**made})
+                    moved.add(id(made))
+    staying = ([part for part in turn["parts"] if id(part) not in moved] for turn in turns)
+    return [{**turn, "parts": parts} for turn, parts in zip(turns, staying)]
 
 
 def with_unique_ids(parts: list[Part]) -> list[Part]:

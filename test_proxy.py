@@ -1785,6 +1785,33 @@ HISTORIES = {
             u(answer_to("f", {"output": "2"}, "1")),
         ],
     ),
+    "results after more turns": (
+        [u("q"), m("a", fc("f", "1"), fc("g", "2")), u("q"), m("a"), u(fr(None, "G", "2"), "b")],
+        [
+            u("q"),
+            m("a", fc("f", "1")),
+            u(answer_to("f", MISSING_RESULT, "1")),
+            u("q"),
+            m("a", fc("g", "2")),
+            u(answer_to("g", {"output": "G"}, "2")),
+            u("b"),
+        ],
+    ),
+    "a call that is repeated before its result": (
+        [u("q"), m(fc("f", "1")), u("q"), m("a", fc("f", "1")), u(fr(None, "F", "1"))],
+        [u("q", "q"), m("a", fc("f", "1")), u(answer_to("f", {"output": "F"}, "1"))],
+    ),
+    "another call with the id of one without a result": (
+        [u("q"), m(fc("f", "1")), u("q"), m(fc("g", "1")), u(fr(None, "G", "1"))],
+        [
+            u("q"),
+            m(fc("f", "1")),
+            u(answer_to("f", MISSING_RESULT, "1")),
+            u("q"),
+            m(fc("g", "1")),
+            u(answer_to("g", {"output": "G"}, "1")),
+        ],
+    ),
     "calls in messages of their own": (
         [u("q"), m(fc("f", "1")), m(fc("g", "2")), u(fr(None, "F", "1")), u(fr(None, "G", "2"))],
         [
