@@ -10764,8 +10764,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.body_pending = False  # whether the client may still be sending a body
         self.body_bytes = 0  # of the body that is read or answered just now
         self.answering = False  # whether a request was read whose answer is not at its end
-        self.server.handlers.add(self)
-        self.server.unstarted.discard(self.request)
+        self.server.connections[self.request] = self
 
     def handle_one_request(self) -> None:
         """Wait for a request, and answer it; the library does so until close_connection."""
@@ -10887,7 +10886,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 while time.monotonic() < deadline and self.connection.recv(1 << 16):
                     pass
         self.rfile.close()
-        self.server.handlers.discard(self)
 
 
 # ---- who may call ----
@@ -11958,8 +11956,7 @@ class Server(http.server.ThreadingHTTPServer):
             aliases = tuple((plain_name(name, True), *models) for name, *models in config.aliases)
             self.context = Context(aliases, ollama=True)
         self.loaded: dict[tuple[str, str], float] = {}  # by the prefix of a Shelf, and the name
-        self.handlers: set[Handler] = set()  # one for each connection
-        self.unstarted: set[socket.socket] = set()  # connections whose handler has not begun yet
+        self.connections: dict[socket.socket, Handler | None] = {}  # None: it has not begun yet
         self.draining, self.tidied = False, -math.inf
         self.listen(handed_over)
         self.host = str(self.server_address[0])
@@ -12070,7 +12067,7 @@ class Server(http.server.ThreadingHTTPServer):
         while not signals.should_stop():
             signals.ping_watchdog()
             event, seconds = READABLE, signals.poll_seconds
-            if len(self.handlers) >= self.max_connections:
+            if len(self.connections) >= self.max_connections:
                 event, seconds = 0, FULL_PAUSE_SECONDS
             poller.watch(self.socket, event)
             for fd in poller.wait(seconds):
@@ -12098,7 +12095,7 @@ class Server(http.server.ThreadingHTTPServer):
         """
         self.draining, deadline = True, time.monotonic() + DRAIN_NOTICE_SECONDS
         poller = Poller(self.socket)
-        while (self.handlers or self.unstarted) and time.monotonic() < deadline:
+        while self.connections and time.monotonic() < deadline:
             if poller.wait(0.01):
                 self.accept_pending()
         deadline += FINAL_SECONDS  # for clients that come back at once after each answer
@@ -12115,7 +12112,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Wait until no handler is busy, for so many seconds at most."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if not self.unstarted and not any(map(busy, list(self.handlers))):
+            handlers = list(self.connections.values())
+            if not any(handler is None or busy(handler) for handler in handlers):
                 return
             time.sleep(0.01)
 
@@ -12147,12 +12145,11 @@ class Server(http.server.ThreadingHTTPServer):
                 client, address = self.get_request()
             except OSError:
                 return
-            self.unstarted.add(client)
+            self.connections[client] = None
             try:
                 self.process_request(client, address)
             except RuntimeError as error:  # there can be no more threads
                 log(f"a client is turned away: {error}")
-                self.unstarted.discard(client)
                 self.shutdown_request(client)
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -12165,7 +12162,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def shutdown_request(self, request: Any) -> None:
-        self.unstarted.discard(request)  # also where its handler could not begin
+        self.connections.pop(request, None)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -12183,7 +12180,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def update_gauges(self) -> None:
         """Measure what there is just now."""
-        handlers = list(self.handlers)
+        handlers = list(filter(None, self.connections.values()))
         self.metrics.set("clients", len(handlers))
         self.metrics.set("in_flight", sum(handler.answering for handler in handlers))
         self.metrics.set("upstream_idle_connections", len(self.gemini.pool.idle))

@@ -12327,7 +12327,9 @@ def without_collector():
 
 def nothing_stays(server):
     """Whether no request is in memory any more, be it in use, in a cycle or in an error."""
-    return not server.handlers and not any(type(thing) in OWN_TYPES for thing in gc.get_objects())
+    return not server.connections and not any(
+        type(thing) in OWN_TYPES for thing in gc.get_objects()
+    )
 
 
 @pytest.mark.parametrize("body, answer", CHAT_ENDS.values(), ids=CHAT_ENDS)
