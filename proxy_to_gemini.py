@@ -1561,7 +1561,7 @@ def valid_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     of Gemini's; most are in https://ai.google.dev/gemini-api/docs/function-calling.
     """
     turns: list[JSON] = []
-    for turn in merged_turns(reunited(merged_turns(contents))):
+    for turn in reunited(merged_turns(contents)):
         if turn["role"] == "model":
             turns.append(turn)
         else:
@@ -1601,7 +1601,7 @@ def reunited(turns: list[JSON]) -> list[JSON]:
     waiting: dict[str, tuple[JSON, Part]] = {}  # by id, in these turns
     moved: set[int] = set()
     for before, turn in zip([user_turn(), *turns], turns):
-        for part in turn["parts"]:
+        for part in filter(CALLS_AND_RESULTS.intersection, turn["parts"]):
             call_id = part.get("functionCall", {}).get("id")
             if call_id:
                 home, made = waiting.get(call_id, (turn, part))
@@ -1613,8 +1613,10 @@ def reunited(turns: list[JSON]) -> list[JSON]:
                 if home is not before:
                     before["parts"].append({**made})
                     moved.add(id(made))
+    if not moved:
+        return turns
     staying = ([part for part in turn["parts"] if id(part) not in moved] for turn in turns)
-    return [{**turn, "parts": parts} for turn, parts in zip(turns, staying)]
+    return merged_turns({**turn, "parts": parts} for turn, parts in zip(turns, staying))
 
 
 def with_unique_ids(parts: list[Part]) -> list[Part]:
