@@ -4868,7 +4868,34 @@ def openai_model_entry(name: str, gemini_entry: JSON, context: Context) -> JSON:
         "lifecycle": "active",
         "max_input_tokens": get_or_empty(gemini_entry, "inputTokenLimit", int) or None,
         "max_tokens": get_or_empty(gemini_entry, "outputTokenLimit", int) or None,
+        "capabilities": anthropic_capabilities(gemini_entry),
     }
+
+
+def anthropic_capabilities(gemini_entry: JSON) -> JSON:
+    """What Anthropic's clients may ask of a model, under all keys that they know: Home Assistant's
+    integration sends images, PDFs, thinking and schemas to those models only that say so here."""
+    words = ollama_capabilities(gemini_entry)
+    sees, calls, thinks = (word in words for word in ("vision", "tools", "thinking"))
+    switches = supported(True, "between_tools", "disabled")
+    return {
+        **supported(False, "batch", "citations", "code_execution", "context_management"),
+        **supported(sees, "image_input"),
+        **supported(calls, "pdf_input", "structured_outputs"),
+        "effort": {"supported": thinks, **supported(thinks, *ANTHROPIC_EFFORTS)},
+        "server_tools": {"supported": calls, **supported(calls, "code_execution", "web_search")},
+        "thinking": {
+            "supported": thinks,
+            "types": {**supported(thinks, "adaptive", "enabled"), **switches},
+        },
+    }
+
+
+ANTHROPIC_EFFORTS = ("low", "medium", "high", "xhigh", "max")
+
+
+def supported(value: bool, *names: str) -> JSON:
+    return {name: {"supported": value} for name in names}
 
 
 def openai_models_response(exchange: Exchange, answers: AnswerStreams) -> JSON:

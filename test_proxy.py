@@ -4626,9 +4626,16 @@ def test_the_list_of_models_holds_what_can_chat_or_embed_and_aliases():
     assert [entry["id"] for entry in entries] == [FLASH, NEWEST, EMBEDDER, "gpt-4o"]
 
 
+YES, NO = {"supported": True}, {"supported": False}
+
+
+def listed_model(name):
+    one = models_exchange(MODEL_CONTEXT._replace(params={"model": name}))
+    return proxy.openai_model_response(one, map(iter, MODEL_ANSWERS))
+
+
 def test_a_model_has_the_fields_of_openai_and_of_anthropic():
-    one = models_exchange(MODEL_CONTEXT._replace(params={"model": FLASH}))
-    assert proxy.openai_model_response(one, map(iter, MODEL_ANSWERS)) == {
+    assert listed_model(FLASH) == {
         "id": FLASH,
         "object": "model",
         "created": proxy.GEMINI_OPENED,
@@ -4639,7 +4646,29 @@ def test_a_model_has_the_fields_of_openai_and_of_anthropic():
         "lifecycle": "active",
         "max_input_tokens": 1048576,
         "max_tokens": 65536,
+        "capabilities": {
+            "batch": NO,
+            "citations": NO,
+            "code_execution": NO,
+            "context_management": NO,
+            "image_input": YES,
+            "pdf_input": YES,
+            "structured_outputs": YES,
+            "effort": {**YES, "low": YES, "medium": YES, "high": YES, "xhigh": YES, "max": YES},
+            "server_tools": {**YES, "code_execution": YES, "web_search": YES},
+            "thinking": {
+                **YES,
+                "types": {"adaptive": YES, "between_tools": YES, "disabled": YES, "enabled": YES},
+            },
+        },
     }
+
+
+def test_a_model_for_vectors_neither_sees_nor_thinks():
+    capabilities = listed_model(EMBEDDER)["capabilities"]
+    assert capabilities["image_input"] == capabilities["structured_outputs"] == NO
+    assert capabilities["thinking"]["supported"] is capabilities["effort"]["supported"] is False
+    assert capabilities["thinking"]["types"]["enabled"] == NO
 
 
 @pytest.mark.parametrize(
