@@ -7455,7 +7455,8 @@ def path_pattern(path: str) -> Pattern[str]:
 OWN_PAGES = {"/": "GET", "/healthz": "GET", "/metrics": "GET", "/status": "GET", "/checks": "POST"}
 SLASHES, VERSIONS = re.compile("/{2,}"), re.compile(r"^(/v1(?:alpha|beta)?){2,}(?=/|$)")
 VERSIONED = re.compile(rf"/v1/|/({GEMINI_FOLDERS})(/|\Z)")
-GOOGLES_SDK = "x-goog-api-client"  # a header of its
+# Headers that the clients of some makers always send.
+GOOGLES_SDK, ANTHROPICS_CLIENTS = "x-goog-api-client", "anthropic-version"
 
 
 def route_path(path: str, api: str, headers: Mapping[str, str] = {}) -> str:
@@ -7470,8 +7471,11 @@ def route_path(path: str, api: str, headers: Mapping[str, str] = {}) -> str:
     return "/v1" + path
 
 
-def protocol_of(api: str, method: str, path: str) -> Protocol:
-    """The protocol that writes the errors at this path."""
+def protocol_of(api: str, method: str, path: str, headers: Mapping[str, str] = {}) -> Protocol:
+    """The protocol that writes the errors at this path. Clients of Anthropic's share `/v1/models`
+    with those of OpenAI's."""
+    if ANTHROPICS_CLIENTS in headers and path.startswith("/v1/"):
+        return ANTHROPIC
     request = f"{method} {path}"
     return next(protocol for pattern, protocol in MOUNTS[api] if pattern.match(request))
 
@@ -11147,7 +11151,7 @@ class RequestCycle:
             raise ProxyError(400, "The target of this request is no path.")
         authority, target, query = match.groups()
         path = route_path(target, api, head.headers)
-        self.protocol = protocol_of(api, method, path)
+        self.protocol = protocol_of(api, method, path, head.headers)
         if authority and head.headers.setdefault("host", authority).lower() != authority.lower():
             raise ProxyError(400, "The target of this request names another server than its Host.")
         head.length = body_length(head)  # ambiguous framing is a 400 whatever the path

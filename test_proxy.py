@@ -13045,6 +13045,19 @@ def test_errors_of_anthropics_paths_have_its_form(gemini, api, path):
 
 
 @pytest.mark.parametrize("api", sorted(proxy.MOUNTS))
+@pytest.mark.parametrize("path", ["/v1/models/none", "/v1/files"])
+def test_errors_of_paths_that_anthropics_clients_share_have_its_form_for_them(gemini, api, path):
+    with serving(gemini.url, api) as server, RawClient(server) as client:
+        version = {"anthropic-version": "2023-06-01"}
+        status, headers, data = client.request("GET", path, **version)
+        shared, _, _ = client.request("GET", path)
+    error = json.loads(data)
+    assert (error["type"], error["error"]["type"]) == ("error", "not_found_error")
+    assert error["request_id"] == headers["request-id"]
+    assert status == shared == 404
+
+
+@pytest.mark.parametrize("api", sorted(proxy.MOUNTS))
 def test_tokens_of_a_message_are_counted_with_either_api(gemini, api):
     with serving(gemini.url, api) as server:
         counted = post_json(server, "/v1/messages/count_tokens", claude_chat())
