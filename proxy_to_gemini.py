@@ -835,10 +835,6 @@ class Levels(NamedTuple):
         enough = (name for name in self.names if EFFORTS.index(name.lower()) >= lowest)
         return {"thinkingLevel": next(enough, self.names[-1])}
 
-    def disabled(self, config: JSON) -> bool:
-        """Whether the model does not think with this: at each level it does."""
-        return False
-
 
 class Budget(NamedTuple):
     """A model that thinks by budget, in tokens."""
@@ -853,9 +849,6 @@ class Budget(NamedTuple):
         if tokens is None or (tokens == 0 and self.stops):
             return given(thinkingBudget=tokens)
         return {"thinkingBudget": min(max(tokens, self.low), self.high)}
-
-    def disabled(self, config: JSON) -> bool:
-        return config.get("thinkingBudget") == 0
 
 
 NEWEST = 99.0  # the generation of a name that does not say it
@@ -1731,7 +1724,7 @@ def thinking_config(thinking: Thinking, model: Model, limit: int | None, body: F
     no_effect = client_effort is not None
     if model.thinking is not None:
         config = model.thinking.config(effort, thinking.budget)
-        no_effect = client_effort == "none" and not model.thinking.disabled(config)
+        no_effect = client_effort == "none" and config.get("thinkingBudget") != 0
         if thinking.show and effort != "none":
             config["includeThoughts"] = True
     if thinking.field and no_effect:
@@ -3658,11 +3651,7 @@ CUSTOM_SCHEMA = object_schema([CUSTOM_INPUT], **{CUSTOM_INPUT: CUSTOM_TEXT})
 
 
 def openai_function(
-    function: Fields,
-    tools: Tools,
-    custom: bool = False,
-    namespace: str = "",
-    note: str = "",
+    function: Fields, tools: Tools, custom: bool = False, namespace: str = "", note: str = ""
 ) -> None:
     """Declare one function; `note` describes its namespace."""
     name = qualified_name(namespace, function.require_text("name"))
@@ -4658,13 +4647,8 @@ TIMED_SCHEMA = object_schema(
 )
 
 
-def openai_translations_request(body: Fields, context: Context) -> Plan:
-    """Translations: https://platform.openai.com/docs/api-reference/audio/createTranslation"""
-    return openai_transcriptions_request(body, context, "translate")
-
-
 def openai_transcriptions_request(body: Fields, context: Context, task: str = "transcribe") -> Plan:
-    """Transcriptions: https://platform.openai.com/docs/api-reference/audio/createTranscription"""
+    """Transcriptions and translations: https://platform.openai.com/docs/api-reference/audio"""
     model_name = body.require("model", str)
     model = model_named(model_name, context, "transcript")
     recording = openai_recording(body)
@@ -5221,11 +5205,6 @@ def response_keys(request: JSON) -> list[str]:
     ids = [item.get("id") for item in objects if item.get("type") in (None, "item_reference")]
     keys = [reference_key(item_id) for item_id in ids if type(item_id) is str]
     return [*keys, RESPONSE_PREFIX + previous] if type(previous) is str else keys
-
-
-def stored_links(key: str, text: str) -> list[str]:
-    """The keys to which a stored text leads: those of other responses."""
-    return response_keys(json.loads(text)) if text and key.startswith(RESPONSE_PREFIX) else []
 
 
 def stored_response(key: str, context: Context) -> JSON | None:
@@ -5905,7 +5884,7 @@ EDITS = (openai_edits_request, *IMAGE_ANSWERS)
 SPEECH = (openai_speech_request, openai_speech_response, openai_speech_stream)
 TRANSCRIPTS = (openai_transcriptions_response, openai_transcriptions_stream)
 TRANSCRIPTIONS = (openai_transcriptions_request, *TRANSCRIPTS)
-TRANSLATIONS = (openai_translations_request, *TRANSCRIPTS)
+TRANSLATIONS = (functools.partial(openai_transcriptions_request, task="translate"), *TRANSCRIPTS)
 STORED: JSON = {"parse": no_body, "keys": openai_keys}
 
 # To add an endpoint: a request, a response and perhaps a stream function above, and a row here.
@@ -6702,11 +6681,11 @@ OLLAMA = Protocol("ollama", OLLAMA_ROUTES, ollama_error)
 
 # ---- content blocks ----
 
+TOOL_CHANGES = ("tool_addition", "tool_removal")
 BLOCK_ROLES = {  # who may send them
     "tool_use": "assistant",
     "tool_result": "user",
-    "tool_addition": "system",
-    "tool_removal": "system",
+    **dict.fromkeys(TOOL_CHANGES, "system"),
 }
 
 
@@ -6771,9 +6750,10 @@ def anthropic_result_part(block: Fields, model: Model) -> list[Part]:
     return [result_part(None, parts, call_id, bool(block.get("is_error", bool)))]
 
 
-def anthropic_thought(block: Fields, model: Model) -> list[Part]:
-    """Thoughts are not sent to Gemini; anthropic_parts takes the signature of their block."""
-    block.mark_read("thinking", "signature", "data")
+def anthropic_no_parts(block: Fields, model: Model) -> list[Part]:
+    """Thoughts are not sent to Gemini: anthropic_parts takes the signature of their block. Nor is a
+    change of the tools, which anthropic_tools reads."""
+    block.mark_read("thinking", "signature", "data", "tool")
     return []
 
 
@@ -6781,12 +6761,6 @@ def anthropic_summary_parts(block: Fields, model: Model) -> list[Part]:
     """The summary that Anthropic's servers wrote of all that was before; null where they failed."""
     block.mark_read("encrypted_content", "signature")
     return [text_part(SUMMARY_HEAD + text) for text in filter(None, [block.get("content", str)])]
-
-
-def anthropic_change(block: Fields, model: Model) -> list[Part]:
-    """A change of the tools, which anthropic_tools reads."""
-    block.mark_read("tool")
-    return []
 
 
 ANTHROPIC_BLOCKS: dict[str, Callable[[Fields, Model], list[Part]]] = {
@@ -6797,11 +6771,8 @@ ANTHROPIC_BLOCKS: dict[str, Callable[[Fields, Model], list[Part]]] = {
     "tool_reference": anthropic_reference_part,
     "tool_use": anthropic_call_part,
     "tool_result": anthropic_result_part,
-    "thinking": anthropic_thought,
-    "redacted_thinking": anthropic_thought,
     "compaction": anthropic_summary_parts,
-    "tool_addition": anthropic_change,
-    "tool_removal": anthropic_change,
+    **dict.fromkeys(("thinking", "redacted_thinking", *TOOL_CHANGES), anthropic_no_parts),
 }
 
 
@@ -6983,7 +6954,7 @@ def tool_changes(body: Fields) -> Iterator[Fields]:
     for i, message in enumerate(body.data["messages"]):
         if message["role"] == "system" and isinstance(message.get("content"), list):
             for block in Fields(message, f"messages[{i}]").objects("content"):
-                if ANTHROPIC_BLOCKS.get(block.data["type"]) is anthropic_change:
+                if block.data["type"] in TOOL_CHANGES:
                     yield block
 
 
@@ -7280,15 +7251,9 @@ def anthropic_error(error: ProxyError) -> tuple[int, JSON]:
 
 
 PINGED_SSE = NAMED_SSE._replace(keep_alive=lambda exchange: encode_named_sse({"type": "ping"}))
+MESSAGES = (anthropic_messages_request, anthropic_messages_response, anthropic_messages_stream)
 ANTHROPIC_ROUTES = (
-    Route(
-        "POST",
-        "/v1/messages",
-        anthropic_messages_request,
-        anthropic_messages_response,
-        anthropic_messages_stream,
-        PINGED_SSE,
-    ),
+    Route("POST", "/v1/messages", *MESSAGES, PINGED_SSE),
     Route("POST", "/v1/messages/count_tokens", anthropic_count_request, anthropic_count_response),
 )
 ANTHROPIC = Protocol("anthropic", ANTHROPIC_ROUTES, anthropic_error, ("request-id",))
@@ -8655,8 +8620,10 @@ class Pool(urllib.request.BaseHandler):
         target, headers, body = request.selector, dict(request.header_items()), request.body
         if isinstance(body, bytes):
             headers["Content-Length"] = str(len(body))
+        elif body is not None and body.length is None:
+            headers["Transfer-Encoding"] = "chunked"
         elif body is not None:
-            headers.update(stream_headers(body))
+            headers["Content-Length"] = str(body.length)
         if self.proxy and not self.context:  # a proxy for plain HTTP wants the whole URL
             target = f"http://{self.authority}{target}"
             headers.update(self.proxy[2])
@@ -8741,12 +8708,6 @@ class Pool(urllib.request.BaseHandler):
         with contextlib.suppress(IndexError):
             while time.monotonic() - self.idle[0][0] > IDLE_CONNECTION_SECONDS:
                 self.drop_oldest()
-
-
-def stream_headers(body: BodyStream) -> dict[str, str]:
-    if body.length is None:
-        return {"Transfer-Encoding": "chunked"}
-    return {"Content-Length": str(body.length)}
 
 
 def request_head(method: str, target: str, host: str, headers: dict[str, str]) -> bytes:
@@ -9656,7 +9617,8 @@ class Shelf(NamedTuple):
             if key not in texts:
                 texts[key] = self.get(key)
                 reserve(len(texts[key]))
-                pending += stored_links(key, texts[key])
+                if texts[key] and key.startswith(RESPONSE_PREFIX):
+                    pending += response_keys(json.loads(texts[key]))
         return texts
 
     def get(self, key: str) -> str:
@@ -9726,6 +9688,7 @@ KEY_HEADERS = ("X-goog-api-key", "Authorization")  # of a call to Gemini, as url
 SECRET_HEADER = re.compile(
     "auth|key|token|secret|cookie|passw|credential|jwt|assertion|uploadid", re.I
 )
+is_secret_header = functools.lru_cache(maxsize=1024)(SECRET_HEADER.search)
 SECRET_NAMES = {  # of fields, in lower case
     "headers",  # of an MCP server: any of them may be a secret
     *("authorization", "proxy-authorization", "authorization_token", "authorizationtoken"),
@@ -9739,9 +9702,7 @@ SECRET_NAMES = {  # of fields, in lower case
 QUERY_NAMES = "key|token|ticket|upload_id|secret|signature|password"
 SECRET_QUERY_NAME = re.compile(f"{QUERY_NAMES}|^sig$", re.I)
 QUERY_SECRET = re.compile(
-    rf"((?:[?&;]|\\u0026|%26)(?:[\w.-]*(?:{QUERY_NAMES})|sig)=)"
-    r"[^\s\"\\&#]+",
-    re.I,
+    rf"((?:[?&;]|\\u0026|%26)(?:[\w.-]*(?:{QUERY_NAMES})|sig)=)[^\s\"\\&#]+", re.I
 )
 # What is in a text with such secrets; the secret, after what stays.
 SECRET_SHAPES = {
@@ -9804,11 +9765,6 @@ def mask_field(pieces: list[str], i: int) -> int:
 def backslashes(piece: str) -> int:
     """How many are at the end."""
     return len(piece) - len(piece.rstrip("\\"))
-
-
-@functools.lru_cache(maxsize=1024)
-def is_secret_header(name: str) -> bool:
-    return SECRET_HEADER.search(name) is not None
 
 
 def masked_query(url: str) -> str:
@@ -11028,9 +10984,9 @@ def with_own_address(answer: AnswerHead, head: RequestHead, config: Config) -> A
         except ValueError:
             raise invalid_answer(f"{name} is no address") from None
         if PASSED_TARGET.fullmatch(url.path):
-            upload_id, (query, _) = (
+            upload_id, query = (
                 query_fields(headers[name]).get("upload_id"),
-                kept_query(url.query),
+                kept_query(url.query)[0],
             )
             if upload_id and config.proxy_key:
                 query += f"&{UPLOAD_TICKET}={ticket_for(upload_id, config)}"
@@ -11173,16 +11129,26 @@ class RequestCycle:
 
     def own_page(self, path: str) -> tuple[int, Any, Mapping[str, str]]:
         """(status, answer, headers) of one of OWN_PAGES."""
-        server, head = self.server, self.head
+        server, config = self.server, self.server.config
         if path in ("/status", "/checks"):
-            self.key = upstream_key(head, path, server.config)
+            self.key = upstream_key(self.head, path, config)
         if path == "/status":
             return 200, server.state_for(self.key), NOT_STORED
         if path == "/checks":
             return 200, self.checks(), NOT_STORED
-        if path == "/" and accepts_page(head.headers.get("accept", "")):
-            return page_for_people(server.config)
-        return *server.text_page(path), {}
+        if path == "/metrics":
+            server.update_gauges()
+            return 200, server.metrics.page(config), {}
+        if path == "/healthz" and server.draining:
+            return 503, Payload(b"ending"), {}
+        if path == "/healthz":
+            return 200, Payload(b"ok"), {}
+        if accepts_page(self.head.headers.get("accept", "")):
+            return page_for_people(config)
+        text = f"You are running proxy-to-gemini at {server.url}; api = {config.api}\n"
+        if config.api == "ollama":
+            text = "Ollama is running"
+        return 200, Payload(text.encode()), {}
 
     def checks(self) -> list[JSON]:
         """What -check tells of the way to Gemini. It costs an answer, so there is one at a time."""
@@ -11593,80 +11559,40 @@ class RequestCycle:
 
 # ---- the page for people ----
 
-# (client, -api, line to paste): the README's table, with this server's address as "{url}", as
+# Client | -api | line to paste: the README's table, with this server's address as "{url}", as
 # "{address}" without "http://", and as "{host}" and "{port}".
-CLIENTS = (
-    (
-        "OpenAI's libraries and programs built on them",
-        "either",
-        "`OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=any`",
-    ),
-    ("Anthropic's libraries", "either", "`ANTHROPIC_BASE_URL={url} ANTHROPIC_API_KEY=any`"),
-    ("Google's libraries", "either", "`GOOGLE_GEMINI_BASE_URL={url} GEMINI_API_KEY=any`"),
-    (
-        "Codex CLI",
-        "either",
-        (
-            "`codex -c model_provider=gemini -c "
-            '\'model_providers.gemini={name="Gemini",base_url="{url}/v1"}\'`'
-        ),
-    ),
-    ("Claude Code", "either", "`ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=any claude`"),
-    (
-        "Gemini CLI",
-        "either",
-        (
-            '`GOOGLE_GEMINI_BASE_URL={url} GEMINI_API_KEY=any gemini`, then "Use Gemini API key" '
-            '(for `gemini -p`: `{"security": {"auth": {"selectedType": "gemini-api-key"}}}` in '
-            "`~/.gemini/settings.json`)"
-        ),
-    ),
-    (
-        "aider",
-        "either",
-        "`OPENAI_API_BASE={url}/v1 OPENAI_API_KEY=any aider --model openai/gemini-3.8-flash`",
-    ),
-    (
-        "Cline, Roo Code",
-        "either",
-        "API Provider > OpenAI Compatible: Base URL `{url}/v1`, model `gemini-3.8-flash`",
-    ),
-    ("Ollama's CLI and libraries", "ollama", "`OLLAMA_HOST={address}`"),
-    ("Open WebUI", "ollama", "Admin Panel > Settings > Connections > Ollama API: `{url}`"),
-    (
-        "VS Code Copilot Chat",
-        "ollama",
-        '`"github.copilot.chat.byok.ollamaEndpoint": "{url}"`, then Manage Models > Ollama',
-    ),
-    (
-        "Home Assistant",
-        "ollama",
-        (
-            "Settings > Devices & services > Add integration > Ollama: `http://{host}:{port}`; on "
-            "the server `-listen=:{port}` and `PROXY_API_KEY`, which is the integration's key"
-        ),
-    ),
-    ("Zed", "ollama", '`"language_models": {"ollama": {"api_url": "{url}"}}`'),
-    (
-        "JetBrains AI Assistant",
-        "ollama",
-        "Settings > Tools > AI Assistant > Models > Ollama: `{url}`",
-    ),
-    ("Continue", "ollama", "in `config.yaml`: `provider: ollama`, `apiBase: {url}`"),
-    ("LangChain", "ollama", '`ChatOllama(model="gemini-3.8-flash", base_url="{url}")`'),
-    ("LiteLLM", "ollama", '`model="ollama_chat/gemini-3.8-flash", api_base="{url}"`'),
-    ("n8n", "ollama", "credential Ollama account: Base URL `{url}`"),
-    (
-        "Page Assist",
-        "ollama",
-        "Settings > Ollama > URL `{url}`; on the server `-origins=chrome-extension://ID`",
-    ),
-    (
-        "Xcode",
-        "ollama",
-        "Settings > Intelligence > Add a Model Provider > Locally Hosted, port {port}",
-    ),
-)
+CLIENT_ROWS = """\
+OpenAI's libraries and programs built on them | either \
+| `OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=any`
+Anthropic's libraries | either | `ANTHROPIC_BASE_URL={url} ANTHROPIC_API_KEY=any`
+Google's libraries | either | `GOOGLE_GEMINI_BASE_URL={url} GEMINI_API_KEY=any`
+Codex CLI | either | `codex -c model_provider=gemini -c \
+'model_providers.gemini={name="Gemini",base_url="{url}/v1"}'`
+Claude Code | either | `ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=any claude`
+Gemini CLI | either | `GOOGLE_GEMINI_BASE_URL={url} GEMINI_API_KEY=any gemini`, then "Use Gemini \
+API key" (for `gemini -p`: `{"security": {"auth": {"selectedType": "gemini-api-key"}}}` in \
+`~/.gemini/settings.json`)
+aider | either | `OPENAI_API_BASE={url}/v1 OPENAI_API_KEY=any aider --model openai/gemini-3.8-flash`
+Cline, Roo Code | either | API Provider > OpenAI Compatible: Base URL `{url}/v1`, model \
+`gemini-3.8-flash`
+Ollama's CLI and libraries | ollama | `OLLAMA_HOST={address}`
+Open WebUI | ollama | Admin Panel > Settings > Connections > Ollama API: `{url}`
+VS Code Copilot Chat | ollama | `"github.copilot.chat.byok.ollamaEndpoint": "{url}"`, then Manage \
+Models > Ollama
+Home Assistant | ollama | Settings > Devices & services > Add integration > Ollama: \
+`http://{host}:{port}`; on the server `-listen=:{port}` and `PROXY_API_KEY`, which is the \
+integration's key
+Zed | ollama | `"language_models": {"ollama": {"api_url": "{url}"}}`
+JetBrains AI Assistant | ollama | Settings > Tools > AI Assistant > Models > Ollama: `{url}`
+Continue | ollama | in `config.yaml`: `provider: ollama`, `apiBase: {url}`
+LangChain | ollama | `ChatOllama(model="gemini-3.8-flash", base_url="{url}")`
+LiteLLM | ollama | `model="ollama_chat/gemini-3.8-flash", api_base="{url}"`
+n8n | ollama | credential Ollama account: Base URL `{url}`
+Page Assist | ollama | Settings > Ollama > URL `{url}`; on the server \
+`-origins=chrome-extension://ID`
+Xcode | ollama | Settings > Intelligence > Add a Model Provider > Locally Hosted, port {port}
+"""
+CLIENTS = [row.split(" | ") for row in CLIENT_ROWS.splitlines()]
 NOT_STORED = {"Cache-Control": "no-store"}
 KEY_FIELD = """<p><label>{}<br>
 <input name="{}" type="password" autocomplete="off" required pattern="[!-~]+"></label></p>"""
@@ -11921,16 +11847,10 @@ byId("prompt").addEventListener("keydown", (event) => {
 });
 </script></body></html>
 """
-PAGE_POLICY = "; ".join(
-    (
-        "default-src 'none'",
-        "script-src 'nonce-NONCE'",
-        "style-src 'nonce-NONCE'",
-        "connect-src 'self'",
-        "img-src data:",
-        *("base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
-        *("require-trusted-types-for 'script'", "trusted-types 'none'"),
-    )
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 
 
@@ -12049,20 +11969,6 @@ class Server(http.server.ThreadingHTTPServer):
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.server_port}"
-
-    def text_page(self, path: str) -> tuple[int, Payload]:
-        """(status, page) of one of OWN_PAGES that is a text."""
-        if path == "/metrics":
-            self.update_gauges()
-            return 200, self.metrics.page(self.config)
-        if path == "/healthz" and self.draining:
-            return 503, Payload(b"ending")
-        if path == "/healthz":
-            return 200, Payload(b"ok")
-        if self.config.api == "ollama":
-            return 200, Payload(b"Ollama is running")
-        text = f"You are running proxy-to-gemini at {self.url}; api = {self.config.api}\n"
-        return 200, Payload(text.encode())
 
     def state_for(self, key: str) -> JSON:
         """What the page for people shows. With -client-keys, each sees the requests of its own."""
