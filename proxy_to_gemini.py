@@ -1597,15 +1597,15 @@ def reunited(turns: list[JSON]) -> list[JSON]:
         for part in filter(CALLS_AND_RESULTS.intersection, turn["parts"]):
             call_id = part.get("functionCall", {}).get("id")
             if call_id:
-                home, made = waiting.get(call_id, (turn, part))
-                if home is not turn and made["functionCall"] == part["functionCall"]:
-                    moved.add(id(made))
+                home, call = waiting.get(call_id, (turn, part))
+                if home is not turn and call["functionCall"] == part["functionCall"]:
+                    moved.add(id(call))
                 waiting[call_id] = turn, part
             elif part.get("functionResponse", {}).get("id") in waiting:
-                home, made = waiting.pop(part["functionResponse"]["id"])
+                home, call = waiting.pop(part["functionResponse"]["id"])
                 if home is not before:
-                    before["parts"].append({**made})
-                    moved.add(id(made))
+                    before["parts"].append({**call})
+                    moved.add(id(call))
     if not moved:
         return turns
     staying = ([part for part in turn["parts"] if id(part) not in moved] for turn in turns)
