@@ -2444,11 +2444,13 @@ def repaired(call: GeminiCall, message: str) -> tuple[GeminiCall | None, list[st
 
 
 def canonical(value: Any) -> Any:
-    """A value whose JSON is the same whoever wrote it: some clients turn 1.0 into 1."""
+    """A value whose JSON is the same whoever wrote it: some clients turn 1.0 into 1, and Home
+    Assistant's Ollama integration leaves out arguments that are null or empty texts."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, dict):
-        return {key: canonical(inner) for key, inner in value.items()}
+        full = {key: inner for key, inner in value.items() if inner not in (None, "")}
+        return {key: canonical(inner) for key, inner in full.items()}
     if isinstance(value, list):
         return [canonical(item) for item in value]
     return value

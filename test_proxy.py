@@ -2285,6 +2285,8 @@ def digest_of(*contents, call=("f", {"a": 1, "b": [2]}), system="", scope="key")
 
 def test_a_digest_is_the_same_however_a_client_writes_the_arguments():
     assert digest_of(u("q"), call=("f", {"b": [2.0], "a": 1})) == digest_of(u("q"))
+    with_empty_ones = {"a": 1, "b": [2], "c": None, "d": ""}
+    assert digest_of(u("q"), call=("f", with_empty_ones)) == digest_of(u("q"))
 
 
 @pytest.mark.parametrize(
