@@ -2406,6 +2406,8 @@ REPAIRS = (
     (r"\btop_?p\b", without("topP", "top_p")),
     (r"\btop_?k\b", without("topK", "top_k")),
     (r"\bseed\b", without("seed")),
+    # https://github.com/stackblitz-labs/bolt.diy/issues/955: more than a model can write
+    (r"max_?output_?tokens value", without("maxOutputTokens", "max_tokens")),
     (r"\bstop(_?sequences?| sequences?)?\b", without("stopSequences", "stop")),
     (r"service.?tier", without("serviceTier")),
     (r"media.?resolution", lambda call: drop_field(call.parts(), "mediaResolution", "detail")),

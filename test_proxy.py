@@ -433,10 +433,10 @@ def default_answer(path, body):
 
 def call_of(declaration):
     """A call of this function, with a value for each of its properties."""
-    properties = declaration.get("parametersJsonSchema", {}).get("properties", {})
-    args = {
-        name: "Oslo" if schema.get("type") == "string" else 1 for name, schema in properties.items()
-    }
+    args = {}
+    for name, schema in declaration.get("parametersJsonSchema", {}).get("properties", {}).items():
+        text = schema is not True and schema.get("type") == "string"  # true: of any type
+        args[name] = "Oslo" if text else 1
     return call(declaration["name"], args, "stand-in")
 
 
@@ -2157,16 +2157,20 @@ def test_remote_mcp_servers_that_are_refused_are_left_out_and_named(mixed):
         ("topP", 0.5, "top_p", "topP is not supported"),
         ("topK", 3, "top_k", "Unsupported parameter: top_k"),
         ("seed", 7, "seed", "seed is not supported for this model"),
+        (
+            *("maxOutputTokens", 65536, "max_tokens"),
+            "it has a maxOutputTokens value of 65536 but the supported range is from 1 to 32768",
+        ),
         ("stopSequences", ["x"], "stop", "stop_sequences is not supported"),
         ("stopSequences", ["x"], "stop", "Stop sequences are not enabled for this model"),
     ],
 )
 def test_a_sampling_setting_that_a_model_refuses_is_left_out_and_named(key, value, name, message):
-    config = {"maxOutputTokens": 9, key: value}
+    config = {"responseMimeType": "text/plain", key: value}
     call = proxy.generate_call(proxy.model_of(NEWEST), False, [], [u("q")], config)
     second, names = proxy.repaired(call, message)
     assert names == [name]
-    assert second.body["generationConfig"] == {"maxOutputTokens": 9}
+    assert second.body["generationConfig"] == {"responseMimeType": "text/plain"}
     assert proxy.repaired(second, message) == (None, [])
 
 
