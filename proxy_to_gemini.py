@@ -1521,6 +1521,7 @@ def gemini_name(name: str) -> str:
 CALLS_AND_RESULTS = {"functionCall", "functionResponse"}
 GO_ON = "Continue."  # the turn after what the model is to carry on, where it does not by itself
 NO_RESULT = {"response": {"error": "There is no result: the call was interrupted."}}
+JOINED_RESULT = {"response": {"output": "See the first call's result: it may stand for several."}}
 
 
 def user_turn(*parts: Part) -> JSON:
@@ -1667,7 +1668,7 @@ def tool_result(call: JSON, result: JSON, model: Model) -> Part:
 
 
 def match_results(calls: list[JSON], results: list[JSON]) -> list[JSON]:
-    """The result of each call, or NO_RESULT: by id, else by name, else by order."""
+    """The result of each call, or words in its place: by id, else by name, else by order."""
     call_ids = {call["id"] for call in calls if "id" in call}
     waiting: dict[tuple[str, str], collections.deque[JSON]]
     waiting = collections.defaultdict(collections.deque)
@@ -1680,6 +1681,10 @@ def match_results(calls: list[JSON], results: list[JSON]) -> list[JSON]:
         elif "id" in result:
             key = ("unknown id", "")
         waiting[key].append(result)
+    missing = NO_RESULT
+    if len(results) == len(waiting["", ""]) == 1:
+        # Genkit's plug-in for Ollama joins all results in a message that names no call (Go, 1.4).
+        missing = JOINED_RESULT
     matched: dict[int, JSON] = {}
     for kind in ("id", "name", ""):
         for i, call in enumerate(calls):
@@ -1690,7 +1695,7 @@ def match_results(calls: list[JSON], results: list[JSON]) -> list[JSON]:
     rest = [i for i in range(len(calls)) if i not in matched]
     if len(strays) == len(rest):  # their ids are unknown, but each call has one
         matched.update(zip(rest, strays))
-    return [matched.get(i, NO_RESULT) for i in range(len(calls))]
+    return [matched.get(i, missing) for i in range(len(calls))]
 
 
 # ---- thinking and settings ----

@@ -1726,6 +1726,17 @@ HISTORIES = {
             u(answer_to("f", {"output": "1"}), answer_to("f", {"output": "2"})),
         ],
     ),
+    "one result for several calls": (
+        [u("q"), m(fc("f"), fc("g", "2")), u(fr(None, "F and G"))],
+        [
+            u("q"),
+            m(fc("f"), fc("g", "2")),
+            u(
+                answer_to("f", {"output": "F and G"}),
+                answer_to("g", proxy.JOINED_RESULT["response"], "2"),
+            ),
+        ],
+    ),
     "a missing result": (
         [u("q"), m(fc("f")), u("never mind")],
         [u("q"), m(fc("f")), u(answer_to("f", MISSING_RESULT)), u("never mind")],
