@@ -1596,14 +1596,17 @@ def reunited(turns: list[JSON]) -> list[JSON]:
     moved: set[int] = set()
     for before, turn in zip([user_turn(), *turns], turns):
         for part in filter(CALLS_AND_RESULTS.intersection, turn["parts"]):
-            call_id = part.get("functionCall", {}).get("id")
-            if call_id:
+            result = part.get("functionResponse")
+            call_id = (result or part["functionCall"]).get("id")
+            if result is None and call_id:
                 home, call = waiting.get(call_id, (turn, part))
                 if home is not turn and call["functionCall"] == part["functionCall"]:
                     moved.add(id(call))
                 waiting[call_id] = turn, part
-            elif part.get("functionResponse", {}).get("id") in waiting:
-                home, call = waiting.pop(part["functionResponse"]["id"])
+            elif result and not call_id:
+                waiting.clear()  # where results go by order, ids may come again
+            elif result and call_id in waiting:
+                home, call = waiting.pop(call_id)
                 if home is not before:
                     before["parts"].append({**call})
                     moved.add(id(call))

@@ -1812,6 +1812,16 @@ HISTORIES = {
         [u("q"), m(fc("f", "1")), u("q"), m("a", fc("f", "1")), u(fr(None, "F", "1"))],
         [u("q", "q"), m("a", fc("f", "1")), u(answer_to("f", {"output": "F"}, "1"))],
     ),
+    "a call that is made again after a result without an id": (
+        [u("q"), m(fc("f", "1")), u(fr(None, "1")), m(fc("f", "1")), u(fr(None, "2"))],
+        [
+            u("q"),
+            m(fc("f", "1")),
+            u(answer_to("f", {"output": "1"}, "1")),
+            m(fc("f", "1")),
+            u(answer_to("f", {"output": "2"}, "1")),
+        ],
+    ),
     "another call with the id of one without a result": (
         [u("q"), m(fc("f", "1")), u("q"), m(fc("g", "1")), u(fr(None, "G", "1"))],
         [
