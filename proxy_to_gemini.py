@@ -1554,22 +1554,28 @@ def valid_turns(contents: Iterable[JSON], model: Model) -> list[JSON]:
     turn is the user's, and so is the last, unless the model continues its own. Each rule is a 400
     of Gemini's; most are in https://ai.google.dev/gemini-api/docs/function-calling.
     """
-    turns: list[JSON] = []
-    for turn in reunited(merged_turns(contents)):
-        if turn["role"] == "model":
-            turns.append(turn)
-        else:
-            turns += tool_result_turns(turns[-1:], turn, model)
-    if turns and turns[-1]["role"] == "model":
-        turns += tool_result_turns(turns[-1:], user_turn(), model)
+    turns = merged_turns(contents)
+    parts = itertools.chain.from_iterable(turn["parts"] for turn in turns)
+    if not all(map(CALLS_AND_RESULTS.isdisjoint, parts)):
+        turns = turns_with_results(reunited(turns), model)
     if turns and turns[0]["role"] == "model":
         turns.insert(0, user_turn(text_part(" ")))
     if turns and turns[-1]["role"] == "model" and not model.prefills:
         turns.append(user_turn(text_part(GO_ON)))
-    for turn in turns:
-        if len(turn["parts"]) > 1:
-            turn["parts"] = with_unique_ids(turn["parts"])
     return turns
+
+
+def turns_with_results(history: list[JSON], model: Model) -> list[JSON]:
+    """The turns; behind each one with calls, their results."""
+    turns: list[JSON] = []
+    for turn in history:
+        if turn["role"] == "model":
+            turns.append(turn)
+        else:
+            turns += tool_result_turns(turns[-1:], turn, model)
+    if turns[-1]["role"] == "model":
+        turns += tool_result_turns(turns[-1:], user_turn(), model)
+    return [{**turn, "parts": with_unique_ids(turn["parts"])} for turn in turns]
 
 
 def without_id(item: JSON) -> JSON:
@@ -3444,6 +3450,7 @@ def openai_parts(message: Fields, key: str, model: Model) -> list[Part]:
 # ---- messages, calls and results ----
 
 EMPTY_ARRAY = "empty array. Expected an array with minimum length 1"
+PLAIN_MESSAGE = {"role", "content"}
 OPENAI_ROLES = ("developer", "system", "user", "assistant", "tool", "function")
 
 
@@ -3480,8 +3487,10 @@ def openai_turn(message: Fields, history: History) -> None:
 
 def openai_assistant_parts(message: Fields, model: Model) -> list[Part]:
     """What the model said earlier. Its thoughts do not go back: their signatures stand for them."""
-    message.mark_read("reasoning_content", "reasoning", "reasoning_details", "annotations")
     parts = openai_parts(message, "content", model)
+    if message.data.keys() <= PLAIN_MESSAGE:  # as most of a long history are
+        return parts
+    message.mark_read("reasoning_content", "reasoning", "reasoning_details", "annotations")
     refusal = message.get("refusal", str)
     if refusal:
         parts.append(text_part(refusal))
