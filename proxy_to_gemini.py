@@ -3137,6 +3137,10 @@ class Chat(NamedTuple):
     stream: bool = False
 
 
+# Of all dialects. (The limit of a recipe has no name that its client knows.)
+LIMIT_FIELDS = {"max_tokens", "max_completion_tokens", "max_output_tokens", "options.num_predict"}
+
+
 def chat_call(chat: Chat, body: Fields) -> GeminiCall:
     """The call for a chat: the only place that decides how its settings combine on each model.
 
@@ -3148,8 +3152,10 @@ def chat_call(chat: Chat, body: Fields) -> GeminiCall:
     config = {key: value for key, value in chat.sampling.items() if value is not None}
     limit = config.get("maxOutputTokens", 0)
     if limit > model.max_output:  # a 400: https://github.com/stackblitz-labs/bolt.diy/issues/955
-        body.ignore(f"maxOutputTokens>{model.max_output}")
         limit = config["maxOutputTokens"] = model.max_output
+        options = get_or_empty(body.data, "options", dict)
+        for field in LIMIT_FIELDS & {*body.data, *(f"options.{key}" for key in options)}:
+            body.ignore(f"{field}>{limit}")
     config.update(given(thinkingConfig=thinking_config(chat.thinking, model, limit, body)))
     fields = chat.fields
     if tools.declared or tools.hosted:

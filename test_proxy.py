@@ -2966,7 +2966,8 @@ def test_a_limit_above_a_models_own_is_the_models_own_and_named(request_of, body
     body = {**body, "model": model}
     config = gemini_body(body, request=request_of)["generationConfig"]
     assert config["maxOutputTokens"] == most
-    assert f"maxOutputTokens>{most}" in plan_and_ignored(body, request_of)[1]
+    (name,) = {*body, *(f"options.{key}" for key in body.get("options", ()))} & proxy.LIMIT_FIELDS
+    assert f"{name}>{most}" in plan_and_ignored(body, request_of)[1]
 
 
 def test_tools_of_all_forms_become_declarations_once_each():
@@ -7679,7 +7680,7 @@ def test_a_message_goes_to_the_model_behind_the_alias():
 
 def test_what_a_message_loses_is_named_as_ignored():
     assert claude_ignored(MESSAGE) == [
-        "maxOutputTokens>65536",
+        "max_tokens>65536",
         "metadata",
         "system[].x-anthropic-billing-header",
     ]
