@@ -9694,10 +9694,11 @@ MAX_TEXT_CHARACTERS = 4 << 20  # of a body without its media, and
 MAX_QUOTES = 500_000  # in it: of what has more, a sample is written
 PIECE_BYTES = 250  # of memory that a piece of a body takes besides its own
 MAX_UNWRITTEN_RECORDINGS = 256  # that wait to be written; more are dropped
+RECORDING_STEP_BYTES = 512  # to which blanks fill a file: the next one over it is rarely shorter
 MAX_RECORDER_BATCH = 32  # recordings that are written in a row, if they have
 MAX_BATCH_CHARACTERS = 256 << 10  # no more together
 RECORDING_NAME = re.compile(r"\d{8}-\d{6}-\d{6}-req_[0-9a-f]{24}\.json")
-READABLE_JSON = json.JSONEncoder(ensure_ascii=False).encode
+READABLE_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 PROGRAM = f"proxy-to-gemini {VERSION}, Python {sys.version}, {sys.platform}"
 RECORDING_FORMAT = 1  # changes when a program that reads recordings must
 WRITING = os.O_WRONLY | os.O_CREAT
@@ -9835,6 +9836,7 @@ def spellings(secret: str) -> tuple[str, ...]:
 
 
 MIN_MEDIA_CHARACTERS = 48  # of base64 that is looked at; below that, there is no picture or sound
+LONG_PIECE = re.compile(f'"[^"]{{{MIN_MEDIA_CHARACTERS}}}')
 MIN_BASE64_CHARACTERS = 256  # of what is taken for media whatever its field
 MEDIA_FIELDS = {"data", "b64_json", "partial_image_b64", "file_data", "images", "image"}
 KEPT_FIELDS = {"thoughtSignature", "thought_signature", "signature", "encrypted_content"}
@@ -9884,9 +9886,9 @@ def cut_base64(text: str) -> str:
 
 def without_media(text: str) -> str:
     """The text with its media cut: base64 in data URLs, in fields for media, and long base64."""
-    pieces = text.split('"')
-    if max(map(len, pieces)) < MIN_MEDIA_CHARACTERS:
+    if not LONG_PIECE.search(f'"{text}'):
         return text
+    pieces = text.split('"')
     for i, size in enumerate(map(len, pieces)):
         if size < MIN_MEDIA_CHARACTERS:
             continue
@@ -10050,7 +10052,7 @@ class Recording:
 
     def __init__(self, recorder: Recorder, config: Config):
         self.recorder, self.config = recorder, config
-        self.began, self.clock = time.monotonic(), time.time()
+        self.began, self.clock = time.monotonic(), datetime.datetime.now(datetime.timezone.utc)
         self.request, self.answer = Tape(recorder), Tape(recorder)
         self.attempts: list[Attempt] = []
         self.head, self.answer_head = RequestHead(), b""
@@ -10082,8 +10084,7 @@ class Recording:
     @property
     def name(self) -> str:
         """The name of the file: recordings sort by the time at which they began."""
-        moment = datetime.datetime.fromtimestamp(self.clock, datetime.timezone.utc)
-        return f"{moment:%Y%m%d-%H%M%S-%f}-{self.facts['request_id']}.json"
+        return f"{self.clock:%Y%m%d-%H%M%S-%f}-{self.facts['request_id']}.json"
 
     @property
     def held(self) -> int:
@@ -10115,7 +10116,6 @@ class Recording:
         """The recording as JSON."""
         words, head = self.secrets(), self.head
         lines = iter(masked_lines(self.lines(), words))
-        moment = datetime.datetime.fromtimestamp(self.clock, datetime.timezone.utc)
         request = {
             "method": head.method,
             **next(lines),
@@ -10125,7 +10125,7 @@ class Recording:
         about = {
             "recording": RECORDING_FORMAT,
             "program": PROGRAM,
-            "began": moment.isoformat(),
+            "began": self.clock.isoformat(),
             "api": self.config.api,
             "aliases": self.config.aliases,
             **self.facts,
@@ -10210,16 +10210,16 @@ class Recorder:
         """Make the texts of a few recordings, then their files: in a row, each takes less time."""
         files: list[tuple[str, str]] = []
         for recording in itertools.islice(iter(self.queue.get, None), MAX_RECORDER_BATCH):
-            text = self.attempt(recording.text)
+            text = self.result_of(recording.text)
             self.release(recording)
             if text is not None:
                 files.append((recording.name, text))
             if self.queue.empty() or sum(len(text) for _, text in files) > MAX_BATCH_CHARACTERS:
                 break
         for name, text in files:
-            self.attempt(self.write, name, text)
+            self.result_of(self.write, name, text)
 
-    def attempt(self, step: Callable[..., Any], *arguments: Any) -> Any:
+    def result_of(self, step: Callable[..., Any], *arguments: Any) -> Any:
         """What this step returns, or None: of what fails, the log tells."""
         try:
             return step(*arguments)
@@ -10239,10 +10239,11 @@ class Recorder:
 
     def write(self, name: str, text: str) -> None:
         data = text.encode("utf-8", "backslashreplace")
+        data = data.ljust(-(-len(data) // RECORDING_STEP_BYTES) * RECORDING_STEP_BYTES)
         path = os.path.join(self.folder, name)
-        self.make_room(len(data), path)
+        old_size = self.make_room(len(data), path)
         try:
-            self.write_file(path, data)
+            self.write_file(path, data, old_size)
         except OSError:
             with contextlib.suppress(OSError):
                 os.unlink(path)
@@ -10250,30 +10251,34 @@ class Recorder:
         self.sizes[path] = len(data)
         self.count("recordings_total", "written")
 
-    def write_file(self, path: str, data: bytes) -> None:
+    def write_file(self, path: str, data: bytes, old_size: int = 0) -> None:
         """Write a file, over what it holds if it is there."""
         file, size = os.open(path, WRITING, 0o600), len(data)
         try:
             while data:
                 data = data[os.write(file, data) :]
-            os.ftruncate(file, size)
+            if size < old_size:
+                os.ftruncate(file, size)
         finally:
             os.close(file)
 
-    def make_room(self, size: int, path: str) -> None:
-        """See that one more file is not too many; if it would be, the oldest one gets this path.
-        Between two looks at the folder, all workers together add a tenth of the limits at most."""
+    def make_room(self, size: int, path: str) -> int:
+        """See that one more file is not too many; if it would be, the oldest one gets this path,
+        and the bytes in it are what this returns. Between two looks at the folder, all workers
+        together add a tenth of the limits at most."""
         self.new_files, self.new_bytes = self.new_files + 1, self.new_bytes + size
         few = self.new_bytes <= MAX_RECORDINGS_BYTES // (10 * self.workers)
         if few and self.new_files <= self.spare:
-            return
+            return 0
         if not few or not self.oldest:
             self.look(size)
         while self.oldest:
             # Another worker may have taken it, or somebody may read it on Windows.
             with contextlib.suppress(OSError):
-                os.replace(self.oldest.pop(), path)
-                return
+                oldest = self.oldest.pop()
+                os.replace(oldest, path)
+                return self.sizes.pop(oldest)
+        return 0
 
     def look(self, size: int) -> None:
         """Look what there is, and remove the oldest files if they are too many or too large. To
@@ -10962,6 +10967,8 @@ def check_caller(head: RequestHead, path: str, config: Config, loopback: bool) -
 def query_fields(target: str) -> dict[str, str]:
     """The parameters in the target of a request, byte for byte as headers are. One that comes twice
     means nothing here: Gemini might take the other for it."""
+    if "?" not in target:
+        return {}
     pairs = urllib.parse.parse_qsl(target.partition("?")[2], encoding="latin-1")
     counts = collections.Counter(name for name, _ in pairs)
     return {name: value for name, value in pairs if counts[name] == 1}
