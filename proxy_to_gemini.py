@@ -9695,7 +9695,7 @@ MAX_QUOTES = 500_000  # in it: of what has more, a sample is written
 PIECE_BYTES = 250  # of memory that a piece of a body takes besides its own
 MAX_UNWRITTEN_RECORDINGS = 256  # that wait to be written; more are dropped
 RECORDING_STEP_BYTES = 512  # to which blanks fill a file: the next one over it is rarely shorter
-MAX_RECORDER_BATCH = 32  # recordings that are written in a row, if they have
+MAX_RECORDER_BATCH = 64  # recordings that are written in a row, if they have
 MAX_BATCH_CHARACTERS = 256 << 10  # no more together
 RECORDING_NAME = re.compile(r"\d{8}-\d{6}-\d{6}-req_[0-9a-f]{24}\.json")
 READABLE_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
@@ -10008,8 +10008,7 @@ class Attempt:
 
     def __init__(self, recorder: Recorder, request: UpstreamRequest):
         self.began = self.first_byte = time.monotonic()
-        self.method, self.url = request.get_method(), request.full_url
-        self.headers = dict(request.header_items())
+        self.method, self.url, self.headers = request.method, request.full_url, request.headers
         self.body, self.answer = Tape(recorder), Tape(recorder)
         self.status, self.error = 0, ""
         self.answer_headers: Mapping[str, str] = {}
@@ -10050,12 +10049,12 @@ class Attempt:
 class Recording:
     """What passes while one request is answered, until it is written."""
 
-    def __init__(self, recorder: Recorder, config: Config):
-        self.recorder, self.config = recorder, config
+    def __init__(self, recorder: Recorder, config: Config, head: RequestHead):
+        self.recorder, self.config, self.head = recorder, config, head
         self.began, self.clock = time.monotonic(), datetime.datetime.now(datetime.timezone.utc)
         self.request, self.answer = Tape(recorder), Tape(recorder)
         self.attempts: list[Attempt] = []
-        self.head, self.answer_head = RequestHead(), b""
+        self.answer_head = b""
         self.ignored: list[str] = []  # the names of what had no effect
         self.notes: list[str] = []  # what went wrong, besides what the answer says
         self.facts: JSON = {}  # what the server made of the request
@@ -10265,7 +10264,7 @@ class Recorder:
     def make_room(self, size: int, path: str) -> int:
         """See that one more file is not too many; if it would be, the oldest one gets this path,
         and the bytes in it are what this returns. Between two looks at the folder, all workers
-        together add a tenth of the limits at most."""
+        together add as many files as there is room for, and a tenth of the bytes."""
         self.new_files, self.new_bytes = self.new_files + 1, self.new_bytes + size
         few = self.new_bytes <= MAX_RECORDINGS_BYTES // (10 * self.workers)
         if few and self.new_files <= self.spare:
@@ -10295,11 +10294,11 @@ class Recorder:
             total -= sizes[path]
             with contextlib.suppress(OSError):  # the same, or somebody reads it on Windows
                 os.unlink(path)
-        tenth = MAX_RECORDINGS // 10
-        if len(left) < MAX_RECORDINGS - tenth:
-            self.oldest, self.spare = [], tenth // self.workers
+        room, tenth = MAX_RECORDINGS - len(left), MAX_RECORDINGS // 10
+        if room > tenth:
+            self.oldest, self.spare = [], room // self.workers
         else:
-            self.oldest, self.spare = left[len(left) // 2 :], 0
+            self.oldest, self.spare = left[tenth:], 0
         self.new_files, self.new_bytes, self.sizes = 1, size, sizes
 
 
@@ -11098,7 +11097,7 @@ class RequestCycle:
         self.fallbacks: list[str] = []  # models that could not answer, and why
         self.recording: Recording | None = None
         if self.server.recorder:
-            self.recording = Recording(self.server.recorder, self.server.config)
+            self.recording = Recording(self.server.recorder, self.server.config, self.head)
 
     def run(self, line: bytes) -> None:
         """Answer the request that begins with this line, whatever it is."""
@@ -11536,7 +11535,7 @@ class RequestCycle:
 
     def end_recording(self, recording: Recording) -> None:
         """Have what was recorded written, by a thread that this one does not wait for."""
-        recording.head, recording.ignored = self.head, self.ignored
+        recording.ignored = self.ignored
         recording.facts = {
             "seconds": round(time.monotonic() - self.began, 4),
             "request_id": self.request_id,

@@ -10758,7 +10758,7 @@ def recorder_of(folder, workers=1):
 
 
 def a_recording(recorder, number=0):
-    one = proxy.Recording(recorder, config_for("http://x"))
+    one = proxy.Recording(recorder, config_for("http://x"), proxy.RequestHead())
     one.clock = datetime.datetime.fromtimestamp(1e9 + number, datetime.timezone.utc)
     one.facts = {"request_id": f"req_{number:024x}"}
     return one
