@@ -9740,7 +9740,7 @@ SECRET_SHAPES = {
     "sk-": re.compile(r"(\bsk-)[\w-]{16,}"),
     "eyJ": re.compile(r"((?<![\w-])eyJ)[\w-]{8,}\.[\w-]{8,}\.[\w-]*"),
     "earer ": re.compile(r"(bearer )[^\s\"\\,;<>]{6,}", re.I),
-    "://": re.compile(r"(://)[^\s\"\\/?#@]+(?=@)"),
+    "@": re.compile(r"(://)[^\s\"\\/?#@]+(?=@)"),
     "=": QUERY_SECRET,
 }
 
@@ -10150,6 +10150,7 @@ class Recorder:
 
     def __init__(self, folder: str, workers: int, count: Callable[..., None]):
         self.folder, self.workers, self.count = folder, workers, count
+        self.prefix = os.path.join(folder, "")  # of the paths in it
         self.lock, self.held = threading.Lock(), 0  # bytes that recordings hold
         self.queue: queue.SimpleQueue[Recording | None] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
@@ -10168,7 +10169,7 @@ class Recorder:
     def try_out(self) -> None:
         """Make the folder; an OSError if nothing can be written there."""
         os.makedirs(self.folder, 0o700, exist_ok=True)
-        path = os.path.join(self.folder, f".{secrets.token_hex(12)}")
+        path = f"{self.prefix}.{secrets.token_hex(12)}"
         self.write_file(path, b"")
         os.unlink(path)
 
@@ -10239,7 +10240,7 @@ class Recorder:
     def write(self, name: str, text: str) -> None:
         data = text.encode("utf-8", "backslashreplace")
         data = data.ljust(-(-len(data) // RECORDING_STEP_BYTES) * RECORDING_STEP_BYTES)
-        path = os.path.join(self.folder, name)
+        path = self.prefix + name
         old_size = self.make_room(len(data), path)
         try:
             self.write_file(path, data, old_size)
@@ -10272,11 +10273,12 @@ class Recorder:
         if not few or not self.oldest:
             self.look(size)
         while self.oldest:
-            # Another worker may have taken it, or somebody may read it on Windows.
-            with contextlib.suppress(OSError):
-                oldest = self.oldest.pop()
+            oldest = self.oldest.pop()
+            try:
                 os.replace(oldest, path)
-                return self.sizes.pop(oldest)
+            except OSError:  # another worker has taken it, or somebody reads it on Windows
+                continue
+            return self.sizes.pop(oldest)
         return 0
 
     def look(self, size: int) -> None:
