@@ -2646,7 +2646,7 @@ def in_known_words(error: ProxyError, too_long: str, counted: str) -> str:
     """
     if error.code != "context_length_exceeded":
         return error.message
-    numbers = [*map(int, re.findall(r"\d{4,}", error.message))]
+    numbers = [*map(int, re.findall(r"\d{4,15}", error.message))]
     if len(numbers) == 2:
         too_long = counted.format(*numbers, numbers[0] - numbers[1])
     return f"{too_long} ({error.message})"

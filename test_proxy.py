@@ -2583,7 +2583,8 @@ def test_a_prompt_that_is_too_long_is_said_in_the_words_that_clients_look_for(fo
     maximum = "exceeds the maximum number of tokens allowed"
     with_numbers = f"The input token count (1200000) {maximum} (1048576)."
     without = f"The input token count {maximum} 1048576."
-    for message, seen in ((with_numbers, counted), (without, words)):
+    endless = f"The input token count {'9' * 5000} {maximum}."
+    for message, seen in ((with_numbers, counted), (without, words), (endless, words)):
         _, body = form(ProxyError(400, message, code="context_length_exceeded"))
         error = body["error"]
         assert (error if isinstance(error, str) else error["message"]) == f"{seen} ({message})"
