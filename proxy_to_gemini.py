@@ -7464,9 +7464,10 @@ def route_path(path: str, api: str, headers: Mapping[str, str] = {}) -> str:
 
 
 def protocol_of(api: str, method: str, path: str, headers: Mapping[str, str] = {}) -> Protocol:
-    """The protocol that writes the errors at this path. Clients of Anthropic's share `/v1/models`
-    with those of OpenAI's."""
-    if ANTHROPICS_CLIENTS in headers and path.startswith("/v1/"):
+    """The protocol that writes the errors at this path. Clients of Anthropic's share those with
+    OpenAI's to which no route of OpenAI's posts, such as `/v1/models`."""
+    shared = path.startswith("/v1/") and ("POST", path) not in exact_routes(api)
+    if shared and ANTHROPICS_CLIENTS in headers:
         return ANTHROPIC
     request = f"{method} {path}"
     return next(protocol for pattern, protocol in MOUNTS[api] if pattern.match(request))

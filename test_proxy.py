@@ -13088,6 +13088,14 @@ def test_errors_of_paths_that_anthropics_clients_share_have_its_form_for_them(ge
 
 
 @pytest.mark.parametrize("api", sorted(proxy.MOUNTS))
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/embeddings"])
+def test_a_header_of_anthropics_clients_changes_no_error_of_openais_own_paths(gemini, api, path):
+    with serving(gemini.url, api) as server:
+        status, _, data = post(server, path, {}, anthropic_version="2023-06-01")
+    assert (status, json.loads(data)["error"]["code"]) == (400, "missing_required_parameter")
+
+
+@pytest.mark.parametrize("api", sorted(proxy.MOUNTS))
 def test_tokens_of_a_message_are_counted_with_either_api(gemini, api):
     with serving(gemini.url, api) as server:
         counted = post_json(server, "/v1/messages/count_tokens", claude_chat())
