@@ -25,7 +25,7 @@ Where to look
     2. Models                    one table of what their names say; names, stand-ins and recipes
     3. Writing Gemini            parts, turns, settings, functions, schemas, repairs, signatures
     4. Reading Gemini            from bytes to chunks to events; refusals, usage, citations
-    5. Conversation              a question and an answer in no dialect; what all dialects share
+    5. Conversation              question, history and answer in no dialect; what dialects share
     6. OpenAI chat               messages, tools, settings, choices and chunks
     7. OpenAI's other endpoints  embeddings, completions, images, speech, transcripts, models
     8. Responses                 from input items to output items; OpenAI's routes
@@ -44,8 +44,8 @@ Sections 1 to 14 are pure: they know no clock, socket or store. Time and ids are
 Gemini's answers as iterators, and what these say of tokens they note in the Exchange. What is
 stored is looked up before (Route.keys, Shelf.recipes); what must be stored, they return as a Keep.
 Gemini's JSON is the form of parts and turns; a Chat is a question to a model in nobody's dialect,
-and an Answer is what a whole answer adds up to. A fifth dialect fills a Chat, and reads events or
-the Answer that they add up to.
+and an Answer is what a whole answer adds up to. A fifth dialect turns its messages into a History,
+fills a Chat, and reads events or the Answer that they add up to.
 
 Words
     body       the client's JSON, as Fields: it knows the path of each value, and which were read
@@ -55,6 +55,7 @@ Words
     exchange   the plan for one request of a client's, and its answer
     further    models of an alias, asked where the first cannot answer: why in 4, for how long the
                first is passed over in 15, how in 17
+    history    the system's words and the turns that a client's messages come to
     recipe     a model that an Ollama client created: one of Gemini's, with words and options
     turn       one content of Gemini's history: a role and its parts
     signature  Gemini 3's opaque `thoughtSignature`, without which it refuses its own tool calls
@@ -3115,7 +3116,7 @@ class CitedText:
 
 
 # ======================================================================================
-# 5. Conversation: a question and an answer in no dialect; what all dialects share
+# 5. Conversation: question, history and answer in no dialect; what dialects share
 # ======================================================================================
 
 # ---- questions ----
@@ -3312,10 +3313,11 @@ class History:
         self.model = model
         self.system: list[Part] = []
         self.contents: list[JSON] = []  # Gemini's turns
-        self.effort: str | None = None  # that the last message asks for which has one
-        self.tools: list[Fields] = []  # a response's input: the items that bring more tools
-        self.text: Fields | None = None  # the same, or the response itself: how to answer
-        self.limit: int | None = None  # of a response's tokens
+        self.effort: str | None = None  # of the last message or item that asks for one
+        # Of a response, or a chat with the body of one:
+        self.tools: list[Fields] = []  # the items that bring more tools
+        self.text: Fields | None = None  # the form of the answer, as an item or the body asks
+        self.limit: int | None = None  # of tokens
 
     def add(self, role: str, parts: list[Part]) -> None:
         """Add what one message says. What the system says after the first turn stays in its place:
@@ -9837,6 +9839,7 @@ def spellings(secret: str) -> tuple[str, ...]:
 
 
 MIN_MEDIA_CHARACTERS = 48  # of base64 that is looked at; below that, there is no picture or sound
+# What may be media, after the quote before it: a text without any such piece need not be split.
 LONG_PIECE = re.compile(f'"[^"]{{{MIN_MEDIA_CHARACTERS}}}')
 MIN_BASE64_CHARACTERS = 256  # of what is taken for media whatever its field
 MEDIA_FIELDS = {"data", "b64_json", "partial_image_b64", "file_data", "images", "image"}
