@@ -14416,6 +14416,40 @@ def test_there_is_a_worker_for_each_core_that_may_be_used(share, cores, tmp_path
     assert configure("-workers=auto").workers == 1
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Linux tells where it runs")
+@pytest.mark.skipif("t" in getattr(sys, "abiflags", ""), reason="its threads run at once")
+def test_cores_to_stay_on_begin_with_the_one_that_it_runs_on():
+    allowed = os.sched_getaffinity(0)
+    cores = proxy.cores_to_stay_on()
+    assert sorted(cores) == sorted(allowed)
+    program = "import os; os.sched_setaffinity(0, {%d}); import proxy_to_gemini as proxy; "
+    program += "print(proxy.cores_to_stay_on(), os.sched_getaffinity(0))"
+    for core in allowed:
+        shown = subprocess.check_output([sys.executable, "-c", program % core], cwd=HERE, text=True)
+        assert shown == f"[{core}] {{{core}}}\n"
+
+
+def test_a_process_stays_on_the_core_of_its_number(monkeypatch):
+    chosen = []
+    set_affinity = lambda pid, cores: chosen.append(cores)  # noqa: E731
+    monkeypatch.setattr(os, "sched_setaffinity", set_affinity, raising=False)
+    for number in range(4):
+        proxy.stay_on_core([2, 3, 1], number)
+    assert chosen == [{2}, {3}, {1}, {2}]
+
+
+@pytest.mark.parametrize("error", [PermissionError, OSError])
+def test_a_process_that_may_not_choose_its_core_moves_as_before(error, monkeypatch):
+    def refuse(pid, cores):
+        raise error("Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse, raising=False)
+    proxy.stay_on_core([0], 0)
+    monkeypatch.delattr(os, "sched_setaffinity")
+    assert proxy.cores_to_stay_on() == []
+    proxy.stay_on_core([], 0)
+
+
 @pytest.mark.parametrize("flag, lack", [("-workers=2", "fork"), ("-print-unit", "systemd")])
 def test_what_a_system_lacks_is_a_wrong_flag_there(flag, lack, monkeypatch, capsys):
     monkeypatch.delattr(os, "fork", raising=False)
@@ -14465,6 +14499,24 @@ def test_workers_may_write_their_recordings_and_end_before_systemd_kills_them():
     steps = (proxy.DRAIN_NOTICE_SECONDS, proxy.DRAIN_SECONDS, *4 * [proxy.FINAL_SECONDS])
     allowed = float(re.search(r"^TimeoutStopSec=(\d+)$", proxy.UNIT, re.M).group(1))
     assert sum(steps) < proxy.WORKER_DRAIN_SECONDS < allowed
+
+
+def allowed_cores(pid):
+    """The cores of each thread of a process."""
+    return {
+        frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir(f"/proc/{pid}/task")
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux lets a process choose")
+@pytest.mark.skipif("t" in getattr(sys, "abiflags", ""), reason="its threads run at once")
+def test_each_worker_stays_on_a_core_of_its_own(gemini):
+    with two_workers(gemini, **ENV) as (process, server):
+        post(server)
+        number = min(2, len(os.sched_getaffinity(0)))
+        until(lambda: len(set().union(*map(allowed_cores, children_of(process.pid)))) == number)
+        masks = [allowed_cores(pid) for pid in children_of(process.pid)]
+        assert [len(mask) for masks_of in masks for mask in masks_of] == [1, 1]
 
 
 def test_workers_share_signatures(gemini):
