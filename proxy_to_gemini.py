@@ -11918,6 +11918,45 @@ def page_for_people(config: Config) -> tuple[int, Payload, Mapping[str, str]]:
 
 # ---- the server ----
 
+BUSY_CONNECTIONS = 8  # from so many on, all threads stay on one core
+
+
+class Cores:
+    """Keeps the threads of a busy process on one core, where the system lets it choose (Linux).
+
+    They take turns with the interpreter's lock. On one core a turn is a switch; over several, it
+    wakes a core whose caches know nothing of it: that took a third of the rate of 64 calls at once.
+    A process that is not busy may move: another one could keep its core from it for seconds.
+    """
+
+    def __init__(self) -> None:
+        self.worker: int | None = None
+        self.together = False
+        self.allowed: list[int] = []  # cores; empty if there is no choice
+        if hasattr(os, "sched_setaffinity") and "t" not in sys.abiflags:  # no such lock: PEP 703
+            with contextlib.suppress(OSError):  # system calls are filtered
+                self.allowed = sorted(os.sched_getaffinity(0))
+
+    def settle(self, connections: int) -> None:
+        """Bring all threads to one core, or let them go, as there are many connections or few."""
+        together = connections >= BUSY_CONNECTIONS
+        if together == self.together or not self.allowed:
+            return
+        self.together = together
+        with contextlib.suppress(OSError):  # there is no /proc
+            cores = {self.chosen()} if together else set(self.allowed)
+            for thread in os.listdir("/proc/self/task"):
+                with contextlib.suppress(OSError):  # it has just ended, or it may not choose
+                    os.sched_setaffinity(int(thread), cores)
+
+    def chosen(self) -> int:
+        """The core on which this thread runs; a worker's is that of its number."""
+        if self.worker is not None:
+            return self.allowed[self.worker % len(self.allowed)]
+        with open("/proc/thread-self/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()  # man 5 proc_pid_stat: the third, ...
+        return int(fields[39 - 3])
+
 
 class Server(http.server.ThreadingHTTPServer):
     """Accepts clients, and gives each connection a thread."""
@@ -11950,6 +11989,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.loaded: dict[tuple[str, str], float] = {}  # by the prefix of a Shelf, and the name
         self.connections: dict[socket.socket, Handler | None] = {}  # None: it has not begun yet
         self.draining, self.tidied = False, -math.inf
+        self.cores = Cores()
         self.listen(handed_over)
         self.host = str(self.server_address[0])
         self.loopback = self.host == "::1" or self.host.startswith("127.")
@@ -12055,7 +12095,9 @@ class Server(http.server.ThreadingHTTPServer):
                     self.accept_pending()
             if signals.take("SIGHUP"):
                 self.reload()
+            self.cores.settle(len(self.connections))
             self.service_actions()
+        self.cores.settle(0)
         signals.notify("STOPPING=1")
         self.drain(end, stop)
         self.ending.close()
@@ -12717,30 +12759,6 @@ RESTART_SECONDS = 1.0  # seconds between two starts of the same worker
 WORKER_DRAIN_SECONDS = DRAIN_NOTICE_SECONDS + DRAIN_SECONDS + 5 * FINAL_SECONDS
 
 
-def cores_to_stay_on() -> list[int]:
-    """The cores that this process may run on, from the one it runs on now; [] if it should move.
-
-    Threads take turns with the interpreter's lock. On one core a turn is a switch; over several, it
-    wakes a core whose caches know nothing of it: that took a third of the rate of 64 calls at once.
-    """
-    if not hasattr(os, "sched_setaffinity") or "t" in sys.abiflags:  # Linux; no such lock: PEP 703
-        return []
-    with contextlib.suppress(OSError, IndexError, ValueError):  # there is no /proc, or another one
-        cores = sorted(os.sched_getaffinity(0))
-        with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()  # man 5 proc_pid_stat: the third, ...
-        start = cores.index(int(fields[39 - 3]))
-        return cores[start:] + cores[:start]
-    return []
-
-
-def stay_on_core(cores: list[int], number: int) -> None:
-    """Keep this process, and threads that it starts from now on, on the core of this number."""
-    if cores:
-        with contextlib.suppress(OSError):  # system calls are filtered, or the core is gone
-            os.sched_setaffinity(0, {cores[number % len(cores)]})
-
-
 class Workers:
     """The processes that share the port: forks of this one, which only looks after them."""
 
@@ -12748,7 +12766,6 @@ class Workers:
         self.server, self.signals = server, signals
         self.running: dict[int, int] = {}  # process id: number of the worker
         self.start_after = [0.0] * server.config.workers  # the earliest time of each next start
-        self.cores = cores_to_stay_on()
 
     def run(self) -> None:
         """Replace workers that die, until a signal ends them all; kill those that are too slow."""
@@ -12803,7 +12820,7 @@ class Workers:
             return
         try:
             self.signals.become_worker(parent)
-            stay_on_core(self.cores, number)
+            self.server.cores.worker = number
             self.server.metrics.use_row(number)
             self.server.recent.use_part(number)
             self.server.run(self.signals)
@@ -13058,7 +13075,6 @@ def serve(config: Config) -> None:
     if config.workers > 1:
         Workers(server, signals).run()
     else:
-        stay_on_core(cores_to_stay_on(), 0)
         server.run(signals)
 
 

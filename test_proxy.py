@@ -14416,39 +14416,42 @@ def test_there_is_a_worker_for_each_core_that_may_be_used(share, cores, tmp_path
     assert configure("-workers=auto").workers == 1
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux lets a process choose")
-@pytest.mark.skipif("t" in getattr(sys, "abiflags", ""), reason="its threads run at once")
-def test_cores_to_stay_on_begin_with_the_one_that_it_runs_on():
-    allowed = os.sched_getaffinity(0)
-    cores = proxy.cores_to_stay_on()
-    assert sorted(cores) == sorted(allowed)
-    program = "import os; os.sched_setaffinity(0, {%d}); import proxy_to_gemini as proxy; "
-    program += "print(proxy.cores_to_stay_on(), os.sched_getaffinity(0))"
-    for core in {min(allowed), max(allowed)}:
-        shown = subprocess.check_output([sys.executable, "-c", program % core], cwd=HERE, text=True)
-        assert shown == f"[{core}] {{{core}}}\n"
-
-
-def test_a_process_stays_on_the_core_of_its_number(monkeypatch):
-    chosen = []
-    set_affinity = lambda pid, cores: chosen.append(cores)  # noqa: E731
-    monkeypatch.setattr(os, "sched_setaffinity", set_affinity, raising=False)
+def test_threads_stay_on_one_core_that_may_be_used_while_there_are_many_connections(monkeypatch):
+    chosen = {}
+    monkeypatch.setattr(os, "listdir", lambda path: ["7", "8"])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2, 5}, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", chosen.__setitem__, raising=False)
+    monkeypatch.setattr(sys, "abiflags", "", raising=False)
+    cores = proxy.Cores()
+    monkeypatch.setattr(cores, "chosen", lambda: 5)
+    masks = []
+    for connections in (7, 8, 7):
+        cores.settle(connections)
+        masks.append(dict(chosen))
+    assert masks == [{}, {7: {5}, 8: {5}}, {7: {1, 2, 5}, 8: {1, 2, 5}}]
+    chosen.clear()
+    cores.settle(7)
+    assert not chosen
+    numbers = []
     for number in range(4):
-        proxy.stay_on_core([2, 3, 1], number)
-    assert chosen == [{2}, {3}, {1}, {2}]
+        worker = proxy.Cores()
+        worker.worker = number
+        numbers.append(worker.chosen())
+    assert numbers == [1, 2, 5, 1]
 
 
-def test_a_process_that_may_not_choose_its_core_moves_as_before(monkeypatch):
+@pytest.mark.parametrize("lacking", ["sched_getaffinity", "sched_setaffinity"])
+def test_a_process_that_may_not_choose_its_core_moves_as_before(lacking, monkeypatch):
     def refuse(*_):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(os, "sched_setaffinity", refuse, raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", refuse, raising=False)
-    proxy.stay_on_core([0], 0)
-    assert proxy.cores_to_stay_on() == []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2, 5}, raising=False)
+    monkeypatch.setattr(os, lacking, refuse)
+    proxy.Cores().settle(100)
     monkeypatch.delattr(os, "sched_setaffinity")
-    assert proxy.cores_to_stay_on() == []
-    proxy.stay_on_core([], 0)
+    assert proxy.Cores().allowed == []
+    proxy.Cores().settle(100)
 
 
 @pytest.mark.parametrize("flag, lack", [("-workers=2", "fork"), ("-print-unit", "systemd")])
@@ -14513,23 +14516,31 @@ def cores_of(pid):
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux lets a process choose")
 @pytest.mark.skipif("t" in getattr(sys, "abiflags", ""), reason="its threads run at once")
-def test_each_worker_stays_on_a_core_of_its_own(gemini):
-    with two_workers(gemini, **ENV) as (process, server):
-        workers = children_of(process.pid)
-        until(lambda: all(len(cores_of(pid)) == 1 for pid in workers))
-        post(server)  # which starts a thread
-        assert [len(cores_of(pid)) for pid in workers] == [1, 1]
-        chosen = set().union(*map(cores_of, workers))
-        assert len(chosen) == min(2, len(os.sched_getaffinity(0)))
+def test_a_busy_server_stays_on_one_core_until_its_clients_leave(gemini):
+    allowed = os.sched_getaffinity(0)
+    with running(gemini, **ENV) as (process, server):
+        assert cores_of(process.pid) == allowed
+        with contextlib.ExitStack() as clients:
+            for _ in range(proxy.BUSY_CONNECTIONS):
+                clients.enter_context(socket.create_connection(("127.0.0.1", server.server_port)))
+            until(lambda: len(cores_of(process.pid)) == 1)
+            post(server)
+            assert len(cores_of(process.pid)) == 1
+        until(lambda: post(server) and cores_of(process.pid) == allowed)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux lets a process choose")
 @pytest.mark.skipif("t" in getattr(sys, "abiflags", ""), reason="its threads run at once")
-def test_a_server_without_workers_stays_on_one_core(gemini):
-    with running(gemini, **ENV) as (process, server):
-        until(lambda: len(cores_of(process.pid)) == 1)
-        post(server)  # which starts a thread
-        assert len(cores_of(process.pid)) == 1
+def test_each_busy_worker_has_a_core_of_its_own(gemini):
+    allowed = sorted(os.sched_getaffinity(0))
+    with two_workers(gemini, **ENV) as (process, server), contextlib.ExitStack() as clients:
+
+        def all_are_busy():
+            clients.enter_context(socket.create_connection(("127.0.0.1", server.server_port)))
+            return all(len(cores_of(pid)) == 1 for pid in children_of(process.pid))
+
+        until(all_are_busy)
+        assert set().union(*map(cores_of, children_of(process.pid))) == set(allowed[:2])
 
 
 def test_workers_share_signatures(gemini):
