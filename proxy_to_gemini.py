@@ -11926,7 +11926,7 @@ class Cores:
 
     They take turns with the interpreter's lock. On one core a turn is a switch; over several, it
     wakes a core whose caches know nothing of it: that took a third of the rate of 64 calls at once.
-    A process that is not busy may move: another one could keep its core from it for seconds.
+    A process with few clients gains nothing by it, and may move to a core that is free.
     """
 
     def __init__(self) -> None:
