@@ -8327,6 +8327,7 @@ class Waiter:
     ):
         self.client, self.silence = client, silence
         self.stopping, self.keep_alive = stopping, keep_alive
+        self.flush: Callable[[], None] | None = None  # called before anything is waited for
         self.pollers: dict[tuple[socket.socket | None, int], Poller] = {}
         self.quiet_since = time.monotonic()  # when the client was sent something
         self.deadline = math.inf  # of all waiting together
@@ -8349,6 +8350,8 @@ class Waiter:
         self, gemini: socket.socket | None, event: int = READABLE, seconds: float | None = None
     ) -> float:
         """Wait for Gemini's socket, or so many seconds; how long it took. Silence is a 504 else."""
+        if self.flush:
+            self.flush()
         poller = self.poller(gemini, event)
         gemini_fd = -1 if gemini is None else gemini.fileno()
         stopping_fd = -1 if self.stopping is None else self.stopping.fileno()
@@ -8689,6 +8692,7 @@ class Pool(urllib.request.BaseHandler):
     def connect(self, waiter: Waiter) -> UpstreamSocket:
         """A new connection, through the proxy if there is one, and with TLS for https."""
         self.count("upstream_connections_total")
+        waiter.wait(None, seconds=0)  # which flushes: the look-up of the name may take long
         deadline = waiter.deadline
         waiter = Waiter(waiter.client, CONNECT_SECONDS, waiter.stopping, waiter.keep_alive)
         waiter.deadline = deadline
@@ -10332,6 +10336,7 @@ TIDY_SECONDS = 5.0  # between two looks at what can be given back
 MAX_LOADED_MODELS = 100  # that are listed as loaded
 LINGER_SECONDS = 1.0  # for a client to read a refusal of what it is still sending
 KEY_PATTERN = r"[!-~]{1,1000}"  # what can be sent in a header as a key
+MAX_UNSENT_SECONDS, MAX_UNSENT_BYTES = 0.005, 16 << 10  # of a stream, while Gemini says more
 MAX_IGNORED_CHARACTERS = 4000  # of x-proxy-ignored: nginx takes 8 KB of headers in all
 PIPE_BYTES = 4096  # that a pipe takes in one piece, if it takes anything (PIPE_BUF)
 MAX_LOG_PIECES = 4  # that one thread writes for others
@@ -11099,6 +11104,10 @@ class RequestCycle:
         self.status = 0  # of the answer; 0 until its head is written
         self.passed_head: AnswerHead | None = None  # of an answer that is passed through
         self.framing, self.streaming = SSE, False  # whether the answer is a stream that has begun
+        self.unsent, self.flushed = (
+            b"",
+            -math.inf,
+        )  # bytes of that stream; when it was last sent some
         self.answered = False  # whether the client was sent some of what a model says
         self.fallbacks: list[str] = []  # models that could not answer, and why
         self.recording: Recording | None = None
@@ -11332,6 +11341,8 @@ class RequestCycle:
         waiter.silence = server.config.timeout
         if not self.is_decided():
             waiter.silence /= 2  # until the first event
+        if stream:
+            waiter.flush = self.flush
         if stream and self.framing.keep_alive:
             waiter.keep_alive = self.keep_alive
         try:
@@ -11354,7 +11365,8 @@ class RequestCycle:
             error.__context__ = None  # its frames, and those of the error, lead back to this one
             return error.with_traceback(None)
         finally:
-            waiter.keep_alive = None  # it leads here, and an idle connection keeps its waiter
+            # They lead here, and an idle connection keeps its waiter.
+            waiter.flush = waiter.keep_alive = None
         return None
 
     def with_body(self, call: GeminiCall) -> GeminiCall:
@@ -11433,9 +11445,11 @@ class RequestCycle:
         assert self.exchange is not None and self.framing.keep_alive is not None
         self.exchange.now = time.time()
         self.emit(self.framing.keep_alive(self.exchange))
+        self.flush()
 
     def emit(self, data: bytes, last: bool = False) -> None:
-        """Write an event of a stream, with the head before the first one, in one write."""
+        """Send an event of a stream, with the head before the first one. What Gemini says without a
+        pause goes together, a few milliseconds at most: each send costs as much as an event."""
         head = b""
         if not self.streaming:
             head, self.streaming = self.stream_head(), True
@@ -11449,7 +11463,17 @@ class RequestCycle:
                 data = chunk_of(data)
             if last:
                 data += LAST_CHUNK
-        self.connection.client.send(head + data)
+        self.unsent += head + data
+        held = time.monotonic() - self.flushed > MAX_UNSENT_SECONDS
+        if last or held or len(self.unsent) > MAX_UNSENT_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what waits of a stream; the waiter does so before it waits for Gemini."""
+        data, self.unsent = self.unsent, b""
+        if data:
+            self.connection.client.send(data)
+            self.flushed = time.monotonic()
 
     def stream_head(self) -> bytes:
         status, fields = self.passed_head or (200, {"Content-Type": self.framing.content_type})
@@ -11526,6 +11550,7 @@ class RequestCycle:
                 events = list(self.kept(self.route.failure(self.exchange, error)))
             self.emit(b"".join(map(self.framing.encode, events)), last=True)
         else:
+            self.flush()
             self.connection.close_connection = True  # no error would be understood here
 
     def count_tokens(self, usage: Usage) -> None:

@@ -12485,6 +12485,53 @@ def test_a_failure_in_mid_stream_is_the_last_event(server, gemini, failure):
     assert set(last["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize(
+    "seconds, size, pieces", [(60.0, 16 << 10, 2), (60.0, 1, 5), (-1.0, 16 << 10, 5)]
+)
+def test_what_gemini_says_without_a_pause_is_sent_together(
+    server, gemini, monkeypatch, seconds, size, pieces
+):
+    monkeypatch.setattr(proxy, "MAX_UNSENT_SECONDS", seconds)
+    monkeypatch.setattr(proxy, "MAX_UNSENT_BYTES", size)
+    sent, send = [], proxy.ClientSocket.send
+    monkeypatch.setattr(
+        proxy.ClientSocket, "send", lambda self, data: (sent.append(data), send(self, data))
+    )
+    lines = [b"data: %s\r\n\r\n" % json.dumps(one).encode() for one in (chunk("a"), whole("b"))]
+    gemini.say(Say(raw=b"".join(lines)))
+    body = post(server, body=chat(stream=True))[2]
+    assert [len(event) > 0 for event in body.split(b"\n\n")] == [True] * 5 + [False]
+    assert len(sent) == pieces
+    assert b"".join(sent).count(b"\r\ndata: ") == 5  # each one is a chunk of its own
+
+
+def test_no_event_waits_for_what_gemini_says_later(server, gemini, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_UNSENT_SECONDS", 60.0)
+    gemini.say(Say(chunk("a"), chunk("b"), whole("c"), gap=0.1, delay=0.1))
+    with RawClient(server) as client:
+        client.send(raw_chat(stream=True))
+        while client.file.readline() != b"\r\n":
+            pass
+        arrivals = [(client.read_chunk(), time.monotonic()) for _ in range(4)]
+    seconds = {data: when for data, when in arrivals}
+    a, b, c = (
+        next(at for data, at in seconds.items() if word in data)
+        for word in (b'"a"', b'"b"', b'"c"')
+    )
+    assert b - a > 0.05 and c - b > 0.05
+
+
+def test_a_stream_that_cannot_carry_errors_keeps_what_came_before_one(server, gemini, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_UNSENT_SECONDS", 60.0)
+    lines = [b"data: %s\r\n\r\n" % json.dumps(one).encode() for one in (chunk(AUDIO), chunk(AUDIO))]
+    gemini.say(Say(raw=b"".join([*lines, b"data: [\r\n\r\n"])))
+    with RawClient(server) as client:
+        data = json.dumps(PCM_BODY).encode()
+        client.send(b"POST /v1/audio/speech HTTP/1.1\r\nHost: localhost\r\n")
+        client.send(b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        assert client.file.read().count(PCM_SAMPLES) == 2
+
+
 def test_a_silent_stream_is_kept_alive(server, gemini, monkeypatch):
     monkeypatch.setattr(proxy, "KEEP_ALIVE_SECONDS", 0.05)
     gemini.say(Say(whole("Hello"), delay=0.3))
