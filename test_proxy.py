@@ -3048,6 +3048,30 @@ def test_without_parallel_calls_only_the_first_one_is_passed_on():
     assert len([d for d in deltas(events) if "tool_calls" in d]) == 1
 
 
+@pytest.mark.parametrize(
+    "path, key",
+    [
+        ("/v1/chat/completions", "messages"),
+        ("/v1/responses", "input"),
+        ("/v1/messages", "messages"),
+        ("/api/chat", "messages"),
+    ],
+)
+def test_mere_texts_and_other_messages_keep_their_order(path, key, gemini):
+    rich = {"role": "user", "content": [{"type": "text", "text": "two"}]}
+    if path == "/v1/responses":
+        rich["content"][0]["type"] = "input_text"
+    messages = [user("one"), rich, assistant("three"), user(""), user("four"), user("five")]
+    body = {"model": "gemini-2.5-flash", "max_tokens": 9, key: messages, "stream": False}
+    with serving(gemini.url, "openai" if path.startswith("/v1/") else "ollama") as server:
+        assert post(server, path, body)[0] == 200
+        assert gemini.bodies[-1]["contents"] == [u("one", "two"), m("three"), u("four", "five")]
+        for bad in ("six", {"role": "user", "content": 6}, {"role": "user", "content": {"a": 1}}):
+            status, _, answer = post(server, path, {**body, key: [*messages, bad]})
+            assert status == 400
+            assert f"{key}[6]".encode() in answer
+
+
 # ======================================================================================
 # 6. OpenAI chat
 # ======================================================================================
