@@ -12,7 +12,7 @@ It needs Python 3.9 or newer and nothing else. How a request goes through this f
                               |                        ^                                 |
                               '---> Chat --chat_call---' (chat endpoints)           read_gemini
                                                                                          |
-    whole answer <--route.response-- Answer <--whole-- Text | ToolCall | Media | End <---'
+    whole answer <--route.response-- Answer <-answer_of- Text | ToolCall | Media | End <---'
     wire events  <--route.stream------------------------'
 
 A back end changes calls before they are sent (Backend.calls) and chunks as they come
@@ -2851,7 +2851,7 @@ FINISHES = {
 }
 
 
-def expect(value: JSON, key: str, kind: type) -> Any:
+def get_or_502(value: JSON, key: str, kind: type) -> Any:
     """The value under a key of Gemini's, an empty one if there is none; a 502 for another kind."""
     inner = value.get(key)
     if inner is None:
@@ -2863,7 +2863,7 @@ def expect(value: JSON, key: str, kind: type) -> Any:
 
 def first_candidate(chunk: JSON) -> JSON:
     """The candidate of a chunk, or an empty one: every call asks for one only."""
-    for candidate in expect(chunk, "candidates", list):
+    for candidate in get_or_502(chunk, "candidates", list):
         if not isinstance(candidate, dict):
             raise invalid_answer("a candidate is no object")
         if not candidate.get("index"):
@@ -2883,7 +2883,7 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Event]:
         candidate = reading.absorb(chunk)
         if exchange.first_usage is None:
             exchange.first_usage = reading.usage
-        for part in expect(expect(candidate, "content", dict), "parts", list):
+        for part in get_or_502(get_or_502(candidate, "content", dict), "parts", list):
             event = reading.read_part(part)
             if event is not None:
                 yield event
@@ -2914,7 +2914,7 @@ class Reading:
         self.calls: list[ToolCall] = []
         # Parts of Gemini's own tools, for the call that comes next:
         # https://ai.google.dev/gemini-api/docs/tool-combination
-        self.hosted: list[Part] = []
+        self.before: list[Part] = []
         self.answered: set[str] = set()  # functions that Gemini's servers have answered
 
     def absorb(self, chunk: JSON) -> JSON:
@@ -2922,17 +2922,17 @@ class Reading:
         if self.reason == CONTINUES and chunk.get("candidates"):  # the first of the next call
             self.earlier.append(self.usage)
             self.usage, self.reason = {}, ""
-        self.usage = expect(chunk, "usageMetadata", dict) or self.usage
+        self.usage = get_or_502(chunk, "usageMetadata", dict) or self.usage
         if "modelStatus" in chunk:
             self.model_status = get_or_empty(chunk, "modelStatus", dict)
         if "promptFeedback" in chunk:
-            feedback = expect(chunk, "promptFeedback", dict)
-            self.blocked = expect(feedback, "blockReason", str) or self.blocked
+            feedback = get_or_502(chunk, "promptFeedback", dict)
+            self.blocked = get_or_502(feedback, "blockReason", str) or self.blocked
         candidate = first_candidate(chunk)
         self.reason = str(candidate.get("finishReason") or "") or self.reason
-        self.message = expect(candidate, "finishMessage", str) or self.message
+        self.message = get_or_502(candidate, "finishMessage", str) or self.message
         for key in GROUNDING & candidate.keys():
-            self.grounding.update(given(**expect(candidate, key, dict)))
+            self.grounding.update(given(**get_or_502(candidate, key, dict)))
         return candidate
 
     def read_part(self, part: Any) -> Text | Media | None:
@@ -2944,15 +2944,15 @@ class Reading:
                 signature: str = get_or_empty(part, "thoughtSignature", str)
                 if is_base64(signature):
                     self.signature = signature
-            return self.text(expect(part, "text", str), part.get("thought") is True)
+            return self.text(get_or_502(part, "text", str), part.get("thought") is True)
         if "functionCall" in part:
-            self.calls.append(read_call(part, tuple(self.hosted)))
-            self.hosted = []
+            self.calls.append(read_call(part, tuple(self.before)))
+            self.before = []
         elif "functionResponse" in part:
-            response = expect(part, "functionResponse", dict)
-            self.answered.add(expect(response, "name", str))
+            response = get_or_502(part, "functionResponse", dict)
+            self.answered.add(get_or_502(response, "name", str))
         elif "toolCall" in part or "toolResponse" in part:
-            self.hosted.append(part)
+            self.before.append(part)
         elif not part.get("thought"):
             return self.read_output(part)
         return None
@@ -2960,13 +2960,13 @@ class Reading:
     def read_output(self, part: Part) -> Text | Media | None:
         """Media, and code that Gemini ran, as Markdown: the protocols have no part for it."""
         if "inlineData" in part:
-            data = expect(part, "inlineData", dict)
-            return Media(expect(data, "mimeType", str), expect(data, "data", str))
+            data = get_or_502(part, "inlineData", dict)
+            return Media(get_or_502(data, "mimeType", str), get_or_502(data, "data", str))
         if "executableCode" in part:
-            code = expect(part, "executableCode", dict)
-            language = expect(code, "language", str).lower()
-            return self.text(fenced(expect(code, "code", str), language), own=False)
-        output = expect(expect(part, "codeExecutionResult", dict), "output", str)
+            code = get_or_502(part, "executableCode", dict)
+            language = get_or_502(code, "language", str).lower()
+            return self.text(fenced(get_or_502(code, "code", str), language), own=False)
+        output = get_or_502(get_or_502(part, "codeExecutionResult", dict), "output", str)
         return self.text(output and fenced(output), own=False)
 
     def whole_usage(self) -> Usage:
@@ -2998,11 +2998,11 @@ class Reading:
 
 
 def read_call(part: Part, before: tuple[Part, ...]) -> ToolCall:
-    call = expect(part, "functionCall", dict)
-    signature = expect(part, "thoughtSignature", str) or None
+    call = get_or_502(part, "functionCall", dict)
+    signature = get_or_502(part, "thoughtSignature", str) or None
     if signature and not is_base64(signature):
         raise invalid_answer("thoughtSignature is not base64")
-    name, args = expect(call, "name", str), expect(call, "args", dict)
+    name, args = get_or_502(call, "name", str), get_or_502(call, "args", dict)
     return ToolCall(name, args, signature, before=before)
 
 
@@ -3252,7 +3252,7 @@ class Answer(NamedTuple):
         return [event for event in media if event.mime.startswith(kind)]
 
 
-def whole(events: Iterable[Event]) -> Answer:
+def answer_of(events: Iterable[Event]) -> Answer:
     """The sum of an answer's events, the last of which is its End."""
     *rest, end = events
     assert isinstance(end, End)
@@ -3373,7 +3373,7 @@ def read_vectors(answers: AnswerStreams, exchange: Exchange) -> list[list[float]
     for call, chunks in zip(exchange.plan.calls[options.checks :], answers):
         for chunk in chunks:
             if not call.optional:
-                embeddings = expect(chunk, "embeddings", list)
+                embeddings = get_or_502(chunk, "embeddings", list)
                 vectors += [unit_vector(get_or_empty(one, "values", list)) for one in embeddings]
             usage = get_or_empty(chunk, "usageMetadata", dict)
             tokens = get_or_empty(usage, "promptTokenCount", int)
@@ -3861,9 +3861,9 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
 
 def openai_question(body: Fields, history: History, choice_key: str) -> Chat:
     """What is alike in chats and responses; the choice of tools is under this key."""
-    places = google_objects(body)
-    fields, settings, thinking = openai_google(body, places)
-    tools = openai_tools(body, *history.tools, *places)
+    google = google_objects(body)
+    fields, settings, thinking = openai_google(body, google)
+    tools = openai_tools(body, *history.tools, *google)
     return Chat(
         history.model,
         history.system,
@@ -4059,8 +4059,8 @@ def openai_google(body: Fields, objects: Sequence[Fields]) -> tuple[JSON, JSON, 
     """(fields of the request, of its generationConfig, its thinkingConfig), by what stands in these
     objects and by the service tier."""
     config: JSON = {}
-    for place in objects:
-        config.update(google_settings(place, GOOGLE_SETTINGS))
+    for one in objects:
+        config.update(google_settings(one, GOOGLE_SETTINGS))
     outside = config.keys() & {"cachedContent", "safetySettings"}
     fields: JSON = {key: config.pop(key) for key in sorted(outside)}
     thinking: JSON = config.pop("thinkingConfig", {})
@@ -4163,7 +4163,7 @@ def openai_base(exchange: Exchange, prefix: str, kind: str) -> JSON:
 
 
 def openai_chat_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
-    choices = [openai_choice(i, whole(events), exchange) for i, events in enumerate(answers)]
+    choices = [openai_choice(i, answer_of(events), exchange) for i, events in enumerate(answers)]
     base = openai_base(exchange, "chatcmpl-", "chat.completion")
     return {**base, "choices": choices, "usage": openai_usage(exchange.usage)}
 
@@ -4546,7 +4546,7 @@ def openai_image_results(answers: AnswerStreams) -> Iterator[tuple[Media, Usage]
     refusal: ProxyError | None = None
     count = 0
     for events in answers:
-        answer = whole(events)
+        answer = answer_of(events)
         images = answer.media("image/")
         for image in images:
             if not is_base64(image.data):
@@ -4618,7 +4618,7 @@ def openai_speech_request(body: Fields, context: Context) -> Plan:
 
 
 def openai_speech_response(exchange: Exchange, answers: AnswerStreams) -> Payload:
-    answer = whole(next(answers))
+    answer = answer_of(next(answers))
     audio = answer.media("audio/")
     if not audio or answer.end.finish != "stop":
         raise no_media_error("speech", answer.end, answer.text)
@@ -4762,7 +4762,7 @@ def openai_transcript_words(body: Fields, task: str, timed: bool) -> str:
 
 def openai_transcriptions_response(exchange: Exchange, answers: AnswerStreams) -> JSON | Payload:
     """A transcript in the form that the client wants: JSON, or a Payload of plain text."""
-    answer = whole(next(answers))
+    answer = answer_of(next(answers))
     if answer.end.finish != "stop":
         raise no_media_error("transcript", answer.end, answer.text)
     form = exchange.options.transcript_form
@@ -4780,7 +4780,7 @@ def openai_timed_transcript(exchange: Exchange, text: str) -> JSON | Payload:
     transcript = parsed_object(unfenced(text))
     if transcript is None:
         raise invalid_answer("the transcript is no JSON")
-    segments = [read_segment(segment) for segment in expect(transcript, "segments", list)]
+    segments = [read_segment(segment) for segment in get_or_502(transcript, "segments", list)]
     if form in ("srt", "vtt"):
         return Payload(subtitles(segments, form).encode("utf-8", "replace"))
     fields: JSON = {
@@ -4796,7 +4796,7 @@ def openai_timed_transcript(exchange: Exchange, text: str) -> JSON | Payload:
         return {**fields, "usage": openai_transcript_usage(exchange.usage)}
     fields["language"] = "english"
     if task == "transcribe":
-        fields["language"] = expect(transcript, "language", str)
+        fields["language"] = get_or_502(transcript, "language", str)
     fields["segments"] = [openai_segment(i, segment) for i, segment in enumerate(segments)]
     return {**fields, "usage": {"type": "duration", "seconds": math.ceil(fields["duration"])}}
 
@@ -4823,8 +4823,8 @@ def read_segment(segment: Any) -> JSON:
     """One of Gemini's segments, its times in seconds; a 502 where they make no sense."""
     if not isinstance(segment, dict):
         raise invalid_answer("a segment of the transcript is no object")
-    start, end = (read_time(expect(segment, key, str)) for key in ("start", "end"))
-    text, speaker = expect(segment, "text", str).strip(), expect(segment, "speaker", str)
+    start, end = (read_time(get_or_502(segment, key, str)) for key in ("start", "end"))
+    text, speaker = get_or_502(segment, "text", str).strip(), get_or_502(segment, "speaker", str)
     return {"start": start, "end": max(start, end), "text": text, "speaker": speaker or "A"}
 
 
@@ -5757,7 +5757,7 @@ class ResponseBuilder:
         a response that is nothing but that item."""
         first = next(events)
         yield from self.begin()
-        answer = whole(itertools.chain([first], events))
+        answer = answer_of(itertools.chain([first], events))
         if answer.end.finish == "stop" and answer.text.strip():
             content = sealed({"summary": answer.text})
             yield self.add("cmp_", {"type": "compaction", "encrypted_content": content})
@@ -6281,7 +6281,7 @@ def ollama_response(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]
         listed_entry(exchange.model_name, answers, exchange.context)
         yield {**ollama_chunk(exchange, {}), "done": True, "done_reason": options.done_reason}
         return
-    answer = whole(next(answers))
+    answer = answer_of(next(answers))
     message: JSON = {}
     for addition, _ in ollama_additions(answer.events):
         for key, value in addition.items():
@@ -7249,7 +7249,7 @@ def anthropic_deltas(fields: JSON) -> Iterator[JSON]:
 def anthropic_messages_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     """The message that the events of the stream would add up to."""
     message, events = anthropic_start(exchange, answers)
-    answer = whole(events)
+    answer = answer_of(events)
     *pieces, (_, ending) = anthropic_pieces([*answer.events, answer.end], exchange)
     content: list[JSON] = []
     for kind, fields in pieces:
@@ -8117,9 +8117,10 @@ def vertex_vectors(method: str, chunks: Iterable[JSON]) -> Iterator[JSON]:
     vectors: list[JSON] = []
     tokens = 0
     for chunk in chunks:
-        predictions = expect(chunk, "predictions", list)
+        predictions = get_or_502(chunk, "predictions", list)
         batch = [get_or_empty(one, "embeddings", dict) for one in predictions]
-        batch = batch or expect(chunk, "embeddings", list) or [expect(chunk, "embedding", dict)]
+        batch = batch or get_or_502(chunk, "embeddings", list)
+        batch = batch or [get_or_502(chunk, "embedding", dict)]
         counts = [get_or_empty(one, "statistics", dict) for one in batch]
         tokens += sum(get_or_empty(count, "token_count", int) for count in counts)
         usage = get_or_empty(chunk, "usageMetadata", dict)
@@ -9608,8 +9609,8 @@ class Gemini:
                 if error.status not in self.backend.unlisted:
                     raise
                 page = {}
-            models += expect(page, name, list)
-            token = expect(page, "nextPageToken", str).encode("ascii", "ignore").decode()
+            models += get_or_502(page, name, list)
+            token = get_or_502(page, "nextPageToken", str).encode("ascii", "ignore").decode()
             if not token:
                 return self.backend.models(models)
             path = f"{first}&pageToken={urllib.parse.quote(token)}"
