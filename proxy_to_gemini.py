@@ -17,8 +17,8 @@ It needs Python 3.9 or newer and nothing else. How a request goes through this f
 
 A back end changes calls before they are sent (Backend.calls) and chunks as they come
 (Backend.chunks). RequestCycle.exchanges plans, again for each model of an alias that is asked.
-chat_events makes the events of a chat what its client asked for; Gemini.remember keeps what Gemini
-wants back of its tool calls.
+chat_events gives the events of a chat the client's names and the form that it asked for.
+Gemini.remember keeps what Gemini wants back of its tool calls, Gemini.signed puts it back.
 
 Where to look
     1. Vocabulary                the nouns everything else is written in
@@ -41,20 +41,22 @@ Where to look
     18. Command line             flags, environment, systemd, workers, checks, start and end
 
 Sections 1 to 14 are pure: they know no clock, socket or store. Time and ids are given to them,
-Gemini's answers as iterators, and what these say of tokens they note in the Exchange. What is
-stored is looked up before (Route.keys, Shelf.recipes); what must be stored, they return as a Keep.
+and Gemini's answers as iterators; the tokens that an answer took are noted in the Exchange. What is
+stored is looked up before (Route.keys, Shelf.recipes); what must be stored is yielded as a Keep.
 Gemini's JSON is the form of parts and turns; a Chat is a question to a model in nobody's dialect,
-and an Answer is what a whole answer adds up to. A fifth dialect turns its messages into a History,
-fills a Chat, and reads events or the Answer that they add up to.
+and an Answer is what a whole answer adds up to. A further dialect turns its messages into a History,
+fills a Chat, and reads events or the Answer that they add up to; its plans carry the Chat, or tool
+calls would keep Gemini's names. MOUNTS and VERSIONED in 12 must know its paths, and STAND_INS in 2
+what its clients call their models.
 
 Words
     body       the client's JSON, as Fields: it knows the path of each value, and which were read
     call       one HTTP request to Gemini, not yet sent; a tool call is one that Gemini makes
     chunk      one GenerateContentResponse of Gemini's; a plain answer is a single chunk
     event      what read_gemini makes of chunks, and what a stream sends to the client
-    exchange   the plan for one request of a client's, and its answer
-    further    models of an alias, asked where the first cannot answer: why in 4, for how long the
-               first is passed over in 15, how in 17
+    exchange   a plan for a client's request, one for each model that is asked, and its answer
+    further    models of an alias, asked where the first cannot answer: fallback_reason in 4 says
+               why, Cooldowns in 15 for how long, RequestCycle.exchanges in 17 asks them
     history    the system's words and the turns that a client's messages come to
     recipe     a model that an Ollama client created: one of Gemini's, with words and options
     turn       one content of Gemini's history: a role and its parts
@@ -322,7 +324,7 @@ class Fields:
 
     def require_object(self, key: str) -> Fields:
         """The object under this key; a 400 where there is none."""
-        return Fields(self.peek(key), self.path_of(key), self.tracked)
+        return Fields(self.get_any(key), self.path_of(key), self.tracked)
 
     def object_or_empty(self, key: str) -> Fields:
         return self.object(key) or Fields({}, self.path_of(key), self.tracked)
@@ -331,7 +333,7 @@ class Fields:
         """The object under this key; without such a key this one, which clients send flat."""
         return self.require_object(key) if key in self.data else self
 
-    def peek(self, key: str) -> Any:
+    def get_any(self, key: str) -> Any:
         """The value under this key, whatever it is; it counts as read."""
         self.read.add(key)
         return self.data.get(key)
@@ -376,7 +378,7 @@ class Fields:
                 names.add(item)
                 continue
             path, data, read = item
-            if data.keys() <= read:  # as in most messages of a long history
+            if data.keys() <= read:  # as in most objects
                 continue
             for key in data.keys() - read:
                 if data[key] not in EMPTY_VALUES:
@@ -601,7 +603,7 @@ def decode_object(text: str) -> JSON | None:
 
 
 class BodyStream(NamedTuple):
-    """A client's body that goes on to Gemini as it comes in; the shell puts it into a call."""
+    """A client's body that goes on to Gemini as it comes in; section 17 puts it into a call."""
 
     blocks: Iterable[bytes]
     length: int | None  # None where it comes in chunks
@@ -633,7 +635,7 @@ class GeminiCall(NamedTuple):
     optional: bool = False  # the answer can do without it: a failure is an empty chunk
     generates: bool = False  # whether its answer is read as events, not as chunks
     unfence: bool = False  # whether JSON was asked for in words, and may come in a code fence
-    left_out: tuple[str, ...] = ()  # names of what repairs have left out
+    left_out: tuple[str, ...] = ()  # names of what had to be left out of it
     waits: bool = False  # is sent once the answers before it are read, which may refuse it
     passed: HttpParts | None = None  # where it goes on as it came: its answer is a head, then bytes
     headers: tuple[tuple[str, str], ...] = ()  # besides the usual ones
@@ -648,7 +650,7 @@ class Plan(NamedTuple):
     options: Any = None  # what only the answer can fulfil; the endpoint knows its type
     model_name: str = ""  # as the client spelt it
     framing: Framing | None = None  # of the stream, where it is not the route's
-    chat: Chat | None = None  # the question, where it is one to a chat endpoint
+    chat: Chat | None = None  # the question of a chat endpoint, to which chat_events fits answers
     loads: tuple[str, float] | None = None  # (model, seconds) to list in Ollama's ps from now on
 
 
@@ -662,7 +664,7 @@ class ClientRequest(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a request and its answer may depend on besides its body. All of it is values."""
+    """What a request and its answer may depend on besides its body: values only."""
 
     # (name or glob, Gemini's model, further ones for when it cannot answer)
     aliases: tuple[tuple[str, ...], ...] = ()
@@ -712,7 +714,7 @@ class Exchange:
         self.model = next((call.model for call in plan.calls if call.model), None)  # that answers
         self.seed = seed  # random; every id in the answer is made of it
         self.ids = 0  # how many there are so far
-        self.created = self.now = created  # seconds since 1970; the shell moves `now` on
+        self.created = self.now = created  # seconds since 1970; section 17 moves `now` on
         self.usage = Usage()  # of all that was read so far
         self.first_usage: JSON | None = None  # what Gemini's first chunk says of the tokens
         self.model_status: JSON = {}  # what Gemini says of the model's future
@@ -832,7 +834,7 @@ class Levels(NamedTuple):
     names: tuple[str, ...]
 
     def config(self, effort: str | None, budget: int | None) -> JSON:
-        """The thinkingConfig: the lowest level that is at least the effort."""
+        """The thinkingConfig: the lowest level that is at least the effort, or the highest."""
         if effort is None:
             return {}
         lowest = EFFORTS.index(effort)
@@ -2089,7 +2091,7 @@ class Tools:
         """Add a remote MCP server. Gemini uses all of its tools, so one that restricts them is left
         out, and named as ignored in these words."""
         name_key, url_key, token_key, restriction_key = keys
-        if restricts(server.peek(restriction_key)) or not server.data.get(url_key):
+        if restricts(server.get_any(restriction_key)) or not server.data.get(url_key):
             server.ignore_whole(words)
             return
         url = server.require(url_key, str)
@@ -3126,12 +3128,12 @@ class CitedText:
 
 
 class Chat(NamedTuple):
-    """One question to a model, in nobody's dialect; every chat endpoint comes to one."""
+    """One question to a model, in nobody's dialect; chats and transcripts come to one."""
 
     model: Model
     system: list[Part]
     contents: list[JSON]  # Gemini's turns, in the client's order
-    tools: Tools = Tools()
+    tools: Tools
     choice: ToolChoice = ToolChoice()
     thinking: Thinking = Thinking()
     sampling: Mapping[str, Any] = {}  # from sampling_config
@@ -3323,7 +3325,7 @@ class History:
         self.limit: int | None = None  # of tokens
 
     def add(self, role: str, parts: list[Part]) -> None:
-        """Add what one message says. What the system says after the first turn stays in its place:
+        """Add what one message says, and keep its parts. What the system says after the first turn stays in its place:
         a model obeys it there, and the beginning of the conversation does not change."""
         if role in ("assistant", "model"):
             self.contents.append({"role": "model", "parts": parts})
@@ -4386,7 +4388,7 @@ def openai_completion_chat(body: Fields, model_name: str, context: Context) -> C
     if effort is None and sampling.get("maxOutputTokens"):
         thinking = Thinking("none")
     stream = bool(body.get("stream", bool))
-    return Chat(model, [], [], thinking=thinking, sampling=sampling, stream=stream)
+    return Chat(model, [], [], Tools(), thinking=thinking, sampling=sampling, stream=stream)
 
 
 def openai_text_choice(index: int, text: str, event: Event) -> JSON:
@@ -4714,6 +4716,7 @@ def openai_transcriptions_request(body: Fields, context: Context, task: str = "t
         model,
         [],
         [user_turn(recording, words)],
+        Tools(),
         thinking=Thinking("none"),
         sampling={"temperature": body.number("temperature", 0, 2) or 0},
         schema=TIMED_SCHEMA if timed else None,
@@ -6038,7 +6041,7 @@ THINK_EFFORTS: dict[Any, Any] = {True: None, False: "none"}  # the texts are eff
 
 def ollama_thinking(body: Fields, model: Model) -> Thinking:
     """`think`: without it the model decides, and shows its thoughts; a small limit means few."""
-    think = body.peek("think")
+    think = body.get_any("think")
     if think is not None and not isinstance(think, (str, bool)):
         raise wrong_value("think", f"think must be a boolean or string ({THINK_VALUES})")
     if isinstance(think, str) and think not in ("high", "medium", "low", "max"):
@@ -6073,7 +6076,7 @@ def whole_number(number: float | None) -> int | None:
 
 def ollama_format(body: Fields) -> JSON | None:
     """The schema of the answer; ANY_JSON where it may be any JSON; None where it is text."""
-    schema = body.peek("format")
+    schema = body.get_any("format")
     if schema in (None, ""):
         return None
     if schema == "json":
@@ -6126,7 +6129,7 @@ def ollama_chat_request(body: Fields, context: Context) -> Plan:
     if not body.get("messages", list):
         return ollama_load_plan(body, model_name, False)
     history = ollama_history(body, model)
-    chat = Chat(model, history.system, history.contents)
+    chat = Chat(model, history.system, history.contents, Tools())
     return ollama_plan(body, model_name, chat, OllamaOptions(generate=False))
 
 
@@ -6165,7 +6168,7 @@ def ollama_generate_request(body: Fields, context: Context) -> Plan:
         system = "\n\n".join(filter(None, (system, GAP_INSTRUCTION)))
         prompt = gap_prompt(prompt, suffix)
     contents = [*past_turns(body, context), user_turn(text_part(prompt), *images)]
-    chat = Chat(model, [text_part(system)], contents)
+    chat = Chat(model, [text_part(system)], contents, Tools())
     options = OllamaOptions(generate=True, goes_on=not raw and not suffix)
     return ollama_plan(body, model_name, chat, options)
 
@@ -6342,7 +6345,7 @@ def ollama_embed_request(body: Fields, context: Context) -> Plan:
     """Embed: https://docs.ollama.com/api/embed"""
     model_name = ollama_name(body, "model", missing=no_such_model(""))
     model = model_named(model_name, context)
-    value = body.peek("input")
+    value = body.get_any("input")
     if value is not None and not isinstance(value, (str, list)):
         message = "invalid input type: input must be a string or a list of strings"
         raise wrong_value("input", message)
@@ -6982,7 +6985,7 @@ def change_tools(body: Fields, tools: Tools, restricted: set[str]) -> None:
     https://platform.claude.com/docs/en/build-with-claude/mid-conversation-system-messages"""
     last_words: dict[str, bool] = {}
     for block in tool_changes(body):
-        change = Fields(block.peek("tool"), block.path_of("tool"), body.tracked)
+        change = Fields(block.get_any("tool"), block.path_of("tool"), body.tracked)
         kind, adds = change.require("type", str), block.data["type"] == "tool_addition"
         if kind == "tool_definition":
             definition = change.require_object("definition")
@@ -8348,7 +8351,7 @@ class Waiter:
     ):
         self.client, self.silence = client, silence
         self.stopping, self.keep_alive = stopping, keep_alive
-        self.flush: Callable[[], None] | None = None  # called before anything is waited for
+        self.flush: Callable[[], bool] | None = None  # called before anything is waited for
         self.pollers: dict[tuple[socket.socket | None, int], Poller] = {}
         self.quiet_since = time.monotonic()  # when the client was sent something
         self.deadline = math.inf  # of all waiting together
@@ -8370,9 +8373,10 @@ class Waiter:
     def wait(
         self, gemini: socket.socket | None, event: int = READABLE, seconds: float | None = None
     ) -> float:
-        """Wait for Gemini's socket, or so many seconds; how long it took. Silence is a 504 else."""
-        if self.flush:
-            self.flush()
+        """Wait for Gemini's socket, whose silence is a 504, or for so many seconds; returns how many
+        it took."""
+        if self.flush and self.flush():
+            self.quiet_since = time.monotonic()
         poller = self.poller(gemini, event)
         gemini_fd = -1 if gemini is None else gemini.fileno()
         stopping_fd = -1 if self.stopping is None else self.stopping.fileno()
@@ -8713,7 +8717,7 @@ class Pool(urllib.request.BaseHandler):
     def connect(self, waiter: Waiter) -> UpstreamSocket:
         """A new connection, through the proxy if there is one, and with TLS for https."""
         self.count("upstream_connections_total")
-        waiter.wait(None, seconds=0)  # which flushes: the look-up of the name may take long
+        waiter.wait(None, seconds=0)  # which flushes, too: the look-up of the name may take long
         deadline = waiter.deadline
         waiter = Waiter(waiter.client, CONNECT_SECONDS, waiter.stopping, waiter.keep_alive)
         waiter.deadline = deadline
@@ -9017,7 +9021,8 @@ class UpstreamCall:
             if response.status == 200 or (self.call.passed and not renewable):
                 tls = response.connection.tls
                 if tls and not response.connection.reused and not tls.session_reused:
-                    self.gemini.pool.session = tls.session  # its ticket has come (RFC 8446, 4.6.1)
+                    # Its ticket has come (RFC 8446, 4.6.1). A copy is dear, and serves all.
+                    self.gemini.pool.session = tls.session
                 return response
             body = response.read(1 << 20)
         except http.client.IncompleteRead as failure:
@@ -9039,7 +9044,7 @@ class UpstreamCall:
                 self.call = call
                 self.left_out += names
                 return 0.0
-        if error.status == 401 and not self.renewed and self.gemini.refused(self.access):
+        if error.status == 401 and not self.renewed and self.gemini.drop_access(self.access):
             self.renewed = True
             return 0.0
         if fallback_reason(error) == "overloaded" and self.call.model and self.call.model.further:
@@ -9281,7 +9286,7 @@ class Tokens:
         else:
             self.access = access
 
-    def refuse(self, access: Access | None) -> bool:
+    def drop(self, access: Access | None) -> bool:
         """Whether a call that was refused with this (401) may be made again, with another."""
         with self.lock:
             now = time.monotonic()
@@ -9527,9 +9532,9 @@ class Gemini:
             return Access(key, given(**{"x-goog-api-key": key}))
         return self.tokens.get(waiter)
 
-    def refused(self, access: Access | None) -> bool:
-        """Whether there can be another access after a 401."""
-        return self.tokens is not None and self.tokens.refuse(access)
+    def drop_access(self, access: Access | None) -> bool:
+        """Give up an access that was a 401; whether there can be another one."""
+        return self.tokens is not None and self.tokens.drop(access)
 
     def answers(
         self, calls: Iterable[GeminiCall], waiter: Waiter, key: str, left_out: list[str]
@@ -10357,7 +10362,8 @@ TIDY_SECONDS = 5.0  # between two looks at what can be given back
 MAX_LOADED_MODELS = 100  # that are listed as loaded
 LINGER_SECONDS = 1.0  # for a client to read a refusal of what it is still sending
 KEY_PATTERN = r"[!-~]{1,1000}"  # what can be sent in a header as a key
-MAX_UNSENT_SECONDS, MAX_UNSENT_BYTES = 0.005, 16 << 10  # of a stream, while Gemini says more
+# Of a stream, while Gemini says more: since the last send, and of events that wait.
+MAX_UNSENT_SECONDS, MAX_UNSENT_BYTES = 0.005, 16 << 10
 MAX_IGNORED_CHARACTERS = 4000  # of x-proxy-ignored: nginx takes 8 KB of headers in all
 PIPE_BYTES = 4096  # that a pipe takes in one piece, if it takes anything (PIPE_BUF)
 MAX_LOG_PIECES = 4  # that one thread writes for others
@@ -11125,10 +11131,8 @@ class RequestCycle:
         self.status = 0  # of the answer; 0 until its head is written
         self.passed_head: AnswerHead | None = None  # of an answer that is passed through
         self.framing, self.streaming = SSE, False  # whether the answer is a stream that has begun
-        self.unsent, self.flushed = (
-            b"",
-            -math.inf,
-        )  # bytes of that stream; when it was last sent some
+        self.unsent = b""  # bytes of that stream that wait for more
+        self.last_flush = -math.inf  # when some were sent
         self.answered = False  # whether the client was sent some of what a model says
         self.fallbacks: list[str] = []  # models that could not answer, and why
         self.recording: Recording | None = None
@@ -11142,8 +11146,8 @@ class RequestCycle:
             self.connection.read_headers(self.head, MAX_HEAD_BYTES - len(line))
             self.serve()
         except ProxyError as error:
-            self.fail(error)
             error.__traceback__ = None  # its frames hold the body, and one may hold the error
+            self.fail(error)
         except RecursionError:
             if self.exchange:
                 self.fail(invalid_answer("it is nested too deeply"))
@@ -11292,8 +11296,9 @@ class RequestCycle:
         self.ignored = body.ignored()
         return Exchange(plan, context, self.seed, created)
 
-    def passes_on(self, exchange: Exchange, error: ProxyError) -> bool:
-        """Whether this failure is one that the alias's next model may cure."""
+    def falls_back(self, exchange: Exchange, error: ProxyError) -> bool:
+        """Pass the model over for a while if the alias's next one may cure this failure; whether it
+        may."""
         if not exchange.context.models:
             return False
         cooldowns, model = self.server.gemini.cooldowns, exchange.context.models[0]
@@ -11335,7 +11340,7 @@ class RequestCycle:
             exchange.builder = None  # which holds the exchange, as it holds it
             if first_error is None:
                 first, first_error = exchange, error
-            if not self.passes_on(exchange, error):
+            if not self.falls_back(exchange, error):
                 break
         assert first_error is not None  # there is one plan at least
         self.exchange = first
@@ -11362,10 +11367,9 @@ class RequestCycle:
         waiter.silence = server.config.timeout
         if not self.is_decided():
             waiter.silence /= 2  # until the first event
-        if stream:
-            waiter.flush = self.flush
-        if stream and self.framing.keep_alive:
-            waiter.keep_alive = self.keep_alive
+        waiter.flush = self.flush if stream else None
+        keeps_alive = stream and self.framing.keep_alive
+        waiter.keep_alive = self.keep_alive if keeps_alive else None
         try:
             batch = server.gemini.answers(calls, waiter, self.key, self.ignored)
             with contextlib.closing(batch):
@@ -11385,9 +11389,6 @@ class RequestCycle:
             self.add_model_to(error, exchange, waiter)
             error.__context__ = None  # its frames, and those of the error, lead back to this one
             return error.with_traceback(None)
-        finally:
-            # They lead here, and an idle connection keeps its waiter.
-            waiter.flush = waiter.keep_alive = None
         return None
 
     def with_body(self, call: GeminiCall) -> GeminiCall:
@@ -11423,6 +11424,8 @@ class RequestCycle:
             if isinstance(item, ToolCall):
                 tool_calls.append(item)
             elif isinstance(item, End):
+                if tool_calls:
+                    self.flush()  # the memory may keep this waiting
                 self.server.gemini.remember(call, self.key, tool_calls)
             yield item
 
@@ -11430,6 +11433,7 @@ class RequestCycle:
         """The events for the client. A Keep among them is kept instead, a head becomes its own."""
         for event in events:
             if isinstance(event, Keep):
+                self.flush()
                 self.server.shelf(self.key).keep(event)
             elif isinstance(event, AnswerHead):
                 self.passed_head = with_own_address(event, self.head, self.server.config)
@@ -11485,16 +11489,17 @@ class RequestCycle:
             if last:
                 data += LAST_CHUNK
         self.unsent += head + data
-        held = time.monotonic() - self.flushed > MAX_UNSENT_SECONDS
-        if last or held or len(self.unsent) > MAX_UNSENT_BYTES:
+        due = time.monotonic() - self.last_flush > MAX_UNSENT_SECONDS
+        if last or due or len(self.unsent) > MAX_UNSENT_BYTES:
             self.flush()
 
-    def flush(self) -> None:
-        """Send what waits of a stream; the waiter does so before it waits for Gemini."""
+    def flush(self) -> bool:
+        """Send what waits of a stream, if anything does; the waiter does so before it waits."""
         data, self.unsent = self.unsent, b""
         if data:
             self.connection.client.send(data)
-            self.flushed = time.monotonic()
+            self.last_flush = time.monotonic()
+        return data != b""
 
     def stream_head(self) -> bytes:
         status, fields = self.passed_head or (200, {"Content-Type": self.framing.content_type})
@@ -13113,7 +13118,7 @@ def serve(config: Config) -> None:
     if hasattr(gc, "freeze"):  # PyPy has another collector
         gc.freeze()  # what is there by now stays for good, and need not be looked through
         # A look through all the rest stops every stream (145 ms where there are 1,000). It finds
-        # next to nothing, as no cycle holds a body; so it comes a hundred times as rarely.
+        # next to nothing, as no cycle is to hold a body; so it comes a hundred times as rarely.
         gc.set_threshold(*gc.get_threshold()[:2], 1000)
     address = f"api {config.api} at {server.url}"
     log(f"proxy-to-gemini {VERSION}: {address}, answered by {config.backend}")

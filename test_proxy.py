@@ -10093,7 +10093,7 @@ def test_a_token_that_is_refused_is_renewed_once_for_all_calls(google, on_vertex
     access = on_vertex.tokens.get(proxy.Waiter(None, 5))
     assert on_vertex.chunks(PLAIN)
     assert (len(google.tokens), google.unauthorized) == (3, 1)
-    assert on_vertex.tokens.refuse(access)  # by a call that was sent with it before
+    assert on_vertex.tokens.drop(access)  # by a call that was sent with it before
     assert on_vertex.tokens.get(proxy.Waiter(None, 5)).secret == google.tokens[-1]
 
 
@@ -12441,6 +12441,24 @@ def test_no_body_stays_in_memory_of_a_client_that_left(server, gemini, stream):
         until(lambda: nothing_stays(server))
 
 
+def test_no_body_stays_in_memory_of_a_client_that_left_before_an_error(server, gemini, monkeypatch):
+    gemini.say(Say(chunk("Once "), SHED))
+    send, left = proxy.ClientSocket.send, threading.Event()
+
+    def send_but_errors(self, data):
+        if b'"error"' in data:
+            left.set()
+            raise proxy.ClientGoneError
+        send(self, data)
+
+    monkeypatch.setattr(proxy.ClientSocket, "send", send_but_errors)
+    with without_collector():
+        with RawClient(server) as client:
+            client.send(raw_chat(stream=True))
+            assert left.wait(5)
+        until(lambda: nothing_stays(server))
+
+
 def test_no_body_stays_in_memory_where_gemini_cannot_be_reached():
     with serving("http://127.0.0.1:9") as server, without_collector():
         assert post(server)[0] == 502
@@ -12541,6 +12559,41 @@ def test_no_event_waits_for_what_gemini_says_later(server, gemini, monkeypatch):
     assert [word in data for word, (data, _) in zip((b'"a"', b'"b"', b'"c"'), said)] == [True] * 3
     (_, a), (_, b), (_, c) = said
     assert min(b - a, c - b) > 0.05
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/chat/completions", {"messages": [user("Hi")], "tools": [WEATHER]}),
+        ("/v1/responses", {"input": "Hi"}),
+    ],
+)
+def test_no_event_waits_for_the_memory(server, gemini, monkeypatch, path, body):
+    monkeypatch.setattr(proxy, "MAX_UNSENT_SECONDS", 60.0)
+    seen, put = threading.Event(), proxy.Memory.put
+    waited = []
+
+    def slow_put(self, *values):
+        waited.append(seen.wait(10))
+        put(self, *values)
+
+    monkeypatch.setattr(proxy.Memory, "put", slow_put)
+    parts = ["Once", call("weather", {}, "s")] if "tools" in body else ["Once"]
+    lines = [
+        b"data: %s\r\n\r\n" % json.dumps(one).encode() for one in (chunk("One"), whole(*parts))
+    ]
+    gemini.say(Say(raw=b"".join(lines)))
+    data = json.dumps({"model": NEWEST, "stream": True, **body}).encode()
+    with RawClient(server) as client:
+        client.send(f"POST {path} HTTP/1.1\r\nHost: localhost\r\n".encode())
+        client.send(b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        while b"Once" not in client.file.readline():
+            pass
+        seen.set()
+        while client.file.readline() not in (b"0\r\n", b""):
+            pass
+    assert waited
+    assert all(waited)
 
 
 def test_a_stream_that_cannot_carry_errors_keeps_what_came_before_one(server, gemini, monkeypatch):
