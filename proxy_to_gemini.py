@@ -44,7 +44,7 @@ Sections 1 to 14 are pure: they know no clock, socket or store. Time and ids are
 and Gemini's answers as iterators; the tokens that an answer took are noted in the Exchange. What is
 stored is looked up before (Route.keys, Shelf.recipes); what must be stored is yielded as a Keep.
 Gemini's JSON is the form of parts and turns; a Chat is a question to a model in nobody's dialect,
-and an Answer is what a whole answer adds up to. A further dialect turns its messages into a History,
+and an Answer is what a whole answer adds up to. One more dialect turns its messages into a History,
 fills a Chat, and reads events or the Answer that they add up to; its plans carry the Chat, or tool
 calls would keep Gemini's names. MOUNTS and VERSIONED in 12 must know its paths, and STAND_INS in 2
 what its clients call their models.
@@ -3325,8 +3325,9 @@ class History:
         self.limit: int | None = None  # of tokens
 
     def add(self, role: str, parts: list[Part]) -> None:
-        """Add what one message says, and keep its parts. What the system says after the first turn stays in its place:
-        a model obeys it there, and the beginning of the conversation does not change."""
+        """Add what one message says; the list of its parts is kept. What the system says after the
+        first turn stays in its place: a model obeys it there, and the beginning of the conversation
+        does not change."""
         if role in ("assistant", "model"):
             self.contents.append({"role": "model", "parts": parts})
         elif role not in ("system", "developer"):
@@ -8373,8 +8374,8 @@ class Waiter:
     def wait(
         self, gemini: socket.socket | None, event: int = READABLE, seconds: float | None = None
     ) -> float:
-        """Wait for Gemini's socket, whose silence is a 504, or for so many seconds; returns how many
-        it took."""
+        """Wait for Gemini's socket, whose silence is a 504, or for so many seconds. Returns the
+        seconds that it took."""
         if self.flush and self.flush():
             self.quiet_since = time.monotonic()
         poller = self.poller(gemini, event)
