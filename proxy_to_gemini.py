@@ -11368,9 +11368,10 @@ class RequestCycle:
         waiter.silence = server.config.timeout
         if not self.is_decided():
             waiter.silence /= 2  # until the first event
-        waiter.flush = self.flush if stream else None
-        keeps_alive = stream and self.framing.keep_alive
-        waiter.keep_alive = self.keep_alive if keeps_alive else None
+        if stream:
+            waiter.flush = self.flush
+        if stream and self.framing.keep_alive:
+            waiter.keep_alive = self.keep_alive
         try:
             batch = server.gemini.answers(calls, waiter, self.key, self.ignored)
             with contextlib.closing(batch):
@@ -11390,6 +11391,8 @@ class RequestCycle:
             self.add_model_to(error, exchange, waiter)
             error.__context__ = None  # its frames, and those of the error, lead back to this one
             return error.with_traceback(None)
+        finally:
+            waiter.flush = waiter.keep_alive = None  # they lead here, and may outlive this (PyPy)
         return None
 
     def with_body(self, call: GeminiCall) -> GeminiCall:
