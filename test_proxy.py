@@ -14562,6 +14562,7 @@ def test_threads_stay_on_one_core_that_may_be_used_while_there_are_many_connecti
     assert numbers == [1, 2, 5, 1]
 
 
+@pytest.mark.skipif(WINDOWS, reason="it has neither these functions nor sys.abiflags")
 @pytest.mark.parametrize("lacking", ["sched_getaffinity", "sched_setaffinity"])
 def test_a_process_that_may_not_choose_its_core_moves_as_before(lacking, monkeypatch):
     def refuse(*_):
