@@ -378,8 +378,6 @@ class Fields:
                 names.add(item)
                 continue
             path, data, read = item
-            if data.keys() <= read:  # as in most objects
-                continue
             for key in data.keys() - read:
                 if data[key] not in EMPTY_VALUES:
                     place = without_indexes(f"{path}.{key}".lstrip("."))
@@ -9288,7 +9286,7 @@ class Tokens:
             self.access = access
 
     def drop(self, access: Access | None) -> bool:
-        """Whether a call that was refused with this (401) may be made again, with another."""
+        """Give up this access, which was a 401; whether the call may be made again with another."""
         with self.lock:
             now = time.monotonic()
             if access is self.access:
