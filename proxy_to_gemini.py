@@ -1745,10 +1745,10 @@ def thinking_config(thinking: Thinking, model: Model, limit: int | None, body: F
         no_effect = client_effort == "none" and config.get("thinkingBudget") != 0
         if thinking.show and effort != "none":
             config["includeThoughts"] = True
+    if thinking.google.keys() - {"includeThoughts"}:  # Google's own level or budget, which wins
+        config, no_effect = {}, client_effort is not None
     if thinking.field and no_effect:
         body.ignore(thinking.field)
-    if thinking.google.keys() - {"includeThoughts"}:  # a level or a budget of the client's own
-        return dict(thinking.google)
     return {**config, **thinking.google}
 
 

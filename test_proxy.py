@@ -2999,6 +2999,20 @@ def test_a_search_without_functions_goes_to_every_model():
     assert gemini_body(chat(web_search_options={}))["tools"] == [{"googleSearch": {}}]
 
 
+@pytest.mark.parametrize(
+    "thinking, ignored",
+    [
+        ({"thinking_level": "low"}, ["reasoning_effort"]),
+        ({"thinking_budget": 99}, ["reasoning_effort"]),
+        ({"include_thoughts": True}, []),
+    ],
+)
+def test_an_effort_that_a_setting_of_googles_outdoes_is_named_as_ignored(thinking, ignored):
+    google = {"google": {"thinking_config": thinking}}
+    body = chat(model=NEWEST, reasoning_effort="high", extra_body=google)
+    assert plan_and_ignored(body)[1] == ignored
+
+
 SCHEMA_FORMAT = {
     "type": "json_schema",
     "json_schema": {
