@@ -400,10 +400,12 @@ def no_constant(name: str) -> None:
 
 # Strict: neither NaN nor Infinity, in either direction. To clients the text is ASCII, since some of
 # them split lines at U+2028; Gemini gets it as it is.
-COMPACT = (",", ":")
 decode_json = json.JSONDecoder(parse_float=finite, parse_constant=no_constant).decode
-encode_json = json.JSONEncoder(separators=COMPACT, allow_nan=False).encode
-encode_utf8 = json.JSONEncoder(separators=COMPACT, allow_nan=False, ensure_ascii=False).encode
+json_encoder = functools.partial(  # no value of ours holds itself
+    json.JSONEncoder, separators=(",", ":"), allow_nan=False, check_circular=False
+)
+encode_json = json_encoder().encode
+encode_utf8 = json_encoder(ensure_ascii=False).encode
 
 
 def gemini_json(body: JSON) -> bytes:
@@ -1095,20 +1097,10 @@ def model_named(model_name: str, context: Context, *uses: str) -> Model:
 # ---- models that go ----
 
 
-class Retirement(NamedTuple):
-    """A model that will go, or is gone, and what is known of that."""
-
-    model: str
-    gone: bool
-    date: str  # of its end; "" where Gemini does not say
-    follower: str  # what to use in its place; "" where none is known
-    message: str  # Gemini's own words
-
-    def __str__(self) -> str:
-        words = [f"the model {self.model}", "is gone" if self.gone else "will go"]
-        words += [f"on {self.date}"] if self.date else []
-        words += [f"and is followed by {self.follower}"] if self.follower else []
-        return " ".join(words) + (self.message and f": {self.message}")
+def retirement_words(name: str, end: str, follower: str, message: str) -> str:
+    """What is known of a model: that it "will go" or "is gone", its follower, Gemini's message."""
+    successor = follower and f" and is followed by {follower}"
+    return f"the model {name} {end}{successor}" + (message and f": {message}")
 
 
 # Stages at which a model is on its way out: ModelStage in types.py of
@@ -1119,14 +1111,14 @@ LEAVING_STAGES = ("LEGACY", "DEPRECATED", "RETIRED")
 GONE = "no longer available"
 
 
-def announced_retirement(model: Model, status: JSON, listed: Iterable[str]) -> Retirement | None:
-    """What the modelStatus of an answer says; None where the model stays."""
+def announced_retirement(model: Model, status: JSON, listed: Iterable[str]) -> str:
+    """What the modelStatus of an answer says; "" where the model stays."""
     stage, words = (get_or_empty(status, key, str) for key in ("modelStage", "message"))
     date = re.match(r"\d{4}-\d\d-\d\d", get_or_empty(status, "retirementTime", str))
     if stage not in LEAVING_STAGES and not date:
-        return None
-    day = date.group() if date else ""
-    return Retirement(model.name, False, day, follower_of(model.name, words, listed), words)
+        return ""
+    end = f"will go on {date.group()}" if date else "will go"
+    return retirement_words(model.name, end, follower_of(model.name, words, listed), words)
 
 
 def follower_of(name: str, words: str, listed: Iterable[str]) -> str:
@@ -6056,21 +6048,15 @@ def ollama_thinking(body: Fields, model: Model) -> Thinking:
 
 
 def ollama_sampling(options: Fields, model: Model) -> JSON:
-    """The sampling in `options`. What only local models have stays unread: it counts as ignored."""
+    """The sampling in `options`. What only local models have stays unread: it counts as ignored.
+    Ollama cuts a fraction off where it wants a whole number."""
     numbers = [options.get(key, float) for key in ("num_predict", "top_k", "seed")]
-    limit, top_k, seed = map(whole_number, numbers)
+    limit, top_k, seed = (number if number is None else int(number) for number in numbers)
     if seed is not None and seed < 0:
         seed = None  # Ollama takes a random one
     temperature, top_p = options.get("temperature", float), options.get("top_p", float)
     stops, weights = stop_sequences(options), penalties(options, -math.inf, math.inf, model)
     return sampling_config(temperature, top_p, top_k, limit, seed, stops, **weights)
-
-
-def whole_number(number: float | None) -> int | None:
-    """A number as Ollama's server reads it where it wants a whole one: a fraction is cut off."""
-    if number is None:
-        return None
-    return int(min(max(number, -(2**63)), 2**63))
 
 
 def ollama_format(body: Fields) -> JSON | None:
@@ -6481,17 +6467,13 @@ def ollama_ps_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
 
 def ollama_manage_request(body: Fields, context: Context) -> Plan:
     """One model and Gemini's list. Ollama's command line and LiteLLM send the older `name`."""
-    body.mark_read("verbose", "insecure")
-    return Plan((MODELS_CALL,), model_name=ollama_name(body, "model", "name"))
+    body.mark_read("verbose", "insecure", "options")
+    stream = body.get("stream", bool) is not False
+    return Plan((MODELS_CALL,), stream, model_name=ollama_name(body, "model", "name"))
 
 
 # LiteLLM looks into it for the word "tools", Continue for .Suffix, to learn what a model can do.
 OLLAMA_TEMPLATE = "{{ if .Suffix }}{{ .Suffix }}{{ end }}{{ if .Tools }}tools{{ end }}{{ .Prompt }}"
-
-
-def ollama_show_request(body: Fields, context: Context) -> Plan:
-    body.mark_read("options")
-    return ollama_manage_request(body, context)
 
 
 def ollama_show_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
@@ -6552,11 +6534,6 @@ def modelfile_text(text: str) -> str:
         return text
     marks = '"' * (3 if '"' in text else 1)
     return f"{marks}{text}{marks}"
-
-
-def ollama_pull_request(body: Fields, context: Context) -> Plan:
-    plan = ollama_manage_request(body, context)
-    return plan._replace(stream=body.get("stream", bool) is not False)
 
 
 def ollama_pull_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[JSON]:
@@ -6629,7 +6606,7 @@ def ollama_create_request(body: Fields, context: Context) -> Plan:
         body.get("messages", list) or old.messages,
         [*old.licenses, *filter(None, body.strings("license"))],
     )
-    return plan._replace(stream=body.get("stream", bool) is not False, options=recipe)
+    return plan._replace(options=recipe)
 
 
 def ollama_create_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
@@ -6704,11 +6681,11 @@ OLLAMA_ROUTES = (
     Route("POST", "/api/embed", ollama_embed_request, ollama_embed_response),
     Route("POST", "/api/embeddings", ollama_embeddings_request, ollama_embeddings_response),
     Route("GET", "/api/tags", openai_models_request, ollama_tags_response),
-    Route("POST", "/api/show", ollama_show_request, ollama_show_response),
+    Route("POST", "/api/show", ollama_manage_request, ollama_show_response),
     Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response),
     Route("GET", "/api/version", answer={"version": OLLAMA_VERSION}),
     Route("GET", "/api/status", answer={"cloud": {"disabled": True, "source": "env"}}),
-    Route("POST", "/api/pull", ollama_pull_request, None, ollama_pull_stream, PULLING),
+    Route("POST", "/api/pull", ollama_manage_request, None, ollama_pull_stream, PULLING),
     Route("POST", "/api/create", ollama_create_request, None, ollama_create_stream, CREATING),
     Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response),
     Route("DELETE", "/api/delete", ollama_manage_request, ollama_delete_response),
@@ -9471,7 +9448,7 @@ class Retirements:
     def __init__(self, count: Callable[..., None]):
         self.count = count  # called with the name of a metric
         self.listed: dict[str, None] = {}  # paths of the models that were ever listed
-        self.models: dict[str, tuple[float, Retirement]] = {}  # (when it was logged, what it is)
+        self.models: dict[str, tuple[float, str]] = {}  # (when it was logged, what is known)
 
     def see(self, entries: Iterable[JSON]) -> None:
         """Remember which models a list of Gemini's has."""
@@ -9479,15 +9456,15 @@ class Retirements:
         while len(self.listed) > MAX_LISTED_MODELS:
             self.listed.pop(next(iter(self.listed)), None)
 
-    def note(self, retirement: Retirement) -> None:
+    def note(self, name: str, words: str) -> None:
         """Count it; log it if that was not done today."""
         self.count("retiring_models_total")
-        name, now = retirement.model, time.monotonic()
-        logged, _ = self.models.get(name, (-math.inf, retirement))
+        now = time.monotonic()
+        logged, _ = self.models.get(name, (-math.inf, ""))
         if now - logged > RETIREMENT_LOG_SECONDS:
             logged = now
-            log(str(retirement))
-        self.models[name] = logged, retirement
+            log(words)
+        self.models[name] = logged, words
         while len(self.models) > MAX_RETIREMENTS:
             self.models.pop(next(iter(self.models)), None)
 
@@ -9589,9 +9566,9 @@ class Gemini:
     def note_status(self, model: Model, status: JSON, key: str) -> None:
         """Note what an answer says of the future of its model."""
         _, entries = self.models.get(key, (0.0, []))
-        retirement = announced_retirement(model, status, map(entry_name, entries))
-        if retirement:
-            self.retirements.note(retirement)
+        words = announced_retirement(model, status, map(entry_name, entries))
+        if words:
+            self.retirements.note(model.name, words)
 
     def note_not_found(self, model: Model, error: ProxyError, key: str) -> None:
         """Note a model that is gone: it was listed once, or Gemini says so."""
@@ -9599,7 +9576,8 @@ class Gemini:
         if lost or GONE in error.message:
             _, entries = self.models.get(key, (0.0, []))
             follower = follower_of(model.name, error.message, map(entry_name, entries))
-            self.retirements.note(Retirement(model.name, True, "", follower, error.message))
+            words = retirement_words(model.name, "is gone", follower, error.message)
+            self.retirements.note(model.name, words)
 
     def read_models(self, waiter: Waiter, key: str) -> list[JSON]:
         """The models of all pages (ai.google.dev/api/models#method:-models.list)."""
@@ -12105,7 +12083,7 @@ class Server(http.server.ThreadingHTTPServer):
     def state_for(self, key: str) -> JSON:
         """What the page for people shows. With -client-keys, each sees the requests of its own."""
         config, requests, client_key = self.config, self.recent.requests(), "anything"
-        served, retirements = ("either", config.api), list(self.gemini.retirements.models.values())
+        served, retirements = ("either", config.api), list(self.gemini.retirements.models.items())
         source = " (as one of the workers saw it)" if config.workers > 1 else ""
         if config.proxy_key:
             client_key = "the value of PROXY_API_KEY"
@@ -12113,7 +12091,7 @@ class Server(http.server.ThreadingHTTPServer):
             client_key = "its user's own Gemini key"
             requests = [request for request in requests if request.scope == scope_of(key)]
             models = {name for row in requests for name in re.findall("[^:; ]+", row.answered_by)}
-            retirements = [item for item in retirements if item[1].model in models]
+            retirements = [item for item in retirements if item[0] in models]
         return {
             "version": VERSION,
             "api": config.api,
@@ -12123,7 +12101,7 @@ class Server(http.server.ThreadingHTTPServer):
             "client_key": client_key,
             "clients": [(name, line) for name, api, line in CLIENTS if api in served],
             "other_clients": [name for name, api, _ in CLIENTS if api not in served],
-            "retirements": [f"{retirement}{source}" for _, retirement in retirements],
+            "retirements": [f"{words}{source}" for _, (_, words) in retirements],
             "minutes": self.recent.sums(time.time()),
             "requests": [request.entry() for request in requests[:RECENT_REQUESTS]],
         }
