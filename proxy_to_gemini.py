@@ -781,7 +781,7 @@ class Refusal(NamedTuple):
 class Route(NamedTuple):
     """One endpoint. Path segments in braces are captured; the last one may hold slashes.
 
-    A route has an `answer`, which is always the same (JSON or a Refusal), or a `response` or a
+    A route has a `fixed` answer, which is always the same (JSON or a Refusal), or a `response` or a
     `stream`, mostly with a `request` before. A `response` returns the whole answer, or yields it as
     the last event; without it, it is the last event of the stream. Both pull what Gemini answers,
     so each step of theirs may wait.
@@ -798,7 +798,7 @@ class Route(NamedTuple):
     parse: Callable[[bytes, str], Fields] | None = parse_body
     failure: Callable[[Exchange, ProxyError], list[Any]] | None = None  # last events of a failure
     keys: Callable[[Fields, Context], list[str]] | None = None  # of stored texts
-    answer: Any = None
+    fixed: Any = None
 
     @property
     def name(self) -> str:
@@ -5935,7 +5935,7 @@ STORED: JSON = {"parse": no_body, "keys": openai_keys}
 OPENAI_ROUTES = (
     Route("POST", "/v1/chat/completions", *CHAT_COMPLETIONS),
     Route("POST", "/v1/responses", *RESPONSES, failure=openai_responses_failure, keys=openai_keys),
-    Route("GET", "/v1/responses", answer=NO_WEB_SOCKET),  # upon a 426 Codex uses POST from then on
+    Route("GET", "/v1/responses", fixed=NO_WEB_SOCKET),  # upon a 426 Codex uses POST from then on
     Route("POST", "/v1/responses/compact", *COMPACTION, keys=openai_keys),
     Route("POST", "/v1/responses/input_tokens", *INPUT_TOKENS, keys=openai_keys),
     Route("GET", "/v1/responses/{id}/input_items", None, openai_input_items_response, **STORED),
@@ -6683,21 +6683,21 @@ OLLAMA_ROUTES = (
     Route("GET", "/api/tags", openai_models_request, ollama_tags_response),
     Route("POST", "/api/show", ollama_manage_request, ollama_show_response),
     Route("GET", "/api/ps", ollama_ps_request, ollama_ps_response),
-    Route("GET", "/api/version", answer={"version": OLLAMA_VERSION}),
-    Route("GET", "/api/status", answer={"cloud": {"disabled": True, "source": "env"}}),
+    Route("GET", "/api/version", fixed={"version": OLLAMA_VERSION}),
+    Route("GET", "/api/status", fixed={"cloud": {"disabled": True, "source": "env"}}),
     Route("POST", "/api/pull", ollama_manage_request, None, ollama_pull_stream, PULLING),
     Route("POST", "/api/create", ollama_create_request, None, ollama_create_stream, CREATING),
     Route("POST", "/api/copy", ollama_copy_request, ollama_copy_response),
     Route("DELETE", "/api/delete", ollama_manage_request, ollama_delete_response),
-    Route("POST", "/api/push", answer=NO_PUSH),
-    Route("GET", "/api/blobs/{digest}", answer=Refusal(404, "there is no such file here")),
-    Route("POST", "/api/blobs/{digest}", answer=NO_BLOBS),
-    Route("POST", "/api/me", answer=Refusal(401, "unauthorized")),
-    Route("POST", "/api/signout", answer=NOT_SIGNED_IN),
-    Route("DELETE", "/api/user/keys/{key}", answer=NOT_SIGNED_IN),
-    Route("POST", "/api/experimental/web_search", answer=NO_CLOUD),
-    Route("POST", "/api/experimental/web_fetch", answer=NO_CLOUD),
-    Route("GET", "/api/experimental/model-recommendations", answer={"recommendations": []}),
+    Route("POST", "/api/push", fixed=NO_PUSH),
+    Route("GET", "/api/blobs/{digest}", fixed=Refusal(404, "there is no such file here")),
+    Route("POST", "/api/blobs/{digest}", fixed=NO_BLOBS),
+    Route("POST", "/api/me", fixed=Refusal(401, "unauthorized")),
+    Route("POST", "/api/signout", fixed=NOT_SIGNED_IN),
+    Route("DELETE", "/api/user/keys/{key}", fixed=NOT_SIGNED_IN),
+    Route("POST", "/api/experimental/web_search", fixed=NO_CLOUD),
+    Route("POST", "/api/experimental/web_fetch", fixed=NO_CLOUD),
+    Route("GET", "/api/experimental/model-recommendations", fixed={"recommendations": []}),
 )
 
 OLLAMA = Protocol("ollama", OLLAMA_ROUTES, ollama_error)
@@ -9512,10 +9512,11 @@ class Gemini:
         """Give up an access that was a 401; whether there can be another one."""
         return self.tokens is not None and self.tokens.drop(access)
 
-    def answers(
+    def ask(
         self, calls: Iterable[GeminiCall], waiter: Waiter, key: str, left_out: list[str]
     ) -> Generator[Iterator[JSON], None, None]:
-        """For each call its chunks, in order; its close() hangs up on what is unread."""
+        """For each call its chunks, in order; its close() hangs up on what is unread. The names of
+        what Gemini cannot be sent are added to `left_out` on the way."""
         backend = self.backend
         groups = [(call, backend.calls(self.signed(call, key), backend)) for call in calls]
         for _, group in groups:
@@ -10798,7 +10799,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile = io.BufferedReader(self.client)
         self.body_pending = False  # whether the client may still be sending a body
         self.body_bytes = 0  # of the body that is read or answered just now
-        self.answering = False  # whether a request was read whose answer is not at its end
+        self.in_flight = False  # whether a request was read whose answer is not at its end
         self.server.connections[self.request] = self
 
     def handle_one_request(self) -> None:
@@ -10819,7 +10820,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_headers(self, head: RequestHead, limit: int) -> None:
         """Read the headers of a request, of so many bytes at most."""
         head.headers = headers = read_headers(self.rfile, limit)
-        self.answering, self.client.deadline = True, math.inf
+        self.in_flight, self.client.deadline = True, math.inf
         length = headers.get("content-length", "0")
         self.body_pending = length != "0" or "transfer-encoding" in headers
         if "host" not in headers and not head.http_1_0:  # RFC 9112, section 3.2
@@ -11110,7 +11111,7 @@ class RequestCycle:
         self.framing, self.streaming = SSE, False  # whether the answer is a stream that has begun
         self.unsent = b""  # bytes of that stream that wait for more
         self.last_flush = -math.inf  # when some were sent
-        self.answered = False  # whether the client was sent some of what a model says
+        self.committed = False  # whether the client was sent some of what a model says
         self.fallbacks: list[str] = []  # models that could not answer, and why
         self.recording: Recording | None = None
         if self.server.recorder:
@@ -11142,7 +11143,7 @@ class RequestCycle:
         finally:
             if self.recording:
                 self.end_recording(self.recording)
-            self.connection.answering = False
+            self.connection.in_flight = False
             self.account()
             if self.exchange:
                 self.exchange.builder = None  # they hold each other, and the body
@@ -11243,8 +11244,8 @@ class RequestCycle:
 
     def read_request(self, route: Route, context: Context) -> tuple[Fields, Context]:
         """The body, and all else that the plan may depend on."""
-        if isinstance(route.answer, Refusal):
-            status, message, headers = route.answer
+        if isinstance(route.fixed, Refusal):
+            status, message, headers = route.fixed
             raise ProxyError(status, message, headers=dict(headers))
         if route.parse and (
             self.connection.body_pending or self.head.method not in ("GET", "HEAD")
@@ -11291,7 +11292,7 @@ class RequestCycle:
 
     def is_decided(self) -> bool:
         """Whether no other model can answer any more than the one that is asked now."""
-        return self.answered or not self.exchange or len(self.exchange.context.models) < 2
+        return self.committed or not self.exchange or len(self.exchange.context.models) < 2
 
     def count_fallback(self, model: str, reason: str) -> None:
         self.fallbacks.append(f"{model}: {reason}")
@@ -11312,7 +11313,7 @@ class RequestCycle:
             if error is None:
                 self.note_answer(exchange)
                 return
-            if self.answered:
+            if self.committed:
                 raise error
             exchange.builder = None  # which holds the exchange, as it holds it
             if first_error is None:
@@ -11349,15 +11350,15 @@ class RequestCycle:
         if stream and self.framing.keep_alive:
             waiter.keep_alive = self.keep_alive
         try:
-            batch = server.gemini.answers(calls, waiter, self.key, self.ignored)
+            batch = server.gemini.ask(calls, waiter, self.key, self.ignored)
             with contextlib.closing(batch):
                 answers = self.read_answers(batch, exchange, waiter)
                 if stream:
                     for event in self.kept(stream(exchange, answers)):
-                        self.answered = True
+                        self.committed = True
                         self.emit(self.framing.encode(event))
                         waiter.quiet_since = time.monotonic()
-                    self.answered = True
+                    self.committed = True
                     self.emit(self.framing.end, last=True)
                 else:
                     self.send_answer(200, self.whole_answer(route, exchange, answers))
@@ -11424,7 +11425,7 @@ class RequestCycle:
 
     def whole_answer(self, route: Route, exchange: Exchange, answers: AnswerStreams) -> Any:
         """The route's answer to a client that wants no stream. What is to be kept is kept."""
-        answer, make = route.answer, route.response or route.stream
+        answer, make = route.fixed, route.response or route.stream
         if make:
             answer = make(exchange, answers)
         if isinstance(answer, Iterator):
@@ -11531,9 +11532,9 @@ class RequestCycle:
     def own_headers(self) -> list[tuple[str, str]]:
         """The headers that tell which model answers, and what was ignored of the request."""
         headers: list[tuple[str, str]] = []
-        answering = self.exchange and self.exchange.model
-        if answering:
-            headers.append(("x-proxy-model", answering.name))
+        model = self.exchange and self.exchange.model
+        if model:
+            headers.append(("x-proxy-model", model.name))
         names = [re.sub(r"[^!-+\--~]", "?", name)[:200] for name in self.ignored]
         text = ", ".join(dict.fromkeys(names))
         if len(text) > MAX_IGNORED_CHARACTERS:
@@ -12155,9 +12156,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()
         end.close()
         self.wait_for_handlers(FINAL_SECONDS, lambda handler: handler.client.is_sending())
-        self.wait_for_handlers(DRAIN_SECONDS, lambda handler: handler.answering)
+        self.wait_for_handlers(DRAIN_SECONDS, lambda handler: handler.in_flight)
         stop.close()
-        self.wait_for_handlers(FINAL_SECONDS, lambda handler: handler.answering)
+        self.wait_for_handlers(FINAL_SECONDS, lambda handler: handler.in_flight)
 
     def wait_for_handlers(self, seconds: float, busy: Callable[[Handler], bool]) -> None:
         """Wait until no handler is busy, for so many seconds at most."""
@@ -12233,7 +12234,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Measure what there is just now."""
         handlers = list(filter(None, self.connections.values()))
         self.metrics.set("clients", len(handlers))
-        self.metrics.set("in_flight", sum(handler.answering for handler in handlers))
+        self.metrics.set("in_flight", sum(handler.in_flight for handler in handlers))
         self.metrics.set("upstream_idle_connections", len(self.gemini.pool.idle))
 
 
@@ -13021,7 +13022,7 @@ class Checker:
         """What a model says."""
         began, turns = time.monotonic(), [user_turn(text_part("Say hello in one word."))]
         call = generate_call(model, False, [], turns, {})
-        answers = self.gemini.answers((call,), self.waiter, self.config.key, [])
+        answers = self.gemini.ask((call,), self.waiter, self.config.key, [])
         with contextlib.closing(answers):
             (answer,) = next(answers)
         content = get_or_empty(first_candidate(answer), "content", dict)

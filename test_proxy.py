@@ -6978,7 +6978,7 @@ def test_an_unknown_path_is_a_404_in_ollamas_words():
 
 
 def test_models_cannot_be_pushed():
-    refusal = ollama_route("/api/push").answer
+    refusal = ollama_route("/api/push").fixed
     assert refusal == proxy.Refusal(400, "models cannot be pushed from here: they are Google's")
 
 
@@ -9315,15 +9315,15 @@ class Service:
     def chunks(self, call, timeout=5.0, keep_alive=None):
         """The chunks that Gemini answers to one call."""
         waiter = proxy.Waiter(self.client, timeout, keep_alive=keep_alive)
-        (chunks,) = self.answers((call,), waiter)
+        (chunks,) = self.ask((call,), waiter)
         return chunks
 
-    def answers(self, calls, waiter=None, ignored=None):
+    def ask(self, calls, waiter=None, ignored=None):
         """For each call the list of its chunks."""
         waiter = waiter or proxy.Waiter(self.client, 5)
         if ignored is None:
             ignored = []
-        answers = self.gemini.answers(calls, waiter, "the-key", ignored)
+        answers = self.gemini.ask(calls, waiter, "the-key", ignored)
         with contextlib.closing(answers):
             for chunks in answers:
                 yield list(chunks)
@@ -9850,7 +9850,7 @@ def test_a_setting_that_is_refused_is_left_out_and_named(gemini, service):
     settings = {"thinkingConfig": {"thinkingLevel": "LOW"}}
     call = proxy.generate_call(proxy.model_of(NEWEST), False, [], [u("Hi")], settings)
     ignored = []
-    assert list(service.answers((call,), ignored=ignored)) == [[whole("Fine.")]]
+    assert list(service.ask((call,), ignored=ignored)) == [[whole("Fine.")]]
     assert ignored == ["thinkingConfig"]
     assert "thinkingConfig" not in gemini.bodies[1]["generationConfig"]
 
@@ -9880,7 +9880,7 @@ def test_calls_of_one_request_are_answered_in_order(gemini, service):
         proxy.generate_call(proxy.model_of(FLASH), False, [], [u(f"number {i}")], {})
         for i in range(proxy.MAX_PARALLEL_CALLS + 3)
     ]
-    texts = [json.dumps(chunks) for chunks in service.answers(calls)]
+    texts = [json.dumps(chunks) for chunks in service.ask(calls)]
     assert len(texts) == len(calls)
     assert all(f"number {i}" in text for i, text in enumerate(texts))
 
@@ -9890,7 +9890,7 @@ def test_a_call_that_waits_is_sent_when_the_answers_before_it_are_read(gemini, s
     generating = proxy.generate_call(model, False, [], [u("Hi")], {})
     counting = proxy.count_plan(proxy.Plan((generating,))).calls[0]
     calls = [counting, generating._replace(waits=True), generating]
-    answers = service.answers(calls)
+    answers = service.ask(calls)
     assert next(answers) == [{"totalTokens": 7}]
     assert gemini.bodies == []
     assert len(list(answers)) == 2
@@ -9901,7 +9901,7 @@ def test_a_call_that_cannot_be_sent_fails_in_its_turn(gemini, service, monkeypat
     monkeypatch.setattr(proxy, "MAX_ATTEMPTS", 1)
     gemini.say(whole("Hello"))
     service.gemini.opener.add_handler(FailsAfter(1))
-    answers = service.answers((PLAIN, PLAIN))
+    answers = service.ask((PLAIN, PLAIN))
     assert next(answers) == [whole("Hello")]
     with pytest.raises(ProxyError, match="no more"):
         next(answers)
@@ -10242,7 +10242,7 @@ def test_vectors_are_asked_for_otherwise_where_there_is_no_such_method(
 ):
     google.vector_refusals = refusals
     calls = proxy.embed_calls(proxy.model_of("gemini-embedding-2"), ["a", "b"], None)
-    ((answer,),) = on_vertex.answers(calls)
+    ((answer,),) = on_vertex.ask(calls)
     assert answer["embeddings"] == [VECTOR] * 2
     assert sorted(path.rpartition(":")[2] for path in google.paths) == methods
 
