@@ -4903,12 +4903,14 @@ def anthropic_capabilities(gemini_entry: JSON) -> JSON:
     """What Anthropic's clients may ask of a model, under all keys that they know: Home Assistant's
     integration sends images, PDFs, thinking and schemas to those models only that say so here."""
     words = ollama_capabilities(gemini_entry)
-    sees, calls, thinks = (word in words for word in ("vision", "tools", "thinking"))
+    names = ("vision", "tools", "thinking", "completion")
+    sees, calls, thinks, chats = (name in words for name in names)
     switches = supported(True, "between_tools", "disabled")
     return {
         **supported(False, "batch", "citations", "code_execution", "context_management"),
         **supported(sees, "image_input"),
         **supported(calls, "pdf_input", "structured_outputs"),
+        "compaction": {"supported": chats, **supported(chats, "summarize")},
         "effort": {"supported": thinks, **supported(thinks, *ANTHROPIC_EFFORTS)},
         "server_tools": {"supported": calls, **supported(calls, "code_execution", "web_search")},
         "thinking": {
@@ -5506,10 +5508,10 @@ def estimated_tokens(value: Any) -> int:
     return sum(map(estimated_tokens, inner_values(value)))
 
 
-def summary_call(chat: Chat, body: Fields) -> GeminiCall:
+def summary_call(chat: Chat, body: Fields, prompt: str = COMPACTION_PROMPT) -> GeminiCall:
     """The call for a summary of a chat. Its tools stay declared: what Gemini caches begins so."""
     choice = ToolChoice("NONE", hosted=False)
-    contents = [*chat.contents, user_turn(text_part(COMPACTION_PROMPT))]
+    contents = [*chat.contents, user_turn(text_part(prompt))]
     thinking = chat.thinking._replace(show=False)
     question = chat._replace(contents=contents, choice=choice, thinking=thinking)
     return chat_call(question._replace(schema=None), body)
@@ -6212,9 +6214,13 @@ def context_to_keep(exchange: Exchange, answer: str) -> tuple[list[int], tuple[K
 # ---- answers to chat and generate ----
 
 
-def ollama_additions(events: Iterable[Event]) -> Iterator[tuple[JSON, End | None]]:
-    """(what an event adds to a message, the End) for each event. Zed reads one call a chunk."""
-    calls = 0
+def ollama_additions(events: Iterable[Event], generate: bool) -> Iterator[tuple[JSON, End | None]]:
+    """(what an event adds to a message, the End) for each event. Zed reads one call a chunk.
+
+    Only the answers of generate have a place for an image (GenerateResponse in ollama-python 0.6.3
+    and ollama-js 0.6.4), and for one: ollama-python takes no answer of chat that has any.
+    """
+    calls, room = 0, generate
     for event in events:
         if isinstance(event, Text):
             yield {"thinking" if event.thought else "content": event.text}, None
@@ -6224,8 +6230,9 @@ def ollama_additions(events: Iterable[Event]) -> Iterator[tuple[JSON, End | None
             calls += 1
         elif isinstance(event, End):
             yield {}, event
-        elif event.mime.startswith("image/"):
-            yield {"images": [event.data]}, None
+        elif event.mime.startswith("image/") and room:
+            room = False
+            yield {"image": event.data}, None
         else:
             yield {"content": media_note(event)}, None
 
@@ -6271,7 +6278,7 @@ def ollama_response(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]
         return
     answer = answer_of(next(answers))
     message: JSON = {}
-    for addition, _ in ollama_additions(answer.events):
+    for addition, _ in ollama_additions(answer.events, options.generate):
         for key, value in addition.items():
             message[key] = message[key] + value if key in message else value
     text = message.get("content", "")
@@ -6283,7 +6290,7 @@ def ollama_response(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]
 def ollama_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
     """The chunks of an answer; the last one has the metrics and no text."""
     first, texts = None, []
-    for addition, end in ollama_additions(next(answers)):
+    for addition, end in ollama_additions(next(answers), exchange.options.generate):
         first = first or exchange.now
         texts.append(addition.get("content", ""))
         ending: JSON = {"done": False}
@@ -7015,7 +7022,24 @@ def anthropic_tool_choice(body: Fields, tools: Tools) -> ToolChoice:
 def anthropic_messages_request(body: Fields, context: Context) -> Plan:
     """Messages: https://platform.claude.com/docs/en/api/messages"""
     body.require("max_tokens", int)
-    return anthropic_plan(body, context, bool(body.get("stream", bool)))
+    plan = anthropic_plan(body, context, bool(body.get("stream", bool)))
+    compaction = body.object(COMPACTION_BLOCK)
+    return compacting_plan(plan, compaction, body) if compaction else plan
+
+
+COMPACTION_BLOCK = "compaction"  # also a type of blocks, and why an answer ends that is one
+
+
+def compacting_plan(plan: Plan, compaction: Fields, body: Fields) -> Plan:
+    """The plan for a summary, which the client sends from then on in place of the messages:
+    BetaCompactionConfigParam in anthropic 2.14."""
+    kind, chat = compaction.require("type", str), plan.chat
+    if kind != "summarize":
+        raise compaction.unknown_choice("type", kind, ("summarize",))
+    prompt = (compaction.get("instructions", str) or "").strip()
+    prompt = f"<system>\n{prompt}\n</system>" if prompt else COMPACTION_PROMPT
+    assert chat is not None
+    return plan._replace(calls=(summary_call(chat, body, prompt),), options=COMPACTION_BLOCK)
 
 
 def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan:
@@ -7042,7 +7066,11 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
 
 
 def anthropic_sampling(body: Fields) -> JSON:
-    limit = body.number("max_tokens", 1, math.inf, int)
+    limit = body.number("max_tokens", 0, math.inf, int)
+    # https://platform.claude.com/docs/en/build-with-claude/prompt-caching#pre-warming-the-cache
+    if limit == 0:
+        limit = 1  # the least that Gemini takes
+        body.ignore("max_tokens")
     temperature, top_p = body.number("temperature", 0, 2), body.number("top_p", 0, 1)
     top_k, stops = body.get("top_k", int), stop_sequences(body, "stop_sequences")
     return sampling_config(temperature, top_p, top_k, limit, stops=stops)
@@ -7113,6 +7141,12 @@ MAX_CITED_TEXT = 150
 
 # Blocks that grow, as they begin. Neighbours of one such type are one block; calls never join.
 GROWING_BLOCKS: JSON = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}}
+# What deltas bring, in other blocks as they begin.
+LATER_FIELDS: JSON = {
+    "tool_use": {"input": {}},
+    "server_tool_use": {"input": {}},
+    COMPACTION_BLOCK: {"content": None},
+}
 # The signature of thoughts that have none of Gemini's: @genkit-ai/anthropic 0.3 takes no block back
 # without one. It is too short to be taken for one (can_sign).
 UNSIGNED = "unsigned"
@@ -7124,6 +7158,9 @@ def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tu
     A signature travels in a thinking block before its call: clients must send such blocks back.
     https://platform.claude.com/docs/en/build-with-claude/extended-thinking
     """
+    if exchange.options == COMPACTION_BLOCK:
+        yield from anthropic_compaction(answer_of(events))
+        return
     signatures = exchange.chat.thinking.signatures
     texts: list[str] = []
     thinks = False  # whether the last event was a thought
@@ -7146,6 +7183,15 @@ def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tu
             yield from anthropic_searches(event, "".join(texts), exchange)
             usage = anthropic_usage(event.usage, event.queries)
             yield "message_delta", {"delta": anthropic_ending(event), "usage": usage}
+
+
+def anthropic_compaction(answer: Answer) -> Iterator[tuple[str, JSON]]:
+    """A summary; null where it is not whole: clients and anthropic_summary_parts pass that over."""
+    end = answer.end
+    content = answer.text.strip() if end.finish == "stop" else ""
+    yield COMPACTION_BLOCK, {"content": content or None}
+    ending = {"stop_reason": COMPACTION_BLOCK, "stop_sequence": None, **native_finish(end)}
+    yield "message_delta", {"delta": ending, "usage": anthropic_usage(end.usage)}
 
 
 def anthropic_searches(end: End, text: str, exchange: Exchange) -> Iterator[tuple[str, JSON]]:
@@ -7202,9 +7248,8 @@ def anthropic_messages_stream(exchange: Exchange, answers: AnswerStreams) -> Ite
             break
         if not grows:
             index, open_kind = index + 1, kind
-            block = {"type": kind, **GROWING_BLOCKS.get(kind, fields)}
-            if "input" in fields:
-                block["input"] = {}
+            beginning = {**GROWING_BLOCKS.get(kind, fields), **LATER_FIELDS.get(kind, {})}
+            block = {"type": kind, **beginning}
             yield {"type": "content_block_start", "index": index, "content_block": block}
         for delta in anthropic_deltas(fields):
             yield {"type": "content_block_delta", "index": index, "delta": delta}
@@ -7221,6 +7266,8 @@ def anthropic_deltas(fields: JSON) -> Iterator[JSON]:
         elif key == "input":
             for piece in delta_pieces(encode_json(value)):
                 yield {"type": "input_json_delta", "partial_json": piece}
+        elif key == "content" and isinstance(value, str):  # of which clients keep the last delta
+            yield {"type": "compaction_delta", key: value}
         elif key == "citations":
             yield from ({"type": "citations_delta", "citation": citation} for citation in value)
 

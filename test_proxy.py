@@ -4721,6 +4721,7 @@ def test_a_model_has_the_fields_of_openai_and_of_anthropic():
             "image_input": YES,
             "pdf_input": YES,
             "structured_outputs": YES,
+            "compaction": {**YES, "summarize": YES},
             "effort": {**YES, "low": YES, "medium": YES, "high": YES, "xhigh": YES, "max": YES},
             "server_tools": {**YES, "code_execution": YES, "web_search": YES},
             "thinking": {
@@ -4734,7 +4735,8 @@ def test_a_model_has_the_fields_of_openai_and_of_anthropic():
 def test_a_model_for_vectors_neither_sees_nor_thinks():
     capabilities = listed_model(EMBEDDER)["capabilities"]
     assert capabilities["image_input"] == capabilities["structured_outputs"] == NO
-    assert capabilities["thinking"]["supported"] is capabilities["effort"]["supported"] is False
+    parts = [capabilities[name] for name in ("thinking", "effort", "compaction")]
+    assert [part["supported"] for part in parts] == [False] * 3
     assert capabilities["thinking"]["types"]["enabled"] == NO
 
 
@@ -6783,6 +6785,24 @@ def test_a_generated_answer_whole_and_streamed():
     assert events[-1] == {**STAMP, "response": "", **context, **METRICS}
 
 
+IMAGE_NOTE = "\n[Gemini made something of type image/png, for which there is no place here.]\n"
+
+
+def test_an_image_is_a_note_in_the_answer_to_a_chat():
+    answer, events = ollama(chat(), [chunk("See:"), whole(IMAGE)])
+    assert answer["message"] == {"role": "assistant", "content": "See:" + IMAGE_NOTE}
+    assert events[1]["message"] == {"role": "assistant", "content": IMAGE_NOTE}
+
+
+def test_generate_gives_one_image_and_a_note_for_each_other():
+    answer, events = ollama(
+        {"model": FLASH, "prompt": "Draw"}, [chunk(IMAGE), whole(IMAGE)], path="/api/generate"
+    )
+    assert (answer["image"], answer["response"]) == (PNG, IMAGE_NOTE)
+    assert events[0] == {**STAMP, "response": "", "image": PNG, "done": False}
+    assert events[1] == {**STAMP, "response": IMAGE_NOTE, "done": False}
+
+
 def generate(notes, prompt, answer="Hello", **more):
     """(Gemini's contents, the answer's context, what is ignored) of a prompt."""
     route, body = ollama_route("/api/generate"), {"model": FLASH, "prompt": prompt, **more}
@@ -7651,6 +7671,8 @@ def add_delta(block, delta):
         block["json"] = block.get("json", "") + delta["partial_json"]
     elif kind == "citations":
         block.setdefault("citations", []).append(delta["citation"])
+    elif kind == "compaction":
+        block["content"] = delta["content"]
     else:
         block[kind] += delta[kind]
 
@@ -8083,7 +8105,7 @@ def test_the_last_message_about_effort_counts():
         ("model", {"max_tokens": 9}),
         ("max_tokens", {**claude_chat(), "max_tokens": None}),
         ("max_tokens", claude_chat(max_tokens=-1)),
-        ("max_tokens", claude_chat(max_tokens=0)),
+        ("max_tokens", claude_chat(max_tokens=-1)),
         ("messages", {**claude_chat(), "messages": []}),
         ("messages[0].role", claude_chat({"role": "wizard", "content": "Hi"})),
         ("messages[0].content", claude_chat(user(7))),
@@ -8154,6 +8176,70 @@ def test_an_answer_in_json_comes_without_a_code_fence():
     body = claude_chat(model=FLASH, tools=[ASK_CITY], output_config={"format": JSON_FORMAT})
     message, _ = claude_answer(body, whole("```json\n{}\n```"))
     assert message["content"] == [text_block("{}")]
+
+
+COMPACTING = {"compaction": {"type": "summarize"}, "tools": [ASK_CITY]}
+
+
+def test_a_compaction_is_one_block_with_a_summary():
+    chunks = {"text": "Hm.", "thought": True}, "We ", "spoke."
+    message, events = claude_answer(claude_chat(**COMPACTING), *map(chunk, chunks), whole())
+    assert message["content"] == [{"type": "compaction", "content": "We spoke."}]
+    assert (message["stop_reason"], message["usage"]["output_tokens"]) == ("compaction", 7)
+    assert events[1]["content_block"] == {"type": "compaction", "content": None}
+    assert events[2]["delta"] == {"type": "compaction_delta", "content": "We spoke."}
+    history = [assistant(message["content"]), user("Bye")]
+    assert claude_body(claude_chat(*history))["contents"][1] == m(proxy.SUMMARY_HEAD + "We spoke.")
+
+
+@pytest.mark.parametrize(
+    "instructions, prompt",
+    [
+        ({}, proxy.COMPACTION_PROMPT),
+        ({"instructions": " \n"}, proxy.COMPACTION_PROMPT),
+        ({"instructions": "In one word."}, "<system>\nIn one word.\n</system>"),
+    ],
+)
+def test_a_compaction_is_asked_for_after_the_messages_and_calls_no_tool(instructions, prompt):
+    body = claude_chat(**COMPACTING)
+    body["compaction"] = {**body["compaction"], **instructions}
+    sent = claude_body(body)
+    assert sent["contents"][0]["parts"] == [{"text": "Hi"}, {"text": prompt}]
+    assert sent["toolConfig"] == {"functionCallingConfig": {"mode": "NONE"}}
+    assert claude_ignored(body) == []
+
+
+@pytest.mark.parametrize("answer", [whole(), whole("We", finish="MAX_TOKENS"), whole(call("f"))])
+def test_a_compaction_without_a_whole_summary_has_none(answer):
+    message, _ = claude_answer(claude_chat(**COMPACTING), answer)
+    assert message["content"] == [{"type": "compaction", "content": None}]
+
+
+@pytest.mark.parametrize(
+    "compaction, path",
+    [
+        ("summarize", "compaction"),
+        ({}, "compaction.type"),
+        ({"type": "other"}, "compaction.type"),
+        ({"type": "summarize", "instructions": 1}, "compaction.instructions"),
+    ],
+)
+def test_a_bad_compaction_is_refused(compaction, path):
+    error = refused(claude_chat(compaction=compaction), proxy.anthropic_messages_request)
+    assert (error.status, error.path) == (400, path)
+
+
+def test_tokens_are_counted_without_a_compaction():
+    body = claude_chat(**COMPACTING)
+    counted, ignored = plan_and_ignored(body, proxy.anthropic_count_request, CLAUDE)
+    assert counted.calls[0].body["generateContentRequest"]["contents"] == [u("Hi")]
+    assert ignored == ["compaction"]
+
+
+def test_a_limit_of_no_tokens_is_one_and_named():
+    body = claude_chat(max_tokens=0)
+    assert claude_body(body)["generationConfig"]["maxOutputTokens"] == 1
+    assert claude_ignored(body) == ["max_tokens"]
 
 
 def test_thoughts_without_a_signature_say_so_and_the_word_signs_nothing_when_it_comes_back():
@@ -15708,6 +15794,7 @@ CLAUDE_SAMPLES = {
     "context_management": {"edits": [{}]},
     "mcp_servers": [{"type": "url", "name": "docs", "url": "https://mcp.example.com/mcp"}],
     "thread": {"type": "create"},
+    "compaction": {"type": "summarize"},
 }
 
 
@@ -15768,6 +15855,16 @@ def test_ollamas_library_streams_the_answer_to_a_tools_result(ollama_library, ge
     stream = ollama_library.chat(model=NEWEST, messages=history, tools=[WEATHER], stream=True)
     assert "".join(part.message.content for part in stream) == ANSWER_TO_RESULT
     assert signature_of_call(gemini) == sign("stand-in")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ollamas_library_takes_answers_with_images(ollama_library, gemini, stream):
+    gemini.say(whole(IMAGE), whole(IMAGE))
+    answer = ollama_library.chat(model=FLASH, messages=[user("Draw")], stream=stream)
+    first = next(answer) if stream else answer
+    assert first.message.content == IMAGE_NOTE
+    answer = ollama_library.generate(model=FLASH, prompt="Draw", stream=stream)
+    assert (next(answer) if stream else answer).image == PNG
 
 
 def test_ollamas_library_embeds(ollama_library):
