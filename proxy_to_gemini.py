@@ -433,7 +433,9 @@ STRUCTURE = re.compile(r'("[^"]*"?)|[\[{]')  # a text, or the beginning of an ob
 def check_density(text: str) -> None:
     """A 400 for JSON that would take much more memory than its text; nothing is parsed for it."""
     allowed = SPARE_BYTES + MEMORY_FACTOR * len(text)
-    counts = (text.count("{") + text.count("["), text.count('"') // 2)
+    counts = (text.count("{") + text.count("["), len(text) // 3)  # a text takes three characters
+    if sum(map(mul, counts, BODY_BYTES)) > allowed:
+        counts = (counts[0], text.count('"') // 2)  # takes a while: most bodies need no count
     if sum(map(mul, counts, BODY_BYTES)) <= allowed:
         return
     inner_bytes = sum(map(mul, counts, INNER_BYTES))
