@@ -224,7 +224,7 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "options.presence_penalty": (0,),
     "options.frequency_penalty": (0,),
 }
-DETAIL = re.compile(r"(messages|input)\[\]\.(content|output)(\[\])?(\.\w+_url)?\.detail")
+DETAIL = re.compile(r"(messages|input|previous_response_id)\[\]\.\w+(\[\])?(\.\w+_url)?\.detail")
 
 
 def without_indexes(path: str) -> str:
@@ -3614,7 +3614,8 @@ def openai_tool(
     elif kind == "mcp" and tool.get("require_approval", str, dict) == "never":
         tools.host_mcp(tool, OPENAI_MCP, f"tools[].{kind}")
     elif kind in LOCAL_TOOLS and is_local(tool) and kind not in tools.names:
-        tools.declare(tool, kind, LOCAL_TOOLS[kind].description, LOCAL_TOOLS[kind].schema)
+        description = "\n".join([LOCAL_TOOLS[kind].description, *skill_words(tool)])
+        tools.declare(tool, kind, description, LOCAL_TOOLS[kind].schema)
         tools.local.add(kind)
     else:  # such as a server whose tools need approval: Gemini calls without asking anybody
         tool.ignore_whole(f"tools[].{kind}")
@@ -3626,7 +3627,8 @@ class LocalTool(NamedTuple):
     description: str
     schema: JSON  # of its parameters
     key: str  # under which an item of a response has the arguments
-    rest: Mapping[str, Any] = {}  # what stands beside them there
+    rest: Mapping[str, Any] = {}  # what must stand beside them there
+    item: Mapping[str, Any] = {}  # what else the item must have
 
 
 def object_schema(required: Sequence[str], **fields: Any) -> JSON:
@@ -3644,12 +3646,15 @@ DIFF: JSON = {
     "after a blank those that stay, some of them around each change, after a '-' those that go, "
     "after a '+' those that come. Without line numbers and names of files",
 }
-# https://platform.openai.com/docs/guides/tools-shell, tools-local-shell and tools-apply-patch
+# https://platform.openai.com/docs/guides/tools-shell, tools-local-shell and tools-apply-patch; what
+# must be there: FunctionShellAction and its like in https://github.com/openai/openai-openapi
 LOCAL_TOOLS = {
     "shell": LocalTool(
         "Run commands in the user's shell; several run beside each other.",
         object_schema(["commands"], commands=TEXTS_SCHEMA, timeout_ms=TIMEOUT),
         "action",
+        {"timeout_ms": None, "max_output_length": None},
+        {"environment": {"type": "local"}},
     ),
     "local_shell": LocalTool(
         "Run a program on the user's machine: its name and its arguments.",
@@ -3663,14 +3668,24 @@ LOCAL_TOOLS = {
         "Create, update or delete a file of the user's.",
         object_schema(["type", "path"], type=OPERATIONS, path=TEXT_SCHEMA, diff=DIFF),
         "operation",
+        {"diff": ""},  # of a new file without lines; one to delete may have it too
     ),
 }
 
 
 def is_local(tool: Fields) -> bool:
     """Whether such a tool runs on the client's machine, and not in a container of OpenAI's."""
-    environment = tool.get("environment", dict) or {}
+    environment = get_or_empty(tool.data, "environment", dict)
     return environment.get("type") in (None, "local")
+
+
+def skill_words(tool: Fields) -> Iterator[str]:
+    """The skills on the client's machine, for its shell."""
+    environment = tool.object_or_empty("environment")
+    environment.mark_read("type")
+    for skill in environment.objects("skills"):
+        name, path, what = (skill.require(key, str) for key in ("name", "path", "description"))
+        yield f"Skill {name}, whose instructions are in {path}/SKILL.md: {what}"
 
 
 # A search for tools that the client runs (https://developers.openai.com/api/docs/guides/tools-tool-search);
@@ -3701,7 +3716,6 @@ def openai_function(
     name = qualified_name(namespace, function.require_text("name"))
     words = [note, function.get("description", str)]
     if custom:
-        function.mark_read("format")
         schema = CUSTOM_SCHEMA
         words.append(grammar_words(function))
     else:
@@ -3745,12 +3759,12 @@ def qualified_name(namespace: str | None, name: str) -> str:
 
 def grammar_words(function: Fields) -> str:
     """The grammar of a custom tool's text, in words: Gemini cannot be held to it."""
-    grammar = get_or_empty(function.data, "format", dict)
-    grammar = get_or_empty(grammar, "grammar", dict) or grammar
-    definition = get_or_empty(grammar, "definition", str)
+    form = function.object_or_empty("format")
+    form.get("type", str)
+    grammar = form.object("grammar") or form
+    definition, syntax = grammar.get("definition", str), grammar.get("syntax", str)
     if not definition:
         return ""
-    syntax = get_or_empty(grammar, "syntax", str)
     return f"The text must conform to this {syntax} grammar:\n{definition}"
 
 
@@ -3885,8 +3899,8 @@ def openai_chat_sampling(
     """(the sampling, whether its limit is for the answer without its thoughts): the newer limits
     count thoughts, and `max_tokens` does not (googleapis/python-genai#811)."""
     limit = openai_limit(body, "max_completion_tokens", context) or limit
-    older = openai_limit(body, "max_tokens", context)
-    return openai_sampling(body, model, limit or older, context), not limit
+    highest = limit or openai_limit(body, "max_tokens", context)
+    return openai_sampling(body, model, highest, context), not limit
 
 
 def openai_limit(body: Fields, key: str, context: Context) -> int | None:
@@ -3956,7 +3970,8 @@ def openai_response_format(body: Fields, text: Fields | None) -> JSON | None:
         return ANY_JSON
     if text is None:  # else it is flat
         form = form.require_object("json_schema")
-    form.mark_read("name", "strict")
+    form.get("name", str)  # a response repeats them
+    form.get("strict", bool)
     description = given(description=form.get("description", str))
     return {**description, **(form.get("schema", dict) or ANY_JSON)}
 
@@ -5026,13 +5041,14 @@ class ResponseHistory(History):
         else:
             kind = item.require("type", str)
         if kind in INPUT_ITEMS:
-            item.mark_read("type", "status")
+            item.mark_read("type")
+            item.get("status", str)
             INPUT_ITEMS[kind](self, item)
         else:
             item.ignore_whole(f"input[].{kind}")
 
     def add_message(self, item: Fields) -> None:
-        item.mark_read("phase")
+        item.get("phase", str)
         openai_turn(item, self)
 
     def add_call(self, item: Fields) -> None:
@@ -5054,10 +5070,12 @@ class ResponseHistory(History):
     def add_local_call(self, item: Fields) -> None:
         """A call of one of OpenAI's tools on the client's machine; to Gemini it is a function."""
         call_id = item.get("call_id", str) or item.get("id", str)
-        args = item.get("action", dict) or item.get("operation", dict) or {}
-        within_depth(args, item.path)
-        item.mark_read("environment", "max_output_length")
         name = item.data["type"][: -len("_call")]
+        rest = LOCAL_TOOLS[name].rest
+        fields = item.get("action", dict) or item.get("operation", dict) or {}
+        within_depth(fields, item.path)
+        item.mark_read("environment", "max_output_length")
+        args = {key: value for key, value in fields.items() if (key, value) not in rest.items()}
         signature = self.signatures.get(call_id or "")
         self.contents.append(model_turn(call_part(name, args, call_id, signature)))
 
@@ -5281,6 +5299,12 @@ def input_items(content: str | list[JSON], tail: str) -> list[JSON]:
     return [input_item(item, f"{tail}_i{i}") for i, item in enumerate(content)]
 
 
+PART_KEYS: dict[str, JSON] = {
+    "input_image": {"detail": "auto"},
+    "output_text": {"annotations": [], "logprobs": []},
+}
+
+
 def input_item(item: JSON, tail: str) -> JSON:
     """An item without nulls, with its type and id, and a message's content as parts."""
     item = {key: value for key, value in without_access(item).items() if value is not None}
@@ -5288,14 +5312,21 @@ def input_item(item: JSON, tail: str) -> JSON:
         item = {"id": f"msg_{tail}", "type": "message", **item}
     else:
         item = {"id": f"item_{tail}", "type": "item_reference", **item}
-    if item["type"] != "message":
-        return item
-    text = item.get("content")
-    if isinstance(text, str) and item.get("role") == "assistant":
-        item["content"] = [{"type": "output_text", "text": text, "annotations": []}]
-    elif isinstance(text, str):
-        item["content"] = [{"type": "input_text", "text": text}]
-    return {**item, "status": item.get("status") or "completed"}
+    kind = item["type"]
+    if kind == "message":
+        item["content"] = message_parts(item["role"], item.get("content") or [])
+    if kind == "message" or kind.endswith(("_call", "_output")):
+        item = {**item, "status": item.get("status") or "completed"}
+    return item
+
+
+def message_parts(role: str, content: str | JSON | list[JSON]) -> list[JSON]:
+    """The content of a message as parts, with the keys that these have in every stored one."""
+    if isinstance(content, str):
+        kind = {"assistant": "output_text"}.get(role, "input_text")
+        content = {"type": kind, "text": content}
+    parts = [content] if isinstance(content, dict) else content
+    return [{**PART_KEYS.get(part["type"], {}), **part} for part in parts]
 
 
 # ---- the request ----
@@ -5401,7 +5432,7 @@ def openai_echo(body: Fields, text: Fields, call: GeminiCall) -> JSON:
         "instructions": data.get("instructions"),
         "max_output_tokens": data.get("max_output_tokens"),
         "max_tool_calls": get_or_empty(data, "max_tool_calls", int) or None,
-        "metadata": body.get("metadata", dict) or {},
+        "metadata": openai_metadata(body),
         "previous_response_id": data.get("previous_response_id"),
         "prompt_cache_key": get_or_empty(data, "prompt_cache_key", str) or None,
         "safety_identifier": get_or_empty(data, "safety_identifier", str) or None,
@@ -5414,6 +5445,11 @@ def openai_echo(body: Fields, text: Fields, call: GeminiCall) -> JSON:
         "user": get_or_empty(data, "user", str) or None,
         **{name: config.get(key, default) for name, (key, default) in SAMPLING_DEFAULTS.items()},
     }
+
+
+def openai_metadata(body: Fields) -> dict[str, str]:
+    metadata = body.object_or_empty("metadata")
+    return {key: metadata.require(key, str) for key in metadata.data}
 
 
 def openai_echoed_format(form: JSON | None) -> JSON:
@@ -5702,7 +5738,7 @@ class ResponseBuilder:
         prefix, item = "tsc_", {"execution": "client", "arguments": call.args}
         if call.name in self.chat.tools.local:
             tool = LOCAL_TOOLS[call.name]
-            prefix, item = "lc_", {tool.key: {**tool.rest, **call.args}}
+            prefix, item = "lc_", {tool.key: {**tool.rest, **call.args}, **tool.item}
         item.update(type=f"{call.name}_call", call_id=call.id, status="in_progress")
         yield self.add(prefix, item)
         yield self.done(status="completed")
@@ -5906,7 +5942,7 @@ def openai_cancel_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
 def openai_input_items_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
     """A page of a response's own input, the newest first unless the client wants it otherwise."""
     items, query = response_in_path(exchange.context)["input"], exchange.context.query
-    if query.get("order") != "asc":
+    if Fields(dict(query)).choice("order", "asc", "desc") != "asc":
         items = items[::-1]
     return openai_page(items, query, "after", 20, 100)
 

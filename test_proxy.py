@@ -5454,6 +5454,13 @@ def test_fields_without_effect_on_a_response_are_named_as_ignored(more, ignored)
         ("truncation", {"truncation": "x"}),
         ("include", {"include": 7}),
         ("metadata", {"metadata": 7}),
+        ("metadata.a", {"metadata": {"a": 7}}),
+        ("text.format.name", {"text": {"format": {"type": "json_schema", "name": 7}}}),
+        ("text.format.strict", {"text": {"format": {"type": "json_schema", "strict": "x"}}}),
+        ("tools[0].format", {"tools": [{"type": "custom", "name": "f", "format": "text"}]}),
+        ("tools[0].environment", {"tools": [{"type": "shell", "environment": "local"}]}),
+        ("input[0].status", {"input": [{**user("Hi"), "status": 7}]}),
+        ("input[0].phase", {"input": [{**user("Hi"), "phase": 7}]}),
         ("tools[0].tools[0].name", {"tools": [{**NAMESPACE, "tools": [{"type": "function"}]}]}),
     ],
 )
@@ -5754,7 +5761,7 @@ def test_the_input_of_a_stored_response_comes_newest_first():
 
 
 def test_a_page_of_input_items_is_openais():
-    answer = [{"type": "output_text", "text": "b", "annotations": []}]
+    answer = [{"type": "output_text", "text": "b", "annotations": [], "logprobs": []}]
     question = [{"type": "input_text", "text": "c"}]
     more = {"type": "message", "status": "completed"}
     assert item_page(order="asc", limit="2", after="msg_1_i0") == {
@@ -5767,6 +5774,40 @@ def test_a_page_of_input_items_is_openais():
             {"id": "msg_1_i2", "role": "user", "content": question, **more},
         ],
     }
+
+
+def test_a_stored_item_has_a_status_where_openais_have_one():
+    """ResponseItemList in https://github.com/openai/openai-openapi requires it."""
+    items = [
+        user("Hi"),
+        {"type": "reasoning", "summary": []},
+        {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "a", "output": "x"},
+        {"type": "custom_tool_call", "call_id": "b", "name": "g", "input": "", "status": "failed"},
+    ]
+    notes = Notes()
+    response_to({"input": items}, whole("d"), notes=notes)
+    page = stored_answer("/v1/responses/{id}/input_items", notes, order="asc")
+    states = [item.get("status") for item in page["data"]]
+    assert states == ["completed", None, "completed", "completed", "failed"]
+
+
+def test_an_image_in_a_stored_message_has_its_detail_which_loses_nothing_later():
+    notes = Notes()
+    image = {"type": "input_image", "image_url": f"data:image/png;base64,{PNG}"}
+    first = response_to({"input": [user([image])]}, whole("d"), notes=notes)
+    (item,) = stored_answer("/v1/responses/{id}/input_items", notes)["data"]
+    assert item["content"] == [{**image, "detail": "auto"}]
+    body = {"model": FLASH, "input": "And?", "previous_response_id": first["id"]}
+    context = looked_up(RESPONSES_ROUTE, body, Context(), notes)
+    assert plan_and_ignored(body, proxy.openai_responses_request, context)[1] == []
+
+
+@pytest.mark.parametrize("order", ["up", "DESCENDING"])
+def test_an_order_of_input_items_that_does_not_exist_is_a_400(order):
+    with pytest.raises(ProxyError) as caught:
+        item_page(order=order)
+    assert (caught.value.status, caught.value.path) == (400, "order")
 
 
 def test_a_page_of_input_items_says_whether_there_are_more():
@@ -6229,7 +6270,13 @@ def test_a_call_without_a_name_is_no_search_for_tools():
 
 
 LOCAL_CALLS = {
-    "shell": ({"commands": ["ls"]}, {"action": {"commands": ["ls"]}}),
+    "shell": (
+        {"commands": ["ls"]},
+        {
+            "action": {"commands": ["ls"], "timeout_ms": None, "max_output_length": None},
+            "environment": {"type": "local"},
+        },
+    ),
     "local_shell": (
         {"command": ["ls", "-l"]},
         {"action": {"type": "exec", "env": {}, "command": ["ls", "-l"]}},
@@ -6253,6 +6300,30 @@ def test_openais_local_tools_are_functions_and_their_calls_items(name):
         ("response.output_item.added", {**item, "status": "in_progress"}),
         ("response.output_item.done", {**item, "status": "completed"}),
     ]
+
+
+@pytest.mark.parametrize("name, args", [*((name, args) for name, (args, _) in LOCAL_CALLS.items())])
+def test_a_call_of_a_local_tool_goes_back_as_it_came(name, args):
+    (item,) = response_to({"tools": [{"type": name}]}, whole(call(name, args)))["output"]
+    turn = contents_of(user("Hi"), item)[1]
+    assert turn["parts"][0]["functionCall"] == {"id": "call_2", "name": name, "args": args}
+
+
+def test_a_patch_has_a_diff_even_if_it_is_empty():
+    """ApplyPatchCreateFileOperation in https://github.com/openai/openai-openapi requires one."""
+    answer = whole(call("apply_patch", {"type": "create_file", "path": "a"}))
+    (item,) = response_to({"tools": [{"type": "apply_patch"}]}, answer)["output"]
+    assert item["operation"] == {"type": "create_file", "path": "a", "diff": ""}
+
+
+def test_the_skills_of_a_local_shell_are_told_to_the_model():
+    skill = {"name": "csv", "description": "Reads tables", "path": "/skills/csv"}
+    shell = {"type": "shell", "environment": {"type": "local", "skills": [skill]}}
+    plan, ignored = response_plan({"tools": [shell]})
+    (sent,) = plan.calls[0].body["tools"][0]["functionDeclarations"]
+    words = "Skill csv, whose instructions are in /skills/csv/SKILL.md: Reads tables"
+    assert sent["description"].splitlines()[1:] == [words]
+    assert ignored == []
 
 
 def test_a_local_tool_can_be_chosen():
@@ -6612,6 +6683,12 @@ def test_a_small_limit_of_ollamas_is_not_used_up_by_thoughts(think, limit, confi
 def test_a_small_max_tokens_of_openais_is_not_used_up_by_thoughts(limits, config):
     body = gemini_body(chat(**limits))
     assert body.get("generationConfig", {}).get("thinkingConfig") == config
+
+
+def test_the_older_of_two_limits_is_named_as_ignored():
+    plan, ignored = plan_and_ignored(chat(max_tokens=50, max_completion_tokens=2000))
+    assert plan.calls[0].body["generationConfig"] == {"maxOutputTokens": 2000}
+    assert ignored == ["max_tokens"]
 
 
 @pytest.mark.parametrize(
