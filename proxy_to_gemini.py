@@ -217,7 +217,7 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "quality": ("auto", "standard"),
     "background": ("auto", "opaque"),
     "moderation": ("auto",),
-    "speed": (1,),
+    "speed": (1, "standard"),  # of sound; of Anthropic's answers
     "chunking_strategy": ("auto",),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -6344,8 +6344,8 @@ def ollama_stream(exchange: Exchange, answers: AnswerStreams) -> Iterator[Any]:
 def ollama_embed_plan(
     body: Fields, model_name: str, model: Model, texts: list[str], size: int | None
 ) -> Plan:
-    """The plan for a vector of this size for each text. Without a text there is no call."""
-    calls: tuple[GeminiCall, ...] = ()
+    """The plan for a vector of this size for each text. Without a text, the model must exist."""
+    calls: tuple[GeminiCall, ...] = (MODELS_CALL,)
     if texts:  # Gemini takes no empty text
         calls = embed_calls(model, [text or " " for text in texts], size)
     loads = (model_name, ollama_loaded_seconds(body))
@@ -6403,8 +6403,16 @@ def check_lengths(exchange: Exchange, answers: AnswerStreams) -> None:
             raise wrong_value("input", "the input length exceeds the context length")
 
 
+def embeds_nothing(exchange: Exchange, answers: AnswerStreams) -> bool:
+    """Whether there is no text to embed; a 404 where there is no such model either."""
+    if exchange.options.vectors:
+        return False
+    listed_entry(exchange.model_name, answers, exchange.context)
+    return True
+
+
 def ollama_embed_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
-    if not exchange.options.vectors:
+    if embeds_nothing(exchange, answers):
         return {"model": exchange.model_name, "embeddings": []}
     if exchange.options.checks:
         check_lengths(exchange, answers)
@@ -6427,8 +6435,9 @@ def ollama_embeddings_request(body: Fields, context: Context) -> Plan:
 
 
 def ollama_embeddings_response(exchange: Exchange, answers: AnswerStreams) -> JSON:
-    vectors = read_vectors(answers, exchange) or [[]]
-    return {"embedding": vectors[0]}
+    if embeds_nothing(exchange, answers):
+        return {"embedding": []}
+    return {"embedding": read_vectors(answers, exchange)[0]}
 
 
 # ---- models and their management ----

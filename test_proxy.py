@@ -7096,10 +7096,13 @@ def test_embed_answers_with_unit_vectors_and_metrics():
 
 
 @pytest.mark.parametrize("nothing", ["", [], None])
-def test_embed_without_input_asks_nothing(nothing):
+def test_embed_without_input_asks_only_whether_there_is_such_a_model(nothing):
     body = {"model": EMBEDDER, "input": nothing}
-    assert plan_and_ignored(body, proxy.ollama_embed_request, OLLAMA)[0].calls == ()
-    assert ollama(body, path="/api/embed")[0] == {"model": EMBEDDER, "embeddings": []}
+    assert plan_and_ignored(body, proxy.ollama_embed_request, OLLAMA)[0].calls == (
+        proxy.MODELS_CALL,
+    )
+    answer, _ = ollama(body, [{"models": MODELS}], path="/api/embed")
+    assert answer == {"model": EMBEDDER, "embeddings": []}
 
 
 def test_an_empty_text_to_embed_becomes_a_space():
@@ -7161,7 +7164,15 @@ def test_the_older_embeddings_answer_with_one_vector():
 
 def test_the_older_embeddings_without_a_prompt_have_no_vector():
     body = {"model": EMBEDDER, "prompt": ""}
-    assert ollama(body, path="/api/embeddings")[0] == {"embedding": []}
+    answer, _ = ollama(body, [{"models": MODELS}], path="/api/embeddings")
+    assert answer == {"embedding": []}
+
+
+@pytest.mark.parametrize("path", ["/api/embed", "/api/embeddings"])
+def test_a_model_that_gemini_does_not_list_has_no_empty_vectors(path):
+    with pytest.raises(ProxyError) as caught:
+        ollama({"model": "nobody"}, [{"models": MODELS}], path=path)
+    assert proxy.ollama_error(caught.value) == (404, {"error": "model 'nobody' not found"})
 
 
 # ---- models and their management ----
@@ -8311,6 +8322,11 @@ def test_tokens_are_counted_without_a_compaction():
     counted, ignored = plan_and_ignored(body, proxy.anthropic_count_request, CLAUDE)
     assert counted.calls[0].body["generateContentRequest"]["contents"] == [u("Hi")]
     assert ignored == ["compaction"]
+
+
+@pytest.mark.parametrize("speed, ignored", [("standard", []), ("fast", ["speed"])])
+def test_only_another_speed_than_the_standard_is_named_as_ignored(speed, ignored):
+    assert claude_ignored(claude_chat(speed=speed)) == ignored
 
 
 def test_a_limit_of_no_tokens_is_one_and_named():
