@@ -6902,18 +6902,36 @@ def anthropic_history(body: Fields, model: Model) -> History:
     history.add("system", system)
     if len(system) < len(parts):
         body.ignore("system[]." + BILLING_HEADER[:-1])
+    cleared = cleared_messages(body.data["messages"])
     for message in history.add_texts(body, "messages"):
         role = message.require("role", str)
         if role not in ANTHROPIC_ROLES:
             raise message.unknown_choice("role", role, ANTHROPIC_ROLES)
-        output = message.object("output_config") if role == "system" else None
+        output = None
+        if role == "system":
+            output = message.object("output_config")
+            message.choice("clear_at", "never", CLEARING)
         if output:
             history.effort = output.choice("effort", *EFFORTS) or history.effort
         else:
             message.require("content", str, list)
         parts = anthropic_parts(message, "content", model, role)
-        history.add(role, parts)
+        if role != "system" or id(message.data) not in cleared:
+            history.add(role, parts)
     return history
+
+
+CLEARING = "next_user_message"
+
+
+def cleared_messages(messages: list[Any]) -> set[int]:
+    """The ids of what the system said for one turn of the user's, where a later one has come:
+    BetaSystemMessageParam in anthropic 2.14."""
+    last = len(messages) - 1
+    while last > 0 and get_or_empty(messages[last], "role", str) != "user":
+        last -= 1
+    before = messages[: max(last, 0)]
+    return {id(one) for one in before if get_or_empty(one, "clear_at", str) == CLEARING}
 
 
 # ---- tools ----

@@ -8193,7 +8193,6 @@ def test_the_last_message_about_effort_counts():
         ("model", {"max_tokens": 9}),
         ("max_tokens", {**claude_chat(), "max_tokens": None}),
         ("max_tokens", claude_chat(max_tokens=-1)),
-        ("max_tokens", claude_chat(max_tokens=-1)),
         ("messages", {**claude_chat(), "messages": []}),
         ("messages[0].role", claude_chat({"role": "wizard", "content": "Hi"})),
         ("messages[0].content", claude_chat(user(7))),
@@ -8226,6 +8225,7 @@ def test_the_last_message_about_effort_counts():
         ("tools[0].name", claude_chat(tools=[{"input_schema": {}}])),
         ("messages[0].content[0].tool", claude_chat(system_message({"type": "tool_removal"}))),
         ("messages[0].content[0].type", claude_chat(user([change("removal", reference("a"))]))),
+        ("messages[0].clear_at", claude_chat(system_message(clear_at="soon"))),
         ("thinking.type", claude_chat(thinking={})),
         ("thinking.type", claude_chat(thinking={"type": "x"})),
     ],
@@ -8242,6 +8242,29 @@ def test_a_thread_cannot_be_continued():
     assert (caught.value.status, caught.value.path) == (404, "thread")
     error = proxy.anthropic_error(caught.value)[1]["error"]
     assert error["details"] == {"error_code": "thread_not_found"}
+
+
+@pytest.mark.parametrize(
+    "clear_at, later, stays",
+    [
+        (None, [user("So?")], True),
+        ("never", [user("So?")], True),
+        ("next_user_message", [], True),
+        ("next_user_message", [assistant("Yes.")], True),
+        ("next_user_message", [assistant("Yes."), user("So?"), assistant("So.")], False),
+    ],
+)
+def test_what_the_system_says_for_one_turn_is_gone_by_the_next(clear_at, later, stays):
+    said = system_message(text_block("It is late."), clear_at=clear_at)
+    body = claude_chat(user("Hi"), said, *later)
+    assert ("It is late." in json.dumps(claude_body(body))) is stays
+    assert claude_ignored(body) == []
+
+
+def test_only_what_the_system_says_can_be_cleared():
+    body = claude_chat({**user("Hi"), "clear_at": "next_user_message"}, user("So?"))
+    assert claude_body(body)["contents"][0]["parts"] == [{"text": "Hi"}, {"text": "So?"}]
+    assert claude_ignored(body) == ["messages[].clear_at"]
 
 
 JSON_FORMAT = {
