@@ -7104,6 +7104,9 @@ def compacting_plan(plan: Plan, compaction: Fields, body: Fields) -> Plan:
     prompt = (compaction.get("instructions", str) or "").strip()
     prompt = f"<system>\n{prompt}\n</system>" if prompt else COMPACTION_PROMPT
     assert chat is not None
+    for name, value in (("tool_choice", chat.choice.mode), ("output_config.format", chat.schema)):
+        if value is not None:  # it is about an answer, of which there is none
+            body.ignore(name)
     return plan._replace(calls=(summary_call(chat, body, prompt),), options=COMPACTION_BLOCK)
 
 

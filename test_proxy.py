@@ -8320,6 +8320,14 @@ def test_a_compaction_is_asked_for_after_the_messages_and_calls_no_tool(instruct
     assert claude_ignored(body) == []
 
 
+def test_what_is_about_an_answer_has_no_effect_on_a_compaction_and_is_named():
+    form = {"type": "json_schema", "schema": {"type": "object"}}
+    more = {"tool_choice": {"type": "any"}, "output_config": {"format": form, "effort": "low"}}
+    body = claude_chat(**COMPACTING, **more)
+    assert claude_ignored(body) == ["output_config.format", "tool_choice"]
+    assert "responseJsonSchema" not in claude_body(body)["generationConfig"]
+
+
 @pytest.mark.parametrize("answer", [whole(), whole("We", finish="MAX_TOKENS"), whole(call("f"))])
 def test_a_compaction_without_a_whole_summary_has_none(answer):
     message, _ = claude_answer(claude_chat(**COMPACTING), answer)
