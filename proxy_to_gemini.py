@@ -200,9 +200,8 @@ def invalid_value(path: str, why: str) -> ProxyError:
     return wrong_value(path, f"Invalid value for '{path}': {why}.")
 
 
-# What an unread field may hold without anything being lost: these, and the defaults of OpenAI's and
-# Ollama's API references, by the path of the field without its indexes.
-EMPTY_VALUES: tuple[Any, ...] = (None, False, "", [], {})
+# What an unread field may hold without anything being lost, besides nothing at all: the defaults of
+# OpenAI's and Ollama's API references, by the path of the field without its indexes.
 DEFAULTS: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -221,8 +220,12 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "chunking_strategy": ("auto",),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
+    "top_logprobs": (0,),
+    "partial_images": (0,),
     "options.presence_penalty": (0,),
     "options.frequency_penalty": (0,),
+    **dict.fromkeys(("options.min_p", "options.mirostat", "options.main_gpu"), (0,)),
+    "options.num_thread": (0,),
 }
 DETAIL = re.compile(r"(messages|input|previous_response_id)\[\]\.\w+(\[\])?(\.\w+_url)?\.detail")
 
@@ -379,7 +382,7 @@ class Fields:
                 continue
             path, data, read = item
             for key in data.keys() - read:
-                if data[key] not in EMPTY_VALUES:
+                if given(value=data[key]):
                     place = without_indexes(f"{path}.{key}".lstrip("."))
                     detail = data[key] == "auto" and DETAIL.fullmatch(place)
                     if not detail and data[key] not in DEFAULTS.get(place, ()):

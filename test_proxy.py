@@ -1045,13 +1045,15 @@ def test_what_nobody_read_was_ignored():
             "none": None,
             "service_tier": "auto",
             "metadata": {"a": "b"},
+            "max_tool_calls": 0,
+            "top_logprobs": 0,
         }
     )
     body.get("read", int)
     for message in body.objects("messages"):
         message.get("role", str)
     body.ignore("told")
-    assert body.ignored() == ["messages[].name", "metadata", "told", "user"]
+    assert body.ignored() == ["max_tool_calls", "messages[].name", "metadata", "told", "user"]
 
 
 RUBBISH = [
