@@ -6766,7 +6766,9 @@ OLLAMA = Protocol("ollama", OLLAMA_ROUTES, ollama_error)
 
 # ---- content blocks ----
 
-TOOL_CHANGES = ("tool_addition", "tool_removal")
+COMPACTION_BLOCK = "compaction"  # also the parameter that asks for it, and a reason to stop
+ADDITION = "tool_addition"
+TOOL_CHANGES = (ADDITION, "tool_removal")
 BLOCK_ROLES = {  # who may send them
     "tool_use": "assistant",
     "tool_result": "user",
@@ -6844,7 +6846,7 @@ def anthropic_no_parts(block: Fields, model: Model) -> list[Part]:
 
 def anthropic_summary_parts(block: Fields, model: Model) -> list[Part]:
     """The summary that Anthropic's servers wrote of all that was before; null where they failed."""
-    block.mark_read("encrypted_content", "signature")
+    block.mark_read("encrypted_content", "signature", "tool_changes")
     return [text_part(SUMMARY_HEAD + text) for text in filter(None, [block.get("content", str)])]
 
 
@@ -6856,7 +6858,7 @@ ANTHROPIC_BLOCKS: dict[str, Callable[[Fields, Model], list[Part]]] = {
     "tool_reference": anthropic_reference_part,
     "tool_use": anthropic_call_part,
     "tool_result": anthropic_result_part,
-    "compaction": anthropic_summary_parts,
+    COMPACTION_BLOCK: anthropic_summary_parts,
     **dict.fromkeys(("thinking", "redacted_thinking", *TOOL_CHANGES), anthropic_no_parts),
 }
 
@@ -7037,7 +7039,8 @@ def change_tools(body: Fields, tools: Tools, restricted: set[str]) -> None:
     last_words: dict[str, bool] = {}
     for block in tool_changes(body):
         change = Fields(block.get_any("tool"), block.path_of("tool"), body.tracked)
-        kind, adds = change.require("type", str), block.data["type"] == "tool_addition"
+        block.require("type", str)
+        kind, adds = change.require("type", str), block.choice("type", *TOOL_CHANGES) == ADDITION
         if kind == "tool_definition":
             definition = change.require_object("definition")
             anthropic_tool(definition, tools, restricted)
@@ -7053,12 +7056,16 @@ def change_tools(body: Fields, tools: Tools, restricted: set[str]) -> None:
 
 
 def tool_changes(body: Fields) -> Iterator[Fields]:
-    """The blocks of the system's messages that change the tools. All blocks were read before."""
+    """The blocks of the system's messages that change the tools, and those that a compaction keeps
+    of the messages that it stands for. All blocks were read before."""
     for i, message in enumerate(body.data["messages"]):
-        if message["role"] == "system" and isinstance(message.get("content"), list):
-            for block in Fields(message, f"messages[{i}]").objects("content"):
-                if block.data["type"] in TOOL_CHANGES:
-                    yield block
+        for j, block in enumerate(get_or_empty(message, "content", list)):
+            if block["type"] in (*TOOL_CHANGES, COMPACTION_BLOCK):
+                fields = Fields(message, f"messages[{i}]").item("content", j)
+                if block["type"] == COMPACTION_BLOCK:
+                    yield from fields.objects("tool_changes")
+                else:
+                    yield fields
 
 
 def anthropic_tool_choice(body: Fields, tools: Tools) -> ToolChoice:
@@ -7095,9 +7102,6 @@ def anthropic_messages_request(body: Fields, context: Context) -> Plan:
     return compacting_plan(plan, compaction, body) if compaction else plan
 
 
-COMPACTION_BLOCK = "compaction"  # also a type of blocks, and why an answer ends that is one
-
-
 def compacting_plan(plan: Plan, compaction: Fields, body: Fields) -> Plan:
     """The plan for a summary, which the client sends from then on in place of the messages:
     BetaCompactionConfigParam in anthropic 2.14."""
@@ -7110,7 +7114,8 @@ def compacting_plan(plan: Plan, compaction: Fields, body: Fields) -> Plan:
     for name, value in (("tool_choice", chat.choice.mode), ("output_config.format", chat.schema)):
         if value is not None:  # it is about an answer, of which there is none
             body.ignore(name)
-    return plan._replace(calls=(summary_call(chat, body, prompt),), options=COMPACTION_BLOCK)
+    changes = [{key: block.data[key] for key in ("type", "tool")} for block in tool_changes(body)]
+    return plan._replace(calls=(summary_call(chat, body, prompt),), options=changes)
 
 
 def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan:
@@ -7229,8 +7234,8 @@ def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tu
     A signature travels in a thinking block before its call: clients must send such blocks back.
     https://platform.claude.com/docs/en/build-with-claude/extended-thinking
     """
-    if exchange.options == COMPACTION_BLOCK:
-        yield from anthropic_compaction(answer_of(events))
+    if exchange.options is not None:
+        yield from anthropic_compaction(answer_of(events), exchange.options)
         return
     signatures = exchange.chat.thinking.signatures
     texts: list[str] = []
@@ -7256,11 +7261,12 @@ def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tu
             yield "message_delta", {"delta": anthropic_ending(event), "usage": usage}
 
 
-def anthropic_compaction(answer: Answer) -> Iterator[tuple[str, JSON]]:
-    """A summary; null where it is not whole: clients and anthropic_summary_parts pass that over."""
+def anthropic_compaction(answer: Answer, changes: list[JSON]) -> Iterator[tuple[str, JSON]]:
+    """A summary, with the changes of the tools up to it; null where it is not whole, which clients
+    and anthropic_summary_parts pass over."""
     end = answer.end
     content = answer.text.strip() if end.finish == "stop" else ""
-    yield COMPACTION_BLOCK, {"content": content or None}
+    yield COMPACTION_BLOCK, {"content": content or None, **given(tool_changes=changes)}
     ending = {"stop_reason": COMPACTION_BLOCK, "stop_sequence": None, **native_finish(end)}
     yield "message_delta", {"delta": ending, "usage": anthropic_usage(end.usage)}
 

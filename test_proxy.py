@@ -7901,10 +7901,12 @@ def test_blocks_of_anthropics_servers_are_ignored_by_name():
     ]
 
 
+CLAUDE_SUMMARY = {"type": "compaction", "content": "We spoke.", "encrypted_content": "e"}
+
+
 def test_the_summary_of_a_compaction_stays_in_its_place():
-    summary = {"type": "compaction", "content": "We spoke.", "encrypted_content": "e"}
     failed = {"type": "compaction", "content": None}
-    body = claude_chat(assistant([summary, failed, text_block("Hello")]), user("Bye"))
+    body = claude_chat(assistant([CLAUDE_SUMMARY, failed, text_block("Hello")]), user("Bye"))
     parts = [{"text": f"{proxy.SUMMARY_HEAD}We spoke."}, {"text": "Hello"}]
     assert claude_body(body)["contents"][-2] == {"role": "model", "parts": parts}
     assert claude_ignored(body) == []
@@ -8228,6 +8230,18 @@ def test_the_last_message_about_effort_counts():
         ("messages[0].content[0].tool", claude_chat(system_message({"type": "tool_removal"}))),
         ("messages[0].content[0].type", claude_chat(user([change("removal", reference("a"))]))),
         ("messages[0].clear_at", claude_chat(system_message(clear_at="soon"))),
+        (
+            "messages[0].content[0].tool_changes[0].type",
+            claude_chat(
+                assistant([{**CLAUDE_SUMMARY, "tool_changes": [{"tool": reference("a")}]}])
+            ),
+        ),
+        (
+            "messages[0].content[0].tool_changes[0].type",
+            claude_chat(
+                assistant([{**CLAUDE_SUMMARY, "tool_changes": [change("x", reference("a"))]}])
+            ),
+        ),
         ("thinking.type", claude_chat(thinking={})),
         ("thinking.type", claude_chat(thinking={"type": "x"})),
     ],
@@ -8320,6 +8334,22 @@ def test_a_compaction_is_asked_for_after_the_messages_and_calls_no_tool(instruct
     assert sent["contents"][0]["parts"] == [{"text": "Hi"}, {"text": prompt}]
     assert sent["toolConfig"] == {"functionCallingConfig": {"mode": "NONE"}}
     assert claude_ignored(body) == []
+
+
+def test_a_compaction_keeps_the_changes_of_the_tools():
+    changes = [
+        change("addition", {"type": "tool_definition", "definition": CLOCK_TOOL}),
+        change("removal", reference("weather")),
+    ]
+    body = claude_chat(user("Hi"), system_message(*changes), **COMPACTING)
+    message, events = claude_answer(body, whole("We spoke."))
+    block = {"type": "compaction", "content": "We spoke.", "tool_changes": changes}
+    assert message["content"] == [block]
+    assert events[1]["content_block"] == {**block, "content": None}
+    body = claude_chat(assistant([block]), user("Bye"), **COMPACTING)
+    (declaration,) = claude_body(body)["tools"][0]["functionDeclarations"]
+    assert declaration["name"] == "clock"
+    assert claude_answer(body, whole("We spoke."))[0]["content"] == [block]
 
 
 def test_what_is_about_an_answer_has_no_effect_on_a_compaction_and_is_named():
