@@ -3633,6 +3633,13 @@ class LocalTool(NamedTuple):
     rest: Mapping[str, Any] = {}  # what must stand beside them there
     item: Mapping[str, Any] = {}  # what else the item must have
 
+    def fields(self, args: JSON) -> JSON:
+        """A call's item: a text where a list of texts belongs, as a model may write it, is the only
+        one of its list, since @ai-sdk/openai refuses the whole answer otherwise."""
+        lists = [key for key, form in self.schema["properties"].items() if form is TEXTS_SCHEMA]
+        texts = {key: [args[key]] for key in lists if isinstance(args.get(key), str)}
+        return {self.key: {**self.rest, **args, **texts}, **self.item}
+
 
 def object_schema(required: Sequence[str], **fields: Any) -> JSON:
     return {"type": "object", "properties": fields, "required": [*required]}
@@ -3656,7 +3663,7 @@ LOCAL_TOOLS = {
         "Run commands in the user's shell; several run beside each other.",
         object_schema(["commands"], commands=TEXTS_SCHEMA, timeout_ms=TIMEOUT),
         "action",
-        {"timeout_ms": None, "max_output_length": None},
+        {"commands": [], "timeout_ms": None, "max_output_length": None},
         {"environment": {"type": "local"}},
     ),
     "local_shell": LocalTool(
@@ -3665,7 +3672,7 @@ LOCAL_TOOLS = {
             ["command"], command=TEXTS_SCHEMA, working_directory=TEXT_SCHEMA, timeout_ms=TIMEOUT
         ),
         "action",
-        {"type": "exec", "env": {}},
+        {"type": "exec", "env": {}, "command": []},
     ),
     "apply_patch": LocalTool(
         "Create, update or delete a file of the user's.",
@@ -5740,17 +5747,22 @@ class ResponseBuilder:
         """A call whose arguments are no text, and have no deltas."""
         prefix, item = "tsc_", {"execution": "client", "arguments": call.args}
         if call.name in self.chat.tools.local:
-            tool = LOCAL_TOOLS[call.name]
-            prefix, item = "lc_", {tool.key: {**tool.rest, **call.args}, **tool.item}
+            prefix, item = "lc_", LOCAL_TOOLS[call.name].fields(call.args)
         item.update(type=f"{call.name}_call", call_id=call.id, status="in_progress")
         yield self.add(prefix, item)
         yield self.done(status="completed")
+
+    def steps(self, kind: str, work: str) -> Iterator[JSON]:
+        """The events of what one of OpenAI's own tools does."""
+        for step in ("in_progress", work, "completed"):
+            yield self.item_event(f"{kind}.{step}")
 
     def add_image(self, image: Media) -> Iterator[JSON]:
         """An image, as OpenAI's own tool for them has it."""
         yield from self.close()
         fields = {"type": "image_generation_call", "status": "in_progress", "result": None}
         yield self.add("ig_", fields)
+        yield from self.steps("image_generation_call", "generating")
         yield self.done(status="completed", result=image.data)
 
     def add_search(self, end: End) -> Iterator[JSON]:
@@ -5761,8 +5773,7 @@ class ResponseBuilder:
             action["sources"] = [{"type": "url", "url": url} for url in urls]
         fields = {"type": "web_search_call", "status": "in_progress", "action": action}
         yield self.add("ws_", fields)
-        for step in ("in_progress", "searching", "completed"):
-            yield self.item_event(f"web_search_call.{step}")
+        yield from self.steps("web_search_call", "searching")
         yield self.done(status="completed")
 
     def finish(self, end: End, calls: list[ToolCall]) -> Iterator[Any]:

@@ -5650,6 +5650,21 @@ def test_an_image_is_an_item_of_a_response():
     }
 
 
+@pytest.mark.parametrize(
+    "answer, kind, work",
+    [
+        (whole(IMAGE), "image_generation_call", "generating"),
+        (whole("Hi", groundingMetadata=GROUNDING), "web_search_call", "searching"),
+    ],
+)
+def test_the_steps_of_openais_own_tools_have_events_within_their_item(answer, kind, work):
+    kinds = [event["type"] for event in response_events({}, answer)]
+    start = kinds.index(f"response.{kind}.in_progress")
+    steps = [f"response.{kind}.{step}" for step in (work, "completed")]
+    assert kinds[start - 1] == "response.output_item.added"
+    assert kinds[start + 1 : start + 4] == [*steps, "response.output_item.done"]
+
+
 def test_an_image_of_a_response_goes_back_to_gemini():
     items = response_to({}, whole("Here", IMAGE))["output"]
     assert contents_of(user("Draw"), *items, user("Redder"))[1] == m("Here", IMAGE)
@@ -6309,6 +6324,12 @@ def test_a_call_of_a_local_tool_goes_back_as_it_came(name, args):
     (item,) = response_to({"tools": [{"type": name}]}, whole(call(name, args)))["output"]
     turn = contents_of(user("Hi"), item)[1]
     assert turn["parts"][0]["functionCall"] == {"id": "call_2", "name": name, "args": args}
+
+
+@pytest.mark.parametrize("args, commands", [({"commands": "ls -l"}, ["ls -l"]), ({}, [])])
+def test_the_commands_of_a_shell_are_a_list_whatever_the_model_wrote(args, commands):
+    (item,) = response_to({"tools": [{"type": "shell"}]}, whole(call("shell", args)))["output"]
+    assert item["action"]["commands"] == commands
 
 
 def test_a_patch_has_a_diff_even_if_it_is_empty():
