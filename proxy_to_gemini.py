@@ -7240,22 +7240,24 @@ UNSIGNED = "unsigned"
 
 
 def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tuple[str, JSON]]:
-    """(type, fields) of each block, or piece of a growing one; at last those of the message_delta.
-
-    A signature travels in a thinking block before its call: clients must send such blocks back.
-    https://platform.claude.com/docs/en/build-with-claude/extended-thinking
-    """
+    """(type, fields) of each block, or piece of a growing one; at last of the message_delta."""
+    unsigned = False  # whether the last piece was a thought
+    pieces = anthropic_answer(events, exchange)
     if exchange.options is not None:
-        yield from anthropic_compaction(answer_of(events), exchange.options)
-        return
-    signatures = exchange.chat.thinking.signatures
+        pieces = anthropic_compaction(answer_of(events), exchange.options)
+    for kind, fields in pieces:
+        if unsigned and kind != "thinking":
+            yield "thinking", {"signature": UNSIGNED}
+        unsigned = "thinking" in fields
+        yield kind, fields
+
+
+def anthropic_answer(events: Iterable[Event], exchange: Exchange) -> Iterator[tuple[str, JSON]]:
+    """The pieces of an answer. Tool calls come last, as Anthropic's do, behind the citations of the
+    text and the searches, which Gemini reports at the end."""
     texts: list[str] = []
-    thinks = False  # whether the last event was a thought
+    calls: list[ToolCall] = []
     for event in events:
-        signature = isinstance(event, ToolCall) and signatures and event.signature
-        ended, thinks = thinks, isinstance(event, Text) and event.thought
-        if signature or (ended and not thinks):
-            yield "thinking", {"signature": signature or UNSIGNED}
         if isinstance(event, Text) and event.thought:
             yield "thinking", {"thinking": event.text}
         elif isinstance(event, Text):
@@ -7264,12 +7266,22 @@ def anthropic_pieces(events: Iterable[Event], exchange: Exchange) -> Iterator[tu
         elif isinstance(event, Media):
             yield "text", {"text": media_note(event)}
         elif isinstance(event, ToolCall):
-            fields = {"id": event.id, "name": event.name, "input": event.args}
-            yield "tool_use", {**fields, **DIRECT_CALL}
+            calls.append(event)
         else:
             yield from anthropic_searches(event, "".join(texts), exchange)
+            yield from anthropic_calls(calls, exchange.chat.thinking.signatures)
             usage = anthropic_usage(event.usage, event.queries)
             yield "message_delta", {"delta": anthropic_ending(event), "usage": usage}
+
+
+def anthropic_calls(calls: list[ToolCall], signatures: bool) -> Iterator[tuple[str, JSON]]:
+    """Tool calls. A signature travels in a thinking block before its call: clients must send such
+    blocks back. https://platform.claude.com/docs/en/build-with-claude/extended-thinking"""
+    for call in calls:
+        if signatures and call.signature:
+            yield "thinking", {"signature": call.signature}
+        fields = {"id": call.id, "name": call.name, "input": call.args}
+        yield "tool_use", {**fields, **DIRECT_CALL}
 
 
 def anthropic_compaction(answer: Answer, changes: list[JSON]) -> Iterator[tuple[str, JSON]]:
@@ -7283,7 +7295,7 @@ def anthropic_compaction(answer: Answer, changes: list[JSON]) -> Iterator[tuple[
 
 
 def anthropic_searches(end: End, text: str, exchange: Exchange) -> Iterator[tuple[str, JSON]]:
-    """The citations of a text, then the searches behind them: Gemini reports both at the end."""
+    """The citations of a text, then the searches behind them."""
     citations: list[JSON] = []
     results: dict[str, JSON] = {}
     for citation in end.citations:

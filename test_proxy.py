@@ -8609,12 +8609,14 @@ def test_a_long_call_in_a_message_is_cut_into_deltas():
     assert message["content"] == [use_block("call_1", city=NOVEL)]
 
 
-def test_citations_after_a_call_get_a_text_block_of_their_own():
-    answer = whole("Æther", call("weather"), groundingMetadata=WIND_GROUNDING)
-    message, _ = claude_answer(claude_chat(tools=[ASK_CITY]), answer)
-    assert [block["type"] for block in message["content"][:3]] == ["text", "tool_use", "text"]
-    assert message["content"][0] == text_block("Æther")
-    assert message["content"][2] == text_block("", citations=[WIND_CITATION])
+@pytest.mark.parametrize("thinking", [{}, {"thinking": {"type": "adaptive"}}])
+def test_a_call_comes_last_behind_the_citations_of_the_text_and_the_searches(thinking):
+    answer = whole("Æther", call("weather", {}, "a"), groundingMetadata=WIND_GROUNDING)
+    message, _ = claude_answer(claude_chat(tools=[ASK_CITY], **thinking), answer)
+    assert message["content"][0] == text_block("Æther", citations=[WIND_CITATION])
+    kinds = [block["type"] for block in message["content"][1:]]
+    signature = ["thinking"] * len(thinking)
+    assert kinds == ["server_tool_use", "web_search_tool_result", *signature, "tool_use"]
 
 
 def test_an_image_is_a_note_in_the_text_of_a_message():
