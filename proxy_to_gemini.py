@@ -5470,16 +5470,18 @@ def openai_echoed_format(form: JSON | None) -> JSON:
     return form or {"type": "text"}
 
 
-# The keys that a tool of a type has in every response, for clients in Rust (async-openai) too.
+# The keys that a tool of a type has in every response, for clients in Rust (async-openai) too; only
+# these may be null: FunctionTool and CustomToolParam in https://github.com/openai/openai-openapi
 ECHOED_KEYS: dict[Any, JSON] = {
     "function": {"description": None, "parameters": None, "strict": False},
-    "custom": {"description": None, "format": {"type": "text"}},
+    "custom": {"format": {"type": "text"}},
 }
 
 
 def openai_echoed_tool(tool: JSON) -> JSON:
     """A tool as a response repeats it."""
-    return {**ECHOED_KEYS.get(tool.get("type"), {}), **without_access(tool)}
+    sent = {key: value for key, value in without_access(tool).items() if value is not None}
+    return {**ECHOED_KEYS.get(tool.get("type"), {}), **sent}
 
 
 def without_access(tool: JSON) -> JSON:

@@ -5877,10 +5877,13 @@ def test_a_response_repeats_its_format_with_all_keys(form, echo):
 
 def test_a_response_repeats_its_tools_with_all_keys():
     tools = [{"type": "function", "name": "f"}, {"type": "custom", "name": "g"}]
-    assert response_to({"tools": tools}, whole("Hi"))["tools"] == [
+    nulls = {"description": None, "defer_loading": None}
+    expected = [
         {**tools[0], "description": None, "parameters": None, "strict": False},
-        {**tools[1], "description": None, "format": {"type": "text"}},
+        {**tools[1], "format": {"type": "text"}},
     ]
+    for sent in (tools, [{**tool, **nulls} for tool in tools]):
+        assert response_to({"tools": sent}, whole("Hi"))["tools"] == expected
 
 
 @pytest.mark.parametrize(
