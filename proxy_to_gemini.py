@@ -5828,7 +5828,12 @@ class ResponseBuilder:
         yield from self.end("failed", {"error": error})
 
     def end(self, status: str, fields: JSON) -> Iterator[Any]:
-        """The last event. Unless the client forbids it, the response is stored before."""
+        """The last event. Unless the client forbids it, the response is stored before.
+
+        An error stands beside the response too. OpenAI sends an event `error` first (vercel/ai,
+        openai-error.1 in packages/openai/src/responses/__fixtures__), and its libraries raise
+        whatever has such a key: LangChain for JavaScript, which n8n uses, learns of no other.
+        """
         usage = response_usage(self.exchange.usage)
         self.response.update(fields, status=status, usage=usage)
         if status == "completed":
@@ -5840,7 +5845,7 @@ class ResponseBuilder:
                 yield Keep(RESPONSE_PREFIX + self.response["id"], text)
             else:
                 self.response["store"] = False  # it would evict what others have stored
-        yield self.event(status, response=self.response)
+        yield self.event(status, response=self.response, **given(error=fields.get("error")))
 
 
 def response_usage(usage: Usage) -> JSON:

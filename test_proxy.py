@@ -5171,6 +5171,17 @@ def test_a_response_that_breaks_off_ends_with_what_came():
     assert response["output"][0]["content"][0]["text"] == "Hel"
 
 
+def test_a_failed_responses_error_stands_where_openais_libraries_look_for_it():
+    events = response_events({}, whole("Hel", finish="MALFORMED_FUNCTION_CALL"))
+    assert events[-1]["type"] == "response.failed"
+    assert events[-1]["error"] == events[-1]["response"]["error"] == NO_CALL
+
+
+def test_a_response_that_went_well_has_no_error_beside_it():
+    *_, last = response_events({}, whole("Hello."))
+    assert last.keys() == {"type", "sequence_number", "response"}
+
+
 def test_a_failure_before_the_first_event_has_the_first_events_too():
     one, error = exchange(response_plan({})[0]), ProxyError(400, "No.")
     events = list(kept_by(proxy.openai_responses_failure(one, error), Notes()))
@@ -16340,10 +16351,14 @@ def test_openais_library_gets_a_call_of_its_search_for_tools(lenient_library, ge
     assert response.output[0].arguments == {"query": "weather"}
 
 
-def test_openais_library_gets_a_failed_response_when_gemini_hangs_up(openai_library, gemini):
+def test_openais_library_raises_an_error_when_gemini_hangs_up(openai_library, gemini):
     gemini.say(Say(chunk("Hel"), cut=1))
-    events = list(openai_library.responses.create(model=FLASH, input="Hi", stream=True))
-    assert events[-1].type == "response.failed"
+    stream = openai_library.responses.create(model=FLASH, input="Hi", stream=True)
+    texts = []
+    with pytest.raises(sys.modules["openai"].APIError) as caught:
+        texts.extend(event.delta for event in stream if event.type == "response.output_text.delta")
+    assert texts == ["Hel"]
+    assert caught.value.code == "server_error"
 
 
 # ---- openai: media ----
