@@ -7160,11 +7160,7 @@ def anthropic_plan(body: Fields, context: Context, stream: bool = False) -> Plan
 
 
 def anthropic_sampling(body: Fields) -> JSON:
-    limit = body.number("max_tokens", 0, math.inf, int)
-    # https://platform.claude.com/docs/en/build-with-claude/prompt-caching#pre-warming-the-cache
-    if limit == 0:
-        limit = 1  # the least that Gemini takes
-        body.ignore("max_tokens")
+    limit = body.number("max_tokens", 1, math.inf, int)  # 0 fills a cache, of which there is none
     temperature, top_p = body.number("temperature", 0, 2), body.number("top_p", 0, 1)
     top_k, stops = body.get("top_k", int), stop_sequences(body, "stop_sequences")
     return sampling_config(temperature, top_p, top_k, limit, stops=stops)

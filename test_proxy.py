@@ -8231,7 +8231,7 @@ def test_the_last_message_about_effort_counts():
     [
         ("model", {"max_tokens": 9}),
         ("max_tokens", {**claude_chat(), "max_tokens": None}),
-        ("max_tokens", claude_chat(max_tokens=-1)),
+        ("max_tokens", claude_chat(max_tokens=0)),
         ("messages", {**claude_chat(), "messages": []}),
         ("messages[0].role", claude_chat({"role": "wizard", "content": "Hi"})),
         ("messages[0].content", claude_chat(user(7))),
@@ -8425,12 +8425,6 @@ def test_tokens_are_counted_without_a_compaction():
 @pytest.mark.parametrize("speed, ignored", [("standard", []), ("fast", ["speed"])])
 def test_only_another_speed_than_the_standard_is_named_as_ignored(speed, ignored):
     assert claude_ignored(claude_chat(speed=speed)) == ignored
-
-
-def test_a_limit_of_no_tokens_is_one_and_named():
-    body = claude_chat(max_tokens=0)
-    assert claude_body(body)["generationConfig"]["maxOutputTokens"] == 1
-    assert claude_ignored(body) == ["max_tokens"]
 
 
 def test_thoughts_without_a_signature_say_so_and_the_word_signs_nothing_when_it_comes_back():
