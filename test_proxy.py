@@ -14829,6 +14829,10 @@ def test_threads_stay_on_one_core_that_may_be_used_while_there_are_many_connecti
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2, 5}, raising=False)
     monkeypatch.setattr(os, "sched_setaffinity", chosen.__setitem__, raising=False)
     monkeypatch.setattr(sys, "abiflags", "", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("SCHED_OTHER", "SCHED_BATCH"):
+        monkeypatch.setattr(os, name, 0, raising=False)
+    monkeypatch.setattr(os, "sched_getscheduler", lambda pid: 1, raising=False)
     cores = proxy.Cores()
     monkeypatch.setattr(cores, "chosen", lambda: 5)
     masks = []
@@ -14845,6 +14849,23 @@ def test_threads_stay_on_one_core_that_may_be_used_while_there_are_many_connecti
         worker.worker = number
         numbers.append(worker.chosen())
     assert numbers == [1, 2, 5, 1]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux lets a process choose")
+@pytest.mark.parametrize("policy", ["SCHED_OTHER", "SCHED_IDLE"])
+def test_threads_of_the_usual_policy_interrupt_no_other_while_there_are_many_connections(
+    policy, monkeypatch
+):
+    policies = []
+    monkeypatch.setattr(os, "listdir", lambda path: ["7"])
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr(os, "sched_getscheduler", lambda pid: getattr(os, policy))
+    monkeypatch.setattr(os, "sched_setscheduler", lambda *settings: policies.append(settings[:2]))
+    cores = proxy.Cores()
+    for connections in (7, 8, 7):
+        cores.settle(connections)
+    changes = {"SCHED_OTHER": [(7, os.SCHED_BATCH), (7, os.SCHED_OTHER)]}
+    assert policies == changes.get(policy, [])
 
 
 @pytest.mark.skipif(WINDOWS, reason="it has neither these functions nor sys.abiflags")
