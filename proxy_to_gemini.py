@@ -7078,12 +7078,11 @@ def tool_changes(body: Fields) -> Iterator[Fields]:
     of the messages that it stands for. All blocks were read before."""
     for i, message in enumerate(body.data["messages"]):
         for j, block in enumerate(get_or_empty(message, "content", list)):
-            if block["type"] in (*TOOL_CHANGES, COMPACTION_BLOCK):
-                fields = Fields(message, f"messages[{i}]").item("content", j)
-                if block["type"] == COMPACTION_BLOCK:
-                    yield from fields.objects("tool_changes")
-                else:
-                    yield fields
+            if block["type"] == COMPACTION_BLOCK:
+                kept = Fields(message, f"messages[{i}]").item("content", j)
+                yield from kept.objects("tool_changes")
+            elif block["type"] in TOOL_CHANGES:
+                yield Fields(message, f"messages[{i}]").item("content", j)
 
 
 def anthropic_tool_choice(body: Fields, tools: Tools) -> ToolChoice:
