@@ -11378,8 +11378,9 @@ class RequestCycle:
             del data  # it may be large
             yield exchange
             return
-        models = self.server.gemini.cooldowns.in_turn(self.key, (model.name, *model.further))
-        if models[0] == model.name:
+        first = model.path.removeprefix("models/")  # as the alias spells it
+        models = self.server.gemini.cooldowns.in_turn(self.key, (first, *model.further))
+        if models[0] == first:
             exchange.context = context._replace(models=models)
             yield exchange
             models = models[1:]

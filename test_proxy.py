@@ -13214,6 +13214,13 @@ def test_a_model_that_is_passed_over_answers_where_no_other_can(gemini, further,
     assert f" ({NEWEST}; {NEWEST}: cooldown; {FLASH}: overloaded) " in log_lines[0]
 
 
+def test_a_tuned_model_is_passed_over_as_well(gemini):
+    say_by_model(gemini, own=OVERLOADED)
+    with serving(gemini.url, aliases=(("mine", "tunedModels/own", FLASH),)) as server:
+        assert [post(server, body=chat(model="mine"))[0] for _ in range(2)] == [200, 200]
+    assert models_of(gemini) == ["own", FLASH, FLASH]
+
+
 def test_one_call_finds_out_whether_a_model_answers_again(gemini, further):
     cooldowns = further.gemini.cooldowns
     cooldowns.ends["the-key", NEWEST] = time.monotonic() - 1, 60.0
