@@ -109,6 +109,7 @@ import traceback
 import urllib.parse
 import urllib.request
 import wave
+import weakref
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter, mul
@@ -2809,7 +2810,7 @@ class End(NamedTuple):
     """How an answer ended; always the last event, and the only one of its kind."""
 
     finish: str  # "stop", "length", "filter" or "failed"
-    called: bool  # whether functions were called
+    calls: tuple[ToolCall, ...]  # all of them, as Gemini made them
     reason: str  # Gemini's own word
     message: str  # and what it says about it
     usage: Usage
@@ -2891,8 +2892,9 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Event]:
         message = "Gemini's answer broke off: it has no finish reason."
         raise ProxyError(502, message, upstream=True)
     calls = [call for call in reading.calls if call.name not in reading.answered]
-    yield from (call._replace(id=exchange.new_id("call_")) for call in calls)
-    yield reading.end(bool(calls), usage)
+    calls = [call._replace(id=exchange.new_id("call_")) for call in calls]
+    yield from calls
+    yield reading.end(tuple(calls), usage)
 
 
 GROUNDING = {"groundingMetadata", "citationMetadata", "urlContextMetadata"}
@@ -2981,7 +2983,7 @@ class Reading:
             self.pieces.append((text, own))
         return Text(text, thought)
 
-    def end(self, called: bool, usage: Usage) -> End:
+    def end(self, calls: tuple[ToolCall, ...], usage: Usage) -> End:
         finish = FINISHES.get(self.reason, "stop")
         queries: tuple[str, ...] = ()
         citations: list[Citation] = []
@@ -2991,7 +2993,7 @@ class Reading:
             citations = read_citations(self.pieces, self.grounding)
         reason = self.reason or self.blocked
         message, signature = self.message, self.signature
-        return End(finish, called, reason, message, usage, citations, queries, signature)
+        return End(finish, calls, reason, message, usage, citations, queries, signature)
 
 
 def read_call(part: Part, before: tuple[Part, ...]) -> ToolCall:
@@ -4121,7 +4123,7 @@ OPENAI_FINISH = {"length": "length", "filter": "content_filter"}  # else "stop",
 
 
 def openai_finish(end: End, legacy: bool) -> str:
-    if not end.called:
+    if not end.calls:
         return OPENAI_FINISH.get(end.finish, "stop")
     return OPENAI_FINISH.get(end.finish, "function_call" if legacy else "tool_calls")
 
@@ -5642,7 +5644,8 @@ class ResponseBuilder:
     insists on it (lib/streaming/responses), and openai-node takes output_index for their order."""
 
     def __init__(self, exchange: Exchange):
-        self.exchange, self.chat = exchange, exchange.chat
+        self.exchange: Exchange = weakref.proxy(exchange)  # which holds this
+        self.chat = exchange.chat
         self.options: ResponseOptions = exchange.options
         self.count = 0  # events so far
         self.length = 0  # characters of the answer's text so far
@@ -7213,7 +7216,7 @@ def anthropic_usage(usage: Usage, queries: tuple[str, ...] = ()) -> JSON:
 
 def anthropic_ending(end: End) -> JSON:
     """How a message ended. Gemini does not say whether it met a stop sequence, nor which one."""
-    default = "tool_use" if end.called else "end_turn"
+    default = "tool_use" if end.calls else "end_turn"
     reason = ANTHROPIC_STOPS.get(end.finish, default)
     ending: JSON = {"stop_reason": reason, "stop_sequence": None}
     if reason == "refusal":
@@ -8476,9 +8479,10 @@ class Waiter:
     ):
         self.client, self.silence = client, silence
         self.stopping, self.keep_alive = stopping, keep_alive
-        self.flush: Callable[[], bool] | None = None  # called before anything is waited for
+        # Called before anything is waited for; returns when the client was sent something.
+        self.flush: Callable[[], float] | None = None
         self.pollers: dict[tuple[socket.socket | None, int], Poller] = {}
-        self.quiet_since = time.monotonic()  # when the client was sent something
+        self.quiet_since = time.monotonic()  # since when the client has heard nothing
         self.deadline = math.inf  # of all waiting together
         self.recording: Recording | None = None  # of that request
 
@@ -8500,8 +8504,8 @@ class Waiter:
     ) -> float:
         """Wait for Gemini's socket, whose silence is a 504, or for so many seconds. Returns the
         seconds that it took."""
-        if self.flush and self.flush():
-            self.quiet_since = time.monotonic()
+        if self.flush:
+            self.quiet_since = max(self.quiet_since, self.flush())
         poller = self.poller(gemini, event)
         gemini_fd = -1 if gemini is None else gemini.fileno()
         stopping_fd = -1 if self.stopping is None else self.stopping.fileno()
@@ -9770,7 +9774,7 @@ class Gemini:
             self.count("signatures_total", "foreign")
         return call
 
-    def remember(self, call: GeminiCall, key: str, calls: list[ToolCall]) -> None:
+    def remember(self, call: GeminiCall, key: str, calls: Sequence[ToolCall]) -> None:
         """Keep what Gemini wants back with the tool calls in an answer, by their ids."""
         if not (call.model and call.body and any(item.signature or item.before for item in calls)):
             return
@@ -10936,7 +10940,6 @@ def decoded_body(body: bytes, coding: str) -> bytes:
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection of a client: it reads requests, and a RequestCycle answers each."""
 
-    protocol_version = "HTTP/1.1"
     server: Server
     rfile: io.BufferedReader
 
@@ -10998,7 +11001,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.read_blocks(head, limit)
 
     def read_blocks(self, head: RequestHead, limit: int) -> Iterator[bytes]:
-        """The same, once the first block is asked for."""
+        """The same body; what is wrong with it shows once its first block is asked for."""
         expects = head.headers.get("expect", "").lower() == "100-continue" and not head.http_1_0
         if self.body_pending and expects:  # RFC 9110, section 10.1.1
             self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -11294,8 +11297,6 @@ class RequestCycle:
                 self.end_recording(self.recording)
             self.connection.in_flight = False
             self.account()
-            if self.exchange:
-                self.exchange.builder = None  # they hold each other, and the body
 
     def serve(self) -> None:
         """Find what answers this path, and let it answer."""
@@ -11465,7 +11466,6 @@ class RequestCycle:
                 return
             if self.committed:
                 raise error
-            exchange.builder = None  # which holds the exchange, as it holds it
             if first_error is None:
                 first, first_error = exchange, error
             if not self.falls_back(exchange, error):
@@ -11507,7 +11507,6 @@ class RequestCycle:
                     for event in self.kept(stream(exchange, answers)):
                         self.committed = True
                         self.emit(self.framing.encode(event))
-                        waiter.quiet_since = time.monotonic()
                     self.committed = True
                     self.emit(self.framing.end, last=True)
                 else:
@@ -11548,16 +11547,12 @@ class RequestCycle:
     ) -> Iterator[Any]:
         """The events or chunks; the exchange learns when each of them came. What Gemini wants back
         with its tool calls is remembered before the client gets the end of the answer."""
-        tool_calls: list[ToolCall] = []
         for item in items:
             exchange.now = time.time()
             waiter.silence = self.server.config.timeout
-            if isinstance(item, ToolCall):
-                tool_calls.append(item)
-            elif isinstance(item, End):
-                if tool_calls:
-                    self.flush()  # the memory may keep this waiting
-                self.server.gemini.remember(call, self.key, tool_calls)
+            if isinstance(item, End) and item.calls:
+                self.flush()  # the memory may keep this waiting
+                self.server.gemini.remember(call, self.key, item.calls)
             yield item
 
     def kept(self, events: Iterable[Any]) -> Iterator[JSON]:
@@ -11624,13 +11619,14 @@ class RequestCycle:
         if last or due or len(self.unsent) > MAX_UNSENT_BYTES:
             self.flush()
 
-    def flush(self) -> bool:
-        """Send what waits of a stream, if anything does; the waiter does so before it waits."""
+    def flush(self) -> float:
+        """Send what waits of a stream, if anything does; the waiter does so before it waits.
+        Returns when some was sent last."""
         data, self.unsent = self.unsent, b""
         if data:
             self.connection.client.send(data)
             self.last_flush = time.monotonic()
-        return data != b""
+        return self.last_flush
 
     def stream_head(self) -> bytes:
         status, fields = self.passed_head or (200, {"Content-Type": self.framing.content_type})
@@ -11639,10 +11635,7 @@ class RequestCycle:
             self.connection.close_connection = True  # which is how this stream ends
         elif status not in BODILESS:
             headers.append(("Transfer-Encoding", "chunked"))
-        if self.is_decided():
-            return self.answer_head(status, headers + self.own_headers())
-        own = [(name, value) for name, value in self.own_headers() if name != "x-proxy-model"]
-        return self.answer_head(status, headers + own)
+        return self.answer_head(status, headers + self.own_headers(self.is_decided()))
 
     def send_answer(self, status: int, answer: Any, headers: Mapping[str, str] = {}) -> None:
         """Send a whole answer, JSON or a Payload, in one write."""
@@ -11679,11 +11672,12 @@ class RequestCycle:
             self.recording.begin_answer(data, headers)
         return data
 
-    def own_headers(self) -> list[tuple[str, str]]:
-        """The headers that tell which model answers, and what was ignored of the request."""
+    def own_headers(self, decided: bool = True) -> list[tuple[str, str]]:
+        """The headers that tell which model answers, if that is decided, and what was ignored of
+        the request."""
         headers: list[tuple[str, str]] = []
         model = self.exchange and self.exchange.model
-        if model:
+        if model and decided:
             headers.append(("x-proxy-model", model.name))
         names = [re.sub(r"[^!-+\--~]", "?", name)[:200] for name in self.ignored]
         text = ", ".join(dict.fromkeys(names))

@@ -2611,12 +2611,13 @@ def test_text_and_thoughts_come_in_order_and_calls_last():
         chunk(call("f", {"a": 1}, "s"), "B"),
         chunk("", finish="STOP", usage=USAGE),
     )
+    made = ToolCall("f", {"a": 1}, sign("s"), "call_1")
     assert events == [
         Text("Hm", True),
         Text("A"),
         Text("B"),
-        ToolCall("f", {"a": 1}, sign("s"), "call_1"),
-        End("stop", True, "STOP", "", Usage(prompt=4, output=7, thoughts=2), []),
+        made,
+        End("stop", (made,), "STOP", "", Usage(prompt=4, output=7, thoughts=2), []),
     ]
 
 
@@ -2637,7 +2638,7 @@ def test_a_call_that_geminis_servers_answered_is_not_the_clients():
         whole("Done."),
     )
     assert [type(event) for event in events] == [Text, End]
-    assert not events[-1].called
+    assert not events[-1].calls
 
 
 @pytest.mark.parametrize(
@@ -2657,7 +2658,7 @@ def test_a_finish_reason_is_one_of_four_words_and_keeps_its_message(reason, fini
 
 
 def test_a_blocked_prompt_is_a_filtered_end():
-    assert read({"promptFeedback": {"blockReason": "OTHER"}})[-1][:3] == ("filter", False, "OTHER")
+    assert read({"promptFeedback": {"blockReason": "OTHER"}})[-1][:3] == ("filter", (), "OTHER")
 
 
 @pytest.mark.parametrize(
@@ -8515,7 +8516,7 @@ def test_a_signature_joins_the_thinking_block_before_it():
 def test_two_equal_calls_are_two_blocks():
     plan = claude_plan(claude_chat(tools=[ASK_CITY]))
     event = ToolCall("weather", {}, None, "call_1")
-    end = End("stop", True, "STOP", "", Usage(), [])
+    end = End("stop", (event, event), "STOP", "", Usage(), [])
     events = list(
         proxy.anthropic_messages_stream(exchange(plan), iter([iter([event, event, end])]))
     )
@@ -15356,7 +15357,7 @@ PURE_MODULES = {
         "fnmatch",
     ),
     *("functools", "hashlib", "io", "ipaddress", "itertools", "json", "math", "operator", "re"),
-    *("struct", "sys", "typing", "urllib.parse", "wave"),
+    *("struct", "sys", "typing", "urllib.parse", "wave", "weakref"),
 }
 PURE_ATTRIBUTES = {
     "datetime": {"datetime", "fromisoformat", "fromtimestamp", "timezone"},  # and not now()
