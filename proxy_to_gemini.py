@@ -3876,7 +3876,7 @@ def openai_chat_request(body: Fields, context: Context) -> Plan:
     settings = {**modes, **chat.settings}
     chat = chat._replace(thinking=thinking, sampling=sampling, settings=settings)
     calls = (chat_call(chat, body),) * (body.number("n", 1, MAX_CHOICES, int) or 1)
-    options = OpenAIOptions(legacy, openai_counts_tokens(body), wav)
+    options = OpenAIOptions(legacy, openai_wants_usage(body), wav)
     return Plan(calls, chat.stream, options, model_name, chat=chat)
 
 
@@ -3899,7 +3899,7 @@ def openai_question(body: Fields, history: History, choice_key: str) -> Chat:
     )
 
 
-def openai_counts_tokens(body: Fields) -> bool:
+def openai_wants_usage(body: Fields) -> bool:
     """Whether a stream is to end with a chunk of token counts."""
     options = body.object("stream_options")
     return options is not None and bool(options.get("include_usage", bool))
@@ -4394,7 +4394,7 @@ def openai_completions_request(body: Fields, context: Context) -> Plan:
         if n > 1 and sum(map(len, echoes)) > MAX_ECHO:
             why = f"{n} choices would repeat more than {MAX_ECHO} characters of the prompt"
             raise invalid_value("echo", why)
-    options = OpenAIOptions(usage=openai_counts_tokens(body), echoes=tuple(echoes))
+    options = OpenAIOptions(usage=openai_wants_usage(body), echoes=tuple(echoes))
     return Plan(tuple(calls), chat.stream, options, model_name, chat=chat)
 
 
