@@ -11425,7 +11425,7 @@ class RequestCycle:
         self.ignored = body.ignored()
         return Exchange(plan, context, self.seed, created)
 
-    def falls_back(self, exchange: Exchange, error: ProxyError) -> bool:
+    def pass_over(self, exchange: Exchange, error: ProxyError) -> bool:
         """Pass the model over for a while if the alias's next one may cure this failure; whether it
         may."""
         if not exchange.context.models:
@@ -11468,7 +11468,7 @@ class RequestCycle:
                 raise error
             if first_error is None:
                 first, first_error = exchange, error
-            if not self.falls_back(exchange, error):
+            if not self.pass_over(exchange, error):
                 break
         assert first_error is not None  # there is one plan at least
         self.exchange = first
