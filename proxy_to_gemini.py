@@ -11247,8 +11247,8 @@ STREAM_HEADERS = (("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
 class RequestCycle:
     """One request of a client, and its answer."""
 
-    def __init__(self, connection: Handler):
-        self.connection, self.server = connection, connection.server
+    def __init__(self, handler: Handler):
+        self.handler, self.server = handler, handler.server
         self.began = self.first_byte = time.monotonic()  # first_byte: of the answer
         self.seed = os.urandom(12).hex()  # of all ids in the answer
         self.request_id = "req_" + self.seed
@@ -11273,7 +11273,7 @@ class RequestCycle:
         """Answer the request that begins with this line, whatever it is."""
         try:
             self.head.read_line(line)  # the log has it, whatever the headers are
-            self.connection.read_headers(self.head, MAX_HEAD_BYTES - len(line))
+            self.handler.read_headers(self.head, MAX_HEAD_BYTES - len(line))
             self.serve()
         except ProxyError as error:
             error.__traceback__ = None  # its frames hold the body, and one may hold the error
@@ -11295,7 +11295,7 @@ class RequestCycle:
         finally:
             if self.recording:
                 self.end_recording(self.recording)
-            self.connection.in_flight = False
+            self.handler.in_flight = False
             self.account()
 
     def serve(self) -> None:
@@ -11314,7 +11314,7 @@ class RequestCycle:
         head.length = body_length(head)  # ambiguous framing is a 400 whatever the path
         check_caller(head, path, server.config, server.loopback)
         if method == "OPTIONS":
-            self.connection.client.send(self.answer_head(204, preflight_headers(head)))
+            self.handler.client.send(self.answer_head(204, preflight_headers(head)))
         elif path in OWN_PAGES and OWN_PAGES[path] == method.replace("HEAD", "GET"):
             self.route_name = f"{OWN_PAGES[path]} {path}"
             self.recording = None  # they are asked for all the time
@@ -11357,7 +11357,7 @@ class RequestCycle:
         if not server.metrics.reserve("checks", 1, 1):
             message = "Checks are under way already; try again in a few seconds."
             raise ProxyError(429, message, headers={"Retry-After": "5"})
-        waiter = Waiter(self.connection.connection, CHECK_SECONDS, server.stopping)
+        waiter = Waiter(self.handler.connection, CHECK_SECONDS, server.stopping)
         waiter.deadline = time.monotonic() + ALL_CHECKS_SECONDS
         config = server.config._replace(key=self.key)
         names = [name for name in config.backend.checks if name != "port"]
@@ -11399,9 +11399,9 @@ class RequestCycle:
             status, message, headers = route.fixed
             raise ProxyError(status, message, headers=dict(headers))
         if route.parse and (
-            self.connection.body_pending or self.head.method not in ("GET", "HEAD")
+            self.handler.body_pending or self.head.method not in ("GET", "HEAD")
         ):
-            raw = self.connection.read_body(self.head)
+            raw = self.handler.read_body(self.head)
             if self.recording:
                 self.recording.request.feed(raw)
             body = route.parse(raw, self.head.headers.get("content-type", ""))
@@ -11414,7 +11414,7 @@ class RequestCycle:
             context = context._replace(loaded=loaded, recipes=recipes)
         if route.keys:
             keys = route.keys(body, context)
-            context = context._replace(stored=shelf.look_up(keys, self.connection.reserve))
+            context = context._replace(stored=shelf.look_up(keys, self.handler.reserve))
         return body, context
 
     def new_exchange(
@@ -11455,7 +11455,7 @@ class RequestCycle:
         """Answer with what the route makes of what Gemini says to the first plan; where it cannot
         answer, to the next one. If none can, the client gets the first one's error."""
         server = self.server
-        waiter = Waiter(self.connection.connection, server.config.timeout, server.stopping)
+        waiter = Waiter(self.handler.connection, server.config.timeout, server.stopping)
         waiter.recording = self.recording
         first_error: ProxyError | None = None
         for exchange in exchanges:
@@ -11524,7 +11524,7 @@ class RequestCycle:
     def with_body(self, call: GeminiCall) -> GeminiCall:
         """The call that is passed through, with the body that the client is sending."""
         assert call.passed is not None
-        body = self.connection.body_stream(self.head)
+        body = self.handler.body_stream(self.head)
         if self.recording:
             body = self.recording.passing(body, self.head.headers)
         return call._replace(passed=call.passed._replace(body=body))
@@ -11605,7 +11605,7 @@ class RequestCycle:
         if not self.streaming:
             head, self.streaming = self.stream_head(), True
         if self.head.method == "HEAD" or self.status in BODILESS:
-            self.connection.client.send(head)
+            self.handler.client.send(head)
             return
         if self.recording and data:
             self.recording.answer.feed(data)
@@ -11624,7 +11624,7 @@ class RequestCycle:
         Returns when some was sent last."""
         data, self.unsent = self.unsent, b""
         if data:
-            self.connection.client.send(data)
+            self.handler.client.send(data)
             self.last_flush = time.monotonic()
         return self.last_flush
 
@@ -11632,7 +11632,7 @@ class RequestCycle:
         status, fields = self.passed_head or (200, {"Content-Type": self.framing.content_type})
         headers = [*fields.items(), *STREAM_HEADERS]
         if self.head.http_1_0:
-            self.connection.close_connection = True  # which is how this stream ends
+            self.handler.close_connection = True  # which is how this stream ends
         elif status not in BODILESS:
             headers.append(("Transfer-Encoding", "chunked"))
         return self.answer_head(status, headers + self.own_headers(self.is_decided()))
@@ -11648,7 +11648,7 @@ class RequestCycle:
             data += payload.data
             if self.recording:
                 self.recording.answer.feed(payload.data)
-        self.connection.client.send(data)
+        self.handler.client.send(data)
 
     def answer_head(self, status: int, headers: list[tuple[str, str]]) -> bytes:
         """Status line and headers; with these the answer has begun."""
@@ -11661,9 +11661,9 @@ class RequestCycle:
         ids = [(name, self.request_id) for name in ("x-request-id", *self.protocol.id_headers)]
         cors = cors_headers(self.head, self.server.config, self.protocol)
         lines += [f"{name}: {value}" for name, value in (*ids, *headers, *cors)]
-        connection = self.connection
-        if connection.close_connection or connection.body_pending or self.server.draining:
-            connection.close_connection = True
+        handler = self.handler
+        if handler.close_connection or handler.body_pending or self.server.draining:
+            handler.close_connection = True
             lines.append("Connection: close")
         elif self.head.http_1_0:
             lines.append("Connection: keep-alive")
@@ -11702,7 +11702,7 @@ class RequestCycle:
             self.emit(b"".join(map(self.framing.encode, events)), last=True)
         else:
             self.flush()
-            self.connection.close_connection = True  # no error would be understood here
+            self.handler.close_connection = True  # no error would be understood here
 
     def count_tokens(self, usage: Usage) -> None:
         for kind in LABELS["kind"]:
