@@ -9091,7 +9091,7 @@ class UpstreamCall:
     def chunks_instead(self) -> Iterator[JSON]:
         """The answers to the calls that stand in for this one."""
         self.release()
-        calls = self.gemini.sent(self.call.instead, self.waiter, self.key, self.left_out)
+        calls = self.gemini.answers_to(self.call.instead, self.waiter, self.key, self.left_out)
         with contextlib.closing(calls):
             for chunks in calls:
                 yield from chunks
@@ -9674,13 +9674,13 @@ class Gemini:
         groups = [(call, backend.calls(self.signed(call, key), backend)) for call in calls]
         for _, group in groups:
             left_out.extend(name for one in group for name in one.left_out)
-        sent = self.sent([one for _, group in groups for one in group], waiter, key, left_out)
+        sent = self.answers_to([one for _, group in groups for one in group], waiter, key, left_out)
         with contextlib.closing(sent):
             for call, group in groups:
                 chunks = itertools.chain.from_iterable(itertools.islice(sent, len(group)))
                 yield backend.chunks(call, chunks)
 
-    def sent(
+    def answers_to(
         self, calls: Iterable[GeminiCall], waiter: Waiter, key: str, left_out: list[str]
     ) -> Generator[Iterator[JSON], None, None]:
         """For each call its chunks, in order; MAX_PARALLEL_CALLS at most are sent ahead."""
