@@ -9674,10 +9674,11 @@ class Gemini:
         groups = [(call, backend.calls(self.signed(call, key), backend)) for call in calls]
         for _, group in groups:
             left_out.extend(name for one in group for name in one.left_out)
-        sent = self.answers_to([one for _, group in groups for one in group], waiter, key, left_out)
-        with contextlib.closing(sent):
+        every_call = [one for _, group in groups for one in group]
+        answers = self.answers_to(every_call, waiter, key, left_out)
+        with contextlib.closing(answers):
             for call, group in groups:
-                chunks = itertools.chain.from_iterable(itertools.islice(sent, len(group)))
+                chunks = itertools.chain.from_iterable(itertools.islice(answers, len(group)))
                 yield backend.chunks(call, chunks)
 
     def answers_to(
