@@ -10970,8 +10970,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         finally:
             self.release_body()
 
-    def read_headers(self, head: RequestHead, limit: int) -> None:
-        """Read the headers of a request, of so many bytes at most."""
+    def begin_request(self, head: RequestHead, limit: int) -> None:
+        """Read the headers of a request, of so many bytes at most, and what they say of this
+        connection."""
         head.headers = headers = read_headers(self.rfile, limit)
         self.in_flight, self.client.deadline = True, math.inf
         length = headers.get("content-length", "0")
@@ -11008,7 +11009,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.client.deadline = time.monotonic() + BODY_SECONDS
         if head.length is None:
-            yield from self.read_chunks(limit)
+            yield from self.read_chunked(limit)
         else:
             yield from self.read_exactly(head.length)
         self.body_pending = False
@@ -11047,7 +11048,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.metrics.add("body_bytes", amount=-self.body_bytes)
         self.body_bytes = 0
 
-    def read_chunks(self, left: int) -> Iterator[bytes]:
+    def read_chunked(self, left: int) -> Iterator[bytes]:
         """Read a body in chunks (RFC 9112, section 7.1), of so many bytes at most."""
         limit = left
         while True:
@@ -11274,7 +11275,7 @@ class RequestCycle:
         """Answer the request that begins with this line, whatever it is."""
         try:
             self.head.read_line(line)  # the log has it, whatever the headers are
-            self.handler.read_headers(self.head, MAX_HEAD_BYTES - len(line))
+            self.handler.begin_request(self.head, MAX_HEAD_BYTES - len(line))
             self.serve()
         except ProxyError as error:
             error.__traceback__ = None  # its frames hold the body, and one may hold the error
