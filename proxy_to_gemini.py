@@ -8774,12 +8774,12 @@ class UpstreamRequest(urllib.request.Request):
     """A request to Gemini, with what the pool must know; an idle connection is not `fresh`."""
 
     def __init__(
-        self, url: str, headers: Mapping[str, str], passed: HttpParts, waiter: Waiter, fresh: bool
+        self, url: str, headers: Mapping[str, str], parts: HttpParts, waiter: Waiter, fresh: bool
     ):
-        usual = {"User-Agent": f"proxy-to-gemini/{VERSION}", **passed.headers}
+        usual = {"User-Agent": f"proxy-to-gemini/{VERSION}", **parts.headers}
         # The last one is for cookies, which there are none of.
-        super().__init__(url, None, {**usual, **headers}, "", method=passed.method)
-        self.body, self.waiter, self.fresh = passed.body, waiter, fresh
+        super().__init__(url, None, {**usual, **headers}, "", method=parts.method)
+        self.body, self.waiter, self.fresh = parts.body, waiter, fresh
 
 
 class Pool(urllib.request.BaseHandler):
@@ -9010,12 +9010,12 @@ class UpstreamCall:
         """Make an attempt; on a fresh connection where the last one got no byte."""
         self.attempts += 1
         backend = self.gemini.backend
-        passed = self.call.passed or json_parts(self.call, backend.root)
-        url = f"{backend.url}/{passed.root}/{self.call.path}"
-        fresh = fresh or isinstance(passed.body, BodyStream)  # which cannot be sent again
+        parts = self.call.passed or json_parts(self.call, backend.root)
+        url = f"{backend.url}/{parts.root}/{self.call.path}"
+        fresh = fresh or isinstance(parts.body, BodyStream)  # which cannot be sent again
         try:
             self.access = self.gemini.access(self.key, self.waiter)
-            request = UpstreamRequest(url, self.access.headers, passed, self.waiter, fresh)
+            request = UpstreamRequest(url, self.access.headers, parts, self.waiter, fresh)
             if self.waiter.recording:
                 self.attempt = self.waiter.recording.attempt(request)
             self.response = self.gemini.opener.open(request)
@@ -9272,15 +9272,15 @@ def ask_for_token(step: TokenStep) -> tuple[int, bytes]:
     waiter.deadline = time.monotonic() + CONNECT_SECONDS + TOKEN_ANSWER_SECONDS
     if step.direct:
         waiter.deadline = time.monotonic() + METADATA_SECONDS
-    passed = HttpParts("GET", "", step.headers)
+    parts = HttpParts("GET", "", step.headers)
     if step.body is not None:
-        passed = HttpParts("POST", "", step.headers, step.body)
+        parts = HttpParts("POST", "", step.headers, step.body)
     try:
         pool, opener = Pool(step.url), urllib.request.OpenerDirector()
         if step.direct:
             pool.proxy = None
         opener.add_handler(pool)
-        response = opener.open(UpstreamRequest(step.url, {}, passed, waiter, True))
+        response = opener.open(UpstreamRequest(step.url, {}, parts, waiter, True))
         with contextlib.closing(response.connection):
             response.read_head()
             return response.status, response.read(MAX_TOKEN_BYTES)
@@ -11400,9 +11400,7 @@ class RequestCycle:
         if isinstance(route.fixed, Refusal):
             status, message, headers = route.fixed
             raise ProxyError(status, message, headers=dict(headers))
-        if route.parse and (
-            self.handler.body_pending or self.head.method not in ("GET", "HEAD")
-        ):
+        if route.parse and (self.handler.body_pending or self.head.method not in ("GET", "HEAD")):
             raw = self.handler.read_body(self.head)
             if self.recording:
                 self.recording.request.feed(raw)
