@@ -1012,18 +1012,19 @@ def no_such_model(name: str) -> ProxyError:
     return error
 
 
-OLLAMA_PREFIX = (
-    r"^(registry\.ollama\.ai/)?(library|ollama|publishers/google/models|models|google|gemini)/"
+MODEL_PREFIX = re.compile(r"^(publishers/google/models|models|google|gemini)/")
+OLLAMA_PREFIX = re.compile(
+    r"^(registry\.ollama\.ai/)?(library|ollama|publishers/google/models|models|google|gemini)/", re.I
 )
+OLLAMA_TAG = re.compile(r":(latest|local)$", re.I)
 
 
 def plain_name(model_name: str, ollama: bool) -> str:
     """A model's name without prefixes, and without what Ollama lets clients write around it:
     registry, tag, case."""
     if not ollama:
-        return re.sub(r"^(publishers/google/models|models|google|gemini)/", "", model_name)
-    name = re.sub(OLLAMA_PREFIX, "", model_name, flags=re.I)
-    name = re.sub(r":(latest|local)$", "", name, flags=re.I)
+        return MODEL_PREFIX.sub("", model_name)
+    name = OLLAMA_TAG.sub("", OLLAMA_PREFIX.sub("", model_name))
     return name if name.startswith("tunedModels/") else name.lower()
 
 
