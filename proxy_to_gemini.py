@@ -1014,7 +1014,8 @@ def no_such_model(name: str) -> ProxyError:
 
 MODEL_PREFIX = re.compile(r"^(publishers/google/models|models|google|gemini)/")
 OLLAMA_PREFIX = re.compile(
-    r"^(registry\.ollama\.ai/)?(library|ollama|publishers/google/models|models|google|gemini)/", re.I
+    r"^(registry\.ollama\.ai/)?(library|ollama|publishers/google/models|models|google|gemini)/",
+    re.I,
 )
 OLLAMA_TAG = re.compile(r":(latest|local)$", re.I)
 
