@@ -11243,6 +11243,83 @@ def preflight_headers(head: RequestHead) -> list[tuple[str, str]]:
 
 # ---- one request ----
 
+
+class Sender:
+    """Sends the answer to one request: a whole one at once, a stream event by event."""
+
+    def __init__(self, handler: Handler, head: RequestHead, recording: Recording | None):
+        self.handler, self.head, self.recording = handler, head, recording
+        self.status = 0  # of the answer; 0 until its head is written
+        self.first_byte = time.monotonic()  # when it was; until then, when the request came
+        self.streaming = False  # whether the answer is a stream that has begun
+        self.unsent = b""  # bytes of that stream that wait for more
+        self.last_flush = -math.inf  # when some were sent
+
+    def send(self, status: int, headers: Iterable[tuple[str, str]], data: bytes = b"") -> None:
+        """Send a whole answer in one write."""
+        answer = self.answer_head(status, headers)
+        if self.head.method != "HEAD":
+            answer += data
+            if self.recording:
+                self.recording.answer.feed(data)
+        self.handler.client.send(answer)
+
+    def begin_stream(self, status: int, headers: list[tuple[str, str]]) -> None:
+        """Begin a stream; its head goes out with the first event."""
+        if self.head.http_1_0:
+            self.handler.close_connection = True  # which is how this stream ends
+        elif status not in BODILESS:
+            headers = [*headers, ("Transfer-Encoding", "chunked")]
+        self.unsent, self.streaming = self.answer_head(status, headers), True
+
+    def emit(self, data: bytes, last: bool = False) -> None:
+        """Send an event of the stream. What Gemini says without a pause goes together, a few
+        milliseconds at most: each send costs as much as an event."""
+        if self.head.method == "HEAD" or self.status in BODILESS:
+            self.flush()
+            return
+        if self.recording and data:
+            self.recording.answer.feed(data)
+        if not self.head.http_1_0:
+            if data:
+                data = chunk_of(data)
+            if last:
+                data += LAST_CHUNK
+        self.unsent += data
+        due = time.monotonic() - self.last_flush > MAX_UNSENT_SECONDS
+        if last or due or len(self.unsent) > MAX_UNSENT_BYTES:
+            self.flush()
+
+    def flush(self) -> float:
+        """Send what waits of the stream, if anything does; the waiter does so before it waits.
+        Returns when some was sent last."""
+        data, self.unsent = self.unsent, b""
+        if data:
+            self.handler.client.send(data)
+            self.last_flush = time.monotonic()
+        return self.last_flush
+
+    def answer_head(self, status: int, headers: Iterable[tuple[str, str]]) -> bytes:
+        """Status line and headers; with these the answer has begun."""
+        self.status, self.first_byte = status, time.monotonic()
+        lines = [
+            f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
+            f"Date: {http_date(int(time.time()), usegmt=True)}",
+            f"Server: proxy-to-gemini/{VERSION}",
+        ]
+        lines += [f"{name}: {value}" for name, value in headers]
+        handler = self.handler
+        if handler.close_connection or handler.body_pending or handler.server.draining:
+            handler.close_connection = True
+            lines.append("Connection: close")
+        elif self.head.http_1_0:
+            lines.append("Connection: keep-alive")
+        data = "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
+        if self.recording:
+            self.recording.begin_answer(data, headers)
+        return data
+
+
 TARGET_LOGIN = re.compile(r"^\w+://[^/]*@")  # in the target of a request, which no log is to have
 # nginx.org/en/docs/http/ngx_http_proxy_module.html: a stream is not to be gathered on its way.
 STREAM_HEADERS = (("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no"))
@@ -11253,7 +11330,7 @@ class RequestCycle:
 
     def __init__(self, handler: Handler):
         self.handler, self.server = handler, handler.server
-        self.began = self.first_byte = time.monotonic()  # first_byte: of the answer
+        self.began = time.monotonic()
         self.seed = os.urandom(12).hex()  # of all ids in the answer
         self.request_id = "req_" + self.seed
         self.head, self.key = RequestHead(), ""  # the key for Gemini
@@ -11262,16 +11339,14 @@ class RequestCycle:
         self.route_name = "other"  # for the metrics
         self.exchange: Exchange | None = None
         self.ignored: list[str] = []  # names of what has no effect; grows while Gemini is called
-        self.status = 0  # of the answer; 0 until its head is written
+        self.framing = SSE  # of the answer, where it is a stream
         self.passed_head: AnswerHead | None = None  # of an answer that is passed through
-        self.framing, self.streaming = SSE, False  # whether the answer is a stream that has begun
-        self.unsent = b""  # bytes of that stream that wait for more
-        self.last_flush = -math.inf  # when some were sent
         self.committed = False  # whether the client was sent some of what a model says
         self.fallbacks: list[str] = []  # models that could not answer, and why
         self.recording: Recording | None = None
         if self.server.recorder:
             self.recording = Recording(self.server.recorder, self.server.config, self.head)
+        self.sender = Sender(handler, self.head, self.recording)
 
     def run(self, line: bytes) -> None:
         """Answer the request that begins with this line, whatever it is."""
@@ -11288,7 +11363,7 @@ class RequestCycle:
             else:
                 self.fail(nested_too_deeply())
         except (ClientGoneError, OSError):
-            self.status = self.status or 499  # nginx's number for a client that left
+            self.sender.status = self.sender.status or 499  # nginx's number for a client that left
             self.note("the client left")
             raise
         except Exception:
@@ -11318,10 +11393,10 @@ class RequestCycle:
         head.length = body_length(head)  # ambiguous framing is a 400 whatever the path
         check_caller(head, path, server.config, server.loopback)
         if method == "OPTIONS":
-            self.handler.client.send(self.answer_head(204, preflight_headers(head)))
+            self.sender.send(204, self.all_headers(preflight_headers(head)))
         elif path in OWN_PAGES and OWN_PAGES[path] == method.replace("HEAD", "GET"):
             self.route_name = f"{OWN_PAGES[path]} {path}"
-            self.recording = None  # they are asked for all the time
+            self.recording = self.sender.recording = None  # they are asked for all the time
             self.send_answer(*self.own_page(path))
         else:
             route, params = find_route(api, method, path)
@@ -11498,7 +11573,7 @@ class RequestCycle:
         if not self.is_decided():
             waiter.silence /= 2  # until the first event
         if stream:
-            waiter.flush = self.flush
+            waiter.flush = self.sender.flush
         if stream and self.framing.keep_alive:
             waiter.keep_alive = self.keep_alive
         try:
@@ -11553,7 +11628,7 @@ class RequestCycle:
             exchange.now = time.time()
             waiter.silence = self.server.config.timeout
             if isinstance(item, End) and item.calls:
-                self.flush()  # the memory may keep this waiting
+                self.sender.flush()  # the memory may keep this waiting
                 self.server.gemini.remember(call, self.key, item.calls)
             yield item
 
@@ -11561,7 +11636,7 @@ class RequestCycle:
         """The events for the client. A Keep among them is kept instead, a head becomes its own."""
         for event in events:
             if isinstance(event, Keep):
-                self.flush()
+                self.sender.flush()
                 self.server.shelf(self.key).keep(event)
             elif isinstance(event, AnswerHead):
                 self.passed_head = with_own_address(event, self.head, self.server.config)
@@ -11598,81 +11673,30 @@ class RequestCycle:
         assert self.exchange is not None and self.framing.keep_alive is not None
         self.exchange.now = time.time()
         self.emit(self.framing.keep_alive(self.exchange))
-        self.flush()
+        self.sender.flush()
 
     def emit(self, data: bytes, last: bool = False) -> None:
-        """Send an event of a stream, with the head before the first one. What Gemini says without a
-        pause goes together, a few milliseconds at most: each send costs as much as an event."""
-        head = b""
-        if not self.streaming:
-            head, self.streaming = self.stream_head(), True
-        if self.head.method == "HEAD" or self.status in BODILESS:
-            self.handler.client.send(head)
-            return
-        if self.recording and data:
-            self.recording.answer.feed(data)
-        if not self.head.http_1_0:
-            if data:
-                data = chunk_of(data)
-            if last:
-                data += LAST_CHUNK
-        self.unsent += head + data
-        due = time.monotonic() - self.last_flush > MAX_UNSENT_SECONDS
-        if last or due or len(self.unsent) > MAX_UNSENT_BYTES:
-            self.flush()
-
-    def flush(self) -> float:
-        """Send what waits of a stream, if anything does; the waiter does so before it waits.
-        Returns when some was sent last."""
-        data, self.unsent = self.unsent, b""
-        if data:
-            self.handler.client.send(data)
-            self.last_flush = time.monotonic()
-        return self.last_flush
-
-    def stream_head(self) -> bytes:
-        status, fields = self.passed_head or (200, {"Content-Type": self.framing.content_type})
-        headers = [*fields.items(), *STREAM_HEADERS]
-        if self.head.http_1_0:
-            self.handler.close_connection = True  # which is how this stream ends
-        elif status not in BODILESS:
-            headers.append(("Transfer-Encoding", "chunked"))
-        return self.answer_head(status, headers + self.own_headers(self.is_decided()))
+        """Send an event of a stream, which begins with the first one."""
+        if not self.sender.streaming:
+            usual = 200, {"Content-Type": self.framing.content_type}
+            status, fields = self.passed_head or usual
+            headers = [*fields.items(), *STREAM_HEADERS, *self.own_headers(self.is_decided())]
+            self.sender.begin_stream(status, self.all_headers(headers))
+        self.sender.emit(data, last)
 
     def send_answer(self, status: int, answer: Any, headers: Mapping[str, str] = {}) -> None:
-        """Send a whole answer, JSON or a Payload, in one write."""
+        """Send a whole answer, JSON or a Payload."""
         payload = answer
         if not isinstance(answer, Payload):
             payload = Payload(encode_json(answer).encode(), "application/json")
         own = ("Content-Type", payload.content_type), ("Content-Length", str(len(payload.data)))
-        data = self.answer_head(status, [own[0], *headers.items(), *self.own_headers(), own[1]])
-        if self.head.method != "HEAD":
-            data += payload.data
-            if self.recording:
-                self.recording.answer.feed(payload.data)
-        self.handler.client.send(data)
+        fields = [own[0], *headers.items(), *self.own_headers(), own[1]]
+        self.sender.send(status, self.all_headers(fields), payload.data)
 
-    def answer_head(self, status: int, headers: list[tuple[str, str]]) -> bytes:
-        """Status line and headers; with these the answer has begun."""
-        self.status, self.first_byte = status, time.monotonic()
-        lines = [
-            f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
-            f"Date: {http_date(int(time.time()), usegmt=True)}",
-            f"Server: proxy-to-gemini/{VERSION}",
-        ]
+    def all_headers(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """These headers of an answer, and those that each one has."""
         ids = [(name, self.request_id) for name in ("x-request-id", *self.protocol.id_headers)]
-        cors = cors_headers(self.head, self.server.config, self.protocol)
-        lines += [f"{name}: {value}" for name, value in (*ids, *headers, *cors)]
-        handler = self.handler
-        if handler.close_connection or handler.body_pending or self.server.draining:
-            handler.close_connection = True
-            lines.append("Connection: close")
-        elif self.head.http_1_0:
-            lines.append("Connection: keep-alive")
-        data = "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
-        if self.recording:
-            self.recording.begin_answer(data, headers)
-        return data
+        return [*ids, *headers, *cors_headers(self.head, self.server.config, self.protocol)]
 
     def own_headers(self, decided: bool = True) -> list[tuple[str, str]]:
         """The headers that tell which model answers, if that is decided, and what was ignored of
@@ -11694,16 +11718,16 @@ class RequestCycle:
         error.request_id = self.request_id
         if error.status == 401 and error.upstream and self.protocol.hides_401:
             error.status = 403
-        if not self.status:
+        if not self.sender.status:
             status, answer = self.protocol.error(error)
             self.send_answer(status, answer, error.headers)
-        elif self.streaming and self.framing.carries_errors:
+        elif self.sender.streaming and self.framing.carries_errors:
             events = [self.protocol.error(error)[1]]
             if self.route and self.route.failure and self.exchange:
                 events = list(self.kept(self.route.failure(self.exchange, error)))
             self.emit(b"".join(map(self.framing.encode, events)), last=True)
         else:
-            self.flush()
+            self.sender.flush()
             self.handler.close_connection = True  # no error would be understood here
 
     def count_tokens(self, usage: Usage) -> None:
@@ -11724,7 +11748,7 @@ class RequestCycle:
             "seconds": round(time.monotonic() - self.began, 4),
             "request_id": self.request_id,
             "route": self.route_name,
-            "status": self.status,
+            "status": self.sender.status,
             "fallbacks": self.fallbacks,
         }
         recording.recorder.put(recording)
@@ -11732,9 +11756,10 @@ class RequestCycle:
     def account(self) -> None:
         """Count the request, and log it without its content and its query, which may hold keys."""
         now, metrics, tokens = time.monotonic(), self.server.metrics, ""
-        metrics.add("requests_total", self.route_name, str(self.status))
+        status, first_byte = self.sender.status, self.sender.first_byte
+        metrics.add("requests_total", self.route_name, str(status))
         metrics.observe("request_seconds", self.route_name, seconds=now - self.began)
-        metrics.observe("first_byte_seconds", self.route_name, seconds=self.first_byte - self.began)
+        metrics.observe("first_byte_seconds", self.route_name, seconds=first_byte - self.began)
         exchange, answered_by = self.exchange, self.answered_by()
         if exchange and exchange.model_name:
             usage = exchange.usage
@@ -11747,7 +11772,7 @@ class RequestCycle:
             self.count_tokens(usage)
         target = TARGET_LOGIN.sub("", self.head.target.partition("?")[0])
         method, path = self.head.method or "-", target[:200] or "-"
-        log(f"{method} {path} {self.status} {(now - self.began) * 1000:.0f} ms{tokens}")
+        log(f"{method} {path} {status} {(now - self.began) * 1000:.0f} ms{tokens}")
         if self.route_name not in self.server.own_routes:
             self.remember(now - self.began, f"{method} {path}", answered_by)
 
@@ -11768,9 +11793,9 @@ class RequestCycle:
         if self.exchange:
             usage, model = self.exchange.usage, self.exchange.model_name
             tokens = usage.prompt, usage.output
-        times = time.time() - seconds, self.first_byte - self.began, seconds
+        times = time.time() - seconds, self.sender.first_byte - self.began, seconds
         texts = scope, route, model, answered_by
-        request = RecentRequest(*times, self.status, *tokens, *texts)
+        request = RecentRequest(*times, self.sender.status, *tokens, *texts)
         self.server.recent.add(request)
 
 
