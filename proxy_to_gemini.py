@@ -2891,7 +2891,7 @@ def read_gemini(chunks: Iterable[JSON], exchange: Exchange) -> Iterator[Event]:
     exchange.model_status = reading.model_status or exchange.model_status
     exchange.usage = exchange.usage.plus(usage)
     if not reading.reason and not reading.blocked:
-        message = "Gemini's answer broke off: it has no finish reason."
+        message = "Gemini's answer broke off: it ended without a finish reason."
         raise ProxyError(502, message, upstream=True)
     calls = [call for call in reading.calls if call.name not in reading.answered]
     calls = [call._replace(id=exchange.new_id("call_")) for call in calls]
@@ -5874,7 +5874,9 @@ def response_status(end: End) -> tuple[str, JSON]:
     """(the status of a response, the fields about it), with Gemini's own words."""
     native = native_finish(end)
     if end.finish == "failed":
-        message = end.message or f"Gemini ended its answer with {end.reason}."
+        message = (
+            f"Gemini's answer ended in an internal error, {end.reason}. {end.message}".rstrip()
+        )
         return "failed", {"error": response_error(ProxyError(500, message)), **native}
     reason = {"length": "max_output_tokens", "filter": "content_filter"}.get(end.finish)
     if reason:
@@ -8534,7 +8536,7 @@ class Waiter:
                 return max(seconds, now - began)  # which differ by rounding
 
     def silence_error(self) -> ProxyError:
-        message = f"Gemini has been silent for {self.silence:g} seconds."
+        message = f"Timed out: Gemini has been silent for {self.silence:g} seconds."
         return SilenceError(504, message, upstream=True)
 
     def client_left(self, poller: Poller) -> bool:
@@ -8960,7 +8962,8 @@ def transport_error(failure: Exception) -> ProxyError:
     if isinstance(failure, TimeoutError):
         return ProxyError(504, "Gemini could not be reached in time.", upstream=True)
     if isinstance(failure, http.client.IncompleteRead):
-        return ProxyError(502, "Gemini's answer broke off.", upstream=True)
+        # In words upon which agents ask again: agent-session.ts of badlogic/pi-mono
+        return ProxyError(502, "Connection lost: Gemini's answer broke off.", upstream=True)
     message = f"Gemini could not be reached, or does not speak HTTP: {reason_of(failure)}"
     return ProxyError(502, message, upstream=True)
 

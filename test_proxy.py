@@ -5110,7 +5110,7 @@ def test_a_response_tells_the_sampling_that_was_used(model, penalty):
 
 NO_CALL = {
     "code": "server_error",
-    "message": "Gemini ended its answer with MALFORMED_FUNCTION_CALL.",
+    "message": "Gemini's answer ended in an internal error, MALFORMED_FUNCTION_CALL.",
     "type": "server_error",
     "param": None,
 }
@@ -5176,6 +5176,11 @@ def test_a_failed_responses_error_stands_where_openais_libraries_look_for_it():
     events = response_events({}, whole("Hel", finish="MALFORMED_FUNCTION_CALL"))
     assert events[-1]["type"] == "response.failed"
     assert events[-1]["error"] == events[-1]["response"]["error"] == NO_CALL
+
+
+def test_a_failed_response_says_geminis_reason_and_its_message():
+    failed = whole(finish="MALFORMED_FUNCTION_CALL", finishMessage="print(f(")
+    assert response_to({}, failed)["error"]["message"].endswith("MALFORMED_FUNCTION_CALL. print(f(")
 
 
 def test_a_response_that_went_well_has_no_error_beside_it():
@@ -10131,7 +10136,7 @@ def test_a_setting_that_is_refused_is_left_out_and_named(gemini, service):
 
 def test_after_the_first_byte_nothing_is_sent_again(gemini, service):
     gemini.say(Say(chunk("Once "), chunk("upon"), cut=1), whole("again"))
-    assert "broke off" in service.error(STREAM).message
+    assert service.error(STREAM).message == "Connection lost: Gemini's answer broke off."
     assert len(gemini.bodies) == 1
 
 
