@@ -10491,6 +10491,8 @@ CLIENT_SECONDS = 60.0  # of a client's silence, or of its not reading; also for 
 BODY_SECONDS = 900.0  # for a whole body
 MAX_CONNECTIONS = 10_000  # of clients; the next one waits until another leaves
 ACCEPT_BATCH = 16  # clients that are accepted before the next look at anything else
+MAX_LEAD = 0.125  # by how much more clients a worker may have than another
+YIELD_SECONDS = 0.0005  # in which another worker may accept a client
 FULL_PAUSE_SECONDS = 0.1  # between two looks for room for another connection
 DRAIN_NOTICE_SECONDS = 1.0  # for load balancers to see that the server ends; it still serves
 DRAIN_SECONDS = 6.5  # more for answers under way, before they end with an error
@@ -10669,6 +10671,12 @@ class Metrics:
             fits = sum(self.numbers[slot :: self.size]) + amount <= limit
             self.numbers[self.row + slot] += amount * fits
         return fits
+
+    def leads(self, name: str) -> bool:
+        """Whether this worker's gauge is well above that of another one."""
+        slot = self.slot(name, ())
+        least = min(self.numbers[slot :: self.size])
+        return self.numbers[self.row + slot] > least * (1 + MAX_LEAD)
 
     def set(self, name: str, value: float) -> None:
         """Set a gauge."""
@@ -12374,18 +12382,24 @@ class Server(http.server.ThreadingHTTPServer):
             self.reload()
 
     def accept_pending(self) -> None:
-        """Accept clients that wait, several at a time: a thousand may come at once."""
+        """Accept clients that wait, several at a time: a thousand may come at once. They wake all
+        workers, of which one that has fewer clients gets a moment to be the first."""
+        if self.metrics.leads("clients"):
+            time.sleep(YIELD_SECONDS)
         for _ in range(ACCEPT_BATCH):
             try:
                 client, address = self.get_request()
             except OSError:
                 return
             self.connections[client] = None
+            self.metrics.set("clients", len(self.connections))
             try:
                 self.process_request(client, address)
             except RuntimeError as error:  # there can be no more threads
                 log(f"a client is turned away: {error}")
                 self.shutdown_request(client)
+            if self.metrics.leads("clients"):
+                return
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
@@ -12398,6 +12412,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         self.connections.pop(request, None)
+        self.metrics.set("clients", len(self.connections))
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -12416,7 +12431,6 @@ class Server(http.server.ThreadingHTTPServer):
     def update_gauges(self) -> None:
         """Measure what there is just now."""
         handlers = list(filter(None, self.connections.values()))
-        self.metrics.set("clients", len(handlers))
         self.metrics.set("in_flight", sum(handler.in_flight for handler in handlers))
         self.metrics.set("upstream_idle_connections", len(self.gemini.pool.idle))
 

@@ -11731,6 +11731,38 @@ def test_the_metrics_of_workers_add_up(three_rows, line):
     assert f"\nproxy_to_gemini_{line}\n" in three_rows
 
 
+@pytest.mark.parametrize(
+    "clients, leads",
+    [
+        ((5,), False),
+        ((5, 5), False),
+        ((1, 0), True),
+        ((0, 1), False),
+        ((9, 8), False),
+        ((10, 8), True),
+        ((9, 9, 5), True),
+    ],
+)
+def test_a_worker_leads_that_has_well_more_clients_than_another(clients, leads):
+    metrics = proxy.Metrics([], workers=len(clients))
+    for worker, number in reversed([*enumerate(clients)]):
+        metrics.use_row(worker)
+        metrics.set("clients", number)
+    assert metrics.leads("clients") is leads
+
+
+def test_a_worker_that_leads_lets_another_be_the_first_and_serves_whom_it_leaves(
+    gemini, monkeypatch
+):
+    pauses, sleep = [], time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: pauses.append(seconds) or sleep(seconds))
+    with serving(gemini.url, workers=2) as server, contextlib.ExitStack() as clients:
+        for _ in range(3):
+            client = clients.enter_context(RawClient(server))
+            assert client.request("GET", "/healthz")[0] == 200
+    assert pauses.count(proxy.YIELD_SECONDS) == 2
+
+
 # ---- the last requests ----
 
 
