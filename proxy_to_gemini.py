@@ -232,7 +232,7 @@ DETAIL = re.compile(r"(messages|input|previous_response_id)\[\]\.\w+(\[\])?(\.\w
 
 
 def without_indexes(path: str) -> str:
-    """The same path for all items of a list: "messages[].name"."""
+    """The path of a field, one for all items of a list: "messages[].name"."""
     return re.sub(r"\[\d+\]", "[]", path)
 
 
@@ -280,7 +280,7 @@ class Fields:
         raise wrong_type(self.path_of(key), kinds, value)
 
     def require(self, key: str, *kinds: type) -> Any:
-        """The same; a 400 where it is absent or null."""
+        """The value of one of these kinds; a 400 where it is absent or null."""
         value = self.get(key, *kinds)
         if value is None:
             path = self.path_of(key)
@@ -598,7 +598,7 @@ def parsed_object(text: str) -> JSON | None:
 
 
 def decode_object(text: str) -> JSON | None:
-    """The same; a RecursionError where it is nested too deeply."""
+    """The JSON object in a text, or None; a RecursionError where it is nested too deeply."""
     if text.lstrip()[:1] != "{":
         return None
     try:
@@ -1829,7 +1829,7 @@ def gemini_schema(schema: Any) -> Any:
 
 
 def adapted_schema(schema: Any, references: list[str]) -> Any:
-    """The same for each subschema; adds its references to the list."""
+    """A schema as Gemini takes it, with all inside of it; adds its references to the list."""
     if not isinstance(schema, dict):
         return schema
     out = mapped_schema(schema, lambda inner: adapted_schema(inner, references))
@@ -2144,7 +2144,7 @@ ANY_JSON: JSON = {}  # the schema of an answer that may be any JSON
 
 
 def json_words(schema: JSON) -> Part:
-    """The same in words for the system, for models that do not take the settings beside tools."""
+    """The schema of the answer in words, for models that do not take the settings beside tools."""
     words = "\n\nWhen you answer without calling a function, answer with nothing but JSON, "
     words += "without a code fence"
     if not schema:
@@ -3387,7 +3387,7 @@ def read_vectors(answers: AnswerStreams, exchange: Exchange) -> list[list[float]
 
 
 def unit_vector(values: list[Any]) -> list[float]:
-    """The same direction with length 1, as OpenAI's have it: Gemini's do not once they are cut."""
+    """A vector of length 1, as OpenAI's are and Gemini's are not once they are cut."""
     try:
         length = math.hypot(*values)
     except (TypeError, OverflowError):
@@ -5244,7 +5244,7 @@ def sealed(content: JSON) -> str:
 
 
 def unsealed(text: str) -> JSON | None:
-    """The same back; None where it is another program's."""
+    """What sealed() made text of; None where it is another program's."""
     try:
         content = base64.b64decode(text, validate=True).decode()
         check_density(content)  # parse_body saw base64
@@ -5278,7 +5278,7 @@ def openai_keys(body: Fields, context: Context) -> list[str]:
 
 
 def response_keys(request: JSON) -> list[str]:
-    """The same of a request, itself stored or not."""
+    """The keys of the stored responses that a request, itself stored or not, builds on."""
     items, previous = request.get("input"), request.get("previous_response_id")
     objects = [item for item in items if type(item) is dict] if type(items) is list else []
     ids = [item.get("id") for item in objects if item.get("type") in (None, "item_reference")]
