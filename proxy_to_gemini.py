@@ -9029,8 +9029,9 @@ class UpstreamCall:
             self.send_error = failure.with_traceback(None)  # which leads back to this object
         self.sent = time.monotonic()
 
-    def chunks(self) -> Iterator[JSON]:
-        """Gemini's answer: one chunk, or those of a stream. A call not sent yet is sent now."""
+    def chunks(self) -> Iterator[Any]:
+        """Gemini's answer: one chunk, or those of a stream; to a call that is passed through, an
+        AnswerHead and bytes. A call not sent yet is sent now."""
         try:
             if self.call is MODELS_CALL:
                 yield {"models": self.gemini.list_models(self.waiter, self.key)}
@@ -9115,7 +9116,8 @@ class UpstreamCall:
         return error
 
     def good_response(self) -> Response:
-        """The response with status 200, after further attempts if need be; else the refusal."""
+        """The response with status 200 (with any, where it is passed through), after further
+        attempts if need be; else the refusal."""
         while True:
             outcome = self.outcome()
             if isinstance(outcome, Response):
@@ -9141,7 +9143,7 @@ class UpstreamCall:
             self.send(fresh=unanswered)
 
     def outcome(self) -> Response | Exception:
-        """Read the head of the answer to an attempt: the response if it is a 200, else an error."""
+        """Read the head of the answer to an attempt: the response if it is good, else an error."""
         if not self.attempts:
             self.send()
         if self.response is None:
@@ -9168,7 +9170,8 @@ class UpstreamCall:
         return self.gemini.backend.refusal(error, self.gemini.backend)
 
     def backoff(self, error: ProxyError) -> float | None:
-        """Seconds before the next attempt, for which the call may be repaired; None to give up."""
+        """Make ready for the next attempt, by another token or a repair of the call where one of
+        them helps: the seconds to wait for it, or None to give up."""
         streams = self.call.passed and isinstance(self.call.passed.body, BodyStream)
         if self.attempts >= MAX_ATTEMPTS or streams:
             return None
