@@ -2812,7 +2812,7 @@ class End(NamedTuple):
     """How an answer ended; always the last event, and the only one of its kind."""
 
     finish: str  # "stop", "length", "filter" or "failed"
-    calls: tuple[ToolCall, ...]  # all of them, as Gemini made them
+    calls: tuple[ToolCall, ...]  # all that Gemini made, by its own names, whatever the client gets
     reason: str  # Gemini's own word
     message: str  # and what it says about it
     usage: Usage
@@ -10494,7 +10494,7 @@ CLIENT_SECONDS = 60.0  # of a client's silence, or of its not reading; also for 
 BODY_SECONDS = 900.0  # for a whole body
 MAX_CONNECTIONS = 10_000  # of clients; the next one waits until another leaves
 ACCEPT_BATCH = 16  # clients that are accepted before the next look at anything else
-MAX_LEAD = 0.125  # by how much more clients a worker may have than another
+MAX_LEAD = 0.125  # clients that a worker may have more than another, as a share of that one's
 YIELD_SECONDS = 0.0005  # in which another worker may accept a client
 FULL_PAUSE_SECONDS = 0.1  # between two looks for room for another connection
 DRAIN_NOTICE_SECONDS = 1.0  # for load balancers to see that the server ends; it still serves
@@ -11261,15 +11261,18 @@ def preflight_headers(head: RequestHead) -> list[tuple[str, str]]:
 class Sender:
     """Sends the answer to one request: a whole one at once, a stream event by event."""
 
-    def __init__(self, handler: Handler, head: RequestHead, recording: Recording | None):
-        self.handler, self.head, self.recording = handler, head, recording
+    def __init__(self, handler: Handler, head: RequestHead):
+        self.handler, self.head = handler, head
+        self.recording: Recording | None = None
+        if handler.server.recorder:
+            self.recording = Recording(handler.server.recorder, handler.server.config, head)
         self.status = 0  # of the answer; 0 until its head is written
         self.first_byte = time.monotonic()  # when it was; until then, when the request came
         self.streaming = False  # whether the answer is a stream that has begun
         self.unsent = b""  # bytes of that stream that wait for more
         self.last_flush = -math.inf  # when some were sent
 
-    def send(self, status: int, headers: Iterable[tuple[str, str]], data: bytes = b"") -> None:
+    def send(self, status: int, headers: list[tuple[str, str]], data: bytes = b"") -> None:
         """Send a whole answer in one write."""
         answer = self.answer_head(status, headers)
         if self.head.method != "HEAD":
@@ -11313,7 +11316,7 @@ class Sender:
             self.last_flush = time.monotonic()
         return self.last_flush
 
-    def answer_head(self, status: int, headers: Iterable[tuple[str, str]]) -> bytes:
+    def answer_head(self, status: int, headers: list[tuple[str, str]]) -> bytes:
         """Status line and headers; with these the answer has begun."""
         self.status, self.first_byte = status, time.monotonic()
         lines = [
@@ -11357,10 +11360,7 @@ class RequestCycle:
         self.passed_head: AnswerHead | None = None  # of an answer that is passed through
         self.committed = False  # whether the client was sent some of what a model says
         self.fallbacks: list[str] = []  # models that could not answer, and why
-        self.recording: Recording | None = None
-        if self.server.recorder:
-            self.recording = Recording(self.server.recorder, self.server.config, self.head)
-        self.sender = Sender(handler, self.head, self.recording)
+        self.sender = Sender(handler, self.head)
 
     def run(self, line: bytes) -> None:
         """Answer the request that begins with this line, whatever it is."""
@@ -11386,8 +11386,8 @@ class RequestCycle:
             message = "proxy-to-gemini has a bug here; its log tells more."
             self.fail(ProxyError(500, message, code="internal_error"))
         finally:
-            if self.recording:
-                self.end_recording(self.recording)
+            if self.sender.recording:
+                self.end_recording(self.sender.recording)
             self.handler.in_flight = False
             self.account()
 
@@ -11410,7 +11410,7 @@ class RequestCycle:
             self.sender.send(204, self.all_headers(preflight_headers(head)))
         elif path in OWN_PAGES and OWN_PAGES[path] == method.replace("HEAD", "GET"):
             self.route_name = f"{OWN_PAGES[path]} {path}"
-            self.recording = self.sender.recording = None  # they are asked for all the time
+            self.sender.recording = None  # they are asked for all the time
             self.send_answer(*self.own_page(path))
         else:
             route, params = find_route(api, method, path)
@@ -11479,7 +11479,7 @@ class RequestCycle:
             yield exchange
             models = models[1:]
         else:
-            self.count_fallback(model.name, "cooldown")
+            self.count_fallback(first, "cooldown")
         while models:
             with contextlib.suppress(ProxyError):  # the error of the first model is the one to tell
                 context = context._replace(models=models)
@@ -11493,8 +11493,8 @@ class RequestCycle:
             raise ProxyError(status, message, headers=dict(headers))
         if route.parse and (self.handler.body_pending or self.head.method not in ("GET", "HEAD")):
             raw = self.handler.read_body(self.head)
-            if self.recording:
-                self.recording.request.feed(raw)
+            if self.sender.recording:
+                self.sender.recording.request.feed(raw)
             body = route.parse(raw, self.head.headers.get("content-type", ""))
             del raw  # it may be large
         else:
@@ -11547,7 +11547,7 @@ class RequestCycle:
         answer, to the next one. If none can, the client gets the first one's error."""
         server = self.server
         waiter = Waiter(self.handler.connection, server.config.timeout, server.stopping)
-        waiter.recording = self.recording
+        waiter.recording = self.sender.recording
         first_error: ProxyError | None = None
         for exchange in exchanges:
             self.route, self.exchange = route, exchange
@@ -11616,8 +11616,8 @@ class RequestCycle:
         """The call that is passed through, with the body that the client is sending."""
         assert call.passed is not None
         body = self.handler.body_stream(self.head)
-        if self.recording:
-            body = self.recording.passing(body, self.head.headers)
+        if self.sender.recording:
+            body = self.sender.recording.passing(body, self.head.headers)
         return call._replace(passed=call.passed._replace(body=body))
 
     def read_answers(
@@ -11752,8 +11752,8 @@ class RequestCycle:
 
     def note(self, text: str) -> None:
         """Have the recording tell this too."""
-        if self.recording:
-            self.recording.notes.append(text)
+        if self.sender.recording:
+            self.sender.recording.notes.append(text)
 
     def end_recording(self, recording: Recording) -> None:
         """Have what was recorded written, by a thread that this one does not wait for."""
@@ -12395,7 +12395,7 @@ class Server(http.server.ThreadingHTTPServer):
             except OSError:
                 return
             self.connections[client] = None
-            self.metrics.set("clients", len(self.connections))
+            self.metrics.add("clients")
             try:
                 self.process_request(client, address)
             except RuntimeError as error:  # there can be no more threads
@@ -12415,7 +12415,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         self.connections.pop(request, None)
-        self.metrics.set("clients", len(self.connections))
+        self.metrics.add("clients", amount=-1)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
